@@ -1,0 +1,15 @@
+"""Linen modules that several backbones share."""
+
+from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
+from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
+from tokenvit_jax.layers.stochastic import Dropout, DropPath
+
+__all__ = [
+    "Conv3x3",
+    "DepthwiseConv3x3",
+    "DropPath",
+    "Dropout",
+    "DynamicGroupAttention",
+    "advance_centroids",
+    "batch_norm",
+]

@@ -1,0 +1,52 @@
+"""Convolutions and their normalisation."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tokenvit_jax import ops
+
+# Of convolutions, the usual choice with BatchNorm (He et al. 2015).
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Of linear layers.
+linear_init = nn.initializers.truncated_normal(0.02)
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with bias and padding 1: (B, H, W, C) -> (B, H / stride, W / stride, dim).
+
+    Sizes that the stride does not divide are rounded up.
+    """
+
+    dim: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
+        return nn.Conv(
+            self.dim, (3, 3), strides, padding, dtype=self.dtype, kernel_init=conv_init, name="conv"
+        )(x)
+
+
+class DepthwiseConv3x3(nn.Module):
+    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, H, W, C)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        # The fan-out of a depthwise kernel is its nine entries.
+        kernel = self.param("kernel", nn.initializers.normal((2 / 9) ** 0.5), (3, 3, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return ops.depthwise_conv(x, kernel) + bias
+
+
+def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:
+    """Returns BatchNorm over the global batch: statistics are averaged over ``axis_name``."""
+    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name)

@@ -1,0 +1,115 @@
+"""Multi-head attention with dynamic query groups, and the step of its centroids."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tokenvit_jax import ops
+from tokenvit_jax.layers.conv import linear_init
+
+# Cosine attention's logit scale: its start, and the limit of Swin v2 (Liu et al. 2022).
+INITIAL_LOGIT_SCALE = 10.0
+MAX_LOGIT_SCALE = 100.0
+
+
+class DynamicGroupAttention(nn.Module):
+    """Self-attention (B, L, C) -> (B, L, C) within dynamic groups, or global with no groups.
+
+    Centroids live in the collection "centroids", in float32, one set per head. A forward pass with
+    ``train=True`` that may change the collection adds the group sums of its batch to it and leaves
+    the centroids as they are; :func:`advance_centroids` moves them once per step. So several
+    micro-batches add up, and a second evaluation by rematerialisation changes nothing.
+
+    Attributes:
+      num_heads: N; C is a multiple of it.
+      num_groups: G; 0: global attention, no centroids.
+      top_k: keys per group.
+      cosine: unit-norm q and k with a learned logit scale per head, instead of 1 / sqrt(D).
+    """
+
+    num_heads: int
+    num_groups: int
+    top_k: int
+    cosine: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        batch, length, channels = x.shape
+        head_dim = channels // self.num_heads
+        qkv = nn.Dense(3 * channels, dtype=self.dtype, kernel_init=linear_init, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, head_dim), 2, 0)
+        scale = None
+        if self.cosine:
+            q, k = self._cosine(q, k)
+            scale = 1.0
+        if self.num_groups == 0:
+            y = ops.dot_product_attention(q, k, v, scale=scale)
+        else:
+            y = self._attend_in_groups(q, k, v, scale, train)
+        y = y.reshape(batch, length, channels)
+        return nn.Dense(channels, dtype=self.dtype, kernel_init=linear_init, name="proj")(y)
+
+    def _cosine(self, q, k):
+        start = nn.initializers.constant(jnp.log(INITIAL_LOGIT_SCALE))
+        logit_scale = self.param("logit_scale", start, (self.num_heads,))
+        factor = jnp.exp(jnp.minimum(logit_scale, jnp.log(MAX_LOGIT_SCALE)))[:, None]
+        unit = lambda x: x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)  # noqa: E731
+        q, k = unit(q.astype(jnp.float32)) * factor, unit(k.astype(jnp.float32))
+        return q.astype(self.dtype), k.astype(self.dtype)
+
+    def _attend_in_groups(self, q, k, v, scale, train):
+        shape = (self.num_heads, self.num_groups, q.shape[-1])
+        state = {
+            "centroids": self.variable("centroids", "centroids", self._random_centroids, shape),
+            "sums": self.variable("centroids", "sums", jnp.zeros, shape),
+            "counts": self.variable("centroids", "counts", jnp.zeros, shape[:2]),
+        }
+        result = ops.group_attention(
+            q, k, v, state["centroids"].value, top_k=self.top_k, scale=scale
+        )
+        if train and self.is_mutable_collection("centroids") and not self.is_initializing():
+            sums = ops.group_sums(q, result.groups, self.num_groups)
+            state["sums"].value += sums.sums
+            state["counts"].value += sums.counts
+        self.sow("intermediates", "groups", result.groups)
+        self.sow("intermediates", "keys", result.keys)
+        return result.output
+
+    def _random_centroids(self, shape):
+        centroids = jax.random.normal(self.make_rng("params"), shape)
+        return centroids / jnp.linalg.norm(centroids, axis=-1, keepdims=True)
+
+
+def advance_centroids(
+    collection: Mapping, old_weight: float | jax.Array, axis_name: str | None = None
+) -> dict:
+    """Moves every centroid of a "centroids" collection once and clears the sums (Eqs. 3 and 4).
+
+    Args:
+      collection: nested dict whose leaves are groups of "centroids", "sums" and "counts", as
+        :class:`DynamicGroupAttention` fills them.
+      old_weight: weight of the old centroid, in [0, 1].
+      axis_name: mapped axis over which the sums of the devices are added first.
+
+    Returns:
+      The collection after the step, of the same structure.
+    """
+    if "centroids" not in collection:
+        return {
+            name: advance_centroids(inner, old_weight, axis_name)
+            for name, inner in collection.items()
+        }
+    sums = ops.GroupSums(collection["sums"], collection["counts"])
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    moved = ops.move_centroids(collection["centroids"], sums, old_weight)
+    return {
+        "centroids": moved,
+        "sums": jnp.zeros_like(sums.sums),
+        "counts": jnp.zeros_like(sums.counts),
+    }

@@ -1,0 +1,47 @@
+"""Dropout and stochastic depth that give the same numbers on any number of devices.
+
+Masks are drawn for the global batch from a key that all devices share. Under jit over a mesh that
+is what a plain draw does; under a mapped axis every device draws the whole mask, which is small,
+and takes its part.
+"""
+
+import flax.linen as nn
+import jax
+from jax import lax
+
+
+def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) -> jax.Array:
+    if axis_name is None:
+        return jax.random.bernoulli(rng, 1 - rate, shape)
+    batch, *rest = shape
+    mask = jax.random.bernoulli(rng, 1 - rate, (batch * lax.psum(1, axis_name), *rest))
+    return lax.dynamic_slice_in_dim(mask, lax.axis_index(axis_name) * batch, batch)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images (Huang et al. 2016)."""
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        keep = _keep_mask(self.make_rng("dropout"), self.rate, shape, self.axis_name)
+        return x * (keep.astype(x.dtype) / (1 - self.rate))
+
+
+class Dropout(nn.Module):
+    """Drops single entries of x (B, ...)."""
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        keep = _keep_mask(self.make_rng("dropout"), self.rate, x.shape, self.axis_name)
+        return x * (keep.astype(x.dtype) / (1 - self.rate))

@@ -1,0 +1,87 @@
+"""Softmax attention of all queries with all keys."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tokenvit_jax.ops.counted import counted
+
+
+def softmax_dtype(dtype) -> jnp.dtype:
+    """Returns the type of distances, softmax and statistics: float64 stays, all else is float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _macs(inputs, outputs):
+    batch, queries, heads, dim = inputs[0]
+    return 2 * batch * queries * inputs[1][1] * heads * dim
+
+
+@counted(_macs, static_argnames=("scale",))
+def dot_product_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None
+) -> jax.Array:
+    """Computes softmax(scale q k^T) v for every head.
+
+    Args:
+      q: queries (B, L, N, D).
+      k: keys (B, S, N, D).
+      v: values (B, S, N, D).
+      scale: factor of the logits; None: 1 / sqrt(D).
+
+    Returns:
+      (B, L, N, D) in the type of ``v``.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    check_qkv(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def on_cpu(q, k, v):
+        # XLA's batched product is several times faster with (batch, heads) in front.
+        output, *_ = attend(*(jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)))
+        return jnp.swapaxes(output, 1, 2)
+
+    def elsewhere(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, scale=scale)
+
+    if softmax_dtype(q.dtype) == jnp.float64:
+        return on_cpu(q, k, v)
+    return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes softmax(q k^T) v for any leading axes, with its log-normaliser in two parts.
+
+    Args:
+      q: scaled queries (..., L, D).
+      k: keys (..., S, D).
+      v: values (..., S, E).
+
+    Returns:
+      output (..., L, E) in the type of ``v``, exp(logits - max) (..., L, S) in the type of ``v``,
+      and their sum over the keys (..., L, 1) in the softmax type.
+    """
+    dtype = softmax_dtype(q.dtype)
+    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=dtype)
+    logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    output = jnp.einsum("...qk,...ke->...qe", weights, v, preferred_element_type=dtype)
+    # Dividing after the product touches L x E numbers instead of L x S.
+    return (output / total).astype(v.dtype), weights, total
+
+
+def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raises ValueError unless q, k, v are (B, L, N, D), (B, S, N, D), (B, S, N, D)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape}; expected (batch, length, heads, dim)")
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {k.shape} and v {v.shape}; they must be equal")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"k has shape {k.shape}; batch, heads and dim must be those of q, {q.shape}"
+        )

@@ -1,0 +1,32 @@
+"""Marks an operator as one unit whose multiply-adds are stated by a formula.
+
+Counting the products of an operator's jaxpr would count how it is computed (padding, masked
+products, shifted sums), not what it computes. A counted operator appears in a jaxpr as one jitted
+call with a name of its own, and :mod:`tokenvit_jax.summary` asks the formula instead of looking
+inside.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+PREFIX = "tokenvit_jax.ops."
+
+# Name of the jitted call -> (input shapes, output shapes) -> multiply-adds.
+MAC_FORMULAS: dict[str, Callable[[list, list], int]] = {}
+
+
+def counted(formula: Callable[[list, list], int], static_argnames: tuple[str, ...] = ()):
+    """Jits an operator under its own name and registers the formula of its multiply-adds.
+
+    Args:
+      formula: from the shapes of the flattened array inputs and outputs to multiply-adds.
+      static_argnames: arguments that are Python values.
+    """
+
+    def decorate(function):
+        function.__name__ = PREFIX + function.__name__
+        MAC_FORMULAS[function.__name__] = formula
+        return jax.jit(function, static_argnames=static_argnames)
+
+    return decorate

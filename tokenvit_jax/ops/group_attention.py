@@ -1,0 +1,465 @@
+"""Dynamic group attention (Liu et al. 2022, "Dynamic Group Transformer", Section 3.1).
+
+Queries are divided into groups by the nearest of G centroids, every centroid selects the k keys of
+largest dot product, and each query attends to the keys of its group only (Eqs. 1 and 2). The number
+of queries in a group depends on the data; two forms keep the shapes static and give the same values
+and gradients for any assignment:
+
+* dense: full logits with the keys of other groups masked. Cheapest while L^2 is small.
+* tiles: queries sorted by group and cut into tiles of one group each. ``(L - g) // tile + g`` tiles
+  with ``g = min(G, L)`` are enough for every possible assignment, so no query is ever dropped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tokenvit_jax.ops.attention import attend, check_qkv, dot_product_attention, softmax_dtype
+from tokenvit_jax.ops.counted import counted
+
+PATHS = ("auto", "dense", "tiles")
+
+
+class GroupAttention(NamedTuple):
+    """Output (B, L, N, D); groups (B, N, L) int32; keys (B, N, G, min(top_k, L)) int32."""
+
+    output: jax.Array
+    groups: jax.Array
+    keys: jax.Array
+
+
+class GroupSums(NamedTuple):
+    """Of unit-norm queries, per head and group: sums (N, G, D) and counts (N, G)."""
+
+    sums: jax.Array
+    counts: jax.Array
+
+
+class _TilePlan(NamedTuple):
+    """Where each query goes: T tiles of t slots, every tile of one group, for each of B x N.
+
+    query_of_slot (B, N, T * t), slot_of_query (B, N, L), group_of_tile (B, N, T), and filled
+    (B, N, T, t): False for slots that hold no query of their own.
+    """
+
+    query_of_slot: jax.Array
+    slot_of_query: jax.Array
+    group_of_tile: jax.Array
+    filled: jax.Array
+
+
+def _macs(inputs, outputs):
+    """2 k L C + 2 L G C of Eq. 6, or 2 L^2 C where every key is selected."""
+    batch, length, heads, dim = inputs[0]
+    groups, selected = outputs[2][2:]
+    per_query = 2 * length if selected == length else 2 * selected + 2 * groups
+    return batch * length * heads * dim * per_query
+
+
+@counted(_macs, static_argnames=("top_k", "scale", "path"))
+def group_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    centroids: jax.Array,
+    *,
+    top_k: int,
+    scale: float | None = None,
+    path: str = "auto",
+) -> GroupAttention:
+    """Attends from every query to the ``top_k`` keys that its group's centroid selects.
+
+    A query belongs to the centroid of largest dot product, all centroids at unit norm. Ties go to
+    the lowest index, of groups as of keys. With ``top_k >= L`` this is dense attention, exactly.
+    Routing carries no gradient; distances and softmax are computed in float32 (float64 for float64
+    inputs) whatever the input type.
+
+    Args:
+      q: queries (B, L, N, D).
+      k: keys (B, L, N, D).
+      v: values (B, L, N, D).
+      centroids: (N, G, D), any norm but zero.
+      top_k: number of keys per group, at least 1.
+      scale: factor of the logits; None: 1 / sqrt(D).
+      path: "dense", "tiles", or "auto": the cheaper one, chosen from the shapes alone.
+
+    Returns:
+      GroupAttention(output, groups, keys); keys in order of falling score.
+
+    Raises:
+      ValueError: shapes that do not fit, ``top_k`` below 1, or an unknown ``path``.
+
+    References:
+      Liu et al. 2022, Eqs. 1 and 2.
+    """
+    check_qkv(q, k, v)
+    _check_routing(q, k, centroids, top_k, path)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    length = q.shape[1]
+    top_k = min(top_k, length)
+
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+    routing_q, routing_k = (lax.stop_gradient(x) for x in heads_first[:2])
+    centroids = _unit_norm(lax.stop_gradient(centroids))
+    groups = _assign(routing_q, centroids)
+    scores = _key_scores(routing_k, centroids)  # (B, N, L, G)
+    keys = lax.top_k(jnp.swapaxes(scores, -1, -2), top_k)[1]
+
+    if top_k == length:
+        return GroupAttention(dot_product_attention(q, k, v, scale=scale), groups, keys)
+    scaled = (heads_first[0] * scale, *heads_first[1:])
+    num_groups = centroids.shape[1]
+    if path == "auto":
+        path = _cheaper_path(length, num_groups, top_k)
+    if path == "dense":
+        output = _attend_dense(*scaled, groups, _largest(scores, top_k))
+    else:
+        plan = _plan_tiles(groups, num_groups, _tile_size(length, num_groups))
+        output = _attend_tiles(*scaled, keys, plan)
+    return GroupAttention(jnp.swapaxes(output, 1, 2), groups, keys)
+
+
+def group_sums(q: jax.Array, groups: jax.Array, num_groups: int) -> GroupSums:
+    """Sums the unit-norm queries of every group over the whole batch (the sum of Eq. 3).
+
+    Args:
+      q: queries (B, L, N, D).
+      groups: (B, N, L) int32 in [0, num_groups).
+      num_groups: G.
+
+    Returns:
+      GroupSums(sums (N, G, D), counts (N, G)) in float32, or float64 for float64 queries.
+    """
+    q = _unit_norm(lax.stop_gradient(q))
+    member = (groups[:, :, None, :] == jnp.arange(num_groups)[:, None]).astype(q.dtype)
+    # A product with the membership is deterministic on every backend; a scatter-add is not.
+    sums = jnp.einsum("bngl,blnd->ngd", member, q, precision=lax.Precision.HIGHEST)
+    return GroupSums(sums, member.sum((0, 3)))
+
+
+def move_centroids(centroids: jax.Array, sums: GroupSums, old_weight: jax.Array) -> jax.Array:
+    """Moves centroids towards the means of their groups (Eqs. 3 and 4).
+
+    Args:
+      centroids: (N, G, D).
+      sums: of the whole global batch.
+      old_weight: weight of the old centroid, in [0, 1].
+
+    Returns:
+      (N, G, D) at unit norm; an empty group keeps its centroid.
+    """
+    counts = sums.counts[..., None]
+    means = sums.sums / jnp.maximum(counts, 1)
+    moved = _unit_norm(old_weight * centroids + (1 - old_weight) * means)
+    return jnp.where(counts > 0, moved, centroids)
+
+
+def update_centroids(
+    centroids: jax.Array,
+    q: jax.Array,
+    groups: jax.Array,
+    *,
+    old_weight: float | jax.Array,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Returns the centroids after one batch: ``Norm(w e + (1 - w) mean of unit-norm queries)``.
+
+    Args:
+      centroids: (N, G, D), unit norm.
+      q: queries (B, L, N, D).
+      groups: their groups (B, N, L), from :func:`group_attention`.
+      old_weight: w, the weight of the old centroid, in [0, 1].
+      axis_name: mapped axis that the batch is divided over; sums and counts are added over it
+        before they are divided. Under jit over a mesh the batch is already the global one.
+
+    Returns:
+      (N, G, D) at unit norm; an empty group keeps its centroid.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    References:
+      Liu et al. 2022, Eqs. 3 and 4.
+    """
+    heads, num_groups, dim = centroids.shape
+    if q.ndim != 4 or q.shape[2:] != (heads, dim):
+        raise ValueError(f"q has shape {q.shape}; expected (batch, length, {heads}, {dim})")
+    if groups.shape != (q.shape[0], heads, q.shape[1]):
+        raise ValueError(
+            f"groups has shape {groups.shape}; expected {(q.shape[0], heads, q.shape[1])}"
+        )
+    sums = group_sums(q, groups, num_groups)
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    return move_centroids(centroids, sums, old_weight)
+
+
+def _check_routing(q, k, centroids, top_k, path):
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {k.shape}; it must be that of q, {q.shape}")
+    if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != q.shape[2:]:
+        raise ValueError(
+            f"centroids has shape {centroids.shape}; expected ({q.shape[2]}, groups, "
+            f"{q.shape[3]}) for q of shape {q.shape}"
+        )
+    if centroids.shape[1] < 1:
+        raise ValueError("centroids has 0 groups; at least 1 is needed")
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
+
+
+def _unit_norm(x):
+    x = x.astype(softmax_dtype(x.dtype))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))
+
+
+def _per_image(centroids, q):
+    return jnp.broadcast_to(centroids.astype(q.dtype), (q.shape[0], *centroids.shape))
+
+
+def _assign(q, centroids):
+    """Returns the group (B, N, L) of every query: the first largest dot product."""
+    dtype = softmax_dtype(q.dtype)
+    scores = jnp.einsum(
+        "bngd,bnld->bngl", _per_image(centroids, q), q, preferred_element_type=dtype
+    )
+    num_groups = centroids.shape[1]
+    # Two reductions over a leading axis are vector loops on CPU; argmax is a scalar one.
+    is_best = scores == scores.max(2, keepdims=True)
+    first = jnp.where(is_best, jnp.arange(num_groups, dtype=jnp.int32)[:, None], num_groups)
+    return jnp.minimum(first.min(2), num_groups - 1)  # NaN equals nothing: keep it in range
+
+
+def _key_scores(k, centroids):
+    """Returns the dot products (B, N, L, G) of keys and centroids."""
+    dtype = softmax_dtype(k.dtype)
+    scores = jnp.einsum(
+        "bnld,bngd->bnlg", k, _per_image(centroids, k), preferred_element_type=dtype
+    )
+    return jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0 and 0 are a tie
+
+
+def _largest(scores, top_k):
+    """Returns the mask (B, N, L, G) of the ``top_k`` largest along L, ties to the lowest index.
+
+    Bisection, bit by bit, of the k-th largest value in an integer that orders like the float, then
+    of the index up to which its ties belong. Every step counts along a leading axis, which is a
+    vector loop on CPU: faster than ``lax.top_k`` for a mask, and the same set exactly.
+    """
+    unsigned, signed, bits = {4: (jnp.uint32, jnp.int32, 32), 8: (jnp.uint64, jnp.int64, 64)}[
+        scores.dtype.itemsize
+    ]
+    sign = jnp.array(1 << (bits - 1), unsigned)
+    raw = lax.bitcast_convert_type(scores, unsigned)
+    ordered = jnp.where(lax.bitcast_convert_type(scores, signed) < 0, ~raw, raw | sign)
+
+    def count(mask):
+        return jnp.sum(mask, axis=-2, keepdims=True, dtype=jnp.int32)
+
+    threshold = jnp.zeros_like(ordered, shape=(*scores.shape[:2], 1, scores.shape[3]))
+    for bit in reversed(range(bits)):
+        candidate = threshold | jnp.array(1 << bit, unsigned)
+        threshold = jnp.where(count(ordered >= candidate) >= top_k, candidate, threshold)
+
+    above, tied = ordered > threshold, ordered == threshold
+    wanted = top_k - count(above)
+    index = jnp.arange(scores.shape[2], dtype=jnp.int32)[:, None]
+    end = jnp.zeros_like(wanted)  # the ties before this index are selected
+    for bit in reversed(range(scores.shape[2].bit_length())):
+        candidate = end | (1 << bit)
+        end = jnp.where(count(tied & (index < candidate)) <= wanted, candidate, end)
+    return above | (tied & (index < end))
+
+
+def _num_tiles(length, num_groups, tile):
+    """Returns the number of tiles that no division of the queries into groups can exceed."""
+    nonempty = min(num_groups, length)
+    return (length - nonempty) // tile + nonempty
+
+
+def _tile_size(length, num_groups):
+    """Returns the power of two next below the mean group, within what was measured to be fast."""
+    return min(max(1 << (length // num_groups).bit_length() - 1, 32), 128)
+
+
+def _cheaper_path(length, num_groups, top_k):
+    # A tiled logit costs about three dense ones: sorting, gathers, smaller products. Measured on
+    # CPU, where the two meet near L = 1,000 at k = 98.
+    tile = _tile_size(length, num_groups) if length >= num_groups else 32
+    tiled = _num_tiles(length, num_groups, tile) * tile * top_k
+    return "dense" if length**2 <= 3 * tiled else "tiles"
+
+
+# ------------------------------------------------------------------------------------------------
+# Dense with a mask
+# ------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def _attend_dense(q, k, v, groups, selected):
+    """Attends from q (B, N, L, D), already scaled, with ``selected`` (B, N, L, G) as the mask."""
+    return _attend_dense_forward(q, k, v, groups, selected)[0]
+
+
+def _attend_dense_forward(q, k, v, groups, selected):
+    num_groups = selected.shape[-1]
+    # The mask rides on the product: appending a query's one-hot group and a key's (0 or -1e30) per
+    # group adds exactly that to the logit, without a gather of L x L mask entries.
+    member = jax.nn.one_hot(groups, num_groups, dtype=q.dtype)
+    bias = jnp.where(selected, 0.0, -1e30).astype(k.dtype)
+    output, weights, total = attend(
+        jnp.concatenate([q, member], -1), jnp.concatenate([k, bias], -1), v
+    )
+    return output, (q, k, v, weights, total, output)
+
+
+def _attend_dense_backward(residuals, d_output):
+    q, k, v, weights, total, output = residuals
+    dtype = softmax_dtype(q.dtype)
+    d_output = d_output.astype(dtype) / total  # weights are not normalised
+    delta = jnp.sum(d_output * output.astype(dtype), -1, keepdims=True)
+    d_output = d_output.astype(v.dtype)
+    product = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=dtype)  # noqa: E731
+    d_v = product("bnqk,bnqd->bnkd", weights, d_output)
+    d_weights = product("bnqd,bnkd->bnqk", d_output, v)
+    d_logits = (weights.astype(dtype) * (d_weights - delta)).astype(q.dtype)
+    d_q = product("bnqk,bnkd->bnqd", d_logits, k)
+    d_k = product("bnqk,bnqd->bnkd", d_logits, q)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_attend_dense.defvjp(_attend_dense_forward, _attend_dense_backward)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tiles
+# ------------------------------------------------------------------------------------------------
+
+
+def _rows(x, index):
+    """Gathers rows of x (B, N, M, ...) at index (B, N, R), all within range."""
+    take = lambda rows, at: rows.at[at].get(mode="promise_in_bounds")  # noqa: E731
+    return jax.vmap(jax.vmap(take))(x, index)
+
+
+def _plan_tiles(groups, num_groups, tile):
+    batch, heads, length = groups.shape
+    num_tiles = _num_tiles(length, num_groups, tile)
+    position = jnp.arange(length, dtype=jnp.int32)
+    # One sort of (group, index) packed into an integer orders the queries by group.
+    packed = jnp.sort(groups * length + position, axis=-1)
+    order, sorted_groups = packed % length, packed // length
+
+    counts = jnp.sum(
+        groups[:, :, None] == jnp.arange(num_groups)[:, None], -1, dtype=jnp.int32
+    )  # (B, N, G)
+    first_query = jnp.cumsum(counts, -1) - counts
+    tiles = -(-counts // tile)
+    end_tile = jnp.cumsum(tiles, -1)
+    first_tile = end_tile - tiles
+
+    tile_index = jnp.arange(num_tiles, dtype=jnp.int32)
+    group_of_tile = jnp.sum(tile_index[:, None] >= end_tile[:, :, None], -1, dtype=jnp.int32)
+    group_of_tile = jnp.minimum(group_of_tile, num_groups - 1)  # tiles behind the last one
+    tile_of_group = tile_index - _rows(first_tile, group_of_tile)
+    rank = tile_of_group[..., None] * tile + jnp.arange(tile, dtype=jnp.int32)
+    filled = rank < _rows(counts, group_of_tile)[..., None]
+    sorted_position = jnp.where(filled, _rows(first_query, group_of_tile)[..., None] + rank, 0)
+    query_of_slot = _rows(order, sorted_position.reshape(batch, heads, -1))
+
+    slot = _rows(first_tile * tile - first_query, sorted_groups) + position
+    invert = lambda order, slot: (  # noqa: E731
+        jnp.zeros_like(order).at[order].set(slot, unique_indices=True, mode="promise_in_bounds")
+    )
+    slot_of_query = jax.vmap(jax.vmap(invert))(order, slot)
+    return _TilePlan(query_of_slot, slot_of_query, group_of_tile, filled)
+
+
+def _to_tiles(x, plan):
+    """Reorders x (B, N, L, D) into tiles (B, N, T, t, D)."""
+    batch, heads, num_tiles, tile = plan.filled.shape
+    return _rows(x, plan.query_of_slot).reshape(batch, heads, num_tiles, tile, x.shape[-1])
+
+
+def _from_tiles(x, plan):
+    """Reorders x (B, N, T, t, D) into (B, N, L, D): every query has exactly one slot."""
+    batch, heads, num_tiles, tile, dim = x.shape
+    return _rows(x.reshape(batch, heads, num_tiles * tile, dim), plan.slot_of_query)
+
+
+def _select_keys(x, keys):
+    """Gathers x (B, N, L, D) into the selected rows (B, N, G, k, D) of every group."""
+    batch, heads, num_groups, top_k = keys.shape
+    rows = _rows(x, keys.reshape(batch, heads, -1))
+    return rows.reshape(batch, heads, num_groups, top_k, x.shape[-1])
+
+
+def _add_keys(x, keys, plan, length):
+    """Adds x (B, N, T, k, D) of every tile up to the keys' gradient (B, N, L, D)."""
+    batch, heads, num_groups, top_k = keys.shape
+    num_tiles, dim = x.shape[2], x.shape[-1]
+    # Tiles of a group first, as a product with their membership; only G * k rows are scattered.
+    member = plan.group_of_tile[:, :, None] == jnp.arange(num_groups)[:, None]
+    rows = jnp.einsum(
+        "bngt,bntx->bngx",
+        member.astype(x.dtype),
+        x.reshape(batch, heads, num_tiles, top_k * dim),
+        precision=lax.Precision.HIGHEST,
+    ).reshape(batch, heads, num_groups * top_k, dim)
+    add = lambda rows, at: (  # noqa: E731
+        jnp.zeros((length, dim), x.dtype).at[at].add(rows, mode="promise_in_bounds")
+    )
+    return jax.vmap(jax.vmap(add))(rows, keys.reshape(batch, heads, -1))
+
+
+@jax.custom_vjp
+def _attend_tiles(q, k, v, keys, plan):
+    """Attends from q (B, N, L, D), already scaled, to the selected keys of each query's group."""
+    return _attend_tiles_forward(q, k, v, keys, plan)[0]
+
+
+def _attend_tiles_forward(q, k, v, keys, plan):
+    tile_q = _to_tiles(q, plan)
+    group_k, group_v = _select_keys(k, keys), _select_keys(v, keys)
+    tile_k, tile_v = (_rows(x, plan.group_of_tile) for x in (group_k, group_v))
+    dtype = softmax_dtype(q.dtype)
+    logits = jnp.einsum("bntqd,bntkd->bntqk", tile_q, tile_k, preferred_element_type=dtype)
+    largest = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    output = jnp.einsum(
+        "bntqk,bntkd->bntqd", weights.astype(v.dtype), tile_v, preferred_element_type=dtype
+    )
+    output = _from_tiles((output / total).astype(v.dtype), plan)
+    log_total = largest + jnp.log(total)
+    return output, (q, group_k, group_v, keys, plan, output, log_total)
+
+
+def _attend_tiles_backward(residuals, d_output):
+    q, group_k, group_v, keys, plan, output, log_total = residuals
+    dtype, length = softmax_dtype(q.dtype), q.shape[2]
+    product = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=dtype)  # noqa: E731
+    tile_q = _to_tiles(q, plan)
+    tile_k, tile_v = (_rows(x, plan.group_of_tile) for x in (group_k, group_v))
+    # Probabilities are computed again: T t k of them would be the largest array kept.
+    weights = jnp.exp(product("bntqd,bntkd->bntqk", tile_q, tile_k) - log_total)
+
+    delta = jnp.sum(d_output.astype(dtype) * output.astype(dtype), -1, keepdims=True)
+    filled = plan.filled[..., None]  # an empty slot repeats some query: it must not count twice
+    tile_d = jnp.where(filled, _to_tiles(d_output, plan), 0)
+    tile_delta = jnp.where(filled, _to_tiles(delta, plan), 0)
+    d_v = product("bntqk,bntqd->bntkd", weights.astype(group_v.dtype), tile_d)
+    d_weights = product("bntqd,bntkd->bntqk", tile_d, tile_v)
+    d_logits = (weights * (d_weights - tile_delta)).astype(q.dtype)
+    d_q = _from_tiles(product("bntqk,bntkd->bntqd", d_logits, tile_k), plan)
+    d_k = product("bntqk,bntqd->bntkd", d_logits, tile_q)
+    d_k, d_v = (_add_keys(x, keys, plan, length) for x in (d_k, d_v))
+    return d_q.astype(q.dtype), d_k.astype(group_k.dtype), d_v.astype(group_v.dtype), None, None
+
+
+_attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
