@@ -39,7 +39,6 @@ def default_config() -> ConfigDict:
     config.augment.randaugment.num_ops = 0  # operations per image; 0: none
     config.augment.randaugment.magnitude = 9.0  # 0 to 10
     config.augment.randaugment.magnitude_std = 0.5  # of the normal noise on the magnitude
-    config.augment.randaugment.increasing = True  # severity grows with the magnitude for every op
     config.augment.erasing = 0.0  # probability of random erasing, pixel noise
     config.augment.rotation = 0.0  # largest random rotation, degrees
     config.augment.translation = 0.0  # largest random shift, as a part of the side
