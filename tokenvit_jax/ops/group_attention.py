@@ -284,13 +284,14 @@ def _num_tiles(length, num_groups, tile):
 
 def _tile_size(length, num_groups):
     """Returns the power of two next below the mean group, within what was measured to be fast."""
-    return min(max(1 << (length // num_groups).bit_length() - 1, 32), 128)
+    mean = max(length // num_groups, 1)
+    return min(max(1 << (mean.bit_length() - 1), 32), 128)
 
 
 def _cheaper_path(length, num_groups, top_k):
     # A tiled logit costs about three dense ones: sorting, gathers, smaller products. Measured on
     # CPU, where the two meet near L = 1,000 at k = 98.
-    tile = _tile_size(length, num_groups) if length >= num_groups else 32
+    tile = _tile_size(length, num_groups)
     tiled = _num_tiles(length, num_groups, tile) * tile * top_k
     return "dense" if length**2 <= 3 * tiled else "tiles"
 

@@ -1,0 +1,60 @@
+"""Dense attention against float64 loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenvit_jax import ops
+
+
+def inputs(dtype=np.float32, queries=11, keys=13):
+    rng = np.random.default_rng(0)
+    shape = lambda length: (2, length, 3, 8)  # noqa: E731
+    return tuple(rng.normal(size=shape(n)).astype(dtype) for n in (queries, keys, keys))
+
+
+def naive(q, k, v, scale):
+    output = np.zeros(q.shape)
+    for b, i, n in np.ndindex(q.shape[:3]):
+        logits = scale * k[b, :, n].astype(np.float64) @ q[b, i, n].astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        output[b, i, n] = weights @ v[b, :, n] / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_equals_the_loops(scale):
+    q, k, v = inputs()
+    output = ops.dot_product_attention(q, k, v, scale=scale)
+    np.testing.assert_allclose(output, naive(q, k, v, scale or 8**-0.5), atol=1e-6)
+
+
+def test_float64_gradient_by_finite_differences():
+    with jax.enable_x64(True):
+        arrays = inputs(np.float64)
+        assert ops.dot_product_attention(*arrays).dtype == jnp.float64
+        attend = functools.partial(ops.dot_product_attention, scale=0.5)
+        jax.test_util.check_grads(attend, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v = inputs()
+    output = ops.dot_product_attention(1e4 * q, k, v)
+    np.testing.assert_allclose(output, naive(1e4 * q, k, v, 8**-0.5), atol=1e-4)
+
+
+def test_vmap():
+    q, k, v = inputs()
+    mapped = jax.vmap(ops.dot_product_attention)(*(x[:, None] for x in (q, k, v)))
+    np.testing.assert_allclose(mapped[:, 0], ops.dot_product_attention(q, k, v), atol=1e-6)
+
+
+def test_bad_shapes_are_named():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"k has shape .* and v .*; they must be equal"):
+        ops.dot_product_attention(q, k, v[:, :-1])
+    with pytest.raises(ValueError, match=r"batch, heads and dim must be those of q"):
+        ops.dot_product_attention(q[:1], k, v)
