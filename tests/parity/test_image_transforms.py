@@ -1,0 +1,85 @@
+"""Transforms of images against timm's and torchvision's: same pixels, same distributions."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenvit_jax.data import transforms
+from tokenvit_jax.data.transforms import MEAN, STD
+
+pytestmark = pytest.mark.parity
+
+
+def noise_image(width, height):
+    rng = np.random.default_rng(width)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_constants_are_timms(timm):
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    assert (MEAN, STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+@pytest.mark.parametrize("size, crop", [(64, 0.875), (48, 1.0), (56, 0.9)])
+@pytest.mark.parametrize("width, height", [(100, 80), (75, 131), (40, 40), (333, 60), (101, 100)])
+def test_eval_image_equals_timms(timm, width, height, size, crop):
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    reference = transforms_imagenet_eval(size, crop, interpolation="bicubic", use_prefetcher=True)
+    image = noise_image(width, height)
+
+    ours = transforms.eval_image(image, size, crop)
+
+    np.testing.assert_array_equal(ours, np.asarray(reference(image)).transpose(1, 2, 0))
+
+
+def test_random_crop_boxes_have_torchvisions_distribution(torchvision):
+    from torchvision.transforms import RandomResizedCrop
+
+    width, height, scale, ratio, draws = 90, 60, (0.08, 1.0), (3 / 4, 4 / 3), 4000
+    rng = np.random.default_rng(0)
+    ours = [transforms.random_crop_box(width, height, scale, ratio, rng) for _ in range(draws)]
+    blank = Image.new("RGB", (width, height))
+    theirs = [RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(draws)]
+    theirs = [(left, top, left + w, top + h) for top, left, h, w in theirs]
+
+    # Means of 4,000 boxes: the standard error of a side is about 0.3 pixels.
+    np.testing.assert_allclose(np.mean(ours, 0), np.mean(theirs, 0), atol=2.0)
+    np.testing.assert_allclose(np.std(ours, 0), np.std(theirs, 0), atol=2.0)
+
+
+def test_cropped_pixels_equal_torchvisions(torchvision, monkeypatch):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    from tokenvit_jax.config import default_config
+
+    box = (13, 7, 70, 45)
+    monkeypatch.setattr(transforms, "random_crop_box", lambda *args: box)
+    augment = default_config().augment
+    augment.crop_scale = (0.08, 1.0)
+    image = noise_image(90, 60)
+    left, top, right, bottom = box
+
+    ours = transforms.train_image(image, 32, augment, np.random.default_rng(0))
+
+    reference = resized_crop(
+        image, top, left, bottom - top, right - left, [32, 32], InterpolationMode.BICUBIC
+    )
+    np.testing.assert_array_equal(ours, np.asarray(reference))
+
+
+def test_color_jitter_equals_torchvisions(torchvision):
+    from torchvision.transforms import functional
+
+    image = noise_image(40, 30)
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
+    for seed in range(6):
+        ours = transforms.color_jitter(image, 0.4, np.random.default_rng(seed))
+
+        rng = np.random.default_rng(seed)
+        reference = image
+        for i in rng.permutation(3):
+            reference = getattr(functional, names[i])(reference, rng.uniform(0.6, 1.4))
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(reference))

@@ -1,0 +1,17 @@
+"""Labelled images for training and evaluation: datasets, transforms, batches."""
+
+from tokenvit_jax.data.pipeline import eval_dataset, train_dataset
+from tokenvit_jax.data.sources import DatasetInfo, dataset_info, list_datasets
+from tokenvit_jax.data.transforms import MEAN, STD, decode_image, eval_image
+
+__all__ = [
+    "MEAN",
+    "STD",
+    "DatasetInfo",
+    "dataset_info",
+    "decode_image",
+    "eval_dataset",
+    "eval_image",
+    "list_datasets",
+    "train_dataset",
+]

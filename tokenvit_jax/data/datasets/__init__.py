@@ -1,0 +1,1 @@
+"""Builders that turn a dataset's original files into ArrayRecord files, without TensorFlow."""

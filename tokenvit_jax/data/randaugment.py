@@ -1,0 +1,140 @@
+"""RandAugment with timm's operations: the policy `rand-m{magnitude}-mstd{magnitude_std}-inc1`.
+
+Every operation grows with its level from 0 (weakest) to 10 (strongest); the levels mean the same
+as in timm 1.0 (`timm.data.auto_augment`), and so do the pixels.
+
+Source: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search
+space" (2019), Section 4.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+Fill = tuple[int, int, int]
+
+_MAX_LEVEL = 10.0
+_APPLY_PROBABILITY = 0.5  # of each drawn operation
+
+
+def randaugment(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    num_ops: int,
+    magnitude: float,
+    magnitude_std: float,
+    fill: Fill,
+) -> Image.Image:
+    """Draws `num_ops` operations with replacement and applies each with probability 1/2.
+
+    Args:
+        image: RGB image.
+        rng: source of the random numbers.
+        num_ops: operations to draw.
+        magnitude: mean level of an operation, 0 to 10.
+        magnitude_std: standard deviation of the level, which is cut at 0 and 10.
+        fill: colour of what comes in from outside of the image.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    for name in rng.choice(list(OPERATIONS), num_ops):
+        if rng.random() < _APPLY_PROBABILITY:
+            level = np.clip(rng.normal(magnitude, magnitude_std), 0.0, _MAX_LEVEL)
+            sign = rng.choice((-1, 1))
+            image = apply_operation(image, name, float(level), int(sign), fill)
+    return image
+
+
+def apply_operation(
+    image: Image.Image, name: str, level: float, sign: int, fill: Fill
+) -> Image.Image:
+    """Applies one operation.
+
+    Args:
+        image: RGB image.
+        name: a key of `OPERATIONS`.
+        level: strength, 0 to 10.
+        sign: 1 or -1, direction of the operations that have one.
+        fill: colour of what comes in from outside of the image.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    return OPERATIONS[name](image, level / _MAX_LEVEL, sign, fill)
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        matrix,
+        resample=Image.Resampling.BICUBIC,
+        fillcolor=fill,
+    )
+
+
+def _rotate(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return image.rotate(sign * part * 30.0, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _shear_x(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, sign * part * 0.3, 0, 0, 1, 0), fill)
+
+
+def _shear_y(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, sign * part * 0.3, 1, 0), fill)
+
+
+def _translate_x(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, sign * part * 0.45 * image.width, 0, 1, 0), fill)
+
+
+def _translate_y(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, sign * part * 0.45 * image.height), fill)
+
+
+def _posterize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    # Not ImageOps.posterize, which as of Pillow 13 refuses to keep no bit at all: black.
+    bits = 4 - int(part * 4)
+    mask = 256 - 2 ** (8 - bits)
+    return image.point([value & mask for value in range(256)] * 3)
+
+
+def _solarize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    return ImageOps.solarize(image, 256 - int(part * 256))
+
+
+def _solarize_add(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+    add = int(part * 110)
+    table = [min(255, value + add) if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+def _enhance(enhancer: type) -> Callable[[Image.Image, float, int, Fill], Image.Image]:
+    def operation(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
+        return enhancer(image).enhance(max(0.1, 1.0 + sign * (part * 0.9)))
+
+    return operation
+
+
+# Each takes the image, the level as a part of the strongest, the sign and the fill colour.
+OPERATIONS = {
+    "auto_contrast": lambda image, part, sign, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, part, sign, fill: ImageOps.equalize(image),
+    "invert": lambda image, part, sign, fill: ImageOps.invert(image),
+    "rotate": _rotate,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+}

@@ -1,0 +1,186 @@
+"""The datasets: facts about each, and random access to its labelled images."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from tokenvit_jax.data.transforms import decode_image
+from tokenvit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a dataset.
+
+    Attributes:
+        name: in configs and of the folder in `data_dir`.
+        num_classes: labels are 0 to num_classes - 1.
+        class_names: one per label, or None where the dataset gives none.
+        splits: number of images of each split.
+        train_split: the split to train on.
+        eval_split: the split to evaluate on.
+        center_crop: whether evaluation crops the centre; where the subject fills the image it
+            shows the whole image.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    splits: dict[str, int]
+    train_split: str
+    eval_split: str
+    center_crop: bool
+
+
+_DATASETS = {
+    info.name: info
+    for info in (
+        DatasetInfo(
+            name="digits",
+            num_classes=10,
+            class_names=tuple("0123456789"),
+            splits={"train": 1437, "test": 360},
+            train_split="train",
+            eval_split="test",
+            center_crop=False,
+        ),
+        DatasetInfo(
+            name="imagenet2012",
+            num_classes=1000,
+            class_names=None,
+            splits={"train": 1_281_167, "validation": 50_000},
+            train_split="train",
+            eval_split="validation",
+            center_crop=True,
+        ),
+    )
+}
+
+
+def list_datasets() -> list[str]:
+    """Returns the names that `config.dataset` can have."""
+    return sorted(_DATASETS)
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Returns the facts about a dataset, without reading it.
+
+    Args:
+        name: one of :func:`list_datasets`.
+
+    Raises:
+        UserError: if there is no such dataset.
+    """
+    if name not in _DATASETS:
+        nearest = difflib.get_close_matches(name, _DATASETS, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise UserError(f"no dataset {name!r}; {hint}valid: {', '.join(list_datasets())}")
+    return _DATASETS[name]
+
+
+class Source(Protocol):
+    """Random access to the labelled images of one split; can be sent to another process."""
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Returns the RGB image and the label of a record.
+
+        Raises:
+            UserError: if the image cannot be read; names dataset, split, index and file.
+        """
+
+
+def open_source(name: str, split: str, data_dir: str) -> Source:
+    """Opens a split for reading.
+
+    Args:
+        name: one of :func:`list_datasets`.
+        split: one of `dataset_info(name).splits`.
+        data_dir: the folder that `prepare` wrote into; not used by digits.
+
+    Raises:
+        UserError: if the dataset has not been prepared there.
+    """
+    if name == "digits":
+        return DigitsSource(split)
+    return TfdsSource(name, split, data_dir)
+
+
+class DigitsSource:
+    """scikit-learn's handwritten digits: 8x8 pixels, 17 grey levels.
+
+    Every fifth image of the list sorted by class is for the test, so that both splits have all
+    classes in equal parts.
+    """
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits  # takes a second; only this dataset needs it
+
+        digits = load_digits()
+        order = np.argsort(digits.target, kind="stable")
+        is_test = np.arange(len(order)) % 5 == 0
+        indices = np.sort(order[is_test if split == "test" else ~is_test])
+        self._images = np.rint(digits.images[indices] * (255 / 16)).astype(np.uint8)
+        self._labels = digits.target[indices]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        return Image.fromarray(self._images[index]).convert("RGB"), int(self._labels[index])
+
+
+class TfdsSource:
+    """A dataset in tensorflow_datasets' layout and ArrayRecord files."""
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        self._name = name
+        self._split = split
+        self._records = _open_records(name, split, Path(data_dir).expanduser())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        file_name = "its file could not be read"
+        try:
+            record = self._records[index]
+            file_name = record["file_name"].decode()
+            return decode_image(record["image"]), int(record["label"])
+        except Exception as error:
+            raise UserError(
+                f"{self._name} split {self._split!r}, record {index} ({file_name}): {error}"
+            ) from error
+
+
+def _open_records(name: str, split: str, data_dir: Path) -> Any:
+    # Takes half a second; only prepared datasets need it.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    try:
+        builder = builder_from_files(name, data_dir=str(data_dir))
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except tfds.core.DatasetNotFoundError as error:
+        reason = f"dataset {name} not found in data.data_dir={data_dir}"
+        raise UserError(f"{reason}; {_how_to_prepare(name, data_dir)}") from error
+    except NotImplementedError as error:
+        reason = f"dataset {name} in data.data_dir={data_dir} is not in the array_record format"
+        raise UserError(
+            f"{reason}; into another folder, {_how_to_prepare(name, data_dir)}"
+        ) from error
+
+
+def _how_to_prepare(name: str, data_dir: Path) -> str:
+    return (
+        f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=ARCHIVES "
+        f"--data_dir={data_dir}"
+    )

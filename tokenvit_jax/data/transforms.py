@@ -1,0 +1,189 @@
+"""Transforms of one image: PIL images in, uint8 arrays (size, size, 3) out.
+
+Resampling, colour arithmetic and geometry are Pillow's, as in torchvision and timm, so that images
+equal theirs pixel for pixel; the random numbers come from the generator of the record.
+"""
+
+import io
+import math
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageEnhance
+
+from tokenvit_jax.data.randaugment import randaugment
+from tokenvit_jax.errors import UserError
+
+# Of ImageNet's training images, RGB, for pixels in [0, 1]; the step normalises with them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+_BICUBIC = Image.Resampling.BICUBIC
+_ATTEMPTS = 10  # to place a random box before giving up, as in torchvision and timm
+
+
+def decode_image(encoded: bytes) -> Image.Image:
+    """Decodes a whole image file.
+
+    CMYK, grey and palette images become RGB; the file's extension does not matter, its content
+    does (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not applied, as in
+    torchvision and timm.
+
+    Args:
+        encoded: the bytes of the file.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        UserError: if the bytes are no image, or not all of one.
+    """
+    try:
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except Exception as error:
+        # Pillow's decoders raise errors of every kind on malformed files: OSError, SyntaxError,
+        # struct.error, ...; Pillow, unlike OpenCV, does not pass a truncated JPEG as half grey.
+        raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
+
+
+def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
+    """The evaluation transform: resizes the shorter side to size / crop, crops the centre.
+
+    Args:
+        image: RGB image of any size.
+        size: height and width of the result, pixels.
+        crop: side of the centre crop as a part of the resized shorter side, in (0, 1].
+
+    Returns:
+        uint8 (size, size, 3). Equal to timm's evaluation transform with bicubic interpolation.
+    """
+    short = math.floor(size / crop)
+    width, height = image.size
+    if width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    image = image.resize((width, height), _BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def train_image(
+    image: Image.Image, size: int, augment: ConfigDict, rng: np.random.Generator
+) -> np.ndarray:
+    """The training transform: crop, flip, shift, RandAugment, jitter, erasing: those that are on.
+
+    Args:
+        image: RGB image of any size.
+        size: height and width of the result, pixels.
+        augment: `config.augment`; an entry that is off costs nothing.
+        rng: source of all random numbers.
+
+    Returns:
+        uint8 (size, size, 3).
+    """
+    if tuple(augment.crop_scale) == (1.0, 1.0):
+        image = Image.fromarray(eval_image(image, size, crop=1.0))
+    else:
+        box = random_crop_box(*image.size, augment.crop_scale, augment.crop_ratio, rng)
+        # Not `resize(box=...)`, whose filter would reach beyond the box.
+        image = image.crop(box).resize((size, size), _BICUBIC)
+    if augment.flip and rng.random() < augment.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augment.rotation or augment.translation:
+        image = _random_shift(image, augment.rotation, augment.translation, rng)
+    if augment.randaugment.num_ops:
+        fill = tuple(round(255 * mean) for mean in MEAN)
+        image = randaugment(image, rng, fill=fill, **augment.randaugment)
+    if augment.color_jitter:
+        image = color_jitter(image, augment.color_jitter, rng)
+    pixels = np.asarray(image)
+    if augment.erasing and rng.random() < augment.erasing:
+        pixels = erase(pixels, rng)
+    return pixels
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Draws the box of Inception's random resized crop, with torchvision's distribution.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        scale: smallest and largest area of the box, as a part of the image.
+        ratio: smallest and largest width / height of the box.
+        rng: source of the random numbers.
+
+    Returns:
+        (left, top, right, bottom), inside the image; the largest centred box whose shape is
+        allowed if no drawn one fits.
+    """
+    log_ratio = np.log(ratio)
+    for _ in range(_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return int(left), int(top), int(left) + w, int(top) + h
+    w = min(width, round(height * max(ratio)))
+    h = min(height, round(width / min(ratio)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast and saturation in random order, as torchvision's ColorJitter.
+
+    Args:
+        image: RGB image.
+        strength: factors are drawn from [1 - strength, 1 + strength], cut at 0.
+        rng: source of the random numbers.
+    """
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(len(enhancers)):
+        factor = rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
+        image = enhancers[i](image).enhance(factor)
+    return image
+
+
+def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fills a random box with noise: random erasing, timm's mode "pixel".
+
+    The box has 2 % to 1/3 of the area and an aspect of 0.3 to 10/3; the noise is standard normal
+    in normalised units, that is, N(MEAN, STD) in pixels, rounded and clipped.
+
+    Args:
+        pixels: uint8 (H, W, 3), left as it is.
+        rng: source of the random numbers.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width, _ = pixels.shape
+    for _ in range(_ATTEMPTS):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            noise = rng.standard_normal((h, w, 3), dtype=np.float32) * STD + MEAN
+            pixels = pixels.copy()
+            pixels[top : top + h, left : left + w] = np.rint(noise * 255).clip(0, 255)
+            break
+    return pixels
+
+
+def _random_shift(
+    image: Image.Image, rotation: float, translation: float, rng: np.random.Generator
+) -> Image.Image:
+    """Rotates about the centre by up to `rotation` degrees, moves by up to `translation` sides."""
+    angle = rng.uniform(-rotation, rotation)
+    shift = rng.uniform(-translation, translation, size=2) * image.size
+    # Filled with black: the background of the digits.
+    return image.rotate(angle, Image.Resampling.BILINEAR, translate=tuple(shift))
