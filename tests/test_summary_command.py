@@ -1,0 +1,146 @@
+"""Counting parameters and multiply-adds, and the command that prints them."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from tokenvit_jax import cli, list_models, ops, summary
+from tokenvit_jax.published import PUBLISHED
+
+# Parameters and GMACs at 224 x 224 of every registered model.
+EXACT = {
+    "dgt_t": (24_093_928, 4.328),
+    "dgt_s": (51_764_979, 9.381),
+    "dgt_b": (90_280_012, 16.361),
+}
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def run(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["summary", *args])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(summary.main, copy.deepcopy(summary.FLAGS))
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model(name):
+    result = summary.summarize(name, (224, 224))
+    params, gmacs = EXACT[name]
+    assert result.params == params
+    assert result.macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
+    paper = PUBLISHED[name]
+    assert params / 1e6 == pytest.approx(paper.params_m, rel=5e-3)
+    assert gmacs == pytest.approx(paper.gmacs, rel=1e-2)
+
+
+def test_products_and_convolutions():
+    einsum = lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k)  # noqa: E731
+    assert summary.count_macs(einsum, array(2, 5, 3, 8), array(2, 7, 3, 8)) == 2 * 3 * 5 * 7 * 8
+
+    def grouped(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )  # fmt: skip
+
+    macs = summary.count_macs(grouped, array(2, 9, 6, 12), array(3, 3, 3, 8))
+    assert macs == 2 * 5 * 3 * 8 * (3 * 3 * 3)
+
+
+def test_an_operator_counts_by_its_formula():
+    q, centroids = array(2, 196, 3, 8), array(3, 5, 8)
+    for path in ("dense", "tiles"):
+        attend = lambda q, c, path=path: ops.group_attention(q, q, q, c, top_k=20, path=path)  # noqa: E731
+        assert summary.count_macs(attend, q, centroids) == 2 * 196 * 24 * (2 * 20 + 2 * 5)
+    everything = lambda q, c: ops.group_attention(q, q, q, c, top_k=196)  # noqa: E731
+    assert summary.count_macs(everything, q, centroids) == 2 * 2 * 196**2 * 24
+    assert summary.count_macs(ops.dot_product_attention, q, q, q) == 2 * 2 * 196**2 * 24
+    assert summary.count_macs(ops.depthwise_conv, array(2, 5, 6, 4), array(3, 3, 4)) == 240 * 9
+
+
+@jax.custom_vjp
+def square_product(x):
+    return x @ x
+
+
+square_product.defvjp(lambda x: (x @ x, x), lambda x, dy: (dy @ x.T + x.T @ dy,))
+
+
+def test_counts_inside_control_flow():
+    product = lambda x: x @ x  # noqa: E731
+    one = 4**3
+    cases = {
+        "jit": (jax.jit(product), one),
+        "remat": (jax.checkpoint(product), one),
+        "custom_vjp": (square_product, one),
+        "scan": (lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], 5 * one),
+        "fori": (lambda x: lax.fori_loop(0, 3, lambda _, c: c @ c, x), 3 * one),
+        "map": (lambda x: lax.map(lambda r: r @ x, x), 4 * 4 * 4),
+        "cond": (lambda x: lax.cond(x[0, 0] > 0, product, lambda x: x @ x @ x, x), 2 * one),
+        "vmap": (lambda x: jax.vmap(product)(jnp.stack([x, x])), 2 * one),
+    }
+    counts = {name: summary.count_macs(fn, array(4, 4)) for name, (fn, _) in cases.items()}
+    assert counts == {name: expected for name, (_, expected) in cases.items()}
+
+
+def test_a_loop_of_unknown_length():
+    elementwise = lambda x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1, x)  # noqa: E731
+    assert summary.count_macs(elementwise, array(4, 4)) == 0
+    with pytest.raises(ValueError, match="while loop, of unknown length"):
+        summary.count_macs(
+            lambda x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ c, x), array(4, 4)
+        )
+
+
+def test_linen_layers():
+    model = nn.Sequential([nn.Conv(6, (3, 3), (2, 2)), nn.LayerNorm(), nn.Dense(5)])
+    x = array(1, 8, 10, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert summary.count_macs(model.apply, variables, x) == 4 * 5 * (6 * 27 + 5 * 6)
+
+
+def test_json_of_several_models():
+    command = [sys.executable, "-m", "tokenvit_jax.summary", "--model=dgt_t,dgt_s",
+               "--image_size=64x96", "--format=json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert [set(entry) for entry in result] == [{"name", "params", "macs"}] * 2
+    assert [entry["name"] for entry in result] == ["dgt_t", "dgt_s"]
+    assert result[0]["params"] == EXACT["dgt_t"][0]
+    assert result[0]["macs"] == summary.summarize("dgt_t", (64, 96)).macs
+
+
+def test_table(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "--model=dgt_t", "--image_size=224")
+    assert status == 0
+    assert out.splitlines()[-1].split() == ["dgt_t", "24,093,928", "24", "M", "4.328", "4.3"]
+
+
+@pytest.mark.parametrize(
+    ("arg", "status", "message"),
+    [
+        ("--model=dgt_tt", 1, "unknown model 'dgt_tt' (did you mean 'dgt_t'?); valid: dgt_b"),
+        ("--image_size=31", 1, "--image_size=31: both sides must be at least 32"),
+        ("--image_size=224x20", 1, "--image_size=224x20: both sides must be at least 32"),
+        ("--image_size=big", 1, "--image_size=big is neither a number nor HEIGHTxWIDTH"),
+        ("--format=xml", 2, "flag --format=xml: value should be one of <table|json>"),
+        ("--modle=dgt_t", 2, "Unknown command line flag 'modle'. Did you mean: model ?"),
+    ],
+)
+def test_mistakes(monkeypatch, capsys, arg, status, message):
+    found, out, err = run(monkeypatch, capsys, arg)
+    assert (found, out) == (status, "")
+    assert message in err
+    assert len(err.splitlines()) == 1

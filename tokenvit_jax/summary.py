@@ -1,0 +1,152 @@
+"""Parameters and multiply-adds (MACs) of models at any input size.
+
+    python -m tokenvit_jax.summary --model=dgt_t,dgt_s --image_size=224 --format=table
+
+Nothing is computed: shapes are enough. MACs are those of the forward pass of one image, linear
+layers, convolutions and attention; an operator of this package counts as what it computes
+(attention in groups: 2kLC + 2LGC, Eq. 6 of DGT), not as how.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.extend import core
+
+from tokenvit_jax import cli
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model, list_models
+from tokenvit_jax.ops.counted import MAC_FORMULAS
+from tokenvit_jax.published import PUBLISHED
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_list("model", None, "names, separated by commas; default: all", flag_values=FLAGS)
+flags.DEFINE_string("image_size", "224", "pixels: 224, or HEIGHTxWIDTH", flag_values=FLAGS)
+flags.DEFINE_enum("format", "table", ["table", "json"], "of the output", flag_values=FLAGS)
+
+
+class Summary(NamedTuple):
+    """name of a model, number of its parameters, multiply-adds of one image."""
+
+    name: str
+    params: int
+    macs: int
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Prints the summary of each model."""
+    image_size = parse_image_size(flag_values.image_size)
+    summaries = [summarize(name, image_size) for name in flag_values.model or list_models()]
+    if flag_values.format == "json":
+        print(json.dumps([summary._asdict() for summary in summaries], indent=2))
+    else:
+        print(_table(summaries, image_size))
+
+
+def summarize(name: str, image_size: tuple[int, int]) -> Summary:
+    """Counts the parameters and the multiply-adds of a model with 1000 classes.
+
+    Args:
+        name: one of :func:`tokenvit_jax.list_models`.
+        image_size: height and width, pixels.
+
+    Raises:
+        UserError: an unknown model, or an image too small for it.
+    """
+    model = create_model(name)
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    # make_jaxpr traces on shapes alone: no parameter is drawn, nothing is compiled.
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
+    macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return Summary(name, params, macs)
+
+
+def count_macs(fn: Callable, *args: Any) -> int:
+    """Counts the multiply-adds of matrix products and convolutions in a forward computation.
+
+    An operator of :mod:`tokenvit_jax.ops` counts by its formula, which holds for a plain call:
+    neither differentiated nor mapped by `jax.vmap`. Elementwise work is not counted.
+
+    Args:
+        fn: function of arrays.
+        *args: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and types matter.
+
+    Returns:
+        The number of multiply-adds; of the branches of a conditional, the most expensive one.
+
+    Raises:
+        ValueError: a product in a `while` loop, which may run any number of times.
+    """
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Reads "224" or "HEIGHTxWIDTH" as height and width.
+
+    Raises:
+        UserError: anything else, or a side that is too small for every model.
+    """
+    sizes = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not sizes:
+        raise UserError(f"--image_size={text} is neither a number nor HEIGHTxWIDTH, like 224x320")
+    height, width = int(sizes[1]), int(sizes[2] or sizes[1])
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise UserError(f"--image_size={text}: both sides must be at least {MIN_IMAGE_SIZE}")
+    return height, width
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    primitive, params = equation.primitive.name, equation.params
+    inputs, outputs = ([v.aval.shape for v in vs] for vs in (equation.invars, equation.outvars))
+    if primitive == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return math.prod(outputs[0]) * math.prod(inputs[0][i] for i in contracted)
+    if primitive == "conv_general_dilated":
+        # The kernel's input channels are those of one group already.
+        out_channel = params["dimension_numbers"].rhs_spec[0]
+        kernel = math.prod(inputs[1]) // inputs[1][out_channel]
+        return math.prod(outputs[0]) * kernel
+    if params.get("name") in MAC_FORMULAS:
+        return MAC_FORMULAS[params["name"]](inputs, outputs)
+
+    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    if primitive == "cond":
+        return max(inner)
+    if primitive == "while" and any(inner):
+        raise ValueError("a product in a while loop, of unknown length, cannot be counted")
+    return sum(inner) * (params["length"] if primitive == "scan" else 1)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _table(summaries: list[Summary], image_size: tuple[int, int]) -> str:
+    lines = [
+        f"one image of {image_size[0]} x {image_size[1]} pixels; published: at 224 x 224",
+        f"{'model':<12}{'parameters':>14}{'published':>12}{'GMACs':>10}{'published':>12}",
+    ]
+    for name, params, macs in summaries:
+        paper = PUBLISHED.get(name)
+        known = (f"{paper.params_m:g} M", f"{paper.gmacs:g}") if paper else ("", "")
+        lines.append(f"{name:<12}{params:>14,}{known[0]:>12}{macs / 1e9:>10.3f}{known[1]:>12}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)
