@@ -67,7 +67,7 @@ def default_config() -> ConfigDict:
     # Weight of the old query centroid in Eq. 4 of DGT: "literal" (0.1 x learning rate, the text of
     # the paper), "swapped" (1 - 0.1 x learning rate) or "constant" (`centroids.old_weight`).
     config.centroids = ConfigDict()
-    config.centroids.update = "constant"
+    config.centroids.rule = "constant"
     config.centroids.old_weight = 0.9
 
     # Devices.
