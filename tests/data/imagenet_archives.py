@@ -13,6 +13,10 @@ LABELS = (65, 230, 970)
 IMAGES_PER_CLASS = 4
 VALIDATION_LABELS = (65, 970, 230)  # of ILSVRC2012_val_00000001.JPEG and its successors
 
+# Files that tests replace by unreadable ones.
+TRUNCATED = "n02105855_1.JPEG"
+BROKEN = "ILSVRC2012_val_00000002.JPEG"
+
 
 def encode(seed: int, *, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
     """Returns the file of a smooth random image, 60 x 48 pixels."""

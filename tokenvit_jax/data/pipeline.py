@@ -58,7 +58,7 @@ def train_dataset(
         indices = _Repeated(indices, config.batch_size, config.data.repeats)
     skip = config.data.on_corrupt == "skip"
     transform = functools.partial(train_image, size=size, augment=config.augment)
-    examples = indices.seed(config.seed).random_map(_TrainExample(source, transform, skip))
+    examples = indices.random_map(_TrainExample(source, transform, skip))
     batches = examples.batch(batch)[process_index::process_count]
     return Batches(batches, (batch, size, size, 3), config.data.workers)
 
@@ -102,6 +102,8 @@ def eval_dataset(
 def _check(config: ConfigDict) -> None:
     if config.image_size < MIN_IMAGE_SIZE:
         raise UserError(f"image_size={config.image_size} is below {MIN_IMAGE_SIZE}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}; valid: 0 to {2**32 - 1}")
     if config.data.on_corrupt not in ("raise", "skip"):
         raise UserError(f"data.on_corrupt={config.data.on_corrupt!r}; valid: 'raise', 'skip'")
     if config.data.workers < 0:
@@ -118,7 +120,8 @@ def _check(config: ConfigDict) -> None:
 
 def _part(batch_size: int, name: str, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"{name}={batch_size}; valid: multiples of {process_count} processes")
+        valid = f"positive multiples of the number of processes, {process_count}"
+        raise UserError(f"{name}={batch_size}; valid: {valid}")
     return batch_size // process_count
 
 

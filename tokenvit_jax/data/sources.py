@@ -150,7 +150,7 @@ class TfdsSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`Source`."""
-        file_name = "its file could not be read"
+        file_name = "file unknown"
         try:
             record = self._records[index]
             file_name = record["file_name"].decode()

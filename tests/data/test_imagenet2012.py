@@ -1,0 +1,173 @@
+import copy
+import logging
+import sys
+
+import imagenet_archives
+import numpy as np
+import pytest
+from imagenet_archives import (
+    BROKEN,
+    CLASSES,
+    IMAGES_PER_CLASS,
+    LABELS,
+    TRUNCATED,
+    VALIDATION_LABELS,
+    encode,
+)
+
+from tokenvit_jax import cli, data, prepare
+from tokenvit_jax.config import imagenet_recipe
+from tokenvit_jax.data.datasets import imagenet2012
+from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.errors import UserError
+
+
+@pytest.fixture
+def config(prepared):
+    config = imagenet_recipe()
+    config.data.data_dir = str(prepared)
+    config.data.workers = 0
+    config.image_size = 32
+    config.batch_size = 12
+    config.data.eval_batch_size = 2
+    return config
+
+
+def records(prepared, split):
+    """Returns {file name: (index, label, encoded image)}."""
+    source = open_source("imagenet2012", split, str(prepared))
+    raw = [source._records[i] for i in range(len(source))]
+    return {r["file_name"].decode(): (i, r["label"], r["image"]) for i, r in enumerate(raw)}
+
+
+def test_all_images_are_stored_as_they_are_with_their_labels(prepared):
+    train = records(prepared, "train")
+    assert len(train) == len(CLASSES) * IMAGES_PER_CLASS
+    for wordnet_id, label in zip(CLASSES, LABELS, strict=True):
+        for i in range(IMAGES_PER_CLASS):
+            assert train[f"{wordnet_id}_{i}.JPEG"][1] == label
+    assert train["n02105855_3.JPEG"][2] == encode(13)
+    validation = records(prepared, "validation")
+    for number, label in enumerate(VALIDATION_LABELS, 1):
+        assert validation[f"ILSVRC2012_val_{number:08d}.JPEG"][1] == label
+
+
+def test_training_reads_every_kind_of_file(config):
+    config.data.on_corrupt = "skip"
+    batch = next(iter(data.train_dataset(config)))
+    assert batch["image"].shape == (12, 32, 32, 3)
+    assert batch["skipped"].sum() == 1
+    assert np.bincount(batch["label"])[list(LABELS)].sum() == 12
+
+
+def test_truncated_image_names_split_index_and_file(config, prepared):
+    index = records(prepared, "train")[TRUNCATED][0]
+    with pytest.raises(UserError) as error:
+        next(iter(data.train_dataset(config)))
+    message = str(error.value)
+    assert f"imagenet2012 split 'train', record {index} ({TRUNCATED}): cannot decode" in message
+    assert "\n" not in message and message.endswith('data.on_corrupt="skip" passes over it')
+
+
+def test_evaluation_masks_a_broken_image(config, prepared, caplog):
+    index = records(prepared, "validation")[BROKEN][0]
+    config.data.on_corrupt = "skip"
+    with caplog.at_level(logging.WARNING):
+        batches = list(data.eval_dataset(config))
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(masks, [i != index for i in range(3)] + [0])
+    (message,) = caplog.messages
+    assert f"skipped imagenet2012 split 'validation', record {index} ({BROKEN})" in message
+
+
+def test_damaged_record_file_names_the_record(prepared, tmp_path):
+    source_dir = prepared / "imagenet2012" / "5.1.0"
+    target_dir = tmp_path / "imagenet2012" / "5.1.0"
+    target_dir.mkdir(parents=True)
+    for file in source_dir.iterdir():
+        content = bytearray(file.read_bytes())
+        if "train.array_record" in file.name:
+            content[2000] ^= 255
+        (target_dir / file.name).write_bytes(content)
+    source = open_source("imagenet2012", "train", str(tmp_path))
+    messages = []
+    for index in range(len(source)):
+        try:
+            source.read(index)
+        except UserError as error:
+            assert f"imagenet2012 split 'train', record {index} (" in str(error)
+            messages.append(str(error))
+    assert any("hash mismatch" in message for message in messages)
+
+
+def test_missing_archives_are_named(tmp_path, archives):
+    with pytest.raises(UserError) as error:
+        imagenet2012.prepare(tmp_path, tmp_path / "out")
+    for part in ("ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", "image-net.org", tmp_path):
+        assert str(part) in str(error.value)
+    (tmp_path / "ILSVRC2012_img_train.tar").symlink_to(archives / "ILSVRC2012_img_train.tar")
+    with pytest.raises(UserError, match=r"^ILSVRC2012_img_val.tar not found"):
+        imagenet2012.prepare(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_cut_archive_is_named_and_leaves_nothing_prepared(tmp_path, archives, name):
+    for archive in archives.iterdir():
+        content = archive.read_bytes()
+        # In the middle of the last image.
+        last = content.rindex(b"\xff\xd8\xff")
+        (tmp_path / archive.name).write_bytes(
+            content[: last + 100] if archive.name == name else content
+        )
+    with pytest.raises(UserError, match=f"{name} is damaged or not downloaded completely"):
+        imagenet2012.prepare(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="not found in"):
+        open_source("imagenet2012", "train", str(tmp_path / "out"))
+
+
+def test_foreign_archive_is_refused(tmp_path, archives):
+    for name, other in (("train", "val"), ("val", "train")):
+        (tmp_path / f"ILSVRC2012_img_{name}.tar").symlink_to(
+            archives / f"ILSVRC2012_img_{other}.tar"
+        )
+    with pytest.raises(UserError, match=r"expected one archive per class, such as 'n01440764.tar'"):
+        imagenet2012.prepare(tmp_path, tmp_path / "out")
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(prepare.main, copy.deepcopy(prepare.FLAGS), positional=("DATASET",))
+    return exit_info.value.code
+
+
+def test_command_prepares_once(monkeypatch, capsys, tmp_path):
+    imagenet_archives.write_archives(tmp_path / "downloads" / "manual")
+    assert run_command(monkeypatch, "imagenet2012", f"--data_dir={tmp_path}") == 0
+    folder = tmp_path / "imagenet2012" / "5.1.0"
+    assert f"imagenet2012 is prepared in {folder}" in capsys.readouterr().out
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert run_command(monkeypatch, "imagenet2012", f"--data_dir={tmp_path}") == 0
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        ([], 2, "argument DATASET is missing"),
+        (["digits", "more"], 2, "unexpected argument 'more'"),
+        (["imagenet2012", "--manual=x"], 2, "Unknown command line flag 'manual'"),
+        (["imagenet"], 1, "no dataset 'imagenet'; did you mean 'imagenet2012'?"),
+        (["imagenet2012", "--manual_dir=/nowhere"], 1, "not found in --manual_dir=/nowhere"),
+    ],
+)
+def test_wrong_command_gives_one_line(monkeypatch, capsys, tmp_path, arguments, status, message):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_command(monkeypatch, *arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_digits_need_no_preparation(monkeypatch, capsys):
+    assert run_command(monkeypatch, "digits") == 0
+    assert "nothing to prepare" in capsys.readouterr().out

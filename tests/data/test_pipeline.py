@@ -1,0 +1,312 @@
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenvit_jax import data
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data import pipeline
+from tokenvit_jax.errors import UserError
+
+
+class NumberedSource:
+    """The label of a record is its index, and so is the colour of its image."""
+
+    def __init__(self, size, corrupt=(), fatal=()):
+        self.size = size
+        self.corrupt = corrupt
+        self.fatal = fatal
+
+    def __len__(self):
+        return self.size
+
+    def read(self, index):
+        if index in self.fatal:
+            os._exit(1)
+        if index in self.corrupt:
+            raise UserError(f"numbers, record {index}: unreadable")
+        return Image.new("RGB", (8, 8), (index, index, index)), index
+
+
+@pytest.fixture
+def config():
+    config = default_config()
+    config.image_size = 32
+    config.batch_size = 8
+    config.data.eval_batch_size = 8
+    return config
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+    """Lets a test choose the records of all splits."""
+
+    def use(*args, **kwargs):
+        source = NumberedSource(*args, **kwargs)
+        monkeypatch.setattr(pipeline, "open_source", lambda name, split, data_dir: source)
+
+    return use
+
+
+def take(dataset, count):
+    iterator = iter(dataset)
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def labels_of(batches):
+    return np.concatenate([batch["label"] for batch in batches])
+
+
+def augmented(config):
+    config.augment.rotation = 20.0
+    config.augment.translation = 0.2
+    config.augment.erasing = 0.5
+    return config
+
+
+def test_batches_have_the_promised_types(config):
+    (batch,) = take(data.train_dataset(config), 1)
+    assert {name: (values.shape, str(values.dtype)) for name, values in batch.items()} == {
+        "image": ((8, 32, 32, 3), "uint8"),
+        "label": ((8,), "int32"),
+        "skipped": ((8,), "int32"),
+    }
+    batch = next(iter(data.eval_dataset(config)))
+    assert batch["image"].shape == (8, 32, 32, 3) and batch["mask"].dtype == np.float32
+
+
+def test_every_epoch_has_every_record_once_in_another_order(config, numbers):
+    numbers(20)  # 5 batches are 2 epochs
+    labels = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+    assert sorted(labels[0]) == sorted(labels[1]) == list(range(20))
+    assert np.any(labels[0] != labels[1]) and np.any(labels[0] != np.arange(20))
+    again = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+    np.testing.assert_array_equal(again, labels)
+    config.seed = 1
+    other = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+    assert np.any(other[0] != labels[0]) and np.any(other[0] != labels[1])
+
+
+def test_same_record_is_augmented_anew_each_time(config, numbers):
+    numbers(1)
+    config.augment.erasing = 1.0
+    (batch,) = take(data.train_dataset(config), 1)
+    assert len({image.tobytes() for image in batch["image"]}) == 8
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_batches_of_one(config, process_count, repeats):
+    augmented(config).data.repeats = repeats
+    whole = take(data.train_dataset(config), 3)
+    parts = [
+        take(data.train_dataset(config, process_index=p, process_count=process_count), 3)
+        for p in range(process_count)
+    ]
+    joined = [
+        {name: np.concatenate([part[s][name] for part in parts]) for name in whole[s]}
+        for s in range(3)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_repeats_are_interleaved_in_the_batch(config, numbers):
+    numbers(12)
+    config.data.repeats = 2
+    labels = labels_of(take(data.train_dataset(config), 6)).reshape(6, 8)  # 2 epochs, twice
+    np.testing.assert_array_equal(labels[:, :4], labels[:, 4:])
+    assert (labels[:, 0::2] != labels[:, 1::2]).all()  # what Mixup pairs
+    np.testing.assert_array_equal(np.bincount(labels[:3].ravel()), np.full(12, 2))
+
+
+def test_state_resumes_in_the_middle_of_an_epoch(config):
+    iterator = iter(data.train_dataset(augmented(config)))
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    rest = [next(iterator) for _ in range(2)]
+    resumed = iter(data.train_dataset(config))
+    next(resumed)
+    resumed.set_state(state)
+    assert_equal([next(resumed) for _ in range(2)], rest)
+    assert resumed.get_state() == iterator.get_state() == {"next_index": 5}
+
+
+def test_workers_change_neither_batches_nor_state(config):
+    expected = take(data.train_dataset(augmented(config)), 7)
+    config.data.workers = 2
+    iterator = iter(data.train_dataset(config))
+    assert_equal([next(iterator) for _ in range(4)], expected[:4])
+    state = iterator.get_state()
+    iterator.set_state({"next_index": 1})
+    assert_equal([next(iterator)], expected[1:2])
+    iterator.close()
+
+    config.data.workers = 0  # goes on with another number of workers
+    resumed = iter(data.train_dataset(config))
+    resumed.set_state(state)
+    assert_equal([next(resumed) for _ in range(3)], expected[4:])
+
+
+@pytest.mark.parametrize("process_count, workers", [(1, 0), (2, 0), (1, 1)])
+def test_evaluation_counts_every_record_once(config, numbers, process_count, workers):
+    numbers(21)
+    config.data.workers = workers
+    passes = [
+        list(data.eval_dataset(config, process_index=p, process_count=process_count))
+        for p in range(process_count)
+    ]
+    assert [len(batches) for batches in passes] == [3] * process_count
+    batches = [batch for one in passes for batch in one]
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    assert masks.sum() == 21
+    assert sorted(labels_of(batches)[masks == 1]) == list(range(21))
+    images = np.concatenate([batch["image"] for batch in batches])
+    np.testing.assert_array_equal(images[masks == 1][:, 0, 0, 0], labels_of(batches)[masks == 1])
+
+
+def test_digits_are_evaluated_whole(config):
+    whole = take(data.eval_dataset(config), 1)
+    config.data.eval_crop = 1.0
+    assert_equal(whole, take(data.eval_dataset(config), 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_record_is_an_error(config, numbers, workers):
+    numbers(8, corrupt=(3,))
+    config.data.workers = workers
+    message = 'numbers, record 3: unreadable; data.on_corrupt="skip" passes over it'
+    for make in (data.train_dataset, data.eval_dataset):
+        with pytest.raises(UserError) as error:
+            next(iter(make(config)))
+        assert str(error.value) == message
+
+
+def test_skipped_record_is_replaced_counted_and_logged_once(config, numbers, caplog):
+    numbers(16, corrupt=(3, 4, 15))
+    config.data.on_corrupt = "skip"
+    with caplog.at_level(logging.WARNING):
+        batches = take(data.train_dataset(config), 4)  # 2 epochs
+    labels = labels_of(batches).reshape(2, 16)
+    # 3 and 4 are replaced by 5, 15 by the first one.
+    for epoch in labels:
+        assert sorted(epoch) == sorted([0, 0, 1, 2, 5, 5, 5, *range(6, 15)])
+    skipped = np.concatenate([batch["skipped"] for batch in batches])
+    assert sorted(skipped[skipped > 0]) == [
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # per epoch: 4 and 15 pass 1, 3 passes 2
+    for record in (3, 4, 15):
+        line = f"skipped numbers, record {record}: unreadable"
+        assert [message for message in caplog.messages if message == line] == [line]
+
+
+def test_skipped_record_does_not_count_in_evaluation(config, numbers):
+    numbers(8, corrupt=(3,))
+    config.data.on_corrupt = "skip"
+    (batch,) = data.eval_dataset(config)
+    np.testing.assert_array_equal(batch["mask"], np.arange(8) != 3)
+    np.testing.assert_array_equal(batch["skipped"], np.arange(8) == 3)
+
+
+def test_nothing_readable_is_an_error(config, numbers):
+    numbers(4, corrupt=range(4))
+    config.data.on_corrupt = "skip"
+    with pytest.raises(UserError, match="none of the 4 records can be read"):
+        next(iter(data.train_dataset(config)))
+
+
+def test_death_of_a_worker_is_an_error(config, numbers):
+    numbers(8, fatal=(3,))
+    config.data.workers = 1
+    with pytest.raises(UserError, match="a worker process of the data pipeline died"):
+        next(iter(data.train_dataset(config)))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("image_size", 31, "image_size=31 is below 32"),
+        ("batch_size", 9, "batch_size=9; valid: positive multiples of the number of processes, 2"),
+        ("data.eval_batch_size", 9, "data.eval_batch_size=9; valid: positive multiples"),
+        ("data.on_corrupt", "ignore", "data.on_corrupt='ignore'; valid: 'raise', 'skip'"),
+        ("seed", -1, "seed=-1; valid: 0 to 4294967295"),
+        ("data.workers", -1, "data.workers=-1; valid: 0 or more"),
+        ("data.eval_crop", 0.0, "data.eval_crop=0.0; valid: above 0, up to 1"),
+        ("data.repeats", 0, "data.repeats=0; valid: 1, or a divisor of batch_size=8 below it"),
+        ("data.repeats", 3, "data.repeats=3; valid: 1, or a divisor of batch_size=8 below it"),
+        ("data.repeats", 8, "data.repeats=8; valid: 1, or a divisor of batch_size=8 below it"),
+        ("dataset", "digit", "no dataset 'digit'; did you mean 'digits'? "),
+    ],
+)
+def test_wrong_value_is_named(config, key, value, message):
+    config.update_from_flattened_dict({key: value})
+    make = data.eval_dataset if "eval" in key else data.train_dataset
+    with pytest.raises(UserError) as error:
+        make(config, process_count=2)
+    assert message in str(error.value)
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+from tokenvit_jax import data
+from tokenvit_jax.config import default_config
+
+if __name__ == "__main__":
+    config = default_config()
+    config.image_size, config.data.workers = 32, 1
+    iterator = iter(data.train_dataset(config))
+    next(iterator)
+    worker = multiprocessing.active_children()[0].pid
+    print(worker, flush=True)
+    os.kill(worker, signal.SIGTERM)  # as a cluster does to all processes of a job
+    for _ in range(3):
+        next(iterator)
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_workers_end_with_their_parent(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, script, how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    worker = int(result.stdout)
+    if how == "exit":
+        assert (result.returncode, result.stderr) == (0, "")
+    deadline = time.monotonic() + 10
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(worker)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

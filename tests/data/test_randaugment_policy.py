@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenvit_jax.data import randaugment as module
+from tokenvit_jax.data.randaugment import OPERATIONS, apply_operation, randaugment
+
+FILL = (124, 116, 104)
+
+
+@pytest.fixture(scope="module")
+def image():
+    corners = np.array([[[0, 40, 90], [60, 90, 10]], [[80, 20, 30], [250, 210, 180]]], np.uint8)
+    return Image.fromarray(corners).resize((32, 24), Image.Resampling.BILINEAR)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_keep_size_and_grow_with_the_level(image, name):
+    distances = []
+    for level in (0.0, 4.0, 9.0):
+        result = apply_operation(image, name, level, 1, FILL)
+        assert (result.size, result.mode) == (image.size, "RGB")
+        distances.append(np.abs(np.asarray(result, int) - np.asarray(image, int)).mean())
+    if name in ("auto_contrast", "equalize", "invert"):
+        assert len(set(distances)) == 1  # these have no level
+    elif name == "posterize":
+        assert distances[0] < distances[1] < distances[2]  # 4, 3, 1 bits kept
+    else:
+        assert distances[0] == 0 and 0 < distances[1] < distances[2]
+
+
+def test_strongest_posterize_is_black(image):
+    assert not np.asarray(apply_operation(image, "posterize", 10.0, 1, FILL)).any()
+
+
+def test_policy_draws_level_sign_and_probability(image, monkeypatch):
+    calls = []
+
+    def record(image, part, sign, fill):
+        calls.append((part, sign))
+        assert fill == FILL
+        return image
+
+    monkeypatch.setattr(module, "OPERATIONS", {"record": record})
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        randaugment(image, rng, num_ops=2, magnitude=9.0, magnitude_std=0.5, fill=FILL)
+
+    parts, signs = np.transpose(calls)
+    assert abs(len(calls) / 4000 - 0.5) < 0.04  # five standard errors
+    assert abs(np.mean(signs)) < 0.1 and set(signs) == {-1, 1}
+    assert parts.max() == 1.0 and (parts == 1.0).mean() < 0.05  # cut at 10
+    assert abs(np.median(parts) - 0.9) < 0.01 and abs(parts.std() - 0.049) < 0.005
+
+
+def test_every_operation_is_drawn(image, monkeypatch):
+    drawn = set()
+
+    def recorder(name):
+        return lambda image, part, sign, fill: drawn.add(name) or image
+
+    monkeypatch.setattr(module, "OPERATIONS", {name: recorder(name) for name in OPERATIONS})
+    randaugment(
+        image, np.random.default_rng(0), num_ops=300, magnitude=9.0, magnitude_std=0.5, fill=FILL
+    )
+    assert drawn == set(OPERATIONS)

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from tokenvit_jax import data
+from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.errors import UserError
+
+
+@pytest.mark.parametrize("name", data.list_datasets())
+def test_info_is_consistent(name):
+    info = data.dataset_info(name)
+    assert info.name == name
+    assert info.train_split in info.splits and info.eval_split in info.splits
+    assert info.class_names is None or len(info.class_names) == info.num_classes
+
+
+def test_unknown_dataset_names_the_nearest():
+    with pytest.raises(UserError, match=r"'digitz'; did you mean 'digits'.*digits, imagenet2012"):
+        data.dataset_info("digitz")
+    with pytest.raises(UserError, match="no dataset 'zzz'; valid: digits, imagenet2012"):
+        data.dataset_info("zzz")
+
+
+def test_digits_splits_partition_the_images_by_class():
+    info = data.dataset_info("digits")
+    found, labels = [], {}
+    for split, size in info.splits.items():
+        source = open_source("digits", split, data_dir="")
+        records = [source.read(i) for i in range(len(source))]
+        assert len(records) == size
+        assert all(image.mode == "RGB" and image.size == (8, 8) for image, _ in records)
+        labels[split] = [label for _, label in records]
+        found += [(label, np.asarray(image)[..., 0].tobytes()) for image, label in records]
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    expected = [
+        (int(label), image.tobytes()) for label, image in zip(digits.target, pixels, strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+    share = np.bincount(labels["test"]) / np.bincount(digits.target)
+    np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
+    with pytest.raises(UserError) as error:
+        open_source("imagenet2012", "train", str(tmp_path))
+    assert str(error.value) == (
+        f"dataset imagenet2012 not found in data.data_dir={tmp_path}; prepare it with: "
+        f"python -m tokenvit_jax.prepare imagenet2012 --manual_dir=ARCHIVES --data_dir={tmp_path}"
+    )

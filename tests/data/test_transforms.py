@@ -1,0 +1,186 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data import transforms
+from tokenvit_jax.data.transforms import MEAN, STD
+from tokenvit_jax.errors import UserError
+
+
+@pytest.fixture
+def augment():
+    return default_config().augment
+
+
+@pytest.fixture(scope="module")
+def photo():
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+def encode(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "mode, file_format",
+    [
+        ("RGB", "PNG"),
+        ("RGB", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("L", "JPEG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+    ],
+)
+def test_decode_gives_rgb(photo, mode, file_format):
+    image = transforms.decode_image(encode(photo.convert(mode), file_format))
+    assert (image.mode, image.size) == ("RGB", photo.size)
+    reference = photo.convert("L").convert("RGB") if mode == "L" else photo
+    error = np.abs(np.asarray(image, int) - np.asarray(reference, int)).mean()
+    assert error < (25 if mode in ("P", "CMYK") else 5)  # a palette has 256 colours; ink is not RGB
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
+    encoded = encode(photo, "JPEG", quality=90, progressive=progressive)
+    whole = np.asarray(transforms.decode_image(encoded))
+    errors = 0
+    for length in range(0, len(encoded), 37):
+        try:
+            image = np.asarray(transforms.decode_image(encoded[:length]))
+        except UserError as error:
+            assert f"cannot decode {length} bytes" in str(error)
+            errors += 1
+        else:  # only bytes after the last pixel were cut off
+            np.testing.assert_array_equal(image, whole)
+    assert errors >= len(range(0, len(encoded), 37)) - 1
+
+
+@pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_what_is_no_image_is_refused(encoded):
+    with pytest.raises(UserError, match="cannot decode"):
+        transforms.decode_image(encoded)
+
+
+def test_eval_image_shows_the_centre():
+    # 160 x 80: a white square of 40 in the centre, resized to 128 x 64, of which 32 are white.
+    pixels = np.zeros((80, 160, 3), np.uint8)
+    pixels[20:60, 60:100] = 255
+    image = transforms.eval_image(Image.fromarray(pixels), 32, 0.5)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert image[2:-2, 2:-2].min() > 250
+
+
+def test_training_without_augmentation_is_the_whole_image(photo, augment):
+    rng = np.random.default_rng(0)
+    image = transforms.train_image(photo, 32, augment, rng)
+    np.testing.assert_array_equal(image, transforms.eval_image(photo, 32, 1.0))
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
+def test_flip_mirrors(photo, augment):
+    plain = transforms.train_image(photo, 32, augment, np.random.default_rng(0))
+    augment.flip = 1.0
+    flipped = transforms.train_image(photo, 32, augment, np.random.default_rng(0))
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+
+
+def test_everything_on_depends_on_the_generator_only(photo, augment):
+    augment.update(crop_scale=(0.1, 1.0), flip=0.5, color_jitter=0.4, erasing=0.5)
+    augment.update(rotation=10.0, translation=0.1)
+    augment.randaugment.num_ops = 2
+    images = [
+        transforms.train_image(photo, 32, augment, np.random.default_rng(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert images[0].shape == (32, 32, 3) and images[0].dtype == np.uint8
+    np.testing.assert_array_equal(images[0], images[1])
+    assert np.any(images[0] != images[2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    width=st.integers(1, 400),
+    height=st.integers(1, 400),
+    low=st.floats(0.01, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_crop_box_is_inside_and_of_the_size_asked_for(width, height, low, seed):
+    scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = transforms.random_crop_box(width, height, scale, ratio, rng)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    if min(width, height) > 50 and 0.8 < width / height < 1.25:
+        w, h = right - left, bottom - top
+        assert 3 / 4 - 0.2 < w / h < 4 / 3 + 0.2  # sides are rounded
+        assert w * h > 0.8 * low * width * height
+
+
+@pytest.mark.parametrize("size, box", [((400, 20), (186, 0, 213, 20)), ((9, 90), (0, 39, 9, 51))])
+def test_crop_box_of_a_strip_is_its_centre(size, box):
+    box_found = transforms.random_crop_box(
+        *size, (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)
+    )
+    assert box_found == box
+
+
+def test_erasing_fills_a_box_with_noise():
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    areas, values = [], []
+    for seed in range(100):
+        erased = transforms.erase(grey, np.random.default_rng(seed))
+        rows, columns = np.nonzero((erased != grey).any(-1))
+        box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+        areas.append((box[0].stop - box[0].start) * (box[1].stop - box[1].start) / 64**2)
+        values.append(erased[box].reshape(-1, 3))
+        erased[box] = 128
+        np.testing.assert_array_equal(erased, grey)
+    assert (grey == 128).all()  # the argument is left as it is
+    assert 0.01 < min(areas) < 0.06 and 0.25 < max(areas) < 0.36
+    noise = np.concatenate(values) / 255
+    np.testing.assert_allclose(noise.mean(0), MEAN, atol=0.02)  # clipping at 0 and 1 moves it
+    np.testing.assert_allclose(noise.std(0), STD, atol=0.02)
+
+
+def test_jitter_stays_within_its_strength():
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave it as it is
+    values = [
+        np.asarray(transforms.color_jitter(grey, 0.4, np.random.default_rng(seed)))[0, 0, 0]
+        for seed in range(200)
+    ]
+    assert 60 <= min(values) < 65 and 135 < max(values) <= 140
+
+
+def test_translation_moves_and_rotation_turns(augment):
+    pixels = np.zeros((41, 41, 3), np.uint8)
+    pixels[18:23, 18:23] = 255  # the centre
+    image = Image.fromarray(pixels)
+    augment.translation = 0.25
+    centres = []
+    for seed in range(100):
+        moved = transforms.train_image(image, 41, augment, np.random.default_rng(seed))
+        centres.append(np.argwhere(moved[..., 0] > 127).mean(0) - 20)
+    distance = np.abs(centres).max(0)
+    assert (distance > 8).all() and (distance < 0.25 * 41 + 1).all()
+
+    augment.translation, augment.rotation = 0.0, 30.0
+    bar = np.zeros((41, 41, 3), np.uint8)
+    bar[19:22] = 255
+    angles = []
+    for seed in range(100):
+        turned = transforms.train_image(
+            Image.fromarray(bar), 41, augment, np.random.default_rng(seed)
+        )
+        rows = [
+            turned[:, c, 0].astype(float) @ np.arange(41) / turned[:, c, 0].sum() for c in (10, 30)
+        ]
+        angles.append(np.degrees(np.arctan2(rows[1] - rows[0], 20)))
+    assert 25 < max(angles) < 31 and -31 < min(angles) < -25
