@@ -1,8 +1,9 @@
 """What the commands share: parsing flags and configs, and one-line errors instead of tracebacks."""
 
 import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -10,19 +11,30 @@ from tokenvit_jax.errors import UserError
 
 
 def run(
-    main: Callable[..., None], flag_values: flags.FlagValues, positional: tuple[str, ...] = ()
+    main: Callable[..., None],
+    flag_values: flags.FlagValues,
+    *,
+    required: Sequence[str] = (),
+    positional: Sequence[str] = (),
 ) -> None:
     """Parses the command line and calls ``main``; never returns.
-
-    ``positional`` names the arguments that have no flag; ``main`` receives them after the flags.
 
     Exit status 0: done. 1: the work failed for a reason in the message (a missing file, a bad
     value). 2: a flag or a configuration key is wrong. Anything else is a bug of this package and
     keeps its traceback.
+
+    Args:
+        main: the command; takes the parsed flags, then the positional arguments.
+        flag_values: the flags that it defines.
+        required: names of flags that must be given.
+        positional: names of the arguments that have no flag; all must be given.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # grain and tensorflow_datasets read absl's global flags, which nobody parses here.
     flags.FLAGS.mark_as_parsed()
+    if {"--help", "-h"} & set(sys.argv):
+        print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
+        sys.exit(0)
     try:
         rest = flag_values(sys.argv)[1:]
         if len(rest) > len(positional):
@@ -30,16 +42,59 @@ def run(
             raise UserError(f"unexpected argument {unexpected!r}; flags have the form --name=value")
         if len(rest) < len(positional):
             raise UserError(f"argument {positional[len(rest)]} is missing")
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        _exit(2, error)
+        for name in required:
+            if flag_values[name].value is None:
+                raise UserError(f"--{name} is missing; {flag_values[name].help}")
+    except Exception as error:  # a configuration file is the user's code: it may raise anything
+        _exit(2, _parse_message(error))
     try:
         main(flag_values, *rest)
-    except UserError as error:
-        _exit(1, error)
+    except (UserError, OSError) as error:
+        _exit(1, str(error))
     sys.exit(0)
 
 
-def _exit(status: int, error: Exception) -> None:
-    message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
+def define_config(flag_values: flags.FlagValues) -> None:
+    """Defines the flag --config=FILE.py[:ARGUMENT] and its overrides --config.key=value."""
+    from ml_collections import config_flags  # not every command has a config
+
+    config_flags.DEFINE_config_file(
+        "config", None, "configuration: --config=FILE.py or FILE.py:ARGUMENT", flag_values
+    )
+
+
+def read_config(flag_values: flags.FlagValues):
+    """Returns the locked `ConfigDict` of the flag --config.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    from ml_collections import ConfigDict
+
+    config = flag_values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={flag_values['config'].config_filename}: no such file")
+    return config
+
+
+def _parse_message(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError | TypeError):
+        # ml_collections names the last part of a wrong key only, in quotes of quotes.
+        found = re.search(r"\w+", text)
+        keys = [arg.split("=")[0] for arg in sys.argv if arg.startswith("--config.")]
+        wrong = next((key for key in keys if found and found[0] in key.split(".")), None)
+        hint = re.search(r'Did you mean "(\w+)"', text)
+        if wrong or keys:
+            near = f"; did you mean {hint[1]!r}?" if hint else ""
+            return f"{wrong or keys[0]} is not a key of the configuration{near}"
+    if "Traceback (most recent call last)" in text:
+        # ml_collections puts the traceback of a configuration file into its message.
+        text = text.split(":", 1)[0] + ": " + text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+    known = isinstance(error, UserError | flags.Error | OSError)
+    return text if known else f"--config: {type(error).__name__}: {text}"
+
+
+def _exit(status: int, message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

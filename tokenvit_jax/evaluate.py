@@ -1,0 +1,68 @@
+"""Evaluates a checkpoint: python -m tokenvit_jax.evaluate --config=CONFIG.py --workdir=DIRECTORY.
+
+Prints the metrics as one line of JSON. --checkpoint=last, best (highest accuracy) or a step.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from tokenvit_jax import cli
+from tokenvit_jax.data import dataset_info, eval_dataset
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.training.checkpoint import check_same_variables, load_checkpoint
+from tokenvit_jax.training.step import make_eval_step
+from tokenvit_jax.training.validate import check_config
+
+FLAGS = flags.FlagValues()
+cli.define_config(FLAGS)
+flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
+flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
+
+
+def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dict[str, float]:
+    """Returns the metrics of a checkpoint over the whole evaluation split.
+
+    Args:
+      config: see `tokenvit_jax.config`.
+      workdir: folder of a training run.
+      checkpoint: "last", "best" or a step.
+
+    Returns:
+      "step", "eval/accuracy" (a part of 1) and "eval/loss" (nats per image).
+
+    Raises:
+      UserError: there is no such checkpoint, it is of another model, or a value of the config
+        does not fit.
+    """
+    check_config(config)
+    parallel = devices.make_parallel(config)
+    loaded = load_checkpoint(workdir, checkpoint)
+    num_classes = dataset_info(config.dataset).num_classes
+    model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), "float32")
+    expected = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    check_same_variables(loaded.variables, expected, loaded.path)
+
+    eval_step = parallel.eval_step(make_eval_step(model, axis_name=parallel.axis_name))
+    variables = parallel.put_variables(loaded.variables)
+    sums = devices.map_batches(
+        functools.partial(eval_step, variables), eval_dataset(config), parallel.put_batch
+    )
+    return {"step": loaded.step, **classification.mean_metrics(sums)}
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Runs the command."""
+    config = cli.read_config(flag_values)
+    metrics = evaluate(config, Path(flag_values.workdir), flag_values.checkpoint)
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, required=("config", "workdir"))

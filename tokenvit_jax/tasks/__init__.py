@@ -1,0 +1,1 @@
+"""Tasks: the loss and the metrics that go with a kind of label."""

@@ -1,0 +1,90 @@
+"""Image classification: model, targets, loss and metrics."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from tokenvit_jax.models import create_model
+
+
+def make_model(config: ConfigDict, num_classes: int, *, axis_name: str | None = None) -> nn.Module:
+    """Returns the classifier of a configuration.
+
+    Args:
+      config: reads `model`, `model_overrides` and `dtype`.
+      num_classes: number of classes.
+      axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
+
+    Raises:
+      UserError: unknown model or override.
+    """
+    return create_model(
+        config.model,
+        num_classes=num_classes,
+        dtype=jnp.dtype(config.dtype),
+        axis_name=axis_name,
+        **config.model_overrides.to_dict(),
+    )
+
+
+def soft_targets(labels: jax.Array, num_classes: int, label_smoothing: float) -> jax.Array:
+    """Returns class probabilities to learn from integer labels.
+
+    Args:
+      labels: (B,) int, classes in [0, num_classes).
+      num_classes: number of classes.
+      label_smoothing: probability that is spread evenly over all classes.
+
+    Returns:
+      (B, num_classes) float32; every row sums to 1.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture", section 7.
+    """
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy of a batch.
+
+    Args:
+      logits: (B, num_classes), any float type; computed in float32.
+      targets: (B, num_classes) class probabilities.
+
+    Returns:
+      () float32, nats.
+    """
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
+
+
+def metric_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Returns sums over the images of a batch that :func:`mean_metrics` turns into metrics.
+
+    Args:
+      logits: (B, num_classes).
+      labels: (B,) int.
+      mask: (B,) 1.0 for an image, 0.0 for padding.
+
+    Returns:
+      "loss" (nats), "accuracy" (correct images) and "count" (images), () float32 each.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return {
+        # Not losses * mask: padding may be anything, and infinity times 0 is not 0.
+        "loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+        "accuracy": jnp.sum(correct * mask),
+        "count": jnp.sum(mask),
+    }
+
+
+def mean_metrics(sums: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Returns {"eval/accuracy", "eval/loss"} of a pass from the :func:`metric_sums` of its batches.
+
+    Accuracy is a part of 1, the loss is in nats per image.
+    """
+    # On the host in float64: exact for any number of images.
+    totals = {name: sum(float(batch[name]) for batch in sums) for name in ("accuracy", "loss")}
+    count = sum(float(batch["count"]) for batch in sums)
+    return {f"eval/{name}": total / count for name, total in totals.items()}

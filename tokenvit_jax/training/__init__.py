@@ -1,0 +1,1 @@
+"""Training: state, optimizer, step, mixing, devices, checkpoints and logs."""

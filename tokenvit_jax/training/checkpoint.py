@@ -1,0 +1,303 @@
+"""Checkpoints of a run in `WORKDIR/checkpoints/STEP`, written by orbax in the background.
+
+A checkpoint has three items: "model" (parameters, averages, other collections), "optimizer" and
+"progress" (the state of the data iterator, in JSON). A checkpoint appears under its name only
+when it is complete.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.training.parallel import on_main_process
+from tokenvit_jax.training.state import TrainState, eval_variables
+
+BEST_METRIC = "eval/accuracy"
+FOLDER = "checkpoints"
+
+# orbax logs what it also raises, with tracebacks.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class Checkpoints:
+    """Saves and restores the state of a run; every process calls the same methods.
+
+    A context manager: leaving it waits until everything is written.
+    """
+
+    def __init__(self, workdir: Path, *, keep_last: int, keep_best: int):
+        """Opens the checkpoints of a workdir; removes what a killed run left unfinished.
+
+        Args:
+          workdir: folder of the run.
+          keep_last: number of latest checkpoints to keep.
+          keep_best: number of checkpoints of the highest eval/accuracy to keep.
+        """
+        self._folder = workdir.absolute() / FOLDER
+        for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
+            logging.warning("checkpoint %s was not finished and is removed", path)
+        self._set_aside(_steps_without_metrics(self._folder))
+        best = preservation_policy.BestN(
+            get_metric_fn=_accuracy, n=keep_best, keep_checkpoints_without_metrics=False
+        )
+        last = preservation_policy.LatestN(keep_last)
+        self._manager = _open_manager(
+            self._folder,
+            preservation_policy=preservation_policy.AnyPreservationPolicy([last, best]),
+            cleanup_tmp_directories=True,
+        )
+        self._keep_best = keep_best
+        self._best = self._best_accuracy()
+        self._writing = self._folder
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._write_errors():
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the checkpoints there are, in order."""
+        return sorted(self._manager.all_steps())
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether a checkpoint of this evaluation would be kept for it, if it were saved."""
+        return self._keep_best > 0 and _accuracy(metrics) > self._best
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        progress: dict,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts to save the state after a step; the state may be consumed afterwards.
+
+        Args:
+          step: steps done.
+          state: as `Parallel.to_global` returns it.
+          progress: JSON object, equal in all processes.
+          metrics: of the evaluation of this state, if there was one.
+
+        Raises:
+          UserError: this checkpoint or the one before cannot be written.
+        """
+        items = ocp.args.Composite(
+            model=ocp.args.PyTreeSave(_model_item(state)),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+            progress=ocp.args.JsonSave(progress),
+        )
+        with self._write_errors():
+            self._manager.wait_until_finished()
+        self._writing = self._folder / str(step)
+        with self._write_errors():
+            self._manager.save(step, args=items, metrics=metrics)
+        if metrics is not None:
+            self._best = max(self._best, _accuracy(metrics))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+        """Restores the latest checkpoint that can be read; later ones are set aside.
+
+        Args:
+          like: shapes, types and shardings of the state.
+
+        Returns:
+          The state and its progress; None if there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint is of another model, or none of several can be read.
+        """
+        unreadable = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._restore_step(step, like)
+            except UserError:
+                raise
+            except Exception as error:  # whatever orbax makes of damaged files
+                logging.warning("checkpoint %s cannot be read: %s", self._folder / str(step), error)
+                unreadable.append(step)
+                continue
+            self._set_aside(unreadable)
+            self._manager.reload()
+            self._best = self._best_accuracy()
+            return restored
+        if unreadable:
+            raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
+        return None
+
+    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
+        model_item = _model_item(like)
+        found = self._manager.item_metadata(step)["model"].tree
+        check_same_variables(found, model_item, self._folder / str(step))
+        args = {
+            name: ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+            )
+            for name, item in (("model", model_item), ("optimizer", like.opt_state))
+        }
+        args["progress"] = ocp.args.JsonRestore()
+        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        state = like.replace(opt_state=items["optimizer"], **items["model"])
+        return state, items["progress"]
+
+    def _best_accuracy(self) -> float:
+        best = self._manager.best_step()
+        return -1.0 if best is None else _accuracy(self._manager.metrics(best))
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames checkpoints that cannot be read, so that the run can save these steps again."""
+
+        def rename() -> None:
+            for step in steps:
+                path = self._folder / str(step)
+                aside = _unused(self._folder / f"unreadable-{step}")
+                logging.warning("checkpoint %s is renamed to %s", path, aside.name)
+                path.rename(aside)
+
+        on_main_process(rename)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and its storage raise many types
+            good = ", ".join(map(str, _steps(self._folder))) or "none"
+            raise UserError(
+                f"checkpoint {self._writing} cannot be written: {error}; checkpoints that are "
+                f"whole: {good}"
+            ) from error
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint for inference.
+
+    Attributes:
+      step: its training step.
+      path: its folder.
+      variables: arguments of `model.apply`: averaged parameters where the run kept them.
+    """
+
+    step: int
+    path: Path
+    variables: dict[str, Any]
+
+
+def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
+    """Reads a checkpoint for inference, as numpy arrays.
+
+    Args:
+      workdir: folder of the run.
+      which: "last", "best" (highest eval/accuracy) or a step.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    steps = _steps(folder)
+    if not steps:
+        raise UserError(f"--workdir={workdir} holds no checkpoints")
+    listed = ", ".join(map(str, steps))
+    if which not in ("last", "best", *map(str, steps)):
+        raise UserError(f"no checkpoint {which!r} in {folder}; valid: last, best, {listed}")
+    with _open_manager(folder, read_only=True) as manager:
+        step = {"last": steps[-1], "best": manager.best_step()}.get(which) or int(which)
+        try:
+            tree = manager.item_metadata(step)["model"].tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            args = ocp.args.Composite(model=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            item = manager.restore(step, args=args)["model"]
+            variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {folder / str(step)} cannot be read: {error}; there are: {listed}"
+            ) from error
+    return Checkpoint(step, folder / str(step), eval_variables(**variables))
+
+
+def check_same_variables(found: Any, expected: Any, path: Path) -> None:
+    """Raises UserError unless two trees have the same names, shapes and types.
+
+    Args:
+      found: tree of what the checkpoint holds.
+      expected: tree of what the model needs.
+      path: of the checkpoint, for the message.
+    """
+    found, expected = _describe(found), _describe(expected)
+    differences = [
+        f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} here"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"checkpoint {path} is of another model; {len(differences)} entries differ: "
+            + "; ".join(differences[:3])
+        )
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{x.shape}"
+        for path, x in leaves
+    }
+
+
+def _model_item(state: TrainState) -> dict[str, Any]:
+    """All of a state but the optimizer's, which inference does not read."""
+    fields = {name: getattr(state, name) for name in ("params", "model_state", "step", "skipped")}
+    return fields if state.ema is None else {**fields, "ema": state.ema}
+
+
+def _open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(best_fn=_accuracy, **options),
+        item_handlers={
+            "model": ocp.PyTreeCheckpointHandler(),
+            "optimizer": ocp.PyTreeCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def _steps_without_metrics(folder: Path) -> list[int]:
+    """Checkpoints whose metrics are damaged: orbax could open none of them all."""
+    damaged = []
+    for step in _steps(folder):
+        path = folder / str(step) / "metrics" / "metrics"
+        try:
+            _accuracy(json.loads(path.read_text()))
+        except FileNotFoundError:
+            pass  # saved without an evaluation
+        except (ValueError, KeyError, TypeError):
+            damaged.append(step)
+    return damaged
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, or with a number where it exists."""
+    number = 1
+    unused = path
+    while unused.exists():
+        unused = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return unused

@@ -1,0 +1,165 @@
+"""What a run reports: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
+
+Numbers that all of them show have one name: "loss", "grad_norm", "learning_rate",
+"images_per_second", "data/skipped", "eval/accuracy", "eval/loss".
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from tokenvit_jax.training.workdir import replace_file
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainLog:
+    """Writes the metrics of a run; on processes other than the main one it does nothing."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps_done: int,
+        num_steps: int,
+        batch_size: int,
+        every_steps: int,
+        enabled: bool,
+    ):
+        """Opens the logs of a new or resumed run.
+
+        Args:
+          workdir: folder of the logs.
+          steps_done: what an interrupted run logged of later steps is dropped.
+          num_steps: steps of the whole run.
+          batch_size: images per step.
+          every_steps: which steps are logged.
+          enabled: whether this process writes.
+        """
+        self._enabled = enabled
+        self._batch_size = batch_size
+        self._every_steps = every_steps
+        self._clock = None
+        if not enabled:
+            return
+        path = workdir / METRICS_FILE
+        _drop_later_steps(path, steps_done)
+        self._file = path.open("a", buffering=1)  # line by line
+        self._events = SummaryWriter(str(workdir), purge_step=steps_done + 1)
+        self._bar = tqdm(
+            total=num_steps, initial=steps_done, unit="step", disable=not sys.stderr.isatty()
+        )
+        if steps_done:
+            self.note(f"resumed {workdir} after step {steps_done}")
+
+    def __enter__(self) -> "TrainLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._events.close()
+            self._file.close()
+
+    def restart_clock(self, step: int) -> None:
+        """Measures the throughput from here on: without compiling, evaluating and saving."""
+        self._clock = step, time.monotonic()
+
+    def write_steps(self, done: list[tuple[int, dict[str, float]]]) -> None:
+        """Moves the progress bar and logs some of the steps.
+
+        Args:
+          done: steps that were done since the last call, with their metrics.
+        """
+        if not self._enabled or not done:
+            return
+        last_step, last_metrics = done[-1]
+        throughput = self._throughput(last_step)
+        logged = [(step, metrics) for step, metrics in done if step % self._every_steps == 0]
+        for step, metrics in logged:
+            numbers = {name: value.item() for name, value in metrics.items()} | throughput
+            self.write(step, numbers, visible=self._bar.disable)
+        if logged:
+            self.restart_clock(last_step)
+        shown = {"loss": last_metrics["loss"], **throughput}
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+        self._bar.update(last_step - self._bar.n)
+
+    def write(self, step: int, metrics: dict[str, float], *, visible: bool = True) -> None:
+        """Logs metrics of a step; visible: prints them, too."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+        if visible:
+            numbers = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+            self.note(f"step {step}  {numbers}")
+
+    def note(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        if self._enabled:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def _throughput(self, step: int) -> dict[str, float]:
+        """Images per second since the clock was started; nothing before the first step's end."""
+        if self._clock is None or self._clock[0] == step:
+            return {}
+        clock_step, clock = self._clock
+        images = (step - clock_step) * self._batch_size
+        return {"images_per_second": images / (time.monotonic() - clock)}
+
+
+class Profile:
+    """A profiler trace of some steps, in `WORKDIR/profile`, for TensorBoard or Perfetto."""
+
+    def __init__(self, workdir: Path, first: int, last: int):
+        """Traces the steps from `first` to `last`, or those of them that this process runs."""
+        self._folder = workdir / "profile"
+        self._first, self._last = first, last
+        self._running = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """To be called after each step with what it computes."""
+        if self._running and step == self._last:
+            jax.block_until_ready(results)
+            self.__exit__()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """Returns the logged objects of a run, in order; a line that was cut off is left out.
+
+    Args:
+      workdir: folder of the run.
+    """
+    path = workdir / METRICS_FILE
+    # A process that is killed while it writes leaves a last line without an end.
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _drop_later_steps(path: Path, last_step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))

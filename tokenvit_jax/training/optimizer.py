@@ -1,0 +1,56 @@
+"""AdamW with linear warm-up and cosine decay, as vision transformers are trained."""
+
+import re
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+# Matrices that are no weights of a layer, by the last part of their name.
+_NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
+
+
+def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, counted from 0.
+
+    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`, then
+    half a cosine to `end_learning_rate` at the last step, `num_steps - 1`.
+    """
+    optimizer = config.optimizer
+    return optax.warmup_cosine_decay_schedule(
+        init_value=optimizer.warmup_learning_rate,
+        peak_value=optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        # A run whose only step is the last one needs a decay of some length all the same.
+        decay_steps=max(config.num_steps - 1, optimizer.warmup_steps + 1),
+        end_value=optimizer.end_learning_rate,
+    )
+
+
+def weight_decay_mask(params: dict) -> dict:
+    """Returns a tree of bools like `params`: True where weight decay applies.
+
+    It does not apply to biases, norms, scales (all of them vectors or named so), positions and
+    tokens.
+    """
+
+    def decays(path: tuple, leaf: jax.Array) -> bool:
+        return leaf.ndim > 1 and not _NO_DECAY_NAME.search(path[-1].key)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of a configuration: optional clipping by the global norm, then AdamW.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate_schedule(config),
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        weight_decay=config.optimizer.weight_decay,
+        mask=weight_decay_mask,
+    )
+    return optax.chain(clip, adamw)

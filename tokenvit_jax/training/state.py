@@ -1,0 +1,82 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from ml_collections import ConfigDict
+
+
+class TrainState(struct.PyTreeNode):
+    """The whole state of a run; nothing random is in it (see :func:`step_rng`).
+
+    Attributes:
+      step: () int32, steps done.
+      params: parameters, float32.
+      model_state: the model's other collections, such as "batch_stats" and "centroids".
+      opt_state: state of the optimizer.
+      ema: moving averages of "params" and, where the model has them, "batch_stats"; None: off.
+        Averaged parameters go with averaged statistics: those of the latest parameters would
+        not describe them.
+      skipped: () int32, unreadable images passed over so far.
+    """
+
+    step: jax.Array
+    params: dict
+    model_state: dict
+    opt_state: optax.OptState
+    ema: dict | None
+    skipped: jax.Array
+
+
+def eval_variables(params: dict, model_state: dict, ema: dict | None = None) -> dict[str, Any]:
+    """Returns a model's variables for evaluation, from the entries of a :class:`TrainState`.
+
+    Args:
+      params: parameters.
+      model_state: other collections.
+      ema: moving averages, which take the place of what they average.
+    """
+    return {"params": params, **model_state, **(ema or {})}
+
+
+def step_rng(seed: int, step: jax.Array) -> jax.Array:
+    """Returns the random key of a training step; a resumed run draws the same numbers."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """Returns the state before the first step. Pure: to be run under `jax.jit`.
+
+    Args:
+      model: linen module, called as `model(images, train=...)`.
+      optimizer: optax transformation.
+      config: reads `seed`, `image_size` and `ema_decay`.
+    """
+    # Steps count from 0 upwards, so this key is never a step's.
+    rng = step_rng(config.seed, jnp.uint32(2**32 - 1))
+    images = jnp.zeros((1, config.image_size, config.image_size, 3))
+    model_state = dict(model.init(rng, images, train=False))
+    params = model_state.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+        ema=averaged_variables(params, model_state) if config.ema_decay else None,
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def averaged_variables(params: dict, model_state: dict) -> dict:
+    """Returns the variables whose moving averages are kept, copied."""
+    variables = {"params": params}
+    if "batch_stats" in model_state:
+        variables["batch_stats"] = model_state["batch_stats"]
+    # Copies: a buffer that occurs twice in a donated state could not be donated.
+    return jax.tree.map(jnp.copy, variables)

@@ -1,0 +1,179 @@
+"""One training step and one evaluation step, as pure functions of a state and a batch.
+
+Both know nothing of devices. Under `jax.jit` over a mesh the batch is the global one; under
+`jax.pmap` it is one device's part of it and `axis_name` joins the parts: the numbers agree.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import MEAN, STD
+from tokenvit_jax.layers import advance_centroids
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.mixing import draw_mixing, mix_batch
+from tokenvit_jax.training.optimizer import learning_rate_schedule
+from tokenvit_jax.training.state import TrainState, averaged_variables, step_rng
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    num_classes: int,
+    *,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, batch) -> state, metrics`.
+
+    Args:
+      model: classifier, called as `model(images, train=True)`.
+      optimizer: optax transformation.
+      config: training configuration.
+      num_classes: number of classes of the dataset.
+      axis_name: axis of `jax.pmap`; None under `jax.jit`.
+
+    Returns:
+      A function of the state and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
+      "skipped" (B,) int32}. Its metrics are scalars: "loss", "grad_norm" (before clipping),
+      "learning_rate" and "data/skipped" (unreadable images passed over since the first step).
+    """
+    schedule = learning_rate_schedule(config)
+
+    def mean(tree):
+        return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+    def loss_fn(params, model_state, images, targets, rng):
+        dropout_rng, routing_rng = jax.random.split(rng)
+        logits, model_state = model.apply(
+            {"params": params, **model_state},
+            images,
+            train=True,
+            rngs={"dropout": dropout_rng, "routing": routing_rng},
+            mutable=list(model_state),
+        )
+        return classification.cross_entropy(logits, targets), model_state
+
+    def train_step(state, batch):
+        mix_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
+        images = normalize(batch["image"])
+        targets = classification.soft_targets(batch["label"], num_classes, config.label_smoothing)
+        if config.mix.mixup or config.mix.cutmix:
+            mixing = draw_mixing(mix_rng, config.mix, *images.shape[1:3])
+            images, targets = mix_batch(images, targets, mixing)
+
+        loss, grads, model_state = _accumulate(
+            loss_fn, config.accumulate_steps, state, images, targets, model_rng
+        )
+        loss, grads = mean((loss, grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        if "centroids" in model_state:
+            # Once per step, after all micro-batches have added their sums (Eq. 4 of DGT).
+            old_weight = centroid_old_weight(config.centroids, learning_rate)
+            model_state["centroids"] = advance_centroids(
+                model_state["centroids"], old_weight, axis_name=axis_name
+            )
+        ema = state.ema
+        if ema is not None:
+            variables = averaged_variables(params, model_state)
+            ema = optax.incremental_update(variables, ema, 1.0 - config.ema_decay)
+
+        skipped = batch["skipped"].sum()
+        if axis_name is not None:
+            skipped = lax.psum(skipped, axis_name)
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            ema=ema,
+            skipped=state.skipped + skipped,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate,
+            "data/skipped": state.skipped,
+        }
+        return state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: nn.Module, *, axis_name: str | None = None
+) -> Callable[[dict, Batch], Metrics]:
+    """Returns `eval_step(variables, batch) -> sums` over the global batch.
+
+    The batch is {"image" (B, H, W, 3) uint8, "label" (B,) int32, "mask" (B,) float32}; the sums
+    are those of `tasks.classification.metric_sums`.
+    """
+
+    def eval_step(variables, batch):
+        logits = model.apply(variables, normalize(batch["image"]), train=False)
+        sums = classification.metric_sums(logits, batch["label"], batch["mask"])
+        return sums if axis_name is None else lax.psum(sums, axis_name)
+
+    return eval_step
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """Returns (B, H, W, 3) float32 with about zero mean and unit variance from uint8 pixels."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+def centroid_old_weight(config: ConfigDict, learning_rate: jax.Array) -> jax.Array | float:
+    """Returns the weight of the old centroid in Eq. 4 of DGT, by `config.centroids.rule`."""
+    match config.rule:
+        case "literal":
+            return 0.1 * learning_rate
+        case "swapped":
+            return 1.0 - 0.1 * learning_rate
+        case "constant":
+            return config.old_weight
+
+
+def _accumulate(loss_fn, num_micro_batches, state, images, targets, rng):
+    """Loss, gradient and new model state of a batch that is computed in parts, one by one.
+
+    Loss and gradient are the means over the parts; the model state goes from part to part.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if num_micro_batches == 1:
+        (loss, model_state), grads = value_and_grad(
+            state.params, state.model_state, images, targets, rng
+        )
+        return loss, grads, model_state
+
+    def micro_step(carry, inputs):
+        loss_sum, grads_sum, model_state = carry
+        index, images, targets = inputs
+        (loss, model_state), grads = value_and_grad(
+            state.params, model_state, images, targets, jax.random.fold_in(rng, index)
+        )
+        return (loss_sum + loss, jax.tree.map(jnp.add, grads_sum, grads), model_state), None
+
+    def split(x):
+        # Every n-th image, not n-th slices: each device of a mesh then finds its part of a
+        # micro-batch among its own images, and so does pmap.
+        return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (loss, grads, model_state), _ = lax.scan(
+        micro_step,
+        (jnp.zeros(()), zeros, state.model_state),
+        (jnp.arange(num_micro_batches), split(images), split(targets)),
+    )
+    loss, grads = jax.tree.map(lambda x: x / num_micro_batches, (loss, grads))
+    return loss, grads, model_state

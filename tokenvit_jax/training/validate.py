@@ -1,0 +1,80 @@
+"""Checks a training configuration before anything is loaded or compiled."""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.errors import UserError
+
+# Entries with a fixed set of values. What the data pipeline and the models read, they check.
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "parallel": ("jit", "pmap"),
+    "centroids.rule": ("literal", "swapped", "constant"),
+}
+# Entries with a range: lowest and highest valid value.
+_RANGES = {
+    "batch_size": (1, None),
+    "data.eval_batch_size": (1, None),
+    "num_steps": (1, None),
+    "accumulate_steps": (1, None),
+    "label_smoothing": (0, 1),
+    "clip_norm": (0, None),
+    "ema_decay": (0, 1),
+    "mix.mixup": (0, None),
+    "mix.cutmix": (0, None),
+    "mix.probability": (0, 1),
+    "mix.switch_probability": (0, 1),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "centroids.old_weight": (0, 1),
+    "log_every_steps": (1, None),
+    "eval_every_steps": (1, None),
+    "checkpoint_every_steps": (1, None),
+    "keep_last_checkpoints": (1, None),
+    "keep_best_checkpoints": (0, None),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for the first entry of a configuration whose value is not valid."""
+    for key, choices in _CHOICES.items():
+        if (value := _entry(config, key)) not in choices:
+            raise UserError(f"config.{key}={value!r} is not valid; valid: {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = _entry(config, key)
+        # Written so that nan is out of range.
+        if not value >= low or (high is not None and not value <= high):
+            limits = f"at least {low}" if high is None else f"{low} to {high}"
+            raise UserError(f"config.{key}={value} is not valid; valid: {limits}")
+    if config.optimizer.warmup_steps >= config.num_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"config.num_steps={config.num_steps}"
+        )
+    profiled_steps(config)
+
+
+def profiled_steps(config: ConfigDict) -> tuple[int, int]:
+    """Returns the first and the last step of the profiler trace; (0, 0): none.
+
+    Raises:
+      UserError: `config.profile` is not of the form "first:last".
+    """
+    if not config.profile:
+        return 0, 0
+    match = re.fullmatch(r"(\d+):(\d+)", config.profile)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(
+            f"config.profile={config.profile!r} is not valid; valid: steps 'first:last', from 1"
+        )
+    return first, last
+
+
+def _entry(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
