@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from concurrent import futures
 
 import grain
@@ -42,7 +41,10 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """See :class:`Batches`; errors of the batches are raised when their turn comes."""
+    """See :class:`Batches`; errors of the batches are raised when their turn comes.
+
+    Close it when no more batches are wanted: at exit, Python waits for those that were begun.
+    """
 
     def __init__(self, batches: grain.MapDataset, image_shape: tuple[int, ...], workers: int):
         super().__init__()
@@ -53,7 +55,6 @@ class BatchIterator(grain.DatasetIterator):
         self._reader = None  # opened at the first batch: the state may be set before
 
     def __next__(self) -> Batch:
-        self._assert_not_closed()
         if self._reader is None:
             self._reader = self._open_reader()
         batch = next(self._reader)
@@ -86,7 +87,7 @@ class BatchIterator(grain.DatasetIterator):
 class _WorkerReader:
     """Makes batches in processes; images come back through memory that all of them share.
 
-    A pipe, the usual way back, was measured to pass 1,400 images of 224 x 224 per second.
+    Through a pipe, the usual way back, batches of 512 took 2 to 8 times as long.
     """
 
     def __init__(self, batches: grain.MapDataset, image_shape: tuple[int, ...], workers: int):
@@ -101,10 +102,6 @@ class _WorkerReader:
         self._num_batches = len(batches)
         self._next_index = 0  # to hand to a worker
         self._pending = collections.deque()
-        # Called at exit at the latest: without it, Python would wait for batches nobody wants.
-        self.close = weakref.finalize(
-            self, self._executor.shutdown, wait=False, cancel_futures=True
-        )
         for slot in range(num_slots):
             self._submit(slot)
 
@@ -122,6 +119,9 @@ class _WorkerReader:
         batch["image"] = self._slots[slot].copy()
         self._submit(slot)
         return batch
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, slot: int) -> None:
         if self._next_index < self._num_batches:
