@@ -261,19 +261,34 @@ def _largest(scores, top_k):
     def count(mask):
         return jnp.sum(mask, axis=-2, keepdims=True, dtype=jnp.int32)
 
-    threshold = jnp.zeros_like(ordered, shape=(*scores.shape[:2], 1, scores.shape[3]))
-    for bit in reversed(range(bits)):
-        candidate = threshold | jnp.array(1 << bit, unsigned)
-        threshold = jnp.where(count(ordered >= candidate) >= top_k, candidate, threshold)
-
+    zero = jnp.zeros_like(ordered, shape=(*scores.shape[:2], 1, scores.shape[3]))
+    threshold = _largest_integer(zero, bits, lambda value: count(ordered >= value) >= top_k)
     above, tied = ordered > threshold, ordered == threshold
     wanted = top_k - count(above)
     index = jnp.arange(scores.shape[2], dtype=jnp.int32)[:, None]
-    end = jnp.zeros_like(wanted)  # the ties before this index are selected
-    for bit in reversed(range(scores.shape[2].bit_length())):
-        candidate = end | (1 << bit)
-        end = jnp.where(count(tied & (index < candidate)) <= wanted, candidate, end)
+    # The ties before this index are selected.
+    end = _largest_integer(
+        jnp.zeros_like(wanted),
+        scores.shape[2].bit_length(),
+        lambda value: count(tied & (index < value)) <= wanted,
+    )
     return above | (tied & (index < end))
+
+
+def _largest_integer(zero, bits, holds):
+    """Returns the largest integers of so many bits, shaped like ``zero``, for which ``holds``.
+
+    ``holds`` is true up to some integer and false above it. A loop, not 32 copies of its body: it
+    compiles in half the time and runs as fast.
+    """
+
+    def try_bit(_, carry):
+        value, bit = carry
+        candidate = value | bit
+        return jnp.where(holds(candidate), candidate, value), bit >> 1
+
+    first_bit = jnp.array(1 << (bits - 1), zero.dtype)
+    return lax.fori_loop(0, bits, try_bit, (zero, first_bit))[0]
 
 
 def _num_tiles(length, num_groups, tile):

@@ -1,0 +1,71 @@
+"""Every registered model: published size, contract of shapes, names."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tokenvit_jax as tv
+from tokenvit_jax.errors import UserError
+
+# Every registered model needs an entry.
+EXACT_PARAMETERS = {"dgt_t": 24_093_928, "dgt_s": 51_764_979, "dgt_b": 90_280_012}
+
+
+def abstract_variables(model, size=(224, 224)):
+    images = jnp.zeros((1, *size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+
+def test_every_model_has_an_entry():
+    assert sorted(EXACT_PARAMETERS) == tv.list_models()
+
+
+@pytest.mark.parametrize("name", EXACT_PARAMETERS)
+def test_exact_parameter_count(name):
+    params = abstract_variables(tv.create_model(name))["params"]
+    assert sum(x.size for x in jax.tree.leaves(params)) == EXACT_PARAMETERS[name]
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+
+
+@pytest.mark.parametrize("name", EXACT_PARAMETERS)
+@pytest.mark.parametrize("size", [(224, 224), (33, 97)])
+def test_contract_of_shapes(name, size):
+    model = tv.create_model(name, num_classes=7)
+    variables = abstract_variables(model, (64, 64))  # parameters do not depend on the image size
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    apply = lambda method: jax.eval_shape(  # noqa: E731
+        lambda v, x: model.apply(v, x, train=False, method=method), variables, images
+    )
+    logits = apply("__call__")
+    assert logits.shape == (2, 7) and logits.dtype == jnp.float32
+    for stride, stage in zip((4, 8, 16, 32), apply("features"), strict=True):
+        assert stage.shape[:3] == (2, -(-size[0] // stride), -(-size[1] // stride))
+
+
+def test_unknown_names_list_the_valid_ones():
+    with pytest.raises(UserError, match=r"unknown model 'dgt_x'.*valid: dgt_b, dgt_s, dgt_t"):
+        tv.create_model("dgt_x")
+    with pytest.raises(
+        UserError, match=r"no setting 'topk' \(did you mean 'top_k'\?\); valid:.*top_k"
+    ):
+        tv.create_model("dgt_t", topk=3)
+    with pytest.raises(UserError, match=r"dims of model dgt_t is \(8, 8\); it needs 4 entries"):
+        tv.create_model("dgt_t", dims=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 31, 64, 3), "images are 31 x 64; height and width must be at least 32"),
+        ((1, 64, 64, 1), r"images have shape \(1, 64, 64, 1\)"),
+        ((64, 64, 3), r"expected \(batch, height, width, 3\)"),
+    ],
+)
+def test_bad_images_are_named(shape, message):
+    with pytest.raises(ValueError, match=message):
+        tv.create_model("dgt_t").init(jax.random.key(0), jnp.zeros(shape), train=False)
+
+
+def test_list_models_by_pattern():
+    assert tv.list_models("*_t") == ["dgt_t"]
