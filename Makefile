@@ -1,0 +1,27 @@
+# make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
+# make test: the test suite.
+# Both first make .venv with every pinned version.
+
+PYTHON ?= python3
+RUN ?= runs/demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	.venv/bin/python experiments/dgt/demo.py $(RUN)
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv
