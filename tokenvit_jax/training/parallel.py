@@ -93,8 +93,9 @@ def _wait_for(host: str, port: int) -> None:
 class MeshParallel:
     """`jax.jit` over a mesh of all devices with the axes "data" and "fsdp".
 
-    The batch is split over both axes. With `fsdp` devices above 1, every array of the parameters,
-    their averages and the optimizer's state is split over the axis "fsdp".
+    The batch is split over both axes. With `fsdp` above 1, the matrices among the parameters, their
+    averages and the optimizer's state are kept split over the axis "fsdp"; a step gathers the
+    parameters once and updates each part where it is kept.
     """
 
     axis_name = None
@@ -128,8 +129,15 @@ class MeshParallel:
 
     def train_step(self, step: Callable, abstract_state: Any) -> Callable:
         """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
+
+        def gathering_step(state, batch):
+            # Left to itself, the partitioner would rather gather the activations of some layers.
+            params = jax.lax.with_sharding_constraint(state.params, self._replicated)
+            return step(state.replace(params=params), batch)
+
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self._replicated))
+        out_shardings = (shardings, self._replicated)
+        return jax.jit(gathering_step, donate_argnums=0, out_shardings=out_shardings)
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> sums`."""
@@ -151,10 +159,10 @@ class MeshParallel:
         )
 
     def _fsdp_spec(self, x: Any) -> P:
-        """Splits the largest dimension that can be split evenly."""
+        """Splits the largest dimension that divides evenly; vectors are not worth a message."""
         fsdp = self._mesh.shape["fsdp"]
         divisible = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
-        if fsdp == 1 or not divisible:
+        if fsdp == 1 or len(x.shape) < 2 or not divisible:
             return P()
         largest = max(divisible, key=lambda axis: x.shape[axis])
         return P(*[None] * largest, "fsdp")

@@ -1,0 +1,51 @@
+"""A classifier with every kind of state that a step handles, and that compiles in seconds."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokenvit_jax.config import default_config
+from tokenvit_jax.layers import DropPath, DynamicGroupAttention, batch_norm
+
+NUM_CLASSES = 5
+BATCH_SIZE = 16
+
+
+class SmallModel(nn.Module):
+    """Patches, BatchNorm, attention in groups, stochastic depth."""
+
+    axis_name: str | None = None
+    has_batch_norm: bool = True
+    drop_path: float = 0.5
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        x = nn.Conv(8, (8, 8), strides=8, name="patches")(images)
+        x = x.reshape(x.shape[0], -1, 8)
+        if self.has_batch_norm:
+            norm = batch_norm(dtype=x.dtype, axis_name=self.axis_name, name="norm")
+            x = norm(x, use_running_average=not train)
+        y = DynamicGroupAttention(num_heads=2, num_groups=3, top_k=4, name="attention")(x, train)
+        x = x + DropPath(self.drop_path, self.axis_name)(y, train)
+        return nn.Dense(NUM_CLASSES, name="head")(x.mean(axis=1))
+
+
+def small_config() -> ConfigDict:
+    """A configuration for the small model."""
+    config = default_config()
+    config.image_size = 32
+    config.batch_size = BATCH_SIZE
+    config.num_steps = 10
+    config.optimizer.learning_rate = 1e-2
+    return config
+
+
+def random_batch(seed: int) -> dict[str, np.ndarray]:
+    """A global batch of random pixels and labels."""
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (BATCH_SIZE, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(0, NUM_CLASSES, BATCH_SIZE, dtype=np.int32),
+        "skipped": rng.integers(0, 2, BATCH_SIZE, dtype=np.int32),
+    }
