@@ -21,7 +21,8 @@ class SmallModel(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        x = nn.Conv(8, (8, 8), strides=8, name="patches")(images)
+        # No bias: before BatchNorm its gradient is rounding noise, which Adam would blow up.
+        x = nn.Conv(8, (8, 8), strides=8, use_bias=False, name="patches")(images)
         x = x.reshape(x.shape[0], -1, 8)
         if self.has_batch_norm:
             norm = batch_norm(dtype=x.dtype, axis_name=self.axis_name, name="norm")

@@ -1,0 +1,181 @@
+import functools
+import os
+import re
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import init_state
+from tokenvit_jax.training.step import make_train_step
+
+DEVICES = 8
+
+
+def mixing_config():
+    config = small_config()
+    config.mix.mixup = 0.8
+    config.mix.cutmix = 1.0
+    config.clip_norm = 1.0
+    config.ema_decay = 0.9
+    return config
+
+
+def run_steps(parallel, config, num_steps=3):
+    """Losses and the last state of a few steps, as numpy arrays."""
+    model = SmallModel(axis_name=parallel.axis_name)
+    optimizer = make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    make = make_train_step(model, optimizer, config, NUM_CLASSES, axis_name=parallel.axis_name)
+    step = parallel.train_step(make, parallel.abstract(init_fn))
+    state, losses = parallel.init(init_fn), []
+    for seed in range(num_steps):
+        state, metrics = step(state, parallel.put_batch(random_batch(seed)))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state), state
+
+
+@functools.cache
+def on_eight_devices():
+    return run_steps(devices.MeshParallel(), mixing_config())
+
+
+def assert_same_run(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=2e-5)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True
+    )
+    for (path, a), b in leaves:
+        # The bias of keys has no effect, so its gradient is noise; Adam makes steps out of that.
+        if not jax.tree_util.keystr(path).endswith("['qkv']['bias']"):
+            name = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_eight_devices_equal_one(monkeypatch):
+    assert jax.device_count() == DEVICES
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    monkeypatch.setattr(jax, "make_mesh", lambda *args, **kwargs: one)
+    assert_same_run(run_steps(devices.MeshParallel(), mixing_config()), on_eight_devices())
+
+
+def test_pmap_equals_jit():
+    assert_same_run(run_steps(devices.PmapParallel(), mixing_config()), on_eight_devices())
+
+
+def test_sharded_parameters_equal_replicated_ones():
+    found = run_steps(devices.MeshParallel(fsdp=4), mixing_config())
+    assert_same_run(found, on_eight_devices())
+    kernel = found[2].params["patches"]["kernel"]  # (8, 8, 3, 8)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 3, 8)}
+    scale = found[2].params["norm"]["scale"]
+    assert {shard.data.shape for shard in scale.addressable_shards} == {(8,)}
+
+
+def test_accumulation_gives_the_same_micro_batches_on_any_devices():
+    config = mixing_config()
+    config.accumulate_steps = 2
+    jit = run_steps(devices.MeshParallel(), config, num_steps=2)
+    pmap = run_steps(devices.PmapParallel(), config, num_steps=2)
+    assert_same_run(pmap, jit)
+
+
+def test_batch_stays_divided_over_the_devices():
+    config = mixing_config()
+    parallel = devices.MeshParallel()
+    model, optimizer = SmallModel(), make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    abstract = parallel.abstract(init_fn)
+    step = parallel.train_step(make_train_step(model, optimizer, config, NUM_CLASSES), abstract)
+    batch = parallel.put_batch(random_batch(0))
+    program = step.lower(abstract, batch).compile().as_text()
+    moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program)
+    assert [line for line in moved if "top_k" not in line] == []
+    assert "all-reduce" in program
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 12}, "batch_size=12 is not a multiple of 8 devices x 1"),
+        ({"batch_size": 24, "accumulate_steps": 2}, "batch_size=24 is not a multiple of 8 devices"),
+        ({"batch_size": 8, "mix.cutmix": 1.0}, "batch_size=8 gives each of 8 devices an odd"),
+    ],
+)
+def test_training_batches_that_do_not_fit_are_named(changes, message):
+    config = small_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        devices.check_train_batch(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the number of devices, 8"),
+        ({"mesh.fsdp": 2, "parallel": "pmap"}, "mesh.fsdp=2 needs config.parallel='jit'"),
+        ({"data.eval_batch_size": 20}, "eval_batch_size=20 is not a multiple of 8 devices"),
+    ],
+)
+def test_devices_that_do_not_fit_are_named(changes, message):
+    config = small_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        devices.make_parallel(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", 2, None), "also need --process_id"),
+        ((None, 2, 1), "also need --coordinator"),
+        (("host:1", 2, 2), "--process_id=2 is not valid; with --num_processes=2 it is 0 to 1"),
+        (("host", 2, 1), "--coordinator='host' is not valid; it has the form host:port"),
+    ],
+)
+def test_wrong_process_flags_are_named(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        devices.connect(*arguments)
+
+
+def test_unreachable_coordinator_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--coordinator={address} cannot be reached"):
+            devices.connect(address, 2, 1)
+
+
+def test_prefetched_batches_carry_the_state_of_their_own_position():
+    class Counter:
+        position = 0
+
+        def __next__(self):
+            self.position += 1
+            return self.position
+
+        def get_state(self):
+            return {"next_index": self.position}
+
+    batches = devices.prefetch(Counter(), lambda batch: batch, size=3)
+    assert [next(batches) for _ in range(3)] == [(n, {"next_index": n}) for n in (1, 2, 3)]
+
+
+def test_sigterm_asks_to_stop():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        stop = devices.StopRequest()
+        assert not stop.received(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received(2)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
