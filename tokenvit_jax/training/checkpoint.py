@@ -124,7 +124,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever orbax makes of damaged files
-                logging.warning("checkpoint %s cannot be read: %s", self._folder / str(step), error)
+                path = self._folder / str(step)
+                logging.warning("checkpoint %s cannot be read: %s", path, _brief(error))
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
@@ -173,7 +174,7 @@ class Checkpoints:
         except Exception as error:  # orbax and its storage raise many types
             good = ", ".join(map(str, _steps(self._folder))) or "none"
             raise UserError(
-                f"checkpoint {self._writing} cannot be written: {error}; checkpoints that are "
+                f"checkpoint {self._writing} cannot be written: {_brief(error)}; checkpoints that are "
                 f"whole: {good}"
             ) from error
 
@@ -210,7 +211,10 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
     if which not in ("last", "best", *map(str, steps)):
         raise UserError(f"no checkpoint {which!r} in {folder}; valid: last, best, {listed}")
     with _open_manager(folder, read_only=True) as manager:
-        step = {"last": steps[-1], "best": manager.best_step()}.get(which) or int(which)
+        best = manager.best_step()
+        if which == "best" and best is None:
+            raise UserError(f"none of the checkpoints {listed} in {folder} was evaluated")
+        step = {"last": steps[-1], "best": best}.get(which) or int(which)
         try:
             tree = manager.item_metadata(step)["model"].tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -219,7 +223,7 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
             variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
         except Exception as error:
             raise UserError(
-                f"checkpoint {folder / str(step)} cannot be read: {error}; there are: {listed}"
+                f"checkpoint {folder / str(step)} cannot be read: {_brief(error)}; there are: {listed}"
             ) from error
     return Checkpoint(step, folder / str(step), eval_variables(**variables))
 
@@ -291,6 +295,11 @@ def _steps_without_metrics(folder: Path) -> list[int]:
         except (ValueError, KeyError, TypeError):
             damaged.append(step)
     return damaged
+
+
+def _brief(error: Exception) -> str:
+    """The first line of a message: storage errors go on with locations in their own source."""
+    return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
 def _unused(path: Path) -> Path:

@@ -1,0 +1,225 @@
+import logging
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.training.checkpoint import Checkpoints, check_same_variables, load_checkpoint
+from tokenvit_jax.training.state import TrainState
+
+
+def state_at(step, *, width=4, size=3, ema=False):
+    params = {"head": {"kernel": jnp.full((size, width), float(step)), "bias": jnp.zeros(width)}}
+    return TrainState(
+        step=jnp.int32(step),
+        params=params,
+        model_state={"batch_stats": {"mean": jnp.full(width, 10.0 * step)}},
+        opt_state=(jax.tree.map(jnp.ones_like, params), jnp.int32(step)),
+        ema={"params": jax.tree.map(lambda x: x + 0.5, params)} if ema else None,
+        skipped=jnp.int32(7),
+    )
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def open_checkpoints(workdir, keep_last=2, keep_best=1):
+    return Checkpoints(workdir, keep_last=keep_last, keep_best=keep_best)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Checkpoints of the steps 10, 20 and 30, the best one first."""
+    with open_checkpoints(tmp_path, keep_last=3) as checkpoints:
+        for step, accuracy in ((10, 0.9), (20, 0.5), (30, None)):
+            metrics = None if accuracy is None else {"eval/accuracy": accuracy}
+            checkpoints.save(step, state_at(step), {"data": {"next_index": step}}, metrics)
+    return tmp_path
+
+
+def assert_state(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_restores_the_latest_state_and_its_progress(workdir):
+    with open_checkpoints(workdir) as checkpoints:
+        state, progress = checkpoints.restore(abstract(state_at(0)))
+    assert_state(state, state_at(30))
+    assert progress == {"data": {"next_index": 30}}
+
+
+def test_keeps_the_last_and_the_best(workdir):
+    with open_checkpoints(workdir, keep_last=2, keep_best=1) as checkpoints:
+        checkpoints.restore(abstract(state_at(0)))
+        assert not checkpoints.is_best({"eval/accuracy": 0.8})
+        assert checkpoints.is_best({"eval/accuracy": 0.95})
+        checkpoints.save(40, state_at(40), {}, {"eval/accuracy": 0.7})
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "30", "40"]
+    assert load_checkpoint(workdir, "best").step == 10
+    assert load_checkpoint(workdir, "last").step == 40
+
+
+def test_nothing_is_best_when_no_best_is_kept(tmp_path):
+    with open_checkpoints(tmp_path, keep_best=0) as checkpoints:
+        assert not checkpoints.is_best({"eval/accuracy": 1.0})
+        assert checkpoints.restore(abstract(state_at(0))) is None
+
+
+def test_saved_values_are_those_before_the_state_was_consumed(tmp_path):
+    consume = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+    state = state_at(5, width=1024, size=512)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+        consume(state)
+    with open_checkpoints(tmp_path) as checkpoints:
+        expected = state_at(5, width=1024, size=512)
+        assert_state(checkpoints.restore(abstract(expected))[0], expected)
+
+
+def damaged(path, how):
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["truncate", "delete"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["model/d/*", "optimizer/d/*", "model/_METADATA", "progress/metadata", "model/manifest*"],
+)
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(workdir, caplog, pattern, how):
+    folder = workdir / "checkpoints" / "30"
+    for path in folder.glob(pattern):
+        damaged(path, how)
+    with open_checkpoints(workdir, keep_last=3) as checkpoints:
+        state, progress = checkpoints.restore(abstract(state_at(0)))
+        assert_state(state, state_at(20))
+        assert progress == {"data": {"next_index": 20}}
+        assert f"checkpoint {folder} cannot be read" in caplog.text
+        checkpoints.save(30, state_at(30), {})  # its place is free again
+    assert load_checkpoint(workdir).step == 30
+    assert (workdir / "checkpoints" / "unreadable-30").is_dir()
+
+
+def test_damaged_metrics_are_named(tmp_path, caplog):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_at(step), {}, {"eval/accuracy": 0.5})
+    damaged(tmp_path / "checkpoints" / "2" / "metrics" / "metrics", "truncate")
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(1))
+    assert "checkpoints/2 is renamed to unreadable-2" in caplog.text
+
+
+def test_unfinished_checkpoint_is_named_and_removed(workdir, caplog):
+    folder = workdir / "checkpoints"
+    unfinished = folder / "40.orbax-checkpoint-tmp"
+    (folder / "30").rename(unfinished)
+    with open_checkpoints(workdir) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(20))
+    assert f"checkpoint {unfinished} was not finished" in caplog.text
+    assert not unfinished.exists()
+
+
+def test_nothing_is_lost_when_no_checkpoint_can_be_read(workdir):
+    for path in workdir.glob("checkpoints/*/model/_METADATA"):
+        path.unlink()
+    with (
+        open_checkpoints(workdir) as checkpoints,
+        pytest.raises(UserError, match=r"none of the checkpoints \[30, 20, 10\]"),
+    ):
+        checkpoints.restore(abstract(state_at(0)))
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "20", "30"]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"width": 5}, r"head/bias is float32\(4,\) there, float32\(5,\) here"),
+        ({"ema": True}, r"ema/params/head/bias is missing there"),
+    ],
+)
+def test_checkpoint_of_another_model_is_named(workdir, other, difference):
+    with open_checkpoints(workdir) as checkpoints, pytest.raises(UserError, match=difference) as e:
+        checkpoints.restore(abstract(state_at(0, **other)))
+    assert str(workdir / "checkpoints" / "30") in str(e.value)
+
+
+def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_at(1), {})
+    large = state_at(2)
+    noise = jax.random.normal(jax.random.key(0), (1024, 1024))  # does not compress
+    large = large.replace(params={"kernel": noise})
+    # What a full disk does: writing beyond this size fails.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"cannot be written: .*; checkpoints that are whole: 1$"
+    try:
+        with pytest.raises(UserError, match=message) as error, open_checkpoints(tmp_path) as c:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            c.save(2, large, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / "checkpoints" / "2") in str(error.value)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(1))
+
+
+def test_loads_averaged_parameters_for_inference(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state_at(3, ema=True), {})
+    loaded = load_checkpoint(tmp_path, "3")
+    assert loaded.step == 3
+    assert isinstance(loaded.variables["params"]["head"]["kernel"], np.ndarray)
+    np.testing.assert_array_equal(loaded.variables["params"]["head"]["kernel"], 3.5)
+    np.testing.assert_array_equal(loaded.variables["batch_stats"]["mean"], 30.0)
+
+
+def test_state_without_other_collections(tmp_path):
+    state = state_at(3).replace(model_state={})
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {})
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state))[0], state)
+    assert set(load_checkpoint(tmp_path).variables) == {"params"}
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [("40", "no checkpoint '40' in .*valid: last, best, 10, 20, 30"), ("first", "valid: last")],
+)
+def test_missing_checkpoint_is_named_with_those_there_are(workdir, which, message):
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(workdir, which)
+
+
+def test_missing_workdir_and_best_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        load_checkpoint(tmp_path / "nowhere")
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state_at(3), {})
+    with pytest.raises(UserError, match="none of the checkpoints 3 in"):
+        load_checkpoint(tmp_path, "best")
+
+
+def test_damaged_checkpoint_cannot_be_loaded_for_inference(workdir):
+    for path in workdir.glob("checkpoints/30/model/d/*"):
+        damaged(path, "truncate")
+    with pytest.raises(UserError, match=r"30 cannot be read.*there are: 10, 20, 30"):
+        load_checkpoint(workdir)
+
+
+def test_same_variables_pass():
+    check_same_variables(state_at(1).params, state_at(2).params, "somewhere")
+
+
+def test_orbax_does_not_repeat_the_errors_in_the_log():
+    assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)
