@@ -1,0 +1,95 @@
+"""Pictures show what they say: the right tokens, groups, classes and metrics."""
+
+import numpy as np
+import pytest
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import pictures
+
+rng = np.random.default_rng(0)
+
+
+def block(length, top_k, *, mark=0, heads=2, num_groups=3):
+    groups = np.full((1, heads, length), mark % num_groups)
+    keys = rng.integers(length, size=(1, heads, num_groups, top_k))
+    return {"attention": {"groups": (groups,), "keys": (keys,)}}
+
+
+def test_finest_routing_takes_the_last_block_that_selects():
+    intermediates = {
+        "stages_0_0": block(8 * 12, 96),  # every key is selected
+        "stages_1_9": block(4 * 6, 5, mark=0),
+        "stages_1_10": block(4 * 6, 5, mark=1),
+        "stages_2_0": block(2 * 3, 5, mark=2),
+    }
+    routing = pictures.finest_routing(intermediates, (32, 48))
+    assert routing.grid == (4, 6)
+    assert routing.groups.shape == (1, 2, 24)
+    assert np.all(routing.groups == 1)
+    assert routing.keys.shape == (1, 2, 3, 5)
+
+
+def test_finest_routing_of_sides_that_the_stride_does_not_divide():
+    assert pictures.finest_routing({"b": block(9 * 13, 5)}, (33, 49)).grid == (9, 13)
+
+
+@pytest.mark.parametrize("intermediates", [{}, {"stages_0_0": block(64, 64)}])
+def test_finest_routing_without_selection(intermediates):
+    assert pictures.finest_routing(intermediates, (32, 32)) is None
+
+
+def test_tint_colours_the_pixels_of_its_tokens():
+    image = np.full((6, 8, 3), 100, np.uint8)
+    tinted = pictures.tint(image, np.array([1, 6]), (2, 4), "#FF0000")
+    expected = np.zeros((6, 8), bool)
+    expected[:3, 2:4] = expected[3:, 4:6] = True
+    is_red = tinted[..., 0] > tinted[..., 1]
+    np.testing.assert_array_equal(is_red, expected)
+    assert np.unique(tinted[~expected]) == [177]  # grey: halfway from 100 to white
+
+
+def test_plot_groups_shows_the_largest_groups():
+    images = rng.integers(256, size=(2, 32, 48, 3), dtype=np.uint8)
+    groups = np.zeros((2, 2, 96), int)
+    groups[:, 1, :20], groups[:, 1, 20:50] = 3, 1  # head 1: sizes 46, 30, 0, 20
+    keys = np.tile(np.arange(7), (2, 2, 4, 1))
+    routing = pictures.Routing(groups, keys, (8, 12))
+    figure = pictures.plot_groups(images, routing, ["a", "b"], head=1, num_groups=3)
+    titles = [axis.get_title() for axis in figure.axes]
+    pairs = [t for size in (46, 30, 20) for t in (f"{size} queries", "their 7 keys")]
+    assert titles == ["a", *pairs, "b", *pairs]
+    shown = figure.axes[3].images[0].get_array()
+    expected = pictures.tint(images[0], np.arange(20, 50), (8, 12), pictures.COLORS[1])
+    np.testing.assert_array_equal(shown, expected)
+    assert len(figure.artists) == 6  # a frame around each pair
+
+
+def test_plot_groups_with_fewer_groups_than_asked_for():
+    routing = pictures.Routing(np.zeros((1, 1, 64), int), np.zeros((1, 1, 1, 5), int), (8, 8))
+    figure = pictures.plot_groups(np.zeros((1, 32, 32, 3), np.uint8), routing, ["a"])
+    assert [axis.get_title() for axis in figure.axes] == ["a", "64 queries", "their 5 keys"]
+
+
+def test_plot_classes():
+    figure = pictures.plot_classes(np.zeros((32, 32, 3), np.uint8), [("cat", 0.75), ("dog", 0.125)])
+    axis = figure.axes[1]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
+    assert [bar.get_width() for bar in axis.patches] == [0.75, 0.125]
+    assert axis.patches[0].get_y() > axis.patches[1].get_y()  # the first one on top
+
+
+def test_learning_curve():
+    records = [
+        {"step": 10, "loss": 2.0},
+        {"step": 20, "loss": 1.0},
+        {"step": 20, "eval/accuracy": 0.5, "eval/loss": 1.5},
+    ]
+    loss, accuracy = pictures.plot_learning_curve(records).axes
+    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[10, 2.0], [20, 1.0]])
+    np.testing.assert_array_equal(accuracy.lines[0].get_xydata(), [[20, 50.0]])
+    assert len(pictures.plot_learning_curve(records[:2]).axes) == 1
+
+
+def test_learning_curve_without_metrics():
+    with pytest.raises(UserError, match="neither 'loss' nor 'eval/accuracy' was logged"):
+        pictures.plot_learning_curve([{"step": 1, "data/skipped": 0}])

@@ -1,0 +1,180 @@
+"""Predictions of a checkpoint: numbers, pictures, messages."""
+
+import copy
+import functools
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax import cli, predict
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data import dataset_info, eval_image
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.state import init_state
+from tokenvit_jax.training.step import normalize
+from tokenvit_jax.training.workdir import write_config
+
+OVERRIDES = {
+    "stem_dim": 4, "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1),
+    "mlp_ratio": 1, "head_dim": 8, "num_groups": 3, "top_k": 5,
+}  # fmt: skip
+
+
+def tiny_config():
+    config = default_config()
+    config.image_size = 32
+    config.model_overrides = ConfigDict(OVERRIDES)
+    return config
+
+
+@pytest.fixture(scope="module")
+def state():
+    config = tiny_config()
+    model = classification.make_model(config, 10)
+    return jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, state):
+    """A run with a checkpoint whose parameters are those of the start."""
+    workdir = tmp_path_factory.mktemp("run")
+    write_config(workdir, tiny_config())
+    with Checkpoints(workdir, keep_last=1, keep_best=0) as checkpoints:
+        checkpoints.save(1, state, {})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two image files of one name in two folders."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        pixels = rng.integers(256, size=(40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / "a.png")
+    return [folder / name / "a.png" for name in ("one", "two")]
+
+
+def run(monkeypatch, capsys, **args):
+    argv = ["predict", *(f"--{name}={value}" for name, value in args.items())]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(predict.main, copy.deepcopy(predict.FLAGS), required=("workdir", "images", "out"))
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err
+
+
+def test_command(monkeypatch, capsys, tmp_path, workdir, images):
+    out = tmp_path / "new" / "pictures"
+    status, printed, _ = run(
+        monkeypatch, capsys, workdir=workdir, images=",".join(map(str, images)), out=out
+    )
+    assert status == 0
+    # The files have the same name: their pictures must not.
+    written = [f"a_{place}_{kind}.png" for place in (1, 2) for kind in ("classes", "groups")]
+    assert sorted(path.name for path in out.iterdir()) == written
+    for path in out.iterdir():
+        assert np.asarray(Image.open(path).convert("RGB")).std() > 10
+    lines = printed.splitlines()
+    assert len(lines) == 2
+    for place, (line, file) in enumerate(zip(lines, images, strict=True), start=1):
+        assert line.startswith(f"{file}: ")
+        assert line.endswith(f"{out}/a_{place}_classes.png {out}/a_{place}_groups.png")
+        assert line.count("%") == 5
+
+
+def test_numbers_are_those_of_the_model(workdir, state, images):
+    config, info = tiny_config(), dataset_info("digits")
+    image = predict.read_image(images[0], config, info)
+    np.testing.assert_array_equal(image, eval_image(Image.open(images[0]), 32, 1.0))
+    probabilities, routing = predict.make_predict(config, workdir, "last")(image)
+
+    model = classification.make_model(config, 10)
+    apply = functools.partial(model.apply, train=False, mutable=["intermediates"])
+    variables = {"params": state.params, **state.model_state}
+    logits, sown = jax.jit(apply)(variables, normalize(image[None]))
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits)[0], atol=1e-5)
+    groups = sown["intermediates"]["stages_0_0"]["attention"]["groups"][0]
+    assert routing.grid == (8, 8)
+    assert np.mean(routing.groups == groups) > 0.9  # near ties may fall the other way
+
+    classes = predict.top_classes(probabilities, info)
+    assert classes[0] == (str(np.argmax(probabilities)), float(probabilities.max()))
+    assert [p for _, p in classes] == sorted(probabilities.tolist(), reverse=True)[:5]
+
+
+def test_dense_attention_has_no_picture_of_groups(monkeypatch, capsys, tmp_path, workdir, images):
+    run_of_dense = tmp_path / "run"
+    shutil.copytree(workdir, run_of_dense)
+    config = json.loads((run_of_dense / "config.json").read_text())
+    config["model_overrides"]["top_k"] = 64
+    (run_of_dense / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    status, _, _ = run(monkeypatch, capsys, workdir=run_of_dense, images=images[0], out=out)
+    assert status == 0
+    assert [path.name for path in out.iterdir()] == ["a_classes.png"]
+
+
+def test_classes_without_names():
+    classes = predict.top_classes(np.arange(1000.0), dataset_info("imagenet2012"))
+    assert [name for name, _ in classes] == [f"class {label}" for label in range(999, 994, -1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.png", None, "missing.png: No such file or directory"),
+        ("text.jpg", b"no image", "text.jpg: cannot decode 8 bytes as an image"),
+    ],
+)
+def test_unreadable_image(monkeypatch, capsys, tmp_path, workdir, name, content, message):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    status, printed, err = run(
+        monkeypatch, capsys, workdir=workdir, images=tmp_path / name, out=tmp_path / "out"
+    )
+    assert (status, printed, len(err.splitlines())) == (1, "", 1)
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_image(monkeypatch, capsys, tmp_path, workdir, images):
+    file = tmp_path / "cut.png"
+    file.write_bytes(images[0].read_bytes()[:1000])
+    status, _, err = run(monkeypatch, capsys, workdir=workdir, images=file, out=tmp_path / "out")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "cut.png: cannot decode 1000 bytes as an image" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        ({"workdir": "nowhere"}, 1, "--workdir=nowhere holds no config.json"),
+        ({"checkpoint": "77"}, 1, "no checkpoint '77' in "),
+        ({"images": ""}, 1, "--images names no file"),
+        ({"images": None}, 2, "--images is missing"),
+    ],
+)
+def test_mistakes(monkeypatch, capsys, tmp_path, workdir, images, args, status, message):
+    args = {"workdir": workdir, "images": images[0], "out": tmp_path / "out"} | args
+    given = {name: value for name, value in args.items() if value is not None}
+    found, printed, err = run(monkeypatch, capsys, **given)
+    assert (found, printed, len(err.splitlines())) == (status, "", 1)
+    assert message in err
+
+
+def test_workdir_without_checkpoints(monkeypatch, capsys, tmp_path, images):
+    write_config(tmp_path, tiny_config())
+    status, _, err = run(
+        monkeypatch, capsys, workdir=tmp_path, images=images[0], out=tmp_path / "out"
+    )
+    assert (status, err) == (1, f"error: --workdir={tmp_path} holds no checkpoints\n")

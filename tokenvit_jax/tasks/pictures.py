@@ -1,0 +1,205 @@
+"""Pictures of what a model does: classes, query groups with their keys, learning curves.
+
+Every function returns a matplotlib Figure and has no other effect; `figure.savefig` writes it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from tokenvit_jax.errors import UserError
+
+# Okabe and Ito 2008: distinguishable with any colour vision, on photographs too.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+class Routing(NamedTuple):
+    """Of one block: query groups (B, N, L), keys of each group (B, N, G, k), its tokens' (H, W)."""
+
+    groups: np.ndarray
+    keys: np.ndarray
+    grid: tuple[int, int]
+
+
+def finest_routing(intermediates: Mapping[str, Any], image_size: tuple[int, int]) -> Routing | None:
+    """Returns the groups of the last block with the finest tokens whose groups select.
+
+    Args:
+        intermediates: the collection "intermediates" of `model.apply`, with the "groups" and "keys"
+            of :class:`tokenvit_jax.layers.DynamicGroupAttention`.
+        image_size: height and width of the images, pixels.
+
+    Returns:
+        The routing, or None where no block has dynamic groups or all of them attend to every key.
+    """
+    flat = flatten_dict(intermediates)
+    found = [
+        (groups[0].shape[-1], _natural_order(path), np.asarray(groups[0]), np.asarray(keys[0]))
+        for path, groups in flat.items()
+        if path[-1] == "groups"
+        for keys in [flat[(*path[:-1], "keys")]]
+        if keys[0].shape[-1] < groups[0].shape[-1]
+    ]
+    if not found:
+        return None
+    length, _, groups, keys = max(found, key=lambda block: block[:2])
+    # The side of a stage is that of the image over its stride, rounded up.
+    sides = [[-(-side // stride) for side in image_size] for stride in (4, 8, 16, 32)]
+    grid = next((height, width) for height, width in sides if height * width == length)
+    return Routing(groups, keys, grid)
+
+
+def plot_groups(
+    images: np.ndarray,
+    routing: Routing,
+    captions: Sequence[str],
+    *,
+    head: int = 0,
+    num_groups: int = 4,
+) -> Figure:
+    """Draws query groups and the keys that each selects, as Figure 3 of the DGT paper does.
+
+    For each image two rows of panels: the largest query groups, and below each its keys.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        routing: of the same images.
+        captions: one per image.
+        head: whose groups.
+        num_groups: how many of the largest groups, at most 6.
+    """
+    num_images, height, width = images.shape[:3]
+    aspect = width / height
+    # Everything in inches; an image takes two panels and a title on the left.
+    panel, title, gap = 1.4, 0.24, 0.2
+    row_height, whole = 2 * (panel + title) + gap, 2 * panel + title
+    column_width = panel * aspect + gap
+    size = (whole * aspect + num_groups * column_width + gap, num_images * row_height)
+    figure = Figure(figsize=size)
+
+    def show(pixels, text, left, bottom, side):
+        position = (left / size[0], bottom / size[1], side * aspect / size[0], side / size[1])
+        axis = figure.add_axes(position)
+        _show(axis, pixels)
+        axis.set_title(text, fontsize=8, pad=3)
+
+    rows = zip(images, routing.groups[:, head], routing.keys[:, head], captions, strict=True)
+    for row, (image, groups, keys, caption) in enumerate(rows):
+        bottom = size[1] - (row + 1) * row_height + gap / 2
+        show(image, caption, gap / 2, bottom, whole)
+        pairs = zip(_largest_groups(groups, num_groups), COLORS, strict=False)
+        for column, (group, color) in enumerate(pairs):
+            members = np.flatnonzero(groups == group)
+            left = whole * aspect + gap + column * column_width
+            queries = tint(image, members, routing.grid, color)
+            selected = tint(image, keys[group], routing.grid, color)
+            show(queries, f"{len(members)} queries", left, bottom + panel + title, panel)
+            show(selected, f"their {keys.shape[1]} keys", left, bottom, panel)
+            frame = (panel * aspect + gap / 2, 2 * (panel + title) + gap / 4)
+            _frame(figure, (left - gap / 4, bottom - gap / 4), frame, color)
+    return figure
+
+
+def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> Figure:
+    """Draws an image and bars of its most probable classes.
+
+    Args:
+        image: (H, W, 3) uint8.
+        classes: names and probabilities, the most probable first.
+    """
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    image_axis, bar_axis = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    _show(image_axis, image)
+    names, probabilities = zip(*classes, strict=True)
+    places = range(len(names), 0, -1)
+    colors = [COLORS[1], *("0.75" for _ in names[1:])]
+    bars = bar_axis.barh(places, probabilities, height=0.7, color=colors)
+    bar_axis.bar_label(bars, [f"{p:.1%}" for p in probabilities], padding=3, fontsize=9)
+    bar_axis.set_yticks(places, names)
+    bar_axis.tick_params(axis="y", length=0)
+    bar_axis.set(xlim=(0, 1.15), xticks=())
+    bar_axis.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def plot_learning_curve(records: Sequence[Mapping[str, float]]) -> Figure:
+    """Draws the training loss and the accuracy of evaluations over steps, if they were logged.
+
+    Args:
+        records: objects of a run's `metrics.jsonl`: "step" with "loss" or "eval/accuracy".
+
+    Raises:
+        UserError: neither was logged.
+    """
+    curves = [
+        ("training loss", COLORS[0], [(r["step"], r["loss"]) for r in records if "loss" in r]),
+        (
+            "evaluation accuracy, %",
+            COLORS[1],
+            [(r["step"], 100 * r["eval/accuracy"]) for r in records if "eval/accuracy" in r],
+        ),
+    ]
+    curves = [curve for curve in curves if curve[2]]
+    if not curves:
+        raise UserError("no learning curve: neither 'loss' nor 'eval/accuracy' was logged")
+    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    axes = figure.subplots(1, len(curves), sharex=True, squeeze=False)[0]
+    for axis, (title, color, points) in zip(axes, curves, strict=True):
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
+        axis.set_title(f"{title} (last: {points[-1][1]:.3g})", fontsize=10)
+        axis.set(xlabel="step", xlim=(0, None))
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _natural_order(path: tuple[str, ...]) -> list[int]:
+    """Sorts stages_2_10 after stages_2_9."""
+    return [int(number) for name in path for number in re.findall(r"\d+", name)]
+
+
+def _largest_groups(groups, num_groups):
+    return np.argsort(-np.bincount(groups), kind="stable")[:num_groups]
+
+
+def tint(image: np.ndarray, tokens: np.ndarray, grid: tuple[int, int], color: str) -> np.ndarray:
+    """Colours some tokens of an image and fades the others.
+
+    Args:
+        image: (H, W, 3) uint8.
+        tokens: indices of tokens, row by row.
+        grid: rows and columns of tokens.
+        color: "#RRGGBB".
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    height, width = image.shape[:2]
+    chosen = np.zeros(grid, bool)
+    chosen.flat[tokens] = True
+    rows = np.arange(height) * grid[0] // height
+    columns = np.arange(width) * grid[1] // width
+    mask = chosen[rows[:, None], columns, None]
+    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    grey = image.mean(-1, keepdims=True)
+    return np.where(mask, 0.3 * grey + 0.7 * rgb, 0.5 * grey + 0.5 * 255).astype(np.uint8)
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=(), yticks=())
+    axis.spines[:].set_visible(False)
+
+
+def _frame(figure, corner, size, color):
+    """Draws a dashed box, in inches, around the panels of one group."""
+    box = Rectangle(
+        corner, *size, fill=False, color=color, linestyle="--", transform=figure.dpi_scale_trans
+    )
+    figure.add_artist(box)
