@@ -90,7 +90,8 @@ def _parse_message(error: Exception) -> str:
             return f"{wrong or keys[0]} is not a key of the configuration{near}"
     if "Traceback (most recent call last)" in text:
         # ml_collections puts the traceback of a configuration file into its message.
-        text = text.split(":", 1)[0] + ": " + text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+        reason = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+        text = text.split("Error whilst parsing", 1)[0] + reason
     known = isinstance(error, UserError | flags.Error | OSError)
     return text if known else f"--config: {type(error).__name__}: {text}"
 

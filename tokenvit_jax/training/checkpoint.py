@@ -172,10 +172,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and its storage raise many types
-            good = ", ".join(map(str, _steps(self._folder))) or "none"
+            whole = ", ".join(map(str, _steps(self._folder))) or "none"
             raise UserError(
-                f"checkpoint {self._writing} cannot be written: {_brief(error)}; checkpoints that are "
-                f"whole: {good}"
+                f"checkpoint {self._writing} cannot be written: {_brief(error)}; "
+                f"checkpoints that are whole: {whole}"
             ) from error
 
 
@@ -223,7 +223,8 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
             variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
         except Exception as error:
             raise UserError(
-                f"checkpoint {folder / str(step)} cannot be read: {_brief(error)}; there are: {listed}"
+                f"checkpoint {folder / str(step)} cannot be read: {_brief(error)}; "
+                f"there are: {listed}"
             ) from error
     return Checkpoint(step, folder / str(step), eval_variables(**variables))
 

@@ -1,0 +1,326 @@
+import contextlib
+import functools
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_config
+
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.parallel import MeshParallel
+from tokenvit_jax.training.state import init_state
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIG = Path(tiny_config.__file__)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Environment of the processes: one device each, compiled programs shared."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def start(environment):
+    """Starts a command with the tiny configuration in a process of its own."""
+
+    def start_process(command, workdir, *arguments):
+        module = f"tokenvit_jax.{command}"
+        flags = [f"--config={CONFIG}", f"--workdir={workdir}", *arguments]
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *flags],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start_process
+
+
+@pytest.fixture(scope="session")
+def reference(start, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("reference")
+    finish(start("train", workdir))
+    return workdir
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def last_logged(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def metrics_of(workdir):
+    """Everything that was logged but for the throughput, in order."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
+
+
+def test_an_undisturbed_run_learns_and_logs_every_step_once(reference):
+    lines = metrics_of(reference)
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 41))
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [10, 20, 30, 40]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    assert all(line["grad_norm"] > 0 for line in lines if "loss" in line)
+    assert {"30", "35", "40"} & {p.name for p in (reference / "checkpoints").iterdir()}
+    assert list(reference.glob("events.out.tfevents.*"))
+    assert json.loads((reference / "config.json").read_text())["model"] == "dgt_t"
+
+
+def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp_path):
+    run = start("train", tmp_path)
+    wait_for(run, (tmp_path / "checkpoints" / "5").exists)
+    run.kill()
+    run.communicate()
+    assert last_logged(tmp_path) < 40
+
+    run = start("train", tmp_path)
+    # The resumed run drops what the killed one logged after its last checkpoint.
+    assert "resumed" in run.stdout.readline()
+    first_step = last_logged(tmp_path)
+    assert 5 <= first_step < 40
+    wait_for(run, lambda: last_logged(tmp_path) > first_step)
+    run.terminate()
+    out, _ = finish(run)
+    stopped_at = last_logged(tmp_path)
+    assert first_step < stopped_at < 40
+    assert f"stopped and saved after step {stopped_at}; the same command resumes" in out
+    assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
+
+    out, _ = finish(start("train", tmp_path))
+    assert f"resumed {tmp_path} after step {stopped_at}" in out
+    assert metrics_of(tmp_path) == metrics_of(reference)
+
+    out, _ = finish(start("train", tmp_path))
+    assert "finished 40 steps" in out
+    assert metrics_of(tmp_path) == metrics_of(reference)
+
+
+def test_evaluate_prints_the_metrics_of_the_last_checkpoint(reference, start):
+    out, _ = finish(start("evaluate", reference, "--checkpoint=40"))
+    logged = metrics_of(reference)[-1]
+    assert json.loads(out) == pytest.approx(logged, rel=1e-6)
+
+
+def test_two_processes_equal_one(reference, start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    runs = [start("train", tmp_path, *several, f"--process_id={i}") for i in range(2)]
+    # SIGTERM to one process stops both after the same step.
+    wait_for(runs[0], lambda: last_logged(tmp_path) >= 3)
+    runs[1].terminate()
+    for run in runs:
+        finish(run)
+    lines, expected = metrics_of(tmp_path), metrics_of(reference)
+    assert 3 <= lines[-1]["step"] < 40
+    for found, line in zip(lines, expected[: len(lines)], strict=True):
+        assert found == pytest.approx(line, rel=2e-3)
+    assert (tmp_path / "checkpoints" / str(lines[-1]["step"])).is_dir()
+
+
+def test_infinite_loss_stops_and_keeps_the_last_good_checkpoint(reference, start, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    poison(workdir, step=35)
+    _, err = finish(start("train", workdir, "--config.checkpoint_every_steps=1"), status=1)
+    assert err.strip().splitlines()[-1] == (
+        f"error: loss is nan at step 36: stopped; the checkpoints before it are in "
+        f"{workdir / 'checkpoints'}"
+    )
+    assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == 35
+    assert last_logged(workdir) == 35
+    assert load_checkpoint(workdir).step == 35
+
+
+def poison(workdir, step):
+    """Makes the parameters of a checkpoint so large that the next loss is not finite."""
+    config = tiny_config.get_config()
+    model = classification.make_model(config, num_classes=10)
+    init_fn = functools.partial(init_state, model, make_optimizer(config), config)
+    abstract = MeshParallel().abstract(init_fn)
+    with Checkpoints(workdir, keep_last=9, keep_best=0) as checkpoints:
+        state, progress = checkpoints.restore(abstract)
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+    with Checkpoints(workdir, keep_last=9, keep_best=0) as checkpoints:
+        assert int(state.step) == step
+        state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
+        checkpoints.save(step, state, progress)
+
+
+def run_here(monkeypatch, capsys, command, *arguments):
+    """Exit status and last line on stderr of a command that fails before it computes anything."""
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_module(f"tokenvit_jax.{command}", run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not any("Traceback" in line for line in lines)
+    return exit_info.value.code, lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--wrkdir=x"], 2, "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (
+            ["--config.sead=1"],
+            2,
+            "--config.sead is not a key of the configuration; did you mean 'seed'",
+        ),
+        (
+            ["--config.optimizer.lerning_rate=1"],
+            2,
+            "--config.optimizer.lerning_rate is not a key of the configuration; did you mean "
+            "'learning_rate'",
+        ),
+        (["--config.seed=abc"], 2, "--config.seed=abc"),
+        (["rest"], 2, "unexpected argument 'rest'"),
+        (["--config.model=dgt"], 1, "unknown model 'dgt'"),
+        (["--config.model=dgt_tt"], 1, "did you mean 'dgt_t'"),
+        (["--config.model_overrides={'num_group': 3}"], 1, "did you mean 'num_groups'"),
+        (["--config.dataset=digit"], 1, "no dataset 'digit'; did you mean 'digits'"),
+        (["--config.dtype=float16"], 1, "config.dtype='float16' is not valid; valid: float32"),
+        (["--config.parallel=ddp"], 1, "config.parallel='ddp' is not valid; valid: jit, pmap"),
+        (["--config.centroids.rule=x"], 1, "config.centroids.rule='x' is not valid; valid: lit"),
+        (["--config.image_size=31"], 1, "image_size=31 is below 32"),
+        (["--config.batch_size=20"], 1, "config.batch_size=20 is not a multiple of 8 devices"),
+        (["--config.batch_size=0"], 1, "config.batch_size=0 is not valid; valid: at least 1"),
+        (["--config.ema_decay=1.5"], 1, "config.ema_decay=1.5 is not valid; valid: 0 to 1"),
+        (["--config.mesh.fsdp=3"], 1, "config.mesh.fsdp=3 does not divide"),
+        (["--config.optimizer.warmup_steps=40"], 1, "warmup_steps=40 must be below"),
+        (["--config.profile=3"], 1, "config.profile='3' is not valid"),
+        (["--config.data.on_corrupt=ignore"], 1, "data.on_corrupt='ignore'"),
+        (["--num_processes=2"], 1, "also need --coordinator and --process_id"),
+        (
+            ["--config.dataset=imagenet2012", "--config.data.data_dir=/nowhere"],
+            1,
+            "dataset imagenet2012 not found in data.data_dir=/nowhere",
+        ),
+    ],
+)
+def test_wrong_flags_keys_and_values(monkeypatch, capsys, tmp_path, arguments, status, message):
+    flags = [f"--config={CONFIG}", f"--workdir={tmp_path}", *arguments]
+    found_status, line = run_here(monkeypatch, capsys, "train", *flags)
+    assert line.startswith("error: ")
+    assert message in line
+    assert found_status == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([f"--config={CONFIG}"], "--workdir is missing"),
+        (["--workdir=x"], "--config is missing"),
+        (["--workdir=x", "--config=/nowhere.py"], "--config=/nowhere.py: no such file"),
+        (["--workdir=x", "--config=/nowhere.py", "--config.seed=1"], "/nowhere.py"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_missing_flags(monkeypatch, capsys, command, arguments, message):
+    status, line = run_here(monkeypatch, capsys, command, *arguments)
+    assert message in line
+    assert status in (1, 2)
+
+
+def test_wrong_argument_of_a_configuration_is_one_line(monkeypatch, capsys, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("def get_config(arg):\n    raise ValueError(f'no variant {arg!r}')\n")
+    flags = [f"--config={config}:big", "--workdir=x"]
+    status, line = run_here(monkeypatch, capsys, "train", *flags)
+    assert line == f"error: flag --config={config}:big: no variant 'big'"
+    assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model=dgt_s"], "holds a run with config.model='dgt_t', now it is 'dgt_s'"),
+        (["--config.batch_size=32"], "config.batch_size=16, now it is 32"),
+    ],
+)
+def test_another_run_in_the_same_workdir(monkeypatch, capsys, reference, arguments, message):
+    flags = [f"--config={CONFIG}", f"--workdir={reference}", *arguments]
+    status, line = run_here(monkeypatch, capsys, "train", *flags)
+    assert message in line
+    assert status == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_checkpoint_of_another_model(monkeypatch, capsys, reference, tmp_path, command):
+    workdir = tmp_path / "copy"
+    shutil.copytree(reference, workdir)
+    (workdir / "config.json").unlink()
+    overrides = "--config.model_overrides={'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 2, 2)}"
+    flags = [f"--config={CONFIG}", f"--workdir={workdir}", overrides]
+    status, line = run_here(monkeypatch, capsys, command, *flags)
+    assert f"checkpoint {workdir / 'checkpoints' / '40'} is of another model" in line
+    assert status == 1
+
+
+def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    flags = [f"--config={CONFIG}", f"--workdir={file}/run"]
+    status, line = run_here(monkeypatch, capsys, "train", *flags)
+    assert "Not a directory" in line
+    assert str(file) in line
+    assert status == 1
+
+
+def test_changed_settings_of_a_resumed_run_are_named(
+    monkeypatch, capsys, caplog, reference, tmp_path
+):
+    workdir = tmp_path / "copy"
+    shutil.copytree(reference, workdir)
+    flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.label_smoothing=0.1"]
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with contextlib.suppress(SystemExit):
+        runpy.run_module("tokenvit_jax.train", run_name="__main__")
+    assert "config.label_smoothing changes from 0.0 to 0.1 in the resumed run" in caplog.text
+    assert "finished 40 steps" in capsys.readouterr().out
