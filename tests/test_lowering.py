@@ -1,0 +1,85 @@
+"""Operators and a training step lower for accelerators, on a host that has none."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from tokenvit_jax import ops
+from tokenvit_jax.config import dgt_config
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import init_state
+from tokenvit_jax.training.step import make_train_step
+
+PLATFORMS = ("cuda", "tpu")
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowers(fn, *args):
+    """Asserts that fn lowers for every platform; each lowering is a module of its own."""
+    for platform in PLATFORMS:
+        exported = export.export(jax.jit(fn), platforms=[platform])(*args)
+        assert exported.platforms == (platform,)
+        assert "func.func public @main" in exported.mlir_module()
+
+
+def gradient(fn, num_differentiated):
+    """Returns the gradient of the sum of squares of what fn returns first."""
+
+    def loss(*args):
+        output = fn(*args)
+        output = output[0] if isinstance(output, tuple) else output
+        return jnp.sum(output.astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, tuple(range(num_differentiated)))
+
+
+def group_attention(path, top_k):
+    return lambda q, k, v, c: ops.group_attention(q, k, v, c, top_k=top_k, path=path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    ("path", "top_k"), [("dense", 98), ("tiles", 98), ("auto", 1000)], ids=["dense", "tiles", "all"]
+)
+def test_group_attention(path, top_k, dtype):
+    q, centroids = array(2, 196, 2, 32, dtype=dtype), array(2, 48, 32)
+    fn = group_attention(path, top_k)
+    lowers(fn, q, q, q, centroids)
+    lowers(gradient(fn, 3), q, q, q, centroids)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_other_operators(dtype):
+    q = array(2, 49, 2, 32, dtype=dtype)
+    x, kernel = array(2, 7, 9, 16, dtype=dtype), array(3, 3, 16, dtype=dtype)
+    lowers(ops.dot_product_attention, q, q, q)
+    lowers(gradient(ops.dot_product_attention, 3), q, q, q)
+    lowers(ops.depthwise_conv, x, kernel)
+    lowers(gradient(ops.depthwise_conv, 2), x, kernel)
+    groups, centroids = array(2, 2, 49, dtype=jnp.int32), array(2, 5, 32)
+    lowers(
+        lambda c, q, groups: ops.update_centroids(c, q, groups, old_weight=0.9),
+        centroids, q, groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dgt_t", "dgt_s"])
+def test_training_step(name):
+    config = dgt_config(name, "", drop_path=0.1)
+    config.batch_size = 2
+    # One block per stage at the published widths: the other blocks lower like these.
+    config.model_overrides.depths = (1, 1, 1, 1)
+    model = classification.make_model(config, num_classes=1000)
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config))
+    batch = {
+        "image": array(2, 224, 224, 3, dtype=jnp.uint8),
+        "label": array(2, dtype=jnp.int32),
+        "skipped": array(2, dtype=jnp.int32),
+    }
+    lowers(make_train_step(model, optimizer, config, num_classes=1000), state, batch)
