@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     config.image_size = 32
     config.batch_size = 16
     config.data.eval_batch_size = 120
-    config.mix.mixup = 0.8
     config.ema_decay = 0.9
     config.num_steps = 40
     config.optimizer.warmup_steps = 4

@@ -25,7 +25,7 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     config = default_config()
     with config.unlocked():
-        config.update(_read_json(workdir))
+        config.update(_with_tuples(_read_json(workdir)))
     return config.lock()
 
 
@@ -82,6 +82,13 @@ def _read_json(workdir: Path) -> dict[str, Any]:
 def _plain(config: ConfigDict) -> dict[str, Any]:
     """The configuration as it is read back from JSON: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def _with_tuples(value: Any) -> Any:
+    """Undoes what JSON does to tuples; configurations have no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
