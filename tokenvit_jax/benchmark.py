@@ -34,7 +34,7 @@ from tokenvit_jax import cli, ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.models import create_model
-from tokenvit_jax.ops.group_attention import _cheaper_path
+from tokenvit_jax.ops.group_attention import cheaper_path
 from tokenvit_jax.summary import parse_image_size
 
 FLAGS = flags.FlagValues()
@@ -369,7 +369,7 @@ def group_attention_cases(
             shape={
                 "length": length,
                 "heads": heads,
-                "path": _cheaper_path(length, NUM_GROUPS, min(TOP_K, length)),
+                "path": cheaper_path(length, NUM_GROUPS, min(TOP_K, length)),
                 "eq7": 2 * length**2 * heads * HEAD_DIM / equation_6(length, heads * HEAD_DIM),
             },
             inputs=(

@@ -222,7 +222,7 @@ def test_selection_mask_takes_the_first_of_equals(data):
 
 def test_path_is_chosen_from_the_shapes():
     chosen = {
-        length: module._cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)
+        length: module.cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)
     }
     assert chosen == {99: "dense", 196: "dense", 784: "dense", 3136: "tiles", 16384: "tiles"}
 
