@@ -5,6 +5,7 @@ run it on each with --coordinator=host:port --num_processes=N --process_id=I; on
 SLURM these are found automatically.
 """
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -98,9 +99,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     # ---------------------------------------------------------------- steps
     pending = deque()  # (step, metrics) that are still being computed
-    step, stopping = first_step - 1, False
+    step = first_step - 1
     batches = devices.prefetch(train_batches, parallel.put_batch)
-    with checkpoints, log, Profile(workdir, *profiled_steps(config)) as profile:
+    profile = Profile(workdir, *profiled_steps(config))
+    with contextlib.closing(train_batches), checkpoints, log, profile:
         for step in range(first_step, config.num_steps + 1):
             batch, data_state = next(batches)
             profile.before(step)

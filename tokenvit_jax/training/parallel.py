@@ -5,6 +5,7 @@ with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the 
 give the same numbers.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -294,11 +295,12 @@ def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[A
 def map_batches(step: Callable, batches: Iterable, put: Callable) -> list[dict[str, float]]:
     """Returns `step(put(batch))` of all batches, on the host."""
     results = []
-    for batch in batches:
-        results.append(step(put(batch)))
-        # Two batches in flight keep the devices busy without filling their memory.
-        if len(results) > 2:
-            results[-3] = jax.device_get(results[-3])
+    with contextlib.closing(iter(batches)) as iterator:
+        for batch in iterator:
+            results.append(step(put(batch)))
+            # Two batches in flight keep the devices busy without filling their memory.
+            if len(results) > 2:
+                results[-3] = jax.device_get(results[-3])
     return jax.device_get(results)
 
 
