@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 
 import chex
 import hypothesis
@@ -220,10 +221,35 @@ def test_selection_mask_takes_the_first_of_equals(data):
     np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(expected))
 
 
+def test_sorting_selects_what_top_k_selects():
+    scores = np.random.default_rng(0).integers(-3, 3, (2, 2, 5, 40)).astype(np.float32)
+    np.testing.assert_array_equal(
+        module._top_keys_by_sorting(scores, 9), jax.lax.top_k(scores, 9)[1]
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
+    """Neither values nor gradients move a part of the batch to another device."""
+    # What runs on accelerators; top_k, which runs on CPU, cannot be divided.
+    monkeypatch.setattr(module, "_top_keys", module._top_keys_by_sorting)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    q, k, v, centroids = inputs(batch=4, seed=3)
+    arrays = [jax.device_put(x, split) for x in (q, k, v)]
+
+    def loss(q, k, v):
+        result = ops.group_attention.__wrapped__(q, k, v, centroids, top_k=7, path=path)
+        return jnp.sum(result.output**2), result
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(*arrays).compile()
+    moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", grad.as_text())
+    assert moved == []
+    chex.assert_trees_all_close(grad(*arrays)[1], compiled(7, path)(q, k, v, centroids), atol=1e-6)
+
+
 def test_path_is_chosen_from_the_shapes():
-    chosen = {
-        length: module.cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)
-    }
+    chosen = {length: module.cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)}
     assert chosen == {99: "dense", 196: "dense", 784: "dense", 3136: "tiles", 16384: "tiles"}
 
 

@@ -41,7 +41,8 @@ def decode_image(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
     except UnidentifiedImageError as error:  # its message names a Python object
-        raise UserError(f"cannot decode {len(encoded)} bytes as an image: no known format") from error
+        message = f"cannot decode {len(encoded)} bytes as an image: no known format"
+        raise UserError(message) from error
     except Exception as error:
         # Pillow's decoders raise errors of every kind on malformed files: OSError, SyntaxError,
         # struct.error, ...; Pillow, unlike OpenCV, does not pass a truncated JPEG as half grey.
