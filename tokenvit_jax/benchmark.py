@@ -34,7 +34,7 @@ from tokenvit_jax import cli, ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.models import create_model
-from tokenvit_jax.ops.group_attention import cheaper_path
+from tokenvit_jax.ops.group_attention_paths import cheaper_path
 from tokenvit_jax.summary import parse_image_size
 
 FLAGS = flags.FlagValues()

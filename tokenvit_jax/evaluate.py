@@ -7,7 +7,6 @@ import functools
 import json
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import parallel as devices
-from tokenvit_jax.training.checkpoint import check_same_variables, load_checkpoint
+from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_config
 
@@ -42,12 +41,9 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
     """
     check_config(config)
     parallel = devices.make_parallel(config)
-    loaded = load_checkpoint(workdir, checkpoint)
     num_classes = dataset_info(config.dataset).num_classes
     model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
-    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), "float32")
-    expected = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
-    check_same_variables(loaded.variables, expected, loaded.path)
+    loaded = load_variables(model, config.image_size, workdir, checkpoint)
 
     eval_step = parallel.eval_step(make_eval_step(model, axis_name=parallel.axis_name))
     variables = parallel.put_variables(loaded.variables)

@@ -6,7 +6,6 @@ For each image: its most probable classes, and for a model with dynamic groups t
 groups with the keys that each selects. --checkpoint=last, best (highest accuracy) or a step.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import DatasetInfo, dataset_info, decode_image, eval_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import classification, pictures
-from tokenvit_jax.training.checkpoint import check_same_variables, load_checkpoint
+from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import normalize
 from tokenvit_jax.training.workdir import read_config
 
@@ -87,11 +86,7 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
         UserError: there is no such checkpoint, or it is of another model.
     """
     model = classification.make_model(config, dataset_info(config.dataset).num_classes)
-    loaded = load_checkpoint(workdir, checkpoint)
-    size = (config.image_size, config.image_size)
-    shape = jax.ShapeDtypeStruct((1, *size, 3), "float32")
-    expected = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), shape)
-    check_same_variables(loaded.variables, expected, loaded.path)
+    loaded = load_variables(model, config.image_size, workdir, checkpoint)
     variables = jax.device_put(loaded.variables)
 
     @jax.jit
@@ -103,7 +98,7 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
 
     def predict(image):
         probabilities, intermediates = jax.device_get(apply(variables, image[None]))
-        return probabilities[0], pictures.finest_routing(intermediates, size)
+        return probabilities[0], pictures.finest_routing(intermediates, image.shape[:2])
 
     return predict
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.ops import group_attention_paths as paths
 
 # The package exports a function of the same name.
 module = importlib.import_module("tokenvit_jax.ops.group_attention")
@@ -184,7 +185,7 @@ PLANS = [(64, 4, 32), (65, 7, 32), (40, 48, 16), (31, 1, 8), (100, 9, 16)]
 
 @functools.cache
 def compiled_plan(num_groups, tile):
-    return jax.jit(functools.partial(module._plan_tiles, num_groups=num_groups, tile=tile))
+    return jax.jit(functools.partial(paths.plan_tiles, num_groups=num_groups, tile=tile))
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -206,7 +207,7 @@ def test_tile_bound_is_reached():
     """g - 1 groups of one query and one that fills the rest: no smaller bound would do."""
     length, num_groups, tile = 5 * 16 + 8, 9, 16
     sizes = np.array([1] * (num_groups - 1) + [length - num_groups + 1])
-    assert np.sum(-(-sizes // tile)) == module._num_tiles(length, num_groups, tile)
+    assert np.sum(-(-sizes // tile)) == paths.num_tiles(length, num_groups, tile)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -249,7 +250,7 @@ def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
 
 
 def test_path_is_chosen_from_the_shapes():
-    chosen = {length: module.cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)}
+    chosen = {length: paths.cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)}
     assert chosen == {99: "dense", 196: "dense", 784: "dense", 3136: "tiles", 16384: "tiles"}
 
 

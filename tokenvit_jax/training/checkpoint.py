@@ -6,6 +6,7 @@ when it is complete.
 """
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import linen as nn
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tokenvit_jax.errors import UserError
@@ -227,6 +229,29 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
                 f"there are: {listed}"
             ) from error
     return Checkpoint(step, folder / str(step), eval_variables(**variables))
+
+
+def load_variables(
+    model: nn.Module, image_size: int, workdir: Path, which: str = "last"
+) -> Checkpoint:
+    """Reads a checkpoint as :func:`load_checkpoint`, and checks that it is of this model.
+
+    Args:
+      model: linen module, called as `model(images, train=False)`.
+      image_size: height and width, pixels.
+      workdir: folder of the run.
+      which: "last", "best" (highest eval/accuracy) or a step.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or it is of another model.
+    """
+    loaded = load_checkpoint(workdir, which)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
+    init = functools.partial(model.init, train=False)
+    check_same_variables(
+        loaded.variables, jax.eval_shape(init, jax.random.key(0), images), loaded.path
+    )
+    return loaded
 
 
 def check_same_variables(found: Any, expected: Any, path: Path) -> None:
