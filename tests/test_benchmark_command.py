@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokenvit_jax import benchmark, cli
+from tokenvit_jax import benchmark, benchmark_cases, cli
 from tokenvit_jax.layers import DynamicGroupAttention
 
 FLOAT32 = jnp.dtype("float32")
@@ -30,7 +30,7 @@ RUN_WITHOUT_THEM = f"""
 import sys
 for name in {ABSENT}:
     sys.modules[name] = None  # importing it raises ImportError
-from tokenvit_jax import benchmark, cli, create_model
+from tokenvit_jax import benchmark, benchmark_cases, cli, create_model
 from tokenvit_jax.models.registry import register
 tiny = lambda **kwargs: create_model("dgt_t", **{TINY}, **kwargs)
 tiny.__name__ = "tiny"
@@ -128,9 +128,9 @@ def test_contenders_take_turns():
 
 
 def small_cases():
-    yield from benchmark.group_attention_cases(2, FLOAT32, ((20, 2), (50, 1)))
-    yield from benchmark.depthwise_conv_cases(2, FLOAT32, {"tiny": ((5, 8),)})
-    yield from benchmark.dot_product_attention_cases(2, FLOAT32, ((9, 2, 8),))
+    yield from benchmark_cases.group_attention_cases(2, FLOAT32, ((20, 2), (50, 1)))
+    yield from benchmark_cases.depthwise_conv_cases(2, FLOAT32, {"tiny": ((5, 8),)})
+    yield from benchmark_cases.dot_product_attention_cases(2, FLOAT32, ((9, 2, 8),))
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
@@ -146,7 +146,7 @@ def test_contenders_compute_the_same(case):
 
 
 def test_case_with_a_contender_that_does_not_fit(monkeypatch):
-    case = next(benchmark.dot_product_attention_cases(1, FLOAT32, ((64, 2, 8),)))
+    case = next(benchmark_cases.dot_product_attention_cases(1, FLOAT32, ((64, 2, 8),)))
     row = benchmark.benchmark_case(case, "train", seconds=0.01)
     timings = row["contenders"]
     assert list(timings) == ["einsum", "jax.nn", "heads_first"]
@@ -166,7 +166,7 @@ def test_operations_of_equation_7():
     # The ratios to global attention that the paper states for DGT-T, after Eq. 7.
     for length, channels, ratio in ((3136, 64, 0.05), (784, 128, 0.19), (196, 256, 0.75)):
         dense = 2 * length**2 * channels
-        assert round(benchmark.equation_6(length, channels) / dense, 2) == ratio
+        assert round(benchmark_cases.equation_6(length, channels) / dense, 2) == ratio
 
 
 ROWS = [
@@ -201,8 +201,8 @@ def test_curve():
 
 
 def test_operator_command(monkeypatch, capsys, tmp_path):
-    cases = lambda batch, dtype: benchmark.group_attention_cases(batch, dtype, ((32, 1),))  # noqa: E731
-    monkeypatch.setitem(benchmark.CASES, "group_attention", cases)
+    cases = lambda batch, dtype: benchmark_cases.group_attention_cases(batch, dtype, ((32, 1),))  # noqa: E731
+    monkeypatch.setitem(benchmark_cases.CASES, "group_attention", cases)
     picture = tmp_path / "curve.png"
     status, out, err = run(
         monkeypatch, capsys, "--op=group_attention", "--mode=forward", f"--out={picture}"

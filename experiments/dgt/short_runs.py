@@ -12,6 +12,7 @@ from tokenvit_jax.config import dgt_config
 from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.parallel import make_parallel
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step, normalize
 
@@ -45,7 +46,7 @@ def hard_digits_config(seed: int) -> ConfigDict:
     """
     config = dgt_config("dgt_t", "digits", drop_path=0.0)
     config.seed = seed
-    config.num_steps = 240
+    config.num_steps = 160
     config.augment.rotation = 40.0
     config.augment.translation = 0.2
     return config
@@ -56,9 +57,13 @@ def run(config: ConfigDict) -> Run:
     num_classes = dataset_info(config.dataset).num_classes
     model = classification.make_model(config, num_classes)
     optimizer = make_optimizer(config)
-    state = jax.jit(functools.partial(init_state, model, optimizer, config))()
-    train_step = jax.jit(make_train_step(model, optimizer, config, num_classes), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(model))
+    parallel = make_parallel(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    state = parallel.init(init_fn)
+    train_step = parallel.train_step(
+        make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
+    )
+    eval_step = parallel.eval_step(make_eval_step(model))
     probe_images = normalize(jnp.asarray(next(iter(eval_dataset(config)))["image"][:PROBE_IMAGES]))
 
     @jax.jit
