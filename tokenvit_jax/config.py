@@ -140,19 +140,27 @@ def digits_recipe() -> ConfigDict:
 
 
 def dgt_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
-    """Returns the configuration of a DGT: published for ``arg`` "", shrunk for "digits"."""
-    if arg not in ("", "digits"):
-        raise UserError(f"config argument {arg!r} is not valid; valid: none, digits")
+    """Returns the configuration of a DGT: the published one for ``arg`` "", else "digits"."""
     if arg == "digits":
-        config = digits_recipe()
-        config.model_overrides = {
-            "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
-            "depths": (1, 1, 2, 1), "head_dim": 128,
-            # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
-            "num_groups": 8, "top_k": 24, "drop_path": 0.0,
-        }  # fmt: skip
-    else:
-        config = imagenet_recipe()
-        config.model_overrides = {"num_groups": 48, "top_k": 98, "drop_path": drop_path}
+        return dgt_digits_config(model)
+    if arg:
+        raise UserError(f"config argument {arg!r} is not valid; valid: none, digits")
+    config = imagenet_recipe()
     config.model = model
+    config.model_overrides = {
+        "num_groups": 48, "top_k": 98, "drop_path": drop_path, "remat": False
+    }  # fmt: skip
+    return config
+
+
+def dgt_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a DGT that is shrunk to the embedded digits."""
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
+        "depths": (1, 1, 2, 1), "head_dim": 128, "drop_path": 0.0, "remat": False,
+        # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
+        "num_groups": 8, "top_k": 24,
+    }  # fmt: skip
     return config

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.config import dgt_config
+from tokenvit_jax.config import dgt_digits_config
 from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.predict import make_predict
@@ -30,7 +30,7 @@ def first_images(config, digits: tuple[int, ...]) -> np.ndarray:
 
 
 def main(workdir: Path) -> None:
-    config = dgt_config("dgt_t", "digits", drop_path=0.0)
+    config = dgt_digits_config("dgt_t")
     train(config, workdir)
 
     records = read_metrics(workdir)

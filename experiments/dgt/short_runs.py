@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import dgt_config
+from tokenvit_jax.config import dgt_digits_config
 from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -44,7 +44,7 @@ def hard_digits_config(seed: int) -> ConfigDict:
 
     The plain recipe ends at 99 % whatever the routing does; this one leaves room for differences.
     """
-    config = dgt_config("dgt_t", "digits", drop_path=0.0)
+    config = dgt_digits_config("dgt_t")
     config.seed = seed
     config.num_steps = 160
     config.augment.rotation = 40.0

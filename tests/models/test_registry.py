@@ -1,4 +1,4 @@
-"""Every registered model: published size, contract of shapes, names."""
+"""Every registered model: contract of shapes, names, bad input."""
 
 import chex
 import jax
@@ -8,31 +8,18 @@ import pytest
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
 
-# Every registered model needs an entry.
-EXACT_PARAMETERS = {"dgt_t": 24_093_928, "dgt_s": 51_764_979, "dgt_b": 90_280_012}
-
 
 def abstract_variables(model, size=(224, 224)):
     images = jnp.zeros((1, *size, 3))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
 
 
-def test_every_model_has_an_entry():
-    assert sorted(EXACT_PARAMETERS) == tv.list_models()
-
-
-@pytest.mark.parametrize("name", EXACT_PARAMETERS)
-def test_exact_parameter_count(name):
-    params = abstract_variables(tv.create_model(name))["params"]
-    assert sum(x.size for x in jax.tree.leaves(params)) == EXACT_PARAMETERS[name]
-    chex.assert_type(jax.tree.leaves(params), jnp.float32)
-
-
-@pytest.mark.parametrize("name", EXACT_PARAMETERS)
+@pytest.mark.parametrize("name", tv.list_models())
 @pytest.mark.parametrize("size", [(224, 224), (33, 97)])
 def test_contract_of_shapes(name, size):
-    model = tv.create_model(name, num_classes=7)
+    model = tv.create_model(name, num_classes=7, depths=(1, 1, 1, 1))
     variables = abstract_variables(model, (64, 64))  # parameters do not depend on the image size
+    chex.assert_type(jax.tree.leaves(variables["params"]), jnp.float32)
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     apply = lambda method: jax.eval_shape(  # noqa: E731
         lambda v, x: model.apply(v, x, train=False, method=method), variables, images
@@ -65,6 +52,12 @@ def test_unknown_names_list_the_valid_ones():
 def test_bad_images_are_named(shape, message):
     with pytest.raises(ValueError, match=message):
         tv.create_model("dgt_t").init(jax.random.key(0), jnp.zeros(shape), train=False)
+
+
+def test_heads_that_do_not_divide_the_channels_are_named():
+    model = tv.create_model("dgt_t", num_heads=(3, 4, 8, 16))
+    with pytest.raises(ValueError, match="num_heads=3 does not divide 64 channels"):
+        abstract_variables(model, (32, 32))
 
 
 def test_list_models_by_pattern():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokenvit_jax import ops
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.conv import linear_init
 
 # Cosine attention's logit scale: its start, and the limit of Swin v2 (Liu et al. 2022).
@@ -40,6 +41,8 @@ class DynamicGroupAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         batch, length, channels = x.shape
+        if channels % self.num_heads:
+            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
         head_dim = channels // self.num_heads
         qkv = nn.Dense(3 * channels, dtype=self.dtype, kernel_init=linear_init, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, head_dim), 2, 0)

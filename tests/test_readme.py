@@ -1,0 +1,40 @@
+"""The README's facts: configuration keys exist, and the table of models is that of the code."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+import tokenvit_jax as tv
+from tokenvit_jax.config import dgt_config
+from tokenvit_jax.published import PUBLISHED
+from tokenvit_jax.summary import summarize
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_configuration_keys_exist():
+    keys = set(re.findall(r"--config\.([\w.]+)=", README))
+    assert len(keys) > 4
+    config = dgt_config("dgt_t", "", drop_path=0.1)
+    for key in keys:
+        functools.reduce(lambda node, part: node[part], key.split("."), config)
+
+
+@pytest.mark.parametrize("name", tv.list_models())
+def test_model_row(name):
+    (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", README, re.MULTILINE)
+    found, paper = summarize(name, (224, 224)), PUBLISHED[name]
+    assert row.split(" | ") == [
+        f"{found.params:,}",
+        f"{paper.params_m:g} M",
+        f"{found.macs / 1e9:.3f}",
+        f"{paper.gmacs:g}",
+        f"{paper.top1}",
+    ]
+
+
+def test_files_that_are_linked_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
