@@ -224,7 +224,7 @@ def run_here(monkeypatch, capsys, command, *arguments):
         (["--config.model=dgt"], 1, "unknown model 'dgt'"),
         (["--config.model=dgt_tt"], 1, "did you mean 'dgt_t'"),
         (["--config.model_overrides={'num_group': 3}"], 1, "did you mean 'num_groups'"),
-        (["--config.dataset=digit"], 1, "no dataset 'digit'; did you mean 'digits'"),
+        (["--config.dataset=digit"], 1, "no dataset 'digit' (did you mean 'digits'?)"),
         (["--config.dtype=float16"], 1, "config.dtype='float16' is not valid; valid: float32"),
         (["--config.parallel=ddp"], 1, "config.parallel='ddp' is not valid; valid: jit, pmap"),
         (["--config.centroids.rule=x"], 1, "config.centroids.rule='x' is not valid; valid: lit"),

@@ -157,7 +157,7 @@ def test_command_prepares_once(monkeypatch, capsys, tmp_path):
         ([], 2, "argument DATASET is missing"),
         (["digits", "more"], 2, "unexpected argument 'more'"),
         (["imagenet2012", "--manual=x"], 2, "Unknown command line flag 'manual'"),
-        (["imagenet"], 1, "no dataset 'imagenet'; did you mean 'imagenet2012'?"),
+        (["imagenet"], 1, "no dataset 'imagenet' (did you mean 'imagenet2012'?)"),
         (["imagenet2012", "--manual_dir=/nowhere"], 1, "not found in --manual_dir=/nowhere"),
     ],
 )

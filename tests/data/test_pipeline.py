@@ -253,7 +253,7 @@ def test_death_of_a_worker_is_an_error(config, numbers):
         ("data.repeats", 0, "data.repeats=0; valid: 1, or a divisor of batch_size=8 below it"),
         ("data.repeats", 3, "data.repeats=3; valid: 1, or a divisor of batch_size=8 below it"),
         ("data.repeats", 8, "data.repeats=8; valid: 1, or a divisor of batch_size=8 below it"),
-        ("dataset", "digit", "no dataset 'digit'; did you mean 'digits'? "),
+        ("dataset", "digit", "no dataset 'digit' (did you mean 'digits'?); "),
     ],
 )
 def test_wrong_value_is_named(config, key, value, message):

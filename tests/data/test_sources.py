@@ -16,7 +16,7 @@ def test_info_is_consistent(name):
 
 
 def test_unknown_dataset_names_the_nearest():
-    with pytest.raises(UserError, match=r"'digitz'; did you mean 'digits'.*digits, imagenet2012"):
+    with pytest.raises(UserError, match=r"'digitz' \(did you mean 'digits'.*digits, imagenet2012"):
         data.dataset_info("digitz")
     with pytest.raises(UserError, match="no dataset 'zzz'; valid: digits, imagenet2012"):
         data.dataset_info("zzz")

@@ -1,15 +1,15 @@
 """The datasets: facts about each, and random access to its labelled images."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES
 from tokenvit_jax.data.transforms import decode_image
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ _DATASETS = {
             name="imagenet2012",
             num_classes=1000,
             class_names=None,
-            splits={"train": 1_281_167, "validation": 50_000},
+            splits={"train": IMAGENET_TRAIN_IMAGES, "validation": 50_000},
             train_split="train",
             eval_split="validation",
             center_crop=True,
@@ -76,9 +76,8 @@ def dataset_info(name: str) -> DatasetInfo:
         UserError: if there is no such dataset.
     """
     if name not in _DATASETS:
-        nearest = difflib.get_close_matches(name, _DATASETS, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise UserError(f"no dataset {name!r}; {hint}valid: {', '.join(list_datasets())}")
+        hint = did_you_mean(name, _DATASETS)
+        raise UserError(f"no dataset {name!r}{hint}; valid: {', '.join(list_datasets())}")
     return _DATASETS[name]
 
 

@@ -1,14 +1,13 @@
 """Models by name: a registered function returns the module of one published size."""
 
 import dataclasses
-import difflib
 import fnmatch
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.errors import UserError, did_you_mean
 
 MIN_IMAGE_SIZE = 32  # the stride of the last stage
 
@@ -41,24 +40,18 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> nn.Modul
       UserError: an unknown name or override; the message lists the valid ones.
     """
     if name not in _BUILDERS:
-        raise UserError(f"unknown model {name!r}{nearest(name, _BUILDERS)}; valid: "
-                        f"{', '.join(list_models())}")  # fmt: skip
+        hint = did_you_mean(name, _BUILDERS)
+        raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
     model = _BUILDERS[name](num_classes=num_classes)
     valid = sorted(f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name"))
     for key, value in overrides.items():
         if key not in valid:
-            raise UserError(f"model {name} has no setting {key!r}{nearest(key, valid)}; valid: "
-                            f"{', '.join(valid)}")  # fmt: skip
+            hint = did_you_mean(key, valid)
+            raise UserError(f"model {name} has no setting {key!r}{hint}; valid: {', '.join(valid)}")
         default = getattr(model, key)
         if isinstance(default, tuple) and len(value) != len(default):
             raise UserError(f"{key} of model {name} is {value}; it needs {len(default)} entries")
     return model.clone(**overrides)
-
-
-def nearest(name: str, valid) -> str:
-    """Returns ``" (did you mean ...?)"`` where a valid name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_images(images: jax.Array) -> None:
