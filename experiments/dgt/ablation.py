@@ -10,24 +10,17 @@ test images (one image is 0.3 points). Writes ablation.md here.
 from pathlib import Path
 
 import numpy as np
-from short_runs import hard_digits_config, mean_and_spread, run
+from short_runs import mean_and_spread, run_all
 
 SEEDS = (0, 1, 2)
-SETTINGS = ((8, 24), (4, 24), (8, 12))  # (G, k)
+SETTINGS = {
+    f"{num_groups} | {top_k}": {
+        "model_overrides.num_groups": num_groups,
+        "model_overrides.top_k": top_k,
+    }
+    for num_groups, top_k in ((8, 24), (4, 24), (8, 12))
+}
 FOLDER = Path(__file__).parent
-
-
-def train_all() -> dict:
-    runs = {}
-    for num_groups, top_k in SETTINGS:
-        runs[num_groups, top_k] = []
-        for seed in SEEDS:
-            config = hard_digits_config(seed)
-            config.model_overrides.num_groups, config.model_overrides.top_k = num_groups, top_k
-            result = run(config)
-            runs[num_groups, top_k].append(result)
-            print(f"G {num_groups}, k {top_k}, seed {seed}: {result.accuracy:.4f}", flush=True)
-    return runs
 
 
 def table(runs: dict) -> str:
@@ -39,14 +32,14 @@ def table(runs: dict) -> str:
         "| G | k | test accuracy | last training loss |",
         "| --- | --- | --- | --- |",
     ]
-    for (num_groups, top_k), group in runs.items():
+    for name, group in runs.items():
         accuracy = mean_and_spread([r.accuracy for r in group])
         loss = mean_and_spread([np.mean(r.loss[-20:]) for r in group])
-        lines.append(f"| {num_groups} | {top_k} | {accuracy} | {loss} |")
+        lines.append(f"| {name} | {accuracy} | {loss} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    results = train_all()
+    results = run_all(SETTINGS, SEEDS)
     (FOLDER / "ablation.md").write_text(table(results))
     print(table(results))

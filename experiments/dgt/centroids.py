@@ -12,31 +12,18 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from short_runs import PROBE_EVERY, hard_digits_config, mean_and_spread, run
+from short_runs import PROBE_EVERY, mean_and_spread, run_all
 
 from tokenvit_jax.tasks.pictures import COLORS
 
 SEEDS = (0, 1, 2)
-# Name in the table -> (config.centroids.rule, config.centroids.old_weight).
 RULES = {
-    "literal (0.1 lr)": ("literal", 0.0),
-    "constant 0.9": ("constant", 0.9),
-    "constant 0.99": ("constant", 0.99),
-    "swapped (1 - 0.1 lr)": ("swapped", 0.0),
+    "literal (0.1 lr)": {"centroids.rule": "literal"},
+    "constant 0.9": {"centroids.rule": "constant", "centroids.old_weight": 0.9},
+    "constant 0.99": {"centroids.rule": "constant", "centroids.old_weight": 0.99},
+    "swapped (1 - 0.1 lr)": {"centroids.rule": "swapped"},
 }
 FOLDER = Path(__file__).parent
-
-
-def train_all() -> dict:
-    runs = {}
-    for name, (rule, old_weight) in RULES.items():
-        runs[name] = []
-        for seed in SEEDS:
-            config = hard_digits_config(seed)
-            config.centroids.rule, config.centroids.old_weight = rule, old_weight
-            runs[name].append(run(config))
-            print(f"{name}, seed {seed}: test accuracy {runs[name][-1].accuracy:.4f}", flush=True)
-    return runs
 
 
 def table(runs: dict) -> str:
@@ -84,7 +71,7 @@ def plot(runs: dict):
 
 
 if __name__ == "__main__":
-    results = train_all()
+    results = run_all(RULES, SEEDS)
     (FOLDER / "centroids.md").write_text(table(results))
     plot(results).savefig(FOLDER / "centroids.png", dpi=120)
     print(table(results))

@@ -52,6 +52,26 @@ def hard_digits_config(seed: int) -> ConfigDict:
     return config
 
 
+def run_all(settings: dict[str, dict], seeds: tuple[int, ...]) -> dict[str, list[Run]]:
+    """Trains with every setting and seed.
+
+    Args:
+      settings: name -> entries of the configuration, such as {"centroids.rule": "literal"}.
+      seeds: of the configuration.
+
+    Returns:
+      name -> one :class:`Run` per seed.
+    """
+    runs = {name: [] for name in settings}
+    for name, entries in settings.items():
+        for seed in seeds:
+            config = hard_digits_config(seed)
+            config.update_from_flattened_dict(entries)
+            runs[name].append(run(config))
+            print(f"{name}, seed {seed}: test accuracy {runs[name][-1].accuracy:.4f}", flush=True)
+    return runs
+
+
 def run(config: ConfigDict) -> Run:
     """Trains with a configuration and returns what was observed on the way."""
     num_classes = dataset_info(config.dataset).num_classes

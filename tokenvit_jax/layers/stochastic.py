@@ -18,30 +18,28 @@ def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) 
     return lax.dynamic_slice_in_dim(mask, lax.axis_index(axis_name) * batch, batch)
 
 
-class DropPath(nn.Module):
+class Dropout(nn.Module):
+    """Drops single entries of x (B, ...) with probability ``rate`` and scales up the others."""
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        keep = _keep_mask(
+            self.make_rng("dropout"), self.rate, self.mask_shape(x.shape), self.axis_name
+        )
+        return x * (keep.astype(x.dtype) / (1 - self.rate))
+
+    def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of what is dropped or kept as one."""
+        return shape
+
+
+class DropPath(Dropout):
     """Stochastic depth: drops a residual branch for whole images (Huang et al. 2016)."""
 
-    rate: float
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0:
-            return x
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        keep = _keep_mask(self.make_rng("dropout"), self.rate, shape, self.axis_name)
-        return x * (keep.astype(x.dtype) / (1 - self.rate))
-
-
-class Dropout(nn.Module):
-    """Drops single entries of x (B, ...)."""
-
-    rate: float
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0:
-            return x
-        keep = _keep_mask(self.make_rng("dropout"), self.rate, x.shape, self.axis_name)
-        return x * (keep.astype(x.dtype) / (1 - self.rate))
+    def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0],) + (1,) * (len(shape) - 1)
