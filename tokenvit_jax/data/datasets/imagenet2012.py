@@ -10,7 +10,7 @@ Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" 
 import contextlib
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,14 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         manual_dir = Path(dl_manager.manual_dir)
         return {
-            "train": _train_examples(manual_dir / TRAIN_ARCHIVE),
-            "validation": _validation_examples(manual_dir / VALIDATION_ARCHIVE),
+            "train": self._generate_examples(_train_examples, manual_dir / TRAIN_ARCHIVE),
+            "validation": self._generate_examples(
+                _validation_examples, manual_dir / VALIDATION_ARCHIVE
+            ),
         }
 
-    def _generate_examples(self) -> None:
-        raise NotImplementedError("each split has a generator of its own")
+    def _generate_examples(self, read: Callable[[Path], Iterator], archive: Path) -> Iterator:
+        return read(archive)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
