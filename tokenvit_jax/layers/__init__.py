@@ -1,15 +1,27 @@
 """Linen modules that several backbones share."""
 
+from tokenvit_jax.layers.blocks import (
+    ConditionalPositionEncoding,
+    Mlp,
+    PatchEmbedding,
+    dense,
+    gelu,
+)
 from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
 
 __all__ = [
+    "ConditionalPositionEncoding",
     "Conv3x3",
     "DepthwiseConv3x3",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
+    "Mlp",
+    "PatchEmbedding",
     "advance_centroids",
     "batch_norm",
+    "dense",
+    "gelu",
 ]

@@ -10,7 +10,7 @@ from jax import lax
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.conv import linear_init
+from tokenvit_jax.layers.blocks import dense
 
 # Cosine attention's logit scale: its start, and the limit of Swin v2 (Liu et al. 2022).
 INITIAL_LOGIT_SCALE = 10.0
@@ -44,7 +44,7 @@ class DynamicGroupAttention(nn.Module):
         if channels % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
         head_dim = channels // self.num_heads
-        qkv = nn.Dense(3 * channels, dtype=self.dtype, kernel_init=linear_init, name="qkv")(x)
+        qkv = dense(3 * channels, self.dtype, "qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, head_dim), 2, 0)
         scale = None
         if self.cosine:
@@ -55,7 +55,7 @@ class DynamicGroupAttention(nn.Module):
         else:
             y = self._attend_in_groups(q, k, v, scale, train)
         y = y.reshape(batch, length, channels)
-        return nn.Dense(channels, dtype=self.dtype, kernel_init=linear_init, name="proj")(y)
+        return dense(channels, self.dtype, "proj")(y)
 
     def _cosine(self, q, k):
         start = nn.initializers.constant(jnp.log(INITIAL_LOGIT_SCALE))

@@ -4,22 +4,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tokenvit_jax.layers import (
+    ConditionalPositionEncoding,
     Conv3x3,
     DepthwiseConv3x3,
-    Dropout,
     DropPath,
     DynamicGroupAttention,
+    PatchEmbedding,
     batch_norm,
+    gelu,
 )
-from tokenvit_jax.layers.conv import conv_init, linear_init
-from tokenvit_jax.models.registry import check_images, register
-
-
-def _gelu(x):
-    return nn.gelu(x, approximate=False)
+from tokenvit_jax.layers.conv import conv_init
+from tokenvit_jax.models.pyramid import Pyramid
+from tokenvit_jax.models.registry import register
 
 
 class InvertedResidualFFN(nn.Module):
@@ -40,9 +38,9 @@ class InvertedResidualFFN(nn.Module):
         def conv1x1(x, dim, name):
             return nn.Dense(dim, dtype=self.dtype, kernel_init=conv_init, name=name)(x)
 
-        x = norm(_gelu(conv1x1(x, self.ratio * channels, "expand")), "norm1")
+        x = norm(gelu(conv1x1(x, self.ratio * channels, "expand")), "norm1")
         x = x + DepthwiseConv3x3(dtype=self.dtype, name="depthwise")(x)
-        x = norm(_gelu(x), "norm2")
+        x = norm(gelu(x), "norm2")
         return norm(conv1x1(x, channels, "reduce"), "norm3")
 
 
@@ -74,7 +72,7 @@ class DGTBlock(nn.Module):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        x = x + DepthwiseConv3x3(dtype=self.dtype, name="cpe")(x)
+        x = ConditionalPositionEncoding(self.dtype, name="cpe")(x)
         x = self._residual(x, attend, "norm1", train)
         return self._residual(x, lambda x: ffn(x, train), "norm2", train)
 
@@ -95,106 +93,58 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, stride in enumerate((2, 1, 1)):
-            x = _gelu(Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x))
+            x = gelu(Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x))
             norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")
             x = norm(x, use_running_average=not train)
         return x
 
 
-class PatchMerging(nn.Module):
-    """3x3 convolution of stride 2 and LayerNorm: half the size, ``dim`` channels."""
-
-    dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = Conv3x3(self.dim, 2, self.dtype)(x)
-        return nn.LayerNorm(1e-6, dtype=self.dtype, name="norm")(x)
-
-
-class DGT(nn.Module):
+class DGT(Pyramid, kw_only=True):
     """Dynamic Group Transformer for images (B, H, W, 3) of any size from 32 x 32.
 
-    Attributes:
-      num_classes: of the classifier.
+    Attributes, beside those of :class:`Pyramid`:
       stem_dim: channels of the stem.
-      dims: channels of the four stages.
-      depths: blocks of the four stages.
-      num_heads: heads of the four stages.
       mlp_ratio: expansion of the IRFFN.
       num_groups: query groups per head in stages 1 to 3; stage 4 attends globally.
       top_k: keys that each group selects; where it is not below H * W, attention is dense.
       post_norm_cosine: residual post-norm and cosine attention, of DGT-S and DGT-B.
       head_dim: channels of the layer before pooling.
-      drop_path: stochastic depth of the last block, growing linearly from 0.
-      dropout: before the classifier.
-      remat: compute the blocks again in the backward pass instead of keeping what is inside.
-      dtype: of the computation; parameters are float32.
-      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
     """
 
-    num_classes: int
     stem_dim: int
-    dims: tuple[int, ...]
-    num_heads: tuple[int, ...]
     depths: tuple[int, ...] = (1, 2, 17, 2)
     mlp_ratio: int = 4
     num_groups: int = 48
     top_k: int = 98
     post_norm_cosine: bool = False
     head_dim: int = 1280
-    drop_path: float = 0.0
-    dropout: float = 0.0
-    remat: bool = False
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     def setup(self):
-        self.stem = Stem(self.stem_dim, self.dtype, self.axis_name)
-        self.merges = [PatchMerging(dim, self.dtype) for dim in self.dims]
-        self.stages = [self._stage(i) for i in range(len(self.dims))]
+        super().setup()
+        self.first_layers = Stem(self.stem_dim, self.dtype, self.axis_name)
         self.head_conv = nn.Dense(self.head_dim, dtype=self.dtype, kernel_init=conv_init)
         self.head_norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name)
-        self.head_dropout = Dropout(self.dropout, self.axis_name)
-        self.classifier = nn.Dense(self.num_classes, kernel_init=linear_init)  # logits in float32
 
-    def _stage(self, index):
-        block = nn.remat(DGTBlock, static_argnums=(2,)) if self.remat else DGTBlock
-        first, last = sum(self.depths[:index]), sum(self.depths) - 1
-        is_global = index == len(self.dims) - 1
-        return [
-            block(
-                num_heads=self.num_heads[index],
-                num_groups=0 if is_global else self.num_groups,
-                top_k=self.top_k,
-                mlp_ratio=self.mlp_ratio,
-                drop_path=self.drop_path * i / max(last, 1),
-                post_norm_cosine=self.post_norm_cosine,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-            )
-            for i in range(first, first + self.depths[index])
-        ]
+    def stem(self, images: jax.Array, train: bool) -> jax.Array:
+        return self.first_layers(images, train)
 
-    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
-        """Returns four maps, (B, H / 4, W / 4, C1) to (B, H / 32, W / 32, C4), rounded up."""
-        check_images(images)
-        x = self.stem(images.astype(self.dtype), train)
-        maps = []
-        for merge, stage in zip(self.merges, self.stages, strict=True):
-            x = merge(x)
-            for block in stage:
-                x = block(x, train)
-            maps.append(x)
-        return maps
+    def embedding(self, stage: int) -> nn.Module:
+        return PatchEmbedding(self.dims[stage], dtype=self.dtype)
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits (B, num_classes) in float32."""
-        x = self.head_conv(self.features(images, train)[-1])
-        x = self.head_norm(x, use_running_average=not train)
-        x = nn.swish(x).mean((1, 2))
-        return self.classifier(self.head_dropout(x, train).astype(jnp.float32))
+    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
+        is_global = stage == len(self.dims) - 1
+        return DGTBlock, {
+            "num_heads": self.num_heads[stage],
+            "num_groups": 0 if is_global else self.num_groups,
+            "top_k": self.top_k,
+            "mlp_ratio": self.mlp_ratio,
+            "post_norm_cosine": self.post_norm_cosine,
+            "dtype": self.dtype,
+            "axis_name": self.axis_name,
+        }
+
+    def head(self, x: jax.Array, train: bool) -> jax.Array:
+        return nn.swish(self.head_norm(self.head_conv(x), use_running_average=not train))
 
 
 @register

@@ -1,0 +1,76 @@
+"""Pieces of which the blocks and stages of hierarchical backbones are made."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x times the normal distribution function of x."""
+    return nn.gelu(x, approximate=False)
+
+
+class PatchEmbedding(nn.Module):
+    """Overlapping patches: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), dim), normed.
+
+    A convolution with bias, then LayerNorm.
+
+    Attributes:
+      dim: channels of the result.
+      kernel_size: side of a patch.
+      stride: distance of two patches.
+      padding: zeros above and on the left; below and on the right as many as the size needs.
+      epsilon: of LayerNorm.
+    """
+
+    dim: int
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        padding = [(self.padding, self._padding_after(size)) for size in x.shape[1:3]]
+        kernel, strides = (self.kernel_size,) * 2, (self.stride,) * 2
+        x = nn.Conv(
+            self.dim, kernel, strides, padding, dtype=self.dtype, kernel_init=conv_init, name="conv"
+        )(x)
+        return nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
+
+    def _padding_after(self, size):
+        patches = -(-size // self.stride)
+        return max((patches - 1) * self.stride + self.kernel_size - size - self.padding, 0)
+
+
+class ConditionalPositionEncoding(nn.Module):
+    """x + depthwise 3x3 convolution of x: (B, H, W, C) -> (B, H, W, C) (Chu et al. 2021)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + DepthwiseConv3x3(dtype=self.dtype, name="conv")(x)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear: (..., C) -> (..., C) through ``ratio`` C channels."""
+
+    ratio: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        x = gelu(dense(self.ratio * channels, self.dtype, "fc1")(x))
+        return dense(channels, self.dtype, "fc2")(x)
+
+
+def dense(dim: int, dtype: Any, name: str | None = None) -> nn.Dense:
+    """Returns a linear layer with the initialisation of transformers."""
+    return nn.Dense(dim, dtype=dtype, kernel_init=linear_init, name=name)
