@@ -16,7 +16,7 @@ from PIL import Image
 from tokenvit_jax import cli, predict
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info, eval_image
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import classification, pictures
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import normalize
@@ -96,7 +96,8 @@ def test_numbers_are_those_of_the_model(workdir, state, images):
     config, info = tiny_config(), dataset_info("digits")
     image = predict.read_image(images[0], config, info)
     np.testing.assert_array_equal(image, eval_image(Image.open(images[0]), 32, 1.0))
-    probabilities, routing = predict.make_predict(config, workdir, "last")(image)
+    probabilities, intermediates = predict.make_predict(config, workdir, "last")(image)
+    routing = pictures.finest_routing(intermediates, image.shape[:2])
 
     model = classification.make_model(config, 10)
     apply = functools.partial(model.apply, train=False, mutable=["intermediates"])

@@ -2,12 +2,14 @@
 
     python -m tokenvit_jax.predict --workdir=RUN --images=a.jpg,b.png --out=PICTURES
 
-For each image: its most probable classes, and for a model with dynamic groups the largest query
-groups with the keys that each selects. --checkpoint=last, best (highest accuracy) or a step.
+For each image: its most probable classes; for a model with dynamic groups the largest query groups
+with the keys that each selects; for one with clusters the clusters of its tokens, as coloured
+regions and one by one. --checkpoint=last, best (highest accuracy) or a step.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,11 +47,10 @@ def main(flag_values: flags.FlagValues) -> None:
     predict = make_predict(config, workdir, flag_values.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):
-        probabilities, routing = predict(image)
+        probabilities, intermediates = predict(image)
         classes = top_classes(probabilities, info)
         figures = {"classes": pictures.plot_classes(image, classes)}
-        if routing is not None:
-            figures["groups"] = pictures.plot_groups(image[None], routing, [file.name])
+        figures |= token_figures(image, intermediates, file.name)
         paths = [_save(figure, out / f"{name}_{kind}.png") for kind, figure in figures.items()]
         found = ", ".join(f"{label} {probability:.1%}" for label, probability in classes)
         print(f"{file}: {found} -> {' '.join(map(str, paths))}")
@@ -70,8 +71,28 @@ def read_image(file: Path, config: ConfigDict, info: DatasetInfo) -> np.ndarray:
         raise UserError(f"--images: {file}: {error}") from error
 
 
+def token_figures(
+    image: np.ndarray, intermediates: dict[str, Any], caption: str
+) -> dict[str, Figure]:
+    """Returns pictures of what a model did with the tokens of an image, by their kind.
+
+    Args:
+        image: (S, S, 3) uint8.
+        intermediates: of :func:`make_predict`'s function, for this image.
+        caption: names the image.
+    """
+    figures = {}
+    routing = pictures.finest_routing(intermediates, image.shape[:2])
+    if routing is not None:
+        figures["groups"] = pictures.plot_groups(image[None], routing, [caption])
+    clusterings = pictures.stage_clusterings(intermediates, image.shape[:2])
+    if clusterings:
+        figures["clusters"] = pictures.plot_clusters(image, clusterings, caption)
+    return figures
+
+
 def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
-    """Returns a function of one image to its class probabilities and routing.
+    """Returns a function of one image to its class probabilities and what the model noted.
 
     Args:
         config: of the workdir.
@@ -79,8 +100,8 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
         checkpoint: "last", "best" or a step.
 
     Returns:
-        ``predict(image)``: from (S, S, 3) uint8 to (num_classes,) and, where the model has dynamic
-        groups that select keys, a :class:`tokenvit_jax.tasks.pictures.Routing`, else None.
+        ``predict(image)``: from (S, S, 3) uint8 to (num_classes,) and the model's collection
+        "intermediates", of which `tasks.pictures` takes groups and clusters.
 
     Raises:
         UserError: there is no such checkpoint, or it is of another model.
@@ -98,7 +119,7 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
 
     def predict(image):
         probabilities, intermediates = jax.device_get(apply(variables, image[None]))
-        return probabilities[0], pictures.finest_routing(intermediates, image.shape[:2])
+        return probabilities[0], intermediates
 
     return predict
 

@@ -40,7 +40,8 @@ def main(workdir: Path) -> None:
 
     predict = make_predict(config, workdir, "best")
     images = first_images(config, DRAWN_DIGITS)
-    probabilities, routings = zip(*map(predict, images), strict=True)
+    probabilities, intermediates = zip(*map(predict, images), strict=True)
+    routings = [pictures.finest_routing(found, images.shape[1:3]) for found in intermediates]
     routing = pictures.Routing(
         np.concatenate([r.groups for r in routings]),
         np.concatenate([r.keys for r in routings]),

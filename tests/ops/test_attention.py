@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from tokenvit_jax import ops
 
@@ -37,7 +38,7 @@ def test_float64_gradient_by_finite_differences():
         arrays = inputs(np.float64)
         assert ops.dot_product_attention(*arrays).dtype == jnp.float64
         attend = functools.partial(ops.dot_product_attention, scale=0.5)
-        jax.test_util.check_grads(attend, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+        check_grads(attend, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
 def test_large_logits_do_not_overflow():
@@ -58,3 +59,14 @@ def test_bad_shapes_are_named():
         ops.dot_product_attention(q, k, v[:, :-1])
     with pytest.raises(ValueError, match=r"batch, heads and dim must be those of q"):
         ops.dot_product_attention(q[:1], k, v)
+
+
+def test_keys_that_do_not_count_are_as_if_absent():
+    q, k, v = inputs()
+    mask = np.zeros(k.shape[:2], bool)
+    mask[:, [0, 2]] = True
+    output = ops.dot_product_attention(q, k, v, key_mask=mask)
+    expected = ops.dot_product_attention(q, k[:, [0, 2]], v[:, [0, 2]])
+    np.testing.assert_allclose(output, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"key_mask has shape \(1,\); expected"):
+        ops.dot_product_attention(q, k, v, key_mask=mask[0, :1])

@@ -70,6 +70,41 @@ def test_plot_groups_with_fewer_groups_than_asked_for():
     assert [axis.get_title() for axis in figure.axes] == ["a", "64 queries", "their 5 keys"]
 
 
+def test_stage_clusterings_are_those_of_the_last_blocks():
+    noted = lambda n, mark: {"attention": {"clusters0": (np.full((1, n), mark),)}}  # noqa: E731
+    intermediates = {
+        "stages_1_9": noted(24, 9),
+        "stages_1_10": noted(24, 10),
+        "stages_0_0": noted(96, 0),
+    }
+    found = pictures.stage_clusterings(intermediates, (32, 48))
+    assert [clustering.grid for clustering in found] == [(8, 12), (4, 6)]
+    assert [clustering.assignment[0, 0] for clustering in found] == [0, 10]
+    assert pictures.stage_clusterings({}, (32, 48)) == []
+
+
+def test_plot_clusters_shows_regions_and_the_largest_clusters():
+    image = rng.integers(256, size=(32, 48, 3), dtype=np.uint8)
+    assignment = np.repeat([3, 0, 7], (14, 4, 6))
+    figure = pictures.plot_clusters(
+        image, [pictures.Clustering(assignment[None], (4, 6))], "a", num_clusters=4
+    )
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["a", "4 x 6 tokens, 3 clusters", "14 tokens", "6 tokens", "4 tokens", ""]
+    shown = figure.axes[3].images[0].get_array()
+    expected = pictures.tint(image, np.arange(18, 24), (4, 6), pictures.COLORS[0])
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_color_regions_gives_each_cluster_one_colour():
+    colored = pictures.color_regions(
+        np.full((8, 8, 3), 100, np.uint8), np.array([0, 1, 1, 2]), (2, 2)
+    )
+    corners = colored[[0, 0, 7, 7], [0, 7, 0, 7]]
+    np.testing.assert_array_equal(corners[1], corners[2])
+    assert len(np.unique(colored.reshape(-1, 3), axis=0)) == 3
+
+
 def test_plot_classes():
     figure = pictures.plot_classes(np.zeros((32, 32, 3), np.uint8), [("cat", 0.75), ("dog", 0.125)])
     axis = figure.axes[1]

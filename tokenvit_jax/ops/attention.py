@@ -19,7 +19,12 @@ def _macs(inputs, outputs):
 
 @counted(_macs, static_argnames=("scale",))
 def dot_product_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    key_mask: jax.Array | None = None,
 ) -> jax.Array:
     """Computes softmax(scale q k^T) v for every head.
 
@@ -28,6 +33,7 @@ def dot_product_attention(
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       scale: factor of the logits; None: 1 / sqrt(D).
+      key_mask: (B, S) bool, the keys that count, at least one per image; None: all.
 
     Returns:
       (B, L, N, D) in the type of ``v``.
@@ -36,28 +42,34 @@ def dot_product_attention(
       ValueError: the shapes do not fit together.
     """
     check_qkv(q, k, v)
+    if key_mask is not None and key_mask.shape != k.shape[:2]:
+        raise ValueError(f"key_mask has shape {key_mask.shape}; expected {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, S)
 
     def on_cpu(q, k, v):
         # XLA's batched product is several times faster with (batch, heads) in front.
-        output, *_ = attend(*(jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)))
+        output, *_ = attend(*(jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)), mask)
         return jnp.swapaxes(output, 1, 2)
 
     def elsewhere(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, scale=scale)
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v)
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes softmax(q k^T) v for any leading axes, with its log-normaliser in two parts.
 
     Args:
       q: scaled queries (..., L, D).
       k: keys (..., S, D).
       v: values (..., S, E).
+      mask: bool, broadcastable to (..., L, S): the keys that count; None: all.
 
     Returns:
       output (..., L, E) in the type of ``v``, exp(logits - max) (..., L, S) in the type of ``v``,
@@ -65,6 +77,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Arr
     """
     dtype = softmax_dtype(q.dtype)
     logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
     logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits)
     total = weights.sum(-1, keepdims=True)

@@ -1,8 +1,9 @@
-"""Pictures of what a model does: classes, query groups with their keys, learning curves.
+"""Pictures of what a model does: classes, query groups, token clusters, learning curves.
 
 Every function returns a matplotlib Figure and has no other effect; `figure.savefig` writes it.
 """
 
+import colorsys
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,13 @@ class Routing(NamedTuple):
 
     groups: np.ndarray
     keys: np.ndarray
+    grid: tuple[int, int]
+
+
+class Clustering(NamedTuple):
+    """Of one block: the cluster of each token, (B, N) int, and its tokens' (H, W)."""
+
+    assignment: np.ndarray
     grid: tuple[int, int]
 
 
@@ -49,10 +57,30 @@ def finest_routing(intermediates: Mapping[str, Any], image_size: tuple[int, int]
     if not found:
         return None
     length, _, groups, keys = max(found, key=lambda block: block[:2])
-    # The side of a stage is that of the image over its stride, rounded up.
+    return Routing(groups, keys, _grid(length, image_size))
+
+
+def stage_clusterings(
+    intermediates: Mapping[str, Any], image_size: tuple[int, int]
+) -> list[Clustering]:
+    """Returns the coarse clusters of the last block of each clustering stage, finest tokens first.
+
+    Args:
+        intermediates: the collection "intermediates" of `model.apply`, with the "clusters0" of
+            :class:`tokenvit_jax.layers.ClusterAttention`.
+        image_size: height and width of the images, pixels.
+    """
+    flat = flatten_dict(intermediates)
+    paths = sorted((path for path in flat if path[-1] == "clusters0"), key=_natural_order)
+    # Later blocks of a stage overwrite earlier ones.
+    last = {flat[path][0].shape[-1]: np.asarray(flat[path][0]) for path in paths}
+    return [Clustering(last[n], _grid(n, image_size)) for n in sorted(last, reverse=True)]
+
+
+def _grid(num_tokens, image_size):
+    """Rows and columns of a stage's tokens: the image's sides over its stride, rounded up."""
     sides = [[-(-side // stride) for side in image_size] for stride in (4, 8, 16, 32)]
-    grid = next((height, width) for height, width in sides if height * width == length)
-    return Routing(groups, keys, grid)
+    return next((height, width) for height, width in sides if height * width == num_tokens)
 
 
 def plot_groups(
@@ -104,6 +132,72 @@ def plot_groups(
             frame = (panel * aspect + gap / 2, 2 * (panel + title) + gap / 4)
             _frame(figure, (left - gap / 4, bottom - gap / 4), frame, color)
     return figure
+
+
+def plot_clusters(
+    image: np.ndarray, clusterings: Sequence[Clustering], caption: str, *, num_clusters: int = 5
+) -> Figure:
+    """Draws the clusters of an image's tokens, as Figure A3 of the ClusTR paper does.
+
+    For each clustering a row: all clusters as coloured regions, then the tokens of the largest
+    ones, each by itself.
+
+    Args:
+        image: (H, W, 3) uint8.
+        clusterings: of this image alone, (1, N).
+        caption: of the first row.
+        num_clusters: how many of the largest clusters are shown by themselves.
+    """
+    aspect = image.shape[1] / image.shape[0]
+    figure = Figure(
+        figsize=(1.6 * aspect * (2 + num_clusters), 1.85 * len(clusterings)), layout="constrained"
+    )
+    rows = figure.subplots(len(clusterings), 2 + num_clusters, squeeze=False)
+    for row, (axes, (assignment, grid)) in enumerate(zip(rows, clusterings, strict=True)):
+        clusters, sizes = np.unique(assignment[0], return_counts=True)
+        _show(axes[0], image)
+        axes[0].set_title("" if row else caption, fontsize=8)
+        _show(axes[1], color_regions(image, assignment[0], grid))
+        axes[1].set_title(f"{grid[0]} x {grid[1]} tokens, {len(clusters)} clusters", fontsize=8)
+        largest = clusters[np.argsort(-sizes, kind="stable")[:num_clusters]]
+        for axis in axes[2 + len(largest) :]:
+            axis.axis("off")
+        for axis, cluster in zip(axes[2:], largest, strict=False):
+            members = np.flatnonzero(assignment[0] == cluster)
+            _show(axis, tint(image, members, grid, COLORS[0]))
+            axis.set_title(f"{len(members)} tokens", fontsize=8)
+    return figure
+
+
+def color_regions(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Colours an image by the clusters of its tokens.
+
+    Args:
+        image: (H, W, 3) uint8.
+        assignment: (N,) int, cluster of each token, row by row.
+        grid: rows and columns of tokens.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    # Hues apart by the golden section: neighbours in number are far apart in colour.
+    palette = np.array(
+        [
+            colorsys.hsv_to_rgb(0.61803399 * i % 1, 0.85, 0.6 + 0.4 * (i % 2))
+            for i in range(assignment.max() + 1)
+        ]
+    )
+    clusters = _pixels_of(assignment.reshape(grid), image.shape[:2])
+    grey = image.mean(-1, keepdims=True)
+    return (0.45 * grey + 0.55 * 255 * palette[clusters]).astype(np.uint8)
+
+
+def _pixels_of(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns for each pixel of an image the entry of the token that it belongs to."""
+    rows, columns = (
+        np.arange(side) * count // side for side, count in zip(size, tokens.shape, strict=True)
+    )
+    return tokens[rows[:, None], columns]
 
 
 def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> Figure:
@@ -180,12 +274,9 @@ def tint(image: np.ndarray, tokens: np.ndarray, grid: tuple[int, int], color: st
     Returns:
         (H, W, 3) uint8.
     """
-    height, width = image.shape[:2]
     chosen = np.zeros(grid, bool)
     chosen.flat[tokens] = True
-    rows = np.arange(height) * grid[0] // height
-    columns = np.arange(width) * grid[1] // width
-    mask = chosen[rows[:, None], columns, None]
+    mask = _pixels_of(chosen, image.shape[:2])[..., None]
     rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     grey = image.mean(-1, keepdims=True)
     return np.where(mask, 0.3 * grey + 0.7 * rgb, 0.5 * grey + 0.5 * 255).astype(np.uint8)
