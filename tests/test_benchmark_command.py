@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokenvit_jax import benchmark, benchmark_cases, cli
+from tokenvit_jax import benchmark, benchmark_cases, benchmark_timm, cli
 from tokenvit_jax.layers import DynamicGroupAttention
 
 FLOAT32 = jnp.dtype("float32")
@@ -50,6 +50,16 @@ class SmallModel(nn.Module):
         return nn.Dense(10)(tokens.mean(1))
 
 
+class MeanModel(nn.Module):
+    """One linear layer: 3 x width multiply-adds."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(self.width)(images.mean((1, 2)))
+
+
 def run(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["benchmark", *args])
     with pytest.raises(SystemExit) as exit_info:
@@ -83,6 +93,38 @@ def test_training_of_a_model(monkeypatch, capsys):
     row = dict(zip(header.split(), row.split(), strict=True))
     assert (row["mode"], row["batch_size"]) == ("train", "4")
     assert float(row["images_per_second"]) > 0
+
+
+def test_several_models_against_a_peer(monkeypatch, capsys):
+    widths = {"narrow": 1000, "wide": 2000}
+    monkeypatch.setattr(benchmark, "list_models", lambda: list(widths))
+    monkeypatch.setattr(benchmark, "create_model", lambda name, dtype: MeanModel(widths[name]))
+    asked = []
+
+    def timm_peer(*args):
+        asked.append(args)
+        return benchmark_timm.Peer(lambda: time.sleep(0.001), int(5e9), None)
+
+    monkeypatch.setattr(benchmark_timm, "timm_peer", timm_peer)
+    monkeypatch.setattr(benchmark_timm, "environment", lambda: {"timm": "1.2.3"})
+    args = ("--model=all", "--against=peer", "--mode=both", "--image_size=32", "--batch_size=2")
+    status, out, err = run(monkeypatch, capsys, *args, "--format=json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["environment"]["timm"] == "1.2.3"
+    assert result["environment"]["jax"] == jax.__version__
+    assert asked == [("peer", (32, 32), 2, "float32", mode) for mode in ("forward", "train")]
+    rows = result["results"]
+    assert [row["model"] for row in rows] == 2 * ["narrow", "wide", "timm/peer"]
+    assert [row["mode"] for row in rows] == 3 * ["forward"] + 3 * ["train"]
+    for row, peer in zip(rows, 3 * [rows[2]] + 3 * [rows[5]], strict=True):
+        macs = {**widths, "timm/peer": 5e9 / 3}[row["model"]] * 3
+        assert row["gmacs"] == pytest.approx(macs / 1e9)
+        assert row["images_per_second"] == pytest.approx(2e3 / row["median_ms"])
+        assert row["gmacs_per_second"] == pytest.approx(row["gmacs"] * row["images_per_second"])
+        ratio = row["gmacs_per_second"] / peer["gmacs_per_second"]
+        assert row["ratio_to_peer"] == pytest.approx(ratio)
+    assert rows[2]["temp_mib"] is None and rows[2]["median_ms"] >= 1
 
 
 def test_training_step_is_gradient_descent():
@@ -215,6 +257,28 @@ def test_operator_command(monkeypatch, capsys, tmp_path):
     assert picture.stat().st_size > 1000
 
 
+def test_operator_without_a_gradient(monkeypatch, capsys):
+    def cases(batch, dtype):
+        call = lambda x: x + 1  # noqa: E731
+        yield benchmark_cases.Case({"length": 3}, (jnp.zeros(3),), 0, {"a": call, "b": call})
+
+    monkeypatch.setitem(benchmark_cases.CASES, "depthwise_conv", cases)
+    status, out, err = run(monkeypatch, capsys, "--op=depthwise_conv")
+    assert status == 0, err
+    _, _, row = out.splitlines()
+    assert row.split()[:2] == ["3", "forward"]
+    status, out, err = run(monkeypatch, capsys, "--op=depthwise_conv", "--mode=train")
+    assert (status, out) == (1, "")
+    assert err == "error: --op=depthwise_conv has no gradient; it takes --mode=forward\n"
+
+
+def test_peer_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, out, err = run(monkeypatch, capsys, "--model=dgt_t", "--against=pvt_v2_b2")
+    assert (status, out) == (1, "")
+    assert "--against needs PyTorch and timm, but torch is not installed: pip install" in err
+
+
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
@@ -223,6 +287,8 @@ def test_operator_command(monkeypatch, capsys, tmp_path):
         (["--model=dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--model=dgt_t", "--image_size=16"], 1, "--image_size=16: both sides must be at least"),
         (["--op=depthwise_conv", "--image_size=64"], 1, "--image_size goes with --model"),
+        (["--op=depthwise_conv", "--against=a"], 1, "--against goes with --model"),
+        (["--model=dgt_t,dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--op=depthwise_conv", "--out=a.png"], 1, "--out goes with --op=group_attention"),
         (["--op=conv"], 2, "flag --op=conv: value should be one of <group_attention|"),
         (["--model=dgt_t", "--batch_size=0"], 2, "flag --batch_size=0"),

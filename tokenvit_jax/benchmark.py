@@ -1,12 +1,15 @@
 """Time and memory of models and operators on this machine.
 
     python -m tokenvit_jax.benchmark --model=dgt_t --image_size=224 --batch_size=8 --mode=train
+    python -m tokenvit_jax.benchmark --model=all --against=pvt_v2_b2 --mode=both
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
 
 A training step is forward, backward and plain gradient descent in one compiled call that reuses
-the memory of its parameters. An operator is timed beside its obvious alternatives, which take
-turns in one run. Times are medians; compilation and warm-up are apart. JAX, Flax and NumPy are all
-that is needed.
+the memory of its parameters. Several models take turns in one run, models of timm among them
+(--against). They differ in size, so they compare by images per second times the multiply-adds
+(MACs) of one image, forward: what their speed would be at equal MACs. An operator is timed beside
+its obvious alternatives, in turns as well. Times are medians; compilation and warm-up are apart.
+JAX, Flax and NumPy are all that is needed; PyTorch and timm only for --against.
 
 Temporary memory is what XLA plans; what a library that it calls allocates is not in it. On CPU,
 glibc gives large temporaries back to the kernel after every call and pays for their pages anew,
@@ -21,7 +24,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,27 +32,34 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from tokenvit_jax import cli
+from tokenvit_jax import benchmark_timm, cli
 from tokenvit_jax.benchmark_cases import CASES, Case, normal
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
-from tokenvit_jax.models import create_model
-from tokenvit_jax.summary import parse_image_size
+from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.models import create_model, list_models
+from tokenvit_jax.summary import count_macs, parse_image_size
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("model", None, "name of a model", flag_values=FLAGS)
+flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
+flags.DEFINE_list(
+    "against",
+    [],
+    "names of timm's models, separated by commas, that take turns with --model",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("image_size", None, "pixels: 224 (default) or HEIGHTxWIDTH", flag_values=FLAGS)
 flags.DEFINE_enum(
     "op",
     None,
-    ["group_attention", "depthwise_conv", "dot_product_attention"],
+    list(CASES),
     "a single operator, at the shapes of the models, instead of a model",
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     "batch_size",
     None,
-    "images; default: 8, with --op=group_attention 1",
+    "images; default: 8; an operator can have another one",
     lower_bound=1,
     flag_values=FLAGS,
 )
@@ -59,7 +69,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "mode",
     None,
-    ["forward", "train"],
+    ["forward", "train", "both"],
     "train: with the backward pass; default: forward, with --op both",
     flag_values=FLAGS,
 )
@@ -75,38 +85,62 @@ MIN_CALLS = 2
 
 
 class Program(NamedTuple):
-    """A compiled function, the seconds that tracing and compiling took, and its temporary bytes."""
+    """A compiled function, the seconds that tracing and compiling took, and its temporary bytes.
+
+    Of a model of timm some of these are not known.
+    """
 
     call: Callable[..., Any]
-    trace_seconds: float
-    compile_seconds: float
-    temp_bytes: int
+    trace_seconds: float | None
+    compile_seconds: float | None
+    temp_bytes: int | None
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints what was measured."""
+    keep_pages()
+    _check_flags(flag_values)
+    dtype = jnp.dtype(flag_values.dtype)
+    mode = flag_values.mode or ("both" if flag_values.op else "forward")
+    modes = ["forward", "train"] if mode == "both" else [mode]
+    if flag_values.op:
+        cases = CASES[flag_values.op](flag_values.batch_size, dtype)
+        rows = [
+            benchmark_case(case, mode)
+            for case in cases
+            for mode in modes
+            if mode == "forward" or case.num_differentiated
+        ]
+        if not rows:
+            raise UserError(f"--op={flag_values.op} has no gradient; it takes --mode=forward")
+    else:
+        names = list_models() if flag_values.model == ["all"] else flag_values.model
+        image_size = parse_image_size(flag_values.image_size or "224")
+        setting = (image_size, flag_values.batch_size or 8, dtype)
+        rows = [
+            row
+            for mode in modes
+            for row in benchmark_models(names, *setting, mode, against=flag_values.against)
+        ]
+    found = environment() | (benchmark_timm.environment() if flag_values.against else {})
+    if flag_values.format == "json":
+        print(json.dumps({"environment": found, "results": rows}, indent=2))
+    else:
+        print(", ".join(f"{key} {value}" for key, value in found.items()))
+        print(format_table(rows))
+    if flag_values.out:
+        plot_cost(rows).savefig(flag_values.out, dpi=150)
+
+
+def _check_flags(flag_values):
     if (flag_values.model is None) == (flag_values.op is None):
         raise UserError("one of --model=NAME and --op=NAME is needed")
     if flag_values.op and flag_values.image_size:
         raise UserError("--image_size goes with --model; operators have shapes of their own")
+    if flag_values.op and flag_values.against:
+        raise UserError("--against goes with --model; operators have alternatives of their own")
     if flag_values.out and flag_values.op != "group_attention":
         raise UserError("--out goes with --op=group_attention")
-    dtype = jnp.dtype(flag_values.dtype)
-    if flag_values.op:
-        modes = [flag_values.mode] if flag_values.mode else ["forward", "train"]
-        cases = CASES[flag_values.op](flag_values.batch_size, dtype)
-        rows = [benchmark_case(case, mode) for case in cases for mode in modes]
-    else:
-        image_size = parse_image_size(flag_values.image_size or "224")
-        batch_size, mode = flag_values.batch_size or 8, flag_values.mode or "forward"
-        rows = [benchmark_model(flag_values.model, image_size, batch_size, dtype, mode)]
-    if flag_values.format == "json":
-        print(json.dumps({"environment": environment(), "results": rows}, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in environment().items()))
-        print(format_table(rows))
-    if flag_values.out:
-        plot_cost(rows).savefig(flag_values.out, dpi=150)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -138,8 +172,8 @@ def time_in_turns(calls: dict[str, Callable[[], Any]], *, seconds: float) -> dic
     planned = {}
     for name, call in calls.items():
         duration = _duration(call)
-        if duration < seconds:  # the first call was slower than the others: memory is new
-            duration = _duration(call)
+        if duration < seconds:  # the first call is slower than the others: memory is new
+            duration = min(duration, _duration(call))
         planned[name] = min(max(round(seconds / duration), MIN_CALLS), MAX_CALLS)
     rounds = max(planned.values())
     times = {name: [] for name in calls}
@@ -178,7 +212,7 @@ def _timing(program, times):
         "median_ms": 1e3 * statistics.median(times) if times else None,
         "min_ms": 1e3 * min(times) if times else None,
         "calls": len(times),
-        "temp_mib": program.temp_bytes / MIB,
+        "temp_mib": None if program.temp_bytes is None else program.temp_bytes / MIB,
         "trace_seconds": program.trace_seconds,
         "compile_seconds": program.compile_seconds,
     }
@@ -199,51 +233,85 @@ def _fits_memory(num_bytes):
 # ------------------------------------------------------------------------------------------------
 
 
-def benchmark_model(
-    name: str, image_size: tuple[int, int], batch_size: int, dtype: jnp.dtype, mode: str
-) -> dict[str, Any]:
-    """Measures the forward pass or the training step of a model with 1000 classes.
+def benchmark_models(
+    names: Sequence[str],
+    image_size: tuple[int, int],
+    batch_size: int,
+    dtype: jnp.dtype,
+    mode: str,
+    *,
+    against: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Measures the forward pass or the training step of models with 1000 classes, in turns.
 
     Args:
-        name: one of :func:`tokenvit_jax.list_models`.
+        names: some of :func:`tokenvit_jax.list_models`.
         image_size: height and width, pixels.
         batch_size: images.
         dtype: of the computation.
         mode: "forward" | "train".
+        against: names of timm's models.
 
     Returns:
-        The settings, times, images per second and temporary memory.
+        Of each model, then of timm's as "timm/NAME": the settings; billions of multiply-adds of
+        one image, forward; images per second; their product, and for each NAME of timm's
+        "ratio_to_NAME", this product over its own; times and temporary memory.
 
     Raises:
-        UserError: an unknown model, or an image too small for it.
+        UserError: an unknown model, or an image too small for it; see also
+            :func:`tokenvit_jax.benchmark_timm.timm_peer`.
     """
-    model = create_model(name, dtype=dtype)
+    models = {name: create_model(name, dtype=dtype) for name in names}
+    peers = {  # before ours, which take long to compile: what is missing shows at once
+        f"timm/{name}": benchmark_timm.timm_peer(name, image_size, batch_size, dtype.name, mode)
+        for name in against
+    }
+    contenders = {
+        name: _model_program(model, image_size, batch_size, mode) for name, model in models.items()
+    }
+    for name, peer in peers.items():
+        contenders[name] = Program(peer.call, None, peer.compile_seconds, None), peer.macs
+    calls = {name: program.call for name, (program, _) in contenders.items()}
+    times = time_in_turns(calls, seconds=10)
+    timings = {name: _timing(contenders[name][0], times[name]) for name in contenders}
+    images = {name: 1e3 * batch_size / timing["median_ms"] for name, timing in timings.items()}
+    gmacs = {name: macs / 1e9 for name, (_, macs) in contenders.items()}
+    rates = {name: images[name] * gmacs[name] for name in contenders}
+    return [
+        {
+            "model": name,
+            "image_size": f"{image_size[0]}x{image_size[1]}",
+            "batch_size": batch_size,
+            "dtype": dtype.name,
+            "mode": mode,
+            "gmacs": gmacs[name],
+            "images_per_second": images[name],
+            "gmacs_per_second": rates[name],
+            **{f"ratio_to_{peer}": rates[name] / rates[f"timm/{peer}"] for peer in against},
+            **timings[name],
+        }
+        for name in contenders
+    ]
+
+
+def _model_program(model, image_size, batch_size, mode):
+    """Returns the program of a model, with a call without arguments, and its multiply-adds."""
     images = normal(0, (batch_size, *image_size, 3))
     labels = jnp.asarray(np.random.default_rng(1).integers(1000, size=batch_size))
+    forward = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
     variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
+    macs = count_macs(forward, variables, images[:1])
     if mode == "forward":
-        program = compile_program(lambda v, x: model.apply(v, x, train=False), variables, images)
-        call = lambda: program.call(variables, images)  # noqa: E731
-    else:
-        program = compile_program(
-            train_step_of(model), variables, images, labels, donate_argnums=(0,)
-        )
+        program = compile_program(forward, variables, images)
+        return program._replace(call=lambda: program.call(variables, images)), macs
+    program = compile_program(train_step_of(model), variables, images, labels, donate_argnums=(0,))
 
-        def call():
-            nonlocal variables  # the old ones are donated
-            variables, loss = program.call(variables, images, labels)
-            return variables, loss
+    def call():
+        nonlocal variables  # the old ones are donated
+        variables, loss = program.call(variables, images, labels)
+        return variables, loss
 
-    timing = _timing(program, time_in_turns({name: call}, seconds=10)[name])
-    return {
-        "model": name,
-        "image_size": f"{image_size[0]}x{image_size[1]}",
-        "batch_size": batch_size,
-        "dtype": dtype.name,
-        "mode": mode,
-        "images_per_second": 1e3 * batch_size / timing["median_ms"],
-        **timing,
-    }
+    return program._replace(call=call), macs
 
 
 def train_step_of(model) -> Callable[..., tuple[dict, jax.Array]]:
