@@ -8,10 +8,10 @@ RUN ?= runs/demo
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	.venv/bin/python experiments/dgt/demo.py $(RUN)
+	.venv/bin/python -m experiments.dgt.demo $(RUN)
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/ruff check .

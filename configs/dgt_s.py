@@ -12,7 +12,7 @@ The same network (residual post-norm, cosine attention), shrunk, on the embedded
 digits. Hardware: 2 CPU cores, 2 minutes. Expected result: see experiments/dgt.
 """
 
-from tokenvit_jax.config import dgt_config
+from tokenvit_jax.recipes import dgt_config
 
 
 def get_config(arg: str = ""):

@@ -12,7 +12,7 @@ The same network, shrunk, on the embedded handwritten digits. Hardware: 2 CPU co
 Expected result: 99 % test accuracy (99.7 % measured).
 """
 
-from tokenvit_jax.config import dgt_config
+from tokenvit_jax.recipes import dgt_config
 
 
 def get_config(arg: str = ""):

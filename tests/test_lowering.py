@@ -6,7 +6,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.config import dgt_config
+from tokenvit_jax.recipes import dgt_config
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state

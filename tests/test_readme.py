@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax.config import dgt_config
 from tokenvit_jax.published import PUBLISHED
+from tokenvit_jax.recipes import dgt_config
 from tokenvit_jax.summary import summarize
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -1,13 +1,10 @@
 """Every entry of a training configuration, with its meaning and default.
 
-A file in ``configs/`` starts from :func:`default_config` or :func:`imagenet_recipe` and changes
-what its paper says. Entries can be overridden on the command line with ``--config.a.b=value``; a
-key that is not listed here fails at once.
+The recipes in :mod:`tokenvit_jax.recipes` start from here. Entries can be overridden on the command
+line with ``--config.a.b=value``; a key that is not listed here fails at once.
 """
 
 from ml_collections import ConfigDict
-
-from tokenvit_jax.errors import UserError
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
@@ -49,8 +46,16 @@ def default_config() -> ConfigDict:
     config.mix = ConfigDict()
     config.mix.mixup = 0.0  # alpha of the Beta distribution; 0: off
     config.mix.cutmix = 0.0  # alpha of the Beta distribution; 0: off
+    config.mix.mixtoken = 0.0  # alpha of the Beta distribution; 0: off; not with the other two
     config.mix.probability = 1.0  # of mixing a batch at all
     config.mix.switch_probability = 0.5  # of CutMix rather than Mixup where both are on
+
+    # Labels of every cell of the last map, for a model with a token head.
+    config.token_labels = ConfigDict()
+    config.token_labels.weight = 0.0  # of their loss beside that of the class; 0: off
+    config.token_labels.teacher = ""  # workdir of a run that labels the images as they are trained
+    config.token_labels.teacher_checkpoint = "best"  # "last", "best" or a step
+    config.token_labels.files = ""  # folder that `label` wrote, instead of a teacher
 
     # Optimisation.
     config.num_steps = 1000
@@ -85,83 +90,4 @@ def default_config() -> ConfigDict:
     config.keep_last_checkpoints = 2
     config.keep_best_checkpoints = 1  # by eval/accuracy
     config.profile = ""  # steps of a profiler trace, "first:last"; "": none
-    return config
-
-
-def imagenet_recipe(*, epochs: int = 300, warmup_epochs: int = 20) -> ConfigDict:
-    """Returns the ImageNet-1K recipe that Swin, CMT and their successors share.
-
-    AdamW, weight decay 0.05, learning rate 1e-3 at batch 1024, cosine decay over 300 epochs after
-    20 epochs of warm-up, RandAugment 9 / 0.5, Mixup 0.8, CutMix 1.0, erasing 0.25, label
-    smoothing 0.1. A config states what differs from it.
-    """
-    config = default_config()
-    config.dataset = "imagenet2012"
-    config.dtype = "bfloat16"
-    config.batch_size = 1024
-    config.data.workers = 16
-    config.data.eval_batch_size = 1024
-    steps_per_epoch = IMAGENET_TRAIN_IMAGES // config.batch_size
-    config.num_steps = epochs * steps_per_epoch
-    config.augment.crop_scale = (0.08, 1.0)
-    config.augment.flip = 0.5
-    config.augment.randaugment.num_ops = 2
-    config.augment.erasing = 0.25
-    config.mix.mixup = 0.8
-    config.mix.cutmix = 1.0
-    config.label_smoothing = 0.1
-    config.clip_norm = 5.0
-    config.optimizer.warmup_steps = warmup_epochs * steps_per_epoch
-    config.eval_every_steps = steps_per_epoch
-    config.checkpoint_every_steps = steps_per_epoch
-    return config
-
-
-def digits_recipe() -> ConfigDict:
-    """Returns a recipe for the embedded digits that takes about two minutes on two CPU cores.
-
-    1,437 training and 360 test images of handwritten digits (scikit-learn), 8 x 8 pixels enlarged
-    to 64 x 64, slightly turned and shifted.
-    """
-    config = default_config()
-    config.dataset = "digits"
-    config.image_size = 64
-    config.batch_size = 64
-    config.data.eval_batch_size = 120
-    config.num_steps = 400
-    config.augment.rotation = 10.0
-    config.augment.translation = 0.05
-    config.label_smoothing = 0.1
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 40
-    config.log_every_steps = 10
-    config.eval_every_steps = 50
-    config.checkpoint_every_steps = 100
-    return config
-
-
-def dgt_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
-    """Returns the configuration of a DGT: the published one for ``arg`` "", else "digits"."""
-    if arg == "digits":
-        return dgt_digits_config(model)
-    if arg:
-        raise UserError(f"config argument {arg!r} is not valid; valid: none, digits")
-    config = imagenet_recipe()
-    config.model = model
-    config.model_overrides = {
-        "num_groups": 48, "top_k": 98, "drop_path": drop_path, "remat": False
-    }  # fmt: skip
-    return config
-
-
-def dgt_digits_config(model: str) -> ConfigDict:
-    """Returns the configuration of a DGT that is shrunk to the embedded digits."""
-    config = digits_recipe()
-    config.model = model
-    config.model_overrides = {
-        "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
-        "depths": (1, 1, 2, 1), "head_dim": 128, "drop_path": 0.0, "remat": False,
-        # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
-        "num_groups": 8, "top_k": 24,
-    }  # fmt: skip
     return config

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import Checkpoints
@@ -25,6 +26,7 @@ from tokenvit_jax.training.logging import Profile, TrainLog
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
+from tokenvit_jax.training.teacher import labelled_batches
 from tokenvit_jax.training.validate import check_config, profiled_steps
 from tokenvit_jax.training.workdir import check_same_run, write_config
 
@@ -53,6 +55,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     check_config(config)
     devices.check_train_batch(config)
+    keep_pages()
     parallel = devices.make_parallel(config)
     stop = devices.StopRequest()
 
@@ -61,6 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     train_batches = iter(train_dataset(config, **process))
     eval_batches = eval_dataset(config, **process)
     num_classes = dataset_info(config.dataset).num_classes
+    put_train_batch = labelled_batches(config, num_classes, parallel)
 
     # ---------------------------------------------------------------- model and steps
     model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
@@ -100,7 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # ---------------------------------------------------------------- steps
     pending = deque()  # (step, metrics) that are still being computed
     step = first_step - 1
-    batches = devices.prefetch(train_batches, parallel.put_batch)
+    batches = devices.prefetch(train_batches, put_train_batch)
     profile = Profile(workdir, *profiled_steps(config))
     with contextlib.closing(train_batches), checkpoints, log, profile:
         for step in range(first_step, config.num_steps + 1):

@@ -1,6 +1,6 @@
 """Which weight should the old centroid have in Eq. 4 of DGT? Three readings, measured.
 
-    python experiments/dgt/centroids.py
+    python -m experiments.dgt.centroids
 
 The text of the paper makes tau, 0.1 times the learning rate, the weight of the OLD centroid
 ("literal"), which replaces the centroids almost wholly at every step; its stated purpose, stable
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from short_runs import PROBE_EVERY, mean_and_spread, run_all
 
+from experiments.dgt.routing_runs import PROBE_EVERY, run_all
+from experiments.short_runs import mean_and_spread
 from tokenvit_jax.tasks.pictures import COLORS
 
 SEEDS = (0, 1, 2)
@@ -29,7 +30,7 @@ FOLDER = Path(__file__).parent
 def table(runs: dict) -> str:
     lines = [
         f"Shrunk DGT-T on turned and shifted digits, {len(SEEDS)} seeds, mean ± standard",
-        "deviation; written by `python experiments/dgt/centroids.py`. Churn: queries of fixed test",
+        "deviation; written by `python -m experiments.dgt.centroids`. Churn: queries of fixed test",
         "images that change their group in one step. Overlap: keys that a group still selects a",
         "step later. Used: groups with at least one query. Churn and overlap over the second half",
         "of training.",

@@ -1,6 +1,6 @@
 """Trains a small Dynamic Group Transformer on handwritten digits and draws what it learned.
 
-    python experiments/dgt/demo.py DIRECTORY
+    python -m experiments.dgt.demo DIRECTORY
 
 Writes the checkpoint, the learning curve and a picture like Figure 3 of the DGT paper, over real
 test images. Exit status 1 where the test accuracy stays below 95 %.
@@ -12,10 +12,10 @@ import numpy as np
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.config import dgt_digits_config
 from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.predict import make_predict
+from tokenvit_jax.recipes import dgt_digits_config
 from tokenvit_jax.tasks import pictures
 from tokenvit_jax.train import train
 from tokenvit_jax.training.logging import read_metrics

@@ -16,10 +16,10 @@ from imagenet_archives import (
 )
 
 from tokenvit_jax import cli, data, prepare
-from tokenvit_jax.config import imagenet_recipe
 from tokenvit_jax.data.datasets import imagenet2012
 from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.recipes import imagenet_recipe
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Labelled images for training and evaluation: datasets, transforms, batches."""
 
-from tokenvit_jax.data.pipeline import eval_dataset, train_dataset
+from tokenvit_jax.data.pipeline import eval_dataset, record_dataset, train_dataset
 from tokenvit_jax.data.sources import DatasetInfo, dataset_info, list_datasets
 from tokenvit_jax.data.transforms import MEAN, STD, decode_image, eval_image
 
@@ -13,5 +13,6 @@ __all__ = [
     "eval_dataset",
     "eval_image",
     "list_datasets",
+    "record_dataset",
     "train_dataset",
 ]

@@ -13,11 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.sources import Source, dataset_info, open_source
-from tokenvit_jax.data.transforms import eval_image, train_image
+from tokenvit_jax.data.token_labels import CELL_SIZE, TokenLabelFiles, grid_size
+from tokenvit_jax.data.transforms import draw_view, eval_image, train_image, whole_image
 from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
 
-MIN_IMAGE_SIZE = 32  # pixels: the backbones reduce an image 32 times
+MIN_IMAGE_SIZE = CELL_SIZE  # pixels: one cell of the last map
 
 Example = dict[str, np.ndarray]
 
@@ -36,13 +37,15 @@ def train_dataset(
     of workers or processes.
 
     Args:
-        config: reads `dataset`, `seed`, `batch_size`, `image_size`, `data` and `augment`.
+        config: reads `dataset`, `seed`, `batch_size`, `image_size`, `data`, `augment` and
+            `token_labels`.
         process_index: which part of each batch to make.
         process_count: number of parts.
 
     Returns:
         A dataset of dicts, with b = batch_size / process_count: `image` uint8 (b, size, size, 3),
         `label` int32 (b,), `skipped` int32 (b,): unreadable records passed over for this place.
+        With `token_labels.files` also what :meth:`TokenLabelFiles.read` returns.
 
     Raises:
         UserError: for a wrong value in the config or a dataset that is not prepared; when
@@ -57,8 +60,12 @@ def train_dataset(
     if config.data.repeats > 1:
         indices = _Repeated(indices, config.batch_size, config.data.repeats)
     skip = config.data.on_corrupt == "skip"
-    transform = functools.partial(train_image, size=size, augment=config.augment)
-    examples = indices.random_map(_TrainExample(source, transform, skip))
+    token_labels = None
+    if config.token_labels.weight and config.token_labels.files:
+        files = config.token_labels.files
+        token_labels = TokenLabelFiles(files, len(source), info.num_classes)
+    example = _TrainExample(source, size, config.augment, skip, token_labels)
+    examples = indices.random_map(example)
     batches = examples.batch(batch)[process_index::process_count]
     return Batches(batches, (batch, size, size, 3), config.data.workers)
 
@@ -83,14 +90,40 @@ def eval_dataset(
     Raises:
         UserError: as :func:`train_dataset`.
     """
+    info = dataset_info(config.dataset)
+    crop = config.data.eval_crop if info.center_crop else 1.0
+    transform = functools.partial(eval_image, size=config.image_size, crop=crop)
+    return _one_pass(config, info.eval_split, transform, process_index, process_count)
+
+
+def record_dataset(config: ConfigDict) -> grain.IterDataset:
+    """One pass over the whole images of the training split, in its order, every record once.
+
+    Args:
+        config: reads `dataset`, `image_size` and `data`.
+
+    Returns:
+        A dataset of the batches of :func:`eval_dataset`; every image is squeezed into a square.
+
+    Raises:
+        UserError: as :func:`train_dataset`.
+    """
+    transform = functools.partial(whole_image, size=config.image_size)
+    return _one_pass(config, dataset_info(config.dataset).train_split, transform)
+
+
+def _one_pass(
+    config: ConfigDict,
+    split: str,
+    transform: Any,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
     _check(config)
     batch = _part(config.data.eval_batch_size, "data.eval_batch_size", process_count)
     size = config.image_size
-    info = dataset_info(config.dataset)
-    source = open_source(info.name, info.eval_split, config.data.data_dir)
-    crop = config.data.eval_crop if info.center_crop else 1.0
+    source = open_source(config.dataset, split, config.data.data_dir)
     skip = config.data.on_corrupt == "skip"
-    transform = functools.partial(eval_image, size=size, crop=crop)
     num_batches = -(-len(source) // config.data.eval_batch_size)
     examples = grain.MapDataset.range(num_batches * config.data.eval_batch_size).map(
         _EvalExample(source, transform, size, skip)
@@ -142,21 +175,37 @@ class _Repeated(grain.MapDataset):
 
 
 class _TrainExample(grain.transforms.RandomMap):
-    """Reads and augments a record, given its index."""
+    """Reads and augments a record and the labels of its cells, if any, given its index."""
 
-    def __init__(self, source: Source, transform: Any, skip: bool):
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        augment: ConfigDict,
+        skip: bool,
+        token_labels: TokenLabelFiles | None,
+    ):
         self._source = source
-        self._transform = transform
+        self._size = size
+        self._augment = augment
         self._skip = skip
+        self._token_labels = token_labels
 
     def random_map(self, index: int, rng: np.random.Generator) -> Example:
         for skipped in range(len(self._source)):
+            record = (index + skipped) % len(self._source)
             try:
-                image, label = self._source.read((index + skipped) % len(self._source))
+                image, label = self._source.read(record)
             except UserError as error:
                 _pass_over(error, self._skip)
                 continue
-            return _example(self._transform(image, rng=rng), label, skipped=skipped)
+            view = draw_view(*image.size, self._augment, rng)
+            pixels = train_image(image, self._size, self._augment, rng, view)
+            example = _example(pixels, label, skipped=skipped)
+            if self._token_labels:
+                grid = grid_size(self._size)
+                example |= self._token_labels.read(record, view, *image.size, grid)
+            return example
         raise UserError(f"none of the {len(self._source)} records can be read")
 
 

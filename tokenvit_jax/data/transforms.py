@@ -6,6 +6,7 @@ equal theirs pixel for pixel; the random numbers come from the generator of the 
 
 import io
 import math
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -71,8 +72,44 @@ def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+class View(NamedTuple):
+    """The part of an image that a training example shows.
+
+    Attributes:
+        box: (left, top, right, bottom), pixels; None: the largest centred square.
+        flip: whether it is mirrored, left to right.
+    """
+
+    box: tuple[int, int, int, int] | None
+    flip: bool
+
+
+def draw_view(width: int, height: int, augment: ConfigDict, rng: np.random.Generator) -> View:
+    """Draws the first two steps of the training transform: crop and flip, those that are on.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        augment: `config.augment`.
+        rng: source of the random numbers.
+    """
+    box = None
+    if tuple(augment.crop_scale) != (1.0, 1.0):
+        box = random_crop_box(width, height, augment.crop_scale, augment.crop_ratio, rng)
+    return View(box, flip=bool(augment.flip and rng.random() < augment.flip))
+
+
+def whole_image(image: Image.Image, size: int) -> np.ndarray:
+    """Returns all of an image as uint8 (size, size, 3), squeezed into a square."""
+    return np.asarray(image.resize((size, size), _BICUBIC))
+
+
 def train_image(
-    image: Image.Image, size: int, augment: ConfigDict, rng: np.random.Generator
+    image: Image.Image,
+    size: int,
+    augment: ConfigDict,
+    rng: np.random.Generator,
+    view: View | None = None,
 ) -> np.ndarray:
     """The training transform: crop, flip, shift, RandAugment, jitter, erasing: those that are on.
 
@@ -81,17 +118,18 @@ def train_image(
         size: height and width of the result, pixels.
         augment: `config.augment`; an entry that is off costs nothing.
         rng: source of all random numbers.
+        view: what :func:`draw_view` drew from `rng`; None: drawn here.
 
     Returns:
         uint8 (size, size, 3).
     """
-    if tuple(augment.crop_scale) == (1.0, 1.0):
+    view = view or draw_view(*image.size, augment, rng)
+    if view.box is None:
         image = Image.fromarray(eval_image(image, size, crop=1.0))
     else:
-        box = random_crop_box(*image.size, augment.crop_scale, augment.crop_ratio, rng)
         # Not `resize(box=...)`, whose filter would reach beyond the box.
-        image = image.crop(box).resize((size, size), _BICUBIC)
-    if augment.flip and rng.random() < augment.flip:
+        image = image.crop(view.box).resize((size, size), _BICUBIC)
+    if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if augment.rotation or augment.translation:
         image = _random_shift(image, augment.rotation, augment.translation, rng)

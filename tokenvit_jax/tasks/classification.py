@@ -49,13 +49,52 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy of a batch.
 
     Args:
-      logits: (B, num_classes), any float type; computed in float32.
-      targets: (B, num_classes) class probabilities.
+      logits: (..., num_classes), any float type; computed in float32.
+      targets: (..., num_classes) class probabilities.
 
     Returns:
       () float32, nats.
     """
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
+
+
+def token_labels(batch: dict[str, jax.Array], num_classes: int) -> jax.Array:
+    """Returns the class probabilities of every cell of the last map, (B, h, w, num_classes).
+
+    Args:
+      batch: has either "token_labels", which are they, or "token_classes" (B, h, w, n) int and
+        "token_scores" (B, h, w, n) float: probabilities of some classes; those of a class that
+        occurs more than once add up.
+      num_classes: number of classes.
+    """
+    if "token_labels" in batch:
+        return batch["token_labels"]
+    one_hot = jax.nn.one_hot(batch["token_classes"], num_classes)
+    return jnp.sum(one_hot * batch["token_scores"][..., None], axis=-2)
+
+
+def token_cross_entropy(
+    logits: jax.Array,
+    dense_logits: jax.Array,
+    targets: jax.Array,
+    labels: jax.Array,
+    weight: float,
+) -> jax.Array:
+    """Returns the loss of the class and of the tokens of a batch.
+
+    Args:
+      logits: (B, num_classes) of the images.
+      dense_logits: (B, h, w, num_classes) of the cells of the last map.
+      targets: (B, num_classes) class probabilities of the images.
+      labels: (B, h, w, num_classes) class probabilities of the cells.
+      weight: of the mean cross-entropy of the cells.
+
+    Returns:
+      () float32, nats.
+
+    Source: Jiang et al., "All Tokens Matter", section "Token Labeling".
+    """
+    return cross_entropy(logits, targets) + weight * cross_entropy(dense_logits, labels)
 
 
 def metric_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -1,9 +1,10 @@
-"""Mixup and CutMix, inside the training step.
+"""Mixup, CutMix and MixToken, inside the training step.
 
-Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization"; Yun et al., "CutMix"; timm's
-batch mode, which takes one ratio and one kind of mixing for the whole batch. timm's partner is
-the image at the mirrored place of the batch; here it is the neighbour i ^ 1, so that the images
-of a pair always lie on one device.
+Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization"; Yun et al., "CutMix"; Jiang et
+al., "All Tokens Matter", section "Token Labeling with MixToken"; timm's batch mode, which takes
+one ratio and one kind of mixing for the whole batch. timm's partner is the image at the mirrored
+place of the batch; here it is the neighbour i ^ 1, so that the images of a pair always lie on one
+device.
 """
 
 from typing import NamedTuple
@@ -12,15 +13,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+MIN_MIXTOKEN_GRID = 2  # cells of the last map along a side; in a single one every box is empty
+
 
 class Mixing(NamedTuple):
     """How to mix one batch.
 
     Attributes:
       ratio: () float32, part of an image that stays its own; 1 for a batch that is not mixed.
-      box: (4,) int32, top, bottom, left, right of the rectangle that CutMix takes from the
-        partner, in pixels, bottom and right exclusive.
-      cutmix: () bool, CutMix rather than Mixup.
+      box: (4,) int32, top, bottom, left, right of the rectangle that CutMix and MixToken take from
+        the partner, in pixels and in cells of the last map; bottom and right exclusive.
+      cutmix: () bool, a rectangle rather than Mixup.
     """
 
     ratio: jax.Array
@@ -48,22 +51,54 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
     else:
         cutmix = jnp.asarray(config.cutmix > 0)
     alpha = jnp.where(cutmix, config.cutmix, config.mixup)
-    ratio = jax.random.beta(ratio_rng, alpha, alpha)
-    applied = jax.random.bernoulli(apply_rng, config.probability)
-    ratio = jnp.where(applied, ratio, 1.0)
+    ratio = _draw_ratio(apply_rng, ratio_rng, alpha, config.probability)
+    # As far to both sides of the centre.
+    sides = [2 * (side // 2) for side in _box_sides(ratio, height, width)]
+    box, true_ratio = _draw_box(row_rng, column_rng, sides, height, width)
+    ratio = jnp.where(cutmix, true_ratio, ratio).astype(jnp.float32)
+    return Mixing(ratio=ratio, box=box, cutmix=cutmix)
 
-    half_height = (height * jnp.sqrt(1.0 - ratio)).astype(jnp.int32) // 2
-    half_width = (width * jnp.sqrt(1.0 - ratio)).astype(jnp.int32) // 2
-    row = jax.random.randint(row_rng, (), 0, height)
-    column = jax.random.randint(column_rng, (), 0, width)
-    top, bottom = jnp.clip(jnp.stack([row - half_height, row + half_height]), 0, height)
-    left, right = jnp.clip(jnp.stack([column - half_width, column + half_width]), 0, width)
+
+def draw_token_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> Mixing:
+    """Draws how MixToken mixes a batch: as CutMix, but whole cells of the last map.
+
+    Unlike CutMix's, the sides of the box need not be even: the map has few cells.
+
+    Args:
+      rng: key of `jax.random`.
+      config: `config.mix`: mixtoken (parameter of the Beta distribution), probability.
+      height: of the last map, cells.
+      width: of the last map, cells.
+    """
+    apply_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 4)
+    ratio = _draw_ratio(apply_rng, ratio_rng, config.mixtoken, config.probability)
+    sides = _box_sides(ratio, height, width)
+    box, true_ratio = _draw_box(row_rng, column_rng, sides, height, width)
+    return Mixing(ratio=true_ratio.astype(jnp.float32), box=box, cutmix=jnp.asarray(True))
+
+
+def _draw_ratio(apply_rng, ratio_rng, alpha, probability):
+    ratio = jax.random.beta(ratio_rng, alpha, alpha)
+    applied = jax.random.bernoulli(apply_rng, probability)
+    return jnp.where(applied, ratio, 1.0)
+
+
+def _box_sides(ratio, height, width):
+    """Height and width of a box of the area 1 - ratio."""
+    return [(side * jnp.sqrt(1.0 - ratio)).astype(jnp.int32) for side in (height, width)]
+
+
+def _draw_box(row_rng, column_rng, sides, height, width):
+    """A box around a random place, cut off at the borders, and the part outside it."""
+
+    def edges(rng, side, limit):
+        low = jax.random.randint(rng, (), 0, limit) - side // 2
+        return jnp.clip(jnp.stack([low, low + side]), 0, limit)
+
+    top, bottom = edges(row_rng, sides[0], height)
+    left, right = edges(column_rng, sides[1], width)
     true_ratio = 1.0 - (bottom - top) * (right - left) / (height * width)
-    return Mixing(
-        ratio=jnp.where(cutmix, true_ratio, ratio).astype(jnp.float32),
-        box=jnp.stack([top, bottom, left, right]),
-        cutmix=cutmix,
-    )
+    return jnp.stack([top, bottom, left, right]), true_ratio
 
 
 def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[jax.Array, jax.Array]:
@@ -80,6 +115,11 @@ def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[ja
     Raises:
       ValueError: B is odd.
     """
+    return mix_images(images, mixing), mix_targets(targets, mixing)
+
+
+def mix_images(images: jax.Array, mixing: Mixing) -> jax.Array:
+    """Mixes every image, or map of labels, with its neighbour i ^ 1, as :func:`mix_batch`."""
     if len(images) % 2:
         raise ValueError(f"images: a batch of {len(images)} cannot be paired; it must be even")
     rows = jnp.arange(images.shape[1])[:, None, None]
@@ -87,9 +127,12 @@ def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[ja
     top, bottom, left, right = mixing.box
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (H, W, 1)
     own_part = jnp.where(mixing.cutmix, 1.0 - inside, mixing.ratio)
-    mixed_images = images * own_part + _neighbours(images) * (1.0 - own_part)
-    mixed_targets = targets * mixing.ratio + _neighbours(targets) * (1.0 - mixing.ratio)
-    return mixed_images, mixed_targets
+    return images * own_part + _neighbours(images) * (1.0 - own_part)
+
+
+def mix_targets(targets: jax.Array, mixing: Mixing) -> jax.Array:
+    """Mixes every target with its neighbour i ^ 1, as :func:`mix_batch`."""
+    return targets * mixing.ratio + _neighbours(targets) * (1.0 - mixing.ratio)
 
 
 def _neighbours(x: jax.Array) -> jax.Array:

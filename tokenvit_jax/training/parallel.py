@@ -144,6 +144,10 @@ class MeshParallel:
         """Returns the compiled `step(variables, batch) -> sums`."""
         return jax.jit(step, out_shardings=self._replicated)
 
+    def batch_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, x)`, divided over the devices as the batch x is."""
+        return jax.jit(step, out_shardings=self._batch_sharding)
+
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
         return state
@@ -210,6 +214,10 @@ class PmapParallel:
         """Returns the compiled `step(variables, batch) -> sums`."""
         return jax.pmap(step, axis_name=_PMAP_AXIS, in_axes=(None, 0), out_axes=None)
 
+    def batch_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, x)`, divided over the devices as the batch x is."""
+        return jax.pmap(step, axis_name=_PMAP_AXIS, in_axes=(None, 0))
+
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
         return multihost_utils.host_local_array_to_global_array(state, self._global_mesh, P())
@@ -269,6 +277,11 @@ def check_train_batch(config: ConfigDict) -> None:
         raise UserError(
             f"config.batch_size={config.batch_size} gives each of {devices} devices an odd number "
             "of images; config.mix pairs them, so it must be even"
+        )
+    if config.mix.mixtoken and config.batch_size % (2 * parts):
+        raise UserError(
+            f"config.batch_size={config.batch_size} gives each of {what} an odd number of images; "
+            "config.mix.mixtoken pairs them, so it must be even"
         )
 
 

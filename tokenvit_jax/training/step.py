@@ -4,6 +4,7 @@ Both know nothing of devices. Under `jax.jit` over a mesh the batch is the globa
 `jax.pmap` it is one device's part of it and `axis_name` joins the parts: the numbers agree.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,9 +15,17 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import MEAN, STD
+from tokenvit_jax.data.token_labels import grid_size
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.tasks import classification
-from tokenvit_jax.training.mixing import draw_mixing, mix_batch
+from tokenvit_jax.training.mixing import (
+    draw_mixing,
+    draw_token_mixing,
+    mix_batch,
+    mix_images,
+    mix_targets,
+)
 from tokenvit_jax.training.optimizer import learning_rate_schedule
 from tokenvit_jax.training.state import TrainState, averaged_variables, step_rng
 
@@ -35,7 +44,8 @@ def make_train_step(
     """Returns `train_step(state, batch) -> state, metrics`.
 
     Args:
-      model: classifier, called as `model(images, train=True)`.
+      model: classifier, called as `model(images, train=True)`; with `mix.mixtoken` or
+        `token_labels.weight` a model with a token head, through its method `token_logits`.
       optimizer: optax transformation.
       config: training configuration.
       num_classes: number of classes of the dataset.
@@ -43,35 +53,37 @@ def make_train_step(
 
     Returns:
       A function of the state and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
-      "skipped" (B,) int32}. Its metrics are scalars: "loss", "grad_norm" (before clipping),
-      "learning_rate" and "data/skipped" (unreadable images passed over since the first step).
+      "skipped" (B,) int32}, and with `token_labels.weight` what `classification.token_labels`
+      reads. Its metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate" and
+      "data/skipped" (unreadable images passed over since the first step).
+
+    Raises:
+      UserError: the model has no token head, but needs one.
     """
     schedule = learning_rate_schedule(config)
 
     def mean(tree):
         return tree if axis_name is None else lax.pmean(tree, axis_name)
 
-    def loss_fn(params, model_state, images, targets, rng):
-        dropout_rng, routing_rng = jax.random.split(rng)
-        logits, model_state = model.apply(
-            {"params": params, **model_state},
-            images,
-            train=True,
-            rngs={"dropout": dropout_rng, "routing": routing_rng},
-            mutable=list(model_state),
-        )
-        return classification.cross_entropy(logits, targets), model_state
+    loss_fn = _make_loss(model, config, num_classes)
 
     def train_step(state, batch):
         mix_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
         images = normalize(batch["image"])
         targets = classification.soft_targets(batch["label"], num_classes, config.label_smoothing)
+        token_labels = {name: batch[name] for name in batch if name.startswith("token_")}
+        mixed_loss = loss_fn
         if config.mix.mixup or config.mix.cutmix:
             mixing = draw_mixing(mix_rng, config.mix, *images.shape[1:3])
             images, targets = mix_batch(images, targets, mixing)
+        elif config.mix.mixtoken:
+            # Inside the model and the loss: among the images of a micro-batch.
+            mixing = draw_token_mixing(mix_rng, config.mix, *map(grid_size, images.shape[1:3]))
+            mixed_loss = functools.partial(loss_fn, mixing=mixing)
 
+        inputs = (images, targets, token_labels)
         loss, grads, model_state = _accumulate(
-            loss_fn, config.accumulate_steps, state, images, targets, model_rng
+            mixed_loss, config.accumulate_steps, state, inputs, model_rng
         )
         loss, grads = mean((loss, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -111,6 +123,57 @@ def make_train_step(
     return train_step
 
 
+def _make_loss(model: nn.Module, config: ConfigDict, num_classes: int) -> Callable:
+    """Returns `loss_fn(params, model_state, inputs, rng) -> loss, model_state`.
+
+    The inputs are normalised images, class probabilities and what `classification.token_labels`
+    reads. The loss of a model with a token head takes `mixing` too, what `draw_token_mixing` drew.
+    """
+    weight = config.token_labels.weight
+
+    def forward(params, model_state, images, rng, **kwargs):
+        dropout_rng, routing_rng = jax.random.split(rng)
+        return model.apply(
+            {"params": params, **model_state},
+            images,
+            train=True,
+            rngs={"dropout": dropout_rng, "routing": routing_rng},
+            mutable=list(model_state),
+            **kwargs,
+        )
+
+    def class_loss(params, model_state, inputs, rng):
+        images, targets, _ = inputs
+        logits, model_state = forward(params, model_state, images, rng)
+        return classification.cross_entropy(logits, targets), model_state
+
+    def token_loss(params, model_state, inputs, rng, mixing=None):
+        images, targets, token_labels = inputs
+        box = None if mixing is None else mixing.box
+        (logits, dense_logits), model_state = forward(
+            params, model_state, images, rng, box=box, method="token_logits"
+        )
+        if mixing is not None:
+            targets = mix_targets(targets, mixing)
+        if not weight:
+            return classification.cross_entropy(logits, targets), model_state
+        labels = classification.token_labels(token_labels, num_classes)
+        if mixing is not None:
+            labels = mix_images(labels, mixing)
+        loss = classification.token_cross_entropy(logits, dense_logits, targets, labels, weight)
+        return loss, model_state
+
+    if not (weight or config.mix.mixtoken):
+        return class_loss
+    if not getattr(model, "token_head", False):
+        raise UserError(
+            f"config.mix.mixtoken={config.mix.mixtoken} and config.token_labels.weight={weight} "
+            f"need a model with a token head; config.model={config.model!r} has none, or "
+            "config.model_overrides.token_head is not True"
+        )
+    return token_loss
+
+
 def make_eval_step(
     model: nn.Module, *, axis_name: str | None = None
 ) -> Callable[[dict, Batch], Metrics]:
@@ -144,23 +207,21 @@ def centroid_old_weight(config: ConfigDict, learning_rate: jax.Array) -> jax.Arr
             return config.old_weight
 
 
-def _accumulate(loss_fn, num_micro_batches, state, images, targets, rng):
+def _accumulate(loss_fn, num_micro_batches, state, inputs, rng):
     """Loss, gradient and new model state of a batch that is computed in parts, one by one.
 
     Loss and gradient are the means over the parts; the model state goes from part to part.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_micro_batches == 1:
-        (loss, model_state), grads = value_and_grad(
-            state.params, state.model_state, images, targets, rng
-        )
+        (loss, model_state), grads = value_and_grad(state.params, state.model_state, inputs, rng)
         return loss, grads, model_state
 
-    def micro_step(carry, inputs):
+    def micro_step(carry, part):
         loss_sum, grads_sum, model_state = carry
-        index, images, targets = inputs
+        index, inputs = part
         (loss, model_state), grads = value_and_grad(
-            state.params, model_state, images, targets, jax.random.fold_in(rng, index)
+            state.params, model_state, inputs, jax.random.fold_in(rng, index)
         )
         return (loss_sum + loss, jax.tree.map(jnp.add, grads_sum, grads), model_state), None
 
@@ -173,7 +234,7 @@ def _accumulate(loss_fn, num_micro_batches, state, images, targets, rng):
     (loss, grads, model_state), _ = lax.scan(
         micro_step,
         (jnp.zeros(()), zeros, state.model_state),
-        (jnp.arange(num_micro_batches), split(images), split(targets)),
+        (jnp.arange(num_micro_batches), jax.tree.map(split, inputs)),
     )
     loss, grads = jax.tree.map(lambda x: x / num_micro_batches, (loss, grads))
     return loss, grads, model_state

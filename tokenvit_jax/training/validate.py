@@ -1,11 +1,14 @@
 """Checks a training configuration before anything is loaded or compiled."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.training.mixing import MIN_MIXTOKEN_GRID
 
 # Entries with a fixed set of values. What the data pipeline and the models read, they check.
 _CHOICES = {
@@ -24,8 +27,10 @@ _RANGES = {
     "ema_decay": (0, 1),
     "mix.mixup": (0, None),
     "mix.cutmix": (0, None),
+    "mix.mixtoken": (0, None),
     "mix.probability": (0, 1),
     "mix.switch_probability": (0, 1),
+    "token_labels.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.weight_decay": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -54,6 +59,8 @@ def check_config(config: ConfigDict) -> None:
             f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"config.num_steps={config.num_steps}"
         )
+    _check_token_mixing(config)
+    _check_token_labels(config)
     profiled_steps(config)
 
 
@@ -72,6 +79,48 @@ def profiled_steps(config: ConfigDict) -> tuple[int, int]:
             f"config.profile={config.profile!r} is not valid; valid: steps 'first:last', from 1"
         )
     return first, last
+
+
+def _check_token_mixing(config: ConfigDict) -> None:
+    """Raises UserError unless MixToken is off, or can mix what it is given."""
+    if not config.mix.mixtoken:
+        return
+    _refuse(config, "mix.mixtoken", ("mix.mixup", "mix.cutmix"), "takes their place")
+    grid = grid_size(config.image_size)
+    if grid < MIN_MIXTOKEN_GRID:
+        raise UserError(
+            f"config.mix.mixtoken={config.mix.mixtoken} mixes nothing on the {grid} x {grid} cells "
+            f"of the last map at config.image_size={config.image_size}; valid: at least "
+            f"{MIN_MIXTOKEN_GRID} x {MIN_MIXTOKEN_GRID} cells"
+        )
+
+
+def _check_token_labels(config: ConfigDict) -> None:
+    """Raises UserError unless token labels are off, or come from one place and fit the images."""
+    labels = config.token_labels
+    if not labels.weight:
+        return
+    if bool(labels.teacher) == bool(labels.files):
+        found = "both are" if labels.teacher else "none is"
+        raise UserError(
+            f"config.token_labels.weight={labels.weight} needs either config.token_labels.teacher "
+            f"or config.token_labels.files, and {found} given"
+        )
+    reason = "mixes images whose labels do not follow; valid: config.mix.mixtoken"
+    _refuse(config, "token_labels.weight", ("mix.mixup", "mix.cutmix"), reason)
+    if labels.files:
+        moving = ("augment.rotation", "augment.translation")
+        _refuse(config, "token_labels.files", moving, "moves images away from their labels")
+
+
+def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:
+    """Raises UserError for the first of some entries that is on and does not go with another."""
+    for other in others:
+        if _entry(config, other):
+            raise UserError(
+                f"config.{other}={_entry(config, other)} does not go with "
+                f"config.{key}={_entry(config, key)!r}: {reason}"
+            )
 
 
 def _entry(config: ConfigDict, key: str) -> Any:

@@ -1,0 +1,74 @@
+"""A classifier with a token head that compiles in a second, and runs whose model it is."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenvit_jax.config import default_config
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.state import init_state
+from tokenvit_jax.training.workdir import write_config
+
+
+class TokenModel(nn.Module):
+    """Patches of 32 pixels, a tanh, a classifier of their mean and one of each."""
+
+    num_classes: int
+    token_head: bool = True
+
+    def setup(self):
+        self.patches = nn.Conv(6, (32, 32), strides=32, padding="SAME")
+        self.classifier = nn.Dense(self.num_classes)
+        self.token_classifier = nn.Dense(self.num_classes)
+
+    def __call__(self, images, train=False):
+        return self.token_logits(images, train)[0]
+
+    def token_logits(self, images, train, box=None):
+        x = self.patches(images)
+        if box is not None:
+            rows, columns = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
+            inside = (rows >= box[0]) & (rows < box[1]) & (columns >= box[2]) & (columns < box[3])
+            neighbours = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+            x = jnp.where(inside[..., None], neighbours, x)
+        x = jnp.tanh(x)
+        return self.classifier(x.mean((1, 2))), self.token_classifier(x)
+
+    def dense_logits(self, images, train=False):
+        return self.classifier(jnp.tanh(self.patches(images)))
+
+
+def use_token_model(monkeypatch):
+    """Makes it the model of every configuration."""
+
+    def make_model(config, num_classes, *, axis_name=None):
+        return TokenModel(num_classes)
+
+    monkeypatch.setattr(classification, "make_model", make_model)
+
+
+def token_config():
+    """A configuration for it, with a last map of 3 x 3 cells."""
+    config = default_config()
+    config.image_size = 96
+    config.batch_size = 16
+    config.num_steps = 10
+    config.data.eval_batch_size = 8
+    config.optimizer.learning_rate = 1e-2
+    return config
+
+
+def write_run(workdir: Path, seed: int = 0):
+    """Writes a run with a checkpoint of the parameters of its start, which are returned."""
+    config = token_config()
+    config.seed = seed
+    model = TokenModel(num_classes=10)
+    state = jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
+    write_config(workdir, config)
+    with Checkpoints(workdir, keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.save(1, state, {}, {"eval/accuracy": 0.5})
+    return state.params

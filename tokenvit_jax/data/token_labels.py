@@ -1,0 +1,152 @@
+"""Labels of the cells of an image, from files; see :mod:`tokenvit_jax.label`, which writes them.
+
+Source: Jiang et al., "All Tokens Matter", which crops precomputed maps of labels with RoIAlign, as
+Yun et al., "Re-labeling ImageNet".
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tokenvit_jax.data.transforms import View
+from tokenvit_jax.errors import UserError
+
+CELL_SIZE = 32  # pixels: the backbones reduce an image 32 times
+FILES = ("classes.npy", "scores.npy")
+
+
+def grid_size(image_size: int) -> int:
+    """Returns the number of cells of the last map along a side of an image, given in pixels."""
+    return -(-image_size // CELL_SIZE)
+
+
+class TokenLabelFiles:
+    """Maps of labels, one per record of a split, that stay on disk until they are read.
+
+    `classes.npy` (records, gh, gw, K) holds integers, `scores.npy` of the same shape their
+    probabilities, float16 or float32; the grid (gh, gw) covers the whole, uncropped image.
+
+    Args:
+        folder: that holds both files.
+        num_records: of the split.
+        num_classes: valid classes are 0 to num_classes - 1.
+
+    Raises:
+        UserError: a file is missing, or not of this form.
+    """
+
+    def __init__(self, folder: str, num_records: int, num_classes: int):
+        self._args = folder, num_records, num_classes
+        self._folder = Path(folder).expanduser()
+        self._num_classes = num_classes
+        self._classes, self._scores = (_open(self._folder / name) for name in FILES)
+        shape = self._classes.shape
+        if len(shape) != 4 or shape[0] != num_records or self._scores.shape != shape:
+            raise UserError(
+                f"token_labels.files={folder}: the shapes of classes.npy, {shape}, and scores.npy, "
+                f"{self._scores.shape}, must both be ({num_records} records, height, width, "
+                "classes per cell)"
+            )
+        if self._classes.dtype.kind not in "iu" or self._scores.dtype not in ("float16", "float32"):
+            raise UserError(
+                f"token_labels.files={folder}: classes.npy is {self._classes.dtype} and scores.npy "
+                f"is {self._scores.dtype}; valid: integers, and float16 or float32"
+            )
+
+    def __reduce__(self):
+        # Another process maps the files itself: pickled, they would be copied.
+        return TokenLabelFiles, self._args
+
+    def read(
+        self, record: int, view: View, width: int, height: int, grid: int
+    ) -> dict[str, np.ndarray]:
+        """Returns the labels of what a training example shows of a record.
+
+        Args:
+            record: index in the split.
+            view: what the example shows.
+            width: of the record's image, pixels.
+            height: of the record's image, pixels.
+            grid: height and width of the result, cells.
+
+        Returns:
+            `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): at every cell's
+            centre the four labels around it, K classes each, with their bilinear weights.
+
+        Raises:
+            UserError: a class is out of range.
+        """
+        classes = np.asarray(self._classes[record], np.int32)
+        if classes.min() < 0 or classes.max() >= self._num_classes:
+            raise UserError(
+                f"{self._folder / FILES[0]}, record {record}: classes {classes.min()} to "
+                f"{classes.max()}; valid: 0 to {self._num_classes - 1}"
+            )
+        scores = np.asarray(self._scores[record], np.float32)
+        return sample_labels(classes, scores, relative_box(view, width, height), view.flip, grid)
+
+
+def relative_box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns (left, top, right, bottom) of a view as parts of the width and height in pixels."""
+    left, top, right, bottom = view.box or _centred_square(width, height)
+    return left / width, top / height, right / width, bottom / height
+
+
+def sample_labels(
+    classes: np.ndarray,
+    scores: np.ndarray,
+    box: tuple[float, float, float, float],
+    flip: bool,
+    grid: int,
+) -> dict[str, np.ndarray]:
+    """Samples a map of labels at the centres of the cells of a part of its image.
+
+    Bilinear, one sample per cell; beyond the outermost centres of the map its border goes on.
+
+    Args:
+        classes: (gh, gw, K) int.
+        scores: (gh, gw, K) float, probabilities.
+        box: left, top, right, bottom, as parts of the width and the height.
+        flip: whether the part is mirrored, left to right.
+        grid: number of cells along each side of the part.
+
+    Returns:
+        `token_classes`, `token_scores`, (grid, grid, 4 K), of the types of the arguments.
+
+    Source: He et al., "Mask R-CNN", section 3 (RoIAlign).
+    """
+    left, top, right, bottom = box
+    rows, row_weights = _corners(top, bottom, grid, classes.shape[0])  # (grid, 2)
+    columns, column_weights = _corners(left, right, grid, classes.shape[1])
+    if flip:
+        columns, column_weights = columns[::-1], column_weights[::-1]
+    corners = rows[:, None, :, None], columns[None, :, None, :]  # (grid, grid, 2, 2)
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+    weighted = scores[corners] * weights[..., None].astype(scores.dtype)  # (grid, grid, 2, 2, K)
+    return {
+        "token_classes": classes[corners].reshape(grid, grid, -1),
+        "token_scores": weighted.reshape(grid, grid, -1),
+    }
+
+
+def _corners(start: float, end: float, cells: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two places of a map beside the centre of each cell, (cells, 2), and their weights."""
+    centres = start + (np.arange(cells) + 0.5) / cells * (end - start)
+    position = np.clip(centres * size - 0.5, 0, size - 1)  # of a place's centre: its index
+    low = np.floor(position).astype(int)
+    part = position - low
+    return np.stack([low, np.minimum(low + 1, size - 1)], 1), np.stack([1 - part, part], 1)
+
+
+def _centred_square(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _open(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"token_labels.files: {path} cannot be read: {reason}") from error

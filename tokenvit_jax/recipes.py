@@ -1,0 +1,212 @@
+"""Published training recipes, and the settings of the shrunk networks for the embedded digits.
+
+A file in ``configs/`` names its model here and says what differs.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES, default_config
+from tokenvit_jax.errors import UserError, did_you_mean
+
+
+def imagenet_recipe(*, epochs: int = 300, warmup_epochs: int = 20) -> ConfigDict:
+    """Returns the ImageNet-1K recipe that Swin, CMT and their successors share.
+
+    AdamW, weight decay 0.05, learning rate 1e-3 at batch 1024, cosine decay over 300 epochs after
+    20 epochs of warm-up, RandAugment 9 / 0.5, Mixup 0.8, CutMix 1.0, erasing 0.25, label
+    smoothing 0.1. A config states what differs from it.
+    """
+    config = default_config()
+    config.dataset = "imagenet2012"
+    config.dtype = "bfloat16"
+    config.batch_size = 1024
+    config.data.workers = 16
+    config.data.eval_batch_size = 1024
+    steps_per_epoch = IMAGENET_TRAIN_IMAGES // config.batch_size
+    config.num_steps = epochs * steps_per_epoch
+    config.augment.crop_scale = (0.08, 1.0)
+    config.augment.flip = 0.5
+    config.augment.randaugment.num_ops = 2
+    config.augment.erasing = 0.25
+    config.mix.mixup = 0.8
+    config.mix.cutmix = 1.0
+    config.label_smoothing = 0.1
+    config.clip_norm = 5.0
+    config.optimizer.warmup_steps = warmup_epochs * steps_per_epoch
+    config.eval_every_steps = steps_per_epoch
+    config.checkpoint_every_steps = steps_per_epoch
+    return config
+
+
+def digits_recipe() -> ConfigDict:
+    """Returns a recipe for the embedded digits that takes about two minutes on two CPU cores.
+
+    1,437 training and 360 test images of handwritten digits (scikit-learn), 8 x 8 pixels enlarged
+    to 64 x 64, slightly turned and shifted.
+    """
+    config = default_config()
+    config.dataset = "digits"
+    config.image_size = 64
+    config.batch_size = 64
+    config.data.eval_batch_size = 120
+    config.num_steps = 400
+    config.augment.rotation = 10.0
+    config.augment.translation = 0.05
+    config.label_smoothing = 0.1
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 40
+    config.log_every_steps = 10
+    config.eval_every_steps = 50
+    config.checkpoint_every_steps = 100
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# DGT
+# ------------------------------------------------------------------------------------------------
+
+
+def dgt_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
+    """Returns the configuration of a DGT: the published one for ``arg`` "", else "digits"."""
+
+    def published():
+        config = imagenet_recipe()
+        config.model = model
+        config.model_overrides = {
+            "num_groups": 48, "top_k": 98, "drop_path": drop_path, "remat": False
+        }  # fmt: skip
+        return config
+
+    return _choose(arg, {"": published, "digits": lambda: dgt_digits_config(model)})
+
+
+def dgt_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a DGT that is shrunk to the embedded digits."""
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
+        "depths": (1, 1, 2, 1), "head_dim": 128, "drop_path": 0.0, "remat": False,
+        # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
+        "num_groups": 8, "top_k": 24,
+    }  # fmt: skip
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# ClusTR
+# ------------------------------------------------------------------------------------------------
+
+
+# Written out so that the command line can change them.
+CLUSTR_ATTENTION = {
+    "ratios": ((64, 16), (16, 4), (4, 1), (1,)),
+    "aggregation": "clusters",
+    "assign": "nearest",
+    "adaptive": 0.0,
+}
+
+
+def clustr_config(model: str, arg: str, *, drop_path: float, clip_norm: float = 0.0) -> ConfigDict:
+    """Returns the configuration of a ClusTR: the published one for ``arg`` "", else "digits".
+
+    Table A2; where it is silent, the code of PVTv2, which it names as its base.
+    """
+
+    def published():
+        config = imagenet_recipe(warmup_epochs=5)
+        config.model = model
+        config.model_overrides = {"drop_path": drop_path, "remat": False, **CLUSTR_ATTENTION}
+        config.clip_norm = clip_norm
+        config.augment.color_jitter = 0.4
+        config.data.repeats = 3
+        return config
+
+    return _choose(arg, {"": published, "digits": lambda: clustr_digits_config(model)})
+
+
+def clustr_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a ClusTR that is shrunk to the embedded digits.
+
+    The published token reductions: 256, 64 and 16 tokens become 4 and 16, or 4 and all.
+    """
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 2, 1),
+        "mlp_ratios": (4, 4, 4, 4), "drop_path": 0.0, "remat": False, **CLUSTR_ATTENTION,
+    }  # fmt: skip
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# Pale Transformer
+# ------------------------------------------------------------------------------------------------
+
+
+# Written out so that the command line can change them.
+PALE_ATTENTION = {
+    "mode": "parallel", "position": "cpe", "mask_padding": False, "token_head": False
+}  # fmt: skip
+
+
+def pale_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
+    """Returns the configuration of a Pale Transformer.
+
+    Args:
+      model: its name.
+      arg: "": the published one; "tokens": of the starred models, with MixToken and token labels;
+        "digits" and "digits_tokens": shrunk to the embedded digits.
+      drop_path: stochastic depth.
+    """
+
+    def published():
+        config = imagenet_recipe()
+        config.model = model
+        config.model_overrides = {
+            "drop_path": drop_path, "remat": False, "pale_sizes": (7, 7, 7, 7), **PALE_ATTENTION
+        }  # fmt: skip
+        config.augment.color_jitter = 0.4
+        config.augment.erasing = 0.0
+        return config
+
+    return _choose(
+        arg,
+        {
+            "": published,
+            "tokens": lambda: _with_token_labels(published()),
+            "digits": lambda: pale_digits_config(model),
+            "digits_tokens": lambda: _with_token_labels(pale_digits_config(model)),
+        },
+    )
+
+
+def pale_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a Pale Transformer that is shrunk to the embedded digits."""
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "dims": (16, 32, 64, 128), "num_heads": (2, 2, 4, 8), "depths": (1, 1, 2, 1),
+        "drop_path": 0.0, "remat": False,
+        # Maps of 16, 8, 4 and 2 rows and columns: 4, 4, 2 and 1 groups of them.
+        "pale_sizes": (4, 2, 2, 2), "position_size": (64, 64), **PALE_ATTENTION,
+    }  # fmt: skip
+    return config
+
+
+def _with_token_labels(config: ConfigDict) -> ConfigDict:
+    """MixToken instead of Mixup and CutMix, and a dense loss of weight 0.5 (Jiang et al. 2021)."""
+    config.mix.mixup, config.mix.cutmix, config.mix.mixtoken = 0.0, 0.0, 1.0
+    config.token_labels.weight = 0.5
+    config.model_overrides.token_head = True
+    return config
+
+
+def _choose(arg: str, configs: dict[str, Callable[[], ConfigDict]]) -> ConfigDict:
+    if arg not in configs:
+        valid = ", ".join(name or "none" for name in configs)
+        hint = did_you_mean(arg, configs)
+        raise UserError(f"config argument {arg!r} is not valid{hint}; valid: {valid}")
+    return configs[arg]()
