@@ -1,5 +1,6 @@
 """Operators at the shapes of the models, each with its obvious alternatives, to be measured."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,14 +24,18 @@ DEPTHWISE_SHAPES = {
 }
 # (length, heads, head dim): stage 4 of DGT-T; DeiT-S; DeiT-S at 384 x 384.
 ATTENTION_SHAPES = ((49, 16, 32), (197, 6, 64), (577, 6, 64))
+# (tokens, channels): stage 1 of ClusTR at 224 x 224, 512 x 512 and 800 x 1344.
+CLUSTER_SHAPES = ((3136, 64), (16384, 64), (67200, 64))
+# Tokens per cluster of ClusTR's fine scale in stage 1.
+CLUSTER_RATIO = 16
 
 
 class Case(NamedTuple):
     """One operator at one shape.
 
-    shape: what describes it in the output. inputs: arrays; the result has the shape of the first.
-    num_differentiated: how many of the inputs have a gradient. contenders: name -> function of the
-    inputs; ours is the last, the obvious alternative the first.
+    shape: what describes it in the output. inputs: arrays. num_differentiated: how many of the
+    inputs have a gradient; unless it is 0, the result has the shape of the first. contenders: name
+    -> function of the inputs; ours is the last, the obvious alternative the first.
     """
 
     shape: dict[str, Any]
@@ -132,8 +137,49 @@ def dot_product_attention_cases(
         )
 
 
+def cluster_density_peaks_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=CLUSTER_SHAPES
+) -> Iterator[Case]:
+    """Clustering by density peaks against the same with all distances of an image at once.
+
+    Clusters have no gradient. Of the longest input the obvious form is compiled only: it does not
+    fit into the memory of most machines.
+    """
+    for length, channels in shapes:
+        num_clusters = length // CLUSTER_RATIO
+        cluster = functools.partial(ops.cluster_density_peaks, num_clusters=num_clusters)
+        yield Case(
+            shape={"tokens": length, "channels": channels, "clusters": num_clusters},
+            inputs=(normal(0, (batch_size or 1, length, channels), dtype),),
+            num_differentiated=0,
+            contenders={
+                "unchunked": functools.partial(cluster_unchunked, num_clusters=num_clusters),
+                "density_peaks": lambda x, cluster=cluster: cluster(x).assignment,
+            },
+        )
+
+
+def cluster_unchunked(tokens: jax.Array, num_clusters: int, neighbors: int = 5) -> jax.Array:
+    """Clustering by density peaks as most write it: (B, N, C) -> (B, N), with N^2 distances."""
+    x = tokens.astype(jnp.float32)
+    square = jnp.sum(x * x, -1)
+    products = jnp.einsum("bnc,bmc->bnm", x, x)
+    distance = jnp.sqrt(jnp.maximum(square[:, :, None] + square[:, None] - 2 * products, 0))
+    distance /= x.shape[-1] ** 0.5
+    nearest = -lax.top_k(-distance, neighbors)[0]
+    density = jnp.exp(-jnp.mean(nearest**2, -1))
+    is_denser = density[:, None] > density[:, :, None]
+    delta = jnp.where(is_denser, distance, jnp.inf).min(-1)
+    delta = jnp.where(jnp.isinf(delta), distance.max((1, 2))[:, None], delta)
+    centers = lax.top_k(density * delta, num_clusters)[1]
+    assignment = jnp.take_along_axis(distance, centers[:, None], 2).argmin(-1)
+    own = jnp.arange(num_clusters)
+    return jax.vmap(lambda row, center: row.at[center].set(own))(assignment, centers)
+
+
 CASES = {
     "group_attention": group_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
     "dot_product_attention": dot_product_attention_cases,
+    "cluster_density_peaks": cluster_density_peaks_cases,
 }

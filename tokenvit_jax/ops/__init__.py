@@ -1,6 +1,14 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
 from tokenvit_jax.ops.attention import dot_product_attention
+from tokenvit_jax.ops.density_peaks import (
+    Clusters,
+    DensityPeaks,
+    assign_clusters,
+    cluster_density_peaks,
+    density_peaks,
+    used_clusters,
+)
 from tokenvit_jax.ops.depthwise_conv import depthwise_conv
 from tokenvit_jax.ops.group_attention import (
     GroupAttention,
@@ -10,14 +18,24 @@ from tokenvit_jax.ops.group_attention import (
     move_centroids,
     update_centroids,
 )
+from tokenvit_jax.ops.merge_tokens import merge_tokens
+from tokenvit_jax.ops.pale_attention import pale_attention
 
 __all__ = [
+    "Clusters",
+    "DensityPeaks",
     "GroupAttention",
     "GroupSums",
+    "assign_clusters",
+    "cluster_density_peaks",
+    "density_peaks",
     "depthwise_conv",
     "dot_product_attention",
     "group_attention",
     "group_sums",
+    "merge_tokens",
     "move_centroids",
+    "pale_attention",
     "update_centroids",
+    "used_clusters",
 ]

@@ -1,0 +1,588 @@
+"""Clustering of tokens by density peaks (Xie et al. 2022, "ClusTR", Section 3.1).
+
+A token is a good centre if its neighbourhood is dense and every denser token is far away (Eqs. 1
+and 2). Both need all N^2 distances of an image, which are computed in chunks of tokens and never
+held at once:
+
+* Pass 1 keeps of every token its k nearest. The k smallest distances are in the k groups of
+  smallest minima, so that all but one reduction of the chunk work on a fraction of it. Most tokens
+  find their nearest denser token here, too: if it is one of the k.
+* Pass 2 searches all tokens for the denser ones of the rest, about a fifth.
+
+The answer does not depend on the chunks. A distance is |y|^2 - 2 x.y + |x|^2, of tokens less their
+mean; the last term is the same for all y, and added to what was selected only.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tokenvit_jax.ops.attention import softmax_dtype
+from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.group_attention import _top_keys
+
+RULES = ("nearest", "parent")
+
+# Tokens per group of pass 1, at every level of groups of groups.
+GROUP = 8
+
+
+class DensityPeaks(NamedTuple):
+    """density (B, N); delta (B, N); parent (B, N) int32: nearest denser token, a peak's is itself.
+
+    Density and delta are float32, or float64 for float64 tokens.
+    """
+
+    density: jax.Array
+    delta: jax.Array
+    parent: jax.Array
+
+
+class Clusters(NamedTuple):
+    """assignment (B, N) int32 in [0, M); centers (B, M) int32, tokens in order of falling score.
+
+    Density and delta (B, N) are those of :class:`DensityPeaks`.
+    """
+
+    assignment: jax.Array
+    centers: jax.Array
+    density: jax.Array
+    delta: jax.Array
+
+
+def cluster_density_peaks(
+    tokens: jax.Array,
+    num_clusters: int,
+    *,
+    neighbors: int = 5,
+    mask: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    assign: str = "nearest",
+    chunk_size: int | None = None,
+) -> Clusters:
+    """Clusters the tokens of every image around those of largest density times delta.
+
+    :func:`density_peaks` and :func:`assign_clusters`, which have the details, in one call.
+
+    Args:
+      tokens: (B, N, C).
+      num_clusters: M, from 1 to N.
+      neighbors: k of Eq. 1.
+      mask: (B, N) bool, True for real tokens; None: all.
+      rng: key, or one key per image (B,), of the noise that breaks ties in density; None: no noise.
+      assign: "nearest": to the nearest centre; "parent": along denser tokens.
+      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+
+    Returns:
+      Clusters(assignment, centers, density, delta).
+
+    Raises:
+      ValueError: shapes or values that do not fit.
+
+    References:
+      Xie et al. 2022, Section 3.1.
+    """
+    peaks = density_peaks(tokens, neighbors=neighbors, mask=mask, rng=rng, chunk_size=chunk_size)
+    return assign_clusters(
+        tokens, peaks, num_clusters, mask=mask, assign=assign, chunk_size=chunk_size
+    )
+
+
+def density_peaks(
+    tokens: jax.Array,
+    *,
+    neighbors: int = 5,
+    mask: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> DensityPeaks:
+    """Computes the density of every token and its distance to the nearest denser token.
+
+    Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). Of two
+    tokens of equal density that of lower index counts as the denser. The densest token of an image
+    gets the largest of all its distances as delta. Nothing carries a gradient.
+
+    Args:
+      tokens: (B, N, C).
+      neighbors: k of Eq. 1, the token itself included; an image of fewer tokens takes all.
+      mask: (B, N) bool, True for real tokens; None: all. The others are nobody's neighbours, and
+        their density and delta are 0.
+      rng: adds uniform noise below 1e-6 to the density, which breaks ties at random. One key, or
+        one key per image (B,): then an image draws the same noise in whatever batch it comes, as
+        in the parts of a batch that is divided over devices.
+      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+
+    Returns:
+      DensityPeaks(density, delta, parent).
+
+    Raises:
+      ValueError: shapes that do not fit, or ``neighbors`` or ``chunk_size`` below 1.
+
+    References:
+      Xie et al. 2022, Eqs. 1 and 2.
+    """
+    _check_tokens(tokens, mask, chunk_size)
+    if neighbors < 1:
+        raise ValueError(f"neighbors is {neighbors}; it must be at least 1")
+    if rng is not None:
+        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.wrap_key_data(rng)
+        if rng.shape not in ((), tokens.shape[:1]):
+            raise ValueError(
+                f"rng has shape {rng.shape}; expected one key, or {tokens.shape[0]} of them for "
+                f"tokens of shape {tokens.shape}"
+            )
+    return _density_peaks(tokens, mask, rng, neighbors=neighbors, chunk_size=chunk_size)
+
+
+def assign_clusters(
+    tokens: jax.Array,
+    peaks: DensityPeaks,
+    num_clusters: int,
+    *,
+    mask: jax.Array | None = None,
+    threshold: jax.Array | None = None,
+    assign: str = "nearest",
+    chunk_size: int | None = None,
+) -> Clusters:
+    """Selects the tokens of largest density times delta as centres, and assigns the others.
+
+    The densest token is always a centre, and a centre is in its own cluster. Ties go to the lowest
+    index, of centres as of clusters. "nearest" is the rule of the authors' implementation,
+    "parent", a token is in the cluster of its nearest denser token, that of the paper's text.
+
+    Args:
+      tokens: (B, N, C).
+      peaks: of these tokens, with the same mask.
+      num_clusters: M, from 1 to N.
+      mask: (B, N) bool, True for real tokens; None: all. The others are no centres; with either
+        rule they are assigned to the nearest one.
+      threshold: () density times delta below which a token is no centre, the densest excepted:
+        :func:`used_clusters` says which clusters are left, the others are empty. None: all are.
+      assign: "nearest" | "parent".
+      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+
+    Returns:
+      Clusters(assignment, centers, density, delta). An image with fewer real tokens than clusters,
+      possible where ``mask`` is traced, leaves the surplus clusters at the end empty: their
+      centers are masked tokens.
+
+    Raises:
+      ValueError: shapes that do not fit, ``num_clusters`` outside 1 to N or, if its values are
+        known, above the number of real tokens of an image, ``chunk_size`` below 1, an unknown
+        ``assign``.
+
+    References:
+      Xie et al. 2022, Section 3.1.
+    """
+    _check_tokens(tokens, mask, chunk_size)
+    for name, x in peaks._asdict().items():
+        if x.shape != tokens.shape[:2]:
+            raise ValueError(f"peaks.{name} has shape {x.shape}; expected {tokens.shape[:2]}")
+    if not 1 <= num_clusters <= tokens.shape[1]:
+        raise ValueError(
+            f"num_clusters is {num_clusters}; it must be from 1 to {tokens.shape[1]} for tokens of "
+            f"shape {tokens.shape}"
+        )
+    if assign not in RULES:
+        raise ValueError(f"assign is {assign!r}; it must be one of {', '.join(RULES)}")
+    if mask is not None and not isinstance(mask, jax.core.Tracer):
+        fewest = int(mask.sum(1).min(initial=num_clusters))
+        if fewest < num_clusters:
+            raise ValueError(
+                f"mask leaves an image {fewest} tokens; num_clusters, {num_clusters}, must not be "
+                "more than that"
+            )
+    return _assign_clusters(
+        tokens, peaks, mask, threshold,
+        num_clusters=num_clusters, assign=assign, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def used_clusters(
+    peaks: DensityPeaks, centers: jax.Array, threshold: jax.Array | None
+) -> jax.Array:
+    """Returns which centres (B, M) reach the threshold of :func:`assign_clusters`: (B, M) bool.
+
+    Args:
+      peaks: of the tokens.
+      centers: (B, M) int32 tokens in order of falling density times delta.
+      threshold: (); None: all are used.
+    """
+    if threshold is None:
+        return jnp.ones(centers.shape, bool)
+    used = _take(peaks.density * peaks.delta, centers) >= threshold
+    return used.at[:, 0].set(True)  # the densest token
+
+
+def _check_tokens(tokens, mask, chunk_size):
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens has shape {tokens.shape}; expected (batch, tokens, channels)")
+    if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != bool):
+        raise ValueError(
+            f"mask has shape {mask.shape} and type {mask.dtype}; expected {tokens.shape[:2]} and "
+            f"bool for tokens of shape {tokens.shape}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None")
+
+
+# ------------------------------------------------------------------------------------------------
+# Chunks
+# ------------------------------------------------------------------------------------------------
+
+# Numbers of a chunk: on CPU it stays in the cache, elsewhere it fills the machine (not measured).
+CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
+# Tokens of a chunk come in multiples of this, and at least twice as many.
+LANES = 16
+
+
+def in_chunks(
+    run: Callable[[int], jax.Array], length: int, width: int, chunk_size: int | None
+) -> jax.Array:
+    """Returns ``run(size)`` for the number of tokens that a chunk should have.
+
+    A chunk begins at ``i * size`` or, if that is nearer to the front, at ``length - size``, where
+    ``lax.dynamic_slice`` puts it: the last one repeats tokens instead of having fewer.
+
+    Args:
+      run: computes everything in chunks of so many tokens.
+      length: N.
+      width: numbers that a token takes in a chunk, of all images together.
+      chunk_size: tokens of a chunk; None: what suits the platform.
+    """
+    if chunk_size is not None:
+        return run(min(chunk_size, length))
+
+    def even(numbers):
+        most = min(max(numbers // width, 2 * LANES), length)
+        size = -(-length // num_chunks(length, most))
+        return min(-(-size // LANES) * LANES, length)
+
+    cpu, other = even(CPU_CHUNK), even(ACCELERATOR_CHUNK)
+    if cpu == other:
+        return run(cpu)
+    return lax.platform_dependent(cpu=lambda: run(cpu), default=lambda: run(other))
+
+
+def num_chunks(length: int, size: int) -> int:
+    """Returns the number of chunks of ``size`` tokens that ``length`` tokens need."""
+    return -(-length // size)
+
+
+# ------------------------------------------------------------------------------------------------
+# Distances
+# ------------------------------------------------------------------------------------------------
+
+
+class _Points(NamedTuple):
+    """x (B, N, C), |x|^2 (B, N), and bias (B, N): |x|^2, or inf for a masked token.
+
+    inf makes a masked token farther from everything than all others.
+    """
+
+    x: jax.Array
+    square: jax.Array
+    bias: jax.Array
+
+
+def _centered(tokens, mask):
+    """Returns the tokens (B, N, C), less the mean of the real ones, over sqrt(C)."""
+    x = lax.stop_gradient(tokens)
+    x = x.astype(softmax_dtype(x.dtype))
+    if mask is None:
+        mean = x.mean(1, keepdims=True)
+    else:
+        total = jnp.where(mask[..., None], x, 0).sum(1, keepdims=True)
+        mean = total / jnp.maximum(mask.sum(1), 1)[:, None, None]
+    # |y|^2 - 2 x.y loses digits where the tokens are far from the origin.
+    return (x - mean) * x.shape[2] ** -0.5
+
+
+def _points(x, mask):
+    if mask is not None:
+        # To the mean: no token is farther from there than from the farthest of the others.
+        x = jnp.where(mask[..., None], x, 0)
+    square = jnp.sum(x * x, -1)
+    return _Points(x, square, square if mask is None else jnp.where(mask, square, jnp.inf))
+
+
+def _products(keys, queries):
+    """Returns -2 y.x (B, keys, queries): reductions over the keys are vector loops on CPU."""
+    return jnp.einsum("bkc,bqc->bkq", keys, -2 * queries, precision=lax.Precision.HIGHEST)
+
+
+def _take(x, index, axis=-1):
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
+def _column(length):
+    return jnp.arange(length, dtype=jnp.int32)[:, None]
+
+
+def _first_smallest(values, index):
+    """Returns of values (B, K, Q) the smallest (B, Q) and its index, the lowest of a tie."""
+    smallest = values.min(1)
+    index = jnp.where(values == smallest[:, None], index, values.shape[1])
+    # NaN equals nothing: keep it in range.
+    return smallest, jnp.minimum(index.min(1), values.shape[1] - 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Density and delta
+# ------------------------------------------------------------------------------------------------
+
+
+class _Neighbors(NamedTuple):
+    """Squared distances (B, k, N), rising, inf where there is none; indices (B, k, N); and the
+    largest squared distance of every image (B,)."""
+
+    squares: jax.Array
+    indices: jax.Array
+    farthest: jax.Array
+
+
+def _macs(inputs, outputs):
+    """N^2 C: every distance once."""
+    batch, length, dim = inputs[0]
+    return batch * length**2 * dim
+
+
+@counted(_macs, static_argnames=("neighbors", "chunk_size"))
+def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
+    points = _points(_centered(tokens, mask), mask)
+    batch, length, _ = tokens.shape
+    chunks = length, batch * length, chunk_size
+    near = in_chunks(lambda size: _neighbors(points, min(neighbors, length), size), *chunks)
+    density = _density(near, mask, rng)
+    squares, parent = _denser_neighbor(near, density)
+    pending = jnp.isinf(squares)
+    if mask is not None:
+        pending &= mask
+    squares, parent = in_chunks(
+        lambda size: _search_denser(points, density, squares, parent, pending, size), *chunks
+    )
+    squares = jnp.where(jnp.isinf(squares), near.farthest[:, None], squares)  # of a peak: Eq. 2
+    if mask is not None:
+        squares = jnp.where(mask, squares, 0)
+        parent = jnp.where(mask, parent, jnp.arange(length, dtype=jnp.int32))
+    return DensityPeaks(density, jnp.sqrt(squares), parent)
+
+
+def _neighbors(points, k, size):
+    """Pass 1, in chunks of ``size`` tokens."""
+    batch, length, _ = points.x.shape
+    padding = -length % GROUP
+    keys = jnp.pad(points.x, ((0, 0), (0, padding), (0, 0)))
+    square = jnp.pad(points.square, ((0, 0), (0, padding)))[..., None]
+    bias = jnp.pad(points.bias, ((0, 0), (0, padding)), constant_values=jnp.inf)[..., None]
+
+    def step(i, near):
+        start = i * size
+        queries = lax.dynamic_slice_in_dim(points.x, start, size, 1)
+        query_square = lax.dynamic_slice_in_dim(points.square, start, size, 1)
+        products = _products(keys, queries)  # (B, N, size)
+        scores = products + bias
+        minima, maxima = _group_extrema(scores, products + square)
+        squares, indices = _smallest_of_groups(scores, minima, k)
+        squares = jnp.maximum(squares + query_square[:, None], 0)
+        indices = jnp.clip(indices, 0, length - 1)  # NaN equals nothing: keep it in range
+        return _Neighbors(
+            lax.dynamic_update_slice_in_dim(near.squares, squares, start, 2),
+            lax.dynamic_update_slice_in_dim(near.indices, indices, start, 2),
+            jnp.maximum(near.farthest, maxima.max(1) + query_square),
+        )
+
+    near = _Neighbors(
+        jnp.zeros_like(points.square, shape=(batch, k, length)),
+        jnp.zeros_like(points.square, shape=(batch, k, length), dtype=jnp.int32),
+        jnp.zeros_like(points.square, shape=(batch, size)),
+    )
+    near = lax.fori_loop(0, num_chunks(length, size), step, near)
+    return near._replace(farthest=near.farthest.max(1))
+
+
+def _groups(values):
+    return values.reshape(values.shape[0], -1, GROUP, values.shape[-1])
+
+
+def _group_extrema(low, high):
+    """Returns minima of ``low`` and maxima of ``high`` (B, N, Q) over every group of tokens.
+
+    One reduction of both reads the distances once; on CPU it takes 0.8 of the time of two.
+    """
+    return lax.reduce(
+        (_groups(low), _groups(high)),
+        (jnp.array(jnp.inf, low.dtype), jnp.array(-jnp.inf, low.dtype)),
+        lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+        (2,),
+    )
+
+
+def _smallest(values, k):
+    """Returns the k smallest values (B, k, Q) of (B, N, Q) and their indices, as if sorted by both.
+
+    Like ``lax.top_k``, but along a leading axis and without looking at everything k times.
+    """
+    length = values.shape[1]
+    if length <= 4 * k * GROUP:
+        return _select(values, _column(length), k)
+    values = jnp.pad(values, ((0, 0), (0, -length % GROUP), (0, 0)), constant_values=jnp.inf)
+    return _smallest_of_groups(values, _groups(values).min(2), k)
+
+
+def _smallest_of_groups(values, minima, k):
+    """:func:`_smallest` of whole groups with known minima (B, N / GROUP, Q).
+
+    The k smallest are in the k groups of smallest (minimum, index): a value of another group has at
+    least these k minima before it.
+    """
+    _, groups = _smallest(minima, min(k, minima.shape[1]))
+    index = groups[:, :, None] * GROUP + _column(GROUP)
+    index = index.reshape(index.shape[0], -1, index.shape[-1])  # (B, k * GROUP, Q)
+    return _select(_take(values, index, 1), index, k)
+
+
+def _select(values, index, k):
+    """:func:`_smallest` by k rounds over values (B, N, Q) with any distinct indices."""
+    selected, left = [], True
+    largest = jnp.iinfo(index.dtype).max
+    for _ in range(k):
+        value = jnp.where(left, values, jnp.inf).min(1, keepdims=True)
+        at = jnp.where(left & (values == value), index, largest).min(1, keepdims=True)
+        selected.append((value, at))
+        left = (values > value) | ((values == value) & (index > at))
+    values, indices = zip(*selected, strict=True)
+    return jnp.concatenate(values, 1), jnp.concatenate(indices, 1)
+
+
+def _density(near, mask, rng):
+    found = near.squares < jnp.inf  # fewer than k, if no more tokens are there
+    total = jnp.where(found, near.squares, 0).sum(1)
+    density = jnp.exp(-total / jnp.maximum(found.sum(1), 1))  # Eq. 1
+    if rng is not None:
+        rng = jax.random.split(rng, len(density)) if rng.ndim == 0 else rng
+        draw = lambda key: jax.random.uniform(key, density.shape[1:], density.dtype)  # noqa: E731
+        density = density + 1e-6 * jax.vmap(draw)(rng)
+    return density if mask is None else jnp.where(mask, density, 0)
+
+
+def _is_denser(density, index, than_density, than_index):
+    return (density > than_density) | ((density == than_density) & (index < than_index))
+
+
+def _denser_neighbor(near, density):
+    """Returns squared distance and index (B, N) of the nearest denser token among the neighbours.
+
+    inf and the token itself if there is none. All that is nearer than a neighbour is a neighbour.
+    """
+    batch, k, length = near.indices.shape
+    index = jnp.broadcast_to(_column(length)[:, 0], density.shape)
+    neighbor_density = _take(density, near.indices.reshape(batch, -1)).reshape(near.indices.shape)
+    denser = _is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
+    denser &= near.squares < jnp.inf
+    squares, parent = jnp.full_like(density, jnp.inf), index
+    for i in reversed(range(k)):  # the first one stays
+        squares = jnp.where(denser[:, i], near.squares[:, i], squares)
+        parent = jnp.where(
+            denser[:, i] & (near.squares[:, i] < jnp.inf), near.indices[:, i], parent
+        )
+    return squares, parent
+
+
+def _search_denser(points, density, squares, parent, pending, size):
+    """Pass 2: searches all tokens for the pending ones (B, N); a peak stays as it is."""
+    length = density.shape[1]
+    size = min(size, max(size // 4, 2 * LANES))  # they are few: a last chunk should not be long
+    index = _column(length)
+    order = jnp.sort(jnp.where(pending, index[:, 0], length + index[:, 0])) % length
+
+    def step(i, found):
+        at = lax.dynamic_slice_in_dim(order, i * size, size, 1)  # (B, size)
+        scores = _products(points.x, _take(points.x, at[..., None], 1)) + points.bias[..., None]
+        denser = _is_denser(density[..., None], index, _take(density, at)[:, None], at[:, None])
+        nearest, key = _first_smallest(jnp.where(denser, scores, jnp.inf), index)
+        key = jnp.where(nearest < jnp.inf, key, at)
+        nearest = jnp.maximum(nearest + _take(points.square, at), 0)
+        # What else is in the last chunk has its answer already.
+        at = jnp.where(_take(pending, at), at, length)
+        return tuple(map(_put, found, (at, at), (nearest, key)))
+
+    chunks = num_chunks(pending.sum(1).max(), size)
+    return lax.fori_loop(0, chunks, step, (squares, parent))
+
+
+def _put(x, index, values):
+    """Replaces entries of every row of x (B, N); those at index N are dropped."""
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters
+# ------------------------------------------------------------------------------------------------
+
+
+def _no_macs(inputs, outputs):
+    """The distances to the centres are among those that :func:`density_peaks` counts."""
+    return 0
+
+
+@counted(_no_macs, static_argnames=("num_clusters", "assign", "chunk_size"))
+def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, chunk_size):
+    peaks = lax.stop_gradient(peaks)
+    batch, length, _ = tokens.shape
+    centers = _centers(peaks, mask, num_clusters)
+    used = used_clusters(peaks, centers, threshold)
+    if mask is not None:
+        used &= _take(mask, centers)
+    numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
+    # Cluster of a centre, else -1.
+    own = _put(jnp.full_like(peaks.parent, -1), jnp.where(used, centers, length), numbers)
+
+    if assign == "nearest" or mask is not None:
+        x = _centered(tokens, mask)
+        assignment = in_chunks(
+            lambda size: _nearest_center(x, centers, used, size),
+            length, batch * num_clusters, chunk_size,
+        )  # fmt: skip
+    if assign == "parent":
+        by_parent = _follow_parents(peaks.parent, own)
+        assignment = by_parent if mask is None else jnp.where(mask, by_parent, assignment)
+    assignment = jnp.where(own < 0, assignment, own)
+    return Clusters(assignment, centers, peaks.density, peaks.delta)
+
+
+def _centers(peaks, mask, num_clusters):
+    """Returns the tokens (B, M) of largest density times delta, the densest one first."""
+    densest = peaks.parent == jnp.arange(peaks.parent.shape[1])
+    score = jnp.where(densest, jnp.inf, peaks.density * peaks.delta)
+    if mask is not None:
+        score = jnp.where(mask, score, -jnp.inf)
+    return _top_keys(score, num_clusters)
+
+
+def _nearest_center(x, centers, used, size):
+    """Returns the number (B, N) of every token's nearest used centre, ``size`` tokens at a time."""
+    keys = _take(x, centers[..., None], 1)  # (B, M, C)
+    bias = jnp.where(used, jnp.sum(keys * keys, -1), jnp.inf)[..., None]
+    index = _column(centers.shape[1])
+
+    def step(i, assignment):
+        queries = lax.dynamic_slice_in_dim(x, i * size, size, 1)
+        _, number = _first_smallest(_products(keys, queries) + bias, index)
+        return lax.dynamic_update_slice_in_dim(assignment, number, i * size, 1)
+
+    assignment = jnp.zeros_like(centers, shape=x.shape[:2])
+    return lax.fori_loop(0, num_chunks(assignment.shape[1], size), step, assignment)
+
+
+def _follow_parents(parent, own):
+    """Returns the cluster of the first centre on the way along parents, in log2(N) jumps."""
+    length = parent.shape[1]
+    parent = jnp.where(own < 0, parent, jnp.arange(length, dtype=jnp.int32))
+    jumps = (length - 1).bit_length()
+    parent = lax.fori_loop(0, jumps, lambda _, parent: _take(parent, parent), parent)
+    return jnp.maximum(_take(own, parent), 0)  # masked tokens lead nowhere
