@@ -7,11 +7,14 @@ from tokenvit_jax.layers.blocks import (
     dense,
     gelu,
 )
+from tokenvit_jax.layers.cluster_attention import ClusterAttention
 from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
+from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
 
 __all__ = [
+    "ClusterAttention",
     "ConditionalPositionEncoding",
     "Conv3x3",
     "DepthwiseConv3x3",
@@ -19,6 +22,7 @@ __all__ = [
     "Dropout",
     "DynamicGroupAttention",
     "Mlp",
+    "PaleAttention",
     "PatchEmbedding",
     "advance_centroids",
     "batch_norm",

@@ -1,17 +1,37 @@
 """Pieces of which the blocks and stages of hierarchical backbones are made."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
 
 
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution function of x."""
-    return nn.gelu(x, approximate=False)
+    """The exact GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016).
+
+    By erf, which XLA turns into one vector loop; on CPU the erfc of `jax.nn.gelu` took 5 times as
+    long. Computed in float32 for narrower types, as 1 + erf cancels; the gradient keeps x alone.
+    """
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    distribution = 0.5 * (1 + lax.erf(wide * 2**-0.5))
+    density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
+    return (wide * distribution).astype(x.dtype), distribution + wide * density
+
+
+gelu.defvjp(
+    lambda x: (gelu(x), x),
+    lambda x, dy: ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),),
+)
 
 
 class PatchEmbedding(nn.Module):

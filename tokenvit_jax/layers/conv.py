@@ -33,18 +33,20 @@ class Conv3x3(nn.Module):
 
 
 class DepthwiseConv3x3(nn.Module):
-    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, H, W, C)."""
+    """3x3 depthwise convolution: (B, H, W, C) -> (B, H, W, C)."""
 
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         # The fan-out of a depthwise kernel is its nine entries.
         kernel = self.param("kernel", nn.initializers.normal((2 / 9) ** 0.5), (3, 3, channels))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return ops.depthwise_conv(x, kernel) + bias
+        x = ops.depthwise_conv(x, kernel)
+        return x if bias is None else x + bias
 
 
 def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:

@@ -14,8 +14,19 @@ def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) 
     if axis_name is None:
         return jax.random.bernoulli(rng, 1 - rate, shape)
     batch, *rest = shape
-    mask = jax.random.bernoulli(rng, 1 - rate, (batch * lax.psum(1, axis_name), *rest))
-    return lax.dynamic_slice_in_dim(mask, lax.axis_index(axis_name) * batch, batch)
+    mask = jax.random.bernoulli(rng, 1 - rate, (batch * lax.axis_size(axis_name), *rest))
+    return _own_part(mask, batch, axis_name)
+
+
+def image_keys(rng: jax.Array, batch: int, axis_name: str | None) -> jax.Array:
+    """Returns a random key for each of the ``batch`` images of a device."""
+    if axis_name is None:
+        return jax.random.split(rng, batch)
+    return _own_part(jax.random.split(rng, batch * lax.axis_size(axis_name)), batch, axis_name)
+
+
+def _own_part(x: jax.Array, batch: int, axis_name: str) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * batch, batch)
 
 
 class Dropout(nn.Module):

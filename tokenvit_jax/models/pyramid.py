@@ -54,7 +54,7 @@ class Pyramid(nn.Module, kw_only=True):
         return images
 
     def end_stage(self, stage: int, x: jax.Array) -> jax.Array:
-        """Returns the map of a stage from what its last block computed."""
+        """Returns the map of a stage, which the next one reads, from that of its last block."""
         return x
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
@@ -100,7 +100,8 @@ class Pyramid(nn.Module, kw_only=True):
                 x = mix_tokens(x, mix_box * 2 ** (len(self.dims) - 1))
             for block in blocks:
                 x = block(x, train)
-            maps.append(self.end_stage(stage, x))
+            x = self.end_stage(stage, x)
+            maps.append(x)
         return maps
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:

@@ -1,0 +1,196 @@
+"""A small ClusTR: scales, aggregation, adaptive numbers of clusters, training state, devices."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokenvit_jax as tv
+from tokenvit_jax import ops, summary
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import ClusterAttention
+from tokenvit_jax.layers.cluster_attention import cluster_numbers
+from tokenvit_jax.models.clustr import ClusTR
+
+# Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
+# 6 x 4 tokens 6 or all.
+SMALL = ClusTR(
+    num_classes=5, dims=(8, 16), num_heads=(1, 2), depths=(1, 1), mlp_ratios=(2, 2),
+    ratios=((16, 4), (4, 1)),
+)  # fmt: skip
+SINGLE = ((64,), (16,), (4,), (1,))
+
+
+@functools.cache
+def images():
+    return np.random.default_rng(0).normal(size=(8, 48, 32, 3)).astype(np.float32)
+
+
+@functools.cache
+def variables():
+    """Random weights that are large enough for attention and scores to matter."""
+    initial = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), images()[:1])
+    leaves, tree = jax.tree.flatten(initial)
+    rng = np.random.default_rng(1)
+    noise = [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(tree, noise)
+
+
+def loss_and_updates(model, variables, x, axis_name=None):
+    state = {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(params):
+        logits, updates = model.apply(
+            {"params": params, **state}, x, train=True, mutable=list(state),
+            rngs={"dropout": jax.random.key(1), "routing": jax.random.key(2)},
+        )  # fmt: skip
+        return jnp.mean(logits**2), updates
+
+    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    if axis_name:
+        value, grads = jax.lax.pmean((value, grads), axis_name)
+    return value, grads, updates
+
+
+@functools.cache
+def reference(remat=False):
+    model = SMALL.clone(drop_path=0.5, remat=remat)
+    return jax.jit(functools.partial(loss_and_updates, model))(variables(), images())
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+    _, grads, _ = reference()
+    chex.assert_tree_all_finite(grads)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        key = jax.tree_util.keystr(path)
+        if key.endswith("['score']['bias']"):
+            continue  # a factor of all weights of a cluster, up to the 1e-6
+        if "['kv" in key and "bias" in key:
+            grad = grad[len(grad) // 2 :]  # a constant added to every key changes nothing
+        assert np.abs(grad).max() > 1e-7, key
+
+
+def test_rematerialisation_clusters_alike():
+    chex.assert_trees_all_close(reference(), reference(remat=True), atol=1e-5)
+
+
+def test_pmap_gives_the_numbers_of_one_device():
+    model = SMALL.clone(drop_path=0.5, axis_name="devices")
+    step = jax.pmap(
+        functools.partial(loss_and_updates, model, axis_name="devices"),
+        axis_name="devices", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:4],
+    )  # fmt: skip
+    x = images().reshape(4, 2, *images().shape[1:])
+    chex.assert_trees_all_close(step(variables(), x), reference(), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "params", "gmacs", "gmacs_as_published"),
+    [
+        ({"ratios": SINGLE}, 10_818_545, 2.823, 1.977),
+        ({"ratios": ((16,), (4,), (1,), (1,))}, 10_817_003, 3.097, 2.309),
+        ({"ratios": SINGLE, "aggregation": "grid"}, 13_181_544, 2.092, 2.092),
+    ],
+)
+def test_counts_of_the_ablations(overrides, params, gmacs, gmacs_as_published):
+    """Tables 6 and 7 of the paper: 10.8 M, 10.8 M and 13.2 M parameters."""
+    found = summary.summarize_model(
+        tv.create_model("clustr_t", **overrides), (224, 224), "clustr_t"
+    )
+    assert found.params == params
+    assert found.macs / 1e9 == pytest.approx(gmacs, abs=5e-4)
+    assert found.macs_as_published / 1e9 == pytest.approx(gmacs_as_published, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ratios", "numbers"),
+    [
+        (3136, (64, 16), [49, 196]),
+        (196, (4, 1), [49, 196]),
+        (49, (1,), [49]),
+        (67_200, (64, 16), [1050, 4200]),
+        (21, (4, 1), [5, 20]),  # the finer scale is four times the coarser one
+    ],
+)
+def test_cluster_numbers(num_tokens, ratios, numbers):
+    assert cluster_numbers(num_tokens, ratios) == numbers
+
+
+def attention(x, seed=0, **settings):
+    """Output, intermediates and variables of a layer with random weights."""
+    layer = ClusterAttention(num_heads=2, **settings)
+    state = layer.init(jax.random.key(seed), x, train=False)
+    output, noted = layer.apply(state, x, train=False, mutable=["intermediates"])
+    return output, noted["intermediates"], state
+
+
+def test_layer_equals_the_operators():
+    """Eqs. 3, 5 and 8, written out."""
+    x = np.random.default_rng(2).normal(size=(2, 4, 6, 8)).astype(np.float32)
+    output, noted, state = attention(x, ratios=(8, 2))
+    params = state["params"]
+    linear = lambda x, name: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+    tokens = x.reshape(2, 24, 8)
+    expected = 0
+    for scale, number in enumerate((3, 12)):
+        found = ops.cluster_density_peaks(tokens, number)
+        np.testing.assert_array_equal(noted[f"clusters{scale}"][0], found.assignment)
+        weights = np.exp(linear(tokens, "score"))
+        merged = np.zeros((2, number, 8))
+        for b, m in np.ndindex(2, number):
+            members = np.asarray(found.assignment[b] == m)
+            w = weights[b, members] / (weights[b, members].sum() + 1e-6)
+            merged[b, m] = (w * tokens[b, members]).sum(0)
+        k, v = np.split(linear(merged, f"kv{scale}"), 2, -1)
+        split = lambda x: x.reshape(2, -1, 2, 4)  # noqa: E731
+        q = split(linear(tokens, "q"))
+        logits = np.einsum("bqhd,bkhd->bhqk", q, split(k)) / 2
+        expected = expected + np.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), split(v))
+    expected = linear(expected.reshape(2, 24, 8), "proj").reshape(x.shape)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_adaptive_numbers_follow_the_content():
+    """Half of the clusters on average; an image with little in it gets fewer."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 8, 8, 16)).astype(np.float32)
+    x[:3] = 0.05 * x[:3] + rng.integers(0, 2, (3, 8, 8, 1))  # two kinds of tokens
+    layer = ClusterAttention(num_heads=2, ratios=(4,), adaptive=0.5)
+    state = layer.init(jax.random.key(0), x, train=False)
+
+    @jax.jit
+    def train(state):
+        _, new = layer.apply(
+            state, x, train=True, rngs={"routing": jax.random.key(1)},
+            mutable=["intermediates", "batch_stats"],
+        )  # fmt: skip
+        return new
+
+    new = train(state)
+    used = np.asarray(new["intermediates"]["used0"][0])  # (B, M)
+    assert used.shape == (6, 16)
+    assert used.sum() == 48
+    assert used[:3].sum(1).max() < used[3:].sum(1).min()
+    assert used[:, 0].all()
+    assignment = np.asarray(new["intermediates"]["clusters0"][0])
+    for b in range(6):
+        assert set(assignment[b]) == set(np.flatnonzero(used[b]))
+    threshold = new["batch_stats"]["threshold0"]
+    assert threshold > state["batch_stats"]["threshold0"]
+    for _ in range(60):  # the running mean reaches the threshold of the batch
+        state = {**state, "batch_stats": train(state)["batch_stats"]}
+    _, noted = layer.apply(state, x, train=False, mutable=["intermediates"])
+    assert abs(int(noted["intermediates"]["used0"][0].sum()) - 48) <= 2
+
+
+def test_mistakes_are_named():
+    x = jnp.zeros((1, 4, 4, 9))
+    with pytest.raises(UserError, match="num_heads=2 does not divide 9 channels"):
+        attention(x, ratios=(4,))
+    with pytest.raises(UserError, match="aggregation='grids' is not valid; valid: clusters, grid"):
+        attention(x[..., :8], ratios=(4,), aggregation="grids")
+    with pytest.raises(ValueError, match="num_clusters is 0; it must be from 1 to 16"):
+        attention(x[..., :8], ratios=(64,))
