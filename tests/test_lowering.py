@@ -6,7 +6,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.recipes import dgt_config
+from tokenvit_jax.recipes import clustr_config, dgt_config, pale_config
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
@@ -66,11 +66,24 @@ def test_other_operators(dtype):
         lambda c, q, groups: ops.update_centroids(c, q, groups, old_weight=0.9),
         centroids, q, groups,
     )  # fmt: skip
+    tokens, scores = array(2, 300, 16, dtype=dtype), array(2, 300)
+    lowers(lambda x: ops.cluster_density_peaks(x, 20), tokens)
+
+    def merge(x, scores):
+        return ops.merge_tokens(x, ops.cluster_density_peaks(x, 20).assignment, 20, scores)
+
+    lowers(gradient(merge, 2), tokens, scores)
+    q = array(2, 14, 14, 2, 32, dtype=dtype)
+    lowers(gradient(ops.pale_attention, 3), q, q, q)
 
 
-@pytest.mark.parametrize("name", ["dgt_t", "dgt_s"])
-def test_training_step(name):
-    config = dgt_config(name, "", drop_path=0.1)
+@pytest.mark.parametrize(
+    ("make_config", "name"),
+    [(dgt_config, "dgt_t"), (dgt_config, "dgt_s"), (clustr_config, "clustr_t"),
+     (pale_config, "pale_t")],
+)  # fmt: skip
+def test_training_step(make_config, name):
+    config = make_config(name, "", drop_path=0.1)
     config.batch_size = 2
     # One block per stage at the published widths: the other blocks lower like these.
     config.model_overrides.depths = (1, 1, 1, 1)

@@ -14,6 +14,7 @@ import pytest
 
 from tokenvit_jax import ops
 from tokenvit_jax.ops import group_attention_paths as paths
+from tokenvit_jax.ops import selection
 
 # The package exports a function of the same name.
 module = importlib.import_module("tokenvit_jax.ops.group_attention")
@@ -225,16 +226,14 @@ def test_selection_mask_takes_the_first_of_equals(data):
 
 def test_sorting_selects_what_top_k_selects():
     scores = np.random.default_rng(0).integers(-3, 3, (2, 2, 5, 40)).astype(np.float32)
-    np.testing.assert_array_equal(
-        module._top_keys_by_sorting(scores, 9), jax.lax.top_k(scores, 9)[1]
-    )
+    np.testing.assert_array_equal(selection._by_sorting(scores, 9), jax.lax.top_k(scores, 9)[1])
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
     """Neither values nor gradients move a part of the batch to another device."""
     # What runs on accelerators; top_k, which runs on CPU, cannot be divided.
-    monkeypatch.setattr(module, "_top_keys", module._top_keys_by_sorting)
+    monkeypatch.setattr(module, "top_indices", selection._by_sorting)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P("data"))
     q, k, v, centroids = inputs(batch=4, seed=3)

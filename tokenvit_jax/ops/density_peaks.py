@@ -22,7 +22,7 @@ from jax import lax
 
 from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.counted import counted
-from tokenvit_jax.ops.group_attention import _top_keys
+from tokenvit_jax.ops.selection import top_indices
 
 RULES = ("nearest", "parent")
 
@@ -327,8 +327,8 @@ def _first_smallest(values, index):
     """Returns of values (B, K, Q) the smallest (B, Q) and its index, the lowest of a tie."""
     smallest = values.min(1)
     index = jnp.where(values == smallest[:, None], index, values.shape[1])
-    # NaN equals nothing: keep it in range.
-    return smallest, jnp.minimum(index.min(1), values.shape[1] - 1)
+    first = index.min(1)
+    return smallest, jnp.where(first < values.shape[1], first, 0)  # NaN equals nothing
 
 
 # ------------------------------------------------------------------------------------------------
@@ -561,12 +561,13 @@ def _centers(peaks, mask, num_clusters):
     score = jnp.where(densest, jnp.inf, peaks.density * peaks.delta)
     if mask is not None:
         score = jnp.where(mask, score, -jnp.inf)
-    return _top_keys(score, num_clusters)
+    return top_indices(score, num_clusters)
 
 
 def _nearest_center(x, centers, used, size):
     """Returns the number (B, N) of every token's nearest used centre, ``size`` tokens at a time."""
     keys = _take(x, centers[..., None], 1)  # (B, M, C)
+    keys = jnp.where(used[..., None], keys, 0)  # whatever stands in a masked token
     bias = jnp.where(used, jnp.sum(keys * keys, -1), jnp.inf)[..., None]
     index = _column(centers.shape[1])
 

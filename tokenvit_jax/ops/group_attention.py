@@ -10,7 +10,6 @@ and gradients for any assignment:
   with ``g = min(G, L)`` are enough for every possible assignment, so no query is ever dropped.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from tokenvit_jax.ops.group_attention_paths import (
     plan_tiles,
     tile_size,
 )
+from tokenvit_jax.ops.selection import top_indices
 
 PATHS = ("auto", "dense", "tiles")
 
@@ -100,7 +100,7 @@ def group_attention(
     centroids = _unit_norm(lax.stop_gradient(centroids))
     groups = _assign(routing_q, centroids)
     scores = _key_scores(routing_k, centroids)  # (B, N, L, G)
-    keys = _top_keys(jnp.swapaxes(scores, -1, -2), top_k)
+    keys = top_indices(jnp.swapaxes(scores, -1, -2), top_k)
 
     if top_k == length:
         return GroupAttention(dot_product_attention(q, k, v, scale=scale), groups, keys)
@@ -237,22 +237,6 @@ def _key_scores(k, centroids):
         "bnld,bngd->bnlg", k, _per_image(centroids, k), preferred_element_type=dtype
     )
     return jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0 and 0 are a tie
-
-
-def _top_keys(scores, top_k):
-    """Returns the indices (B, N, G, k) of the largest scores (B, N, G, L), ties to the lowest."""
-    first = lambda scores: lax.top_k(scores, top_k)[1]  # noqa: E731
-    return lax.platform_dependent(
-        scores, cpu=first, default=functools.partial(_top_keys_by_sorting, top_k=top_k)
-    )
-
-
-def _top_keys_by_sorting(scores, top_k):
-    # XLA cannot divide top_k over devices: a batch that is split over a mesh would be gathered on
-    # all of them. A sort along another axis stays divided. On CPU it is several times slower.
-    index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    _, order = lax.sort((-scores, index), dimension=-1, is_stable=True, num_keys=1)
-    return order[..., :top_k]
 
 
 def _largest(scores, top_k):
