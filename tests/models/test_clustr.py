@@ -13,7 +13,7 @@ from tokenvit_jax import ops, summary
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ClusterAttention
 from tokenvit_jax.layers.cluster_attention import cluster_numbers
-from tokenvit_jax.models.clustr import ClusTR
+from tokenvit_jax.models.clustr import ClusTR, ClusTRBlock
 
 # Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
 # 6 x 4 tokens 6 or all.
@@ -194,3 +194,22 @@ def test_mistakes_are_named():
         attention(x[..., :8], ratios=(4,), aggregation="grids")
     with pytest.raises(ValueError, match="num_clusters is 0; it must be from 1 to 16"):
         attention(x[..., :8], ratios=(64,))
+
+
+def test_a_block_at_detection_size_fits_into_4_gib():
+    """Stage 1 of 800 x 1344 pixels, 67,200 tokens: forward and backward, as XLA plans it."""
+    block = ClusTRBlock(
+        attention={"num_heads": 1, "ratios": (64, 16)}, mlp_ratio=8, drop_path=0.0,
+        dtype=jnp.float32, axis_name=None,
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((1, 200, 336, 64), jnp.float32)
+    rngs = {"params": jax.random.key(0), "routing": jax.random.key(1)}
+    variables = jax.eval_shape(lambda x: block.init(rngs, x, train=False), x)
+
+    def loss(variables, x):
+        return jnp.mean(block.apply(variables, x, train=True, rngs=rngs) ** 2)
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(variables, x).compile()
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes + kept < 4 * 2**30

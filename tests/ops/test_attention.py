@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from tokenvit_jax import ops
+from tokenvit_jax.ops import attention
 
 
 def inputs(dtype=np.float32, queries=11, keys=13):
@@ -70,3 +72,19 @@ def test_keys_that_do_not_count_are_as_if_absent():
     np.testing.assert_allclose(output, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"key_mask has shape \(1,\); expected"):
         ops.dot_product_attention(q, k, v, key_mask=mask[0, :1])
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+    q, k, v = inputs()
+    mask = np.arange(k.shape[1])[None] < np.array([[9], [13]])
+
+    def run(q, k, v):
+        attend = ops.dot_product_attention.__wrapped__  # not compiled yet, whatever the limit was
+        output, pull = jax.vjp(lambda *x: attend(*x, key_mask=mask), q, k, v)
+        return output, pull(output)
+
+    whole = jax.jit(run)(q, k, v)
+    monkeypatch.setattr(attention, "MAX_LOGITS", 250)  # 858 logits: chunks of 3, 3, 3 and 2
+    in_chunks = lambda *x: run(*x)  # noqa: E731  (a function that was not traced yet)
+    assert "scan" in str(jax.make_jaxpr(in_chunks)(q, k, v))
+    chex.assert_trees_all_close(jax.jit(in_chunks)(q, k, v), whole, atol=1e-6)

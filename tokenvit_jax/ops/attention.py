@@ -1,10 +1,15 @@
 """Softmax attention of all queries with all keys."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tokenvit_jax.ops.counted import counted
+
+# On a CPU more logits than this (16 MiB) are not held at once: they would leave the cache.
+MAX_LOGITS = 2**22
 
 
 def softmax_dtype(dtype) -> jnp.dtype:
@@ -49,8 +54,8 @@ def dot_product_attention(
 
     def on_cpu(q, k, v):
         # XLA's batched product is several times faster with (batch, heads) in front.
-        output, *_ = attend(*(jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)), mask)
-        return jnp.swapaxes(output, 1, 2)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
+        return jnp.swapaxes(_attend_in_chunks(q, k, v, mask), 1, 2)
 
     def elsewhere(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -58,6 +63,22 @@ def dot_product_attention(
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v)
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
+
+
+def _attend_in_chunks(q, k, v, mask):
+    """:func:`attend`, without holding more than about ``MAX_LOGITS`` logits at once."""
+    *batch, length, dim = q.shape
+    chunks = min(-(-math.prod(batch) * length * k.shape[-2] // MAX_LOGITS), length)
+    if chunks == 1:
+        return attend(q, k, v, mask)[0]
+    size = -(-length // chunks)
+    padding = -length % size
+    q = jnp.pad(q, [(0, 0)] * len(batch) + [(0, padding), (0, 0)])
+    q = jnp.moveaxis(q.reshape(*batch, -1, size, dim), -3, 0)  # (chunks, ..., size, D)
+    # The backward pass computes the logits of a chunk again.
+    run = jax.checkpoint(lambda q: attend(q, k, v, mask)[0], prevent_cse=False)
+    output = jnp.moveaxis(lax.map(run, q), 0, -3)
+    return output.reshape(*batch, length + padding, -1)[..., :length, :]
 
 
 def attend(
