@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tokenvit_jax.data import pipeline, train_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -54,14 +55,16 @@ def load(file, arg):
 
 
 @pytest.mark.parametrize(("file", "arg"), CASES, ids=lambda x: getattr(x, "stem", x))
-def test_config_runs_one_step(file, arg):
+def test_config_runs_one_step(file, arg, monkeypatch):
     config = load(file, arg)
     assert set(KEYS) <= set(config)
     if "tokens" in arg:
         with pytest.raises(UserError, match=r"config\.token_labels"):  # needs one of two
             check_config(config)
-        config.token_labels.files = "a folder"
+        config.token_labels.teacher = "a folder"
     check_config(config)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: range(1))
+    train_dataset(config)  # checks what it reads
     assert config.model == file.stem
     family = file.stem.split("_")[0]
     config.model_overrides.update(SMALL | SMALL_OF[family])

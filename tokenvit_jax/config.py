@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
     config.data.data_dir = "~/tensorflow_datasets"  # where `prepare` wrote the dataset
     config.data.workers = 0  # worker processes that read ahead; 0: read in the training process
     config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
-    config.data.repeats = 1  # repeated augmentation: times an image occurs in a pass
+    config.data.repeats = 1  # repeated augmentation: most times an image occurs in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, all devices together
     config.data.eval_crop = 0.875  # centre crop / resized shorter side
     config.augment = ConfigDict()

@@ -54,8 +54,9 @@ def main() -> None:
     lines = [
         f"Shrunk Pale-T on turned and shifted digits, {labelled.num_steps} steps,",
         f"{len(SEEDS)} seeds, mean ± standard deviation; 360 test images, so one image is 0.003.",
-        f"The teacher is the same network after {TEACHER_STEPS} plain steps: test accuracy {teacher_accuracy:.3f},",
-        f"test loss {teacher_loss:.3f}. Written by `python -m experiments.pale.token_labels`.",
+        f"The teacher is the same network after {TEACHER_STEPS} plain steps: test accuracy",
+        f"{teacher_accuracy:.3f}, test loss {teacher_loss:.3f}. Written by",
+        "`python -m experiments.pale.token_labels`.",
         "",
         "| training | test accuracy | test loss |",
         "| --- | --- | --- |",

@@ -132,6 +132,14 @@ def test_repeats_are_interleaved_in_the_batch(config, numbers):
     np.testing.assert_array_equal(np.bincount(labels[:3].ravel()), np.full(12, 2))
 
 
+def test_repeats_need_not_divide_the_batch(config, numbers):
+    numbers(12)
+    config.data.repeats = 3
+    labels = labels_of(take(data.train_dataset(config), 4)).reshape(4, 8)  # 1 epoch
+    np.testing.assert_array_equal(labels[:, 3:], labels[:, [0, 1, 2, 0, 1]])
+    np.testing.assert_array_equal(np.bincount(labels[:, :3].ravel()), np.full(12, 1))
+
+
 def test_state_resumes_in_the_middle_of_an_epoch(config):
     iterator = iter(data.train_dataset(augmented(config)))
     for _ in range(3):
@@ -250,9 +258,8 @@ def test_death_of_a_worker_is_an_error(config, numbers):
         ("seed", -1, "seed=-1; valid: 0 to 4294967295"),
         ("data.workers", -1, "data.workers=-1; valid: 0 or more"),
         ("data.eval_crop", 0.0, "data.eval_crop=0.0; valid: above 0, up to 1"),
-        ("data.repeats", 0, "data.repeats=0; valid: 1, or a divisor of batch_size=8 below it"),
-        ("data.repeats", 3, "data.repeats=3; valid: 1, or a divisor of batch_size=8 below it"),
-        ("data.repeats", 8, "data.repeats=8; valid: 1, or a divisor of batch_size=8 below it"),
+        ("data.repeats", 0, "data.repeats=0; valid: 1, or more below batch_size=8"),
+        ("data.repeats", 8, "data.repeats=8; valid: 1, or more below batch_size=8"),
         ("dataset", "digit", "no dataset 'digit' (did you mean 'digits'?); "),
     ],
 )

@@ -144,10 +144,9 @@ def _check(config: ConfigDict) -> None:
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
     repeats = config.data.repeats
-    if repeats < 1 or config.batch_size % repeats or (repeats > 1 and config.batch_size == repeats):
+    if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):
         raise UserError(
-            f"data.repeats={repeats}; valid: 1, or a divisor of batch_size={config.batch_size} "
-            "below it"
+            f"data.repeats={repeats}; valid: 1, or more below batch_size={config.batch_size}"
         )
 
 
@@ -159,12 +158,12 @@ def _part(batch_size: int, name: str, process_count: int) -> int:
 
 
 class _Repeated(grain.MapDataset):
-    """Each batch holds batch_size / repeats elements of the parent, `repeats` times in turn."""
+    """Each batch goes round and round over the next ceil(batch_size / repeats) elements."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, repeats: int):
         super().__init__(parent)
         self._batch_size = batch_size
-        self._distinct = batch_size // repeats
+        self._distinct = -(-batch_size // repeats)
 
     def __len__(self) -> int:
         return len(self._parent)

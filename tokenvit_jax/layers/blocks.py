@@ -28,10 +28,13 @@ def _gelu_and_slope(x):
     return (wide * distribution).astype(x.dtype), distribution + wide * density
 
 
-gelu.defvjp(
-    lambda x: (gelu(x), x),
-    lambda x, dy: ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),),
-)
+def _gelu_backward(x, dy):
+    # Without the barrier XLA would keep erf of the forward pass, which costs more than computing it.
+    x = lax.optimization_barrier(x)
+    return ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class PatchEmbedding(nn.Module):
