@@ -195,9 +195,10 @@ def plot_comparison(runs: dict[str, list[Run]], title: str) -> Figure:
     curve, accuracy, test_loss = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
     for place, (name, group) in enumerate(runs.items()):
         color = COLORS[place % len(COLORS)]
+        style = ("-", "--")[place // len(COLORS)]
         loss = np.stack([r.loss.reshape(-1, 10).mean(1) for r in group])
         steps = 10 * np.arange(loss.shape[1]) + 5
-        curve.plot(steps, loss.mean(0), color=color, label=name)
+        curve.plot(steps, loss.mean(0), style, color=color, label=name)
         curve.fill_between(steps, loss.min(0), loss.max(0), color=color, alpha=0.15, lw=0)
         for axis, values in (
             (accuracy, [100 * r.accuracy for r in group]),

@@ -12,9 +12,7 @@ its obvious alternatives, in turns as well. Times are medians; compilation and w
 JAX, Flax and NumPy are all that is needed; PyTorch and timm only for --against.
 
 Temporary memory is what XLA plans; what a library that it calls allocates is not in it. On CPU,
-glibc gives large temporaries back to the kernel after every call and pays for their pages anew,
-which can cost more than the computation. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
-in the environment keeps them.
+glibc is told to keep freed pages, as training does (see `tokenvit_jax.memory`).
 """
 
 import importlib.metadata
