@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.ops import attention, selection
 from tokenvit_jax.ops import group_attention_paths as paths
-from tokenvit_jax.ops import selection
 
 # The package exports a function of the same name.
 module = importlib.import_module("tokenvit_jax.ops.group_attention")
@@ -247,6 +247,22 @@ def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
     moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", grad.as_text())
     assert moved == []
     chex.assert_trees_all_close(grad(*arrays)[1], compiled(7, path)(q, k, v, centroids), atol=1e-6)
+
+
+def test_dense_chunks_of_queries_change_nothing(monkeypatch):
+    q, k, v, centroids = inputs()
+
+    def run(q, k, v):
+        attend = ops.group_attention.__wrapped__  # not compiled yet, whatever the limit was
+        attend = functools.partial(attend, centroids=centroids, top_k=7, path="dense")
+        output, pull = jax.vjp(lambda *x: attend(*x).output, q, k, v)
+        return output, pull(output)
+
+    whole = jax.jit(run)(q, k, v)
+    monkeypatch.setattr(attention, "MAX_LOGITS", 2000)  # 5,476 logits: chunks of 13, 13 and 11
+    in_chunks = lambda *x: run(*x)  # noqa: E731  (a function that was not traced yet)
+    assert "scan" in str(jax.make_jaxpr(in_chunks)(q, k, v))
+    chex.assert_trees_all_close(jax.jit(in_chunks)(q, k, v), whole, atol=1e-6)
 
 
 def test_path_is_chosen_from_the_shapes():

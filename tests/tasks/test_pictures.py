@@ -86,11 +86,14 @@ def test_stage_clusterings_are_those_of_the_last_blocks():
 def test_plot_clusters_shows_regions_and_the_largest_clusters():
     image = rng.integers(256, size=(32, 48, 3), dtype=np.uint8)
     assignment = np.repeat([3, 0, 7], (14, 4, 6))
-    figure = pictures.plot_clusters(
-        image, [pictures.Clustering(assignment[None], (4, 6))], "a", num_clusters=4
-    )
+    coarser = pictures.Clustering(np.array([[1, 1, 1, 0, 0, 0]]), (2, 3))
+    clusterings = [pictures.Clustering(assignment[None], (4, 6)), coarser]
+    figure = pictures.plot_clusters(image, clusterings, "a", num_clusters=4)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["a", "4 x 6 tokens, 3 clusters", "14 tokens", "6 tokens", "4 tokens", ""]
+    assert titles == [
+        "a", "4 x 6 tokens, 3 clusters", "14 tokens", "6 tokens", "4 tokens",
+        "", "2 x 3 tokens, 2 clusters", "3 tokens", "3 tokens", "",
+    ]  # fmt: skip
     shown = figure.axes[3].images[0].get_array()
     expected = pictures.tint(image, np.arange(18, 24), (4, 6), pictures.COLORS[0])
     np.testing.assert_array_equal(shown, expected)

@@ -29,7 +29,8 @@ def _gelu_and_slope(x):
 
 
 def _gelu_backward(x, dy):
-    # Without the barrier XLA would keep erf of the forward pass, which costs more than computing it.
+    # Without the barrier XLA would keep erf of the forward pass, which costs more than doing it
+    # again.
     x = lax.optimization_barrier(x)
     return ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),)
 

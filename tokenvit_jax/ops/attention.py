@@ -1,6 +1,6 @@
 """Softmax attention of all queries with all keys."""
 
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def dot_product_attention(
     def on_cpu(q, k, v):
         # XLA's batched product is several times faster with (batch, heads) in front.
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-        return jnp.swapaxes(_attend_in_chunks(q, k, v, mask), 1, 2)
+        y = map_queries(lambda q: attend(q, k, v, mask)[0], k.shape[2], q)
+        return jnp.swapaxes(y, 1, 2)
 
     def elsewhere(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -65,20 +66,31 @@ def dot_product_attention(
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
 
 
-def _attend_in_chunks(q, k, v, mask):
-    """:func:`attend`, without holding more than about ``MAX_LOGITS`` logits at once."""
-    *batch, length, dim = q.shape
-    chunks = min(-(-math.prod(batch) * length * k.shape[-2] // MAX_LOGITS), length)
+def map_queries(run: Callable[..., jax.Array], num_keys: int, *queries: jax.Array) -> jax.Array:
+    """Returns ``run(*queries)``, of so many queries at once that about ``MAX_LOGITS`` logits fit.
+
+    Args:
+      run: of what it takes the backward pass computes the logits of a chunk again.
+      num_keys: logits per query and head.
+      queries: arrays (B, N, L, ...) that belong together.
+
+    Returns:
+      (B, N, L, ...).
+    """
+    batch, heads, length = queries[0].shape[:3]
+    chunks = min(-(-batch * heads * length * num_keys // MAX_LOGITS), length)
     if chunks == 1:
-        return attend(q, k, v, mask)[0]
+        return run(*queries)
     size = -(-length // chunks)
     padding = -length % size
-    q = jnp.pad(q, [(0, 0)] * len(batch) + [(0, padding), (0, 0)])
-    q = jnp.moveaxis(q.reshape(*batch, -1, size, dim), -3, 0)  # (chunks, ..., size, D)
-    # The backward pass computes the logits of a chunk again.
-    run = jax.checkpoint(lambda q: attend(q, k, v, mask)[0], prevent_cse=False)
-    output = jnp.moveaxis(lax.map(run, q), 0, -3)
-    return output.reshape(*batch, length + padding, -1)[..., :length, :]
+
+    def split(x):  # (chunks, B, N, size, ...)
+        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(batch, heads, -1, size, *x.shape[3:]), 2, 0)
+
+    run = jax.checkpoint(run, prevent_cse=False)
+    output = jnp.moveaxis(lax.map(lambda chunk: run(*chunk), [split(x) for x in queries]), 0, 2)
+    return output.reshape(batch, heads, length + padding, *output.shape[4:])[:, :, :length]
 
 
 def attend(

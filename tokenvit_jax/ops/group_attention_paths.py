@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tokenvit_jax.ops.attention import attend, softmax_dtype
+from tokenvit_jax.ops.attention import attend, map_queries, softmax_dtype
 
 
 def cheaper_path(length: int, num_groups: int, top_k: int) -> str:
@@ -39,11 +39,12 @@ def tile_size(length: int, num_groups: int) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
 def attend_dense(
     q: jax.Array, k: jax.Array, v: jax.Array, groups: jax.Array, selected: jax.Array
 ) -> jax.Array:
     """Attends with all logits, those of keys that a group did not select masked.
+
+    On CPU not all of them are held at once.
 
     Args:
       q, k, v: (B, N, L, D), q scaled.
@@ -53,6 +54,18 @@ def attend_dense(
     Returns:
       (B, N, L, D).
     """
+
+    def at_once(q, groups):
+        return _attend_dense(q, k, v, groups, selected)
+
+    def in_chunks(q, groups):
+        return map_queries(at_once, k.shape[2], q, groups)
+
+    return lax.platform_dependent(q, groups, cpu=in_chunks, default=at_once)
+
+
+@jax.custom_vjp
+def _attend_dense(q, k, v, groups, selected):
     return _dense_forward(q, k, v, groups, selected)[0]
 
 
@@ -83,7 +96,7 @@ def _dense_backward(residuals, d_output):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-attend_dense.defvjp(_dense_forward, _dense_backward)
+_attend_dense.defvjp(_dense_forward, _dense_backward)
 
 
 # ------------------------------------------------------------------------------------------------

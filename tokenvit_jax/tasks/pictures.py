@@ -148,25 +148,30 @@ def plot_clusters(
         caption: of the first row.
         num_clusters: how many of the largest clusters are shown by themselves.
     """
+    by_size = [_clusters_by_size(assignment[0]) for assignment, _ in clusterings]
+    columns = 2 + min(max(map(len, by_size)), num_clusters)
     aspect = image.shape[1] / image.shape[0]
-    figure = Figure(
-        figsize=(1.6 * aspect * (2 + num_clusters), 1.85 * len(clusterings)), layout="constrained"
-    )
-    rows = figure.subplots(len(clusterings), 2 + num_clusters, squeeze=False)
-    for row, (axes, (assignment, grid)) in enumerate(zip(rows, clusterings, strict=True)):
-        clusters, sizes = np.unique(assignment[0], return_counts=True)
+    figure = Figure(figsize=(1.6 * aspect * columns, 1.85 * len(clusterings)), layout="constrained")
+    rows = figure.subplots(len(clusterings), columns, squeeze=False)
+    for row, (axes, clusters, (assignment, grid)) in enumerate(
+        zip(rows, by_size, clusterings, strict=True)
+    ):
         _show(axes[0], image)
         axes[0].set_title("" if row else caption, fontsize=8)
         _show(axes[1], color_regions(image, assignment[0], grid))
         axes[1].set_title(f"{grid[0]} x {grid[1]} tokens, {len(clusters)} clusters", fontsize=8)
-        largest = clusters[np.argsort(-sizes, kind="stable")[:num_clusters]]
-        for axis in axes[2 + len(largest) :]:
+        for axis in axes[2 + len(clusters) :]:
             axis.axis("off")
-        for axis, cluster in zip(axes[2:], largest, strict=False):
-            members = np.flatnonzero(assignment[0] == cluster)
+        for axis, members in zip(axes[2:], clusters, strict=False):
             _show(axis, tint(image, members, grid, COLORS[0]))
             axis.set_title(f"{len(members)} tokens", fontsize=8)
     return figure
+
+
+def _clusters_by_size(assignment):
+    """Returns the tokens of each cluster that has some, the largest cluster first."""
+    clusters, sizes = np.unique(assignment, return_counts=True)
+    return [np.flatnonzero(assignment == c) for c in clusters[np.argsort(-sizes, kind="stable")]]
 
 
 def color_regions(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
