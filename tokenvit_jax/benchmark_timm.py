@@ -9,6 +9,7 @@ seconds where other processes run. OMP_WAIT_POLICY=PASSIVE in the environment le
 torch and timm are imported by the functions that need them.
 """
 
+import importlib
 import os
 import platform
 import sys
@@ -146,7 +147,7 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
     try:
         import torch
 
-        _import_torchvision()
+        import_torchvision()
         import timm
     except ModuleNotFoundError as error:
         raise UserError(
@@ -156,17 +157,18 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
     return torch, timm
 
 
-def _import_torchvision():
+def import_torchvision() -> ModuleType:
     """Imports torchvision, which timm needs, even if its wheel is for another build of PyTorch.
 
     Its compiled operators do not load then. No model uses them, but the import describes them to
     the compiler, in a module of its own, and fails because they do not exist.
     """
     try:
-        import torchvision  # noqa: F401
+        return importlib.import_module("torchvision")
     except RuntimeError:
         description = "torchvision._meta_registrations"
         sys.modules[description] = ModuleType(description)
+        return importlib.import_module("torchvision")
 
 
 def _create(name, image_size):

@@ -2,14 +2,14 @@
 
 import pytest
 
+from tokenvit_jax import benchmark_timm
+
 
 @pytest.fixture(scope="session")
 def torchvision():
     pytest.importorskip("torch")
-    from torchvision_shim import import_torchvision
-
     try:
-        return import_torchvision()
+        return benchmark_timm.import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
 
