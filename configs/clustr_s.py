@@ -9,8 +9,8 @@ the learning rate come from PVTv2, its base. "Dropout" of its table is read as d
 
     python -m tokenvit_jax.train --config=configs/clustr_s.py:digits --workdir=runs/digits
 
-The same network, shrunk, on the embedded handwritten digits. Hardware: 2 CPU cores, 2 minutes.
-Expected result: 98 % test accuracy or more.
+One shrunk network for all sizes, on the embedded handwritten digits. Hardware: 2 CPU cores, 2
+minutes. Expected result: about 98 % test accuracy (one run of clustr_t: 98.6 %).
 """
 
 from tokenvit_jax.recipes import clustr_config

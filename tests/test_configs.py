@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import pipeline, train_dataset
@@ -99,10 +100,41 @@ def run_step(model, text):
     return STEPS[model, text]
 
 
-def test_published_length_is_300_epochs():
-    config = load(FILES[-1], "")
+# What the papers and the code they build on state, beside drop path and clipping.
+RECIPE = {
+    "batch_size": 1024, "image_size": 224, "label_smoothing": 0.1, "mix.mixup": 0.8,
+    "mix.cutmix": 1.0, "augment.flip": 0.5, "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 0.05, "optimizer.warmup_learning_rate": 1e-6,
+    "optimizer.end_learning_rate": 1e-5,
+}  # fmt: skip
+RECIPES = {
+    "dgt": {"augment.erasing": 0.25, "augment.color_jitter": 0.0, "data.repeats": 1},
+    "clustr": {"augment.erasing": 0.25, "augment.color_jitter": 0.4, "data.repeats": 3},
+    "pale": {"augment.erasing": 0.0, "augment.color_jitter": 0.4, "data.repeats": 1},
+}
+WARMUP_EPOCHS = {"dgt": 20, "clustr": 5, "pale": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "drop_path", "clip_norm"),
+    [
+        ("dgt_t", 0.1, 5.0), ("dgt_s", 0.3, 5.0), ("dgt_b", 0.5, 5.0),
+        ("clustr_t", 0.1, 0.0), ("clustr_s", 0.1, 0.0), ("clustr_b", 0.3, 1.0),
+        ("pale_t", 0.1, 0.0), ("pale_s", 0.3, 0.0), ("pale_b", 0.5, 0.0),
+    ],
+)  # fmt: skip
+def test_published_recipe(name, drop_path, clip_norm):
+    (file,) = [file for file in FILES if file.stem == name]
+    config = load(file, "")
+    found = flatten_dict(config.to_dict(), sep=".")
+    family = name.split("_")[0]
+    expected = RECIPE | RECIPES[family] | {"clip_norm": clip_norm}
+    assert {key: found[key] for key in expected} == expected
+    assert config.model_overrides.drop_path == drop_path
     epochs = config.num_steps * config.batch_size / 1_281_167
+    warmup = config.optimizer.warmup_steps * config.batch_size / 1_281_167
     assert abs(epochs - 300) < 0.3
+    assert abs(warmup - WARMUP_EPOCHS[family]) < 0.03
 
 
 def test_unknown_argument_is_named():

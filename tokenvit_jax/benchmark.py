@@ -96,8 +96,10 @@ class Program(NamedTuple):
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints what was measured."""
-    keep_pages()
     _check_flags(flag_values)
+    if flag_values.against:
+        benchmark_timm.share_memory()
+    keep_pages()
     dtype = jnp.dtype(flag_values.dtype)
     mode = flag_values.mode or ("both" if flag_values.op else "forward")
     modes = ["forward", "train"] if mode == "both" else [mode]

@@ -111,19 +111,21 @@ def environment() -> dict[str, Any]:
     return {"timm": timm.__version__, "torch": torch.__version__, **how}
 
 
+def share_memory() -> None:
+    """Keeps JAX from taking most of a GPU's memory for itself; before JAX looks for devices."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def torch_device() -> str:
     """Makes PyTorch use what JAX uses, and returns the name of the device.
 
-    On CPU that is the number of threads; on a GPU it is TF32 for the products of float32 arrays,
-    and that JAX does not take most of the memory for itself. The last needs this call to be the
-    first that asks JAX for devices.
+    On CPU that is the number of threads; on a GPU it is TF32 for the products of float32 arrays.
 
     Raises:
         UserError: PyTorch does not support the device.
     """
     import torch
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     backend = jax.default_backend()
     if backend == "cpu":
         linux = platform.system() == "Linux"  # XLA has as many threads as CPUs it may run on

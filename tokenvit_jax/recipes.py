@@ -15,8 +15,8 @@ def imagenet_recipe(*, epochs: int = 300, warmup_epochs: int = 20) -> ConfigDict
     """Returns the ImageNet-1K recipe that Swin, CMT and their successors share.
 
     AdamW, weight decay 0.05, learning rate 1e-3 at batch 1024, cosine decay over 300 epochs after
-    20 epochs of warm-up, RandAugment 9 / 0.5, Mixup 0.8, CutMix 1.0, erasing 0.25, label
-    smoothing 0.1. A config states what differs from it.
+    20 epochs of warm-up, gradients clipped to norm 5, RandAugment 9 / 0.5, Mixup 0.8, CutMix 1.0,
+    erasing 0.25, label smoothing 0.1. A config states what differs from it.
     """
     config = default_config()
     config.dataset = "imagenet2012"
@@ -168,6 +168,7 @@ def pale_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
         config.model_overrides = {
             "drop_path": drop_path, "remat": False, "pale_sizes": (7, 7, 7, 7), **PALE_ATTENTION
         }  # fmt: skip
+        config.clip_norm = 0.0
         config.augment.color_jitter = 0.4
         config.augment.erasing = 0.0
         return config

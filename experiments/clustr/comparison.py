@@ -4,7 +4,7 @@
 
 Clusters against grid pooling (Table 6), several scales against one (Table 7), the two rules of
 assignment, and a number of clusters that follows the content (left to future work in the paper,
-Section A2) at an equal number of clusters on average. This is NOT ImageNet: turned and shifted
+Section A2) at about as many clusters on average. This is NOT ImageNet: turned and shifted
 digits of 64 x 64, a shrunk ClusTR, 160 steps. Writes comparison.md and comparison.png here.
 """
 

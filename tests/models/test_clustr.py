@@ -1,8 +1,10 @@
 """A small ClusTR: scales, aggregation, adaptive numbers of clusters, training state, devices."""
 
 import functools
+import math
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from tokenvit_jax import ops, summary
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ClusterAttention
 from tokenvit_jax.layers.cluster_attention import cluster_numbers
-from tokenvit_jax.models.clustr import ClusTR, ClusTRBlock
+from tokenvit_jax.models.clustr import ClusTR, ClusTRBlock, ConvFFN
 
 # Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
 # 6 x 4 tokens 6 or all.
@@ -153,6 +155,45 @@ def test_layer_equals_the_operators():
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
+def random_params(module, *args):
+    shapes = jax.eval_shape(lambda key: module.init(key, *args), jax.random.key(0))
+    rng = np.random.default_rng(6)
+    noise = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(noise, shapes["params"])
+
+
+def test_ffn_equals_its_formula():
+    """fc2(GELU(fc1(x) + depthwise(fc1(x)))), in float64."""
+    x = np.random.default_rng(4).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    ffn = ConvFFN(ratio=2, dtype=jnp.float32)
+    params = random_params(ffn, x)
+    output = ffn.apply({"params": params}, x)
+    params = jax.tree.map(np.float64, params)
+    linear = lambda x, name: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+    hidden = linear(x, "fc1")
+    padded = np.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    hidden = hidden + params["depthwise"]["bias"]
+    for i, j in np.ndindex(3, 3):
+        hidden += padded[:, i : i + 3, j : j + 5] * params["depthwise"]["kernel"][i, j]
+    hidden *= 0.5 * (1 + np.vectorize(math.erf)(hidden / 2**0.5))
+    np.testing.assert_allclose(output, linear(hidden, "fc2"), rtol=1e-5, atol=1e-5)
+
+
+def test_block_equals_its_layers():
+    """Eq. 9: attention first, each layer on normalised tokens and added to what it reads."""
+    x = np.random.default_rng(5).normal(size=(2, 4, 6, 8)).astype(np.float32)
+    settings = {"num_heads": 2, "ratios": (4,)}
+    block = ClusTRBlock(settings, mlp_ratio=2, drop_path=0.5, dtype=jnp.float32, axis_name=None)
+    params = random_params(block, x, False)
+    norm, attention = nn.LayerNorm(epsilon=1e-6), ClusterAttention(**settings)
+    ffn = ConvFFN(ratio=2, dtype=jnp.float32)
+    apply = lambda layer, name, *args: layer.apply({"params": params[name]}, *args)  # noqa: E731
+    between = x + apply(attention, "attention", apply(norm, "norm1", x), False)
+    expected = between + apply(ffn, "ffn", apply(norm, "norm2", between))
+    output = block.apply({"params": params}, x, False)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_adaptive_numbers_follow_the_content():
     """Half of the clusters on average; an image with little in it gets fewer."""
     rng = np.random.default_rng(3)
@@ -186,14 +227,29 @@ def test_adaptive_numbers_follow_the_content():
     assert abs(int(noted["intermediates"]["used0"][0].sum()) - 48) <= 2
 
 
-def test_mistakes_are_named():
-    x = jnp.zeros((1, 4, 4, 9))
-    with pytest.raises(UserError, match="num_heads=2 does not divide 9 channels"):
-        attention(x, ratios=(4,))
-    with pytest.raises(UserError, match="aggregation='grids' is not valid; valid: clusters, grid"):
-        attention(x[..., :8], ratios=(4,), aggregation="grids")
-    with pytest.raises(ValueError, match="num_clusters is 0; it must be from 1 to 16"):
-        attention(x[..., :8], ratios=(64,))
+def test_an_adaptive_model_takes_images_of_any_size():
+    """Of 9 tokens, unlike of 16, ratio 1 leaves 8: the variables must not depend on it."""
+    layer = ClusterAttention(num_heads=2, ratios=(2, 1), adaptive=0.5)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
+    y = jax.eval_shape(lambda x: layer.apply(variables, x, train=False), jnp.ones((1, 3, 3, 8)))
+    assert y.shape == (1, 3, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings", "message"),
+    [
+        (9, {}, "num_heads=2 does not divide 9 channels"),
+        (8, {"aggregation": "grids"}, "aggregation='grids' is not valid; valid: clusters, grid"),
+        (8, {"assign": "far"}, "assign='far' is not valid; valid: nearest, parent"),
+        (8, {"adaptive": 1.0}, "adaptive=1.0 is not valid; valid: from 0 to below 1"),
+        (8, {"ratios": (4, 16)}, r"ratios=\(4, 16\) is not valid for a stage"),
+        (8, {"ratios": 4}, "ratios=4 is not valid for a stage"),
+        (8, {"ratios": (64,)}, r"ratios=\(64,\) needs at least 64 tokens; there are 16"),
+    ],
+)
+def test_mistakes_are_named(channels, settings, message):
+    with pytest.raises(UserError, match=message):
+        attention(jnp.zeros((1, 4, 4, channels)), **{"ratios": (4,)} | settings)
 
 
 def test_a_block_at_detection_size_fits_into_4_gib():

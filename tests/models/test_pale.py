@@ -239,11 +239,11 @@ def test_bfloat16_is_the_type_of_the_maps():
         ({"mode": "rows"}, "mode='rows' is not valid; valid: parallel, sequential, cross, vanilla"),
         ({"position": "rpe"}, "position='rpe' is not valid; valid: none, ape, cpe"),
         ({"num_heads": (3, 4)}, "num_heads=3 does not divide 8 channels"),
-        ({"num_heads": (2, 1)}, "q has 1 heads; mode 'parallel' needs an even number"),
+        ({"num_heads": (2, 1)}, "num_heads=1 must be even: mode 'parallel' halves the heads"),
     ],
 )
 def test_bad_settings_are_named(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         abstract_variables(SMALL.clone(**overrides), (32, 32))
 
 

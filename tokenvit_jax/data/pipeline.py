@@ -30,8 +30,8 @@ def train_dataset(
 
     Global batch s holds the records [s B, (s + 1) B) of a stream that passes over the dataset again
     and again, in another order each time; process p takes the p-th part of every batch. With
-    `data.repeats` R, a global batch holds B / R records R times, each time augmented anew, in the
-    order a b c d a b c d: never two of the same side by side, which Mixup would pair.
+    `data.repeats` R, a global batch holds ceil(B / R) records up to R times, each time augmented
+    anew, in the order a b c d a b c: never two of the same side by side, which Mixup would pair.
 
     The state of its iterator is the number of batches given out: it does not depend on the number
     of workers or processes.

@@ -13,9 +13,11 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import dense
 from tokenvit_jax.layers.conv import conv_init
 from tokenvit_jax.layers.stochastic import image_keys
+from tokenvit_jax.ops.density_peaks import RULES
 
 # Of the products that the published FLOPs of ClusTR leave out: `published.LEFT_OUT` names it.
 FINE_SCALE = "fine_scale"
+AGGREGATIONS = ("clusters", "grid")
 # Of the running threshold with an adaptive number of clusters, as of BatchNorm's statistics.
 MOMENTUM = 0.9
 
@@ -40,7 +42,8 @@ class ClusterAttention(nn.Module):
       axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
 
     Raises:
-      UserError: num_heads does not divide C, or aggregation is unknown.
+      UserError: num_heads does not divide C, another setting is not valid, or there are fewer
+        tokens than the coarsest ratio.
     """
 
     num_heads: int
@@ -54,16 +57,12 @@ class ClusterAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         channels = x.shape[-1]
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        self._check(channels)
         tokens = x.reshape(x.shape[0], -1, channels)  # (B, N, C)
-        match self.aggregation:
-            case "clusters":
-                scales = self._clusters(tokens, train)
-            case "grid":
-                scales = [(self._grid(x, scale), None) for scale in range(len(self.ratios))]
-            case other:
-                raise UserError(f"aggregation={other!r} is not valid; valid: clusters, grid")
+        if self.aggregation == "grid":
+            scales = [(self._grid(x, scale), None) for scale in range(len(self.ratios))]
+        else:
+            scales = self._clusters(tokens, train)
         q = self._heads(dense(channels, self.dtype, "q")(tokens))
         y = 0.0
         for scale, (merged, used) in enumerate(scales):
@@ -73,6 +72,22 @@ class ClusterAttention(nn.Module):
                 y += ops.dot_product_attention(q, k, v, key_mask=used)
         return dense(channels, self.dtype, "proj")(y.reshape(x.shape))
 
+    def _check(self, channels):
+        if channels % self.num_heads:
+            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        for name, valid in (("aggregation", AGGREGATIONS), ("assign", RULES)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise UserError(f"{name}={value!r} is not valid; valid: {', '.join(valid)}")
+        if not 0 <= self.adaptive < 1:
+            raise UserError(f"adaptive={self.adaptive} is not valid; valid: from 0 to below 1")
+        ratios = self.ratios if isinstance(self.ratios, tuple) else ()
+        if not ratios or any(ratio < 1 or ratios[0] % ratio for ratio in ratios):
+            raise UserError(
+                f"ratios={self.ratios} is not valid for a stage; valid: numbers from 1 that divide "
+                "the first, like (64, 16)"
+            )
+
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
@@ -80,6 +95,11 @@ class ClusterAttention(nn.Module):
         """Returns merged tokens (B, M, C) and, if not all of them count, used (B, M) per scale."""
         num_tokens = tokens.shape[1]
         numbers = cluster_numbers(num_tokens, self.ratios)
+        if not min(numbers):
+            raise UserError(
+                f"ratios={self.ratios} needs at least {self.ratios[0]} tokens; there are "
+                f"{num_tokens}"
+            )
         if min(numbers) == num_tokens:  # merging would only permute them
             return [(tokens, None)] * len(numbers)
         rng = image_keys(self.make_rng("routing"), len(tokens), self.axis_name) if train else None
@@ -87,10 +107,11 @@ class ClusterAttention(nn.Module):
         scores = dense(1, self.dtype, "score")(tokens)[..., 0]  # (B, N), Eq. 3
         scales = []
         for scale, number in enumerate(numbers):
+            # Before it is known to be needed: the variables do not depend on the size of the image.
+            threshold = self._threshold(peaks, number, scale, train) if self.adaptive else None
             if number == num_tokens:
                 scales.append((tokens, None))
                 continue
-            threshold = self._threshold(peaks, number, scale, train) if self.adaptive else None
             clusters = ops.assign_clusters(
                 tokens, peaks, number, assign=self.assign, threshold=threshold
             )

@@ -10,6 +10,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import dense
 from tokenvit_jax.layers.conv import DepthwiseConv3x3, batch_norm
+from tokenvit_jax.ops.pale_attention import HALVED
 
 
 class SeparableProjection(nn.Module):
@@ -40,6 +41,9 @@ class PaleAttention(nn.Module):
       pale_size: s, rows and columns of a pale.
       mode: see :func:`tokenvit_jax.ops.pale_attention`.
       mask_padding: whether padding is left out of the attention; it is a part of it otherwise.
+
+    Raises:
+      UserError: num_heads does not divide C, or is odd where the mode halves it.
     """
 
     num_heads: int
@@ -54,6 +58,10 @@ class PaleAttention(nn.Module):
         _, height, width, channels = x.shape
         if channels % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        if self.mode in HALVED and self.num_heads % 2:
+            raise UserError(
+                f"num_heads={self.num_heads} must be even: mode {self.mode!r} halves the heads"
+            )
         padded = padded_size(height, width, self.pale_size, self.mode)
         below, right = padded[0] - height, padded[1] - width
         x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))

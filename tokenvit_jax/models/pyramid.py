@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tokenvit_jax.layers import Dropout, dense
 from tokenvit_jax.models.registry import check_images
+from tokenvit_jax.ops.mix_boxes import mix_boxes
 
 
 class Pyramid(nn.Module, kw_only=True):
@@ -97,7 +98,7 @@ class Pyramid(nn.Module, kw_only=True):
         for stage, (embedding, blocks) in enumerate(zip(self.embeddings, self.stages, strict=True)):
             x = embedding(x)
             if stage == 0 and mix_box is not None:
-                x = mix_tokens(x, mix_box * 2 ** (len(self.dims) - 1))
+                x = mix_boxes(x, mix_box * 2 ** (len(self.dims) - 1))
             for block in blocks:
                 x = block(x, train)
             x = self.end_stage(stage, x)
@@ -120,21 +121,3 @@ class Pyramid(nn.Module, kw_only=True):
         """Returns logits (B, num_classes) from the tokens (B, h, w, C) of the head."""
         x = self.head_dropout(tokens.mean((1, 2)), train)
         return self.classifier(x.astype(jnp.float32))
-
-
-def mix_tokens(x: jax.Array, box: jax.Array) -> jax.Array:
-    """Replaces the tokens in a box by those of the neighbour image i ^ 1.
-
-    Args:
-      x: (B, H, W, C), B even.
-      box: (4,) int, top, bottom, left, right; bottom and right exclusive.
-
-    Returns:
-      (B, H, W, C).
-    """
-    rows, columns = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
-    top, bottom, left, right = box
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    # Written so that a batch that is split over devices stays there.
-    neighbours = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
-    return jnp.where(inside[:, :, None], neighbours, x)

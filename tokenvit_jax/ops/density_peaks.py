@@ -9,8 +9,8 @@ held at once:
   find their nearest denser token here, too: if it is one of the k.
 * Pass 2 searches all tokens for the denser ones of the rest, about a fifth.
 
-The answer does not depend on the chunks. A distance is |y|^2 - 2 x.y + |x|^2, of tokens less their
-mean; the last term is the same for all y, and added to what was selected only.
+Chunks change the answer by rounding at most. A distance is |y|^2 - 2 x.y + |x|^2, of tokens less
+their mean; the last term is the same for all y, and added to what was selected only.
 """
 
 from collections.abc import Callable

@@ -19,6 +19,7 @@ from jax import lax
 from tokenvit_jax.ops.attention import MAX_LOGITS, dot_product_attention
 
 MODES = ("parallel", "rows", "columns", "cross", "vanilla")
+HALVED = ("parallel", "cross")  # one half of the heads for rows, the other for columns
 ROWS, COLUMNS = 1, 2  # axes of (B, H, W, N, D)
 
 
@@ -195,7 +196,7 @@ def _check(q, k, v, pale, mode, mask):
         raise ValueError(
             f"pale is {pale}; it must divide the height and width of q, {height} x {width}"
         )
-    if mode in ("parallel", "cross") and heads % 2:
+    if mode in HALVED and heads % 2:
         raise ValueError(f"q has {heads} heads; mode {mode!r} needs an even number")
     if mode == "vanilla" and height // pale[0] != width // pale[1]:
         raise ValueError(

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from tokenvit_jax.ops.mix_boxes import mix_boxes, neighbors
+
 MIN_MIXTOKEN_GRID = 2  # cells of the last map along a side; in a single one every box is empty
 
 
@@ -115,26 +117,15 @@ def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[ja
     Raises:
       ValueError: B is odd.
     """
-    return mix_images(images, mixing), mix_targets(targets, mixing)
-
-
-def mix_images(images: jax.Array, mixing: Mixing) -> jax.Array:
-    """Mixes every image, or map of labels, with its neighbour i ^ 1, as :func:`mix_batch`."""
-    if len(images) % 2:
-        raise ValueError(f"images: a batch of {len(images)} cannot be paired; it must be even")
-    rows = jnp.arange(images.shape[1])[:, None, None]
-    columns = jnp.arange(images.shape[2])[None, :, None]
-    top, bottom, left, right = mixing.box
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (H, W, 1)
-    own_part = jnp.where(mixing.cutmix, 1.0 - inside, mixing.ratio)
-    return images * own_part + _neighbours(images) * (1.0 - own_part)
+    faded = _fade(images, mixing.ratio)
+    images = jnp.where(mixing.cutmix, mix_boxes(images, mixing.box), faded)
+    return images, mix_targets(targets, mixing)
 
 
 def mix_targets(targets: jax.Array, mixing: Mixing) -> jax.Array:
     """Mixes every target with its neighbour i ^ 1, as :func:`mix_batch`."""
-    return targets * mixing.ratio + _neighbours(targets) * (1.0 - mixing.ratio)
+    return _fade(targets, mixing.ratio)
 
 
-def _neighbours(x: jax.Array) -> jax.Array:
-    """x[i ^ 1] for every i, written so that a batch that is split over devices stays there."""
-    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+def _fade(x, ratio):
+    return x * ratio + neighbors(x) * (1.0 - ratio)

@@ -18,12 +18,12 @@ from tokenvit_jax.data import MEAN, STD
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
+from tokenvit_jax.ops.mix_boxes import mix_boxes
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.mixing import (
     draw_mixing,
     draw_token_mixing,
     mix_batch,
-    mix_images,
     mix_targets,
 )
 from tokenvit_jax.training.optimizer import learning_rate_schedule
@@ -159,7 +159,7 @@ def _make_loss(model: nn.Module, config: ConfigDict, num_classes: int) -> Callab
             return classification.cross_entropy(logits, targets), model_state
         labels = classification.token_labels(token_labels, num_classes)
         if mixing is not None:
-            labels = mix_images(labels, mixing)
+            labels = mix_boxes(labels, mixing.box)
         loss = classification.token_cross_entropy(logits, dense_logits, targets, labels, weight)
         return loss, model_state
 
