@@ -26,29 +26,42 @@ OVERRIDES = {
     "stem_dim": 4, "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1),
     "mlp_ratio": 1, "head_dim": 8, "num_groups": 3, "top_k": 5,
 }  # fmt: skip
+# 4 clusters of 64 tokens in one block, all tokens in another.
+CLUSTR_OVERRIDES = {
+    "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 0, 0, 1),
+    "mlp_ratios": (2, 2, 2, 2), "ratios": ((16,), (1,), (1,), (1,)),
+}  # fmt: skip
 
 
-def tiny_config():
+def tiny_config(model="dgt_t", overrides=OVERRIDES):
     config = default_config()
     config.image_size = 32
-    config.model_overrides = ConfigDict(OVERRIDES)
+    config.model = model
+    config.model_overrides = ConfigDict(overrides)
     return config
 
 
-@pytest.fixture(scope="module")
-def state():
-    config = tiny_config()
+def initial_state(config):
     model = classification.make_model(config, 10)
     return jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, state):
-    """A run with a checkpoint whose parameters are those of the start."""
-    workdir = tmp_path_factory.mktemp("run")
-    write_config(workdir, tiny_config())
+def write_run(workdir, config, state):
+    """Writes a run with a checkpoint of this state."""
+    write_config(workdir, config)
     with Checkpoints(workdir, keep_last=1, keep_best=0) as checkpoints:
         checkpoints.save(1, state, {})
+
+
+@pytest.fixture(scope="module")
+def state():
+    return initial_state(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, state):
+    workdir = tmp_path_factory.mktemp("run")
+    write_run(workdir, tiny_config(), state)
     return workdir
 
 
@@ -123,6 +136,16 @@ def test_dense_attention_has_no_picture_of_groups(monkeypatch, capsys, tmp_path,
     status, _, _ = run(monkeypatch, capsys, workdir=run_of_dense, images=images[0], out=out)
     assert status == 0
     assert [path.name for path in out.iterdir()] == ["a_classes.png"]
+
+
+def test_clusters_have_a_picture(monkeypatch, capsys, tmp_path, images):
+    config = tiny_config("clustr_t", CLUSTR_OVERRIDES)
+    write_run(tmp_path, config, initial_state(config))
+    out = tmp_path / "out"
+    status, printed, _ = run(monkeypatch, capsys, workdir=tmp_path, images=images[0], out=out)
+    assert status == 0
+    assert printed.endswith(f" -> {out}/a_classes.png {out}/a_clusters.png\n")
+    assert np.asarray(Image.open(out / "a_clusters.png").convert("RGB")).std() > 10
 
 
 def test_classes_without_names():

@@ -121,15 +121,27 @@ def test_smallest_of_many():
     np.testing.assert_array_equal(found, np.take_along_axis(values, expected, 1))
 
 
-def test_chunks_change_nothing():
-    x = tokens(*SHAPE)
-    whole, chunked = (
-        ops.cluster_density_peaks(x, 5, assign="parent", chunk_size=size) for size in (None, 15)
+@pytest.mark.parametrize("assign", ["nearest", "parent"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "chunk_sizes", "rtol"),
+    [
+        (np.float64, SHAPE, (37, 15), 1e-12),
+        # The distance of near tokens of few channels would show the rounding of their products.
+        (np.float32, (1, 300, 16), (300, 100, 7), 1e-6),
+    ],
+    ids=["float64", "float32"],
+)
+def test_chunks_change_nothing(dtype, shape, chunk_sizes, rtol, assign):
+    x = tokens(*shape).astype(dtype)
+    whole, *chunked = (
+        ops.cluster_density_peaks(x, 5, assign=assign, chunk_size=size) for size in chunk_sizes
     )
-    np.testing.assert_array_equal(chunked.assignment, whole.assignment)
-    np.testing.assert_array_equal(chunked.centers, whole.centers)
-    np.testing.assert_allclose(chunked.density, whole.density, rtol=1e-12)
-    np.testing.assert_allclose(chunked.delta, whole.delta, rtol=1e-9)
+    assert whole.density.dtype == whole.delta.dtype == dtype
+    for found in chunked:
+        np.testing.assert_array_equal(found.assignment, whole.assignment)
+        np.testing.assert_array_equal(found.centers, whole.centers)
+        np.testing.assert_allclose(found.density, whole.density, rtol=rtol)
+        np.testing.assert_allclose(found.delta, whole.delta, rtol=rtol)
 
 
 def test_sizes_of_chunks_by_default():

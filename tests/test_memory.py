@@ -1,0 +1,44 @@
+"""Settings of malloc: made where computing is on a CPU with glibc, nowhere else."""
+
+import ctypes
+import platform
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from tokenvit_jax.memory import keep_pages
+
+
+def pretend(monkeypatch, system, backend, load):
+    """``load`` replaces the loading of C libraries."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_glibc_takes_the_settings(monkeypatch):
+    mallopt = ctypes.CDLL(None).mallopt
+    noted = []
+    library = SimpleNamespace(mallopt=lambda *args: noted.append((*args, mallopt(*args))))
+    pretend(monkeypatch, "linux", "cpu", lambda name: library)
+    keep_pages()
+    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is success.
+    assert noted == [(-4, 0, 1), (-1, -1, 1)]
+
+
+def test_another_library_than_glibc(monkeypatch):
+    pretend(monkeypatch, "linux", "cpu", lambda name: SimpleNamespace())
+    keep_pages()
+
+
+@pytest.mark.parametrize(("system", "backend"), [("darwin", "cpu"), ("linux", "gpu")])
+def test_does_nothing_elsewhere(monkeypatch, system, backend):
+    pretend(monkeypatch, system, backend, lambda name: pytest.fail("loads the C library"))
+    keep_pages()
+
+
+def test_returns_on_this_platform():
+    keep_pages()
