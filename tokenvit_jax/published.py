@@ -6,16 +6,18 @@ from typing import NamedTuple
 class Published(NamedTuple):
     """ImageNet-1K classification at 224 x 224.
 
-    params_m: millions of parameters; gmacs: 10^9 multiply-adds (papers say FLOPs) of one image;
-    top1: accuracy on the validation split, percent; source: paper and table.
+    params_m: millions of parameters; gmacs: 10^9 multiply-adds (papers say FLOPs) of one image, or
+    None where they are not given; top1: accuracy on the validation split, percent; source: paper
+    and table.
     """
 
     params_m: float
-    gmacs: float
+    gmacs: float | None
     top1: float
     source: str
 
 
+_DEIT = "Touvron et al. 2021, DeiT, Table 5"
 _CLUSTR = "ClusTR (anonymous, under review), Table 1"
 _PALE = "Wu et al. 2022, Pale Transformer, Table 2"
 # Table 1 has more digits than Table 2 but says nothing of DGT-T.
@@ -24,6 +26,9 @@ PUBLISHED = {
     "clustr_t": Published(11.7, 2.2, 80.2, _CLUSTR),
     "clustr_s": Published(22.7, 4.8, 83.2, _CLUSTR),
     "clustr_b": Published(40.2, 7.5, 84.1, _CLUSTR),
+    "deit_ti": Published(5, None, 72.2, _DEIT),
+    "deit_s": Published(22, None, 79.8, _DEIT),
+    "deit_b": Published(86, None, 81.8, _DEIT),
     "dgt_t": Published(24.0, 4.3, 83.8, f"{_DGT}, Table 2"),
     "dgt_s": Published(51.76, 9.41, 84.6, f"{_DGT}, Tables 1 and 2"),
     "dgt_b": Published(90.28, 16.4, 85.0, f"{_DGT}, Tables 1 and 2"),

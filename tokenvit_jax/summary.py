@@ -161,6 +161,11 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item
 
 
+def format_known(value: float | None) -> str:
+    """Formats a number that a paper gives, or nothing if it does not."""
+    return "" if value is None else f"{value:g}"
+
+
 def _table(summaries: list[Summary], image_size: tuple[int, int]) -> str:
     lines = [
         f"one image of {image_size[0]} x {image_size[1]} pixels; published: at 224 x 224",
@@ -169,7 +174,7 @@ def _table(summaries: list[Summary], image_size: tuple[int, int]) -> str:
     ]
     for name, params, macs, macs_as_published in summaries:
         paper = PUBLISHED.get(name)
-        known = (f"{paper.params_m:g} M", f"{paper.gmacs:g}") if paper else ("", "")
+        known = [f"{paper.params_m:g} M", format_known(paper.gmacs)] if paper else ["", ""]
         lines.append(
             f"{name:<12}{params:>14,}{known[0]:>12}"
             f"{macs / 1e9:>10.3f}{macs_as_published / 1e9:>14.3f}{known[1]:>12}"

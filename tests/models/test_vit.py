@@ -1,0 +1,188 @@
+"""A small ViT: its formula, position embeddings, poolings, gradients, settings."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokenvit_jax as tv
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.vit import VisionTransformer
+
+SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size": (48, 32)}
+rng = np.random.default_rng(0)
+IMAGES = rng.normal(size=(2, 48, 32, 3)).astype(np.float32)
+
+
+@functools.cache
+def make(**overrides):
+    """Returns a model and random variables, none of them 0 or 1 as at the start of a training."""
+    model = VisionTransformer(**SMALL | overrides)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    draw = np.random.default_rng(1)
+    return model, jax.tree.map(
+        lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), shapes
+    )
+
+
+def layer_norm(x, params):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x * params["scale"] + params["bias"]
+
+
+def linear(x, params):
+    return x @ params["kernel"] + params["bias"]
+
+
+def block(x, params, num_heads):
+    """Blocks with loops over images and heads."""
+    qkv = linear(layer_norm(x, params["norm1"]), params["attention"]["qkv"])
+    q, k, v = np.split(qkv, 3, axis=-1)
+    y = np.empty_like(x)
+    size = x.shape[-1] // num_heads
+    for b in range(len(x)):
+        for head in range(num_heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = q[b, :, part] @ k[b, :, part].T / math.sqrt(size)
+            weights = np.exp(logits)
+            y[b, :, part] = weights / weights.sum(1, keepdims=True) @ v[b, :, part]
+    x = x + linear(y, params["attention"]["proj"])
+    hidden = linear(layer_norm(x, params["norm2"]), params["mlp"]["fc1"])
+    hidden = hidden * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(hidden)
+    return x + linear(hidden, params["mlp"]["fc2"])
+
+
+def naive(params, images, *, distilled, pool):
+    kernel = params["patches"]["kernel"]
+    height, width = (size // 16 for size in images.shape[1:3])
+    patches = images.reshape(len(images), height, 16, width, 16, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = np.einsum("bhwijc,ijcd->bhwd", patches, kernel) + params["patches"]["bias"]
+    names = ["class_token", "distillation_token"][: 1 + distilled]
+    front = [np.broadcast_to(params[name], (len(x), 1, x.shape[-1])) for name in names]
+    x = np.concatenate([*front, x.reshape(len(x), -1, x.shape[-1])], 1) + params["position"]
+    for i in range(2):
+        x = block(x, params[f"blocks_{i}"], 2)
+    if pool == "mean":
+        return linear(layer_norm(x[:, 1:].mean(1), params["norm"]), params["classifier"])
+    x = layer_norm(x, params["norm"])
+    logits = linear(x[:, 0], params["classifier"])
+    if distilled:
+        logits = (logits + linear(x[:, 1], params["distillation_classifier"])) / 2
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("distilled", "pool"), [(False, "token"), (True, "token"), (False, "mean")]
+)
+def test_equals_the_loops(distilled, pool):
+    model, variables = make(distilled=distilled, pool=pool)
+    found = jax.jit(functools.partial(model.apply, train=False))(variables, IMAGES)
+    params = jax.tree.map(np.float64, variables["params"])
+    expected = naive(params, IMAGES.astype(np.float64), distilled=distilled, pool=pool)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_features_are_the_normed_patches():
+    model, variables = make(distilled=True)
+    (found,) = model.apply(variables, IMAGES, train=False, method="features")
+    tokens = model.apply(variables, IMAGES, train=False, method="tokens")
+    expected = layer_norm(np.asarray(tokens)[:, 2:], variables["params"]["norm"])
+    assert found.shape == (2, 3, 2, 8)
+    np.testing.assert_allclose(found.reshape(2, 6, 8), expected, atol=1e-5)
+
+
+def test_other_sizes_are_padded_and_their_positions_resized():
+    model, variables = make()
+    padded = np.pad(IMAGES[:, :40, :, :], ((0, 0), (0, 8), (0, 16), (0, 0)))  # 48 x 48
+    cut = padded[:, :40, :33]
+    apply = functools.partial(model.apply, variables, train=False)
+    np.testing.assert_allclose(apply(cut), apply(padded), atol=1e-6)
+    # Twice the map: with embeddings that are equal everywhere, resizing changes nothing.
+    same = variables["params"]["position"].copy()
+    same[1:] = same[1]
+    flat = {"params": {**variables["params"], "position": same}}
+    model_of_size = model.clone(position_size=(96, 64))
+    larger = {
+        "params": {**flat["params"], "position": np.concatenate([same[:1], same[1:].repeat(4, 0)])}
+    }
+    images = rng.normal(size=(1, 96, 64, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        model.apply(flat, images, train=False),
+        model_of_size.apply(larger, images, train=False),
+        atol=1e-5,
+    )
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+    model, variables = make(distilled=True, remat=True)
+
+    @jax.jit
+    def grad(params):
+        return jax.grad(lambda p: (model.apply({"params": p}, IMAGES, train=False) ** 2).sum())(
+            params
+        )
+
+    plain = make(distilled=True)[0]
+    grads = grad(variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    expected = jax.grad(lambda p: (plain.apply({"params": p}, IMAGES, train=False) ** 2).sum())(
+        variables["params"]
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), grads, expected
+    )
+
+
+def test_bfloat16_is_the_type_of_the_maps():
+    model, variables = make(dtype=jnp.bfloat16)
+    (features,) = jax.eval_shape(
+        lambda v: model.apply(v, IMAGES, train=False, method="features"), variables
+    )
+    assert features.dtype == jnp.bfloat16
+    logits = model.apply(variables, IMAGES, train=False)
+    assert logits.dtype == jnp.float32
+    exact = make()[0].apply(variables, IMAGES, train=False)
+    np.testing.assert_allclose(logits, exact, atol=0.1 * np.abs(exact).max())
+
+
+def test_stochastic_depth_and_dropout_are_of_training():
+    model, variables = make(drop_path=0.5, dropout=0.5)
+    plain = make()[0]
+    np.testing.assert_array_equal(
+        model.apply(variables, IMAGES, train=False), plain.apply(variables, IMAGES, train=False)
+    )
+    draw = lambda seed: model.apply(  # noqa: E731
+        variables, IMAGES, train=True, rngs={"dropout": jax.random.key(seed)}
+    )
+    assert np.abs(draw(0) - draw(1)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),  # as timm counts
+    [("deit_ti", 5_910_800), ("deit_s", 22_436_432), ("deit_b", 87_338_192)],
+)
+def test_parameters_with_distillation(name, number):
+    model = tv.create_model(name, distilled=True)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == number
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"pool": "max"}, "pool='max' is not valid; valid: token, mean"),
+        ({"pool": "mean", "distilled": True}, "distilled=True needs pool='token', not 'mean'"),
+        ({"num_heads": 3}, "num_heads=3 does not divide 8 channels"),
+        ({"patch_size": 0}, "patch_size=0 is not valid; valid: at least 1 pixel"),
+    ],
+)
+def test_bad_settings_are_named(overrides, message):
+    model = VisionTransformer(**SMALL | overrides)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
