@@ -20,12 +20,15 @@ from tokenvit_jax.ops.group_attention import (
 )
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
+from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
 
 __all__ = [
     "Clusters",
     "DensityPeaks",
     "GroupAttention",
     "GroupSums",
+    "Means",
+    "Medoids",
     "assign_clusters",
     "cluster_density_peaks",
     "density_peaks",
@@ -33,6 +36,8 @@ __all__ = [
     "dot_product_attention",
     "group_attention",
     "group_sums",
+    "kmeans",
+    "kmedoids",
     "merge_tokens",
     "move_centroids",
     "pale_attention",

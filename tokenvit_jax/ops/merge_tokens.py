@@ -52,13 +52,13 @@ def merge_tokens(
     x = tokens.astype(dtype)
     if scores is None:
         ones = jnp.ones_like(x[..., :1])
-        sums = _cluster_sums(jnp.concatenate([x, ones], -1), assignment, num_clusters)
+        sums = cluster_sums(jnp.concatenate([x, ones], -1), assignment, num_clusters)
         return (sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)).astype(tokens.dtype)
     scores = scores.astype(dtype)
     shift = _largest_scores(lax.stop_gradient(scores), assignment, num_clusters)  # (B, M)
     own_shift = jnp.take_along_axis(shift, assignment, 1, mode="promise_in_bounds")
     weights = jnp.exp(scores - own_shift)[..., None]
-    sums = _cluster_sums(jnp.concatenate([x * weights, weights], -1), assignment, num_clusters)
+    sums = cluster_sums(jnp.concatenate([x * weights, weights], -1), assignment, num_clusters)
     total = sums[..., -1:] + EPSILON * jnp.exp(-shift)[..., None]
     return (sums[..., :-1] / total).astype(tokens.dtype)
 
@@ -90,8 +90,14 @@ def _largest_scores(scores, assignment, num_clusters):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cluster_sums(x, assignment, num_clusters):
-    """Returns the sums (B, M, C) of the rows of x (B, N, C) of every cluster."""
+def cluster_sums(x: jax.Array, assignment: jax.Array, num_clusters: int) -> jax.Array:
+    """Returns the sums (B, M, C) of the rows of x (B, N, C) of every cluster.
+
+    Args:
+      x: (B, N, C).
+      assignment: cluster of every row (B, N), integers in [0, M).
+      num_clusters: M.
+    """
     by = lambda sums: functools.partial(sums, num_clusters=num_clusters)  # noqa: E731
     return lax.platform_dependent(
         x, assignment, cpu=by(_sums_by_scatter), default=by(_sums_by_products)
@@ -127,7 +133,7 @@ def _sums_by_products(x, assignment, num_clusters, chunk=1 << 25):
 
 
 def _cluster_sums_forward(x, assignment, num_clusters):
-    return _cluster_sums(x, assignment, num_clusters), assignment
+    return cluster_sums(x, assignment, num_clusters), assignment
 
 
 def _cluster_sums_backward(num_clusters, assignment, d_sums):
@@ -136,4 +142,4 @@ def _cluster_sums_backward(num_clusters, assignment, d_sums):
     return rows, None
 
 
-_cluster_sums.defvjp(_cluster_sums_forward, _cluster_sums_backward)
+cluster_sums.defvjp(_cluster_sums_forward, _cluster_sums_backward)

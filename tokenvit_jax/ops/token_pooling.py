@@ -1,0 +1,214 @@
+"""K-Means and K-Medoids of tokens (Marin et al. 2021, "Token Pooling", Supplement A).
+
+Both alternate between assigning every token to its nearest centre (Eqs. 14 and 16) and moving the
+centres, for a fixed number of rounds: a fixed point does not move, so further rounds change
+nothing.
+
+The medoid of a cluster is chosen among its own tokens (Eq. 17). The cost of a token as the medoid
+of its cluster does not depend on the other clusters, so one sum over the masked N x N distances
+gives the costs of all, instead of one for each of the K clusters.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tokenvit_jax.ops.attention import softmax_dtype
+from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.merge_tokens import cluster_sums
+
+
+class Means(NamedTuple):
+    """centers (B, K, C); assignment (B, N) int32 in [0, K); counts (B, K) int32, tokens of each."""
+
+    centers: jax.Array
+    assignment: jax.Array
+    counts: jax.Array
+
+
+class Medoids(NamedTuple):
+    """indices (B, K) int32 of tokens; assignment (B, N) int32 in [0, K); counts (B, K) int32."""
+
+    indices: jax.Array
+    assignment: jax.Array
+    counts: jax.Array
+
+
+def _kmedoids_macs(inputs, outputs):
+    """N^2 C: every distance once, whatever the number of rounds."""
+    batch, length, dim = inputs[0]
+    return batch * length**2 * dim
+
+
+@counted(_kmedoids_macs, static_argnames=("iterations",))
+def kmedoids(
+    tokens: jax.Array,
+    initial: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    iterations: int = 5,
+) -> Medoids:
+    """Chooses K tokens that are near to all others, weighted.
+
+    Minimises the sum over the tokens of their weight times the squared distance to the nearest
+    medoid. Ties go to the lowest index, of medoids as of tokens. Distances are computed in float32
+    (float64 for float64 tokens). Nothing carries a gradient.
+
+    Args:
+      tokens: (B, N, C).
+      initial: tokens that are the first medoids (B, K), integers.
+      weights: (B, N), not negative; None: all 1.
+      iterations: rounds, at least 0.
+
+    Returns:
+      Medoids(indices, assignment, counts).
+
+    Raises:
+      ValueError: shapes that do not fit, K above N, or negative ``iterations``.
+
+    References:
+      Marin et al. 2021, Eqs. 16 to 18, with the weights of Eq. 13 inside the sum of Eq. 17.
+    """
+    _check(tokens, initial, weights, iterations)
+    distances = _squared_distances(tokens)
+    weights = _weights(tokens, weights)
+
+    def move(_, medoids):
+        assignment = _nearest(distances, medoids)
+        same = assignment[:, :, None] == assignment[:, None]
+        cost = jnp.where(same, distances * weights[:, :, None], 0).sum(1)  # (B, N)
+        member = assignment[:, None] == jnp.arange(medoids.shape[1])[:, None]  # (B, K, N)
+        best = jnp.where(member, cost[:, None], jnp.inf).argmin(-1).astype(jnp.int32)
+        # A cluster is empty only if its medoid equals an earlier one.
+        return jnp.where(member.any(-1), best, medoids)
+
+    medoids = lax.fori_loop(0, iterations, move, initial.astype(jnp.int32))
+    assignment = _nearest(distances, medoids)
+    return Medoids(medoids, assignment, _counts(assignment, medoids.shape[1]))
+
+
+def _check(tokens, initial, weights, iterations):
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens has shape {tokens.shape}; expected (batch, tokens, channels)")
+    if initial.ndim != 2 or len(initial) != len(tokens):
+        raise ValueError(
+            f"initial has shape {initial.shape}; expected ({len(tokens)}, clusters) for tokens of "
+            f"shape {tokens.shape}"
+        )
+    if not jnp.issubdtype(initial.dtype, jnp.integer):
+        raise ValueError(f"initial has type {initial.dtype}; expected integers")
+    if not 1 <= initial.shape[1] <= tokens.shape[1]:
+        raise ValueError(
+            f"initial has shape {initial.shape}; it must name from 1 to {tokens.shape[1]} of the "
+            f"tokens of shape {tokens.shape}"
+        )
+    if weights is not None and weights.shape != tokens.shape[:2]:
+        raise ValueError(f"weights has shape {weights.shape}; expected {tokens.shape[:2]}")
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}; it must be at least 0")
+
+
+def _weights(tokens, weights):
+    dtype = softmax_dtype(tokens.dtype)
+    if weights is None:
+        return jnp.ones(tokens.shape[:2], dtype)
+    return lax.stop_gradient(weights).astype(dtype)
+
+
+def _squared_distances(tokens):
+    """(B, N, C) -> (B, N, N), of tokens less their mean: far from the origin digits are lost."""
+    x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
+    x = x - x.mean(1, keepdims=True)
+    square = jnp.sum(x * x, -1)
+    product = jnp.einsum("bnc,bmc->bnm", x, x, precision=lax.Precision.HIGHEST)
+    distances = jnp.maximum(square[:, :, None] + square[:, None] - 2 * product, 0)
+    return jnp.where(jnp.eye(x.shape[1], dtype=bool), 0, distances)
+
+
+def _nearest(distances, medoids):
+    """Returns the number (B, N) of every token's nearest medoid."""
+    columns = jnp.take_along_axis(distances, medoids[:, :, None], 1, mode="promise_in_bounds")
+    return columns.argmin(1).astype(jnp.int32)
+
+
+def _counts(assignment, num_clusters):
+    member = assignment[:, None] == jnp.arange(num_clusters)[:, None]
+    return member.sum(-1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("iterations",))
+def kmeans(
+    tokens: jax.Array,
+    initial: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    iterations: int = 5,
+) -> Means:
+    """Computes K weighted means of tokens.
+
+    Minimises the sum over the tokens of their weight times the squared distance to the nearest
+    centre. Ties go to the lowest index. An empty cluster keeps its centre. Computed in float32
+    (float64 for float64 tokens). Gradients flow through the means of the last round, to tokens and
+    weights; assignments carry none.
+
+    Args:
+      tokens: (B, N, C).
+      initial: tokens that are the first centres (B, K), integers.
+      weights: (B, N), not negative; None: all 1.
+      iterations: rounds, at least 0.
+
+    Returns:
+      Means(centers in the type of ``tokens``, assignment, counts).
+
+    Raises:
+      ValueError: shapes that do not fit, K above N, or negative ``iterations``.
+
+    References:
+      Marin et al. 2021, Eqs. 13 to 15.
+    """
+    _check(tokens, initial, weights, iterations)
+    x = tokens.astype(softmax_dtype(tokens.dtype))
+    if weights is None:
+        weights = jnp.ones(x.shape[:2], x.dtype)
+    weights = weights.astype(x.dtype)[..., None]
+
+    centers = jnp.take_along_axis(x, initial[..., None], 1, mode="promise_in_bounds")
+    if iterations:
+        fixed_x, fixed_weights = lax.stop_gradient((x, weights))
+        centers = lax.fori_loop(
+            0, iterations - 1, lambda _, c: _move_centers(fixed_x, fixed_weights, c),
+            lax.stop_gradient(centers),
+        )  # fmt: skip
+        centers = _move_centers(x, weights, centers)
+    assignment = _nearest_center(x, centers)
+    counts = _counts(assignment, centers.shape[1])
+    return Means(centers.astype(tokens.dtype), assignment, counts)
+
+
+def _round_macs(inputs, outputs):
+    """K N C: the distances of a round."""
+    batch, length, dim = inputs[0]
+    return batch * length * dim * inputs[2][1]
+
+
+@counted(_round_macs)
+def _move_centers(x, weights, centers):
+    """Returns the weighted means (B, K, C) of the tokens that are nearest to each centre."""
+    assignment = _nearest_center(x, centers)
+    weighted = jnp.concatenate([x * weights, weights], -1)
+    sums = cluster_sums(weighted, assignment, centers.shape[1])
+    total = sums[..., -1:]
+    return jnp.where(total > 0, sums[..., :-1] / jnp.where(total > 0, total, 1), centers)
+
+
+@counted(lambda inputs, outputs: 0)  # counted by the round
+def _nearest_center(x, centers):
+    """Returns the number (B, N) of every token's nearest centre."""
+    x, centers = lax.stop_gradient((x, centers))
+    mean = x.mean(1, keepdims=True)
+    x, centers = x - mean, centers - mean
+    product = jnp.einsum("bkc,bnc->bkn", centers, x, precision=lax.Precision.HIGHEST)
+    return (jnp.sum(centers**2, -1)[..., None] - 2 * product).argmin(1).astype(jnp.int32)
