@@ -216,7 +216,8 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
         best = manager.best_step()
         if which == "best" and best is None:
             raise UserError(f"none of the checkpoints {listed} in {folder} was evaluated")
-        step = {"last": steps[-1], "best": best}.get(which) or int(which)
+        named = {"last": steps[-1], "best": best}
+        step = named[which] if which in named else int(which)
         try:
             tree = manager.item_metadata(step)["model"].tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

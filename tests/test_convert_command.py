@@ -1,0 +1,149 @@
+"""Weights from a file to a run and back: the command, and the mistakes it names."""
+
+import copy
+import pickle
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tokenvit_jax as tv
+from tokenvit_jax import cli, convert
+from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights, timm_vit
+from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.workdir import read_config
+
+SETTINGS = {"patch_size": 8, "position_size": (32, 32)}
+
+
+def run(monkeypatch, capsys, *args, **flags):
+    flags = [f"--{key}={value}" for key, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", ["convert", *flags, *args])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(convert.main, copy.deepcopy(convert.FLAGS), required=("source", "out"))
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err
+
+
+def random_arrays(**settings):
+    """Arrays in timm's layout of a DeiT-Ti with 10 classes, all different, and its parameters."""
+    model = tv.create_model("deit_ti", num_classes=10, **SETTINGS | settings)
+    shapes = convert._shapes(model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    return model, params, export_weights(params, timm_vit(model))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "deit.safetensors"
+    save_file(random_arrays(distilled=True)[2], path)
+    return path
+
+
+def test_names_and_shapes_are_those_of_timm(weights):
+    arrays = load_file(weights)
+    assert arrays["cls_token"].shape == arrays["dist_token"].shape == (1, 1, 192)
+    assert arrays["pos_embed"].shape == (1, 18, 192)
+    assert arrays["patch_embed.proj.weight"].shape == (192, 3, 8, 8)
+    assert arrays["blocks.11.attn.qkv.weight"].shape == (576, 192)
+    assert arrays["blocks.0.mlp.fc1.weight"].shape == (768, 192)
+    assert arrays["head_dist.bias"].shape == (10,)
+    assert len(arrays) == 4 + 12 * 12 + 7
+
+
+@pytest.mark.parametrize("settings", [{}, {"distilled": True}, {"pool": "mean"}])
+def test_there_and_back_is_nothing(settings):
+    model, params, arrays = random_arrays(**settings)
+    read = LAYOUTS["timm"]["deit"][1](arrays)
+    assert read == {"distilled": False, "pool": "token"} | SETTINGS | settings
+    found = import_weights(arrays, convert._shapes(model), timm_vit(model))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    kernel = found["blocks_3"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, arrays["blocks.3.mlp.fc1.weight"])
+
+
+def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, weights):
+    workdir, back = tmp_path / "run", tmp_path / "back.safetensors"
+    flags = {"model": "deit_ti", "dataset": "digits", "source": weights, "out": workdir}
+    assert run(monkeypatch, capsys, **flags) == (0, f"{weights} -> {workdir}\n", "")
+    config = read_config(workdir)
+    assert config.model == "deit_ti" and config.image_size == 32
+    assert config.model_overrides.distilled is True
+    loaded = load_checkpoint(workdir)
+    assert loaded.step == 0
+    arrays = load_file(weights)
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["blocks_11"]["attention"]["qkv"]["kernel"],
+        arrays["blocks.11.attn.qkv.weight"].T,
+    )
+    assert run(monkeypatch, capsys, source=workdir, out=back)[0] == 0
+    found = load_file(back)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    status, _, err = run(monkeypatch, capsys, **flags)
+    assert (status, err) == (
+        1,
+        f"error: --out={workdir} holds checkpoints already; use another folder\n",
+    )
+
+
+def test_all_mismatches_are_listed_at_once(monkeypatch, capsys, tmp_path, weights):
+    arrays = load_file(weights)
+    del arrays["blocks.2.norm1.weight"]
+    arrays["head.weight"] = np.zeros((1000, 192), np.float32)
+    arrays["extra"] = np.zeros(3, np.float32)
+    source = tmp_path / "wrong.safetensors"
+    save_file(arrays, source)
+    out = tmp_path / "run"
+    flags = {"model": "deit_ti", "dataset": "digits", "source": source, "out": out}
+    status, _, err = run(monkeypatch, capsys, **flags)
+    assert status == 1 and "3 entries do not fit the model" in err
+    assert "blocks.2.norm1.weight is missing" in err
+    assert "head.weight has shape (1000, 192), expected (10, 192)" in err
+    assert "extra (3,) belongs to nothing" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not weights at all", "is neither safetensors nor of torch.save"),
+        (pickle.dumps({"cls_token": np.zeros(3)}), "(was written by torch.save|is refused)"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_unreadable_files_are_named(monkeypatch, capsys, tmp_path, content, message):
+    source = tmp_path / "weights.bin"
+    if content is not None:
+        source.write_bytes(content)
+    status, _, err = run(monkeypatch, capsys, model="deit_ti", source=source, out=tmp_path / "run")
+    assert status == 1
+    assert err.startswith(f"error: --source={source}")
+    assert re.search(message, err), err
+
+
+def test_wrong_models_are_named(monkeypatch, capsys, tmp_path, weights):
+    flags = {"source": weights, "out": tmp_path / "run"}
+    for extra, message in (
+        ({}, "--model is missing: the file does not say of which model it is"),
+        ({"model": "deit_x"}, "unknown model 'deit_x'"),
+        ({"model": "dgt_t"}, "--layout=timm has no model 'dgt_t'; valid: vit, deit"),
+    ):
+        status, _, err = run(monkeypatch, capsys, **flags, **extra)
+        assert status == 1 and message in err, err
+
+
+def test_an_imported_model_computes(weights):
+    arrays = load_file(weights)
+    model = tv.create_model("deit_ti", num_classes=10, distilled=True, **SETTINGS)
+    params = import_weights(arrays, convert._shapes(model), timm_vit(model))
+    logits = jax.eval_shape(
+        lambda x: model.apply({"params": params}, x, train=False), jnp.zeros((1, 32, 32, 3))
+    )
+    assert logits.shape == (1, 10)

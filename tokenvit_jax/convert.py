@@ -1,0 +1,180 @@
+"""Published weights to a run of this project, and back.
+
+    python -m tokenvit_jax.convert --model=deit_s --layout=timm --source=FILE --out=WORKDIR
+    python -m tokenvit_jax.convert --layout=timm --source=WORKDIR --out=FILE.safetensors
+
+FILE holds the arrays of a PyTorch model, as safetensors or as torch.save wrote them; the latter
+needs PyTorch, which reads them without running code (weights_only). The settings of the model are
+read off the arrays. WORKDIR is then like that of a training run, at step 0: predict, evaluate and
+train take it. Back: --checkpoint=last, best (highest accuracy) or a step.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tokenvit_jax import cli
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data import dataset_info
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models import create_model
+from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints, load_variables
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import TrainState
+from tokenvit_jax.training.workdir import read_config, write_config
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string(
+    "model", None, "name of the model; not needed on the way back", flag_values=FLAGS
+)
+flags.DEFINE_enum(
+    "layout", "timm", list(LAYOUTS), "names and shapes in the file", flag_values=FLAGS
+)
+flags.DEFINE_string("source", None, "file of weights, or on the way back a run", flag_values=FLAGS)
+flags.DEFINE_string(
+    "out", None, "folder of the new run, or on the way back a file", flag_values=FLAGS
+)
+flags.DEFINE_string("dataset", "imagenet2012", "whose classes the model tells", flag_values=FLAGS)
+flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Writes the run or the file."""
+    source, out = Path(flag_values.source), Path(flag_values.out)
+    if source.is_dir():
+        export_run(source, out, flag_values.layout, flag_values.checkpoint)
+    elif flag_values.model is None:
+        raise UserError("--model is missing: the file does not say of which model it is")
+    else:
+        import_file(source, out, flag_values.model, flag_values.layout, flag_values.dataset)
+    print(f"{source} -> {out}")
+
+
+def import_file(source: Path, out: Path, name: str, layout: str, dataset: str) -> None:
+    """Writes a run at step 0 with the weights of a file.
+
+    Args:
+      source: safetensors, or a file of torch.save.
+      out: folder of the run, new.
+      name: of the model.
+      layout: one of LAYOUTS.
+      dataset: its classes must be as many as the model's.
+
+    Raises:
+      UserError: the file cannot be read or does not fit, or the folder holds a run already.
+    """
+    rules_of, settings_of = _layout(layout, name)
+    if (out / FOLDER).exists():
+        raise UserError(f"--out={out} holds checkpoints already; use another folder")
+    arrays = read_arrays(source)
+    config = default_config()
+    config.model, config.dataset = name, dataset
+    config.model_overrides = settings_of(arrays)
+    config.image_size = config.model_overrides.get("position_size", (config.image_size,))[0]
+    model = classification.make_model(config, dataset_info(dataset).num_classes)
+    try:
+        params = import_weights(arrays, _shapes(model), rules_of(model))
+    except UserError as error:
+        raise UserError(f"--source={source}: {error}") from error
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state={},
+        opt_state=make_optimizer(config).init(params),
+        ema=None,
+        skipped=jnp.zeros((), jnp.int32),
+    )
+    write_config(out, config)
+    with Checkpoints(out, keep_last=1, keep_best=0) as checkpoints:
+        checkpoints.save(0, state, {})
+
+
+def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
+    """Writes the weights of a run as safetensors.
+
+    Args:
+      source: folder of the run.
+      out: file.
+      layout: one of LAYOUTS.
+      checkpoint: "last", "best" or a step.
+
+    Raises:
+      UserError: there is no such checkpoint, or the layout has no such model.
+    """
+    config = read_config(source)
+    rules_of, _ = _layout(layout, config.model)
+    model = classification.make_model(config, dataset_info(config.dataset).num_classes)
+    loaded = load_variables(model, config.image_size, source, checkpoint)
+    save_file(export_weights(loaded.variables["params"], rules_of(model)), out)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file of weights.
+
+    Args:
+      path: safetensors, or what torch.save wrote: arrays by name, maybe inside "model" or
+        "state_dict".
+
+    Raises:
+      UserError: the file is not there, damaged, or a pickle that would have to run code.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UserError(f"--source={path}: {error.strerror}") from error
+    if start == b"PK" or start[:1] == b"\x80":  # a ZIP archive of torch.save, or an older pickle
+        return _read_torch(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"--source={path} is neither safetensors nor of torch.save: {error}"
+        ) from error
+
+
+def _read_torch(path):
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--source={path} was written by torch.save: reading it needs PyTorch (pip install "
+            "torch), or a copy written by safetensors.torch.save_file"
+        ) from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zipfile's and torch's own types
+        raise UserError(
+            f"--source={path} is refused: it holds more than arrays, and reading it could run "
+            "code. Where you trust it: safetensors.torch.save_file(torch.load(FILE, "
+            "weights_only=False)['model'], 'FILE.safetensors')"
+        ) from error
+    for key in ("model", "state_dict"):
+        found = found.get(key, found)
+    return {name: tensor.float().numpy() for name, tensor in found.items()}
+
+
+def _layout(layout, name):
+    families = LAYOUTS[layout]
+    create_model(name)  # an unknown name says so
+    family = name.split("_")[0]
+    if family not in families:
+        raise UserError(f"--layout={layout} has no model {name!r}; valid: {', '.join(families)}")
+    return families[family]
+
+
+def _shapes(model):
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
+    return jax.eval_shape(init, images)["params"]
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, required=("source", "out"))
