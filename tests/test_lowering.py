@@ -75,6 +75,11 @@ def test_other_operators(dtype):
     lowers(gradient(merge, 2), tokens, scores)
     q = array(2, 14, 14, 2, 32, dtype=dtype)
     lowers(gradient(ops.pale_attention, 3), q, q, q)
+    initial = array(2, 20, dtype=jnp.int32)
+    lowers(ops.kmedoids, tokens, initial, scores)
+    lowers(gradient(lambda x, w, initial: ops.kmeans(x, initial, w), 2), tokens, scores, initial)
+    q = array(2, 49, 2, 32, dtype=dtype)
+    lowers(gradient(ops.scored_attention, 3), q, q, q)
 
 
 @pytest.mark.parametrize(

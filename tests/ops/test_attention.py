@@ -88,3 +88,24 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     in_chunks = lambda *x: run(*x)  # noqa: E731  (a function that was not traced yet)
     assert "scan" in str(jax.make_jaxpr(in_chunks)(q, k, v))
     chex.assert_trees_all_close(jax.jit(in_chunks)(q, k, v), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_scored_attention(sized):
+    """The attention of repeated keys, and how much of it each received."""
+    q, k, v = inputs()
+    size = np.random.default_rng(5).integers(1, 4, k.shape[:2]) if sized else None
+    found = ops.scored_attention(q, k, v, size)
+    repeats = np.ones(k.shape[:2], int) if size is None else size
+    for b in range(len(q)):
+        keys, values = (np.repeat(x[b], repeats[b], axis=0)[None] for x in (k, v))
+        np.testing.assert_allclose(
+            found.output[b], ops.dot_product_attention(q[b : b + 1], keys, values)[0], atol=1e-5
+        )
+        logits = np.einsum("qhd,khd->hqk", q[b], keys[0]) * q.shape[-1] ** -0.5
+        received = np.asarray(jax.nn.softmax(logits)).sum((0, 1))
+        ends = np.cumsum(repeats[b])
+        sums = np.diff(np.concatenate([[0], np.cumsum(received)[ends - 1]]))
+        np.testing.assert_allclose(found.received[b], sums, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"size has shape \(1, 2\); expected"):
+        ops.scored_attention(q, k, v, np.ones((1, 2)))

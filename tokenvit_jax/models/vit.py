@@ -13,48 +13,91 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Dropout, DropPath, Mlp, dense
 from tokenvit_jax.layers.conv import linear_init
+from tokenvit_jax.layers.stochastic import image_keys
+from tokenvit_jax.models.reducers import TokenReducer, make_reducer, reduce_tokens
 from tokenvit_jax.models.registry import check_images, register
 
 POOLS = ("token", "mean")
 
 
 class Attention(nn.Module):
-    """Multi-head attention of all tokens: (B, T, C) -> (B, T, C)."""
+    """Multi-head attention of all tokens: (B, T, C) -> (B, T, C).
+
+    With ``scored`` also returns the attention that each token received, (B, T); ``size`` (B, T) is
+    the number of patches that each token stands for.
+    """
 
     num_heads: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, scored: bool = False, size: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         channels = x.shape[-1]
         if channels % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
         qkv = dense(3 * channels, self.dtype, "qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, channels // self.num_heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
-        y = ops.dot_product_attention(q, k, v)
-        return dense(channels, self.dtype, "proj")(y.reshape(x.shape))
+        received = None
+        if scored or size is not None:
+            y, received = ops.scored_attention(q, k, v, size)
+        else:
+            y = ops.dot_product_attention(q, k, v)
+        return dense(channels, self.dtype, "proj")(y.reshape(x.shape)), received
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), x + MLP(LN(x)): (B, T, C) -> (B, T, C)."""
+    """x + attention(LN(x)), the reducer, x + MLP(LN(x)): (B, T, C) -> (B, T', C).
+
+    Attributes, beside those of :class:`VisionTransformer`:
+      num_front: tokens in front of the patches, which are never reduced.
+      keep: most patches that go on; None: all.
+    """
 
     num_heads: int
     mlp_ratio: int
     drop_path: float
     dtype: Any
     axis_name: str | None
+    num_front: int
+    reducer: TokenReducer | None
+    keep: int | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, size: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Takes and returns, beside the tokens, how many patches each stands for (B, T)."""
+
         def norm(x, name):
             return nn.LayerNorm(1e-6, dtype=self.dtype, name=name)(x)
 
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
 
-        x = x + drop(Attention(self.num_heads, self.dtype, name="attention")(norm(x, "norm1")))
-        return x + drop(Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x, "norm2")))
+        reduces = self.keep is not None and self.keep < x.shape[1] - self.num_front
+        attention = Attention(self.num_heads, self.dtype, name="attention")
+        carried = size if self.reducer is not None and self.reducer.carry else None
+        y, received = attention(norm(x, "norm1"), reduces, carried)
+        x = x + drop(y)
+        if reduces:
+            x, size = self._reduce(x, received, size, train)
+        return x + drop(Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x, "norm2"))), size
+
+    def _reduce(self, x, received, size, train):
+        front, patches = jnp.split(x, [self.num_front], axis=1)
+        front_size, patch_size = jnp.split(size, [self.num_front], axis=1)
+        if self.keep == 0:
+            return front, front_size
+        rng = self.make_rng("routing") if train else jax.random.key(0)
+        patches, patch_size = reduce_tokens(
+            patches, received[:, self.num_front :], patch_size, self.keep, self.reducer,
+            image_keys(rng, len(x), self.axis_name),
+        )  # fmt: skip
+        return (
+            jnp.concatenate([front, patches], 1),
+            jnp.concatenate([front_size, patch_size], 1),
+        )
 
 
 class VisionTransformer(nn.Module, kw_only=True):
@@ -75,6 +118,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         "mean" of the patches.
       distilled: with a distillation token beside the class token, and a classifier of its own
         (DeiT); the logits are the mean of both.
+      token_reducer: reduces the patches between attention and MLP of the blocks: a
+        :class:`TokenReducer` or its attributes by name; None: all patches stay.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dropout: before the classifier.
       remat: compute the blocks again in the backward pass instead of keeping what is inside.
@@ -91,6 +136,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     position_size: tuple[int, int] = (224, 224)
     pool: str = "token"
     distilled: bool = False
+    token_reducer: Any = None
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: bool = False
@@ -109,11 +155,13 @@ class VisionTransformer(nn.Module, kw_only=True):
         # Of the tokens in front, then of the patches, row by row.
         shape = (1 + self.distilled + rows * columns, self.dim)
         self.position = self.param("position", linear_init, shape)
-        cls = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        cls = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        reducer = make_reducer(self.token_reducer, self.depth)
         self.blocks = [
             cls(
                 self.num_heads, self.mlp_ratio, self.drop_path * i / max(self.depth - 1, 1),
-                self.dtype, self.axis_name,
+                self.dtype, self.axis_name, 1 + self.distilled, reducer,
+                None if reducer is None else reducer.keep[i],
             )
             for i in range(self.depth)
         ]  # fmt: skip
@@ -128,6 +176,8 @@ class VisionTransformer(nn.Module, kw_only=True):
             raise UserError(f"pool={self.pool!r} is not valid; valid: {', '.join(POOLS)}")
         if self.distilled and self.pool != "token":
             raise UserError(f"distilled=True needs pool='token', not {self.pool!r}")
+        if self.token_reducer and self.pool == "mean":
+            raise UserError("token_reducer goes with pool='token', not 'mean'")
         if self.patch_size < 1:
             raise UserError(f"patch_size={self.patch_size} is not valid; valid: at least 1 pixel")
 
@@ -137,7 +187,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     def tokens(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the tokens after the last block, class and distillation token in front.
 
-        (B, T, C): T is the number of patches plus 1, or 2 if distilled.
+        (B, T, C): T is the number of patches that are left plus 1, or 2 if distilled.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -154,8 +204,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         front = [jnp.broadcast_to(token, (batch, 1, self.dim)) for token in self.front]
         x = jnp.concatenate([*front, x], 1).astype(self.dtype)
         x = x + self._positions(grid).astype(self.dtype)
+        size = jnp.ones(x.shape[:2], jnp.float32)
         for block in self.blocks:
-            x = block(x, train)
+            x, size = block(x, size, train)
         return x
 
     def _positions(self, grid):
@@ -174,7 +225,12 @@ class VisionTransformer(nn.Module, kw_only=True):
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
+
+        Raises:
+          UserError: the model reduces its tokens.
         """
+        if self.token_reducer:
+            raise UserError("token_reducer: reduced tokens are no map; valid: None")
         x = self.norm(self.tokens(images, train)[:, 1 + self.distilled :])
         return [x.reshape(len(x), *self._grid(*images.shape[1:3]), self.dim)]
 

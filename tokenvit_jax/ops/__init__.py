@@ -1,6 +1,6 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
-from tokenvit_jax.ops.attention import dot_product_attention
+from tokenvit_jax.ops.attention import ScoredAttention, dot_product_attention, scored_attention
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -29,6 +29,7 @@ __all__ = [
     "GroupSums",
     "Means",
     "Medoids",
+    "ScoredAttention",
     "assign_clusters",
     "cluster_density_peaks",
     "density_peaks",
@@ -41,6 +42,7 @@ __all__ = [
     "merge_tokens",
     "move_centroids",
     "pale_attention",
+    "scored_attention",
     "update_centroids",
     "used_clusters",
 ]

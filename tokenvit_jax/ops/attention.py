@@ -1,6 +1,7 @@
 """Softmax attention of all queries with all keys."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,45 @@ def dot_product_attention(
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
 
 
+class ScoredAttention(NamedTuple):
+    """output (B, L, N, D); received (B, S), the attention of all heads and queries to each key."""
+
+    output: jax.Array
+    received: jax.Array
+
+
+@counted(_macs)
+def scored_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, size: jax.Array | None = None
+) -> ScoredAttention:
+    """Attends like :func:`dot_product_attention`, and reports how much attention each key received.
+
+    Args:
+      q: queries (B, L, N, D).
+      k: keys (B, S, N, D).
+      v: values (B, S, N, D).
+      size: tokens that each key stands for (B, S), above 0: adds their logarithm to the logits,
+        which is what so many equal keys would do; None: 1.
+
+    Returns:
+      ScoredAttention(output in the type of ``v``, received in float32 or float64).
+
+    Raises:
+      ValueError: the shapes do not fit together.
+
+    References:
+      Marin et al. 2021, "Token Pooling", Supplement E.
+    """
+    check_qkv(q, k, v)
+    if size is not None and size.shape != k.shape[:2]:
+        raise ValueError(f"size has shape {size.shape}; expected {k.shape[:2]}")
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    bias = None if size is None else jnp.log(size.astype(softmax_dtype(q.dtype)))[:, None, None]
+    output, weights, total = attend(q, k, v, bias=bias)
+    received = jnp.einsum("bhqk,bhq->bk", weights.astype(total.dtype), 1 / total[..., 0])
+    return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
+
+
 def map_queries(run: Callable[..., jax.Array], num_keys: int, *queries: jax.Array) -> jax.Array:
     """Returns ``run(*queries)``, of so many queries at once that about ``MAX_LOGITS`` logits fit.
 
@@ -94,7 +134,11 @@ def map_queries(run: Callable[..., jax.Array], num_keys: int, *queries: jax.Arra
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes softmax(q k^T) v for any leading axes, with its log-normaliser in two parts.
 
@@ -103,6 +147,7 @@ def attend(
       k: keys (..., S, D).
       v: values (..., S, E).
       mask: bool, broadcastable to (..., L, S): the keys that count; None: all.
+      bias: of the logits, broadcastable to (..., L, S); None: 0.
 
     Returns:
       output (..., L, E) in the type of ``v``, exp(logits - max) (..., L, S) in the type of ``v``,
@@ -110,6 +155,8 @@ def attend(
     """
     dtype = softmax_dtype(q.dtype)
     logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=dtype)
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
     logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))

@@ -1,0 +1,215 @@
+"""Token reducers in a plain host: published costs, and what each does to the tokens."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokenvit_jax as tv
+from tokenvit_jax import ops
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.reducers import CLUSTERINGS, SELECTIONS, TokenReducer, reduce_tokens
+from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.published import TOKEN_POOLING
+from tokenvit_jax.summary import summarize_model
+
+rng = np.random.default_rng(0)
+IMAGES = rng.normal(size=(3, 64, 48, 3)).astype(np.float32)  # 12 patches
+SMALL = {"num_classes": 5, "dim": 8, "depth": 3, "num_heads": 2, "position_size": (64, 48)}
+
+
+@functools.cache
+def variables():
+    model = VisionTransformer(**SMALL)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    draw = np.random.default_rng(1)
+    return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def tokens_of(reducer, **kwargs):
+    model = VisionTransformer(**SMALL, token_reducer=reducer)
+    kwargs = {"train": False, "method": "tokens"} | kwargs
+    return jax.jit(functools.partial(model.apply, **kwargs))(variables(), IMAGES)
+
+
+def digits_of(text):
+    return len(text.partition(".")[2])
+
+
+@pytest.mark.parametrize("name", TOKEN_POOLING)
+def test_costs_of_the_published_levels(name):
+    dim = tv.create_model(name).dim
+    for level in TOKEN_POOLING[name]:
+        gmacs = {}
+        for method in ("powerbert", "kmedoids"):
+            model = tv.create_model(name, token_reducer={"keep": level.keep, "method": method})
+            gmacs[method] = summarize_model(model, (224, 224), name).macs / 1e9
+        # The paper clusters N tokens to N, too; here they are left as they are.
+        left = np.minimum.accumulate((196, *level.keep))
+        idle = sum(n**2 * dim for n, k in itertools.pairwise(left) if n == k) / 1e9
+        for found, paper in (
+            (gmacs["powerbert"], level.powerbert_gmacs),
+            (gmacs["kmedoids"] + idle, level.kmedoids_gmacs),
+        ):
+            # Half a unit of the last digit, and what the paper's own rounding adds.
+            unit = 10 ** -digits_of(paper)
+            assert found == pytest.approx(float(paper), abs=0.55 * unit), (level.keep, paper)
+
+
+@pytest.mark.parametrize("name", TOKEN_POOLING)
+def test_costs_to_three_digits(name):
+    """Counted by hand: projections and MLP of what is left, attention of what came."""
+    exact = {
+        "deit_s": (4.282, 2.935, 2.523, 2.268, 2.061, 1.518, 1.215, 0.963),
+        "deit_e318": (3.009, 2.108, 1.809, 1.619, 1.462, 1.090, 0.893, 0.752),
+        "deit_e252": (1.964, 1.384, 1.190, 1.054, 0.956, 0.697, 0.546, 0.457),
+    }[name]
+    for level, expected in zip(TOKEN_POOLING[name], exact, strict=True):
+        model = tv.create_model(name, token_reducer={"keep": level.keep, "method": "powerbert"})
+        gmacs = summarize_model(model, (224, 224), name).macs / 1e9
+        assert gmacs == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("method", CLUSTERINGS + SELECTIONS)
+def test_reduced_tokens(method):
+    """Each method does what its operator does, and sizes add up."""
+    x = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    score = rng.uniform(0.1, 1, size=(2, 12)).astype(np.float32)
+    size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), 2)
+    reducer = TokenReducer(keep=(), method=method)
+    found, sizes = reduce_tokens(x, score, size, 5, reducer, keys)
+    assert found.shape == (2, 5, 4) and sizes.shape == (2, 5)
+    best = np.argsort(-score, 1, "stable")[:, :5]
+    weights = score if method.startswith("weighted") else None
+    if method in SELECTIONS:
+        places = np.array([[(x[b] == t).all(1).argmax() for t in found[b]] for b in range(2)])
+        assert all(len(set(row)) == 5 for row in places)  # without replacement
+        np.testing.assert_array_equal(sizes, np.take_along_axis(size, places, 1))
+        if method == "powerbert":
+            np.testing.assert_array_equal(places, best)
+        return
+    if method.endswith("kmeans"):
+        expected, assignment, _ = ops.kmeans(x, best, weights)
+    else:
+        indices, assignment, _ = ops.kmedoids(x, best, weights)
+        expected = np.take_along_axis(x, np.asarray(indices)[..., None], 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(sizes.sum(1), size.sum(1))
+    for b in range(2):
+        np.testing.assert_allclose(sizes[b], np.bincount(assignment[b], size[b], 5))
+
+
+def test_chance_follows_the_scores():
+    """Of two tokens, one of three times the score: drawn in three of four images."""
+    images = 4000
+    x = jnp.broadcast_to(jnp.array([[[0.0], [1.0]]]), (images, 2, 1))
+    score = jnp.broadcast_to(jnp.array([[1.0, 3.0]]), (images, 2))
+    keys = jax.random.split(jax.random.key(0), images)
+    for method, expected in (("importance", 0.75), ("random", 0.5)):
+        reducer = TokenReducer(keep=(), method=method)
+        found, _ = reduce_tokens(x, score, jnp.ones((images, 2)), 1, reducer, keys)
+        assert found.mean() == pytest.approx(expected, abs=0.03)
+
+
+def test_random_first_centers_are_a_random_selection():
+    x = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    score, keys = jnp.ones((2, 12)), jax.random.split(jax.random.key(3), 2)
+    found, selected = (
+        reduce_tokens(x, score, score, 5, reducer, keys)[0]
+        for reducer in (
+            TokenReducer(keep=(), method="kmeans", initial="random"),
+            TokenReducer(keep=(), method="random"),
+        )
+    )
+    first = np.array([[(x[b] == t).all(1).argmax() for t in selected[b]] for b in range(2)])
+    np.testing.assert_allclose(found, ops.kmeans(x, first).centers, rtol=1e-6)
+    by_score = reduce_tokens(x, score, score, 5, TokenReducer(keep=(), method="kmeans"), keys)[0]
+    assert np.abs(found - by_score).max() > 0.01
+
+
+def test_as_many_as_there_are_changes_nothing():
+    plain = tokens_of(None)
+    np.testing.assert_array_equal(tokens_of(TokenReducer(keep=(12, 200, 12))), plain)
+    carried = tokens_of(TokenReducer(keep=(12, 12, 12), carry=True))  # the logarithm of 1 is 0
+    np.testing.assert_allclose(carried, plain, atol=1e-5)
+
+
+def test_number_of_tokens_falls_to_the_class_token():
+    assert tokens_of({"keep": (7, 9, 2)}).shape == (3, 3, 8)
+    assert tokens_of({"keep": (7, 0, 4)}).shape == (3, 1, 8)
+    model = VisionTransformer(**SMALL, distilled=True, token_reducer={"keep": (7, 0, 4)})
+    images = jnp.zeros((1, 64, 48, 3))
+    init = lambda: model.init(jax.random.key(0), images, train=False)  # noqa: E731
+    found = jax.eval_shape(lambda v: model.apply(v, images, False, method="tokens"), init())
+    assert found.shape == (1, 2, 8)
+
+
+def test_the_first_reduction_uses_the_attention_that_patches_receive():
+    """Nothing before the first MLP depends on the reducer: the kept tokens can be followed."""
+    params = variables()["params"]
+    model = VisionTransformer(**SMALL)
+    _, noted = model.apply(
+        variables(), IMAGES, train=False, mutable=["intermediates"],
+        capture_intermediates=lambda module, _: module.name in ("norm1", "attention"),
+    )  # fmt: skip
+    first = noted["intermediates"]["blocks_0"]
+    normed = np.asarray(first["norm1"]["__call__"][0], np.float64)
+    qkv = params["blocks_0"]["attention"]["qkv"]
+    q, k, _ = np.split(normed @ qkv["kernel"] + qkv["bias"], 3, axis=-1)
+    heads = lambda x: x.reshape(3, 13, 2, 4)  # noqa: E731
+    logits = np.einsum("bqhd,bkhd->bhqk", heads(q), heads(k)) / 2
+    received = np.asarray(jax.nn.softmax(logits)).sum((1, 2))[:, 1:]
+    best = np.argsort(-received, 1, "stable")[:, :4]
+
+    whole = VisionTransformer(**SMALL | {"depth": 1})
+    reduced = whole.clone(token_reducer={"keep": (4,), "method": "powerbert"})
+    first_of = {"params": {k: v for k, v in params.items() if k not in ("blocks_1", "blocks_2")}}
+    tokens = whole.apply(first_of, IMAGES, train=False, method="tokens")
+    found = reduced.apply(first_of, IMAGES, train=False, method="tokens")
+    expected = np.take_along_axis(np.asarray(tokens)[:, 1:], best[..., None], 1)
+    np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
+
+
+def test_gradients_and_chance_in_training():
+    reducer = {"keep": (7, 5, 3), "method": "weighted_kmeans", "initial": "random", "carry": True}
+    model = VisionTransformer(**SMALL, token_reducer=reducer, remat=True)
+
+    @jax.jit
+    def grad(params, seed):
+        rngs = {"routing": jax.random.key(seed), "dropout": jax.random.key(1)}
+        loss = lambda p: (model.apply({"params": p}, IMAGES, train=True, rngs=rngs) ** 2).sum()  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    loss, grads = grad(variables()["params"], 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    assert grad(variables()["params"], 0)[0] == loss != grad(variables()["params"], 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        ({"keep": (3, 3)}, r"token_reducer.keep=\(3, 3\) is not valid; valid: 3 numbers from 0"),
+        ({"keep": (3, -1, 3)}, r"token_reducer.keep=\(3, -1, 3\) is not valid"),
+        ({"keep": (3, 3, 3), "method": "mean"}, "token_reducer.method='mean' is not valid; valid"),
+        ({"keep": (3, 3, 3), "initial": "first"}, "token_reducer.initial='first' is not valid"),
+        ({"keep": (3, 3, 3), "iterations": 3}, "token_reducer has no 'iterations'; valid: keep"),
+        ({"method": "kmeans"}, "token_reducer.keep is missing"),
+    ],
+)
+def test_mistakes_are_named(reducer, message):
+    model = VisionTransformer(**SMALL, token_reducer=reducer)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+
+
+def test_reduced_tokens_are_no_map():
+    with pytest.raises(UserError, match="reduced tokens are no map"):
+        tokens_of({"keep": (7, 5, 3)}, method="features")
+    model = VisionTransformer(**SMALL, token_reducer={"keep": (7, 5, 3)}, pool="mean")
+    with pytest.raises(UserError, match="token_reducer goes with pool='token', not 'mean'"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
