@@ -89,7 +89,8 @@ class Block(nn.Module):
         front_size, patch_size = jnp.split(size, [self.num_front], axis=1)
         if self.keep == 0:
             return front, front_size
-        rng = self.make_rng("routing") if train else jax.random.key(0)
+        # Evaluation draws the same numbers every time, but others in every block.
+        rng = self.make_rng("routing") if train else jax.random.key(x.shape[1])
         patches, patch_size = reduce_tokens(
             patches, received[:, self.num_front :], patch_size, self.keep, self.reducer,
             image_keys(rng, len(x), self.axis_name),
