@@ -60,7 +60,7 @@ def test_blocks_and_logits(timm, theirs, ours, settings):
         )(images)  # fmt: skip
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         for i, block in enumerate(blocks):
-            (found,) = noted["intermediates"][f"blocks_{i}"]["__call__"]
+            ((found, _),) = noted["intermediates"][f"blocks_{i}"]["__call__"]
             np.testing.assert_allclose(found, block.numpy(), atol=1e-4)
 
 
