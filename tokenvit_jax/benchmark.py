@@ -1,7 +1,7 @@
 """Time and memory of models and operators on this machine.
 
     python -m tokenvit_jax.benchmark --model=dgt_t --image_size=224 --batch_size=8 --mode=train
-    python -m tokenvit_jax.benchmark --model=all --against=pvt_v2_b2 --mode=both
+    python -m tokenvit_jax.benchmark --model=dgt_t,pale_t --against=pvt_v2_b2 --mode=both
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
 
 A training step is forward, backward and plain gradient descent in one compiled call that reuses

@@ -54,14 +54,13 @@ def test_costs_of_the_published_levels(name):
             (gmacs["powerbert"], level.powerbert_gmacs),
             (gmacs["kmedoids"] + idle, level.kmedoids_gmacs),
         ):
-            # Half a unit of the last digit, and what the paper's own rounding adds.
             unit = 10 ** -digits_of(paper)
-            assert found == pytest.approx(float(paper), abs=0.55 * unit), (level.keep, paper)
+            assert found == pytest.approx(float(paper), abs=0.5 * unit), (level.keep, paper)
 
 
 @pytest.mark.parametrize("name", TOKEN_POOLING)
 def test_costs_to_three_digits(name):
-    """Counted by hand: projections and MLP of what is left, attention of what came."""
+    """Attention costs what comes into a block, the MLP what goes on; levels 0 to 7, in 10^9."""
     exact = {
         "deit_s": (4.282, 2.935, 2.523, 2.268, 2.061, 1.518, 1.215, 0.963),
         "deit_e318": (3.009, 2.108, 1.809, 1.619, 1.462, 1.090, 0.893, 0.752),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.ops import chunks
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 
 # The package exports a function of the same name.
@@ -146,10 +147,10 @@ def test_chunks_change_nothing(dtype, shape, chunk_sizes, rtol, assign):
 
 def test_sizes_of_chunks_by_default():
     for length, width in ((3136, 8 * 3136), (67200, 67200), (196, 8 * 196), (5, 5)):
-        size = module.in_chunks(jnp.int32, length, width, None)
+        size = chunks.in_chunks(jnp.int32, length, width, None)
         assert min(length, 32) <= size <= length
-        assert size * width <= max(1.3 * module.CPU_CHUNK, 32 * width)
-    assert module.in_chunks(int, 3136, 3136, 100) == 100
+        assert size * width <= max(1.3 * chunks.CPU_CHUNK, 32 * width)
+    assert chunks.in_chunks(int, 3136, 3136, 100) == 100
 
 
 def test_order_of_tokens_does_not_matter():

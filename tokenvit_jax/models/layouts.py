@@ -82,7 +82,8 @@ def timm_vit_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if patches is not None and patches.ndim == 4:
         settings["patch_size"] = patches.shape[-1]
         if position is not None and position.ndim == 3:
-            side = settings["patch_size"] * math.isqrt(position.shape[1] - 1)
+            patches_of_map = position.shape[1] - 1 - settings["distilled"]
+            side = settings["patch_size"] * math.isqrt(patches_of_map)
             settings["position_size"] = (side, side)
     return settings
 

@@ -13,7 +13,6 @@ Chunks change the answer by rounding at most. A distance is |y|^2 - 2 x.y + |x|^
 their mean; the last term is the same for all y, and added to what was selected only.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokenvit_jax.ops.attention import softmax_dtype
+from tokenvit_jax.ops.chunks import LANES, in_chunks, num_chunks
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.selection import top_indices
 
@@ -228,49 +228,6 @@ def _check_tokens(tokens, mask, chunk_size):
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None")
-
-
-# ------------------------------------------------------------------------------------------------
-# Chunks
-# ------------------------------------------------------------------------------------------------
-
-# Numbers of a chunk: on CPU it stays in the cache, elsewhere it fills the machine (not measured).
-CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
-# Tokens of a chunk come in multiples of this, and at least twice as many.
-LANES = 16
-
-
-def in_chunks(
-    run: Callable[[int], jax.Array], length: int, width: int, chunk_size: int | None
-) -> jax.Array:
-    """Returns ``run(size)`` for the number of tokens that a chunk should have.
-
-    A chunk begins at ``i * size`` or, if that is nearer to the front, at ``length - size``, where
-    ``lax.dynamic_slice`` puts it: the last one repeats tokens instead of having fewer.
-
-    Args:
-      run: computes everything in chunks of so many tokens.
-      length: N.
-      width: numbers that a token takes in a chunk, of all images together.
-      chunk_size: tokens of a chunk; None: what suits the platform.
-    """
-    if chunk_size is not None:
-        return run(min(chunk_size, length))
-
-    def even(numbers):
-        most = min(max(numbers // width, 2 * LANES), length)
-        size = -(-length // num_chunks(length, most))
-        return min(-(-size // LANES) * LANES, length)
-
-    cpu, other = even(CPU_CHUNK), even(ACCELERATOR_CHUNK)
-    if cpu == other:
-        return run(cpu)
-    return lax.platform_dependent(cpu=lambda: run(cpu), default=lambda: run(other))
-
-
-def num_chunks(length: int, size: int) -> int:
-    """Returns the number of chunks of ``size`` tokens that ``length`` tokens need."""
-    return -(-length // size)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokenvit_jax.ops.attention import softmax_dtype
+from tokenvit_jax.ops.chunks import num_chunks
 from tokenvit_jax.ops.counted import counted
-from tokenvit_jax.ops.density_peaks import num_chunks
 
 # Added to the sum of the weights of a cluster.
 EPSILON = 1e-6

@@ -74,7 +74,7 @@ def kmedoids(
     """
     _check(tokens, initial, weights, iterations)
     distances = _squared_distances(tokens)
-    weights = _weights(tokens, weights)
+    weights = lax.stop_gradient(_weights(tokens, weights))
 
     def move(_, medoids):
         assignment = _nearest(distances, medoids)
@@ -115,7 +115,7 @@ def _weights(tokens, weights):
     dtype = softmax_dtype(tokens.dtype)
     if weights is None:
         return jnp.ones(tokens.shape[:2], dtype)
-    return lax.stop_gradient(weights).astype(dtype)
+    return weights.astype(dtype)
 
 
 def _squared_distances(tokens):
@@ -171,9 +171,7 @@ def kmeans(
     """
     _check(tokens, initial, weights, iterations)
     x = tokens.astype(softmax_dtype(tokens.dtype))
-    if weights is None:
-        weights = jnp.ones(x.shape[:2], x.dtype)
-    weights = weights.astype(x.dtype)[..., None]
+    weights = _weights(tokens, weights)[..., None]
 
     centers = jnp.take_along_axis(x, initial[..., None], 1, mode="promise_in_bounds")
     if iterations:
