@@ -54,7 +54,9 @@ def naive_means(x, initial, weights, iterations):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("num_clusters", "iterations"), [(1, 5), (6, 0), (6, 3), (23, 5)])
+@pytest.mark.parametrize(
+    ("num_clusters", "iterations"), [(1, 5), (6, 0), (6, 3), (17, 5), (22, 2), (23, 5)]
+)
 def test_equals_the_loops(num_clusters, iterations, weighted):
     x, initial = tokens(*SHAPE), first(num_clusters)
     weights = np.random.default_rng(2).uniform(size=SHAPE[:2])
@@ -134,6 +136,16 @@ def test_equal_tokens_and_empty_clusters():
     np.testing.assert_array_equal(medoids.indices, [[0, 0, 5]])  # the first of equal ones
     np.testing.assert_array_equal(means.counts, [[5, 0, 1]])
     np.testing.assert_allclose(means.centers[0], x[0, [0, 0, 5]], atol=1e-7)
+
+
+def test_equal_tokens_in_one_image_change_nothing_in_another():
+    """K-Medoids takes another path for a batch with equal tokens."""
+    x, initial = tokens(*SHAPE), first(9)
+    apart = ops.kmedoids(x, initial)
+    equal = ops.kmedoids(np.concatenate([x, np.zeros_like(x[:1])]), initial[[0, 1, 0]])
+    for found, expected in zip(equal, apart, strict=True):
+        np.testing.assert_array_equal(found[:2], expected)
+    np.testing.assert_array_equal(equal.counts[2], [23] + 8 * [0])
 
 
 def test_gradients():

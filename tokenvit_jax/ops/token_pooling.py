@@ -4,9 +4,11 @@ Both alternate between assigning every token to its nearest centre (Eqs. 14 and 
 centres, for a fixed number of rounds: a fixed point does not move, so further rounds change
 nothing.
 
-The medoid of a cluster is chosen among its own tokens (Eq. 17). The cost of a token as the medoid
-of its cluster does not depend on the other clusters, so one sum over the masked N x N distances
-gives the costs of all, instead of one for each of the K clusters.
+The medoid of a cluster is chosen among its own tokens (Eq. 17), at a cost that does not depend on
+the other clusters. While all tokens differ a medoid is nearest to itself: only the N - K other
+tokens have to be assigned, and only clusters that have some of them can move. A round then reads
+N (N - K) of the N^2 distances, which are computed once; as the equations stand it would compare
+N K of them and add up K N^2.
 """
 
 import functools
@@ -19,6 +21,7 @@ from jax import lax
 from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.merge_tokens import cluster_sums
+from tokenvit_jax.ops.selection import smallest
 
 
 class Means(NamedTuple):
@@ -75,6 +78,32 @@ def kmedoids(
     _check(tokens, initial, weights, iterations)
     distances = _squared_distances(tokens)
     weights = lax.stop_gradient(_weights(tokens, weights))
+    initial = initial.astype(jnp.int32)
+    args = (distances, weights, initial)
+    if initial.shape[1] == tokens.shape[1]:
+        return _over_all_tokens(*args, iterations)
+    return lax.cond(
+        _all_differ(distances, initial),
+        functools.partial(_over_other_tokens, iterations=iterations),
+        functools.partial(_over_all_tokens, iterations=iterations),
+        *args,
+    )
+
+
+def _all_differ(distances, initial):
+    """Whether no token equals another, and no medoid is named twice."""
+    length = distances.shape[1]
+    apart = (distances > 0) | jnp.eye(length, dtype=bool)
+    return apart.all() & (_is_medoid(initial, length).sum(1) == initial.shape[1]).all()
+
+
+def _is_medoid(medoids, length):
+    zeros = jnp.zeros(length, bool)
+    return jax.vmap(lambda at: zeros.at[at].set(True, mode="promise_in_bounds"))(medoids)
+
+
+def _over_all_tokens(distances, weights, initial, iterations):
+    """Rounds over N x N distances."""
 
     def move(_, medoids):
         assignment = _nearest(distances, medoids)
@@ -85,9 +114,60 @@ def kmedoids(
         # A cluster is empty only if its medoid equals an earlier one.
         return jnp.where(member.any(-1), best, medoids)
 
-    medoids = lax.fori_loop(0, iterations, move, initial.astype(jnp.int32))
+    medoids = lax.fori_loop(0, iterations, move, initial)
     assignment = _nearest(distances, medoids)
     return Medoids(medoids, assignment, _counts(assignment, medoids.shape[1]))
+
+
+def _over_other_tokens(distances, weights, initial, iterations):
+    """Rounds over the R = N - K tokens that are no medoids: R x K and R x R distances.
+
+    Where all tokens differ a medoid is nearest to itself, so only the others are assigned; and a
+    cluster that has none of them does not move.
+    """
+    length = distances.shape[1]
+    order = jnp.argsort(_is_medoid(initial, length), axis=1, stable=True).astype(jnp.int32)
+    others = order[:, : length - initial.shape[1]]
+
+    def assign(medoids, others):
+        return smallest(_between(distances, others, medoids))  # of (B, R, K)
+
+    def move(_, state):
+        medoids, others = state
+        cluster, to_medoid = assign(medoids, others)
+        medoid, weight = _at(medoids, cluster), _at(weights, others)  # (B, R)
+        same = cluster[:, :, None] == cluster[:, None]
+        apart = _between(distances, others, others)
+        cost = jnp.where(same, apart * weight[:, None], 0).sum(-1) + to_medoid * _at(
+            weights, medoid
+        )
+        medoid_cost = jnp.where(same, (to_medoid * weight)[:, None], 0).sum(-1)
+
+        def better(cost, token, other_cost, other):  # ties to the lowest token
+            return (cost < other_cost) | ((cost == other_cost) & (token < other))
+
+        beaten = same & better(cost[:, None], others[:, None], cost[:, :, None], others[:, :, None])
+        wins = better(cost, others, medoid_cost, medoid) & ~beaten.any(-1)
+        place = jnp.where(wins, cluster, medoids.shape[1])  # out of bounds: dropped
+        put = lambda row, at, token: row.at[at].set(token, mode="drop")  # noqa: E731
+        return jax.vmap(put)(medoids, place, others), jnp.where(wins, medoid, others)
+
+    medoids, others = lax.fori_loop(0, iterations, move, (initial, others))
+    cluster, _ = assign(medoids, others)
+    own = jnp.broadcast_to(jnp.arange(medoids.shape[1], dtype=jnp.int32), medoids.shape)
+    tokens, clusters = jnp.concatenate([medoids, others], 1), jnp.concatenate([own, cluster], 1)
+    put = lambda at, value: jnp.zeros(length, jnp.int32).at[at].set(value, unique_indices=True)  # noqa: E731
+    return Medoids(medoids, jax.vmap(put)(tokens, clusters), 1 + _counts(cluster, own.shape[1]))
+
+
+def _at(x, index):
+    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")
+
+
+def _between(distances, rows, columns):
+    """Returns the distances (B, R, K) of some tokens to some others."""
+    at = lambda d, i, j: d.at[i[:, None], j].get(mode="promise_in_bounds")  # noqa: E731
+    return jax.vmap(at)(distances, rows, columns)
 
 
 def _check(tokens, initial, weights, iterations):
@@ -208,5 +288,5 @@ def _nearest_center(x, centers):
     x, centers = lax.stop_gradient((x, centers))
     mean = x.mean(1, keepdims=True)
     x, centers = x - mean, centers - mean
-    product = jnp.einsum("bkc,bnc->bkn", centers, x, precision=lax.Precision.HIGHEST)
-    return (jnp.sum(centers**2, -1)[..., None] - 2 * product).argmin(1).astype(jnp.int32)
+    product = jnp.einsum("bnc,bkc->bnk", x, centers, precision=lax.Precision.HIGHEST)
+    return smallest(jnp.sum(centers**2, -1)[:, None] - 2 * product)[0]
