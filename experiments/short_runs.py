@@ -103,7 +103,7 @@ def train(
     train_step = parallel.train_step(
         make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
     )
-    eval_step = parallel.eval_step(make_eval_step(model))
+    eval_step = parallel.eval_step(make_eval_step(model, config))
     loss = []
     for step, batch in zip(range(config.num_steps), iter(train_dataset(config)), strict=False):
         if watch:

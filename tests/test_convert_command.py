@@ -74,6 +74,7 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     config = read_config(workdir)
     assert config.model == "deit_ti" and config.image_size == 32
     assert config.model_overrides.distilled is True
+    assert config.data.normalization == "imagenet"
     loaded = load_checkpoint(workdir)
     assert loaded.step == 0
     arrays = load_file(weights)
@@ -126,6 +127,14 @@ def test_unreadable_files_are_named(monkeypatch, capsys, tmp_path, content, mess
     assert status == 1
     assert err.startswith(f"error: --source={source}")
     assert re.search(message, err), err
+
+
+def test_unknown_normalization_is_named(monkeypatch, capsys, tmp_path, weights):
+    flags = {"model": "deit_ti", "source": weights, "out": tmp_path / "run"}
+    status, _, err = run(monkeypatch, capsys, **flags, normalization="half")
+    assert status == 2
+    assert "--normalization=half: value should be one of <imagenet|inception>" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_models_are_named(monkeypatch, capsys, tmp_path, weights):

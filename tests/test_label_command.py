@@ -69,7 +69,9 @@ def test_files_hold_the_most_probable_classes(run, run_of_teacher, tmp_path):
 
     images = [NoiseSource().read(index)[0].resize((96, 96), 3) for index in range(RECORDS)]
     logits = TokenModel(num_classes=10).apply(
-        {"params": run_of_teacher[1]}, normalize(np.stack(images)), method="dense_logits"
+        {"params": run_of_teacher[1]},
+        normalize(np.stack(images), "imagenet"),
+        method="dense_logits",
     )
     probabilities = np.asarray(jax.nn.softmax(logits))
     order = np.argsort(-probabilities, axis=-1)[..., :3]

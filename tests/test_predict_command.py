@@ -115,7 +115,7 @@ def test_numbers_are_those_of_the_model(workdir, state, images):
     model = classification.make_model(config, 10)
     apply = functools.partial(model.apply, train=False, mutable=["intermediates"])
     variables = {"params": state.params, **state.model_state}
-    logits, sown = jax.jit(apply)(variables, normalize(image[None]))
+    logits, sown = jax.jit(apply)(variables, normalize(image[None], "imagenet"))
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits)[0], atol=1e-5)
     groups = sown["intermediates"]["stages_0_0"]["attention"]["groups"][0]
     assert routing.grid == (8, 8)

@@ -228,6 +228,11 @@ def run_here(monkeypatch, capsys, command, *arguments):
         (["--config.dtype=float16"], 1, "config.dtype='float16' is not valid; valid: float32"),
         (["--config.parallel=ddp"], 1, "config.parallel='ddp' is not valid; valid: jit, pmap"),
         (["--config.centroids.rule=x"], 1, "config.centroids.rule='x' is not valid; valid: lit"),
+        (
+            ["--config.data.normalization=half"],
+            1,
+            "config.data.normalization='half' is not valid; valid: imagenet, inception",
+        ),
         (["--config.image_size=31"], 1, "image_size=31 is below 32"),
         (["--config.batch_size=20"], 1, "config.batch_size=20 is not a multiple of 8 devices"),
         (["--config.batch_size=0"], 1, "config.batch_size=0 is not valid; valid: at least 1"),
@@ -256,7 +261,6 @@ def test_wrong_flags_keys_and_values(monkeypatch, capsys, tmp_path, arguments, s
     ("arguments", "message"),
     [
         ([f"--config={CONFIG}"], "--workdir is missing"),
-        (["--workdir=x"], "--config is missing"),
         (["--workdir=x", "--config=/nowhere.py"], "--config=/nowhere.py: no such file"),
         (["--workdir=x", "--config=/nowhere.py", "--config.seed=1"], "/nowhere.py"),
     ],
@@ -266,6 +270,19 @@ def test_missing_flags(monkeypatch, capsys, command, arguments, message):
     status, line = run_here(monkeypatch, capsys, command, *arguments)
     assert message in line
     assert status in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train", 2, "--config is missing"),
+        ("evaluate", 1, "--workdir=x holds no config.json"),
+    ],
+)
+def test_missing_config(monkeypatch, capsys, command, status, message):
+    found_status, line = run_here(monkeypatch, capsys, command, "--workdir=x")
+    assert message in line
+    assert found_status == status
 
 
 def test_wrong_argument_of_a_configuration_is_one_line(monkeypatch, capsys, tmp_path):

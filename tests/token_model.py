@@ -62,10 +62,11 @@ def token_config():
     return config
 
 
-def write_run(workdir: Path, seed: int = 0):
+def write_run(workdir: Path, seed: int = 0, normalization: str = "imagenet"):
     """Writes a run with a checkpoint of the parameters of its start, which are returned."""
     config = token_config()
     config.seed = seed
+    config.data.normalization = normalization
     model = TokenModel(num_classes=10)
     state = jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
     write_config(workdir, config)

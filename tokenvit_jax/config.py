@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
     config.data.repeats = 1  # repeated augmentation: most times an image occurs in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, all devices together
     config.data.eval_crop = 0.875  # centre crop / resized shorter side
+    config.data.normalization = "imagenet"  # of the pixels: "imagenet" | "inception" (0.5 and 0.5)
     config.augment = ConfigDict()
     config.augment.crop_scale = (1.0, 1.0)  # random resized crop: area; (1, 1): no crop
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height

@@ -5,8 +5,10 @@
 
 FILE holds the arrays of a PyTorch model, as safetensors or as torch.save wrote them; the latter
 needs PyTorch, which reads them without running code (weights_only). The settings of the model are
-read off the arrays. WORKDIR is then like that of a training run, at step 0: predict, evaluate and
-train take it. Back: --checkpoint=last, best (highest accuracy) or a step.
+read off the arrays, but for --normalization, of which no file tells: imagenet, as DeiT's weights
+want it, or inception (mean and deviation 0.5), as those of timm's vit_*_augreg. WORKDIR is then
+like that of a training run, at step 0: predict, evaluate and train take it.
+Back: --checkpoint=last, best (highest accuracy) or a step.
 """
 
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from tokenvit_jax import cli
 from tokenvit_jax.config import default_config
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import NORMALIZATIONS, dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights
@@ -42,6 +44,13 @@ flags.DEFINE_string(
     "out", None, "folder of the new run, or on the way back a file", flag_values=FLAGS
 )
 flags.DEFINE_string("dataset", "imagenet2012", "whose classes the model tells", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "normalization",
+    "imagenet",
+    list(NORMALIZATIONS),
+    "of the pixels that the weights were trained with",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 
 
@@ -53,11 +62,20 @@ def main(flag_values: flags.FlagValues) -> None:
     elif flag_values.model is None:
         raise UserError("--model is missing: the file does not say of which model it is")
     else:
-        import_file(source, out, flag_values.model, flag_values.layout, flag_values.dataset)
+        import_file(
+            source,
+            out,
+            flag_values.model,
+            flag_values.layout,
+            flag_values.dataset,
+            flag_values.normalization,
+        )
     print(f"{source} -> {out}")
 
 
-def import_file(source: Path, out: Path, name: str, layout: str, dataset: str) -> None:
+def import_file(
+    source: Path, out: Path, name: str, layout: str, dataset: str, normalization: str
+) -> None:
     """Writes a run at step 0 with the weights of a file.
 
     Args:
@@ -66,6 +84,7 @@ def import_file(source: Path, out: Path, name: str, layout: str, dataset: str) -
       name: of the model.
       layout: one of LAYOUTS.
       dataset: its classes must be as many as the model's.
+      normalization: of the pixels, a key of NORMALIZATIONS; goes into the run's config.
 
     Raises:
       UserError: the file cannot be read or does not fit, or the folder holds a run already.
@@ -76,6 +95,7 @@ def import_file(source: Path, out: Path, name: str, layout: str, dataset: str) -
     arrays = read_arrays(source)
     config = default_config()
     config.model, config.dataset = name, dataset
+    config.data.normalization = normalization
     config.model_overrides = settings_of(arrays)
     config.image_size = config.model_overrides.get("position_size", (config.image_size,))[0]
     model = classification.make_model(config, dataset_info(dataset).num_classes)

@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint: python -m tokenvit_jax.evaluate --config=CONFIG.py --workdir=DIRECTORY.
+"""Evaluates a checkpoint: python -m tokenvit_jax.evaluate --workdir=DIRECTORY.
 
-Prints the metrics as one line of JSON. --checkpoint=last, best (highest accuracy) or a step.
+Prints the metrics as one line of JSON. The configuration is that of the run, or another:
+--config=CONFIG.py. --checkpoint=last, best (highest accuracy) or a step.
 """
 
 import functools
@@ -17,11 +18,18 @@ from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_config
+from tokenvit_jax.training.workdir import read_config
 
 FLAGS = flags.FlagValues()
 cli.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "where `prepare` wrote the dataset; default: that of the configuration",
+    flag_values=FLAGS,
+)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dict[str, float]:
@@ -45,7 +53,7 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
     model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
     loaded = load_variables(model, config.image_size, workdir, checkpoint)
 
-    eval_step = parallel.eval_step(make_eval_step(model, axis_name=parallel.axis_name))
+    eval_step = parallel.eval_step(make_eval_step(model, config, axis_name=parallel.axis_name))
     variables = parallel.put_variables(loaded.variables)
     sums = devices.map_batches(
         functools.partial(eval_step, variables), eval_dataset(config), parallel.put_batch
@@ -55,10 +63,13 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the command."""
-    config = cli.read_config(flag_values)
-    metrics = evaluate(config, Path(flag_values.workdir), flag_values.checkpoint)
-    print(json.dumps(metrics))
+    workdir = Path(flag_values.workdir)
+    given = flag_values["config"].value is not None
+    config = cli.read_config(flag_values) if given else read_config(workdir)
+    if flag_values.data_dir is not None:
+        config.data.data_dir = flag_values.data_dir
+    print(json.dumps(evaluate(config, workdir, flag_values.checkpoint)))
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS, required=("config", "workdir"))
+    cli.run(main, FLAGS, required=("workdir",))

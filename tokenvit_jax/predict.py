@@ -112,9 +112,8 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
 
     @jax.jit
     def apply(variables, images):
-        logits, state = model.apply(
-            variables, normalize(images), train=False, mutable=["intermediates"]
-        )
+        images = normalize(images, config.data.normalization)
+        logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         return jax.nn.softmax(logits), state.get("intermediates", {})
 
     def predict(image):

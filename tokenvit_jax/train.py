@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         make_train_step(model, optimizer, config, num_classes, axis_name=parallel.axis_name),
         abstract_state,
     )
-    eval_step = parallel.eval_step(make_eval_step(model, axis_name=parallel.axis_name))
+    eval_step = parallel.eval_step(make_eval_step(model, config, axis_name=parallel.axis_name))
 
     # ---------------------------------------------------------------- resume or start
     checkpoints = Checkpoints(

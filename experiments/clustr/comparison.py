@@ -48,9 +48,8 @@ def clusters_used(run: Run) -> dict[str, np.ndarray]:
 
     @jax.jit
     def apply(images):
-        _, noted = run.model.apply(
-            run.variables, normalize(images), train=False, mutable=["intermediates"]
-        )
+        images = normalize(images, config.data.normalization)
+        _, noted = run.model.apply(run.variables, images, train=False, mutable=["intermediates"])
         flat = flatten_dict(noted["intermediates"], sep="/")
         return {name: used[0].sum(1) for name, used in flat.items() if "used" in name}
 

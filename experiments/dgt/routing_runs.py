@@ -43,7 +43,8 @@ def run_all(settings: dict[str, dict], seeds: tuple[int, ...]) -> dict[str, list
 
 def run(config: ConfigDict) -> RoutingRun:
     """Trains with a configuration and returns what was observed on the way."""
-    images = normalize(jnp.asarray(next(iter(eval_dataset(config)))["image"][:PROBE_IMAGES]))
+    images = jnp.asarray(next(iter(eval_dataset(config)))["image"][:PROBE_IMAGES])
+    images = normalize(images, config.data.normalization)
     before, observed = None, []
 
     def watch(model, step, state):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tokenvit_jax.data import transforms
-from tokenvit_jax.data.transforms import MEAN, STD
+from tokenvit_jax.data.transforms import MEAN, NORMALIZATIONS, STD
 
 pytestmark = pytest.mark.parity
 
@@ -16,9 +16,12 @@ def noise_image(width, height):
 
 
 def test_constants_are_timms(timm):
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.data import constants
 
-    assert (MEAN, STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    imagenet = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
+    assert (MEAN, STD) == NORMALIZATIONS["imagenet"] == imagenet
+    inception = (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
+    assert NORMALIZATIONS["inception"] == inception
 
 
 @pytest.mark.parametrize("size, crop", [(64, 0.875), (48, 1.0), (56, 0.9)])

@@ -7,6 +7,7 @@ import optax
 import pytest
 from small_model import BATCH_SIZE, NUM_CLASSES, SmallModel, random_batch, small_config
 
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -60,7 +61,7 @@ def test_centroids_move_once_per_step_by_the_sums_of_the_whole_batch(accumulate_
     config.centroids.old_weight = 0.7
     found = one_step(model, config, state)[0].model_state["centroids"]
 
-    images = normalize(random_batch(0)["image"])
+    images = normalize(random_batch(0)["image"], "imagenet")
     variables = {"params": state.params, **state.model_state}
     _, updates = model.apply(variables, images, train=True, mutable=["centroids"])
     expected = advance_centroids(updates["centroids"], 0.7)
@@ -100,7 +101,7 @@ def test_metrics_of_a_step():
 
     def loss_fn(params):
         variables = {"params": params, **state.model_state}
-        images = normalize(batch["image"])
+        images = normalize(batch["image"], "imagenet")
         logits, _ = model.apply(variables, images, train=True, mutable=list(state.model_state))
         targets = 0.9 * np.eye(NUM_CLASSES)[batch["label"]] + 0.1 / NUM_CLASSES
         return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
@@ -138,6 +139,25 @@ def test_weight_of_the_old_centroid(rule, expected):
     assert float(centroid_old_weight(config.centroids, 0.02)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("normalization", "mean", "std"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("inception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_pixels_are_normalised(normalization, mean, std):
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(2, 8, 16, 3)
+    found = normalize(jnp.asarray(images), normalization)
+    np.testing.assert_allclose(found, (images / 255.0 - mean) / std, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_normalization_is_named():
+    message = r"config\.data\.normalization='half' is not valid; valid: imagenet, inception"
+    with pytest.raises(UserError, match=message):
+        normalize(jnp.zeros((1, 2, 2, 3), jnp.uint8), "half")
+
+
 def test_evaluation_counts_every_image_once_and_no_padding():
     model = SmallModel()
     state = initial()
@@ -145,8 +165,9 @@ def test_evaluation_counts_every_image_once_and_no_padding():
     batch = random_batch(0)
     batch["mask"] = (np.arange(BATCH_SIZE) < 11).astype(np.float32)
     batch["image"][11:] = 255
-    sums = jax.jit(make_eval_step(model))(variables, batch)
-    logits = model.apply(variables, normalize(batch["image"]), train=False)[:11]
+    sums = jax.jit(make_eval_step(model, small_config()))(variables, batch)
+    images = normalize(batch["image"], "imagenet")
+    logits = model.apply(variables, images, train=False)[:11]
     labels = batch["label"][:11]
     metrics = classification.mean_metrics([sums, sums])
     assert metrics["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).mean()))

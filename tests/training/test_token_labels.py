@@ -51,7 +51,7 @@ def with_dense_labels(batch):
 def naive_loss(params, batch, config, mixing):
     """Of one micro-batch, in float64, with loops over images and cells."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    pixels = np.asarray(normalize(batch["image"]), np.float64)
+    pixels = np.asarray(normalize(batch["image"], "imagenet"), np.float64)
     targets = np.full((len(pixels), NUM_CLASSES), 0.1 / NUM_CLASSES)
     targets[np.arange(len(pixels)), batch["label"]] += 0.9
     cells = pixels.reshape(-1, GRID, 32, GRID, 32, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -154,8 +154,9 @@ def run_steps(parallel, config, num_steps=2):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
+    # Not that of the students.
     workdir = tmp_path_factory.mktemp("teacher")
-    return workdir, write_run(workdir, seed=1)
+    return workdir, write_run(workdir, seed=1, normalization="inception")
 
 
 def test_taught_run_is_the_same_on_a_mesh_and_under_pmap(monkeypatch, workdir):
@@ -182,7 +183,7 @@ def test_teacher_labels_the_images_it_is_given(monkeypatch, workdir):
     put_batch = teacher.labelled_batches(config, NUM_CLASSES, parallel)
     found = put_batch({"image": images, "label": np.zeros(BATCH, np.int32)})["token_labels"]
     dense = TokenModel(NUM_CLASSES).apply(
-        {"params": workdir[1]}, normalize(images), method="dense_logits"
+        {"params": workdir[1]}, normalize(images, "inception"), method="dense_logits"
     )
     np.testing.assert_allclose(found, jax.nn.softmax(dense), rtol=1e-4, atol=1e-6)
     assert not found.sharding.is_fully_replicated

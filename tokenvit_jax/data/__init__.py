@@ -2,11 +2,10 @@
 
 from tokenvit_jax.data.pipeline import eval_dataset, record_dataset, train_dataset
 from tokenvit_jax.data.sources import DatasetInfo, dataset_info, list_datasets
-from tokenvit_jax.data.transforms import MEAN, STD, decode_image, eval_image
+from tokenvit_jax.data.transforms import NORMALIZATIONS, decode_image, eval_image
 
 __all__ = [
-    "MEAN",
-    "STD",
+    "NORMALIZATIONS",
     "DatasetInfo",
     "dataset_info",
     "decode_image",

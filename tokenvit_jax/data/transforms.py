@@ -15,9 +15,11 @@ from PIL import Image, ImageEnhance, UnidentifiedImageError
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
-# Of ImageNet's training images, RGB, for pixels in [0, 1]; the step normalises with them.
+# Of ImageNet's training images, RGB, for pixels in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Mean and deviation that the step normalises with, by `config.data.normalization`.
+NORMALIZATIONS = {"imagenet": (MEAN, STD), "inception": ((0.5,) * 3, (0.5,) * 3)}
 
 _BICUBIC = Image.Resampling.BICUBIC
 _ATTEMPTS = 10  # to place a random box before giving up, as in torchvision and timm
@@ -197,7 +199,7 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Fills a random box with noise: random erasing, timm's mode "pixel".
 
     The box has 2 % to 1/3 of the area and an aspect of 0.3 to 10/3; the noise is standard normal
-    in normalised units, that is, N(MEAN, STD) in pixels, rounded and clipped.
+    in units of ImageNet's normalisation, that is, N(MEAN, STD) in pixels, rounded and clipped.
 
     Args:
         pixels: uint8 (H, W, 3), left as it is.

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import MEAN, STD
+from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
@@ -69,7 +69,7 @@ def make_train_step(
 
     def train_step(state, batch):
         mix_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
-        images = normalize(batch["image"])
+        images = normalize(batch["image"], config.data.normalization)
         targets = classification.soft_targets(batch["label"], num_classes, config.label_smoothing)
         token_labels = {name: batch[name] for name in batch if name.startswith("token_")}
         mixed_loss = loss_fn
@@ -175,25 +175,51 @@ def _make_loss(model: nn.Module, config: ConfigDict, num_classes: int) -> Callab
 
 
 def make_eval_step(
-    model: nn.Module, *, axis_name: str | None = None
+    model: nn.Module, config: ConfigDict, *, axis_name: str | None = None
 ) -> Callable[[dict, Batch], Metrics]:
     """Returns `eval_step(variables, batch) -> sums` over the global batch.
 
-    The batch is {"image" (B, H, W, 3) uint8, "label" (B,) int32, "mask" (B,) float32}; the sums
-    are those of `tasks.classification.metric_sums`.
+    Args:
+      model: classifier, called as `model(images, train=False)`.
+      config: reads `data.normalization`.
+      axis_name: axis of `jax.pmap`; None under `jax.jit`.
+
+    Returns:
+      A function of the variables and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
+      "mask" (B,) float32}; its sums are those of `tasks.classification.metric_sums`.
     """
 
     def eval_step(variables, batch):
-        logits = model.apply(variables, normalize(batch["image"]), train=False)
+        images = normalize(batch["image"], config.data.normalization)
+        logits = model.apply(variables, images, train=False)
         sums = classification.metric_sums(logits, batch["label"], batch["mask"])
         return sums if axis_name is None else lax.psum(sums, axis_name)
 
     return eval_step
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """Returns (B, H, W, 3) float32 with about zero mean and unit variance from uint8 pixels."""
-    return (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
+def normalize(images: jax.Array, normalization: str) -> jax.Array:
+    """Returns the images as a model takes them.
+
+    Args:
+      images: (B, H, W, 3) uint8.
+      normalization: `config.data.normalization` of the model's run.
+
+    Returns:
+      (B, H, W, 3) float32: for "imagenet" of about zero mean and unit variance, for "inception"
+      in [-1, 1].
+
+    Raises:
+      UserError: unknown normalization.
+    """
+    # Here too: predict and a teacher take the config of a workdir as it is.
+    if normalization not in NORMALIZATIONS:
+        raise UserError(
+            f"config.data.normalization={normalization!r} is not valid; valid: "
+            f"{', '.join(NORMALIZATIONS)}"
+        )
+    mean, std = NORMALIZATIONS[normalization]
+    return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
 
 def centroid_old_weight(config: ConfigDict, learning_rate: jax.Array) -> jax.Array | float:

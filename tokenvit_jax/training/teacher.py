@@ -56,7 +56,8 @@ def load_teacher(workdir: Path, checkpoint: str) -> Teacher:
     variables = load_variables(model, config.image_size, workdir, checkpoint).variables
 
     def label(variables, images):
-        logits = model.apply(variables, normalize(images), method="dense_logits")
+        images = normalize(images, config.data.normalization)
+        logits = model.apply(variables, images, method="dense_logits")
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     return Teacher(config, num_classes, variables, label)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.mixing import MIN_MIXTOKEN_GRID
@@ -15,6 +16,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "parallel": ("jit", "pmap"),
     "centroids.rule": ("literal", "swapped", "constant"),
+    "data.normalization": tuple(NORMALIZATIONS),
 }
 # Entries with a range: lowest and highest valid value.
 _RANGES = {

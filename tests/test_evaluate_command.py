@@ -1,0 +1,124 @@
+"""Evaluation without a configuration file: published weights from a file to numbers."""
+
+import copy
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import tokenvit_jax as tv
+from tokenvit_jax import cli, convert, evaluate, predict
+from tokenvit_jax.data import eval_dataset
+from tokenvit_jax.data.transforms import MEAN, STD
+from tokenvit_jax.models.layouts import export_weights, timm_vit
+from tokenvit_jax.training.workdir import read_config
+
+MODEL, SETTINGS = "deit_ti", {"patch_size": 16, "position_size": (32, 32), "distilled": True}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command; returns its status, what it printed, and its errors."""
+
+    def run_command(command, *required, **flags):
+        argv = [command.__name__, *(f"--{name}={value}" for name, value in flags.items())]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
+        output = capsys.readouterr()
+        return exit_info.value.code, output.out, output.err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The workdir of an imported model that wants inception's pixels; its images, labels, logits.
+
+    The logits are of the model itself on the digits as numpy normalises them.
+    """
+    folder = tmp_path_factory.mktemp("imported")
+    model = tv.create_model(MODEL, num_classes=10, **SETTINGS)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(np.float32),
+        convert._shapes(model),
+    )
+    source, workdir = folder / "deit.safetensors", folder / "run"
+    save_file(export_weights(params, timm_vit(model)), source)
+    convert.import_file(source, workdir, MODEL, "timm", "digits", "inception")
+
+    batches = list(eval_dataset(read_config(workdir)))
+    real = np.concatenate([batch["mask"] for batch in batches]) > 0
+    images, labels = (
+        np.concatenate([batch[name] for batch in batches])[real] for name in ("image", "label")
+    )
+    apply = jax.jit(lambda x: model.apply({"params": params}, x.astype(np.float32), train=False))
+    logits = np.asarray(apply((images / 255.0 - 0.5) / 0.5), np.float64)
+    # Else the tests would not notice the wrong pixels, or none.
+    assert np.abs(logits - apply((images / 255.0 - MEAN) / STD)).mean() > 0.1
+    assert logits.std(0).mean() > 0.1
+    return workdir, images, labels, logits
+
+
+def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
+    workdir, _, labels, logits = imported
+    status, printed, err = run(evaluate, "workdir", workdir=workdir)
+    assert (status, err) == (0, "")
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
+    accuracy = (logits.argmax(-1) == labels).mean()
+    assert json.loads(printed) == {
+        "step": 0,
+        "eval/accuracy": pytest.approx(accuracy, abs=1.01 / len(labels)),  # a near tie
+        "eval/loss": pytest.approx(losses.mean(), rel=1e-4),
+    }
+
+
+def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):
+    workdir, images, _, logits = imported
+    Image.fromarray(images[7]).save(tmp_path / "seven.png")
+    status, printed, err = run(
+        predict, workdir=workdir, images=tmp_path / "seven.png", out=tmp_path / "pictures"
+    )
+    assert (status, err) == (0, "")
+    probabilities = np.exp(logits[7]) / np.exp(logits[7]).sum()
+    best = np.argsort(-probabilities)[:5]
+    classes = ", ".join(f"{label} {probabilities[label]:.1%}" for label in best)
+    assert printed.startswith(f"{tmp_path / 'seven.png'}: {classes} -> ")
+
+
+def test_a_run_that_does_not_name_its_normalization_has_imagenets(imported, tmp_path):
+    entries = json.loads((imported[0] / "config.json").read_text())
+    assert entries["data"].pop("normalization") == "inception"
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert read_config(tmp_path).data.normalization == "imagenet"
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path, with_config):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, *_: seen.append(config) or {})
+    file = tmp_path / "config.py"
+    file.write_text("from tokenvit_jax.config import default_config as get_config\n")
+    flags = {"config": file} if with_config else {}
+    for data_dir in ({}, {"data_dir": "DATA"}):
+        assert run(evaluate, "workdir", **flags, workdir=imported[0], **data_dir)[0] == 0
+    assert [config.model for config in seen] == ["dgt_t" if with_config else "deit_ti"] * 2
+    assert [config.data.data_dir for config in seen] == ["~/tensorflow_datasets", "DATA"]
+
+
+def test_mistakes_are_named(run, imported, tmp_path):
+    entries = json.loads((imported[0] / "config.json").read_text())
+    entries["data"]["normalization"] = "half"
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    for workdir, message in (
+        (tmp_path, "config.data.normalization='half' is not valid; valid: imagenet, inception"),
+        (tmp_path / "none", f"--workdir={tmp_path}/none holds no config.json"),
+    ):
+        status, printed, err = run(evaluate, "workdir", workdir=workdir)
+        assert (status, printed, len(err.splitlines())) == (1, "", 1)
+        assert message in err
