@@ -7,12 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import tokenvit_jax as tv
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.reducers import CLUSTERINGS, SELECTIONS, TokenReducer, reduce_tokens
-from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.models.reducers import (
+    CLUSTERINGS,
+    MERGING,
+    SELECTIONS,
+    HalveMap,
+    Patches,
+    SoftExtract,
+    TokenReducer,
+    clip_retention,
+    reduce_tokens,
+    retention_mass,
+    searched_keep,
+)
+from tokenvit_jax.models.vit import Attention, VisionTransformer
 from tokenvit_jax.published import TOKEN_POOLING
 from tokenvit_jax.summary import summarize_model
 
@@ -29,10 +42,16 @@ def variables():
     return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
 
 
-def tokens_of(reducer, **kwargs):
+def tokens_of(reducer, params=None, **kwargs):
     model = VisionTransformer(**SMALL, token_reducer=reducer)
     kwargs = {"train": False, "method": "tokens"} | kwargs
-    return jax.jit(functools.partial(model.apply, **kwargs))(variables(), IMAGES)
+    return jax.jit(functools.partial(model.apply, **kwargs))(params or variables(), IMAGES)
+
+
+def patches_of(x, score, size=None, keys=None):
+    return Patches(
+        x, score, x if keys is None else keys, jnp.ones(score.shape) if size is None else size
+    )
 
 
 def digits_of(text):
@@ -79,8 +98,8 @@ def test_reduced_tokens(method):
     score = rng.uniform(0.1, 1, size=(2, 12)).astype(np.float32)
     size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
     keys = jax.random.split(jax.random.key(3), 2)
-    reducer = TokenReducer(keep=(), method=method)
-    found, sizes = reduce_tokens(x, score, size, 5, reducer, keys)
+    reducer = TokenReducer(method=method)
+    found, sizes = reduce_tokens(patches_of(x, score, size), 5, reducer, keys)
     assert found.shape == (2, 5, 4) and sizes.shape == (2, 5)
     best = np.argsort(-score, 1, "stable")[:, :5]
     weights = score if method.startswith("weighted") else None
@@ -109,8 +128,8 @@ def test_chance_follows_the_scores():
     score = jnp.broadcast_to(jnp.array([[1.0, 3.0]]), (images, 2))
     keys = jax.random.split(jax.random.key(0), images)
     for method, expected in (("importance", 0.75), ("random", 0.5)):
-        reducer = TokenReducer(keep=(), method=method)
-        found, _ = reduce_tokens(x, score, jnp.ones((images, 2)), 1, reducer, keys)
+        reducer = TokenReducer(method=method)
+        found, _ = reduce_tokens(patches_of(x, score), 1, reducer, keys)
         assert found.mean() == pytest.approx(expected, abs=0.03)
 
 
@@ -118,16 +137,120 @@ def test_random_first_centers_are_a_random_selection():
     x = rng.normal(size=(2, 12, 4)).astype(np.float32)
     score, keys = jnp.ones((2, 12)), jax.random.split(jax.random.key(3), 2)
     found, selected = (
-        reduce_tokens(x, score, score, 5, reducer, keys)[0]
+        reduce_tokens(patches_of(x, score), 5, reducer, keys)[0]
         for reducer in (
-            TokenReducer(keep=(), method="kmeans", initial="random"),
-            TokenReducer(keep=(), method="random"),
+            TokenReducer(method="kmeans", initial="random"),
+            TokenReducer(method="random"),
         )
     )
     first = np.array([[(x[b] == t).all(1).argmax() for t in selected[b]] for b in range(2)])
     np.testing.assert_allclose(found, ops.kmeans(x, first).centers, rtol=1e-6)
-    by_score = reduce_tokens(x, score, score, 5, TokenReducer(keep=(), method="kmeans"), keys)[0]
+    by_score = reduce_tokens(patches_of(x, score), 5, TokenReducer(method="kmeans"), keys)[0]
     assert np.abs(found - by_score).max() > 0.01
+
+
+def test_merging_alike_tokens_is_a_mean_by_size():
+    """Three rounds from 12 to 2: all of the image is kept, in whatever pairs."""
+    x, keys = rng.normal(size=(2, 12, 4)), rng.normal(size=(2, 12, 3))
+    size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
+    patches = Patches(x.astype(np.float32), None, keys.astype(np.float32), size)
+    reducer = TokenReducer(method=MERGING)
+    found, sizes = reduce_tokens(patches, 2, reducer, None)
+    assert found.shape == (2, 2, 4)
+    np.testing.assert_allclose(sizes.sum(1), size.sum(1))
+    whole = (size[..., None] * x).sum(1)
+    np.testing.assert_allclose((sizes[..., None] * found).sum(1), whole, rtol=1e-5)
+    # One round: patches 1, 3, 5, ... join the most similar of 0, 2, 4, ...
+    found, sizes = reduce_tokens(patches, 9, reducer, None)
+    assignment = np.asarray(ops.bipartite_matching(keys, 3))
+    for b in range(2):
+        np.testing.assert_allclose(sizes[b], np.bincount(assignment[b], size[b], 9))
+        for k in range(9):
+            own = assignment[b] == k
+            expected = np.average(x[b, own], axis=0, weights=size[b, own])
+            np.testing.assert_allclose(found[b, k], expected, rtol=1e-5)
+
+
+def with_extra(model, seed=3):
+    """The variables of all tests, with those that only this model has."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    drawn = flatten_dict(variables())
+    draw = np.random.default_rng(seed)
+    for path, leaf in flatten_dict(shapes).items():
+        if path not in drawn:
+            drawn[path] = draw.uniform(size=leaf.shape).astype(np.float32)
+    return unflatten_dict(drawn)
+
+
+def test_convolution_halves_the_map():
+    """4 x 3 patches become 2 x 1, then the convolution has no second row or column left."""
+    model = VisionTransformer(**SMALL, token_reducer={"method": "convolution", "blocks": (2,)})
+    params = model.init(jax.random.key(0), IMAGES, train=False)["params"]["blocks_1"]["halve_map"]
+    halve = HalveMap(jnp.float32)
+    x = rng.normal(size=(3, 12, 8)).astype(np.float32)
+    found = halve.apply({"params": params}, x, (4, 3))
+    maps = x.reshape(3, 2, 2, 3, 8)[:, :, :, :2]
+    np.testing.assert_allclose(found, maps.mean((2, 3)), atol=1e-6)  # at first
+    kernel = rng.normal(size=(2, 2, 8, 8)).astype(np.float32)
+    found = halve.apply({"params": {"conv": {"kernel": kernel, "bias": np.ones(8)}}}, x, (4, 3))
+    expected = np.einsum("bhijc,ijcd->bhd", maps, kernel) + 1
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert tokens_of({"method": "convolution", "blocks": (2,)}, with_extra(model)).shape == (
+        3,
+        3,
+        8,
+    )
+
+
+def test_soft_extract_scales_by_rank():
+    extract = SoftExtract(12)
+    x = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    score = rng.uniform(size=(2, 12)).astype(np.float32)
+    params = extract.init(jax.random.key(0), x, score)
+    np.testing.assert_array_equal(extract.apply(params, x, score), x)
+    retention = rng.uniform(size=12).astype(np.float32)
+    found = extract.apply({"params": {"retention": retention}}, x, score)
+    rank = (score[:, None] > score[:, :, None]).sum(-1)
+    np.testing.assert_allclose(found, x * retention[rank][..., None], rtol=1e-6)
+
+    search = {"method": "soft_extract"}
+    model = VisionTransformer(**SMALL, token_reducer=search)
+    params = model.init(jax.random.key(0), IMAGES, train=False)["params"]
+    assert searched_keep(params) == (12, 12, 12)
+    kept = np.linspace(1.5, -0.5, 12, dtype=np.float32)
+    params["blocks_1"]["soft_extract"]["retention"] = kept
+    clipped = clip_retention(params)
+    np.testing.assert_array_equal(clipped["blocks_1"]["soft_extract"]["retention"], kept.clip(0, 1))
+    masses = 12, kept.clip(0, 1).sum(), 12
+    np.testing.assert_allclose(retention_mass(clipped), masses, rtol=1e-6)
+    assert searched_keep(clipped) == tuple(map(int, masses))
+    assert clipped["blocks_0"]["norm1"]["bias"] is params["blocks_0"]["norm1"]["bias"]
+    assert retention_mass(variables()["params"]).shape == (0,)
+    with pytest.raises(UserError, match="ranks the 12 patches of images of position_size; these"):
+        model.apply({"params": params}, IMAGES[:, :48], train=False)
+
+
+@pytest.mark.parametrize("qk_norm", ["fixed", "learned"])
+def test_normalised_queries_and_keys(qk_norm):
+    model = VisionTransformer(**SMALL | {"depth": 1}, qk_norm=qk_norm)
+    found = with_extra(model)["params"]
+    attention = found["blocks_0"]["attention"]
+    assert ("alpha" in attention) == (qk_norm == "learned")
+    module = Attention(2, qk_norm, jnp.float32)
+    x = rng.normal(size=(2, 13, 8)).astype(np.float32)
+    attended = module.apply({"params": attention}, x, True)
+    qkv = x.astype(np.float64) @ attention["qkv"]["kernel"] + attention["qkv"]["bias"]
+    q, k, v = (part.reshape(2, 13, 2, 4) for part in np.split(qkv, 3, -1))
+    q, k = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (q, k))
+    logits = attention.get("alpha", 1) * np.einsum("bqhd,bkhd->bhqk", q, k)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    y = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 13, 8)
+    y = y @ attention["proj"]["kernel"] + attention["proj"]["bias"]
+    np.testing.assert_allclose(attended.y, y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attended.received, weights.sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(attended.keys, k.mean(2), rtol=1e-4, atol=1e-5)
+    plain = module.apply({"params": attention}, x)
+    np.testing.assert_allclose(plain.y, y, rtol=1e-4, atol=1e-5)
 
 
 def test_as_many_as_there_are_changes_nothing():
@@ -173,9 +296,22 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
     np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
 
 
-def test_gradients_and_chance_in_training():
-    reducer = {"keep": (7, 5, 3), "method": "weighted_kmeans", "initial": "random", "carry": True}
-    model = VisionTransformer(**SMALL, token_reducer=reducer, remat=True)
+@pytest.mark.parametrize(
+    ("reducer", "by_chance"),
+    [
+        (
+            {"keep": (7, 5, 3), "method": "weighted_kmeans", "initial": "random", "carry": True},
+            True,
+        ),
+        ({"keep": (7, 5, 3), "method": "tome", "carry": True}, False),
+        ({"method": "convolution", "blocks": (1,)}, False),
+        ({"method": "soft_extract", "diagonal": False}, False),
+    ],
+    ids=lambda x: x["method"] if isinstance(x, dict) else "",
+)
+def test_gradients_and_chance_in_training(reducer, by_chance):
+    model = VisionTransformer(**SMALL, token_reducer=reducer, remat=True, qk_norm="learned")
+    params = with_extra(model)["params"]
 
     @jax.jit
     def grad(params, seed):
@@ -183,10 +319,14 @@ def test_gradients_and_chance_in_training():
         loss = lambda p: (model.apply({"params": p}, IMAGES, train=True, rngs=rngs) ** 2).sum()  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
-    loss, grads = grad(variables()["params"], 0)
+    loss, grads = grad(params, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
-    assert grad(variables()["params"], 0)[0] == loss != grad(variables()["params"], 1)[0]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # Nobody reads the patches that leave the last block.
+        unread = name == "blocks_2/soft_extract/retention"
+        assert np.isfinite(leaf).all() and (np.abs(leaf).max() > 0) == (not unread), name
+    assert grad(params, 0)[0] == loss
+    assert (grad(params, 1)[0] != loss) == by_chance
 
 
 @pytest.mark.parametrize(
@@ -197,7 +337,25 @@ def test_gradients_and_chance_in_training():
         ({"keep": (3, 3, 3), "method": "mean"}, "token_reducer.method='mean' is not valid; valid"),
         ({"keep": (3, 3, 3), "initial": "first"}, "token_reducer.initial='first' is not valid"),
         ({"keep": (3, 3, 3), "iterations": 3}, "token_reducer has no 'iterations'; valid: keep"),
-        ({"method": "kmeans"}, "token_reducer.keep is missing"),
+        ({"method": "kmeans"}, r"token_reducer.keep=\(\) is not valid; valid: 3 numbers"),
+        (
+            {"keep": (3, 3, 3), "method": "soft_extract"},
+            r"keep=\(3, 3, 3\) is not valid; valid: \(\)",
+        ),
+        (
+            {"keep": (3, 3, 3), "blocks": (1,)},
+            r"token_reducer.blocks=\(1,\) is not valid; valid: \(\)",
+        ),
+        (
+            {"method": "convolution"},
+            r"blocks=\(\) is not valid; valid: one number or more from 1 to 3",
+        ),
+        ({"method": "convolution", "blocks": (0, 4)}, r"blocks=\(0, 4\) is not valid"),
+        (
+            {"method": "convolution", "blocks": (1, 2, 3)},
+            "the map is 2 x 1 before one of them",
+        ),
+        ({"method": "convolution", "blocks": (1,), "carry": True}, "carry=True is not valid"),
     ],
 )
 def test_mistakes_are_named(reducer, message):

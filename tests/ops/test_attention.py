@@ -1,6 +1,7 @@
 """Dense attention against float64 loops."""
 
 import functools
+from pathlib import Path
 
 import chex
 import jax
@@ -11,6 +12,8 @@ from jax.test_util import check_grads
 
 from tokenvit_jax import ops
 from tokenvit_jax.ops import attention
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def inputs(dtype=np.float32, queries=11, keys=13):
@@ -109,3 +112,18 @@ def test_scored_attention(sized):
         np.testing.assert_allclose(found.received[b], sums, rtol=1e-4)
     with pytest.raises(ValueError, match=r"size has shape \(1, 2\); expected"):
         ops.scored_attention(q, k, v, np.ones((1, 2)))
+
+
+def test_scored_attention_without_the_diagonal():
+    """Against the scores of another implementation, whose attention weights are given."""
+    golden = np.load(GOLDEN / "tp_ref_n49_k16.npz")
+    weights = golden["attention_h_q_k_with_cls"]  # (heads, queries, keys)
+    # Orthonormal keys: the logits, up to a constant, are what the queries hold.
+    q = np.log(weights).transpose(1, 0, 2)[None]
+    k = np.broadcast_to(np.eye(50)[:, None], (50, 3, 50))[None]
+    with jax.enable_x64(True):
+        for diagonal, name in ((True, "sum_heads_queries"), (False, "minus_diagonal_ibm")):
+            found = ops.scored_attention(q, k, k, scale=1.0, diagonal=diagonal)
+            np.testing.assert_allclose(found.received[0, 1:], golden[f"significance_{name}"])
+    with pytest.raises(ValueError, match="diagonal=False needs as many queries as keys, not 49"):
+        ops.scored_attention(q[:, 1:], k, k, diagonal=False)

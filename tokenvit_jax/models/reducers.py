@@ -1,22 +1,33 @@
 """Reducers of the tokens of plain hosts, between attention and MLP of a block.
 
-Token Pooling (Marin et al. 2021) and the selections it is compared with (Section 5).
+Token Pooling (Marin et al. 2021), what it is compared with (Section 5 and Supplement D), the search
+of PoWER-BERT (Goyal et al. 2020) for the number of tokens, and Token Merging (Bolya et al. 2023).
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.ops.merge_tokens import cluster_sums
 from tokenvit_jax.ops.selection import top_indices
 
 CLUSTERINGS = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
 SELECTIONS = ("powerbert", "random", "importance")
+MERGING = "tome"
+CONVOLUTION = "convolution"
+SEARCH = "soft_extract"
+METHODS = (*CLUSTERINGS, *SELECTIONS, MERGING, CONVOLUTION, SEARCH)
 INITIAL = ("score", "random")
+
+_RETENTION = "retention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,34 +36,65 @@ class TokenReducer:
 
     Attributes:
       keep: K of every block; a block that has no more patches than that keeps all. 0: the class
-        token (and the distillation token) go on alone.
+        token (and the distillation token) go on alone. () for the methods that do not read it.
       method: a clustering, whose centres take the place of the patches: "kmeans", "kmedoids" and,
-        weighted by score, "weighted_kmeans", "weighted_kmedoids"; or a selection: "powerbert", the
-        highest scores (Goyal et al. 2020), "importance", drawn by score, "random", drawn evenly.
+        weighted by score, "weighted_kmeans", "weighted_kmedoids"; a selection: "powerbert", the
+        highest scores, "importance", drawn by score, "random", drawn evenly; "tome": means of
+        patches whose keys are alike, found in pairs; "convolution": of 2 x 2 patches, in some
+        ``blocks``; "soft_extract": all patches stay, scaled by how much their rank is needed.
         The score of a patch is the attention that it receives, of all heads and queries.
       initial: first centres of a clustering: the highest "score", or "random".
       carry: whether the number of patches in a cluster weighs it in the attention of later blocks
-        (Supplement E), for models that were trained without the reducer.
+        (Supplement E of Token Pooling), for models that were trained without the reducer.
+      diagonal: whether the attention of a patch to itself counts in its score (not in the code of
+        PoWER-BERT).
+      blocks: of a convolution, from 1.
     """
 
-    keep: tuple[int, ...]
+    keep: tuple[int, ...] = ()
     method: str = "weighted_kmedoids"
     initial: str = "score"
     carry: bool = False
+    diagonal: bool = True
+    blocks: tuple[int, ...] = ()
 
     def check(self, depth: int) -> None:
         """Raises UserError unless the settings fit a model of ``depth`` blocks."""
-        for name, valid in (("method", CLUSTERINGS + SELECTIONS), ("initial", INITIAL)):
-            value = getattr(self, name)
-            if value not in valid:
-                raise UserError(
-                    f"token_reducer.{name}={value!r} is not valid; valid: {', '.join(valid)}"
-                )
-        if len(self.keep) != depth or min(self.keep) < 0:
-            raise UserError(
-                f"token_reducer.keep={self.keep} is not valid; valid: {depth} numbers from 0, one "
-                "for every block"
-            )
+        for name, valid in (("method", METHODS), ("initial", INITIAL)):
+            if getattr(self, name) not in valid:
+                self._refuse(name, ", ".join(valid))
+        convolves = self.method == CONVOLUTION
+        if convolves or self.method == SEARCH:
+            if self.keep:
+                self._refuse("keep", f"() with method={self.method!r}")
+        elif len(self.keep) != depth or min(self.keep) < 0:
+            self._refuse("keep", f"{depth} numbers from 0, one for every block")
+        if self.carry and (convolves or self.method == SEARCH):
+            self._refuse("carry", f"False with method={self.method!r}")
+        if not convolves and self.blocks:
+            self._refuse("blocks", f"() with method={self.method!r}")
+        if convolves and not (self.blocks and set(self.blocks) <= set(range(1, depth + 1))):
+            self._refuse("blocks", f"one number or more from 1 to {depth}")
+
+    def _refuse(self, name, valid):
+        raise UserError(
+            f"token_reducer.{name}={getattr(self, name)!r} is not valid; valid: {valid}"
+        )
+
+    def acts(self, block: int, num_patches: int) -> bool:
+        """Whether a block, from 0, changes so many patches."""
+        if self.method == CONVOLUTION:
+            return self.halves(block)
+        return self.method == SEARCH or self.keep[block] < num_patches
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the method reads the attention that patches receive."""
+        return self.method not in (MERGING, CONVOLUTION)
+
+    def halves(self, block: int) -> bool:
+        """Whether a block, from 0, halves rows and columns of the map."""
+        return block + 1 in self.blocks
 
 
 def make_reducer(settings: Any, depth: int) -> TokenReducer | None:
@@ -72,36 +114,45 @@ def make_reducer(settings: Any, depth: int) -> TokenReducer | None:
         for name in settings:
             if name not in valid:
                 raise UserError(f"token_reducer has no {name!r}; valid: {', '.join(valid)}")
-        if "keep" not in settings:
-            raise UserError(
-                "token_reducer.keep is missing: numbers of patches, one for every block"
-            )
         settings = TokenReducer(**dict(settings))
     settings.check(depth)
     return settings
 
 
+class Patches(NamedTuple):
+    """The patches of a block after its attention.
+
+    Attributes:
+      x: tokens (B, N, C).
+      score: attention that they received (B, N), at least 0; None if nobody reads it.
+      keys: of their attention, mean over the heads (B, N, D).
+      size: patches of the image that each stands for (B, N).
+    """
+
+    x: jax.Array
+    score: jax.Array | None
+    keys: jax.Array
+    size: jax.Array
+
+
 def reduce_tokens(
-    x: jax.Array,
-    score: jax.Array,
-    size: jax.Array,
-    num_kept: int,
-    reducer: TokenReducer,
-    rng: jax.Array,
+    patches: Patches, num_kept: int, reducer: TokenReducer, rng: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``num_kept`` tokens in order of falling score of the tokens they come from.
+    """Returns ``num_kept`` tokens, for the methods that read ``keep``.
 
     Args:
-      x: tokens (B, N, C).
-      score: (B, N), at least 0; carries no gradient.
-      size: patches that each token stands for (B, N).
+      patches: N of them; scores and keys carry no gradient.
       num_kept: K, from 1 to N.
       reducer: its method and initial.
       rng: a key per image (B,), for what is drawn.
 
     Returns:
-      Tokens (B, K, C) and their sizes (B, K). A selection drops sizes with the tokens.
+      Tokens (B, K, C) and their sizes (B, K). Clusterings and selections: in order of falling
+      score of the tokens they come from; a selection drops sizes with the tokens.
     """
+    if reducer.method == MERGING:
+        return _merge_alike(patches, num_kept)
+    x, score, _, size = patches
     score = jax.lax.stop_gradient(score)
     by_chance = reducer.initial == "random" and reducer.method in CLUSTERINGS
     match "random" if by_chance else reducer.method:
@@ -120,7 +171,21 @@ def reduce_tokens(
     else:
         indices, assignment, _ = ops.kmedoids(x, chosen, weights)
         centers = _take(x, indices)
-    return centers, _sizes(size, assignment, num_kept)
+    return centers, cluster_sums(size[..., None], assignment, num_kept)[..., 0]
+
+
+def _merge_alike(patches, num_kept):
+    """Rounds of matching, of which each can halve the number of tokens."""
+    x, _, keys, size = patches
+    values = jnp.concatenate([x, keys], -1).astype(size.dtype)
+    while values.shape[1] > num_kept:
+        num_merged = min(values.shape[1] - num_kept, values.shape[1] // 2)
+        assignment = ops.bipartite_matching(values[..., x.shape[-1] :], num_merged)
+        ones = jnp.ones_like(values[..., :1])
+        weighted = jnp.concatenate([values, ones], -1) * size[..., None]
+        sums = cluster_sums(weighted, assignment, values.shape[1] - num_merged)
+        values, size = sums[..., :-1] / sums[..., -1:], sums[..., -1]
+    return values[..., : x.shape[-1]].astype(x.dtype), size
 
 
 def _draw(draw, rng, like):
@@ -132,6 +197,89 @@ def _take(x, index):
     return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")
 
 
-def _sizes(size, assignment, num_clusters):
-    member = assignment[:, None] == jnp.arange(num_clusters)[:, None]  # (B, K, N)
-    return jnp.where(member, size[:, None], 0).sum(-1)
+class HalveMap(nn.Module):
+    """Convolution of 2 x 2 tokens with stride 2, as wide as before (Supplement D).
+
+    (B, H W, C) -> (B, (H // 2) (W // 2), C): of an odd number of rows or columns the last is left.
+    Starts as the mean of the four, which suits a host that is trained already.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        if min(grid) < 2:
+            raise UserError(
+                f"token_reducer.blocks: the map is {grid[0]} x {grid[1]} before one of them; "
+                "valid: fewer blocks, or larger images"
+            )
+        channels = x.shape[-1]
+        x = x.reshape(len(x), *grid, channels)
+        mean = {"dtype": self.dtype, "kernel_init": _mean_init, "name": "conv"}
+        x = nn.Conv(channels, (2, 2), (2, 2), "VALID", **mean)(x)
+        return x.reshape(len(x), -1, channels)
+
+
+def _mean_init(key, shape, dtype=jnp.float32):
+    del key
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype) / 4, shape)
+
+
+class SoftExtract(nn.Module):
+    """Scales every token by a parameter of its rank: (B, N, C), (B, N) -> (B, N, C).
+
+    Ranks are those of falling score. The parameters start at 1; training keeps them in [0, 1] and
+    makes them small where they are not needed.
+
+    Source: Goyal et al. 2020, PoWER-BERT, Section 3.3.
+    """
+
+    num_tokens: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, score: jax.Array) -> jax.Array:
+        if x.shape[1] != self.num_tokens:
+            raise UserError(
+                f"token_reducer.method={SEARCH!r} ranks the {self.num_tokens} patches of images of "
+                f"position_size; these have {x.shape[1]}"
+            )
+        retention = self.param(_RETENTION, nn.initializers.ones, (self.num_tokens,))
+        order = top_indices(jax.lax.stop_gradient(score), self.num_tokens)
+        scale = lambda at: jnp.zeros_like(retention).at[at].set(retention, unique_indices=True)  # noqa: E731
+        return x * jax.vmap(scale)(order)[..., None].astype(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the search found
+# ------------------------------------------------------------------------------------------------
+
+
+def is_retention(path: tuple) -> bool:
+    """Whether a path of `jax.tree_util` leads to retention parameters."""
+    return path[-1].key == _RETENTION
+
+
+def retention_mass(params: Mapping[str, Any]) -> jax.Array:
+    """Returns the sum of the retention parameters of every block (depth,), first block first.
+
+    Args:
+      params: of a model with the reducer "soft_extract"; of another one: (0,).
+    """
+    found = {
+        int(re.search(r"\d+", path)[0]): leaf.sum()
+        for path, leaf in flatten_dict(params, sep="/").items()
+        if path.endswith(f"/{_RETENTION}")
+    }
+    return jnp.array([found[block] for block in sorted(found)])
+
+
+def clip_retention(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns parameters whose retention parameters are moved into [0, 1]."""
+    clip = lambda path, x: jnp.clip(x, 0, 1) if is_retention(path) else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(clip, params)
+
+
+def searched_keep(params: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns K of every block that the search found: the integer part of its retention mass."""
+    # Sums of many ones may fall short of an integer by rounding.
+    return tuple(int(mass + 1e-3) for mass in retention_mass(params))

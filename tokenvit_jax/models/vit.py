@@ -3,7 +3,7 @@
 The parameters and the order of the operations are those of timm's models of the same names.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,60 +14,116 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Dropout, DropPath, Mlp, dense
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.layers.stochastic import image_keys
-from tokenvit_jax.models.reducers import TokenReducer, make_reducer, reduce_tokens
+from tokenvit_jax.models import reducers
+from tokenvit_jax.models.reducers import Patches, TokenReducer, make_reducer
 from tokenvit_jax.models.registry import check_images, register
 
 POOLS = ("token", "mean")
+QK_NORMS = ("none", "fixed", "learned")
+
+
+class Attended(NamedTuple):
+    """What attention returns.
+
+    y: (B, T, C). received: attention that each token received (B, T), or None. keys: mean over the
+    heads (B, T, D).
+    """
+
+    y: jax.Array
+    received: jax.Array | None
+    keys: jax.Array
 
 
 class Attention(nn.Module):
-    """Multi-head attention of all tokens: (B, T, C) -> (B, T, C).
+    """Multi-head attention of all tokens.
 
-    With ``scored`` also returns the attention that each token received, (B, T); ``size`` (B, T) is
-    the number of patches that each token stands for.
+    Attributes:
+      num_heads: number of heads.
+      qk_norm: "none"; "fixed": queries and keys of length 1, whose products are the logits;
+        "learned": times a parameter that starts at 1 (Supplement F of Token Pooling).
+      dtype: of the computation.
     """
 
     num_heads: int
+    qk_norm: str
     dtype: Any
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, scored: bool = False, size: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self,
+        x: jax.Array,
+        scored: bool = False,
+        diagonal: bool = True,
+        size: jax.Array | None = None,
+    ) -> Attended:
+        """Attends.
+
+        Args:
+          x: (B, T, C).
+          scored: whether to report the attention that each token received.
+          diagonal: whether that from itself is counted in it.
+          size: number of patches that each token stands for (B, T); None: all 1.
+        """
         channels = x.shape[-1]
         if channels % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
         qkv = dense(3 * channels, self.dtype, "qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, channels // self.num_heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
-        received = None
+        scale, received = None, None
+        if self.qk_norm != "none":
+            q, k, scale = self._unit_length(q), self._unit_length(k), 1.0
+        if self.qk_norm == "learned":
+            q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
         if scored or size is not None:
-            y, received = ops.scored_attention(q, k, v, size)
+            y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
-            y = ops.dot_product_attention(q, k, v)
-        return dense(channels, self.dtype, "proj")(y.reshape(x.shape)), received
+            y = ops.dot_product_attention(q, k, v, scale=scale)
+        y = dense(channels, self.dtype, "proj")(y.reshape(x.shape))
+        return Attended(y, received, k.mean(2))
+
+    def _unit_length(self, x):
+        x = x.astype(jnp.float32)
+        square = jnp.sum(x * x, -1, keepdims=True)
+        return (x * jax.lax.rsqrt(square + 1e-12)).astype(self.dtype)
 
 
 class Block(nn.Module):
     """x + attention(LN(x)), the reducer, x + MLP(LN(x)): (B, T, C) -> (B, T', C).
 
     Attributes, beside those of :class:`VisionTransformer`:
+      number: of the block, from 0.
       num_front: tokens in front of the patches, which are never reduced.
-      keep: most patches that go on; None: all.
+      num_trained: patches of the images that the position embeddings fit.
     """
 
     num_heads: int
     mlp_ratio: int
+    qk_norm: str
     drop_path: float
     dtype: Any
     axis_name: str | None
+    number: int
     num_front: int
+    num_trained: int
     reducer: TokenReducer | None
-    keep: int | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Takes and returns, beside the tokens, how many patches each stands for (B, T)."""
+    def __call__(
+        self, x: jax.Array, size: jax.Array, grid: tuple[int, int], train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes the block.
+
+        Args:
+          x: tokens (B, T, C).
+          size: patches that each stands for (B, T).
+          grid: rows and columns of the map of patches, while they are one.
+          train: whether dropout behaves as in training.
+
+        Returns:
+          Tokens and sizes that go on.
+        """
+        reducer = self.reducer
 
         def norm(x, name):
             return nn.LayerNorm(1e-6, dtype=self.dtype, name=name)(x)
@@ -75,30 +131,39 @@ class Block(nn.Module):
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
 
-        reduces = self.keep is not None and self.keep < x.shape[1] - self.num_front
-        attention = Attention(self.num_heads, self.dtype, name="attention")
-        carried = size if self.reducer is not None and self.reducer.carry else None
-        y, received = attention(norm(x, "norm1"), reduces, carried)
-        x = x + drop(y)
-        if reduces:
-            x, size = self._reduce(x, received, size, train)
+        attention = Attention(self.num_heads, self.qk_norm, self.dtype, name="attention")
+        acts = reducer is not None and reducer.acts(self.number, x.shape[1] - self.num_front)
+        attended = attention(
+            norm(x, "norm1"),
+            scored=acts and reducer.reads_scores,
+            diagonal=reducer is None or reducer.diagonal,
+            size=size if reducer is not None and reducer.carry else None,
+        )
+        x = x + drop(attended.y)
+        if acts:
+            x, size = self._reduce(x, attended, size, grid, train)
         return x + drop(Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x, "norm2"))), size
 
-    def _reduce(self, x, received, size, train):
-        front, patches = jnp.split(x, [self.num_front], axis=1)
-        front_size, patch_size = jnp.split(size, [self.num_front], axis=1)
-        if self.keep == 0:
-            return front, front_size
-        # Evaluation draws the same numbers every time, but others in every block.
-        rng = self.make_rng("routing") if train else jax.random.key(x.shape[1])
-        patches, patch_size = reduce_tokens(
-            patches, received[:, self.num_front :], patch_size, self.keep, self.reducer,
-            image_keys(rng, len(x), self.axis_name),
-        )  # fmt: skip
-        return (
-            jnp.concatenate([front, patches], 1),
-            jnp.concatenate([front_size, patch_size], 1),
-        )
+    def _reduce(self, x, attended, size, grid, train):
+        tokens = Patches(x, attended.received, attended.keys, size)
+        front = jax.tree.map(lambda t: t[:, : self.num_front], tokens)
+        patches = jax.tree.map(lambda t: t[:, self.num_front :], tokens)
+        match self.reducer.method:
+            case reducers.CONVOLUTION:
+                x = reducers.HalveMap(self.dtype, name="halve_map")(patches.x, grid)
+                size = jnp.ones(x.shape[:2], size.dtype)
+            case reducers.SEARCH:
+                extract = reducers.SoftExtract(self.num_trained, name=reducers.SEARCH)
+                x, size = extract(patches.x, patches.score), patches.size
+            case _:
+                num_kept = self.reducer.keep[self.number]
+                if num_kept == 0:
+                    return front.x, front.size
+                # Evaluation draws the same numbers every time, but others in every block.
+                rng = self.make_rng("routing") if train else jax.random.key(self.number)
+                keys = image_keys(rng, len(x), self.axis_name)
+                x, size = reducers.reduce_tokens(patches, num_kept, self.reducer, keys)
+        return jnp.concatenate([front.x, x], 1), jnp.concatenate([front.size, size], 1)
 
 
 class VisionTransformer(nn.Module, kw_only=True):
@@ -121,6 +186,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         (DeiT); the logits are the mean of both.
       token_reducer: reduces the patches between attention and MLP of the blocks: a
         :class:`TokenReducer` or its attributes by name; None: all patches stay.
+      qk_norm: of queries and keys: "none", "fixed" or "learned", see :class:`Attention`.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dropout: before the classifier.
       remat: compute the blocks again in the backward pass instead of keeping what is inside.
@@ -138,6 +204,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     pool: str = "token"
     distilled: bool = False
     token_reducer: Any = None
+    qk_norm: str = "none"
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: bool = False
@@ -156,13 +223,13 @@ class VisionTransformer(nn.Module, kw_only=True):
         # Of the tokens in front, then of the patches, row by row.
         shape = (1 + self.distilled + rows * columns, self.dim)
         self.position = self.param("position", linear_init, shape)
-        cls = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        reducer = make_reducer(self.token_reducer, self.depth)
+        cls = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
+        self.reducer = make_reducer(self.token_reducer, self.depth)
         self.blocks = [
             cls(
-                self.num_heads, self.mlp_ratio, self.drop_path * i / max(self.depth - 1, 1),
-                self.dtype, self.axis_name, 1 + self.distilled, reducer,
-                None if reducer is None else reducer.keep[i],
+                self.num_heads, self.mlp_ratio, self.qk_norm,
+                self.drop_path * i / max(self.depth - 1, 1), self.dtype, self.axis_name, i,
+                1 + self.distilled, rows * columns, self.reducer,
             )
             for i in range(self.depth)
         ]  # fmt: skip
@@ -173,8 +240,9 @@ class VisionTransformer(nn.Module, kw_only=True):
             self.distillation_classifier = dense(self.num_classes, jnp.float32)
 
     def _check(self):
-        if self.pool not in POOLS:
-            raise UserError(f"pool={self.pool!r} is not valid; valid: {', '.join(POOLS)}")
+        for name, valid in (("pool", POOLS), ("qk_norm", QK_NORMS)):
+            if (value := getattr(self, name)) not in valid:
+                raise UserError(f"{name}={value!r} is not valid; valid: {', '.join(valid)}")
         if self.distilled and self.pool != "token":
             raise UserError(f"distilled=True needs pool='token', not {self.pool!r}")
         if self.token_reducer and self.pool == "mean":
@@ -206,8 +274,10 @@ class VisionTransformer(nn.Module, kw_only=True):
         x = jnp.concatenate([*front, x], 1).astype(self.dtype)
         x = x + self._positions(grid).astype(self.dtype)
         size = jnp.ones(x.shape[:2], jnp.float32)
-        for block in self.blocks:
-            x, size = block(x, size, train)
+        for number, block in enumerate(self.blocks):
+            x, size = block(x, size, grid, train)
+            if self.reducer is not None and self.reducer.halves(number):
+                grid = (grid[0] // 2, grid[1] // 2)
         return x
 
     def _positions(self, grid):

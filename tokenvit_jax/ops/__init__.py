@@ -20,6 +20,7 @@ from tokenvit_jax.ops.group_attention import (
 )
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
+from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Medoids",
     "ScoredAttention",
     "assign_clusters",
+    "bipartite_matching",
     "cluster_density_peaks",
     "density_peaks",
     "depthwise_conv",

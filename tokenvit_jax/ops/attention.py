@@ -74,9 +74,15 @@ class ScoredAttention(NamedTuple):
     received: jax.Array
 
 
-@counted(_macs)
+@counted(_macs, static_argnames=("scale", "diagonal"))
 def scored_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, size: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    size: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    diagonal: bool = True,
 ) -> ScoredAttention:
     """Attends like :func:`dot_product_attention`, and reports how much attention each key received.
 
@@ -84,8 +90,10 @@ def scored_attention(
       q: queries (B, L, N, D).
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
-      size: tokens that each key stands for (B, S), above 0: adds their logarithm to the logits,
-        which is what so many equal keys would do; None: 1.
+      size: tokens that each key stands for (B, S), not negative: adds their logarithm to the
+        logits, which is what so many equal keys would do; None: 1.
+      scale: factor of the logits; None: 1 / sqrt(D).
+      diagonal: False: what a query gives to the key of its own place is not reported.
 
     Returns:
       ScoredAttention(output in the type of ``v``, received in float32 or float64).
@@ -94,14 +102,22 @@ def scored_attention(
       ValueError: the shapes do not fit together.
 
     References:
-      Marin et al. 2021, "Token Pooling", Supplement E.
+      Marin et al. 2021, "Token Pooling", Supplement E; without the diagonal: the code of
+      PoWER-BERT (Goyal et al. 2020).
     """
     check_qkv(q, k, v)
     if size is not None and size.shape != k.shape[:2]:
         raise ValueError(f"size has shape {size.shape}; expected {k.shape[:2]}")
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    if not diagonal and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"diagonal=False needs as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     bias = None if size is None else jnp.log(size.astype(softmax_dtype(q.dtype)))[:, None, None]
     output, weights, total = attend(q, k, v, bias=bias)
+    if not diagonal:
+        weights = jnp.where(jnp.eye(q.shape[2], dtype=bool), 0, weights)
     received = jnp.einsum("bhqk,bhq->bk", weights.astype(total.dtype), 1 / total[..., 0])
     return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
 
