@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data import pipeline, train_dataset
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.published import TOKEN_POOLING
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
@@ -29,16 +30,21 @@ ARGS = {
     "dgt": ("", "digits"),
     "clustr": ("", "digits"),
     "pale": ("", "tokens", "digits", "digits_tokens"),
+    "deit": ("", "search", "pooled", "digits", "digits_search", "digits_pooled"),
 }
 # All networks of a family shrink to the same one, so that most steps are compiled once.
-SMALL = {
+PYRAMID = {
     "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 1, 1), "drop_path": 0.1
 }  # fmt: skip
-SMALL_OF = {
-    "dgt": {"stem_dim": 8, "head_dim": 8},
-    "clustr": {"mlp_ratios": (2, 2, 2, 2)},
-    "pale": {"mlp_ratio": 2, "pale_sizes": (2, 2, 2, 1)},
-}
+SMALL = {
+    "dgt": PYRAMID | {"stem_dim": 8, "head_dim": 8},
+    "clustr": PYRAMID | {"mlp_ratios": (2, 2, 2, 2)},
+    "pale": PYRAMID | {"mlp_ratio": 2, "pale_sizes": (2, 2, 2, 1)},
+    "deit": {
+        "dim": 8, "num_heads": 2, "depth": 2, "mlp_ratio": 2, "patch_size": 16,
+        "position_size": (64, 64), "init_std": 0.1,
+    },
+}  # fmt: skip
 # What does not change a step.
 SAME = {
     "num_steps": 1000, "optimizer.warmup_steps": 100, "batch_size": 4, "image_size": 64,
@@ -68,7 +74,10 @@ def test_config_runs_one_step(file, arg, monkeypatch):
     train_dataset(config)  # checks what it reads
     assert config.model == file.stem
     family = file.stem.split("_")[0]
-    config.model_overrides.update(SMALL | SMALL_OF[family])
+    config.model_overrides.update(SMALL[family])
+    if arg.endswith("pooled"):
+        assert config.model_overrides.token_reducer.keep == ()  # what a search has found
+        config.model_overrides.token_reducer.keep = (9, 3)
     config.update_from_flattened_dict(SAME)
     model = classification.make_model(config, 10)
     metrics = run_step(model, config.to_json_best_effort(sort_keys=True).replace(file.stem, ""))
@@ -111,8 +120,9 @@ RECIPES = {
     "dgt": {"augment.erasing": 0.25, "augment.color_jitter": 0.0, "data.repeats": 1},
     "clustr": {"augment.erasing": 0.25, "augment.color_jitter": 0.4, "data.repeats": 3},
     "pale": {"augment.erasing": 0.0, "augment.color_jitter": 0.4, "data.repeats": 1},
+    "deit": {"augment.erasing": 0.25, "augment.color_jitter": 0.0, "data.repeats": 3},
 }
-WARMUP_EPOCHS = {"dgt": 20, "clustr": 5, "pale": 20}
+WARMUP_EPOCHS = {"dgt": 20, "clustr": 5, "pale": 20, "deit": 5}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +131,8 @@ WARMUP_EPOCHS = {"dgt": 20, "clustr": 5, "pale": 20}
         ("dgt_t", 0.1, 5.0), ("dgt_s", 0.3, 5.0), ("dgt_b", 0.5, 5.0),
         ("clustr_t", 0.1, 0.0), ("clustr_s", 0.1, 0.0), ("clustr_b", 0.3, 1.0),
         ("pale_t", 0.1, 0.0), ("pale_s", 0.3, 0.0), ("pale_b", 0.5, 0.0),
+        ("deit_ti", 0.1, 0.0), ("deit_s", 0.1, 0.0), ("deit_e318", 0.1, 0.0),
+        ("deit_e252", 0.1, 0.0), ("deit_b", 0.1, 0.0),
     ],
 )  # fmt: skip
 def test_published_recipe(name, drop_path, clip_norm):
@@ -135,6 +147,19 @@ def test_published_recipe(name, drop_path, clip_norm):
     warmup = config.optimizer.warmup_steps * config.batch_size / 1_281_167
     assert abs(epochs - 300) < 0.3
     assert abs(warmup - WARMUP_EPOCHS[family]) < 0.03
+
+
+@pytest.mark.parametrize("name", ["deit_s", "deit_e318", "deit_e252"])
+def test_stages_of_token_pooling(name):
+    (file,) = [file for file in FILES if file.stem == name]
+    base, search, pooled = (load(file, arg) for arg in ("", "search", "pooled"))
+    assert search.num_steps * 10 == base.num_steps == pooled.num_steps
+    assert search.retention.penalty > 0 == pooled.retention.penalty
+    for number, level in enumerate(TOKEN_POOLING[name]):
+        config = load(file, f"level{number}")
+        assert config.model_overrides.token_reducer.keep == level.keep
+        config.model_overrides.token_reducer.keep = ()
+        assert config.to_dict() == pooled.to_dict()
 
 
 def test_unknown_argument_is_named():

@@ -18,6 +18,11 @@ def default_config() -> ConfigDict:
     config.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters stay float32
     config.seed = 0
 
+    # The run that training starts from: its parameters only.
+    config.initial = ConfigDict()
+    config.initial.workdir = ""  # a run, or published weights that `convert` wrote; "": random
+    config.initial.checkpoint = "last"  # "last", "best" or a step
+
     # The data.
     config.dataset = "digits"  # a name of `tokenvit_jax.data.list_datasets()`
     config.image_size = 224  # height and width, pixels
@@ -78,6 +83,11 @@ def default_config() -> ConfigDict:
     config.centroids = ConfigDict()
     config.centroids.rule = "constant"
     config.centroids.old_weight = 0.9
+
+    # Search for the number of tokens of every block: with the token reducer "soft_extract".
+    config.retention = ConfigDict()
+    config.retention.penalty = 0.0  # of block l: times l times the sum of its parameters
+    config.retention.learning_rate_factor = 1.0  # of these parameters, beside all others
 
     # Devices.
     config.parallel = "jit"  # "jit" (over a mesh of all devices) | "pmap"

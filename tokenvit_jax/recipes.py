@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES, default_config
 from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.published import TOKEN_POOLING
 
 
 def imagenet_recipe(*, epochs: int = 300, warmup_epochs: int = 20) -> ConfigDict:
@@ -202,6 +203,74 @@ def _with_token_labels(config: ConfigDict) -> ConfigDict:
     config.mix.mixup, config.mix.cutmix, config.mix.mixtoken = 0.0, 0.0, 1.0
     config.token_labels.weight = 0.5
     config.model_overrides.token_head = True
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# DeiT, with Token Pooling
+# ------------------------------------------------------------------------------------------------
+
+SEARCH_EPOCHS = 30
+
+
+def deit_config(model: str, arg: str) -> ConfigDict:
+    """Returns the configuration of a DeiT, or of a stage of Token Pooling in it.
+
+    Args:
+      model: its name.
+      arg: "": DeiT, the first stage; "search": the second one, which finds how many tokens every
+        block needs; "pooled": the third, with so many tokens; "level0" to "level7": the third with
+        the numbers of the paper, for the models that it reports; "digits", "digits_search" and
+        "digits_pooled": the three stages, shrunk to the embedded digits.
+    """
+    levels = TOKEN_POOLING.get(model, ())
+    configs = {
+        "": lambda: _deit(model),
+        "search": lambda: _search(_deit(model, epochs=SEARCH_EPOCHS), penalty=1e-3),
+        "pooled": lambda: _pooled(_deit(model)),
+        "digits": lambda: deit_digits_config(model),
+        "digits_search": lambda: _search(deit_digits_config(model), penalty=3e-3),
+        "digits_pooled": lambda: _pooled(deit_digits_config(model)),
+    }
+    for number, level in enumerate(levels):
+        configs[f"level{number}"] = lambda keep=level.keep: _pooled(_deit(model), keep)
+    return _choose(arg, configs)
+
+
+def _deit(model, epochs=300):
+    """Touvron et al. 2021, Table 9; there RandAugment takes the place of colour jitter."""
+    config = imagenet_recipe(epochs=epochs, warmup_epochs=5)
+    config.model = model
+    config.model_overrides = {"drop_path": 0.1, "remat": False, "qk_norm": "none"}
+    config.clip_norm = 0.0
+    config.data.repeats = 3
+    return config
+
+
+def deit_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a DeiT that is shrunk to the embedded digits: 64 patches."""
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "dim": 64, "depth": 6, "num_heads": 4, "patch_size": 8, "position_size": (64, 64),
+        "drop_path": 0.0, "remat": False, "qk_norm": "none", "init_std": 0.1,
+    }  # fmt: skip
+    return config
+
+
+def _search(config, penalty):
+    config.model_overrides.token_reducer = {"method": "soft_extract", "diagonal": True}
+    config.retention.penalty = penalty
+    config.retention.learning_rate_factor = 10.0
+    return config
+
+
+def _pooled(config, keep=()):
+    """keep: tokens of every block; (): those that a search found."""
+    config.model_overrides.token_reducer = {
+        "keep": keep, "method": "weighted_kmedoids", "initial": "score", "carry": False,
+        "diagonal": True,
+    }  # fmt: skip
     return config
 
 

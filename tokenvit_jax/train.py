@@ -22,6 +22,7 @@ from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
 from tokenvit_jax.training.logging import Profile, TrainLog
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
@@ -57,6 +58,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     devices.check_train_batch(config)
     keep_pages()
     parallel = devices.make_parallel(config)
+    initial = load_initial(config)
+    config = with_searched_keep(config, initial)
     stop = devices.StopRequest()
 
     # ---------------------------------------------------------------- data
@@ -86,6 +89,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     restored = checkpoints.restore(abstract_state)
     if restored is None:
         state = parallel.init(init_fn)
+        if initial is not None:
+            state = start_from(state, initial)
     else:
         global_state, progress = restored
         state = parallel.from_global(global_state)

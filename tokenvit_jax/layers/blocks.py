@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.nn.initializers import Initializer
 
 from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
 
@@ -87,14 +88,17 @@ class Mlp(nn.Module):
 
     ratio: int
     dtype: Any = jnp.float32
+    init: Initializer = linear_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        x = gelu(dense(self.ratio * channels, self.dtype, "fc1")(x))
-        return dense(channels, self.dtype, "fc2")(x)
+        x = gelu(dense(self.ratio * channels, self.dtype, "fc1", self.init)(x))
+        return dense(channels, self.dtype, "fc2", self.init)(x)
 
 
-def dense(dim: int, dtype: Any, name: str | None = None) -> nn.Dense:
+def dense(
+    dim: int, dtype: Any, name: str | None = None, init: Initializer = linear_init
+) -> nn.Dense:
     """Returns a linear layer with the initialisation of transformers."""
-    return nn.Dense(dim, dtype=dtype, kernel_init=linear_init, name=name)
+    return nn.Dense(dim, dtype=dtype, kernel_init=init, name=name)

@@ -64,12 +64,12 @@ class TokenReducer:
             if getattr(self, name) not in valid:
                 self._refuse(name, ", ".join(valid))
         convolves = self.method == CONVOLUTION
-        if convolves or self.method == SEARCH:
+        if not reads_keep({"method": self.method}):
             if self.keep:
                 self._refuse("keep", f"() with method={self.method!r}")
         elif len(self.keep) != depth or min(self.keep) < 0:
             self._refuse("keep", f"{depth} numbers from 0, one for every block")
-        if self.carry and (convolves or self.method == SEARCH):
+        if self.carry and not reads_keep({"method": self.method}):
             self._refuse("carry", f"False with method={self.method!r}")
         if not convolves and self.blocks:
             self._refuse("blocks", f"() with method={self.method!r}")
@@ -95,6 +95,11 @@ class TokenReducer:
     def halves(self, block: int) -> bool:
         """Whether a block, from 0, halves rows and columns of the map."""
         return block + 1 in self.blocks
+
+
+def reads_keep(settings: Mapping[str, Any]) -> bool:
+    """Whether the attributes of a reducer, by name, need `keep`."""
+    return settings.get("method") not in (CONVOLUTION, SEARCH)
 
 
 def make_reducer(settings: Any, depth: int) -> TokenReducer | None:

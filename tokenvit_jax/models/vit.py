@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Dropout, DropPath, Mlp, dense
-from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.reducers import Patches, TokenReducer, make_reducer
@@ -46,6 +46,7 @@ class Attention(nn.Module):
 
     num_heads: int
     qk_norm: str
+    init_std: float
     dtype: Any
 
     @nn.compact
@@ -67,7 +68,8 @@ class Attention(nn.Module):
         channels = x.shape[-1]
         if channels % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
-        qkv = dense(3 * channels, self.dtype, "qkv")(x)
+        init = truncated_normal(self.init_std)
+        qkv = dense(3 * channels, self.dtype, "qkv", init)(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, channels // self.num_heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
         scale, received = None, None
@@ -79,7 +81,7 @@ class Attention(nn.Module):
             y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
             y = ops.dot_product_attention(q, k, v, scale=scale)
-        y = dense(channels, self.dtype, "proj")(y.reshape(x.shape))
+        y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
         return Attended(y, received, k.mean(2))
 
     def _unit_length(self, x):
@@ -100,6 +102,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: int
     qk_norm: str
+    init_std: float
     drop_path: float
     dtype: Any
     axis_name: str | None
@@ -131,7 +134,9 @@ class Block(nn.Module):
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
 
-        attention = Attention(self.num_heads, self.qk_norm, self.dtype, name="attention")
+        attention = Attention(
+            self.num_heads, self.qk_norm, self.init_std, self.dtype, name="attention"
+        )
         acts = reducer is not None and reducer.acts(self.number, x.shape[1] - self.num_front)
         attended = attention(
             norm(x, "norm1"),
@@ -142,7 +147,8 @@ class Block(nn.Module):
         x = x + drop(attended.y)
         if acts:
             x, size = self._reduce(x, attended, size, grid, train)
-        return x + drop(Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x, "norm2"))), size
+        mlp = Mlp(self.mlp_ratio, self.dtype, truncated_normal(self.init_std), name="mlp")
+        return x + drop(mlp(norm(x, "norm2"))), size
 
     def _reduce(self, x, attended, size, grid, train):
         tokens = Patches(x, attended.received, attended.keys, size)
@@ -187,6 +193,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       token_reducer: reduces the patches between attention and MLP of the blocks: a
         :class:`TokenReducer` or its attributes by name; None: all patches stay.
       qk_norm: of queries and keys: "none", "fixed" or "learned", see :class:`Attention`.
+      init_std: standard deviation of the first weights: 0.02 in the published models, with which
+        narrow ones (C = 64) hardly begin to learn; 1 / sqrt(C) suits them.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dropout: before the classifier.
       remat: compute the blocks again in the backward pass instead of keeping what is inside.
@@ -205,39 +213,42 @@ class VisionTransformer(nn.Module, kw_only=True):
     distilled: bool = False
     token_reducer: Any = None
     qk_norm: str = "none"
+    init_std: float = 0.02
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    def __post_init__(self):
+        # Attributes by name would make a module that cannot be hashed.
+        self.token_reducer = make_reducer(self.token_reducer, self.depth)
+        super().__post_init__()
+
     def setup(self):
         self._check()
-        side = (self.patch_size, self.patch_size)
-        self.patches = nn.Conv(
-            self.dim, side, side, "VALID", dtype=self.dtype, kernel_init=linear_init
-        )
+        side, init = (self.patch_size, self.patch_size), truncated_normal(self.init_std)
+        self.patches = nn.Conv(self.dim, side, side, "VALID", dtype=self.dtype, kernel_init=init)
         names = ["class_token", "distillation_token"][: 1 + self.distilled]
-        self.front = [self.param(name, linear_init, (1, self.dim)) for name in names]
+        self.front = [self.param(name, init, (1, self.dim)) for name in names]
         rows, columns = self._grid(*self.position_size)
         # Of the tokens in front, then of the patches, row by row.
         shape = (1 + self.distilled + rows * columns, self.dim)
-        self.position = self.param("position", linear_init, shape)
+        self.position = self.param("position", init, shape)
         cls = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
-        self.reducer = make_reducer(self.token_reducer, self.depth)
         self.blocks = [
             cls(
-                self.num_heads, self.mlp_ratio, self.qk_norm,
+                self.num_heads, self.mlp_ratio, self.qk_norm, self.init_std,
                 self.drop_path * i / max(self.depth - 1, 1), self.dtype, self.axis_name, i,
-                1 + self.distilled, rows * columns, self.reducer,
+                1 + self.distilled, rows * columns, self.token_reducer,
             )
             for i in range(self.depth)
         ]  # fmt: skip
         self.norm = nn.LayerNorm(1e-6, dtype=self.dtype)
         self.head_dropout = Dropout(self.dropout, self.axis_name)
-        self.classifier = dense(self.num_classes, jnp.float32)
+        self.classifier = dense(self.num_classes, jnp.float32, init=init)
         if self.distilled:
-            self.distillation_classifier = dense(self.num_classes, jnp.float32)
+            self.distillation_classifier = dense(self.num_classes, jnp.float32, init=init)
 
     def _check(self):
         for name, valid in (("pool", POOLS), ("qk_norm", QK_NORMS)):
@@ -276,7 +287,7 @@ class VisionTransformer(nn.Module, kw_only=True):
         size = jnp.ones(x.shape[:2], jnp.float32)
         for number, block in enumerate(self.blocks):
             x, size = block(x, size, grid, train)
-            if self.reducer is not None and self.reducer.halves(number):
+            if self.token_reducer is not None and self.token_reducer.halves(number):
                 grid = (grid[0] // 2, grid[1] // 2)
         return x
 

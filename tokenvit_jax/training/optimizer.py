@@ -6,6 +6,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from tokenvit_jax.models.reducers import is_retention
+
 # Matrices that are no weights of a layer, by the last part of their name.
 _NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
 
@@ -43,6 +45,8 @@ def weight_decay_mask(params: dict) -> dict:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Returns the optimizer of a configuration: optional clipping by the global norm, then AdamW.
 
+    Of a search for tokens, retention parameters take longer steps than the others.
+
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
@@ -53,4 +57,11 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
         weight_decay=config.optimizer.weight_decay,
         mask=weight_decay_mask,
     )
-    return optax.chain(clip, adamw)
+    if not config.retention.penalty:
+        return optax.chain(clip, adamw)
+    faster = optax.masked(optax.scale(config.retention.learning_rate_factor), _retention_mask)
+    return optax.chain(clip, adamw, faster)
+
+
+def _retention_mask(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_retention(path), params)

@@ -18,6 +18,7 @@ from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
+from tokenvit_jax.models.reducers import clip_retention, retention_mass
 from tokenvit_jax.ops.mix_boxes import mix_boxes
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.mixing import (
@@ -54,8 +55,9 @@ def make_train_step(
     Returns:
       A function of the state and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
       "skipped" (B,) int32}, and with `token_labels.weight` what `classification.token_labels`
-      reads. Its metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate" and
-      "data/skipped" (unreadable images passed over since the first step).
+      reads. Its metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate",
+      "data/skipped" (unreadable images passed over since the first step) and, of a search for
+      tokens, "retention/tokens" (sum of the retention parameters).
 
     Raises:
       UserError: the model has no token head, but needs one.
@@ -66,6 +68,9 @@ def make_train_step(
         return tree if axis_name is None else lax.pmean(tree, axis_name)
 
     loss_fn = _make_loss(model, config, num_classes)
+    penalty = config.retention.penalty
+    if penalty:
+        loss_fn = with_retention_penalty(loss_fn, penalty)
 
     def train_step(state, batch):
         mix_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
@@ -88,6 +93,8 @@ def make_train_step(
         loss, grads = mean((loss, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if penalty:
+            params = clip_retention(params)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         if "centroids" in model_state:
@@ -118,9 +125,27 @@ def make_train_step(
             "learning_rate": learning_rate,
             "data/skipped": state.skipped,
         }
+        if penalty:
+            metrics["retention/tokens"] = retention_mass(params).sum()
         return state, metrics
 
     return train_step
+
+
+def with_retention_penalty(loss_fn: Callable, penalty: float) -> Callable:
+    """Returns a loss that grows with the tokens that are retained, more for later blocks.
+
+    By the penalty times the sum over the blocks l, from 1, of l times their retention mass.
+
+    Source: Goyal et al. 2020, PoWER-BERT, Section 3.3.
+    """
+
+    def penalised(params, *args, **kwargs):
+        loss, model_state = loss_fn(params, *args, **kwargs)
+        mass = retention_mass(params)
+        return loss + penalty * jnp.arange(1, len(mass) + 1) @ mass, model_state
+
+    return penalised
 
 
 def _make_loss(model: nn.Module, config: ConfigDict, num_classes: int) -> Callable:

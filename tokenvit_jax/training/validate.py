@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.reducers import SEARCH
 from tokenvit_jax.training.mixing import MIN_MIXTOKEN_GRID
 
 # Entries with a fixed set of values. What the data pipeline and the models read, they check.
@@ -33,6 +34,8 @@ _RANGES = {
     "mix.probability": (0, 1),
     "mix.switch_probability": (0, 1),
     "token_labels.weight": (0, None),
+    "retention.penalty": (0, None),
+    "retention.learning_rate_factor": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.weight_decay": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -63,6 +66,7 @@ def check_config(config: ConfigDict) -> None:
         )
     _check_token_mixing(config)
     _check_token_labels(config)
+    _check_retention(config)
     profiled_steps(config)
 
 
@@ -113,6 +117,16 @@ def _check_token_labels(config: ConfigDict) -> None:
     if labels.files:
         moving = ("augment.rotation", "augment.translation")
         _refuse(config, "token_labels.files", moving, "moves images away from their labels")
+
+
+def _check_retention(config: ConfigDict) -> None:
+    """Raises UserError if there is a penalty on retention parameters, but none of them."""
+    method = (config.model_overrides.get("token_reducer") or {}).get("method")
+    if config.retention.penalty and method != SEARCH:
+        raise UserError(
+            f"config.retention.penalty={config.retention.penalty} needs "
+            f"config.model_overrides.token_reducer.method={SEARCH!r}, not {method!r}"
+        )
 
 
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:

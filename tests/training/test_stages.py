@@ -1,0 +1,191 @@
+"""The three stages of Token Pooling: a run, the search that starts from it, and the pooled one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tokenvit_jax import train as train_command
+from tokenvit_jax.config import default_config
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.evaluate import evaluate
+from tokenvit_jax.models.reducers import searched_keep
+from tokenvit_jax.tasks import classification
+from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import init_state, step_rng
+from tokenvit_jax.training.step import make_train_step
+from tokenvit_jax.training.validate import check_config
+from tokenvit_jax.training.workdir import read_config
+
+HOST = {
+    "dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 1, "patch_size": 16,
+    "position_size": (48, 48),
+}  # fmt: skip
+BATCH_SIZE = 16
+
+
+def stage(reducer=None, **host):
+    config = default_config()
+    config.model, config.model_overrides = "deit_s", HOST | host
+    if reducer:
+        config.model_overrides.token_reducer = reducer
+    config.image_size, config.batch_size, config.data.eval_batch_size = 48, BATCH_SIZE, 120
+    config.num_steps, config.log_every_steps = 2, 1
+    config.eval_every_steps = config.checkpoint_every_steps = 2
+    return config
+
+
+def search(penalty=0.5, factor=100.0):
+    config = stage({"method": "soft_extract"})
+    config.retention.penalty, config.retention.learning_rate_factor = penalty, factor
+    return config
+
+
+def batch():
+    draw = np.random.default_rng(0)
+    return {
+        "image": draw.integers(0, 256, (BATCH_SIZE, 48, 48, 3), np.uint8),
+        "label": draw.integers(0, 10, BATCH_SIZE, np.int32),
+        "skipped": np.zeros(BATCH_SIZE, np.int32),
+    }
+
+
+@functools.cache
+def steps(factor, penalty=0.5, parallel=devices.MeshParallel):
+    """State, metrics and earlier state of two steps of a search on eight devices."""
+    config, layout = search(penalty, factor), parallel()
+    model = classification.make_model(config, 10, axis_name=layout.axis_name)
+    optimizer = make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    step = layout.train_step(
+        make_train_step(model, optimizer, config, 10, axis_name=layout.axis_name),
+        layout.abstract(init_fn),
+    )
+    state, found = layout.init(init_fn), []
+    for _ in range(2):
+        before = jax.device_get(state)
+        state, metrics = step(state, layout.put_batch(batch()))
+        found.append((before, jax.device_get(state), jax.device_get(metrics)))
+    return found
+
+
+def retention(params):
+    return np.stack([params[f"blocks_{i}"]["soft_extract"]["retention"] for i in range(2)])
+
+
+def test_loss_grows_with_what_is_retained():
+    """By the penalty times 1 and 2 times the sum over the 9 ranks of blocks 1 and 2."""
+    config = search()
+    for before, _, metrics in steps(100.0):
+        _, model_rng = jax.random.split(step_rng(config.seed, before.step))
+        plain = stage()
+        model = classification.make_model(search(), 10)
+        images = (batch()["image"] / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        rngs = dict(zip(("dropout", "routing"), jax.random.split(model_rng), strict=True))
+        logits = model.apply({"params": before.params}, images, train=True, rngs=rngs)
+        targets = classification.soft_targets(batch()["label"], 10, plain.label_smoothing)
+        penalty = 0.5 * ([1, 2] @ retention(before.params).sum(1))
+        expected = classification.cross_entropy(logits, targets) + penalty
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+def test_retention_stays_between_0_and_1_and_moves_faster():
+    (first, after, metrics), _ = steps(100.0)
+    np.testing.assert_array_equal(retention(first.params), 1)
+    np.testing.assert_allclose(metrics["retention/tokens"], retention(after.params).sum())
+    # The learning rate is 1e-3 at first, and Adam's first step is as long.
+    np.testing.assert_allclose(retention(after.params), 0.9, atol=1e-5)
+    slow = steps(1.0)[0][1]
+    np.testing.assert_allclose(retention(slow.params), 0.999, atol=1e-5)
+    kernel = lambda state: state.params["blocks_0"]["mlp"]["fc1"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(kernel(slow), kernel(after), rtol=1e-5)
+    np.testing.assert_array_equal(retention(steps(1e4)[1][1].params), 0)  # clipped
+
+
+def test_pmap_searches_like_the_mesh():
+    for found, expected in zip(
+        steps(100.0, parallel=devices.PmapParallel), steps(100.0), strict=True
+    ):
+        np.testing.assert_allclose(found[2]["loss"], expected[2]["loss"], rtol=1e-5)
+        np.testing.assert_allclose(
+            retention(found[1].params), retention(expected[1].params), rtol=1e-5
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Workdirs of the three stages, two steps each, on the digits."""
+    folder = tmp_path_factory.mktemp("stages")
+    configs = {
+        "base": stage(),
+        "search": search(factor=300.0),
+        "pooled": stage({"keep": (), "method": "weighted_kmedoids"}),
+    }
+    configs["search"].initial.workdir = str(folder / "base")
+    configs["pooled"].initial.workdir = str(folder / "search")
+    configs["pooled"].ema_decay = 0.5
+    for name, config in configs.items():
+        train_command.train(config, folder / name)
+    return folder
+
+
+def test_stages_follow_each_other(runs):
+    found = searched_keep(load_checkpoint(runs / "search").variables["params"])
+    assert len(found) == 2 and max(found) < 9
+    config = read_config(runs / "pooled")
+    assert config.model_overrides.token_reducer.keep == found
+    metrics = evaluate(config, runs / "pooled")
+    assert metrics["step"] == 2 and 0 <= metrics["eval/accuracy"] <= 1
+
+
+def test_a_run_starts_with_the_parameters_of_another(runs):
+    config = read_config(runs / "search")
+    config.ema_decay = 0.5
+    initial = load_initial(config)
+    model, optimizer = classification.make_model(config, 10), make_optimizer(config)
+    parallel = devices.MeshParallel(fsdp=4)
+    fresh = parallel.init(functools.partial(init_state, model, optimizer, config))
+    layout = jax.tree.map(lambda x: x.sharding, fresh)
+    state = start_from(fresh, initial)
+    assert jax.tree.map(lambda x: x.sharding, state) == layout
+    np.testing.assert_array_equal(retention(state.params), 1)  # the first stage has none
+    jax.tree.map(np.testing.assert_array_equal, state.ema["params"], state.params)
+    for name in ("position", "class_token"):
+        np.testing.assert_array_equal(state.params[name], initial.variables["params"][name])
+    back = load_initial(read_config(runs / "pooled"))
+    assert "soft_extract" in back.variables["params"]["blocks_0"]  # not in the third stage
+
+
+def test_mistakes_are_named(runs, tmp_path):
+    config = stage({"keep": (), "method": "kmeans"})
+    with pytest.raises(
+        UserError, match=r"keep=\(\) is what a search has found, but config.initial"
+    ):
+        with_searched_keep(config, None)
+    config.initial.workdir = str(runs / "base")
+    with pytest.raises(UserError, match=r"config.initial.workdir='.*base' is none; valid: the"):
+        with_searched_keep(config, load_initial(config))
+    config.initial.workdir = str(tmp_path)
+    with pytest.raises(UserError, match=r"config.initial.workdir=.*holds no checkpoints"):
+        load_initial(config)
+    config.initial.workdir, config.initial.checkpoint = str(runs / "base"), "7"
+    with pytest.raises(UserError, match=r"config.initial.workdir=.*no checkpoint '7'"):
+        load_initial(config)
+    config.initial.checkpoint = "last"
+    wider = stage(dim=16)
+    state = init_state(classification.make_model(wider, 10), make_optimizer(wider), wider)
+    with pytest.raises(UserError, match=r"entries differ: .*params/class_token is \(1, 8\) there"):
+        start_from(state, load_initial(config))
+    config = stage()
+    config.retention.penalty = 0.1
+    with pytest.raises(UserError, match=r"config.retention.penalty=0.1 needs .*method='soft_extr"):
+        check_config(config)
+
+
+def test_given_numbers_are_not_searched():
+    config = stage({"keep": (3, 2), "method": "kmeans"})
+    assert with_searched_keep(config, None) is config
