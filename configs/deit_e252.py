@@ -1,4 +1,4 @@
-"""DeiT-e252 on ImageNet-1K (DeiT-S with 252 channels, of Token Pooling), and Token Pooling in it (Marin et al. 2021).
+"""DeiT-e252 on ImageNet-1K: DeiT-S with 252 channels; and Token Pooling in it (Marin et al. 2021).
 
     python -m tokenvit_jax.train --config=configs/deit_e252.py --workdir=runs/deit_e252
 

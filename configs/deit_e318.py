@@ -1,4 +1,4 @@
-"""DeiT-e318 on ImageNet-1K (DeiT-S with 318 channels, of Token Pooling), and Token Pooling in it (Marin et al. 2021).
+"""DeiT-e318 on ImageNet-1K: DeiT-S with 318 channels; and Token Pooling in it (Marin et al. 2021).
 
     python -m tokenvit_jax.train --config=configs/deit_e318.py --workdir=runs/deit_e318
 
