@@ -1,12 +1,22 @@
 """Settings of the test processes."""
 
+import gc
 import os
 
 # Eight virtual devices, so that code for several devices is tested on any machine; and quick
-# compilation, which is most of the time that small tests take. Before jax is imported: it reads
-# this once.
+# compilation, which is most of the time that small tests take: without optimisation by LLVM, and
+# without emitters of fusions by MLIR, which take three times as long to compile. Before jax is
+# imported: it reads this once.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector pass over what was imported, and look for more less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

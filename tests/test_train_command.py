@@ -29,9 +29,10 @@ CONFIG = Path(tiny_config.__file__)
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Environment of the processes: one device each, compiled programs shared."""
+    flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     return {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": " ".join(flags),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
