@@ -127,6 +127,24 @@ def test_several_models_against_a_peer(monkeypatch, capsys):
     assert rows[2]["temp_mib"] is None and rows[2]["median_ms"] >= 1
 
 
+def test_token_reducers_against_the_model_without(monkeypatch, capsys):
+    widths = {None: 4000, (3, 2): 1000}
+
+    def create(name, dtype, token_reducer=None):
+        return MeanModel(widths[token_reducer and token_reducer["keep"]])
+
+    monkeypatch.setattr(benchmark, "create_model", create)
+    args = ("--model=host", "--keep=3,2", "--method=tome", "--image_size=32", "--batch_size=2")
+    status, out, err = run(monkeypatch, capsys, *args, "--format=json")
+    assert status == 0, err
+    plain, reduced = json.loads(out)["results"]
+    assert (plain["model"], reduced["model"]) == ("host", "host tome 3,2")
+    assert (plain["speedup"], plain["saved"], plain["speedup_over_saved"]) == (1, 1, 1)
+    assert reduced["saved"] == pytest.approx(4)
+    assert reduced["speedup"] == pytest.approx(plain["median_ms"] / reduced["median_ms"])
+    assert reduced["speedup_over_saved"] == pytest.approx(reduced["speedup"] / 4)
+
+
 def test_training_step_is_gradient_descent():
     model = SmallModel()
     images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 4)), jnp.float32)
@@ -174,6 +192,8 @@ def small_cases():
     yield from benchmark_cases.depthwise_conv_cases(2, FLOAT32, {"tiny": ((5, 8),)})
     yield from benchmark_cases.dot_product_attention_cases(2, FLOAT32, ((9, 2, 8),))
     yield from benchmark_cases.cluster_density_peaks_cases(2, FLOAT32, ((96, 4),))
+    yield from benchmark_cases.kmedoids_cases(2, FLOAT32, ((20, 14, 3),))
+    yield from benchmark_cases.kmeans_cases(2, FLOAT32, ((20, 7, 3),))
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
@@ -291,6 +311,7 @@ def test_peer_that_is_not_installed(monkeypatch, capsys):
         (["--op=depthwise_conv", "--against=a"], 1, "--against goes with --model"),
         (["--model=dgt_t,dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--op=depthwise_conv", "--out=a.png"], 1, "--out goes with --op=group_attention"),
+        (["--op=kmeans", "--keep=3"], 1, "--keep goes with --model; operators have no token"),
         (["--op=conv"], 2, "flag --op=conv: value should be one of <group_attention|"),
         (["--model=dgt_t", "--batch_size=0"], 2, "flag --batch_size=0"),
         (["--model=dgt_t", "--dtype=float16"], 2, "should be one of <float32|bfloat16>"),

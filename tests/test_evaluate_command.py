@@ -15,6 +15,7 @@ from tokenvit_jax import cli, convert, evaluate, predict
 from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.data.transforms import MEAN, STD
 from tokenvit_jax.models.layouts import export_weights, timm_vit
+from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
 
 MODEL, SETTINGS = "deit_ti", {"patch_size": 16, "position_size": (32, 32), "distilled": True}
@@ -76,6 +77,29 @@ def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
         "eval/accuracy": pytest.approx(accuracy, abs=1.01 / len(labels)),  # a near tie
         "eval/loss": pytest.approx(losses.mean(), rel=1e-4),
     }
+
+
+def test_a_reducer_is_inserted_without_training(run, imported):
+    """A line without it, and one with it, of the same weights."""
+    workdir, images, labels, logits = imported
+    keep = (3,) + (2,) * 6 + (1,) * 4 + (0,)
+    flags = {"keep": ",".join(map(str, keep)), "method": "tome", "carry": True}
+    status, printed, err = run(evaluate, "workdir", workdir=workdir, **flags)
+    assert (status, err) == (0, "")
+    plain, reduced = map(json.loads, printed.splitlines())
+    assert plain["token_reducer"] == "none"
+    assert plain["eval/accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean(), abs=0.01)
+    assert reduced["token_reducer"] == f"tome carry {flags['keep']}"
+    assert 0.5 < reduced["gmacs"] / plain["gmacs"] < 0.8
+    assert reduced["eval/loss"] != pytest.approx(plain["eval/loss"], rel=1e-3)
+
+    settings = SETTINGS | {"token_reducer": {"keep": keep, "method": "tome", "carry": True}}
+    model = tv.create_model(MODEL, num_classes=10, **settings)
+    variables = load_checkpoint(workdir).variables
+    apply = jax.jit(lambda x: model.apply(variables, x, train=False))
+    other = np.asarray(apply((images.astype(np.float32) / 255.0 - 0.5) / 0.5), np.float64)
+    losses = np.log(np.exp(other).sum(-1)) - other[np.arange(len(labels)), labels]
+    assert reduced["eval/loss"] == pytest.approx(losses.mean(), rel=1e-4)
 
 
 def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):

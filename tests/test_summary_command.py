@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from tokenvit_jax import cli, list_models, ops, summary
-from tokenvit_jax.published import PUBLISHED
+from tokenvit_jax import cli, list_models, ops, reducer_flags, summary
+from tokenvit_jax.published import PUBLISHED, TOKEN_POOLING
 
 # Parameters, GMACs at 224 x 224, and GMACs counted as the paper does, of every registered model.
 EXACT = {
@@ -163,10 +163,46 @@ def test_table(monkeypatch, capsys):
     assert out.splitlines()[-1].split() == cells
 
 
+def test_token_reducers(monkeypatch, capsys):
+    args = ("--model=deit_s", "--keep=level3", "--keep=" + ",".join(12 * ["0"]))
+    status, out, err = run(monkeypatch, capsys, *args, "--method=powerbert,tome", "--format=json")
+    assert (status, err) == (0, "")
+    found = {entry["name"]: entry["macs"] / 1e9 for entry in json.loads(out)}
+    assert list(found)[:3] == ["deit_s", "deit_s powerbert level3", "deit_s tome level3"]
+    assert found["deit_s"] == pytest.approx(4.599, abs=1e-3)
+    assert found["deit_s powerbert level3"] == pytest.approx(2.268, abs=1e-3)
+    # Half of the patches with the other half, by keys of 64 channels; then their weighted sums.
+    left, matching = 196, 0
+    for keep in TOKEN_POOLING["deit_s"][3].keep[:-1]:  # the last one keeps none
+        while left > keep:
+            matching += (left // 2) * (left - left // 2) * 64 + left * (384 + 64 + 1)
+            left = max(keep, left - left // 2)
+    extra = found["deit_s tome level3"] - found["deit_s powerbert level3"]
+    assert extra == pytest.approx(matching / 1e9, rel=1e-6)
+    status, table, _ = run(monkeypatch, capsys, *args[:2])
+    *_, plain, reduced = table.splitlines()
+    assert len(plain) == len(reduced) and reduced.startswith("deit_s weighted_kmedoids level3 ")
+    # Without levels of its own a model has those of DeiT-S.
+    assert reducer_flags._keep("level7", "deit_ti") == TOKEN_POOLING["deit_s"][7].keep
+    assert reducer_flags._keep("level7", "deit_e252") == TOKEN_POOLING["deit_e252"][7].keep
+
+
 @pytest.mark.parametrize(
     ("arg", "status", "message"),
     [
         ("--model=dgt_tt", 1, "unknown model 'dgt_tt' (did you mean 'dgt_t'?); valid: clustr_b"),
+        (
+            "--model=deit_s --keep=level8",
+            1,
+            "--keep=level8 is not valid; valid: numbers separated by",
+        ),
+        (
+            "--model=deit_s --keep=3,2",
+            1,
+            "token_reducer.keep=(3, 2) is not valid; valid: 12 numbers",
+        ),
+        ("--model=dgt_t --keep=level3", 1, "model dgt_t has no setting 'token_reducer'"),
+        ("--model=deit_s --method=mean", 1, "--method=mean is not valid; valid: kmeans, weighted"),
         ("--image_size=31", 1, "--image_size=31: both sides must be at least 32"),
         ("--image_size=224x20", 1, "--image_size=224x20: both sides must be at least 32"),
         ("--image_size=big", 1, "--image_size=big is neither a number nor HEIGHTxWIDTH"),
@@ -175,7 +211,7 @@ def test_table(monkeypatch, capsys):
     ],
 )
 def test_mistakes(monkeypatch, capsys, arg, status, message):
-    found, out, err = run(monkeypatch, capsys, arg)
+    found, out, err = run(monkeypatch, capsys, *arg.split())
     assert (found, out) == (status, "")
     assert message in err
     assert len(err.splitlines()) == 1

@@ -2,14 +2,17 @@
 
     python -m tokenvit_jax.benchmark --model=dgt_t --image_size=224 --batch_size=8 --mode=train
     python -m tokenvit_jax.benchmark --model=dgt_t,pale_t --against=pvt_v2_b2 --mode=both
+    python -m tokenvit_jax.benchmark --model=deit_s --keep=level1 --keep=level3
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
 
 A training step is forward, backward and plain gradient descent in one compiled call that reuses
 the memory of its parameters. Several models take turns in one run, models of timm among them
 (--against). They differ in size, so they compare by images per second times the multiply-adds
-(MACs) of one image, forward: what their speed would be at equal MACs. An operator is timed beside
-its obvious alternatives, in turns as well. Times are medians; compilation and warm-up are apart.
-JAX, Flax and NumPy are all that is needed; PyTorch and timm only for --against.
+(MACs) of one image, forward: what their speed would be at equal MACs. With --keep every model takes
+turns with the same model and a token reducer: "speedup" is the gain in images per second, "saved"
+that in MACs. An operator is timed beside its obvious alternatives, in turns as well. Times are
+medians; compilation and warm-up are apart. JAX, Flax and NumPy are all that is needed; PyTorch and
+timm only for --against.
 
 Temporary memory is what XLA plans; what a library that it calls allocates is not in it. On CPU,
 glibc is told to keep freed pages, as training does (see `tokenvit_jax.memory`).
@@ -22,7 +25,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from tokenvit_jax import benchmark_timm, cli
+from tokenvit_jax import benchmark_timm, cli, reducer_flags
 from tokenvit_jax.benchmark_cases import CASES, Case, normal
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
@@ -76,6 +80,8 @@ flags.DEFINE_string(
     "out", None, "with --op=group_attention: a picture of the cost over L", flag_values=FLAGS
 )
 
+reducer_flags.define(FLAGS)
+
 MIB = 2**20
 # Measured at most this often, at least MIN_CALLS times, and else for a time given in seconds.
 MAX_CALLS = 50
@@ -116,12 +122,10 @@ def main(flag_values: flags.FlagValues) -> None:
     else:
         names = list_models() if flag_values.model == ["all"] else flag_values.model
         image_size = parse_image_size(flag_values.image_size or "224")
+        reducers = {name: reducer_flags.reducers(flag_values, name) for name in names}
         setting = (image_size, flag_values.batch_size or 8, dtype)
-        rows = [
-            row
-            for mode in modes
-            for row in benchmark_models(names, *setting, mode, against=flag_values.against)
-        ]
+        options = {"against": flag_values.against, "reducers": reducers if flag_values.keep else {}}
+        rows = [row for mode in modes for row in benchmark_models(names, *setting, mode, **options)]
     found = environment() | (benchmark_timm.environment() if flag_values.against else {})
     if flag_values.format == "json":
         print(json.dumps({"environment": found, "results": rows}, indent=2))
@@ -139,6 +143,8 @@ def _check_flags(flag_values):
         raise UserError("--image_size goes with --model; operators have shapes of their own")
     if flag_values.op and flag_values.against:
         raise UserError("--against goes with --model; operators have alternatives of their own")
+    if flag_values.op and flag_values.keep:
+        raise UserError("--keep goes with --model; operators have no token reducer")
     if flag_values.out and flag_values.op != "group_attention":
         raise UserError("--out goes with --op=group_attention")
 
@@ -241,6 +247,7 @@ def benchmark_models(
     mode: str,
     *,
     against: Sequence[str] = (),
+    reducers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Measures the forward pass or the training step of models with 1000 classes, in turns.
 
@@ -251,17 +258,25 @@ def benchmark_models(
         dtype: of the computation.
         mode: "forward" | "train".
         against: names of timm's models.
+        reducers: model -> what to call it -> `token_reducer`; each is measured beside the model.
 
     Returns:
         Of each model, then of timm's as "timm/NAME": the settings; billions of multiply-adds of
         one image, forward; images per second; their product, and for each NAME of timm's
-        "ratio_to_NAME", this product over its own; times and temporary memory.
+        "ratio_to_NAME", this product over its own; times and temporary memory. With ``reducers``
+        also "speedup", images per second over those of the model without one, "saved", the
+        multiply-adds of that one over its own, and "speedup_over_saved".
 
     Raises:
         UserError: an unknown model, or an image too small for it; see also
             :func:`tokenvit_jax.benchmark_timm.timm_peer`.
     """
-    models = {name: create_model(name, dtype=dtype) for name in names}
+    models, plain = {}, {}
+    for name in names:
+        models[name] = create_model(name, dtype=dtype)
+        for label, settings in reducers.get(name, {}).items():
+            models[f"{name} {label}"] = create_model(name, dtype=dtype, token_reducer=settings)
+            plain[f"{name} {label}"] = name
     peers = {  # before ours, which take long to compile: what is missing shows at once
         f"timm/{name}": benchmark_timm.timm_peer(name, image_size, batch_size, dtype.name, mode)
         for name in against
@@ -277,6 +292,14 @@ def benchmark_models(
     images = {name: 1e3 * batch_size / timing["median_ms"] for name, timing in timings.items()}
     gmacs = {name: macs / 1e9 for name, (_, macs) in contenders.items()}
     rates = {name: images[name] * gmacs[name] for name in contenders}
+
+    def gains(name):
+        if not reducers:
+            return {}
+        without = plain.get(name, name)
+        speedup, saved = images[name] / images[without], gmacs[without] / gmacs[name]
+        return {"speedup": speedup, "saved": saved, "speedup_over_saved": speedup / saved}
+
     return [
         {
             "model": name,
@@ -287,6 +310,7 @@ def benchmark_models(
             "gmacs": gmacs[name],
             "images_per_second": images[name],
             "gmacs_per_second": rates[name],
+            **gains(name),
             **{f"ratio_to_{peer}": rates[name] / rates[f"timm/{peer}"] for peer in against},
             **timings[name],
         }

@@ -26,6 +26,8 @@ DEPTHWISE_SHAPES = {
 ATTENTION_SHAPES = ((49, 16, 32), (197, 6, 64), (577, 6, 64))
 # (tokens, channels): stage 1 of ClusTR at 224 x 224, 512 x 512 and 800 x 1344.
 CLUSTER_SHAPES = ((3136, 64), (16384, 64), (67200, 64))
+# (tokens, clusters, channels): blocks of DeiT-S at level 3 of Token Pooling, and K = N / 4.
+POOLING_SHAPES = ((194, 187, 384), (187, 163, 384), (118, 85, 384), (196, 49, 384))
 # Tokens per cluster of ClusTR's fine scale in stage 1.
 CLUSTER_RATIO = 16
 
@@ -177,9 +179,103 @@ def cluster_unchunked(tokens: jax.Array, num_clusters: int, neighbors: int = 5) 
     return jax.vmap(lambda row, center: row.at[center].set(own))(assignment, centers)
 
 
+def kmedoids_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=POOLING_SHAPES
+) -> Iterator[Case]:
+    """K-Medoids against its equations as products with the membership of K clusters.
+
+    "masked": in between, one masked sum over N x N distances for all clusters.
+    """
+    contenders = {
+        "products": kmedoids_by_products,
+        "masked": kmedoids_by_masks,
+        "kmedoids": lambda x, initial: ops.kmedoids(x, initial).indices,
+    }
+    return _pooling_cases(batch_size, dtype, shapes, contenders)
+
+
+def kmeans_cases(batch_size: int | None, dtype: jnp.dtype, shapes=POOLING_SHAPES) -> Iterator[Case]:
+    """K-Means against its equations as products with the membership of K clusters."""
+    contenders = {
+        "products": kmeans_by_products,
+        "kmeans": lambda x, initial: ops.kmeans(x, initial).centers,
+    }
+    return _pooling_cases(batch_size, dtype, shapes, contenders)
+
+
+def _pooling_cases(batch_size, dtype, shapes, contenders):
+    batch = batch_size or 8
+    for length, num_clusters, channels in shapes:
+        tokens = normal(0, (batch, length, channels), dtype)
+        draw = np.random.default_rng(1)
+        first = np.stack([draw.permutation(length)[:num_clusters] for _ in range(batch)])
+        yield Case(
+            shape={"tokens": length, "clusters": num_clusters, "channels": channels},
+            inputs=(tokens, jnp.asarray(first, jnp.int32)),
+            num_differentiated=0,  # of tokens on their way back there are fewer
+            contenders=contenders,
+        )
+
+
+def kmedoids_by_products(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+    """K-Medoids as most write it: (B, N, C), (B, K) -> (B, K), with K x N x N products a round."""
+    distances = _all_distances(x)
+
+    def move(_, medoids):
+        member = _member(distances, medoids)
+        cost = jnp.einsum("bkn,bnm->bkm", member, distances)
+        return jnp.where(member > 0, cost, jnp.inf).argmin(-1).astype(jnp.int32)
+
+    return lax.fori_loop(0, rounds, move, medoids)
+
+
+def kmedoids_by_masks(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+    """The same with one masked sum over the N x N distances for all clusters."""
+    distances = _all_distances(x)
+
+    def move(_, medoids):
+        member = _member(distances, medoids)
+        assignment = member.argmax(1)
+        same = assignment[:, :, None] == assignment[:, None]
+        cost = jnp.where(same, distances, 0).sum(1)
+        return jnp.where(member > 0, cost[:, None], jnp.inf).argmin(-1).astype(jnp.int32)
+
+    return lax.fori_loop(0, rounds, move, medoids)
+
+
+def kmeans_by_products(x: jax.Array, initial: jax.Array, rounds: int = 5) -> jax.Array:
+    """K-Means as most write it: (B, N, C), (B, K) -> (B, K, C), with two K x N x C products."""
+    x = x.astype(jnp.float32)
+
+    def move(_, centers):
+        product = jnp.einsum("bkc,bnc->bkn", centers, x)
+        nearest = (jnp.sum(centers**2, -1)[..., None] - 2 * product).argmin(1)
+        member = jax.nn.one_hot(nearest, centers.shape[1], axis=1)  # (B, K, N)
+        count = member.sum(-1, keepdims=True)
+        means = jnp.einsum("bkn,bnc->bkc", member, x) / jnp.maximum(count, 1)
+        return jnp.where(count > 0, means, centers)
+
+    return lax.fori_loop(0, rounds, move, jnp.take_along_axis(x, initial[..., None], 1))
+
+
+def _all_distances(x):
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, -1)
+    product = jnp.einsum("bnc,bmc->bnm", x, x)
+    return jnp.maximum(square[:, :, None] + square[:, None] - 2 * product, 0)
+
+
+def _member(distances, medoids):
+    """Returns 1.0 where a token belongs to a cluster, (B, K, N)."""
+    nearest = jnp.take_along_axis(distances, medoids[:, :, None], 1).argmin(1)
+    return jax.nn.one_hot(nearest, medoids.shape[1], axis=1)
+
+
 CASES = {
     "group_attention": group_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
     "dot_product_attention": dot_product_attention_cases,
     "cluster_density_peaks": cluster_density_peaks_cases,
+    "kmedoids": kmedoids_cases,
+    "kmeans": kmeans_cases,
 }

@@ -2,6 +2,11 @@
 
 Prints the metrics as one line of JSON. The configuration is that of the run, or another:
 --config=CONFIG.py. --checkpoint=last, best (highest accuracy) or a step.
+
+    python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
+
+A plain host with a token reducer inserted, without training: a line without it, then one for every
+--keep and --method, with the multiply-adds of an image.
 """
 
 import functools
@@ -11,14 +16,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from tokenvit_jax import cli
+from tokenvit_jax import cli, reducer_flags
 from tokenvit_jax.data import dataset_info, eval_dataset
+from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_config
-from tokenvit_jax.training.workdir import read_config
+from tokenvit_jax.training.workdir import for_inference, read_config
 
 FLAGS = flags.FlagValues()
 cli.define_config(FLAGS)
@@ -30,6 +36,7 @@ flags.DEFINE_string(
     "where `prepare` wrote the dataset; default: that of the configuration",
     flag_values=FLAGS,
 )
+reducer_flags.define(FLAGS)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dict[str, float]:
@@ -65,10 +72,26 @@ def main(flag_values: flags.FlagValues) -> None:
     """Runs the command."""
     workdir = Path(flag_values.workdir)
     given = flag_values["config"].value is not None
-    config = cli.read_config(flag_values) if given else read_config(workdir)
-    if flag_values.data_dir is not None:
-        config.data.data_dir = flag_values.data_dir
-    print(json.dumps(evaluate(config, workdir, flag_values.checkpoint)))
+    if given:
+        config = cli.read_config(flag_values)
+        if flag_values.data_dir is not None:
+            config.data.data_dir = flag_values.data_dir
+    else:
+        config = for_inference(read_config(workdir), flag_values.data_dir)
+    reducers = reducer_flags.reducers(flag_values, config.model)
+    for label, settings in {"none": None, **reducers}.items():
+        if settings:
+            with config.unlocked():
+                config.model_overrides.token_reducer = settings
+        metrics = evaluate(config, workdir, flag_values.checkpoint)
+        if reducers:
+            metrics |= {"token_reducer": label, "gmacs": _gmacs(config)}
+        print(json.dumps(metrics), flush=True)
+
+
+def _gmacs(config):
+    model = classification.make_model(config, dataset_info(config.dataset).num_classes)
+    return summarize_model(model, (config.image_size, config.image_size), config.model).macs / 1e9
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tokenvit_jax.data.token_labels import FILES
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.teacher import Teacher, load_teacher
+from tokenvit_jax.training.workdir import for_inference
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of the teacher's run", flag_values=FLAGS)
@@ -41,10 +42,7 @@ def main(flag_values: flags.FlagValues) -> None:
     teacher = load_teacher(Path(flag_values.workdir), flag_values.checkpoint)
     if not 1 <= flag_values.top_k <= teacher.num_classes:
         raise UserError(f"--top_k={flag_values.top_k}; valid: 1 to {teacher.num_classes}")
-    config = teacher.config
-    config.update({"parallel": "jit", "mesh": {"fsdp": 1}})
-    if flag_values.data_dir is not None:
-        config.data.data_dir = flag_values.data_dir
+    config = for_inference(teacher.config, flag_values.data_dir)
     # Under its name only when it is complete.
     temporary = out.with_name(out.name + ".tmp")
     temporary.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Parameters and multiply-adds (MACs) of models at any input size.
 
     python -m tokenvit_jax.summary --model=dgt_t,dgt_s --image_size=224 --format=table
+    python -m tokenvit_jax.summary --model=deit_s --keep=level3 --method=powerbert,kmedoids
 
 Nothing is computed: shapes are enough. MACs are those of the forward pass of one image, linear
 layers, convolutions and attention; an operator of this package counts as what it computes
 (attention in groups: 2kLC + 2LGC, Eq. 6 of DGT), not as how. Where a paper's own figure leaves out
-a part of its model, "as published" counts like it.
+a part of its model, "as published" counts like it. --keep adds a plain host with a token reducer.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.extend import core
 
-from tokenvit_jax import cli
+from tokenvit_jax import cli, reducer_flags
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model, list_models
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
@@ -31,6 +32,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas; default: all", flag_values=FLAGS)
 flags.DEFINE_string("image_size", "224", "pixels: 224, or HEIGHTxWIDTH", flag_values=FLAGS)
 flags.DEFINE_enum("format", "table", ["table", "json"], "of the output", flag_values=FLAGS)
+reducer_flags.define(FLAGS)
 
 
 class Summary(NamedTuple):
@@ -49,7 +51,12 @@ class Summary(NamedTuple):
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the summary of each model."""
     image_size = parse_image_size(flag_values.image_size)
-    summaries = [summarize(name, image_size) for name in flag_values.model or list_models()]
+    summaries = []
+    for name in flag_values.model or list_models():
+        summaries.append(summarize(name, image_size))
+        for label, settings in reducer_flags.reducers(flag_values, name).items():
+            model = create_model(name, token_reducer=settings)
+            summaries.append(summarize_model(model, image_size, f"{name} {label}"))
     if flag_values.format == "json":
         print(json.dumps([summary._asdict() for summary in summaries], indent=2))
     else:
@@ -167,16 +174,17 @@ def format_known(value: float | None) -> str:
 
 
 def _table(summaries: list[Summary], image_size: tuple[int, int]) -> str:
+    width = max(12, *(len(summary.name) for summary in summaries))
     lines = [
         f"one image of {image_size[0]} x {image_size[1]} pixels; published: at 224 x 224",
-        f"{'model':<12}{'parameters':>14}{'published':>12}"
+        f"{'model':<{width}}{'parameters':>14}{'published':>12}"
         f"{'GMACs':>10}{'as published':>14}{'published':>12}",
     ]
     for name, params, macs, macs_as_published in summaries:
         paper = PUBLISHED.get(name)
         known = [f"{paper.params_m:g} M", format_known(paper.gmacs)] if paper else ["", ""]
         lines.append(
-            f"{name:<12}{params:>14,}{known[0]:>12}"
+            f"{name:<{width}}{params:>14,}{known[0]:>12}"
             f"{macs / 1e9:>10.3f}{macs_as_published / 1e9:>14.3f}{known[1]:>12}"
         )
     return "\n".join(lines)

@@ -89,15 +89,20 @@ def _largest_scores(scores, assignment, num_clusters):
     return jax.vmap(largest)(scores, assignment)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@counted(_macs, static_argnames=("num_clusters",))
 def cluster_sums(x: jax.Array, assignment: jax.Array, num_clusters: int) -> jax.Array:
-    """Returns the sums (B, M, C) of the rows of x (B, N, C) of every cluster.
+    """Returns the sums (B, M, C) of the rows of every cluster.
 
     Args:
       x: (B, N, C).
       assignment: cluster of every row (B, N), integers in [0, M).
       num_clusters: M.
     """
+    return _cluster_sums(x, assignment, num_clusters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cluster_sums(x, assignment, num_clusters):
     by = lambda sums: functools.partial(sums, num_clusters=num_clusters)  # noqa: E731
     return lax.platform_dependent(
         x, assignment, cpu=by(_sums_by_scatter), default=by(_sums_by_products)
@@ -133,7 +138,7 @@ def _sums_by_products(x, assignment, num_clusters, chunk=1 << 25):
 
 
 def _cluster_sums_forward(x, assignment, num_clusters):
-    return cluster_sums(x, assignment, num_clusters), assignment
+    return _cluster_sums(x, assignment, num_clusters), assignment
 
 
 def _cluster_sums_backward(num_clusters, assignment, d_sums):
@@ -142,4 +147,4 @@ def _cluster_sums_backward(num_clusters, assignment, d_sums):
     return rows, None
 
 
-cluster_sums.defvjp(_cluster_sums_forward, _cluster_sums_backward)
+_cluster_sums.defvjp(_cluster_sums_forward, _cluster_sums_backward)

@@ -29,6 +29,19 @@ def read_config(workdir: Path) -> ConfigDict:
     return config.lock()
 
 
+def for_inference(config: ConfigDict, data_dir: str | None) -> ConfigDict:
+    """Returns the configuration of a run for whatever devices there are now, changed in place.
+
+    Args:
+      config: of :func:`read_config`.
+      data_dir: where the dataset is; None: where it was.
+    """
+    config.update({"parallel": "jit", "mesh": {"fsdp": 1}})
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    return config
+
+
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes the configuration into the workdir, which is made if there is none."""
     workdir.mkdir(parents=True, exist_ok=True)

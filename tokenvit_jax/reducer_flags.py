@@ -1,0 +1,73 @@
+"""Token reducers from the command line: --keep, --method and --carry."""
+
+import re
+from typing import Any
+
+from absl import flags
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.reducers import METHODS, reads_keep
+from tokenvit_jax.published import TOKEN_POOLING
+
+KEPT_METHODS = [method for method in METHODS if reads_keep({"method": method})]
+
+
+def define(flag_values: flags.FlagValues) -> None:
+    """Defines the flags."""
+    flags.DEFINE_multi_string(
+        "keep",
+        [],
+        "with a token reducer too: patches that go on, block by block (196,195,...), or level0 to "
+        "level7 of Token Pooling; again for more of them",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_list(
+        "method",
+        ["weighted_kmedoids"],
+        f"of the token reducer, or several: {', '.join(KEPT_METHODS)}",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "carry",
+        False,
+        "whether sizes of clusters weigh in later attention: for models trained without a reducer",
+        flag_values=flag_values,
+    )
+
+
+def reducers(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
+    """Returns the token reducers that the flags name, as settings of a model.
+
+    Args:
+      flag_values: parsed flags.
+      model: its name. "level3" is the one that Token Pooling reports for it, or else for DeiT-S.
+
+    Returns:
+      What to call it -> value of `token_reducer`, for every --keep and every --method.
+
+    Raises:
+      UserError: a value that is not valid.
+    """
+    for method in flag_values.method:
+        if method not in KEPT_METHODS:
+            raise UserError(f"--method={method} is not valid; valid: {', '.join(KEPT_METHODS)}")
+    return {
+        f"{method}{' carry' if flag_values.carry else ''} {text}": {
+            "keep": _keep(text, model), "method": method, "carry": flag_values.carry
+        }
+        for text in flag_values.keep
+        for method in flag_values.method
+    }  # fmt: skip
+
+
+def _keep(text, model):
+    levels = TOKEN_POOLING.get(model, TOKEN_POOLING["deit_s"])
+    level = re.fullmatch(r"level(\d)", text)
+    if level and int(level[1]) < len(levels):
+        return levels[int(level[1])].keep
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(
+            f"--keep={text} is not valid; valid: numbers separated by commas, one for every block, "
+            f"or level0 to level{len(levels) - 1}"
+        )
+    return tuple(map(int, text.split(",")))
