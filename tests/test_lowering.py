@@ -6,7 +6,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.recipes import clustr_config, dgt_config, pale_config
+from tokenvit_jax.recipes import clustr_config, deit_config, dgt_config, pale_config
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
@@ -89,9 +89,27 @@ def test_other_operators(dtype):
 )  # fmt: skip
 def test_training_step(make_config, name):
     config = make_config(name, "", drop_path=0.1)
-    config.batch_size = 2
     # One block per stage at the published widths: the other blocks lower like these.
     config.model_overrides.depths = (1, 1, 1, 1)
+    step_lowers(config)
+
+
+@pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "tome"])
+def test_training_step_with_a_token_reducer(method):
+    config = deit_config("deit_s", "pooled")
+    config.model_overrides.depth = 2
+    config.model_overrides.token_reducer.update({"method": method, "keep": (49, 7), "carry": True})
+    step_lowers(config)
+
+
+def test_training_step_of_the_search():
+    config = deit_config("deit_s", "search")
+    config.model_overrides.depth = 1
+    step_lowers(config)
+
+
+def step_lowers(config):
+    config.batch_size = 2
     model = classification.make_model(config, num_classes=1000)
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))

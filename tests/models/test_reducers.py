@@ -136,6 +136,14 @@ def test_chance_follows_the_scores():
         assert found.mean() == pytest.approx(expected, abs=0.03)
 
 
+def test_evaluation_depends_on_the_image_alone():
+    reducer = {"keep": (7, 5, 3), "method": "importance"}
+    whole = tokens_of(reducer)
+    model = VisionTransformer(**SMALL, token_reducer=reducer, axis_name="devices")  # in no pmap
+    apply = jax.jit(functools.partial(model.apply, train=False, method="tokens"))
+    np.testing.assert_allclose(apply(variables(), IMAGES[::-1])[::-1], whole, atol=1e-5)
+
+
 def test_random_first_centers_are_a_random_selection():
     x = rng.normal(size=(2, 12, 4)).astype(np.float32)
     score, keys = jnp.ones((2, 12)), jax.random.split(jax.random.key(3), 2)

@@ -106,6 +106,30 @@ def test_retention_stays_between_0_and_1_and_moves_faster():
     np.testing.assert_array_equal(retention(steps(1e4)[1][1].params), 0)  # clipped
 
 
+def pooled_step(parallel):
+    """Loss and norm of the gradient of a step with a reducer that draws and clusters."""
+    config = stage({"keep": (5, 3), "method": "weighted_kmedoids", "initial": "random"})
+    config.model_overrides.drop_path = 0.2
+    layout = parallel()
+    model = classification.make_model(config, 10, axis_name=layout.axis_name)
+    optimizer = make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    step = make_train_step(model, optimizer, config, 10, axis_name=layout.axis_name)
+    step = layout.train_step(step, layout.abstract(init_fn))
+    _, metrics = step(layout.init(init_fn), layout.put_batch(batch()))
+    return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def test_pmap_pools_like_the_mesh_and_like_one_device(monkeypatch):
+    found = pooled_step(devices.PmapParallel)
+    mesh = pooled_step(devices.MeshParallel)
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    monkeypatch.setattr(jax, "make_mesh", lambda *args, **kwargs: one)
+    alone = pooled_step(devices.MeshParallel)
+    for other in (mesh, alone):
+        np.testing.assert_allclose(found, other, rtol=2e-5)
+
+
 def test_pmap_searches_like_the_mesh():
     for found, expected in zip(
         steps(100.0, parallel=devices.PmapParallel), steps(100.0), strict=True

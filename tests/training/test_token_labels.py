@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from token_model import TokenModel, token_config, use_token_model, write_run
 
+from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import parallel as devices
@@ -17,6 +18,7 @@ from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state, step_rng
 from tokenvit_jax.training.step import make_train_step, normalize
 from tokenvit_jax.training.validate import check_config
+from tokenvit_jax.training.workdir import write_config
 
 NUM_CLASSES = 10
 BATCH, GRID = 32, 3
@@ -215,6 +217,14 @@ def test_teachers_that_do_not_fit(monkeypatch, workdir, changes, num_classes, me
     )
     with pytest.raises(UserError, match=re.escape(message)):
         teacher.labelled_batches(config, num_classes, devices.MeshParallel())
+
+
+def test_teacher_without_logits_of_cells_is_named(tmp_path):
+    config = default_config()
+    config.model = "deit_ti"
+    write_config(tmp_path, config)
+    with pytest.raises(UserError, match="is a run of deit_ti, which classifies no single cells"):
+        teacher.load_teacher(tmp_path, "last")
 
 
 LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}

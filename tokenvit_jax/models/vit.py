@@ -165,9 +165,10 @@ class Block(nn.Module):
                 num_kept = self.reducer.keep[self.number]
                 if num_kept == 0:
                     return front.x, front.size
-                # Evaluation draws the same numbers every time, but others in every block.
-                rng = self.make_rng("routing") if train else jax.random.key(self.number)
-                keys = image_keys(rng, len(x), self.axis_name)
+                if train:
+                    keys = image_keys(self.make_rng("routing"), len(x), self.axis_name)
+                else:  # what an image gives depends neither on its place in the batch nor on chance
+                    keys = jnp.broadcast_to(jax.random.key(self.number), len(x))
                 x, size = reducers.reduce_tokens(patches, num_kept, self.reducer, keys)
         return jnp.concatenate([front.x, x], 1), jnp.concatenate([front.size, size], 1)
 

@@ -48,11 +48,17 @@ def load_teacher(workdir: Path, checkpoint: str) -> Teacher:
       checkpoint: "last", "best" (highest eval/accuracy) or a step.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it cannot be read.
+      UserError: there is no such run or checkpoint, it cannot be read, or its model has no logits
+        of single cells.
     """
     config = read_config(workdir)
     num_classes = dataset_info(config.dataset).num_classes
     model = classification.make_model(config, num_classes)
+    if not hasattr(model, "dense_logits"):
+        raise UserError(
+            f"--workdir={workdir} is a run of {config.model}, which classifies no single cells; "
+            "valid: a hierarchical model"
+        )
     variables = load_variables(model, config.image_size, workdir, checkpoint).variables
 
     def label(variables, images):
