@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         {
             "stem_dim": 8,
             "dims": (8, 16, 16, 32),
-            "depths": (1, 1, 0, 0),
+            "depths": (1, 0, 0, 0),
             "num_heads": (1, 2, 2, 2),
             "mlp_ratio": 2,
             "num_groups": 4,

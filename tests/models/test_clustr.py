@@ -230,8 +230,10 @@ def test_adaptive_numbers_follow_the_content():
 def test_an_adaptive_model_takes_images_of_any_size():
     """Of 9 tokens, unlike of 16, ratio 1 leaves 8: the variables must not depend on it."""
     layer = ClusterAttention(num_heads=2, ratios=(2, 1), adaptive=0.5)
-    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-    y = jax.eval_shape(lambda x: layer.apply(variables, x, train=False), jnp.ones((1, 3, 3, 8)))
+    init = functools.partial(layer.init, jax.random.key(0), train=False)
+    variables = jax.eval_shape(init, jnp.ones((1, 4, 4, 8)))
+    apply = functools.partial(layer.apply, train=False)
+    y = jax.eval_shape(apply, variables, jnp.ones((1, 3, 3, 8)))
     assert y.shape == (1, 3, 3, 8)
 
 

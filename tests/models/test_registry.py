@@ -1,5 +1,7 @@
 """Every registered model: contract of shapes, names, bad input."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
 
 
-def abstract_variables(model, size=(224, 224)):
+@functools.cache
+def abstract_variables(model, size):
     images = jnp.zeros((1, *size, 3))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
 

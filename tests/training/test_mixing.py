@@ -21,7 +21,7 @@ def mix_config(mixup=0.0, cutmix=0.0, probability=1.0, switch_probability=0.5):
 
 
 def draw_many(config, count=400):
-    draw = jax.vmap(lambda key: draw_mixing(key, config, HEIGHT, WIDTH))
+    draw = jax.jit(jax.vmap(lambda key: draw_mixing(key, config, HEIGHT, WIDTH)))
     return jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), count)))
 
 

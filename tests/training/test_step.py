@@ -63,7 +63,8 @@ def test_centroids_move_once_per_step_by_the_sums_of_the_whole_batch(accumulate_
 
     images = normalize(random_batch(0)["image"], "imagenet")
     variables = {"params": state.params, **state.model_state}
-    _, updates = model.apply(variables, images, train=True, mutable=["centroids"])
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["centroids"]))
+    _, updates = apply(variables, images)
     expected = advance_centroids(updates["centroids"], 0.7)
     assert_trees_close(found, expected)
     before = state.model_state["centroids"]["attention"]["centroids"]
@@ -106,7 +107,7 @@ def test_metrics_of_a_step():
         targets = 0.9 * np.eye(NUM_CLASSES)[batch["label"]] + 0.1 / NUM_CLASSES
         return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(state.params)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
     assert float(metrics["learning_rate"]) == pytest.approx(1e-3)
@@ -167,7 +168,7 @@ def test_evaluation_counts_every_image_once_and_no_padding():
     batch["image"][11:] = 255
     sums = jax.jit(make_eval_step(model, small_config()))(variables, batch)
     images = normalize(batch["image"], "imagenet")
-    logits = model.apply(variables, images, train=False)[:11]
+    logits = jax.jit(functools.partial(model.apply, train=False))(variables, images)[:11]
     labels = batch["label"][:11]
     metrics = classification.mean_metrics([sums, sums])
     assert metrics["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).mean()))
