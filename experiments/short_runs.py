@@ -15,6 +15,8 @@ from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.training.checkpoint import Checkpoint
+from tokenvit_jax.training.initial import start_from
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.parallel import make_parallel
 from tokenvit_jax.training.state import TrainState, eval_variables, init_state
@@ -81,7 +83,9 @@ def run_all(
 
 
 def train(
-    config: ConfigDict, watch: Callable[[nn.Module, int, TrainState], None] | None = None
+    config: ConfigDict,
+    watch: Callable[[nn.Module, int, TrainState], None] | None = None,
+    initial: Run | None = None,
 ) -> Run:
     """Trains with a configuration, in this process and without a workdir.
 
@@ -89,6 +93,7 @@ def train(
       config: see `tokenvit_jax.config`.
       watch: called with the model, the number of steps done and the state, before every step and
         at the end.
+      initial: a run whose variables training starts from; None: from random ones.
 
     Returns:
       What it showed.
@@ -100,6 +105,9 @@ def train(
     parallel = make_parallel(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     state = parallel.init(init_fn)
+    if initial:
+        steps = len(initial.loss)
+        state = start_from(state, Checkpoint(steps, Path("memory"), initial.variables))
     train_step = parallel.train_step(
         make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
     )
