@@ -22,6 +22,7 @@ from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
+from tokenvit_jax.ops.window_attention import relative_position_bias, window_attention
 
 __all__ = [
     "Clusters",
@@ -44,7 +45,9 @@ __all__ = [
     "merge_tokens",
     "move_centroids",
     "pale_attention",
+    "relative_position_bias",
     "scored_attention",
     "update_centroids",
     "used_clusters",
+    "window_attention",
 ]

@@ -1,0 +1,113 @@
+"""Window attention against loops in float64 over the tokens of unrolled maps."""
+
+import functools
+import importlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from tokenvit_jax import ops, summary
+
+# The package exports a function of the same name.
+module = importlib.import_module("tokenvit_jax.ops.window_attention")
+
+WINDOW = (3, 2)
+
+
+def inputs(height=6, width=4, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    maps = (rng.normal(size=(2, height, width, 2, 4)).astype(dtype) for _ in range(3))
+    return *maps, rng.normal(size=(2, 6, 6)).astype(dtype)
+
+
+def naive(q, k, v, bias, shift, scale):
+    """Windows are moved by the shift, and cut off where the map ends."""
+    q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
+    place = lambda i, axis: (i - shift[axis]) // WINDOW[axis]  # noqa: E731
+    index = lambda r, c: (r - shift[0]) % 3 * 2 + (c - shift[1]) % 2  # noqa: E731
+    output = np.zeros_like(q)
+    rows, columns = np.indices(q.shape[1:3])
+    for b, r, c, n in np.ndindex(q.shape[:4]):
+        same = (place(rows, 0) == place(r, 0)) & (place(columns, 1) == place(c, 1))
+        logits = scale * k[b, same, n] @ q[b, r, c, n]
+        logits += bias[n, index(r, c), index(rows[same], columns[same])]
+        weights = np.exp(logits - logits.max())
+        output[b, r, c, n] = weights @ v[b, same, n] / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+@pytest.mark.parametrize(
+    ("shift", "scale"), [((0, 0), None), ((1, 1), None), ((2, 0), 1.3), ((0, 1), None)]
+)
+def test_equals_the_loops(shift, scale, row_by_row, monkeypatch):
+    monkeypatch.setattr(module, "MAX_LOGITS", 0 if row_by_row else np.inf)
+    *maps, bias = inputs()
+    rolled = [np.roll(x, (-shift[0], -shift[1]), (1, 2)) for x in maps]
+    attend = ops.window_attention.__wrapped__  # not compiled yet, whatever the limit was
+    y = jax.jit(
+        functools.partial(attend, window=WINDOW, shift=shift, scale=scale)
+    )(*rolled, bias)  # fmt: skip
+    expected = naive(*maps, bias, shift, scale or 0.5)
+    np.testing.assert_allclose(np.roll(y, shift, (1, 2)), expected, atol=1e-6)
+
+
+def test_gradients(monkeypatch):
+    with jax.enable_x64(True):
+        arrays = inputs(dtype=np.float64)
+        attend = functools.partial(ops.window_attention, window=WINDOW, shift=(1, 1))
+        assert attend(*arrays).dtype == jnp.float64
+        check_grads(attend, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+    arrays = inputs()
+
+    def pull(attend):
+        fn = lambda *x: attend(*x, window=WINDOW, shift=(1, 1))  # noqa: E731
+        return jax.jit(lambda *x: jax.vjp(fn, *x)[1](x[0]))(*arrays)
+
+    expected = pull(ops.window_attention)
+    monkeypatch.setattr(module, "MAX_LOGITS", 0)
+    chex.assert_trees_all_close(pull(ops.window_attention.__wrapped__), expected, atol=1e-6)
+
+
+def test_vmap_and_types():
+    q, k, v, bias = inputs()
+    attend = functools.partial(ops.window_attention, window=WINDOW)
+    mapped = jax.vmap(attend, (0, 0, 0, None))(*(x[:, None] for x in (q, k, v)), bias)
+    np.testing.assert_allclose(mapped[:, 0], attend(q, k, v, bias), atol=1e-6)
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    assert jax.eval_shape(attend, *narrow, bias).dtype == jnp.bfloat16
+
+
+def test_multiply_adds():
+    attend = functools.partial(ops.window_attention, window=WINDOW, shift=(1, 0))
+    assert summary.count_macs(attend, *inputs()) == 2 * 2 * 24 * 6 * 2 * 4
+
+
+def test_bias_of_a_pair_is_that_of_its_offset():
+    """From a table for larger windows too."""
+    table = np.random.default_rng(1).normal(size=(7, 5, 2)).astype(np.float32)
+    for rows, columns in ((4, 3), (2, 3), (3, 1)):
+        bias = ops.relative_position_bias(table, (rows, columns))
+        assert bias.shape == (2, rows * columns, rows * columns)
+        bias = bias.reshape(2, rows, columns, rows, columns)
+        for i, j, r, c in np.ndindex(rows, columns, rows, columns):
+            np.testing.assert_array_equal(bias[:, i, j, r, c], table[3 + i - r, 2 + j - c])
+    with pytest.raises(ValueError, match=r"window is \(4, 4\); .* is for at most \(4, 3\)"):
+        ops.relative_position_bias(table, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("window", "shift", "message"),
+    [
+        ((4, 2), (0, 0), r"window is \(4, 2\); it must divide .* of q, 6 x 4"),
+        ((3, 2), (3, 0), r"shift is \(3, 0\); it must be from 0 to below the window, \(3, 2\)"),
+        ((2, 2), (0, 0), r"bias has shape \(2, 6, 6\); expected \(2, 4, 4\)"),
+    ],
+)
+def test_bad_arguments_are_named(window, shift, message):
+    with pytest.raises(ValueError, match=message):
+        ops.window_attention(*inputs(), window=window, shift=shift)

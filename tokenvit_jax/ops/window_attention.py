@@ -1,0 +1,136 @@
+"""Attention within windows of a map, plain or shifted (Liu et al. 2021, "Swin Transformer")."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tokenvit_jax.ops.attention import MAX_LOGITS, attend
+from tokenvit_jax.ops.counted import counted
+
+
+def _macs(inputs, outputs):
+    batch, height, width, heads, dim = inputs[0]
+    return 2 * batch * height * width * heads * dim * inputs[3][-1]
+
+
+@counted(_macs, static_argnames=("window", "shift", "scale"))
+def window_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    scale: float | None = None,
+) -> jax.Array:
+    """Attends from every token to the tokens of its window.
+
+    Args:
+      q: queries (B, H, W, N, D).
+      k: keys (B, H, W, N, D).
+      v: values (B, H, W, N, D).
+      bias: of the logits (N, h w, h w), tokens of a window row by row.
+      window: (h, w), rows and columns of a window; they divide H and W.
+      shift: rows and columns, less than a window, by which the map was rolled up and left before:
+        tokens that only rolling brought into one window do not attend to each other.
+      scale: factor of the products of queries and keys; None: 1 / sqrt(D).
+
+    Returns:
+      (B, H, W, N, D) in the type of ``v``.
+
+    Raises:
+      ValueError: shapes that do not fit, or a window that does not divide the map.
+
+    References:
+      Liu et al. 2021, Sections 3.2 and Figure 4; Eq. 4 for the bias.
+    """
+    _check(q, k, v, bias, window, shift)
+    batch, height, width, heads, dim = q.shape
+    rows, columns = height // window[0], width // window[1]
+    scale = dim**-0.5 if scale is None else scale
+
+    def to_windows(x):  # (B, H, W, N, D) -> (rows, B, columns, N, h w, D)
+        x = x.reshape(batch, rows, window[0], columns, window[1], heads, dim)
+        return x.transpose(1, 0, 3, 5, 2, 4, 6).reshape(rows, batch, columns, heads, -1, dim)
+
+    def within(windows):
+        q, k, v, parts = windows
+        mask = None if parts is None else parts[..., :, None] == parts[..., None, :]
+        return attend(q, k, v, mask, bias)[0]
+
+    def row_by_row(*windows):
+        return lax.map(jax.checkpoint(within, prevent_cse=False), windows)
+
+    def at_once(*windows):
+        return within(windows)
+
+    windows = [to_windows(x) for x in (q * scale, k, v)]
+    windows.append(_parts((height, width), window, shift) if any(shift) else None)
+    if batch * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
+        y = at_once(*windows)
+    else:
+        y = lax.platform_dependent(*windows, cpu=row_by_row, default=at_once)
+    y = y.reshape(rows, batch, columns, heads, *window, dim)
+    return y.transpose(1, 0, 4, 2, 5, 3, 6).reshape(q.shape)
+
+
+def _parts(size, window, shift):
+    """Returns which part of its window every token is in (rows, 1, columns, 1, h w).
+
+    Rolling puts the first ``shift`` rows behind the last ones, where they share windows with them,
+    and columns alike.
+    """
+    rolled = [np.arange(n) >= n - s for n, s in zip(size, shift, strict=True)]
+    parts = 2 * rolled[0][:, None] + rolled[1]  # (H, W)
+    rows, columns = size[0] // window[0], size[1] // window[1]
+    parts = parts.reshape(rows, window[0], columns, window[1]).transpose(0, 2, 1, 3)
+    return jnp.asarray(parts.reshape(rows, 1, columns, 1, -1), jnp.int32)
+
+
+def relative_position_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """Returns the bias of every pair of tokens of a window by their offset.
+
+    Args:
+      table: (2 a - 1, 2 b - 1, N), the bias of each offset of a query from its key; no offset in
+        the middle.
+      window: (h, w), rows and columns of a window, at most (a, b).
+
+    Returns:
+      (N, h w, h w): heads, queries, keys.
+
+    Raises:
+      ValueError: the window is larger than the table allows.
+
+    References:
+      Liu et al. 2021, Section 3.2.
+    """
+    largest = tuple((n + 1) // 2 for n in table.shape[:2])
+    if window[0] > largest[0] or window[1] > largest[1]:
+        raise ValueError(f"window is {window}; table {table.shape} is for at most {largest}")
+    row, column = (
+        np.arange(n)[:, None] - np.arange(n) + middle // 2
+        for n, middle in zip(window, table.shape[:2], strict=True)
+    )
+    bias = table[row[:, None, :, None], column[:, None, :]]  # (h, w, h, w, N)
+    tokens = window[0] * window[1]
+    return bias.reshape(tokens, tokens, -1).transpose(2, 0, 1)
+
+
+def _check(q, k, v, bias, window, shift):
+    if q.ndim != 5:
+        raise ValueError(f"q has shape {q.shape}; expected (batch, height, width, heads, dim)")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name} has shape {x.shape}; it must be that of q, {q.shape}")
+    height, width, heads = q.shape[1:4]
+    if min(window) < 1 or height % window[0] or width % window[1]:
+        raise ValueError(
+            f"window is {window}; it must divide the height and width of q, {height} x {width}"
+        )
+    if not all(0 <= s < n for s, n in zip(shift, window, strict=True)):
+        raise ValueError(f"shift is {shift}; it must be from 0 to below the window, {window}")
+    tokens = window[0] * window[1]
+    if bias.shape != (heads, tokens, tokens):
+        raise ValueError(f"bias has shape {bias.shape}; expected {(heads, tokens, tokens)}")
