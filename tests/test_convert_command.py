@@ -67,6 +67,34 @@ def test_there_and_back_is_nothing(settings):
     np.testing.assert_array_equal(kernel.T, arrays["blocks.3.mlp.fc1.weight"])
 
 
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+def test_swin_there_and_back_is_nothing(family):
+    """Numbers of stages and blocks; what files hold of masks and indices is passed over."""
+    narrow = {"dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
+    model = tv.create_model(f"{family}_t", num_classes=10, window_size=6, **narrow)
+    shapes, layout = convert._shapes(model), LAYOUTS["timm"][family]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    arrays = export_weights(params, layout.rules(model))
+    block = "layers.2.blocks.1"
+    expected = {
+        "patch_embed.norm.weight": (8,),
+        "layers.3.downsample.reduction.weight": (32, 96),
+        f"{block}.mlp.fc1.weight": (96, 24),
+        "head.fc.weight": (10, 32),
+    } | (
+        {f"{block}.attn.relative_position_bias_table": (121, 3)}
+        if family == "swin"
+        else {f"{block}.attn.logit_scale": (3, 1, 1), f"{block}.attn.cpb_mlp.2.weight": (3, 512)}
+    )
+    assert {name: arrays[name].shape for name in expected} == expected
+    assert layout.settings(arrays) == ({"window_size": 6} if family == "swin" else {})
+    assert layout.image_size(model) == (192 if family == "swin" else 256)
+    computed = {"layers.0.blocks.0.attn.relative_position_index": np.zeros((36, 36), np.int64)}
+    found = import_weights(arrays | computed, shapes, layout.rules(model))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, weights):
     workdir, back = tmp_path / "run", tmp_path / "back.safetensors"
     flags = {"model": "deit_ti", "dataset": "digits", "source": weights, "out": workdir}

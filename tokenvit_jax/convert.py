@@ -6,8 +6,9 @@
 FILE holds the arrays of a PyTorch model, as safetensors or as torch.save wrote them; the latter
 needs PyTorch, which reads them without running code (weights_only). The settings of the model are
 read off the arrays, but for --normalization, of which no file tells: imagenet, as DeiT's weights
-want it, or inception (mean and deviation 0.5), as those of timm's vit_*_augreg. WORKDIR is then
-like that of a training run, at step 0: predict, evaluate and train take it.
+want it, or inception (mean and deviation 0.5), as those of timm's vit_*_augreg; and for the windows
+of Swin v2, which are those of the registered model. WORKDIR is then like that of a training run, at
+step 0: predict, evaluate and train take it.
 Back: --checkpoint=last, best (highest accuracy) or a step.
 """
 
@@ -89,18 +90,18 @@ def import_file(
     Raises:
       UserError: the file cannot be read or does not fit, or the folder holds a run already.
     """
-    rules_of, settings_of = _layout(layout, name)
+    found = _layout(layout, name)
     if (out / FOLDER).exists():
         raise UserError(f"--out={out} holds checkpoints already; use another folder")
     arrays = read_arrays(source)
     config = default_config()
     config.model, config.dataset = name, dataset
     config.data.normalization = normalization
-    config.model_overrides = settings_of(arrays)
-    config.image_size = config.model_overrides.get("position_size", (config.image_size,))[0]
+    config.model_overrides = found.settings(arrays)
     model = classification.make_model(config, dataset_info(dataset).num_classes)
+    config.image_size = found.image_size(model)
     try:
-        params = import_weights(arrays, _shapes(model), rules_of(model))
+        params = import_weights(arrays, _shapes(model), found.rules(model))
     except UserError as error:
         raise UserError(f"--source={source}: {error}") from error
     state = TrainState(
@@ -129,10 +130,10 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
       UserError: there is no such checkpoint, or the layout has no such model.
     """
     config = read_config(source)
-    rules_of, _ = _layout(layout, config.model)
+    rules = _layout(layout, config.model).rules
     model = classification.make_model(config, dataset_info(config.dataset).num_classes)
     loaded = load_variables(model, config.image_size, source, checkpoint)
-    save_file(export_weights(loaded.variables["params"], rules_of(model)), out)
+    save_file(export_weights(loaded.variables["params"], rules(model)), out)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ class Published(NamedTuple):
 _DEIT = "Touvron et al. 2021, DeiT, Table 5"
 _CLUSTR = "ClusTR (anonymous, under review), Table 1"
 _PALE = "Wu et al. 2022, Pale Transformer, Table 2"
+_SWIN = "Liu et al. 2021, Swin Transformer, Table 1a"
 # Table 1 has more digits than Table 2 but says nothing of DGT-T.
 _DGT = "Liu et al. 2022, Dynamic Group Transformer"
 PUBLISHED = {
@@ -35,6 +36,9 @@ PUBLISHED = {
     "pale_t": Published(22, 4.2, 83.4, _PALE),
     "pale_s": Published(48, 9.0, 84.3, _PALE),
     "pale_b": Published(85, 15.6, 84.9, _PALE),
+    "swin_t": Published(29, 4.5, 81.3, _SWIN),
+    "swin_s": Published(50, 8.7, 83.0, _SWIN),
+    "swin_b": Published(88, 15.4, 83.5, _SWIN),
 }
 
 # Ablations: table -> row -> what the paper reports. ClusTR-T for 100 epochs.

@@ -70,4 +70,4 @@ def test_heads_that_do_not_divide_the_channels_are_named():
 
 
 def test_list_models_by_pattern():
-    assert tv.list_models("*_t") == ["clustr_t", "dgt_t", "pale_t"]
+    assert tv.list_models("*_t") == ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"]

@@ -41,6 +41,11 @@ def test_decay_of_matrices_goes_by_name(name, decays):
     assert weight_decay_mask({"layer": {name: jnp.ones((2, 3))}}) == {"layer": {name: decays}}
 
 
+def test_an_mlp_of_position_biases_does_not_decay():
+    params = {"attention": {"position_bias": {"fc1": {"kernel": jnp.ones((2, 3))}}}}
+    assert jax.tree.leaves(weight_decay_mask(params)) == [False]
+
+
 def test_vectors_never_decay():
     assert weight_decay_mask({"kernel": jnp.ones(3)}) == {"kernel": False}
 

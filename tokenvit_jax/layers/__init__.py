@@ -12,11 +12,13 @@ from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
+from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 
 __all__ = [
     "ClusterAttention",
     "ConditionalPositionEncoding",
     "Conv3x3",
+    "CosineWindowAttention",
     "DepthwiseConv3x3",
     "DropPath",
     "Dropout",
@@ -24,6 +26,7 @@ __all__ = [
     "Mlp",
     "PaleAttention",
     "PatchEmbedding",
+    "WindowAttention",
     "advance_centroids",
     "batch_norm",
     "dense",

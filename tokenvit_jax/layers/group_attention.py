@@ -11,10 +11,7 @@ from jax import lax
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import dense
-
-# Cosine attention's logit scale: its start, and the limit of Swin v2 (Liu et al. 2022).
-INITIAL_LOGIT_SCALE = 10.0
-MAX_LOGIT_SCALE = 100.0
+from tokenvit_jax.layers.cosine import cosine_heads, logit_scale_init
 
 
 class DynamicGroupAttention(nn.Module):
@@ -48,7 +45,8 @@ class DynamicGroupAttention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, head_dim), 2, 0)
         scale = None
         if self.cosine:
-            q, k = self._cosine(q, k)
+            logit_scale = self.param("logit_scale", logit_scale_init, (self.num_heads,))
+            q, k = cosine_heads(q, k, logit_scale)
             scale = 1.0
         if self.num_groups == 0:
             y = ops.dot_product_attention(q, k, v, scale=scale)
@@ -56,14 +54,6 @@ class DynamicGroupAttention(nn.Module):
             y = self._attend_in_groups(q, k, v, scale, train)
         y = y.reshape(batch, length, channels)
         return dense(channels, self.dtype, "proj")(y)
-
-    def _cosine(self, q, k):
-        start = nn.initializers.constant(jnp.log(INITIAL_LOGIT_SCALE))
-        logit_scale = self.param("logit_scale", start, (self.num_heads,))
-        factor = jnp.exp(jnp.minimum(logit_scale, jnp.log(MAX_LOGIT_SCALE)))[:, None]
-        unit = lambda x: x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)  # noqa: E731
-        q, k = unit(q.astype(jnp.float32)) * factor, unit(k.astype(jnp.float32))
-        return q.astype(self.dtype), k.astype(self.dtype)
 
     def _attend_in_groups(self, q, k, v, scale, train):
         shape = (self.num_heads, self.num_groups, q.shape[-1])

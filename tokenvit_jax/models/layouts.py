@@ -1,7 +1,7 @@
 """Published weights: a table of names per layout, and their exchange with parameters of ours.
 
-A layout is a list of rules. A rule pairs a name of ours with a name of theirs, both with one field
-`{}` for the number of a block, and says how the arrays differ.
+The rules of a layout pair names of ours with names of theirs, both with as many fields `{}` for the
+numbers of stages and blocks, and say how the arrays differ.
 """
 
 import math
@@ -31,11 +31,32 @@ class Rule(NamedTuple):
     change: Change
 
 
+class Layout(NamedTuple):
+    """Names and shapes of a family of models.
+
+    rules: of a model; of those that fit a path, the first one applies.
+    settings: attributes of a model that show in its weights; those it cannot read are left.
+    image_size: side of the images, pixels, that a model is for.
+    """
+
+    rules: Callable[[nn.Module], list[Rule]]
+    settings: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+    image_size: Callable[[nn.Module], int]
+
+
 SAME = Change(lambda x: x, lambda x: x)
 TRANSPOSED = Change(lambda x: x.transpose(), lambda x: x.transpose())
 # (out, in, rows, columns) to (rows, columns, in, out)
 KERNEL = Change(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 WITHOUT_BATCH = Change(lambda x: x[0], lambda x: x[None])
+FLAT = Change(lambda x: x.reshape(-1), lambda x: x.reshape(-1, 1, 1))
+# (rows * columns, heads) to (rows, columns, heads), as many rows as columns
+TABLE = Change(
+    lambda x: x.reshape(math.isqrt(len(x)), -1, x.shape[-1]), lambda x: x.reshape(-1, x.shape[-1])
+)
+
+# Ends of names that are no weights: what a model computes anew, and some files hold.
+COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 
 def _linear(ours: str, theirs: str, change: Change = TRANSPOSED) -> list[Rule]:
@@ -72,7 +93,7 @@ def timm_vit(model: nn.Module) -> list[Rule]:
 
 
 def timm_vit_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the settings of a plain host that show in its weights; those it cannot read are left.
+    """Returns the settings of a plain host that show in its weights.
 
     The map of the position embeddings is taken to be square.
     """
@@ -88,11 +109,52 @@ def timm_vit_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return settings
 
 
-# Layout -> first part of a model's name -> its rules and how to read its settings.
+def timm_swin(model: nn.Module) -> list[Rule]:
+    """The rules of timm's `SwinTransformer` and `SwinTransformerV2`."""
+    ours, theirs = "stages_{}_{}", "layers.{}.blocks.{}"
+    attention, attn = f"{ours}/attention", f"{theirs}.attn"
+    return [
+        *_linear("embeddings_0/conv", "patch_embed.proj", KERNEL),
+        *_norm("embeddings_0/norm", "patch_embed.norm"),
+        *_norm("embeddings_{}/norm", "layers.{}.downsample.norm"),
+        *_linear("embeddings_{}/reduction", "layers.{}.downsample.reduction"),
+        *_norm(f"{ours}/norm1", f"{theirs}.norm1"),
+        *_linear(f"{attention}/qkv", f"{attn}.qkv"),
+        *_linear(f"{attention}/proj", f"{attn}.proj"),
+        Rule(f"{attention}/relative_position_bias", f"{attn}.relative_position_bias_table", TABLE),
+        Rule(f"{attention}/q_bias", f"{attn}.q_bias", SAME),
+        Rule(f"{attention}/v_bias", f"{attn}.v_bias", SAME),
+        Rule(f"{attention}/logit_scale", f"{attn}.logit_scale", FLAT),
+        *_linear(f"{attention}/position_bias/fc1", f"{attn}.cpb_mlp.0"),
+        *_linear(f"{attention}/position_bias/fc2", f"{attn}.cpb_mlp.2"),
+        *_norm(f"{ours}/norm2", f"{theirs}.norm2"),
+        *_linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
+        *_linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
+        *_norm("head_norm", "norm"),
+        *_linear("classifier", "head.fc"),
+    ]
+
+
+def timm_swin_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the settings of a Swin Transformer that show in its weights.
+
+    Those of Swin v2 do not tell the size of its windows.
+    """
+    table = arrays.get("layers.0.blocks.0.attn.relative_position_bias_table")
+    if table is None or table.ndim != 2:
+        return {}
+    return {"window_size": max((math.isqrt(len(table)) + 1) // 2, 1)}
+
+
+_TIMM_VIT = Layout(timm_vit, timm_vit_settings, lambda model: model.position_size[0])
 LAYOUTS = {
-    "timm": {
-        "vit": (timm_vit, timm_vit_settings),
-        "deit": (timm_vit, timm_vit_settings),
+    "timm": {  # first part of a model's name -> its layout
+        "vit": _TIMM_VIT,
+        "deit": _TIMM_VIT,
+        # The last map of a published model is one window.
+        "swin": Layout(timm_swin, timm_swin_settings, lambda model: 32 * model.window_size),
+        # All that have 1000 classes and the windows of the registered ones.
+        "swinv2": Layout(timm_swin, timm_swin_settings, lambda model: 256),
     }
 }
 
@@ -103,7 +165,7 @@ def import_weights(
     """Returns parameters of ours from arrays of theirs.
 
     Args:
-      arrays: name of theirs -> array.
+      arrays: name of theirs -> array; those that a model computes anew are passed over.
       expected: tree of shapes of the parameters.
       rules: of the layout.
 
@@ -113,7 +175,8 @@ def import_weights(
     Raises:
       UserError: names all entries that are missing, have another shape or belong to nothing.
     """
-    left, params, wrong = dict(arrays), {}, []
+    left = {name: array for name, array in arrays.items() if not name.endswith(COMPUTED)}
+    params, wrong = {}, []
     for path, leaf in flatten_dict(expected, sep="/").items():
         name, change = _theirs(path, rules)
         shape = change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape
@@ -140,7 +203,7 @@ def export_weights(params: Mapping[str, Any], rules: list[Rule]) -> dict[str, np
 
 
 def _theirs(path: str, rules: list[Rule]) -> tuple[str, Change]:
-    number = re.search(r"(?<=_)\d+(?=/)", path)
-    pattern = path if number is None else path.replace(f"_{number[0]}/", "_{}/", 1)
-    (rule,) = [rule for rule in rules if rule.ours == pattern]
-    return rule.theirs.format(*([number[0]] if number else [])), rule.change
+    for rule in rules:
+        if numbers := re.fullmatch(rule.ours.replace("{}", r"(\d+)"), path):
+            return rule.theirs.format(*numbers.groups()), rule.change
+    raise LookupError(f"no rule of the layout has {path}")

@@ -10,6 +10,8 @@ from tokenvit_jax.models.reducers import is_retention
 
 # Matrices that are no weights of a layer, by the last part of their name.
 _NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
+# Layers without decay: the MLP that computes position biases, as in the code of Swin v2.
+_NO_DECAY_LAYER = "position_bias"
 
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
@@ -37,7 +39,9 @@ def weight_decay_mask(params: dict) -> dict:
     """
 
     def decays(path: tuple, leaf: jax.Array) -> bool:
-        return leaf.ndim > 1 and not _NO_DECAY_NAME.search(path[-1].key)
+        *layers, name = [part.key for part in path]
+        exempt = _NO_DECAY_NAME.search(name) or _NO_DECAY_LAYER in layers
+        return leaf.ndim > 1 and not exempt
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -1,0 +1,219 @@
+"""Swin Transformer (Liu et al. 2021) and Swin Transformer V2 (Liu et al. 2022).
+
+The parameters and the order of the operations are those of timm's models.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tokenvit_jax.layers import (
+    CosineWindowAttention,
+    DropPath,
+    Mlp,
+    PatchEmbedding,
+    WindowAttention,
+)
+from tokenvit_jax.layers.conv import linear_init
+from tokenvit_jax.models.pyramid import Pyramid
+from tokenvit_jax.models.registry import register
+
+EPSILON = 1e-5  # of LayerNorm
+
+
+class PatchMerging(nn.Module):
+    """Squares of 2 x 2 tokens become one: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), dim).
+
+    Attributes:
+      dim: channels of the result.
+      norm_after: whether LayerNorm comes after the linear layer, not before it.
+    """
+
+    dim: int
+    norm_after: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")
+        reduction = nn.Dense(
+            self.dim, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="reduction"
+        )
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        # Column by column within a square.
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        return norm(reduction(x)) if self.norm_after else reduction(norm(x))
+
+
+class SwinBlock(nn.Module):
+    """x + attention(LN(x)) within windows, x + MLP(LN(x)): (B, H, W, C) -> (B, H, W, C).
+
+    Attributes, beside those of :class:`Swin`:
+      shifted: whether the windows are moved by half their size, in a direction that has several.
+    """
+
+    num_heads: int
+    window_size: int
+    shifted: bool
+    mlp_ratio: int
+    drop_path: float
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        attention, mlp = self._attention(), Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        window, shift = windows_of(x.shape[1:3], self.window_size, self.shifted)
+
+        def drop(y):
+            return DropPath(self.drop_path, self.axis_name)(y, train)
+
+        x = x + drop(self._normed(lambda x: attention(x, window, shift), x, "norm1"))
+        return x + drop(self._normed(mlp, x, "norm2"))
+
+    def _attention(self):
+        return WindowAttention(self.num_heads, self.window_size, self.dtype, name="attention")
+
+    def _normed(self, branch, x, name):
+        return branch(nn.LayerNorm(EPSILON, dtype=self.dtype, name=name)(x))
+
+
+class SwinV2Block(SwinBlock):
+    """x + LN(attention(x)) within windows, x + LN(MLP(x)); the first LayerNorms have scale 0."""
+
+    pretrained_window_size: int
+
+    def _attention(self):
+        return CosineWindowAttention(
+            self.num_heads, self.window_size, self.dtype, self.pretrained_window_size,
+            name="attention",
+        )  # fmt: skip
+
+    def _normed(self, branch, x, name):
+        norm = nn.LayerNorm(EPSILON, dtype=self.dtype, scale_init=nn.initializers.zeros, name=name)
+        return norm(branch(x))
+
+
+def windows_of(
+    grid: tuple[int, int], window_size: int, shifted: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the rows and columns of the windows of a map, and by how many they are shifted.
+
+    A window is at most as large as the map, and nothing is shifted in a direction with one window.
+
+    Args:
+      grid: rows and columns of the map.
+      window_size: side of a window on large maps.
+      shifted: whether there is a shift at all.
+    """
+    window = tuple(min(size, window_size) for size in grid)
+    shift = tuple(window_size // 2 if shifted and size > window_size else 0 for size in grid)
+    return window, shift
+
+
+class Swin(Pyramid, kw_only=True):
+    """Swin Transformer for images (B, H, W, 3) of any size from 32 x 32.
+
+    The maps of :meth:`features` are those that the blocks leave, as timm gives them. Those of
+    detection and segmentation models go through a LayerNorm each, which belongs to such a model.
+
+    Attributes, beside those of :class:`Pyramid`:
+      mlp_ratio: expansion of the MLP.
+      window_size: rows and columns of a window; maps are padded to multiples of it, but where they
+        are smaller than a window they are one.
+    """
+
+    mlp_ratio: int = 4
+    window_size: int = 7
+
+    def setup(self):
+        super().setup()
+        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+
+    def embedding(self, stage: int) -> nn.Module:
+        if stage == 0:
+            return PatchEmbedding(self.dims[0], 4, 4, 0, EPSILON, self.dtype)
+        return PatchMerging(self.dims[stage], isinstance(self, SwinV2), self.dtype)
+
+    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
+        return SwinBlock, {
+            "num_heads": self.num_heads[stage],
+            "window_size": self.window_size,
+            "shifted": (index - sum(self.depths[:stage])) % 2 == 1,
+            "mlp_ratio": self.mlp_ratio,
+            "dtype": self.dtype,
+            "axis_name": self.axis_name,
+        }
+
+    def head(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.head_norm(x)
+
+
+class SwinV2(Swin, kw_only=True):
+    """Swin Transformer V2: norms after the branches, cosine attention, position biases of an MLP.
+
+    Attributes, beside those of :class:`Swin`:
+      pretrained_window_sizes: sides of the windows of the four stages by which offsets are
+        measured: those of the first training, not larger than the maps were then.
+    """
+
+    window_size: int = 8
+    pretrained_window_sizes: tuple[int, ...] = (8, 8, 8, 8)
+
+    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
+        _, settings = super().block(stage, index)
+        own = {"pretrained_window_size": self.pretrained_window_sizes[stage]}
+        return SwinV2Block, settings | own
+
+
+TINY = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 6, 2)}
+SMALL = TINY | {"depths": (2, 2, 18, 2)}
+BASE = SMALL | {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
+LARGE = SMALL | {"dims": (192, 384, 768, 1536), "num_heads": (6, 12, 24, 48)}
+
+
+@register
+def swin_t(**kwargs) -> Swin:
+    return Swin(**TINY | kwargs)
+
+
+@register
+def swin_s(**kwargs) -> Swin:
+    return Swin(**SMALL | kwargs)
+
+
+@register
+def swin_b(**kwargs) -> Swin:
+    return Swin(**BASE | kwargs)
+
+
+@register
+def swin_l(**kwargs) -> Swin:
+    return Swin(**LARGE | kwargs)
+
+
+@register
+def swinv2_t(**kwargs) -> SwinV2:
+    return SwinV2(**TINY | kwargs)
+
+
+@register
+def swinv2_s(**kwargs) -> SwinV2:
+    return SwinV2(**SMALL | kwargs)
+
+
+@register
+def swinv2_b(**kwargs) -> SwinV2:
+    return SwinV2(**BASE | kwargs)
+
+
+@register
+def swinv2_l(**kwargs) -> SwinV2:
+    # Published with windows of 12 for 192 x 192 pixels, of which the last map has 6 x 6, and then
+    # fine-tuned with windows of 16 for 256 x 256.
+    windows = {"window_size": 16, "pretrained_window_sizes": (12, 12, 12, 6)}
+    return SwinV2(**LARGE | windows | kwargs)
