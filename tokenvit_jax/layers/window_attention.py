@@ -54,8 +54,10 @@ class WindowAttention(nn.Module):
         below, right = -height % window[0], -width % window[1]
         x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
         x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x
-        qkv = self._qkv(x).reshape(*x.shape[:3], 3, self.num_heads, -1)
-        q, k, v, scale = self._logits_of(*jnp.moveaxis(qkv, 3, 0))
+        # The gradient of a split is one concatenation; of slices it would be a sum of padded maps.
+        qkv = jnp.split(self._qkv(x), 3, axis=-1)
+        heads = (y.reshape(*x.shape[:3], self.num_heads, -1) for y in qkv)
+        q, k, v, scale = self._logits_of(*heads)
         bias = ops.relative_position_bias(self._bias_table(), window)
         y = ops.window_attention(q, k, v, bias, window=window, shift=shift, scale=scale)
         y = y.reshape(x.shape)
