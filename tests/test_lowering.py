@@ -1,11 +1,14 @@
 """Operators and a training step lower for accelerators, on a host that has none."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
 
 from tokenvit_jax import ops
+from tokenvit_jax.config import default_config
 from tokenvit_jax.recipes import clustr_config, deit_config, dgt_config, pale_config
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -75,6 +78,8 @@ def test_other_operators(dtype):
     lowers(gradient(merge, 2), tokens, scores)
     q = array(2, 14, 14, 2, 32, dtype=dtype)
     lowers(gradient(ops.pale_attention, 3), q, q, q)
+    attend = functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3))
+    lowers(gradient(attend, 4), q, q, q, array(2, 49, 49))
     initial = array(2, 20, dtype=jnp.int32)
     lowers(ops.kmedoids, tokens, initial, scores)
     lowers(gradient(lambda x, w, initial: ops.kmeans(x, initial, w), 2), tokens, scores, initial)
@@ -99,6 +104,14 @@ def test_training_step_with_a_token_reducer(method):
     config = deit_config("deit_s", "pooled")
     config.model_overrides.depth = 2
     config.model_overrides.token_reducer.update({"method": method, "keep": (49, 7), "carry": True})
+    step_lowers(config)
+
+
+def test_training_step_of_a_host_with_windows():
+    config = default_config()
+    config.model = "swinv2_t"
+    # The second block of a stage has shifted windows.
+    config.model_overrides = {"depths": (1, 2, 1, 1), "drop_path": 0.1}
     step_lowers(config)
 
 
