@@ -1,7 +1,6 @@
 """Clustering by density peaks against plain loops, and what must hold of every clustering."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,6 @@ import pytest
 from tokenvit_jax import ops
 from tokenvit_jax.ops import chunks
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
-
-# The package exports a function of the same name.
-module = importlib.import_module("tokenvit_jax.ops.density_peaks")
 
 
 @pytest.fixture(autouse=True)
@@ -111,15 +107,6 @@ def test_is_a_partition_around_its_centers(assign):
         score = np.asarray(found.density * found.delta)
         falling = np.take_along_axis(score, np.asarray(found.centers), 1)
         assert (np.diff(falling) <= 0).all()
-
-
-def test_smallest_of_many():
-    values = np.random.default_rng(0).integers(9, size=(2, 523, 3))  # many ties
-    values[:, :100] = 10
-    found, indices = jax.jit(lambda x: module._smallest(x, 5))(values.astype(float))
-    expected = np.argsort(values, axis=1, kind="stable")[:, :5]
-    np.testing.assert_array_equal(indices, expected)
-    np.testing.assert_array_equal(found, np.take_along_axis(values, expected, 1))
 
 
 @pytest.mark.parametrize("assign", ["nearest", "parent"])

@@ -22,12 +22,9 @@ from jax import lax
 from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.chunks import LANES, in_chunks, num_chunks
 from tokenvit_jax.ops.counted import counted
-from tokenvit_jax.ops.selection import top_indices
+from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups, top_indices
 
 RULES = ("nearest", "parent")
-
-# Tokens per group of pass 1, at every level of groups of groups.
-GROUP = 8
 
 
 class DensityPeaks(NamedTuple):
@@ -344,7 +341,7 @@ def _neighbors(points, k, size):
         products = _products(keys, queries)  # (B, N, size)
         scores = products + bias
         minima, maxima = _group_extrema(scores, products + square)
-        squares, indices = _smallest_of_groups(scores, minima, k)
+        squares, indices = smallest_of_groups(scores, minima, k)
         squares = jnp.maximum(squares + query_square[:, None], 0)
         indices = jnp.clip(indices, 0, length - 1)  # NaN equals nothing: keep it in range
         return _Neighbors(
@@ -362,58 +359,17 @@ def _neighbors(points, k, size):
     return near._replace(farthest=near.farthest.max(1))
 
 
-def _groups(values):
-    return values.reshape(values.shape[0], -1, GROUP, values.shape[-1])
-
-
 def _group_extrema(low, high):
     """Returns minima of ``low`` and maxima of ``high`` (B, N, Q) over every group of tokens.
 
     One reduction of both reads the distances once; on CPU it takes 0.8 of the time of two.
     """
     return lax.reduce(
-        (_groups(low), _groups(high)),
+        (in_groups(low), in_groups(high)),
         (jnp.array(jnp.inf, low.dtype), jnp.array(-jnp.inf, low.dtype)),
         lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
         (2,),
     )
-
-
-def _smallest(values, k):
-    """Returns the k smallest values (B, k, Q) of (B, N, Q) and their indices, as if sorted by both.
-
-    Like ``lax.top_k``, but along a leading axis and without looking at everything k times.
-    """
-    length = values.shape[1]
-    if length <= 4 * k * GROUP:
-        return _select(values, _column(length), k)
-    values = jnp.pad(values, ((0, 0), (0, -length % GROUP), (0, 0)), constant_values=jnp.inf)
-    return _smallest_of_groups(values, _groups(values).min(2), k)
-
-
-def _smallest_of_groups(values, minima, k):
-    """:func:`_smallest` of whole groups with known minima (B, N / GROUP, Q).
-
-    The k smallest are in the k groups of smallest (minimum, index): a value of another group has at
-    least these k minima before it.
-    """
-    _, groups = _smallest(minima, min(k, minima.shape[1]))
-    index = groups[:, :, None] * GROUP + _column(GROUP)
-    index = index.reshape(index.shape[0], -1, index.shape[-1])  # (B, k * GROUP, Q)
-    return _select(_take(values, index, 1), index, k)
-
-
-def _select(values, index, k):
-    """:func:`_smallest` by k rounds over values (B, N, Q) with any distinct indices."""
-    selected, left = [], True
-    largest = jnp.iinfo(index.dtype).max
-    for _ in range(k):
-        value = jnp.where(left, values, jnp.inf).min(1, keepdims=True)
-        at = jnp.where(left & (values == value), index, largest).min(1, keepdims=True)
-        selected.append((value, at))
-        left = (values > value) | ((values == value) & (index > at))
-    values, indices = zip(*selected, strict=True)
-    return jnp.concatenate(values, 1), jnp.concatenate(indices, 1)
 
 
 def _density(near, mask, rng):
