@@ -20,6 +20,7 @@ from tokenvit_jax.ops.group_attention import (
 )
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
+from tokenvit_jax.ops.superpixels import cluster_superpixels, reconstruct_tokens
 from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
 from tokenvit_jax.ops.window_attention import relative_position_bias, window_attention
@@ -35,6 +36,7 @@ __all__ = [
     "assign_clusters",
     "bipartite_matching",
     "cluster_density_peaks",
+    "cluster_superpixels",
     "density_peaks",
     "depthwise_conv",
     "dot_product_attention",
@@ -45,6 +47,7 @@ __all__ = [
     "merge_tokens",
     "move_centroids",
     "pale_attention",
+    "reconstruct_tokens",
     "relative_position_bias",
     "scored_attention",
     "update_centroids",

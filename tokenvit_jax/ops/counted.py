@@ -30,3 +30,20 @@ def counted(formula: Callable[[list, list], int], static_argnames: tuple[str, ..
         return jax.jit(function, static_argnames=static_argnames)
 
     return decorate
+
+
+def counted_as(name: str, macs: int, function: Callable) -> Callable:
+    """Jits a function of arrays as one unit whose multiply-adds no shape tells.
+
+    Args:
+      name: of the operator.
+      macs: multiply-adds of a call.
+      function: made for the shapes and settings of one call; what calls this is jitted itself.
+    """
+
+    def run(*args):
+        return function(*args)
+
+    run.__name__ = f"{PREFIX}{name}_{macs}"
+    MAC_FORMULAS[run.__name__] = lambda inputs, outputs: macs
+    return jax.jit(run)
