@@ -34,7 +34,7 @@ ARGS = {
 }
 # All networks of a family shrink to the same one, so that most steps are compiled once.
 PYRAMID = {
-    "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 1, 1), "drop_path": 0.1
+    "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 0, 0), "drop_path": 0.1
 }  # fmt: skip
 SMALL = {
     "dgt": PYRAMID | {"stem_dim": 8, "head_dim": 8},

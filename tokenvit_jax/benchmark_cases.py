@@ -28,6 +28,8 @@ ATTENTION_SHAPES = ((49, 16, 32), (197, 6, 64), (577, 6, 64))
 CLUSTER_SHAPES = ((3136, 64), (16384, 64), (67200, 64))
 # (tokens, clusters, channels): blocks of DeiT-S at level 3 of Token Pooling, and K = N / 4.
 POOLING_SHAPES = ((194, 187, 384), (187, 163, 384), (118, 85, 384), (196, 49, 384))
+# (grid, clusters, channels): Segmenter with ViT-L/16 at 640 x 640, and at 1024 x 2048.
+SUPERPIXEL_SHAPES = (((40, 40), (28, 28), 1024), ((64, 128), (32, 64), 1024))
 # Tokens per cluster of ClusTR's fine scale in stage 1.
 CLUSTER_RATIO = 16
 
@@ -271,6 +273,79 @@ def _member(distances, medoids):
     return jax.nn.one_hot(nearest, medoids.shape[1], axis=1)
 
 
+def cluster_superpixels_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=SUPERPIXEL_SHAPES
+) -> Iterator[Case]:
+    """Soft clustering within neighbourhoods against the same with all centres and a mask."""
+    for grid, clusters, channels in shapes:
+        tokens = normal(0, (batch_size or 1, math.prod(grid), channels), dtype)
+        sides = {"grid": grid, "clusters": clusters}
+        yield Case(
+            shape=_superpixel_shape(grid, clusters, channels),
+            inputs=(tokens,),
+            num_differentiated=0,  # of tokens on their way back there are fewer
+            contenders={
+                "masked": functools.partial(cluster_superpixels_masked, **sides),
+                "tiles": functools.partial(ops.cluster_superpixels, **sides),
+            },
+        )
+
+
+def reconstruct_tokens_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=SUPERPIXEL_SHAPES
+) -> Iterator[Case]:
+    """Reconstruction from the 20 nearest centres against `lax.top_k` and all neighbours at once."""
+    for grid, clusters, channels in shapes:
+        batch = batch_size or 1
+        few, many = (batch, math.prod(clusters), channels), (batch, math.prod(grid), channels)
+        yield Case(
+            shape=_superpixel_shape(grid, clusters, channels),
+            inputs=tuple(normal(seed, shape, dtype) for seed, shape in enumerate((many, few, few))),
+            num_differentiated=3,
+            contenders={"top_k": reconstruct_by_top_k, "nearest": ops.reconstruct_tokens},
+        )
+
+
+def _superpixel_shape(grid, clusters, channels):
+    names = ("{}x{}".format(*sides) for sides in (grid, clusters))
+    return dict(zip(("grid", "clusters"), names, strict=True)) | {"channels": channels}
+
+
+def cluster_superpixels_masked(
+    tokens: jax.Array, grid: tuple[int, int], clusters: tuple[int, int]
+) -> jax.Array:
+    """Clustering around superpixels as most write it: (B, N, C) -> (B, S, C), N x S weights."""
+    x = tokens.astype(jnp.float32)
+    averages, homes = [], []
+    for length, cells in zip(grid, clusters, strict=True):
+        place, cell = np.arange(length), np.arange(cells)[:, None]
+        inside = (place >= cell * length // cells) & (place < -(-(cell + 1) * length // cells))
+        averages.append(inside / inside.sum(1, keepdims=True))
+        homes.append(np.abs(place * cells // length - cell) <= 2)
+    rows, columns = homes
+    near = (rows[:, None, :, None] & columns[:, None, :]).reshape(math.prod(clusters), -1).T
+    maps = x.reshape(len(x), *grid, -1)
+    centers = jnp.einsum("iy,jx,byxc->bijc", *averages, maps).reshape(len(x), -1, x.shape[-1])
+
+    def move(_, centers):
+        square = jnp.sum(x**2, -1)[..., None] + jnp.sum(centers**2, -1)[:, None]
+        distances = square - 2 * jnp.einsum("bnc,bsc->bns", x, centers)
+        weights = jax.nn.softmax(jnp.where(near, -distances / 50.0, -jnp.inf), -1)
+        return jnp.einsum("bns,bnc->bsc", weights, x) / weights.sum(1)[..., None]
+
+    return lax.fori_loop(0, 5, move, centers).astype(tokens.dtype)
+
+
+def reconstruct_by_top_k(tokens: jax.Array, centers: jax.Array, refined: jax.Array) -> jax.Array:
+    """Reconstruction as most write it: (B, N, C), (B, S, C), (B, S, C) -> (B, N, C)."""
+    x, keys = tokens.astype(jnp.float32), centers.astype(jnp.float32)
+    square = jnp.sum(x**2, -1)[..., None] + jnp.sum(keys**2, -1)[:, None]
+    distances = square - 2 * jnp.einsum("bnc,bsc->bns", x, keys)
+    logits, index = lax.top_k(-distances / 50.0, min(20, keys.shape[1]))
+    nearest = jax.vmap(lambda values, at: values[at])(refined, index)  # (B, N, k, C)
+    return jnp.einsum("bnk,bnkc->bnc", jax.nn.softmax(logits, -1).astype(refined.dtype), nearest)
+
+
 CASES = {
     "group_attention": group_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
@@ -278,4 +353,6 @@ CASES = {
     "cluster_density_peaks": cluster_density_peaks_cases,
     "kmedoids": kmedoids_cases,
     "kmeans": kmeans_cases,
+    "cluster_superpixels": cluster_superpixels_cases,
+    "reconstruct_tokens": reconstruct_tokens_cases,
 }

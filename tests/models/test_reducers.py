@@ -58,13 +58,20 @@ def digits_of(text):
     return len(text.partition(".")[2])
 
 
+PHOTO = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+
+@functools.cache
+def shapes_of(model):
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), PHOTO)
+
+
 @functools.cache
 def gmacs(name, keep, method):
     model = tv.create_model(name)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    model = model.clone(token_reducer={"keep": keep, "method": method})
-    return count_macs(functools.partial(model.apply, train=False), shapes, images) / 1e9
+    reduced = model.clone(token_reducer={"keep": keep, "method": method})
+    apply = functools.partial(reduced.apply, train=False)
+    return count_macs(apply, shapes_of(model), PHOTO) / 1e9
 
 
 @pytest.mark.parametrize("name", TOKEN_POOLING)

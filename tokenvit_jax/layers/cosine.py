@@ -25,9 +25,10 @@ def cosine_heads(q: jax.Array, k: jax.Array, logit_scale: jax.Array) -> tuple[ja
       Keys of length 1 and queries of the length of the factor, at most 100, in their types.
     """
     factor = jnp.exp(jnp.minimum(logit_scale, np.log(MAX_LOGIT_SCALE)))[:, None]
-    return (_unit_length(q) * factor).astype(q.dtype), _unit_length(k).astype(k.dtype)
+    return (unit_length(q) * factor).astype(q.dtype), unit_length(k).astype(k.dtype)
 
 
-def _unit_length(x):
+def unit_length(x: jax.Array) -> jax.Array:
+    """Returns vectors (..., D) of length 1, in float32 or float64; of zeros: zeros."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)

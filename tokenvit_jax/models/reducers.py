@@ -102,28 +102,6 @@ def reads_keep(settings: Mapping[str, Any]) -> bool:
     return settings.get("method") not in (CONVOLUTION, SEARCH)
 
 
-def make_reducer(settings: Any, depth: int) -> TokenReducer | None:
-    """Returns the reducer of a model of ``depth`` blocks; None for None, or no settings.
-
-    Args:
-      settings: a TokenReducer, or its attributes by name, as a configuration holds them.
-      depth: number of blocks.
-
-    Raises:
-      UserError: an unknown attribute, or a value that is not valid.
-    """
-    if not settings:
-        return None
-    if isinstance(settings, Mapping):
-        valid = [field.name for field in dataclasses.fields(TokenReducer)]
-        for name in settings:
-            if name not in valid:
-                raise UserError(f"token_reducer has no {name!r}; valid: {', '.join(valid)}")
-        settings = TokenReducer(**dict(settings))
-    settings.check(depth)
-    return settings
-
-
 class Patches(NamedTuple):
     """The patches of a block after its attention.
 

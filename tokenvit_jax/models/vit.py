@@ -13,10 +13,13 @@ from jax.nn.initializers import truncated_normal
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Dropout, DropPath, Mlp, dense
+from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
-from tokenvit_jax.models.reducers import Patches, TokenReducer, make_reducer
+from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.reducers import Patches, TokenReducer
 from tokenvit_jax.models.registry import check_images, register
+from tokenvit_jax.models.settings import read_settings
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
@@ -74,7 +77,8 @@ class Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
         scale, received = None, None
         if self.qk_norm != "none":
-            q, k, scale = self._unit_length(q), self._unit_length(k), 1.0
+            q, k = (unit_length(part).astype(self.dtype) for part in (q, k))
+            scale = 1.0
         if self.qk_norm == "learned":
             q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
         if scored or size is not None:
@@ -83,11 +87,6 @@ class Attention(nn.Module):
             y = ops.dot_product_attention(q, k, v, scale=scale)
         y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
         return Attended(y, received, k.mean(2))
-
-    def _unit_length(self, x):
-        x = x.astype(jnp.float32)
-        square = jnp.sum(x * x, -1, keepdims=True)
-        return (x * jax.lax.rsqrt(square + 1e-12)).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -166,10 +165,10 @@ class Block(nn.Module):
                 if num_kept == 0:
                     return front.x, front.size
                 if train:
-                    keys = image_keys(self.make_rng("routing"), len(x), self.axis_name)
+                    rngs = image_keys(self.make_rng("routing"), len(x), self.axis_name)
                 else:  # what an image gives depends neither on its place in the batch nor on chance
-                    keys = jnp.broadcast_to(jax.random.key(self.number), len(x))
-                x, size = reducers.reduce_tokens(patches, num_kept, self.reducer, keys)
+                    rngs = jnp.broadcast_to(jax.random.key(self.number), len(x))
+                x, size = reducers.reduce_tokens(patches, num_kept, self.reducer, rngs)
         return jnp.concatenate([front.x, x], 1), jnp.concatenate([front.size, size], 1)
 
 
@@ -193,6 +192,8 @@ class VisionTransformer(nn.Module, kw_only=True):
         (DeiT); the logits are the mean of both.
       token_reducer: reduces the patches between attention and MLP of the blocks: a
         :class:`TokenReducer` or its attributes by name; None: all patches stay.
+      expedite: clusters the patches after some blocks and reconstructs them after others: an
+        :class:`Expedite` or its attributes by name; None: all patches go through all blocks.
       qk_norm: of queries and keys: "none", "fixed" or "learned", see :class:`Attention`.
       init_std: standard deviation of the first weights: 0.02 in the published models, with which
         narrow ones (C = 64) hardly begin to learn; 1 / sqrt(C) suits them.
@@ -213,6 +214,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     pool: str = "token"
     distilled: bool = False
     token_reducer: Any = None
+    expedite: Any = None
     qk_norm: str = "none"
     init_std: float = 0.02
     drop_path: float = 0.0
@@ -223,7 +225,10 @@ class VisionTransformer(nn.Module, kw_only=True):
 
     def __post_init__(self):
         # Attributes by name would make a module that cannot be hashed.
-        self.token_reducer = make_reducer(self.token_reducer, self.depth)
+        self.token_reducer = read_settings(
+            TokenReducer, "token_reducer", self.token_reducer, self.depth
+        )
+        self.expedite = read_settings(Expedite, "expedite", self.expedite, self.depth)
         super().__post_init__()
 
     def setup(self):
@@ -259,6 +264,8 @@ class VisionTransformer(nn.Module, kw_only=True):
             raise UserError(f"distilled=True needs pool='token', not {self.pool!r}")
         if self.token_reducer and self.pool == "mean":
             raise UserError("token_reducer goes with pool='token', not 'mean'")
+        if self.token_reducer and self.expedite:
+            raise UserError("expedite goes with token_reducer=None")
         if self.patch_size < 1:
             raise UserError(f"patch_size={self.patch_size} is not valid; valid: at least 1 pixel")
 
@@ -286,10 +293,29 @@ class VisionTransformer(nn.Module, kw_only=True):
         x = jnp.concatenate([*front, x], 1).astype(self.dtype)
         x = x + self._positions(grid).astype(self.dtype)
         size = jnp.ones(x.shape[:2], jnp.float32)
+        if self.expedite is not None:
+            return self._expedited(x, size, grid, train)
         for number, block in enumerate(self.blocks):
             x, size = block(x, size, grid, train)
             if self.token_reducer is not None and self.token_reducer.halves(number):
                 grid = (grid[0] // 2, grid[1] // 2)
+        return x
+
+    def _expedited(self, x, size, grid, train):
+        """Blocks on all patches, on the centres of clusters of them, and on all again."""
+        expedite, num_front = self.expedite, 1 + self.distilled
+        first, last = expedite.alpha, expedite.alpha + expedite.beta
+        for block in self.blocks[:first]:
+            x, _ = block(x, size, grid, train)
+        patches = x[:, num_front:]
+        centers = expedite.cluster(patches, grid)
+        x = jnp.concatenate([x[:, :num_front], centers], 1)
+        for block in self.blocks[first:last]:
+            x, _ = block(x, size[:, : x.shape[1]], expedite.clusters, train)
+        patches = expedite.reconstruct(patches, centers, x[:, num_front:])
+        x = jnp.concatenate([x[:, :num_front], patches], 1)
+        for block in self.blocks[last:]:
+            x, _ = block(x, size, grid, train)
         return x
 
     def _positions(self, grid):

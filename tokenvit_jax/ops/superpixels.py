@@ -251,11 +251,37 @@ def _by_nearest(x, centers, refined, *, k, temperature, normalize):
         _, index = smallest_k(lax.stop_gradient(distances), k)  # (B, k, N)
         distances = jnp.take_along_axis(distances, index, 1, mode="clip")
         weights = _normalize(_exps(distances, temperature), normalize)
-        # On CPU 7 to 30 times faster than the product with all centres. XLA makes one loop of it.
-        rows = jax.vmap(lambda values, at: jnp.take(values, at, 0, mode="clip"))
-        return sum(weights[:, i, :, None] * rows(refined, index[:, i]) for i in range(k))[:, None]
+        return _weighted_rows(refined, weights, index)[:, None]
 
     return map_queries(run, centers.shape[1], x[:, None])[:, 0]
+
+
+@jax.custom_vjp
+def _weighted_rows(rows, weights, index):
+    """Adds up rows (B, S, D) of given index and weights (B, k, N): (B, N, D).
+
+    XLA makes one loop of it, which on CPU takes 1 / 7 to 1 / 30 of the time of the product with all
+    rows. Backward, products with all rows are faster than adding to rows in any order.
+    """
+    at = jax.vmap(lambda rows, index: jnp.take(rows, index, 0, mode="clip"))
+    each = zip(weights.swapaxes(0, 1), index.swapaxes(0, 1), strict=True)
+    return sum(weight[..., None] * at(rows, i) for weight, i in each)
+
+
+def _weighted_rows_forward(rows, weights, index):
+    return _weighted_rows(rows, weights, index), (rows, weights, index)
+
+
+def _weighted_rows_backward(residuals, dy):
+    rows, weights, index = residuals
+    zeros = jnp.zeros_like(weights, shape=(rows.shape[1], weights.shape[2]))
+    put = lambda index, weight: zeros.at[index, jnp.arange(zeros.shape[1])].add(weight)  # noqa: E731
+    d_rows = _product("bsn,bnd->bsd", jax.vmap(put)(index, weights), dy)
+    d_weights = jnp.take_along_axis(_product("bsd,bnd->bsn", rows, dy), index, 1, mode="clip")
+    return d_rows, d_weights, None
+
+
+_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 def _exps(distances, temperature):

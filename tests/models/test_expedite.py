@@ -1,0 +1,102 @@
+"""Clustering and reconstruction in a plain host, without a parameter of their own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenvit_jax import ops
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.vit import VisionTransformer
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)  # 4 x 6 patches
+SMALL = {"num_classes": 5, "dim": 8, "depth": 4, "num_heads": 2, "position_size": (64, 96)}
+
+
+@functools.cache
+def variables():
+    model = VisionTransformer(**SMALL)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    draw = np.random.default_rng(1)
+    return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def apply(expedite=None, method="tokens", images=IMAGES, **settings):
+    model = VisionTransformer(**SMALL, expedite=expedite, **settings)
+    return jax.jit(functools.partial(model.apply, train=False, method=method))(variables(), images)
+
+
+def blocks(x, first, last):
+    """Some blocks of the host, on any tokens."""
+    params = variables()["params"]
+    model = VisionTransformer(**SMALL)
+
+    def run(module, x):
+        for block in module.blocks[first:last]:
+            x, _ = block(x, jnp.ones(x.shape[:2]), (4, 6), False)
+        return x
+
+    return model.apply({"params": params}, x, method=run)
+
+
+def test_middle_blocks_see_the_centers():
+    expedite = Expedite(alpha=1, beta=2, clusters=(2, 3), window=3, temperature=5.0, neighbors=4)
+    embedded = VisionTransformer(**SMALL | {"depth": 0}).apply(
+        {"params": {k: v for k, v in variables()["params"].items() if "blocks" not in k}},
+        IMAGES, train=False, method="tokens",
+    )  # fmt: skip
+    x = blocks(embedded, 0, 1)
+    front, patches = x[:, :1], x[:, 1:]
+    centers = ops.cluster_superpixels(patches, (4, 6), (2, 3), window=3, temperature=5.0)
+    assert centers.shape == (2, 6, 8)
+    x = blocks(jnp.concatenate([front, centers], 1), 1, 3)
+    patches = ops.reconstruct_tokens(patches, centers, x[:, 1:], neighbors=4, temperature=5.0)
+    expected = blocks(jnp.concatenate([x[:, :1], patches], 1), 3, 4)
+    np.testing.assert_allclose(apply(expedite), expected, atol=1e-4)
+    assert np.abs(apply(expedite) - apply()).max() > 0.01
+    assert apply(expedite, "features")[0].shape == (2, 4, 6, 8)
+
+
+def test_as_many_centers_as_tokens_change_nothing():
+    """Every token is its only neighbour, and its own nearest centre."""
+    expedite = {"alpha": 2, "beta": 1, "clusters": (4, 6), "window": 1, "neighbors": 1}
+    np.testing.assert_allclose(apply(expedite), apply(), atol=1e-5)
+    np.testing.assert_allclose(apply(expedite, "__call__"), apply(method="__call__"), atol=1e-5)
+
+
+def test_the_parameters_are_those_of_the_host():
+    model = VisionTransformer(**SMALL, expedite={"alpha": 1, "beta": 3, "clusters": (2, 2)})
+    found = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables())
+    hash(model)
+
+
+@pytest.mark.parametrize(
+    ("expedite", "message"),
+    [
+        ({"alpha": 0, "beta": 1}, "expedite.alpha=0 is not valid; valid: 1 to 3 in a model of 4"),
+        ({"alpha": 2, "beta": 3}, "expedite.beta=3 is not valid; valid: 1 to 2 in a model of 4"),
+        ({"alpha": 4, "beta": 1}, "expedite.alpha=4 is not valid"),
+        (
+            {"alpha": 1, "beta": 1, "window": 4},
+            "expedite.window=4 is not valid; valid: odd numbers",
+        ),
+        ({"alpha": 1, "beta": 1, "temperature": 0.0}, "expedite.temperature=0.0 is not valid"),
+        ({"alpha": 1, "beta": 1, "clusters": (5, 6)}, r"clusters=\(5, 6\) is not valid; .*4 x 6"),
+        ({"alpha": 1, "beta": 1, "clusters": (0, 6)}, r"clusters=\(0, 6\) is not valid"),
+        ({"alpha": 1, "beta": 1, "tau": 3}, "expedite has no 'tau'; valid: alpha, beta, clusters"),
+        ({"beta": 1}, "expedite.alpha is missing"),
+    ],
+)
+def test_mistakes_are_named(expedite, message):
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda: apply({"clusters": (2, 3)} | expedite))
+
+
+def test_a_reducer_leaves_no_map_to_reconstruct():
+    expedite = {"alpha": 1, "beta": 1, "clusters": (2, 3)}
+    with pytest.raises(UserError, match="expedite goes with token_reducer=None"):
+        apply(expedite, token_reducer={"keep": (9, 9, 9, 9)})
