@@ -194,6 +194,8 @@ def small_cases():
     yield from benchmark_cases.cluster_density_peaks_cases(2, FLOAT32, ((96, 4),))
     yield from benchmark_cases.kmedoids_cases(2, FLOAT32, ((20, 14, 3),))
     yield from benchmark_cases.kmeans_cases(2, FLOAT32, ((20, 7, 3),))
+    yield from benchmark_cases.cluster_superpixels_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
+    yield from benchmark_cases.reconstruct_tokens_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
