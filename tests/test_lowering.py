@@ -81,6 +81,12 @@ def test_other_operators(dtype):
     attend = functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3))
     lowers(gradient(attend, 4), q, q, q, array(2, 49, 49))
     initial = array(2, 20, dtype=jnp.int32)
+
+    def expedite(x):
+        centers = ops.cluster_superpixels(x, (15, 20), (11, 9))
+        return ops.reconstruct_tokens(x, centers, centers)
+
+    lowers(gradient(expedite, 1), tokens)
     lowers(ops.kmedoids, tokens, initial, scores)
     lowers(gradient(lambda x, w, initial: ops.kmeans(x, initial, w), 2), tokens, scores, initial)
     q = array(2, 49, 2, 32, dtype=dtype)

@@ -261,7 +261,8 @@ def _weighted_rows(rows, weights, index):
     """Adds up rows (B, S, D) of given index and weights (B, k, N): (B, N, D).
 
     XLA makes one loop of it, which on CPU takes 1 / 7 to 1 / 30 of the time of the product with all
-    rows. Backward, products with all rows are faster than adding to rows in any order.
+    rows. What differentiates the loop adds to rows in any order, and took 1.2 to 3.5 times as long
+    as the products do that are used here.
     """
     at = jax.vmap(lambda rows, index: jnp.take(rows, index, 0, mode="clip"))
     each = zip(weights.swapaxes(0, 1), index.swapaxes(0, 1), strict=True)
