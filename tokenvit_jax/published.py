@@ -202,6 +202,15 @@ TOKEN_POOLING = {
     ),
 }  # fmt: skip
 
+# The models without reduction (Table 2, after twice the schedule): 10^9 multiply-adds, accuracy.
+TOKEN_POOLING_BASES = {
+    "deit_s": ("4.60", 81.2),
+    "deit_e318": ("3.21", 80.0),
+    "deit_e252": ("2.07", 77.7),
+}
+# 10^9 multiply-adds of K-Means at levels 0 to 7 of DeiT-S (Table 3).
+TOKEN_POOLING_KMEANS = ("4.7", "3.3", "2.8", "2.5", "2.3", "1.7", "1.4", "1.1")
+
 # What a paper's own multiply-adds leave out: operators, and scopes that layers name. ClusTR counts
 # neither the clustering nor the attention at the finer scale.
 LEFT_OUT = {

@@ -14,13 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import tokenvit_jax as tv
-from tokenvit_jax.published import TOKEN_POOLING
+from tokenvit_jax.published import TOKEN_POOLING, TOKEN_POOLING_BASES, TOKEN_POOLING_KMEANS
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks.pictures import COLORS
 
 # Table 2: 10^9 multiply-adds and top-1 of the models without reduction, trained for as long.
-BASES = {"deit_s": ("4.60", 81.2), "deit_e318": ("3.21", 80.0), "deit_e252": ("2.07", 77.7)}
-KMEANS_GMACS = ("4.7", "3.3", "2.8", "2.5", "2.3", "1.7", "1.4", "1.1")  # Table 3: DeiT-S
 PATCHES, DEPTH = 196, 12
 FOLDER = Path(__file__).parent
 
@@ -51,7 +49,7 @@ def levels(name: str) -> list[str]:
         cells = [number, three(gmacs(name, "powerbert", level.keep)), level.powerbert_gmacs]
         cells += [three(medoids), three(medoids + idle(name, level.keep)), level.kmedoids_gmacs]
         if means:
-            cells += [three(gmacs(name, "kmeans", level.keep)), KMEANS_GMACS[number]]
+            cells += [three(gmacs(name, "kmeans", level.keep)), TOKEN_POOLING_KMEANS[number]]
         cells += [level.powerbert_top1, level.kmedoids_top1, level.weighted_kmedoids_top1]
         lines.append(row(cells))
     return lines
@@ -60,7 +58,7 @@ def levels(name: str) -> list[str]:
 def bases() -> list[str]:
     """Returns the lines of the models without reduction."""
     lines = ["| model | GMACs | published | published top-1 |", "| --- | --- | --- | --- |"]
-    for name, (published, top1) in BASES.items():
+    for name, (published, top1) in TOKEN_POOLING_BASES.items():
         lines.append(row([f"`{name}`", three(gmacs(name)), published, top1]))
     return lines
 
@@ -103,13 +101,13 @@ def row(cells: Iterable) -> str:
 def plot() -> Figure:
     """Draws the paper's accuracy over the cost counted here."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    axes = figure.subplots(1, len(BASES), sharey=True)
+    axes = figure.subplots(1, len(TOKEN_POOLING_BASES), sharey=True)
     methods = {
         "PoWER-BERT": ("powerbert", "powerbert_top1"),
         "K-Medoids": ("kmedoids", "kmedoids_top1"),
         "weighted K-Medoids": ("weighted_kmedoids", "weighted_kmedoids_top1"),
     }
-    for axis, (name, (_, top1)) in zip(axes, BASES.items(), strict=True):
+    for axis, (name, (_, top1)) in zip(axes, TOKEN_POOLING_BASES.items(), strict=True):
         for color, (label, (method, entry)) in zip(COLORS, methods.items(), strict=False):
             costs = [gmacs(name, method, level.keep) for level in TOKEN_POOLING[name]]
             accuracy = [getattr(level, entry) for level in TOKEN_POOLING[name]]
@@ -137,7 +135,7 @@ def main() -> None:
         "",
         *bases(),
     ]
-    for number, name in enumerate(BASES, 3):
+    for number, name in enumerate(TOKEN_POOLING_BASES, 3):
         lines += ["", f"## Table {number} (`{name}`)", "", *levels(name)]
     lines += [
         "",
