@@ -42,13 +42,15 @@ def blocks(x, first, last):
     return model.apply({"params": params}, x, method=run)
 
 
+def embedded():
+    params = {k: v for k, v in variables()["params"].items() if "blocks" not in k}
+    model = VisionTransformer(**SMALL | {"depth": 0})
+    return model.apply({"params": params}, IMAGES, train=False, method="tokens")
+
+
 def test_middle_blocks_see_the_centers():
     expedite = Expedite(alpha=1, beta=2, clusters=(2, 3), window=3, temperature=5.0, neighbors=4)
-    embedded = VisionTransformer(**SMALL | {"depth": 0}).apply(
-        {"params": {k: v for k, v in variables()["params"].items() if "blocks" not in k}},
-        IMAGES, train=False, method="tokens",
-    )  # fmt: skip
-    x = blocks(embedded, 0, 1)
+    x = blocks(embedded(), 0, 1)
     front, patches = x[:, :1], x[:, 1:]
     centers = ops.cluster_superpixels(patches, (4, 6), (2, 3), window=3, temperature=5.0)
     assert centers.shape == (2, 6, 8)
@@ -58,6 +60,41 @@ def test_middle_blocks_see_the_centers():
     np.testing.assert_allclose(apply(expedite), expected, atol=1e-4)
     assert np.abs(apply(expedite) - apply()).max() > 0.01
     assert apply(expedite, "features")[0].shape == (2, 4, 6, 8)
+
+
+def test_logits_are_reconstructed():
+    """A linear head of the centres, reconstructed, is that of the reconstructed tokens."""
+    settings = {"alpha": 1, "beta": 3, "clusters": (2, 3), "temperature": 99.0, "neighbors": 4}
+
+    def dense(where):
+        model = VisionTransformer(**SMALL, expedite=settings | {"where": where})
+        run = functools.partial(model.apply, train=False, method="dense")
+        return jax.jit(functools.partial(run, head=lambda x: x[..., :3]))(variables(), IMAGES)
+
+    model = VisionTransformer(**SMALL, expedite=settings | {"where": "logits"})
+    tokens = model.apply(variables(), IMAGES, train=False, method="tokens")
+    assert tokens.shape == (2, 7, 8)
+    patches = blocks(embedded(), 0, 1)[:, 1:]
+    centers = ops.cluster_superpixels(patches, (4, 6), (2, 3), temperature=99.0)
+    normed = model.apply(variables(), tokens[:, 1:], method=lambda module, x: module.norm(x))
+    expected = ops.reconstruct_tokens(patches, centers, normed, neighbors=4, temperature=99.0)
+    np.testing.assert_allclose(
+        dense("logits"), expected[..., :3].reshape(2, 4, 6, 3), rtol=1e-3, atol=1e-4
+    )
+    assert np.abs(dense("blocks") - dense("logits")).max() > 0.01
+
+
+def test_a_smaller_image():
+    """All blocks see the map of the resized image; the result is resized."""
+    settings = {"alpha": 0, "beta": 4, "clusters": (2, 3), "mode": "bilinear"}
+    small = jax.image.resize(IMAGES, (2, 32, 48, 3), "bilinear")
+    expected = apply(images=small, method="features")[0]
+    expected = jax.image.resize(expected, (2, 4, 6, 8), "bilinear")
+    (found,) = apply(settings | {"where": "logits"}, "features")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        apply(settings, "__call__"), apply(images=small, method="__call__"), atol=1e-5
+    )
 
 
 def test_as_many_centers_as_tokens_change_nothing():
@@ -77,7 +114,7 @@ def test_the_parameters_are_those_of_the_host():
 @pytest.mark.parametrize(
     ("expedite", "message"),
     [
-        ({"alpha": 0, "beta": 1}, "expedite.alpha=0 is not valid; valid: 1 to 3 in a model of 4"),
+        ({"alpha": -1, "beta": 1}, "expedite.alpha=-1 is not valid; valid: 0 to 3 in a model of 4"),
         ({"alpha": 2, "beta": 3}, "expedite.beta=3 is not valid; valid: 1 to 2 in a model of 4"),
         ({"alpha": 4, "beta": 1}, "expedite.alpha=4 is not valid"),
         (
@@ -89,6 +126,9 @@ def test_the_parameters_are_those_of_the_host():
         ({"alpha": 1, "beta": 1, "clusters": (0, 6)}, r"clusters=\(0, 6\) is not valid"),
         ({"alpha": 1, "beta": 1, "tau": 3}, "expedite has no 'tau'; valid: alpha, beta, clusters"),
         ({"beta": 1}, "expedite.alpha is missing"),
+        ({"alpha": 0, "beta": 4}, "mode='soft' is not valid with expedite.alpha=0"),
+        ({"alpha": 1, "beta": 1, "mode": "nearest"}, "mode='nearest' is not valid; valid: soft"),
+        ({"alpha": 1, "beta": 2, "where": "logits"}, "beta=2 is not valid with .*valid: 3, all"),
     ],
 )
 def test_mistakes_are_named(expedite, message):

@@ -8,53 +8,81 @@ ones all tokens again, put together from the refined centres. The parameters sta
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.ops.superpixels import MODES, NORMS
+
+WHERE = ("blocks", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
 class Expedite:
     """Where tokens are clustered and reconstructed, and how.
 
+    ``iterations=0`` (adaptive average pooling) and ``mode="bilinear"`` are the baselines of the
+    paper, each by itself or both; ``alpha=0`` with ``mode="bilinear"`` is that of a smaller image.
+
     Attributes:
-      alpha: blocks on all tokens, before the clustering; from 1.
+      alpha: blocks on all tokens, before the clustering. 0: there is none, as the image is resized
+        to one whose map is that of the centres.
       beta: blocks on the centres, after which all tokens are reconstructed; from 1.
       clusters: rows and columns of the centres (h, w).
+      where: what is reconstructed: the tokens after "blocks" alpha + beta, or the "logits" that a
+        head makes of the centres after the last block.
       window: side of the neighbourhood of cells that a token can belong to, odd.
       iterations: rounds of clustering.
       temperature: tau, of both softmaxes.
       neighbors: nearest centres that a token is put together from; at most all of them.
+      mode: of the reconstruction, as in :func:`tokenvit_jax.ops.reconstruct_tokens`.
+      normalize: of the weights of the reconstruction: "sum", or "l2" as in the released code.
     """
 
     alpha: int
     beta: int
     clusters: tuple[int, int]
+    where: str = "blocks"
     window: int = 5
     iterations: int = 5
     temperature: float = 50.0
     neighbors: int = 20
+    mode: str = "soft"
+    normalize: str = "sum"
 
     def check(self, depth: int) -> None:
         """Raises UserError unless clustering and reconstruction fit into ``depth`` blocks."""
-        for name, last in (("alpha", depth - 1), ("beta", depth - self.alpha)):
-            if not 1 <= getattr(self, name) <= last:
+        for name, first, last in (("alpha", 0, depth - 1), ("beta", 1, depth - self.alpha)):
+            if not first <= getattr(self, name) <= last:
                 raise UserError(
-                    f"expedite.{name}={getattr(self, name)} is not valid; valid: 1 to {last} in a "
-                    f"model of {depth} blocks"
+                    f"expedite.{name}={getattr(self, name)} is not valid; valid: {first} to {last} "
+                    f"in a model of {depth} blocks"
                 )
         for name, fits, valid in (
+            ("where", self.where in WHERE, ", ".join(WHERE)),
             ("window", self.window >= 1 and self.window % 2 == 1, "odd numbers from 1"),
             ("iterations", self.iterations >= 0, "numbers from 0"),
             ("temperature", self.temperature > 0, "above 0"),
             ("neighbors", self.neighbors >= 1, "numbers from 1"),
+            ("mode", self.mode in MODES, ", ".join(MODES)),
+            ("normalize", self.normalize in NORMS, ", ".join(NORMS)),
         ):
             if not fits:
                 value = getattr(self, name)
-                raise UserError(f"expedite.{name}={value} is not valid; valid: {valid}")
+                raise UserError(f"expedite.{name}={value!r} is not valid; valid: {valid}")
+        if self.where == "logits" and self.alpha + self.beta < depth:
+            raise UserError(
+                f"expedite.beta={self.beta} is not valid with expedite.where='logits'; valid: "
+                f"{depth - self.alpha}, all blocks after expedite.alpha={self.alpha}"
+            )
+        if self.alpha == 0 and self.mode != "bilinear":
+            raise UserError(
+                f"expedite.mode={self.mode!r} is not valid with expedite.alpha=0, without "
+                "tokens to compare with; valid: 'bilinear'"
+            )
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises UserError unless there are fewer centres than tokens, in rows and columns."""
+        """Raises UserError unless there are no more centres than tokens, in rows and columns."""
         if len(self.clusters) != 2 or not all(
             1 <= size <= most for size, most in zip(self.clusters, grid, strict=True)
         ):
@@ -69,7 +97,27 @@ class Expedite:
         settings = {name: getattr(self, name) for name in ("window", "iterations", "temperature")}
         return ops.cluster_superpixels(tokens, grid, self.clusters, **settings)
 
-    def reconstruct(self, tokens: jax.Array, centers: jax.Array, refined: jax.Array) -> jax.Array:
-        """Returns all tokens (B, N, C) from the centres before and after the middle blocks."""
-        settings = {name: getattr(self, name) for name in ("neighbors", "temperature")}
-        return ops.reconstruct_tokens(tokens, centers, refined, **settings)
+    def reconstruct(
+        self, tokens: jax.Array, centers: jax.Array, refined: jax.Array, grid: tuple[int, int]
+    ) -> jax.Array:
+        """Returns what becomes of all tokens (B, H W, D).
+
+        Args:
+          tokens: (B, H W, C), as they were clustered.
+          centers: (B, h w, C), as the clustering made them.
+          refined: (B, h w, D), what became of the centres.
+          grid: (H, W).
+        """
+        names = ("neighbors", "temperature", "mode", "normalize", "clusters", "window")
+        settings = {name: getattr(self, name) for name in names}
+        return ops.reconstruct_tokens(tokens, centers, refined, grid=grid, **settings)
+
+    def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
+        """Returns images (B, H, W, 3) of h x w patches, bilinear and antialiased."""
+        height, width = (size * patch_size for size in self.clusters)
+        return jax.image.resize(images, (len(images), height, width, 3), "bilinear")
+
+    def enlarge(self, refined: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Returns the map (B, h w, D) of a smaller image resized to (B, H W, D), bilinear."""
+        tokens = jnp.zeros((len(refined), grid[0] * grid[1], 1), refined.dtype)
+        return self.reconstruct(tokens, tokens[:, : refined.shape[1]], refined, grid)

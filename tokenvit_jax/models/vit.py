@@ -3,6 +3,8 @@
 The parameters and the order of the operations are those of timm's models of the same names.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -87,6 +89,19 @@ class Attention(nn.Module):
             y = ops.dot_product_attention(q, k, v, scale=scale)
         y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
         return Attended(y, received, k.mean(2))
+
+
+class Encoded(NamedTuple):
+    """Tokens after the last block (B, T, C), and what makes (B, N, D) of all patches of what a head
+    makes of those that are left, (B, n, D).
+    """
+
+    tokens: jax.Array
+    restore: Callable[[jax.Array], jax.Array]
+
+
+def _same(x):
+    return x
 
 
 class Block(nn.Module):
@@ -281,42 +296,52 @@ class VisionTransformer(nn.Module, kw_only=True):
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
         """
+        return self._encode(images, train).tokens
+
+    def _encode(self, images, train):
         check_images(images)
-        batch, height, width, _ = images.shape
-        grid = self._grid(height, width)
-        padding = [
-            (0, n * self.patch_size - size) for n, size in zip(grid, (height, width), strict=True)
-        ]
+        grid = self._grid(*images.shape[1:3])
+        if self.expedite is not None:
+            return self._expedited(images, grid, train)
+        return Encoded(self._run(self.blocks, self._embed(images, grid), grid, train), _same)
+
+    def _embed(self, images, grid):
+        """Patches, tokens in front of them and positions: (B, T, C)."""
+        batch, *sizes, _ = images.shape
+        padding = [(0, n * self.patch_size - size) for n, size in zip(grid, sizes, strict=True)]
         x = jnp.pad(images.astype(self.dtype), ((0, 0), *padding, (0, 0)))
         x = self.patches(x).reshape(batch, -1, self.dim)
         front = [jnp.broadcast_to(token, (batch, 1, self.dim)) for token in self.front]
         x = jnp.concatenate([*front, x], 1).astype(self.dtype)
-        x = x + self._positions(grid).astype(self.dtype)
+        return x + self._positions(grid).astype(self.dtype)
+
+    def _run(self, blocks, x, grid, train):
         size = jnp.ones(x.shape[:2], jnp.float32)
-        if self.expedite is not None:
-            return self._expedited(x, size, grid, train)
-        for number, block in enumerate(self.blocks):
+        for block in blocks:
             x, size = block(x, size, grid, train)
-            if self.token_reducer is not None and self.token_reducer.halves(number):
+            if self.token_reducer is not None and self.token_reducer.halves(block.number):
                 grid = (grid[0] // 2, grid[1] // 2)
         return x
 
-    def _expedited(self, x, size, grid, train):
+    def _expedited(self, images, grid, train):
         """Blocks on all patches, on the centres of clusters of them, and on all again."""
         expedite, num_front = self.expedite, 1 + self.distilled
+        expedite.check_grid(grid)
         first, last = expedite.alpha, expedite.alpha + expedite.beta
-        for block in self.blocks[:first]:
-            x, _ = block(x, size, grid, train)
-        patches = x[:, num_front:]
-        centers = expedite.cluster(patches, grid)
-        x = jnp.concatenate([x[:, :num_front], centers], 1)
-        for block in self.blocks[first:last]:
-            x, _ = block(x, size[:, : x.shape[1]], expedite.clusters, train)
-        patches = expedite.reconstruct(patches, centers, x[:, num_front:])
-        x = jnp.concatenate([x[:, :num_front], patches], 1)
-        for block in self.blocks[last:]:
-            x, _ = block(x, size, grid, train)
-        return x
+        if first == 0:
+            x = self._embed(expedite.shrink(images, self.patch_size), expedite.clusters)
+            restore = functools.partial(expedite.enlarge, grid=grid)
+        else:
+            x = self._run(self.blocks[:first], self._embed(images, grid), grid, train)
+            patches = x[:, num_front:]
+            centers = expedite.cluster(patches, grid)
+            x = jnp.concatenate([x[:, :num_front], centers], 1)
+            restore = functools.partial(expedite.reconstruct, patches, centers, grid=grid)
+        x = self._run(self.blocks[first:last], x, expedite.clusters, train)
+        if expedite.where == "logits":
+            return Encoded(x, restore)
+        x = jnp.concatenate([x[:, :num_front], restore(x[:, num_front:])], 1)
+        return Encoded(self._run(self.blocks[last:], x, grid, train), _same)
 
     def _positions(self, grid):
         """Returns the position embeddings (T, C) of a map of ``grid`` patches."""
@@ -328,20 +353,32 @@ class VisionTransformer(nn.Module, kw_only=True):
         patches = jax.image.resize(patches, (*grid, self.dim), "bicubic", antialias=True)
         return jnp.concatenate([front, patches.reshape(-1, self.dim)])
 
-    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
-        """Returns one map (B, ceil(H / patch_size), ceil(W / patch_size), C), normed.
+    def dense(
+        self, images: jax.Array, train: bool, head: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Returns the map (B, ceil(H / patch_size), ceil(W / patch_size), D) of a head.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
+          head: what is computed from the normed patches, (B, n, C) -> (B, n, D); where ``expedite``
+            reconstructs logits it sees the centres.
 
         Raises:
           UserError: the model reduces its tokens.
         """
         if self.token_reducer:
             raise UserError("token_reducer: reduced tokens are no map; valid: None")
-        x = self.norm(self.tokens(images, train)[:, 1 + self.distilled :])
-        return [x.reshape(len(x), *self._grid(*images.shape[1:3]), self.dim)]
+        tokens, restore = self._encode(images, train)
+        y = restore(head(self.norm(tokens[:, 1 + self.distilled :])))
+        return y.reshape(len(y), *self._grid(*images.shape[1:3]), -1)
+
+    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+        """Returns one map (B, ceil(H / patch_size), ceil(W / patch_size), C), normed.
+
+        Arguments and errors are those of :meth:`dense`.
+        """
+        return [self.dense(images, train, _same)]
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the logits (B, num_classes) in float32."""
