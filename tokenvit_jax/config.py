@@ -33,12 +33,18 @@ def default_config() -> ConfigDict:
     config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
     config.data.repeats = 1  # repeated augmentation: most times an image occurs in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, all devices together
-    config.data.eval_crop = 0.875  # centre crop / resized shorter side
+    config.data.eval_crop = 0.875  # classification: centre crop / resized shorter side
+    # Segmentation: images are resized, then shrunk into a buffer if need be, and the predictions
+    # are compared with the label maps as they are.
+    config.data.eval_short_side = 0  # of the resized image, pixels; 0: image_size
+    config.data.eval_size = (0, 0)  # height and width of the buffer; zeros: image_size
+    config.data.label_size = (0, 0)  # buffer of the label maps; zeros: that of the images
     config.data.normalization = "imagenet"  # of the pixels: "imagenet" | "inception" (0.5 and 0.5)
     config.augment = ConfigDict()
+    config.augment.flip = 0.0  # probability of a horizontal flip
+    # Classification only.
     config.augment.crop_scale = (1.0, 1.0)  # random resized crop: area; (1, 1): no crop
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height
-    config.augment.flip = 0.0  # probability of a horizontal flip
     config.augment.color_jitter = 0.0  # strength of brightness, contrast, saturation
     config.augment.randaugment = ConfigDict()
     config.augment.randaugment.num_ops = 0  # operations per image; 0: none
@@ -47,6 +53,11 @@ def default_config() -> ConfigDict:
     config.augment.erasing = 0.0  # probability of random erasing, pixel noise
     config.augment.rotation = 0.0  # largest random rotation, degrees
     config.augment.translation = 0.0  # largest random shift, as a part of the side
+    # Segmentation only.
+    config.augment.short_side = 0  # of the resized image, before the factor; 0: image_size
+    config.augment.scale_range = (1.0, 1.0)  # random factor of the size
+    config.augment.max_class_share = 1.0  # of a crop's pixels that count; 1: any crop will do
+    config.augment.photometric = False  # brightness, contrast, saturation and hue, 1/2 each
 
     # Mixing of the images of a batch, inside the step.
     config.mix = ConfigDict()

@@ -12,15 +12,18 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data.sources import Source, dataset_info, open_source
-from tokenvit_jax.data.token_labels import CELL_SIZE, TokenLabelFiles, grid_size
-from tokenvit_jax.data.transforms import draw_view, eval_image, train_image, whole_image
+from tokenvit_jax.data.check import check_data
+from tokenvit_jax.data.examples import (
+    MAKERS,
+    EvalImages,
+    EvalMaker,
+    Example,
+    Shapes,
+    TrainMaker,
+)
+from tokenvit_jax.data.sources import Source, open_source
 from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
-
-MIN_IMAGE_SIZE = CELL_SIZE  # pixels: one cell of the last map
-
-Example = dict[str, np.ndarray]
 
 
 def train_dataset(
@@ -44,30 +47,24 @@ def train_dataset(
 
     Returns:
         A dataset of dicts, with b = batch_size / process_count: `image` uint8 (b, size, size, 3),
-        `label` int32 (b,), `skipped` int32 (b,): unreadable records passed over for this place.
-        With `token_labels.files` also what :meth:`TokenLabelFiles.read` returns.
+        `skipped` int32 (b,): unreadable records passed over for this place. Classification:
+        `label` int32 (b,), with `token_labels.files` also what :meth:`TokenLabelFiles.read`
+        returns. Segmentation: `label` uint8 (b, size, size), `IGNORED` where it does not count.
 
     Raises:
         UserError: for a wrong value in the config or a dataset that is not prepared; when
             iterating, for an unreadable image unless `data.on_corrupt` is "skip".
     """
-    _check(config)
+    info = check_data(config)
     batch = _part(config.batch_size, "batch_size", process_count)
-    size = config.image_size
-    info = dataset_info(config.dataset)
     source = open_source(info.name, info.train_split, config.data.data_dir)
     indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if config.data.repeats > 1:
         indices = _Repeated(indices, config.batch_size, config.data.repeats)
+    make = MAKERS[info.task].train(config, info, source)
     skip = config.data.on_corrupt == "skip"
-    token_labels = None
-    if config.token_labels.weight and config.token_labels.files:
-        files = config.token_labels.files
-        token_labels = TokenLabelFiles(files, len(source), info.num_classes)
-    example = _TrainExample(source, size, config.augment, skip, token_labels)
-    examples = indices.random_map(example)
-    batches = examples.batch(batch)[process_index::process_count]
-    return Batches(batches, (batch, size, size, 3), config.data.workers)
+    examples = indices.random_map(_TrainExample(source, make, skip))
+    return _batches(examples, make.shapes, batch, process_index, process_count, config)
 
 
 def eval_dataset(
@@ -83,21 +80,26 @@ def eval_dataset(
         process_count: number of parts.
 
     Returns:
-        A dataset of dicts, with b = data.eval_batch_size / process_count: `image` uint8
-        (b, size, size, 3), `label` int32 (b,), `mask` float32 (b,): 1, or 0 for what does not
-        count (filling, unreadable images), `skipped` int32 (b,): 1 for an unreadable image.
+        A dataset of dicts, with b = data.eval_batch_size / process_count: `mask` float32 (b,): 1,
+        or 0 for what does not count (filling, unreadable images), and `skipped` int32 (b,): 1 for
+        an unreadable image. Classification: `image` uint8 (b, size, size, 3) and `label` int32
+        (b,). Segmentation: `image` uint8 (b, H, W, 3), resized and at the top left of a buffer of
+        `data.eval_size`; `image_size` int32 (b, 2), how many rows and columns of it are image;
+        `label` uint8 (b, h, w), the label map as it is and `IGNORED` beyond it, in a buffer of
+        `data.label_size`; `label_size` int32 (b, 2), its rows and columns.
 
     Raises:
-        UserError: as :func:`train_dataset`.
+        UserError: as :func:`train_dataset`; when iterating, for a label map that is larger than
+            its buffer.
     """
-    info = dataset_info(config.dataset)
-    crop = config.data.eval_crop if info.center_crop else 1.0
-    transform = functools.partial(eval_image, size=config.image_size, crop=crop)
-    return _one_pass(config, info.eval_split, transform, process_index, process_count)
+    info = check_data(config)
+    source = open_source(info.name, info.eval_split, config.data.data_dir)
+    make = MAKERS[info.task].evaluate(config, info, source)
+    return _one_pass(config, source, make, process_index, process_count)
 
 
 def record_dataset(config: ConfigDict) -> grain.IterDataset:
-    """One pass over the whole images of the training split, in its order, every record once.
+    """One pass over the whole images of a training split with classes, in its order, each once.
 
     Args:
         config: reads `dataset`, `image_size` and `data`.
@@ -106,48 +108,42 @@ def record_dataset(config: ConfigDict) -> grain.IterDataset:
         A dataset of the batches of :func:`eval_dataset`; every image is squeezed into a square.
 
     Raises:
-        UserError: as :func:`train_dataset`.
+        UserError: as :func:`train_dataset`; for a dataset without a class per image.
     """
-    transform = functools.partial(whole_image, size=config.image_size)
-    return _one_pass(config, dataset_info(config.dataset).train_split, transform)
+    info = check_data(config)
+    if info.task != "classification":
+        raise UserError(f"dataset {info.name!r} has label maps; valid: one with a class per image")
+    source = open_source(info.name, info.train_split, config.data.data_dir)
+    return _one_pass(config, source, EvalImages(config, info, source, whole=True))
 
 
 def _one_pass(
     config: ConfigDict,
-    split: str,
-    transform: Any,
+    source: Source,
+    make: EvalMaker,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    _check(config)
     batch = _part(config.data.eval_batch_size, "data.eval_batch_size", process_count)
-    size = config.image_size
-    source = open_source(config.dataset, split, config.data.data_dir)
-    skip = config.data.on_corrupt == "skip"
     num_batches = -(-len(source) // config.data.eval_batch_size)
+    skip = config.data.on_corrupt == "skip"
     examples = grain.MapDataset.range(num_batches * config.data.eval_batch_size).map(
-        _EvalExample(source, transform, size, skip)
+        _EvalExample(source, make, skip)
     )
+    return _batches(examples, make.shapes, batch, process_index, process_count, config)
+
+
+def _batches(
+    examples: grain.MapDataset,
+    shapes: Shapes,
+    batch: int,
+    process_index: int,
+    process_count: int,
+    config: ConfigDict,
+) -> Batches:
     batches = examples.batch(batch)[process_index::process_count]
-    return Batches(batches, (batch, size, size, 3), config.data.workers)
-
-
-def _check(config: ConfigDict) -> None:
-    if config.image_size < MIN_IMAGE_SIZE:
-        raise UserError(f"image_size={config.image_size} is below {MIN_IMAGE_SIZE}")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed}; valid: 0 to {2**32 - 1}")
-    if config.data.on_corrupt not in ("raise", "skip"):
-        raise UserError(f"data.on_corrupt={config.data.on_corrupt!r}; valid: 'raise', 'skip'")
-    if config.data.workers < 0:
-        raise UserError(f"data.workers={config.data.workers}; valid: 0 or more")
-    if not 0 < config.data.eval_crop <= 1:
-        raise UserError(f"data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
-    repeats = config.data.repeats
-    if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):
-        raise UserError(
-            f"data.repeats={repeats}; valid: 1, or more below batch_size={config.batch_size}"
-        )
+    shapes = {name: (batch, *shape) for name, shape in shapes.items()}
+    return Batches(batches, shapes, config.data.workers)
 
 
 def _part(batch_size: int, name: str, process_count: int) -> int:
@@ -174,21 +170,12 @@ class _Repeated(grain.MapDataset):
 
 
 class _TrainExample(grain.transforms.RandomMap):
-    """Reads and augments a record and the labels of its cells, if any, given its index."""
+    """Reads a record and makes an example of it, given its index."""
 
-    def __init__(
-        self,
-        source: Source,
-        size: int,
-        augment: ConfigDict,
-        skip: bool,
-        token_labels: TokenLabelFiles | None,
-    ):
+    def __init__(self, source: Source, make: TrainMaker, skip: bool):
         self._source = source
-        self._size = size
-        self._augment = augment
+        self._make = make
         self._skip = skip
-        self._token_labels = token_labels
 
     def random_map(self, index: int, rng: np.random.Generator) -> Example:
         for skipped in range(len(self._source)):
@@ -198,39 +185,31 @@ class _TrainExample(grain.transforms.RandomMap):
             except UserError as error:
                 _pass_over(error, self._skip)
                 continue
-            view = draw_view(*image.size, self._augment, rng)
-            pixels = train_image(image, self._size, self._augment, rng, view)
-            example = _example(pixels, label, skipped=skipped)
-            if self._token_labels:
-                grid = grid_size(self._size)
-                example |= self._token_labels.read(record, view, *image.size, grid)
-            return example
+            return self._make(record, image, label, rng) | {"skipped": np.int32(skipped)}
         raise UserError(f"none of the {len(self._source)} records can be read")
 
 
 class _EvalExample(grain.transforms.Map):
-    """Reads and transforms a record, given its index; beyond the last one: filling."""
+    """Reads a record and makes an example of it, given its index; beyond the last one: filling."""
 
-    def __init__(self, source: Source, transform: Any, size: int, skip: bool):
+    def __init__(self, source: Source, make: EvalMaker, skip: bool):
         self._source = source
-        self._transform = transform
-        self._empty = np.zeros((size, size, 3), np.uint8)
+        self._make = make
         self._skip = skip
 
     def map(self, index: int) -> Example:
-        mask = np.float32(index < len(self._source))
-        if not mask:
-            return _example(self._empty, 0, skipped=0) | {"mask": mask}
+        if index >= len(self._source):
+            return self._no_record(skipped=0)
         try:
             image, label = self._source.read(index)
         except UserError as error:
             _pass_over(error, self._skip)
-            return _example(self._empty, 0, skipped=1) | {"mask": np.float32(0)}
-        return _example(self._transform(image), label, skipped=0) | {"mask": mask}
+            return self._no_record(skipped=1)
+        example = self._make(index, image, label)
+        return example | {"mask": np.float32(1), "skipped": np.int32(0)}
 
-
-def _example(image: np.ndarray, label: int, *, skipped: int) -> Example:
-    return {"image": image, "label": np.int32(label), "skipped": np.int32(skipped)}
+    def _no_record(self, skipped: int) -> Example:
+        return self._make.empty() | {"mask": np.float32(0), "skipped": np.int32(skipped)}
 
 
 def _pass_over(error: UserError, skip: bool) -> None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES
+from tokenvit_jax.data import scenes
+from tokenvit_jax.data.digits import DigitsSource
 from tokenvit_jax.data.transforms import decode_image
 from tokenvit_jax.errors import UserError, did_you_mean
 
@@ -18,6 +20,8 @@ class DatasetInfo:
 
     Attributes:
         name: in configs and of the folder in `data_dir`.
+        task: what the labels are: "classification", one per image, or "segmentation", one per
+            pixel.
         num_classes: labels are 0 to num_classes - 1.
         class_names: one per label, or None where the dataset gives none.
         splits: number of images of each split.
@@ -28,6 +32,7 @@ class DatasetInfo:
     """
 
     name: str
+    task: Literal["classification", "segmentation"]
     num_classes: int
     class_names: tuple[str, ...] | None
     splits: dict[str, int]
@@ -41,6 +46,7 @@ _DATASETS = {
     for info in (
         DatasetInfo(
             name="digits",
+            task="classification",
             num_classes=10,
             class_names=tuple("0123456789"),
             splits={"train": 1437, "test": 360},
@@ -50,6 +56,7 @@ _DATASETS = {
         ),
         DatasetInfo(
             name="imagenet2012",
+            task="classification",
             num_classes=1000,
             class_names=None,
             splits={"train": IMAGENET_TRAIN_IMAGES, "validation": 50_000},
@@ -57,8 +64,21 @@ _DATASETS = {
             eval_split="validation",
             center_crop=True,
         ),
+        DatasetInfo(
+            name="scenes",
+            task="segmentation",
+            num_classes=scenes.DIGITS + 1,
+            class_names=("background", *map(str, range(scenes.DIGITS))),
+            splits=scenes.NUM_SCENES,
+            train_split="train",
+            eval_split="test",
+            center_crop=False,
+        ),
     )
 }
+
+# They come with a package that is installed, so that there is nothing to prepare.
+EMBEDDED = {"digits": DigitsSource, "scenes": scenes.ScenesSource}
 
 
 def list_datasets() -> list[str]:
@@ -87,8 +107,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of records."""
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Returns the RGB image and the label of a record.
+    def read(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+        """Returns the RGB image of a record and its label, or its label map, uint8 (H, W).
 
         Raises:
             UserError: if the image cannot be read; names dataset, split, index and file.
@@ -101,39 +121,14 @@ def open_source(name: str, split: str, data_dir: str) -> Source:
     Args:
         name: one of :func:`list_datasets`.
         split: one of `dataset_info(name).splits`.
-        data_dir: the folder that `prepare` wrote into; not used by digits.
+        data_dir: the folder that `prepare` wrote into; not used by the embedded datasets.
 
     Raises:
         UserError: if the dataset has not been prepared there.
     """
-    if name == "digits":
-        return DigitsSource(split)
+    if name in EMBEDDED:
+        return EMBEDDED[name](split)
     return TfdsSource(name, split, data_dir)
-
-
-class DigitsSource:
-    """scikit-learn's handwritten digits: 8x8 pixels, 17 grey levels.
-
-    Every fifth image of the list sorted by class is for the test, so that both splits have all
-    classes in equal parts.
-    """
-
-    def __init__(self, split: str):
-        from sklearn.datasets import load_digits  # takes a second; only this dataset needs it
-
-        digits = load_digits()
-        order = np.argsort(digits.target, kind="stable")
-        is_test = np.arange(len(order)) % 5 == 0
-        indices = np.sort(order[is_test if split == "test" else ~is_test])
-        self._images = np.rint(digits.images[indices] * (255 / 16)).astype(np.uint8)
-        self._labels = digits.target[indices]
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`Source`."""
-        return Image.fromarray(self._images[index]).convert("RGB"), int(self._labels[index])
 
 
 class TfdsSource:

@@ -7,6 +7,7 @@ workers; and workers end with their parent, however that ends.
 import collections
 import ctypes
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -19,25 +20,26 @@ import numpy as np
 from tokenvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Batches(grain.IterDataset):
     """Batches in order; the state of the iterator is `{"next_index": batches given out}`.
 
     Args:
-        batches: of dicts that have an `image`, each batch of the same shapes.
-        image_shape: of `image`, which has type uint8.
+        batches: of dicts of arrays, each batch of the same shapes.
+        shapes: of the large arrays, such as images; these have type uint8.
         workers: number of processes that make batches ahead; 0: a thread of this process does.
     """
 
-    def __init__(self, batches: grain.MapDataset, image_shape: tuple[int, ...], workers: int):
+    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
         super().__init__(batches)
         self._batches = batches
-        self._image_shape = image_shape
+        self._shapes = shapes
         self._workers = workers
 
     def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._batches, self._image_shape, self._workers)
+        return BatchIterator(self._batches, self._shapes, self._workers)
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -46,10 +48,10 @@ class BatchIterator(grain.DatasetIterator):
     Close it when no more batches are wanted: at exit, Python waits for those that were begun.
     """
 
-    def __init__(self, batches: grain.MapDataset, image_shape: tuple[int, ...], workers: int):
+    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
         super().__init__()
         self._batches = batches
-        self._image_shape = image_shape
+        self._shapes = shapes
         self._workers = workers
         self._next_index = 0
         self._reader = None  # opened at the first batch: the state may be set before
@@ -75,7 +77,7 @@ class BatchIterator(grain.DatasetIterator):
     def _open_reader(self) -> "grain.DatasetIterator | _WorkerReader":
         rest = self._batches[self._next_index :]
         if self._workers:
-            return _WorkerReader(rest, self._image_shape, self._workers)
+            return _WorkerReader(rest, self._shapes, self._workers)
         return iter(rest.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=2)))
 
     def _close_reader(self) -> None:
@@ -85,19 +87,19 @@ class BatchIterator(grain.DatasetIterator):
 
 
 class _WorkerReader:
-    """Makes batches in processes; images come back through memory that all of them share.
+    """Makes batches in processes; large arrays come back through memory that all of them share.
 
     Through a pipe, the usual way back, batches of 512 took 2 to 8 times as long.
     """
 
-    def __init__(self, batches: grain.MapDataset, image_shape: tuple[int, ...], workers: int):
+    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
         num_slots = workers + 1  # one batch is ready while each worker makes another
         context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        num_bytes = int(np.prod(image_shape))
+        num_bytes = sum(map(math.prod, shapes.values()))
         memory = [context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(num_slots)]
-        self._slots = [np.frombuffer(slot, np.uint8).reshape(image_shape) for slot in memory]
+        self._slots = [_arrays(slot, shapes) for slot in memory]
         self._executor = futures.ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(batches, memory)
+            workers, context, initializer=_start_worker, initargs=(batches, memory, shapes)
         )
         self._num_batches = len(batches)
         self._next_index = 0  # to hand to a worker
@@ -116,7 +118,7 @@ class _WorkerReader:
                 "a worker process of the data pipeline died, possibly for lack of memory; lower "
                 "data.workers or the batch size"
             ) from error
-        batch["image"] = self._slots[slot].copy()
+        batch |= {name: array.copy() for name, array in self._slots[slot].items()}
         self._submit(slot)
         return batch
 
@@ -129,15 +131,22 @@ class _WorkerReader:
             self._next_index += 1
 
 
-# In a worker: the batches, and the memory of the slots for their images.
+def _arrays(memory: ctypes.Array, shapes: Shapes) -> Batch:
+    """The arrays of a batch that lie one behind the other in shared memory."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = np.split(np.frombuffer(memory, np.uint8), np.cumsum(sizes)[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+
+# In a worker: the batches, and the slots for their large arrays.
 _batches = None
 _slots = None
 
 
-def _start_worker(batches: grain.MapDataset, memory: list[ctypes.Array]) -> None:
+def _start_worker(batches: grain.MapDataset, memory: list[ctypes.Array], shapes: Shapes) -> None:
     global _batches, _slots
     _batches = batches
-    _slots = [np.frombuffer(slot, np.uint8) for slot in memory]
+    _slots = [_arrays(slot, shapes) for slot in memory]
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # A signal to the whole group of processes is for the parent, which may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -152,5 +161,6 @@ def _exit_with_parent() -> None:
 
 def _make(index: int, slot: int) -> Batch:
     batch = dict(_batches[index])
-    _slots[slot][:] = batch.pop("image").reshape(-1)
+    for name, array in _slots[slot].items():
+        array[:] = batch.pop(name)
     return batch

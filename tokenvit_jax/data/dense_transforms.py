@@ -1,0 +1,150 @@
+"""Transforms of an image and its label map: PIL image and uint8 (H, W) in, uint8 arrays out.
+
+Images are resized bilinearly, with a filter that grows as they shrink; label maps take the nearest
+pixel.
+
+Source: the recipes of MMSegmentation (Contributors, 2020), which Segmenter (Strudel et al., 2021)
+and the papers on backbones share.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+IGNORED = 255  # label of pixels that do not count
+
+_BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+_ATTEMPTS = 10  # to place a crop in which no class has too large a part
+_BRIGHTNESS = 32  # levels of 255, up or down
+_FACTORS = 0.5, 1.5  # of contrast and saturation
+_HUE = 36  # degrees, up or down
+
+Pixel = tuple[int, int, int]
+
+
+def train_scene(
+    image: Image.Image,
+    label: np.ndarray,
+    size: int,
+    augment: ConfigDict,
+    fill: Pixel,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The training transform: resizing, crop, flip, distortion of colours, padding.
+
+    Args:
+        image: RGB image of any size.
+        label: uint8 (H, W), as large as the image.
+        size: height and width of the result, pixels.
+        augment: `config.augment`; an entry that is off costs nothing.
+        fill: colour of the padding below and to the right of an image smaller than `size`.
+        rng: source of all random numbers.
+
+    Returns:
+        Image uint8 (size, size, 3) and labels uint8 (size, size), `IGNORED` on the padding.
+    """
+    short = (augment.short_side or size) * rng.uniform(*augment.scale_range)
+    width, height = scaled_size(*image.size, short / min(image.size))
+    label = resize_label(label, width, height)
+    left, top = _draw_crop(label, size, augment.max_class_share, rng)
+    label = label[top : top + size, left : left + size]
+    # Resizes no more than is shown, as if all were resized and then cropped.
+    bottom, right = top + label.shape[0], left + label.shape[1]
+    x, y = image.width / width, image.height / height
+    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+    image = image.resize((right - left, bottom - top), _BILINEAR, box=box)
+    if augment.flip and rng.random() < augment.flip:
+        image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label[:, ::-1]
+    if augment.photometric:
+        image = distort_colors(image, rng)
+    return pad(np.asarray(image), (size, size, 3), fill), pad(label, (size, size), IGNORED)
+
+
+def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> np.ndarray:
+    """The evaluation transform: resizes an image, aspect kept, to a shorter side that may fit.
+
+    Args:
+        image: RGB image of any size.
+        short_side: wanted shorter side, pixels.
+        height: largest height, pixels.
+        width: largest width, pixels.
+
+    Returns:
+        uint8 (h, w, 3), the shorter side `short_side`, or less where h <= `height` and
+        w <= `width` ask for it.
+    """
+    scale = min(short_side / min(image.size), width / image.width, height / image.height)
+    return np.asarray(image.resize(scaled_size(*image.size, scale), _BILINEAR))
+
+
+def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
+    """Returns the width and height of a resized image, at least a pixel, rounded as mmcv does."""
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def resize_label(label: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Returns the labels of the nearest pixels, uint8 (height, width)."""
+    return np.asarray(Image.fromarray(label).resize((width, height), _NEAREST))
+
+
+def pad(array: np.ndarray, shape: tuple[int, ...], fill: int | Pixel) -> np.ndarray:
+    """Returns an array of a larger shape that has the given one at the top left."""
+    padded = np.empty(shape, np.uint8)
+    padded[:] = fill
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+def distort_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
+
+    Contrast, a factor of the levels themselves, is changed before saturation and hue or after
+    them, with probability 1/2 each.
+
+    Args:
+        image: RGB image.
+        rng: source of the random numbers.
+
+    Source: MMSegmentation, `PhotoMetricDistortion`; Liu et al., "SSD" (2016).
+    """
+    brightness, contrast, saturation, hue, contrast_first = rng.random(5) < 0.5
+    if brightness:
+        image = _change_levels(image, 1.0, rng.uniform(-_BRIGHTNESS, _BRIGHTNESS))
+    if contrast and contrast_first:
+        image = _change_levels(image, rng.uniform(*_FACTORS))
+    if saturation or hue:
+        h, s, v = image.convert("HSV").split()
+        if saturation:
+            s = _change_levels(s, rng.uniform(*_FACTORS))
+        if hue:
+            shift = round(rng.uniform(-_HUE, _HUE) / 360 * 256)  # the circle has 256 levels
+            h = h.point([(level + shift) % 256 for level in range(256)])
+        image = Image.merge("HSV", (h, s, v)).convert("RGB")
+    if contrast and not contrast_first:
+        image = _change_levels(image, rng.uniform(*_FACTORS))
+    return image
+
+
+def _change_levels(image: Image.Image, factor: float, offset: float = 0.0) -> Image.Image:
+    levels = (np.arange(256) * factor + offset).clip(0, 255).astype(np.uint8)
+    return image.point(levels.tolist() * len(image.getbands()))
+
+
+def _draw_crop(
+    label: np.ndarray, size: int, max_share: float, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Draws the left and top of a crop in which no class has more than a part of what counts.
+
+    The last one drawn is taken as it is.
+    """
+    height, width = label.shape
+    for _ in range(_ATTEMPTS):
+        top = int(rng.integers(max(height - size, 0) + 1))
+        left = int(rng.integers(max(width - size, 0) + 1))
+        if max_share == 1.0:
+            break
+        crop = label[top : top + size, left : left + size]
+        counts = np.bincount(crop.ravel(), minlength=IGNORED + 1)[:IGNORED]
+        if 0 < counts.max() <= max_share * counts.sum():
+            break
+    return left, top

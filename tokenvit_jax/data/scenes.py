@@ -1,0 +1,88 @@
+"""The embedded scenes: images with a label map each, drawn when they are read.
+
+One to four handwritten digits, enlarged, turned and coloured, on a part of a photograph; digits and
+photographs are scikit-learn's.
+"""
+
+import numpy as np
+from PIL import Image
+
+from tokenvit_jax.data.digits import DigitsSource
+
+NUM_SCENES = {"train": 2000, "test": 200}
+DIGITS = 4  # 0 to 3: few classes are learnt in minutes
+SIDE = 128  # height and width of a scene, pixels
+
+_HEIGHTS = 32, 72  # of a digit, pixels
+_MAX_TURN = 15.0  # degrees
+_MAX_SHIFT = 12  # of a digit's centre from the centre of its quarter, pixels
+_BACKGROUND_SIDES = 96, 160  # of the square of a photograph that is shown, pixels
+_BRIGHTNESS = 0.25, 0.6  # of the background
+_COLORS = 128, 256  # levels of a digit
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+class ScenesSource:
+    """Scenes of 128 x 128 pixels; the same index gives the same scene.
+
+    The label of a digit's strokes is the digit plus one, that of all else 0. Test scenes have the
+    digits of the test split of "digits", on the right quarters of the photographs, which training
+    scenes do not show.
+    """
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_sample_images
+
+        self._split = split
+        digits = DigitsSource(split)
+        labelled = [digits.read(index) for index in range(len(digits))]
+        self._digits = [(image.convert("L"), digit) for image, digit in labelled if digit < DIGITS]
+        self._photographs = []
+        for pixels in load_sample_images().images:  # (427, 640, 3)
+            border = pixels.shape[1] * 3 // 4
+            part = pixels[:, border:] if split == "test" else pixels[:, :border]
+            self._photographs.append(Image.fromarray(part))
+
+    def __len__(self) -> int:
+        return NUM_SCENES[self._split]
+
+    def name(self, index: int) -> str:
+        """See :class:`tokenvit_jax.data.sources.Source`."""
+        return f"scenes split {self._split!r}, record {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """See :class:`tokenvit_jax.data.sources.Source`."""
+        rng = np.random.default_rng((list(NUM_SCENES).index(self._split), index))
+        image = self._draw_background(rng)
+        label = Image.new("L", image.size)
+        quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
+        for row, column in zip(*divmod(quarters, 2), strict=True):
+            coverage, digit = self._draw_digit(rng)
+            centre = SIDE * (np.array([column, row]) / 2 + 1 / 4)
+            shift = rng.integers(-_MAX_SHIFT, _MAX_SHIFT, 2, endpoint=True)
+            space = SIDE - np.array(coverage.size)
+            place = (centre + shift - np.array(coverage.size) / 2).astype(int).clip(0, space)
+            image.paste(tuple(rng.integers(*_COLORS, 3).tolist()), tuple(place.tolist()), coverage)
+            strokes = coverage.point(lambda level: 255 * (level >= 128))
+            label.paste(digit + 1, tuple(place.tolist()), strokes)
+        return image, np.asarray(label)
+
+    def _draw_background(self, rng: np.random.Generator) -> Image.Image:
+        """Draws a square of a photograph, mirrored or not, darkened."""
+        photograph = self._photographs[rng.integers(len(self._photographs))]
+        side = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
+        left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
+        image = photograph.resize((SIDE, SIDE), _BICUBIC, (left, top, left + side, top + side))
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        brightness = rng.uniform(*_BRIGHTNESS)
+        return image.point(lambda level: level * brightness)
+
+    def _draw_digit(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
+        """Draws a digit, and how much each pixel of an image belongs to it, 0 to 255."""
+        image, digit = self._digits[rng.integers(len(self._digits))]
+        height = int(rng.integers(*_HEIGHTS, endpoint=True))
+        image = image.resize((height, height), _BICUBIC)
+        image = image.rotate(rng.uniform(-_MAX_TURN, _MAX_TURN), _BICUBIC, expand=True)
+        # Sharpens the edges of what is eight pixels high, and thickens the strokes.
+        return image.point(lambda level: (level - 60) * 3), digit
