@@ -221,31 +221,3 @@ LEFT_OUT = {
 def left_out(model: str) -> tuple[str, ...]:
     """Returns what the paper of a model does not count, of :data:`LEFT_OUT`."""
     return LEFT_OUT.get(model.split("_")[0], ())
-
-
-def expedite_macs(
-    length: int,
-    num_clusters: int,
-    channels: int,
-    *,
-    window: int = 5,
-    iterations: int = 5,
-    neighbors: int = 20,
-) -> int:
-    """Returns the multiply-adds of Expedite's clustering and reconstruction, as its authors count.
-
-    A difference, its square and a sum are one each, and every token sees a whole window. With it
-    the costs in Tables 2 and 3 of Liang et al. 2022 come out.
-
-    Args:
-      length: tokens that are clustered, N.
-      num_clusters: centres, S.
-      channels: of tokens and centres.
-      window: rows and columns of a neighbourhood.
-      iterations: rounds.
-      neighbors: centres that a token is reconstructed from.
-    """
-    cells = window**2
-    one_round = 3 * length * (channels + 1) * cells + num_clusters * channels
-    clustering = iterations * one_round + length * channels + 2 * (length + num_clusters)
-    return clustering + length * (num_clusters * (channels + 3) + neighbors * channels)
