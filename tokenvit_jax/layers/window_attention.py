@@ -39,7 +39,15 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: tuple[int, int], shift: tuple[int, int]) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        *,
+        table_window: tuple[int, int] | None = None,
+        mask_shift: tuple[int, int] | None = None,
+    ) -> jax.Array:
         """Attends.
 
         Args:
@@ -47,6 +55,9 @@ class WindowAttention(nn.Module):
           window: rows and columns of a window, at most ``window_size``.
           shift: rows and columns that the windows are moved down and right, less than a window;
             at the borders that leaves parts of windows.
+          table_window: rows and columns of the window whose table of position biases is resized to
+            that of ``window``, from ``window`` to ``window_size``; None: ``window``.
+          mask_shift: what the mask takes for the shift; None: ``shift``, which is right.
         """
         _, height, width, channels = x.shape
         if channels % self.num_heads:
@@ -58,8 +69,12 @@ class WindowAttention(nn.Module):
         qkv = jnp.split(self._qkv(x), 3, axis=-1)
         heads = (y.reshape(*x.shape[:3], self.num_heads, -1) for y in qkv)
         q, k, v, scale = self._logits_of(*heads)
-        bias = ops.relative_position_bias(self._bias_table(), window)
-        y = ops.window_attention(q, k, v, bias, window=window, shift=shift, scale=scale)
+        table = self._bias_table()
+        if table_window is not None:
+            table = resize_bias_table(table, table_window, window)
+        bias = ops.relative_position_bias(table, window)
+        mask_shift = shift if mask_shift is None else mask_shift
+        y = ops.window_attention(q, k, v, bias, window=window, shift=mask_shift, scale=scale)
         y = y.reshape(x.shape)
         y = jnp.roll(y, shift, (1, 2)) if any(shift) else y
         return dense(channels, self.dtype, "proj")(y[:, :height, :width])
@@ -109,6 +124,32 @@ class CosineWindowAttention(WindowAttention):
         offsets = np.sign(offsets) * np.log2(np.abs(offsets) + 1) / 3  # Eq. 4
         pairs = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), -1)
         return PositionBiasMlp(self.num_heads, name="position_bias")(jnp.asarray(pairs))
+
+
+def resize_bias_table(
+    table: jax.Array, window: tuple[int, int], smaller: tuple[int, int]
+) -> jax.Array:
+    """Returns the biases of offsets in a smaller window that takes up the room of another one.
+
+    Bilinear, not antialiased; the middle stays the middle.
+
+    Args:
+      table: (2 a - 1, 2 b - 1, N), the bias of each offset; no offset in the middle.
+      window: (K, L), rows and columns of a window, at most (a, b).
+      smaller: (k, l), rows and columns that take up its room, at most (K, L).
+
+    Returns:
+      (2 k - 1, 2 l - 1, N).
+
+    References:
+      Liang et al. 2022, "Expediting Large-Scale Vision Transformer", the code for Swin.
+    """
+    rows, columns = (
+        slice(n // 2 + 1 - side, n // 2 + side)
+        for n, side in zip(table.shape[:2], window, strict=True)
+    )
+    shape = (2 * smaller[0] - 1, 2 * smaller[1] - 1, table.shape[-1])
+    return jax.image.resize(table[rows, columns], shape, "bilinear", antialias=False)
 
 
 class PositionBiasMlp(nn.Module):

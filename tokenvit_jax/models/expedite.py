@@ -28,7 +28,7 @@ class Expedite:
       alpha: blocks on all tokens, before the clustering. 0: there is none, as the image is resized
         to one whose map is that of the centres.
       beta: blocks on the centres, after which all tokens are reconstructed; from 1.
-      clusters: rows and columns of the centres (h, w).
+      clusters: rows and columns of the centres (h, w); in a Swin Transformer of those of a window.
       where: what is reconstructed: the tokens after "blocks" alpha + beta, or the "logits" that a
         head makes of the centres after the last block.
       window: side of the neighbourhood of cells that a token can belong to, odd.
@@ -81,14 +81,19 @@ class Expedite:
                 "tokens to compare with; valid: 'bilinear'"
             )
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises UserError unless there are no more centres than tokens, in rows and columns."""
+    def check_grid(self, grid: tuple[int, int], of: str = "map") -> None:
+        """Raises UserError unless there are no more centres than tokens, in rows and columns.
+
+        Args:
+          grid: rows and columns of tokens.
+          of: what they make up, for the message.
+        """
         if len(self.clusters) != 2 or not all(
             1 <= size <= most for size, most in zip(self.clusters, grid, strict=True)
         ):
             raise UserError(
                 f"expedite.clusters={self.clusters} is not valid; valid: rows and columns from 1 "
-                f"to those of the map, {grid[0]} x {grid[1]}"
+                f"to those of the {of}, {grid[0]} x {grid[1]}"
             )
 
     def cluster(self, tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -15,7 +15,7 @@ class Pyramid(nn.Module, kw_only=True):
     """A stage is a patch embedding and blocks; four of them reduce an image 4 to 32 times.
 
     A subclass gives :meth:`embedding` and :meth:`block`, and where it has them :meth:`stem`,
-    :meth:`end_stage` and :meth:`head`.
+    :meth:`run_blocks`, :meth:`end_stage` and :meth:`head`.
 
     Attributes:
       num_classes: of the classifier.
@@ -53,6 +53,12 @@ class Pyramid(nn.Module, kw_only=True):
     def stem(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns what the first patch embedding reads."""
         return images
+
+    def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the map that the blocks of a stage make of that of its embedding."""
+        for block in self.stages[stage]:
+            x = block(x, train)
+        return x
 
     def end_stage(self, stage: int, x: jax.Array) -> jax.Array:
         """Returns the map of a stage, which the next one reads, from that of its last block."""
@@ -95,13 +101,11 @@ class Pyramid(nn.Module, kw_only=True):
         check_images(images)
         x = self.stem(images.astype(self.dtype), train)
         maps = []
-        for stage, (embedding, blocks) in enumerate(zip(self.embeddings, self.stages, strict=True)):
+        for stage, embedding in enumerate(self.embeddings):
             x = embedding(x)
             if stage == 0 and mix_box is not None:
                 x = mix_boxes(x, mix_box * 2 ** (len(self.dims) - 1))
-            for block in blocks:
-                x = block(x, train)
-            x = self.end_stage(stage, x)
+            x = self.end_stage(stage, self.run_blocks(stage, x, train))
             maps.append(x)
         return maps
 

@@ -3,12 +3,14 @@
 The parameters and the order of the operations are those of timm's models.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
     CosineWindowAttention,
     DropPath,
@@ -17,8 +19,10 @@ from tokenvit_jax.layers import (
     WindowAttention,
 )
 from tokenvit_jax.layers.conv import linear_init
+from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.pyramid import Pyramid
 from tokenvit_jax.models.registry import register
+from tokenvit_jax.models.settings import read_settings
 
 EPSILON = 1e-5  # of LayerNorm
 
@@ -49,6 +53,22 @@ class PatchMerging(nn.Module):
         return norm(reduction(x)) if self.norm_after else reduction(norm(x))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CenterWindows:
+    """Windows of the centres of clusters, in place of windows of tokens.
+
+    Attributes:
+      size: rows and columns of a window of centres.
+      tokens: rows and columns of the window of tokens that they stand for.
+      released_mask: as in :class:`Swin`.
+    """
+
+    size: tuple[int, int]
+    tokens: tuple[int, int]
+    released_mask: bool
+
+
 class SwinBlock(nn.Module):
     """x + attention(LN(x)) within windows, x + MLP(LN(x)): (B, H, W, C) -> (B, H, W, C).
 
@@ -65,14 +85,22 @@ class SwinBlock(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, centers: CenterWindows | None = None
+    ) -> jax.Array:
+        """Computes the block; ``centers``: the windows where x are centres of clusters."""
         attention, mlp = self._attention(), Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        window, shift = windows_of(x.shape[1:3], self.window_size, self.shifted)
+        side = self.window_size if centers is None else centers.size
+        window, shift = windows_of(x.shape[1:3], side, self.shifted)
+        settings = {} if centers is None else {"table_window": centers.tokens}
+        if centers is not None and centers.released_mask:
+            of_tokens = zip(centers.tokens, shift, strict=True)
+            settings["mask_shift"] = tuple(size // 2 if moved else 0 for size, moved in of_tokens)
 
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
 
-        x = x + drop(self._normed(lambda x: attention(x, window, shift), x, "norm1"))
+        x = x + drop(self._normed(lambda x: attention(x, window, shift, **settings), x, "norm1"))
         return x + drop(self._normed(mlp, x, "norm2"))
 
     def _attention(self):
@@ -99,7 +127,7 @@ class SwinV2Block(SwinBlock):
 
 
 def windows_of(
-    grid: tuple[int, int], window_size: int, shifted: bool
+    grid: tuple[int, int], window_size: int | tuple[int, int], shifted: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns the rows and columns of the windows of a map, and by how many they are shifted.
 
@@ -107,12 +135,27 @@ def windows_of(
 
     Args:
       grid: rows and columns of the map.
-      window_size: side of a window on large maps.
+      window_size: side of a window on large maps, or its rows and columns.
       shifted: whether there is a shift at all.
     """
-    window = tuple(min(size, window_size) for size in grid)
-    shift = tuple(window_size // 2 if shifted and size > window_size else 0 for size in grid)
+    sides = (window_size,) * 2 if isinstance(window_size, int) else window_size
+    window = tuple(map(min, grid, sides))
+    pairs = zip(grid, sides, strict=True)
+    shift = tuple(side // 2 if shifted and size > side else 0 for size, side in pairs)
     return window, shift
+
+
+def to_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """(B, rows h, columns w, C) -> (B rows columns, h w, C); ``window``: (h, w)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window[0], window[0], width // window[1], window[1], channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window[0] * window[1], channels)
+
+
+def to_map(x: jax.Array, window: tuple[int, int], count: tuple[int, int]) -> jax.Array:
+    """(B rows columns, h w, C) -> (B, rows h, columns w, C); ``count``: (rows, columns)."""
+    x = x.reshape(-1, *count, *window, x.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], count[0] * window[0], count[1] * window[1], -1)
 
 
 class Swin(Pyramid, kw_only=True):
@@ -125,10 +168,25 @@ class Swin(Pyramid, kw_only=True):
       mlp_ratio: expansion of the MLP.
       window_size: rows and columns of a window; maps are padded to multiples of it, but where they
         are smaller than a window they are one.
+      expedite: clusters the tokens of every window after some blocks of the stage with most blocks,
+        the third one of the published sizes, and reconstructs them after others: an
+        :class:`Expedite`, which counts the blocks of that stage, or its attributes by name; None:
+        all tokens go through all blocks.
+      released_mask: where windows of centres are shifted, mask for the shift of windows of tokens,
+        as the released code of Expedite does: for parity with it only. At the borders centres
+        attend to what is not beside them, and not to some of what is.
     """
 
     mlp_ratio: int = 4
     window_size: int = 7
+    expedite: Any = None
+    released_mask: bool = False
+
+    def __post_init__(self):
+        # Attributes by name would make a module that cannot be hashed.
+        self.expedite = read_settings(Expedite, "expedite", self.expedite, max(self.depths))
+        self._check()
+        super().__post_init__()
 
     def setup(self):
         super().setup()
@@ -148,6 +206,55 @@ class Swin(Pyramid, kw_only=True):
             "dtype": self.dtype,
             "axis_name": self.axis_name,
         }
+
+    def _check(self):
+        if self.expedite is None:
+            if self.released_mask:
+                raise UserError("released_mask=True goes with expedite")
+            return
+        if self.expedite.alpha == 0:
+            raise UserError(
+                "expedite.alpha=0 is not valid in a Swin Transformer, whose first stages see all "
+                "tokens; valid: from 1"
+            )
+        if self.expedite.where != "blocks":
+            raise UserError(
+                f"expedite.where={self.expedite.where!r} is not valid in a Swin Transformer, whose "
+                "later stages need all tokens; valid: 'blocks'"
+            )
+        if self.released_mask and min(self.expedite.clusters) <= self.window_size // 2:
+            raise UserError(
+                f"expedite.clusters={self.expedite.clusters} is not valid with released_mask=True; "
+                f"valid: above the shift of windows of {self.window_size}, {self.window_size // 2}"
+            )
+
+    def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
+        if self.expedite is None or stage != self.depths.index(max(self.depths)):
+            return super().run_blocks(stage, x, train)
+        blocks, first = self.stages[stage], self.expedite.alpha
+        last = first + self.expedite.beta
+        for block in blocks[:first]:
+            x = block(x, train)
+        x = self._run_on_centers(blocks[first:last], x, train)
+        for block in blocks[last:]:
+            x = block(x, train)
+        return x
+
+    def _run_on_centers(self, blocks, x, train):
+        """Clusters the tokens (B, H, W, C) of every window, and reconstructs them after blocks."""
+        expedite, size = self.expedite, self.expedite.clusters
+        _, height, width, _ = x.shape
+        window, _ = windows_of((height, width), self.window_size, False)
+        expedite.check_grid(window, "window")
+        count = (-(-height // window[0]), -(-width // window[1]))
+        below, right = count[0] * window[0] - height, count[1] * window[1] - width
+        tokens = to_windows(jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))), window)
+        centers = expedite.cluster(tokens, window)
+        x = to_map(centers, size, count)
+        for block in blocks:
+            x = block(x, train, CenterWindows(size, window, self.released_mask))
+        tokens = expedite.reconstruct(tokens, centers, to_windows(x, size), window)
+        return to_map(tokens, window, count)[:, :height, :width]
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
         return self.head_norm(x)
