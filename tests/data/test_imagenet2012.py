@@ -168,6 +168,7 @@ def test_wrong_command_gives_one_line(monkeypatch, capsys, tmp_path, arguments, 
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_digits_need_no_preparation(monkeypatch, capsys):
-    assert run_command(monkeypatch, "digits") == 0
+@pytest.mark.parametrize("name", ["digits", "scenes"])
+def test_embedded_dataset_needs_no_preparation(monkeypatch, capsys, name):
+    assert run_command(monkeypatch, name) == 0
     assert "nothing to prepare" in capsys.readouterr().out

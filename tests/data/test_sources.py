@@ -16,9 +16,14 @@ def test_info_is_consistent(name):
 
 
 def test_unknown_dataset_names_the_nearest():
-    with pytest.raises(UserError, match=r"'digitz' \(did you mean 'digits'.*digits, imagenet2012"):
+    with pytest.raises(
+        UserError,
+        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, digits, imagenet2012",
+    ):
         data.dataset_info("digitz")
-    with pytest.raises(UserError, match="no dataset 'zzz'; valid: digits, imagenet2012"):
+    with pytest.raises(
+        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, digits, imagenet2012"
+    ):
         data.dataset_info("zzz")
 
 
@@ -48,5 +53,5 @@ def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
         open_source("imagenet2012", "train", str(tmp_path))
     assert str(error.value) == (
         f"dataset imagenet2012 not found in data.data_dir={tmp_path}; prepare it with: "
-        f"python -m tokenvit_jax.prepare imagenet2012 --manual_dir=ARCHIVES --data_dir={tmp_path}"
+        f"python -m tokenvit_jax.prepare imagenet2012 --manual_dir=DOWNLOADS --data_dir={tmp_path}"
     )

@@ -1,6 +1,6 @@
 """Labelled images for training and evaluation: datasets, transforms, batches."""
 
-from tokenvit_jax.data.dense_transforms import IGNORED
+from tokenvit_jax.data.label_maps import IGNORED
 from tokenvit_jax.data.pipeline import eval_dataset, record_dataset, train_dataset
 from tokenvit_jax.data.sources import DatasetInfo, dataset_info, list_datasets
 from tokenvit_jax.data.transforms import NORMALIZATIONS, decode_image, eval_image

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data import dense_transforms
-from tokenvit_jax.data.dense_transforms import IGNORED
-from tokenvit_jax.data.sources import DatasetInfo, Source
+from tokenvit_jax.data.label_maps import IGNORED
+from tokenvit_jax.data.sources import DatasetInfo, LabelMapSource, Source
 from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size
 from tokenvit_jax.data.transforms import (
     NORMALIZATIONS,
@@ -99,7 +99,7 @@ class EvalImages:
 class TrainScenes:
     """A crop with its label map."""
 
-    def __init__(self, config: ConfigDict, info: DatasetInfo, source: Source):
+    def __init__(self, config: ConfigDict, info: DatasetInfo, source: LabelMapSource):
         self._size = config.image_size
         self._augment = config.augment
         self._fill = _mean_pixel(config)
@@ -117,7 +117,7 @@ class TrainScenes:
 class EvalScenes:
     """A resized image and its label map as it is, each at the top left of a buffer."""
 
-    def __init__(self, config: ConfigDict, info: DatasetInfo, source: Source):
+    def __init__(self, config: ConfigDict, info: DatasetInfo, source: LabelMapSource):
         square = (config.image_size, config.image_size)
         image_size = tuple(config.data.eval_size) if any(config.data.eval_size) else square
         label_size = tuple(config.data.label_size) if any(config.data.label_size) else image_size

@@ -47,7 +47,7 @@ class ScenesSource:
         return NUM_SCENES[self._split]
 
     def name(self, index: int) -> str:
-        """See :class:`tokenvit_jax.data.sources.Source`."""
+        """See :class:`tokenvit_jax.data.sources.LabelMapSource`."""
         return f"scenes split {self._split!r}, record {index}"
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:

@@ -1,0 +1,176 @@
+import copy
+import io
+
+import numpy as np
+import pytest
+import segmentation_files
+from PIL import Image
+from segmentation_files import HEIGHT, PAIRS, WIDTH, values
+
+from tokenvit_jax import data, prepare
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data.datasets import segmentation
+from tokenvit_jax.data.label_maps import decode_label_map, label_table
+from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.errors import UserError
+
+# Of Cityscapes: the value of every class, from its table of labels.
+CITYSCAPES = {
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
+    "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
+    "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32,
+    "bicycle": 33,
+}  # fmt: skip
+
+
+def expected_labels(name, number):
+    found = values(name, number).astype(int)
+    if name == "ade20k":
+        return np.where(found == 0, 255, found - 1)
+    if name == "pascal_context":
+        return found
+    names = data.dataset_info(name).class_names
+    labels = np.full((HEIGHT, WIDTH), 255)
+    for class_name, value in CITYSCAPES.items():
+        labels[found == value] = names.index(class_name)
+    return labels
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_images_are_stored_as_they_are_with_their_label_maps(name, tmp_path):
+    segmentation_files.write_dataset(name, tmp_path / "downloads")
+    folder = segmentation.prepare(name, tmp_path / "downloads", tmp_path)
+    assert folder == tmp_path / "segmentation" / name / "1.0.0"
+    found = {}
+    for split, size in (("train", 2), ("validation", 1)):
+        source = open_source(name, split, str(tmp_path))
+        assert len(source) == size
+        for index in range(size):
+            record = source._records[index]
+            path = record["file_name"].decode()
+            assert source.name(index) == f"{name} split {split!r}, record {index} ({path})"
+            found[path] = (record["image"], *source.read(index))
+    assert sorted(found) == sorted(image for image, _ in PAIRS[name])
+    for number, (path, _) in enumerate(PAIRS[name]):
+        encoded, image, labels = found[path]
+        assert encoded == (tmp_path / "downloads" / path).read_bytes()
+        assert image.size == (WIDTH, HEIGHT) and labels.dtype == np.uint8
+        np.testing.assert_array_equal(labels, expected_labels(name, number))
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert segmentation.prepare(name, tmp_path / "nowhere", tmp_path) == folder
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+
+def test_command_prepares_a_dataset(tmp_path, capsys):
+    segmentation_files.write_dataset("ade20k", tmp_path)
+    flag_values = copy.deepcopy(prepare.FLAGS)
+    flag_values(["prepare", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path / 'out'}"])
+    prepare.main(flag_values, "ade20k")
+    assert f"ade20k is prepared in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert len(open_source("ade20k", "train", str(tmp_path / "out"))) == 2
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_missing_folders_are_named_with_instructions(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        segmentation.prepare(name, tmp_path, tmp_path / "out")
+    layout = segmentation.LAYOUTS[name]
+    where = (layout.lists or layout.images)["train"]
+    expected = f"{where} not found in --manual_dir={tmp_path}; {layout.how_to_get}"
+    assert str(error.value) == expected
+    with pytest.raises(UserError, match=f"python -m tokenvit_jax.prepare {name} --manual_dir="):
+        open_source(name, "train", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "name, part, message",
+    [
+        ("ade20k", 0, "{label} is a label map without an image"),
+        ("ade20k", 1, "{image} is an image without a label map"),
+        ("cityscapes", 1, "{image} is an image without a label map"),
+        (
+            "pascal_context",
+            0,
+            "{image} is missing, but listed in VOCdevkit/VOC2010/ImageSets/SegmentationContext/"
+            "train.txt",
+        ),
+    ],
+)
+def test_missing_file_is_named(name, part, message, tmp_path):
+    segmentation_files.write_dataset(name, tmp_path)
+    image, label = (tmp_path / path for path in PAIRS[name][1])
+    (image, label)[part].unlink()
+    with pytest.raises(UserError) as error:
+        segmentation.prepare(name, tmp_path, tmp_path / "out")
+    assert str(error.value) == message.format(image=image, label=label)
+
+
+@pytest.mark.parametrize(
+    "name, value, valid",
+    [
+        ("ade20k", 151, "0 to 150"),
+        ("cityscapes", 34, "0 to 33"),
+        ("pascal_context", 255, "0 to 59"),
+    ],
+)
+def test_unknown_value_is_found_when_preparing(name, value, valid, tmp_path):
+    segmentation_files.write_dataset(name, tmp_path)
+    label = tmp_path / PAIRS[name][2][1]
+    changed = values(name, 2)
+    changed[3, 4] = value
+    Image.fromarray(changed).save(label)
+    with pytest.raises(UserError) as error:
+        segmentation.prepare(name, tmp_path, tmp_path / "out")
+    assert str(error.value) == f"{label}: label map has the value {value}; valid: {valid}"
+    with pytest.raises(UserError, match="not found in"):  # nothing half prepared is left
+        open_source(name, "train", str(tmp_path / "out"))
+
+
+def test_unknown_value_is_found_when_reading(tmp_path, monkeypatch):
+    segmentation_files.write_dataset("cityscapes", tmp_path)
+    wrong = segmentation.LAYOUTS["cityscapes"].labels | {33: 19}  # as if there were 20 classes
+    layout = segmentation.dataclasses.replace(segmentation.LAYOUTS["cityscapes"], labels=wrong)
+    monkeypatch.setitem(segmentation.LAYOUTS, "cityscapes", layout)
+    segmentation.prepare("cityscapes", tmp_path, tmp_path)
+    config = default_config()
+    config.dataset, config.data.data_dir, config.image_size = "cityscapes", str(tmp_path), 32
+    with pytest.raises(UserError) as error:
+        next(iter(data.eval_dataset(config)))
+    assert str(error.value) == (
+        f"cityscapes split 'validation', record 0 ({PAIRS['cityscapes'][2][0]}): label map has the "
+        'value 19; valid: 0 to 18, 255; data.on_corrupt="skip" passes over it'
+    )
+
+
+def encode(array, mode=None, file_format="PNG"):
+    buffer = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def test_label_map_may_have_a_palette():
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    image = Image.fromarray(grey)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    table = label_table({value: value for value in range(6)})
+    np.testing.assert_array_equal(decode_label_map(buffer.getvalue(), table, (3, 2)), grey)
+
+
+@pytest.mark.parametrize(
+    "encoded, message",
+    [
+        (b"no image", "cannot decode 8 bytes as a label map"),
+        (encode(np.zeros((2, 3), np.uint8), "RGB"), "label map has mode RGB; valid: L or P"),
+        (
+            encode(np.zeros((3, 2), np.uint8)),
+            "label map has 2 x 3 pixels, its image 3 x 2 (width x height)",
+        ),
+    ],
+)
+def test_no_label_map_is_refused(encoded, message):
+    with pytest.raises(UserError) as error:
+        decode_label_map(encoded, label_table({0: 0}), (3, 2))
+    assert message in str(error.value)
