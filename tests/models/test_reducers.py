@@ -21,9 +21,11 @@ from tokenvit_jax.models.reducers import (
     SoftExtract,
     TokenReducer,
     clip_retention,
+    evit_keep,
     reduce_tokens,
     retention_mass,
     searched_keep,
+    tome_keep,
 )
 from tokenvit_jax.models.vit import Attention, VisionTransformer
 from tokenvit_jax.published import TOKEN_POOLING
@@ -52,6 +54,11 @@ def patches_of(x, score, size=None, keys=None):
     return Patches(
         x, score, x if keys is None else keys, jnp.ones(score.shape) if size is None else size
     )
+
+
+def nearest(x, tokens):
+    """Returns the number of the token (B, K, C) nearest to each of x (B, N, C)."""
+    return ((x[:, :, None] - tokens[:, None]) ** 2).sum(-1).argmin(-1)
 
 
 def digits_of(text):
@@ -101,6 +108,17 @@ def test_costs_to_three_digits(name):
         assert gmacs(name, level.keep, "powerbert") == pytest.approx(expected, abs=6e-4)
 
 
+def test_costs_of_token_merging_and_evit():
+    """Table 1 of EViT and Table 4 of ToMe, to one digit."""
+    assert tome_keep(196, 12, 13) == tuple(range(183, 39, -13))
+    assert tome_keep(9, 4, 3) == (6, 3, 2, 1)
+    assert evit_keep(9, 3, 0.9, (1, 3)) == (9, 9, 9)  # ceil(8.1) + 1
+    for rate, paper in ((0.9, 4.0), (0.7, 3.0), (0.5, 2.3)):
+        keep = evit_keep(196, 12, rate, (4, 7, 10))
+        assert gmacs("deit_s", keep, "evit") == pytest.approx(paper, abs=0.05)
+    assert gmacs("deit_s", tome_keep(196, 12, 13), "tome") == pytest.approx(2.7, abs=0.05)
+
+
 @pytest.mark.parametrize("method", CLUSTERINGS + SELECTIONS)
 def test_reduced_tokens(method):
     """Each method does what its operator does, and sizes add up."""
@@ -109,7 +127,7 @@ def test_reduced_tokens(method):
     size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
     keys = jax.random.split(jax.random.key(3), 2)
     reducer = TokenReducer(method=method)
-    found, sizes = reduce_tokens(patches_of(x, score, size), 5, reducer, keys)
+    found, sizes, home = reduce_tokens(patches_of(x, score, size), 5, reducer, keys, True)
     assert found.shape == (2, 5, 4) and sizes.shape == (2, 5)
     best = np.argsort(-score, 1, "stable")[:, :5]
     weights = score if method.startswith("weighted") else None
@@ -117,6 +135,7 @@ def test_reduced_tokens(method):
         places = np.array([[(x[b] == t).all(1).argmax() for t in found[b]] for b in range(2)])
         assert all(len(set(row)) == 5 for row in places)  # without replacement
         np.testing.assert_array_equal(sizes, np.take_along_axis(size, places, 1))
+        np.testing.assert_array_equal(home, nearest(x, np.asarray(found)))
         if method == "powerbert":
             np.testing.assert_array_equal(places, best)
         return
@@ -127,6 +146,7 @@ def test_reduced_tokens(method):
         expected = np.take_along_axis(x, np.asarray(indices)[..., None], 1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(sizes.sum(1), size.sum(1))
+    np.testing.assert_array_equal(home, assignment)
     for b in range(2):
         np.testing.assert_allclose(sizes[b], np.bincount(assignment[b], size[b], 5))
 
@@ -139,7 +159,7 @@ def test_chance_follows_the_scores():
     keys = jax.random.split(jax.random.key(0), images)
     for method, expected in (("importance", 0.75), ("random", 0.5)):
         reducer = TokenReducer(method=method)
-        found, _ = reduce_tokens(patches_of(x, score), 1, reducer, keys)
+        found, _, _ = reduce_tokens(patches_of(x, score), 1, reducer, keys)
         assert found.mean() == pytest.approx(expected, abs=0.03)
 
 
@@ -173,14 +193,19 @@ def test_merging_alike_tokens_is_a_mean_by_size():
     size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
     patches = Patches(x.astype(np.float32), None, keys.astype(np.float32), size)
     reducer = TokenReducer(method=MERGING)
-    found, sizes = reduce_tokens(patches, 2, reducer, None)
+    found, sizes, home = reduce_tokens(patches, 2, reducer, None)
     assert found.shape == (2, 2, 4)
     np.testing.assert_allclose(sizes.sum(1), size.sum(1))
     whole = (size[..., None] * x).sum(1)
     np.testing.assert_allclose((sizes[..., None] * found).sum(1), whole, rtol=1e-5)
+    for b, k in itertools.product(range(2), range(2)):  # a token is the mean of those at home in it
+        own = home[b] == k
+        expected = np.average(x[b, own], axis=0, weights=size[b, own])
+        np.testing.assert_allclose(found[b, k], expected, rtol=1e-5)
     # One round: patches 1, 3, 5, ... join the most similar of 0, 2, 4, ...
-    found, sizes = reduce_tokens(patches, 9, reducer, None)
+    found, sizes, home = reduce_tokens(patches, 9, reducer, None)
     assignment = np.asarray(ops.bipartite_matching(keys, 3))
+    np.testing.assert_array_equal(home, assignment)
     for b in range(2):
         np.testing.assert_allclose(sizes[b], np.bincount(assignment[b], size[b], 9))
         for k in range(9):
@@ -256,7 +281,7 @@ def test_normalised_queries_and_keys(qk_norm):
     assert ("alpha" in attention) == (qk_norm == "learned")
     module = Attention(2, qk_norm, 0.02, jnp.float32)
     x = rng.normal(size=(2, 13, 8)).astype(np.float32)
-    attended = module.apply({"params": attention}, x, True)
+    attended = module.apply({"params": attention}, x, "all")
     qkv = x.astype(np.float64) @ attention["qkv"]["kernel"] + attention["qkv"]["bias"]
     q, k, v = (part.reshape(2, 13, 2, 4) for part in np.split(qkv, 3, -1))
     q, k = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (q, k))
@@ -383,9 +408,7 @@ def test_mistakes_are_named(reducer, message):
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
 
 
-def test_reduced_tokens_are_no_map():
-    with pytest.raises(UserError, match="reduced tokens are no map"):
-        tokens_of({"keep": (7, 5, 3)}, method="features")
+def test_a_mean_of_reduced_tokens_is_refused():
     model = VisionTransformer(**SMALL, token_reducer={"keep": (7, 5, 3)}, pool="mean")
     with pytest.raises(UserError, match="token_reducer goes with pool='token', not 'mean'"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))

@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        scored: bool = False,
+        scored_by: str | None = None,
         diagonal: bool = True,
         size: jax.Array | None = None,
     ) -> Attended:
@@ -66,8 +66,9 @@ class Attention(nn.Module):
 
         Args:
           x: (B, T, C).
-          scored: whether to report the attention that each token received.
-          diagonal: whether that from itself is counted in it.
+          scored_by: whose attention to each token to report: the sum over heads and queries of
+            "all", or the mean over the heads of the "class" token; None: none.
+          diagonal: whether that from itself is counted in the sum.
           size: number of patches that each token stands for (B, T); None: all 1.
         """
         channels = x.shape[-1]
@@ -83,10 +84,13 @@ class Attention(nn.Module):
             scale = 1.0
         if self.qk_norm == "learned":
             q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
-        if scored or size is not None:
+        if scored_by == "all" or size is not None:
             y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
             y = ops.dot_product_attention(q, k, v, scale=scale)
+        if scored_by == "class":  # one row more is cheaper than all rows kept
+            row = ops.scored_attention(q[:, :1], k, v, size, scale=scale)
+            received = row.received / self.num_heads
         y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
         return Attended(y, received, k.mean(2))
 
@@ -102,6 +106,19 @@ class Encoded(NamedTuple):
 
 def _same(x):
     return x
+
+
+class Origin(NamedTuple):
+    """What the tokens of a block stand for.
+
+    Attributes:
+      size: patches of the image (B, T).
+      home: for each patch of the image the token that stands for it (B, N) int32, counted without
+        those in front; None: nobody will ask.
+    """
+
+    size: jax.Array
+    home: jax.Array | None
 
 
 class Block(nn.Module):
@@ -127,18 +144,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, size: jax.Array, grid: tuple[int, int], train: bool
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x: jax.Array, origin: Origin, grid: tuple[int, int], train: bool
+    ) -> tuple[jax.Array, Origin]:
         """Computes the block.
 
         Args:
           x: tokens (B, T, C).
-          size: patches that each stands for (B, T).
+          origin: what they stand for.
           grid: rows and columns of the map of patches, while they are one.
           train: whether dropout behaves as in training.
 
         Returns:
-          Tokens and sizes that go on.
+          Tokens that go on, and what they stand for.
         """
         reducer = self.reducer
 
@@ -154,37 +171,43 @@ class Block(nn.Module):
         acts = reducer is not None and reducer.acts(self.number, x.shape[1] - self.num_front)
         attended = attention(
             norm(x, "norm1"),
-            scored=acts and reducer.reads_scores,
+            scored_by=reducer.scored_by if acts else None,
             diagonal=reducer is None or reducer.diagonal,
-            size=size if reducer is not None and reducer.carry else None,
+            size=origin.size if reducer is not None and reducer.carry else None,
         )
         x = x + drop(attended.y)
         if acts:
-            x, size = self._reduce(x, attended, size, grid, train)
+            x, origin = self._reduce(x, attended, origin, grid, train)
         mlp = Mlp(self.mlp_ratio, self.dtype, truncated_normal(self.init_std), name="mlp")
-        return x + drop(mlp(norm(x, "norm2"))), size
+        return x + drop(mlp(norm(x, "norm2"))), origin
 
-    def _reduce(self, x, attended, size, grid, train):
-        tokens = Patches(x, attended.received, attended.keys, size)
+    def _reduce(self, x, attended, origin, grid, train):
+        tokens = Patches(x, attended.received, attended.keys, origin.size)
+        home = origin.home
         front = jax.tree.map(lambda t: t[:, : self.num_front], tokens)
         patches = jax.tree.map(lambda t: t[:, self.num_front :], tokens)
         match self.reducer.method:
             case reducers.CONVOLUTION:
                 x = reducers.HalveMap(self.dtype, name="halve_map")(patches.x, grid)
-                size = jnp.ones(x.shape[:2], size.dtype)
+                size = jnp.ones(x.shape[:2], origin.size.dtype)
             case reducers.SEARCH:
                 extract = reducers.SoftExtract(self.num_trained, name=reducers.SEARCH)
                 x, size = extract(patches.x, patches.score), patches.size
             case _:
                 num_kept = self.reducer.keep[self.number]
                 if num_kept == 0:
-                    return front.x, front.size
+                    return front.x, Origin(front.size, None)
                 if train:
                     rngs = image_keys(self.make_rng("routing"), len(x), self.axis_name)
                 else:  # what an image gives depends neither on its place in the batch nor on chance
                     rngs = jnp.broadcast_to(jax.random.key(self.number), len(x))
-                x, size = reducers.reduce_tokens(patches, num_kept, self.reducer, rngs)
-        return jnp.concatenate([front.x, x], 1), jnp.concatenate([front.size, size], 1)
+                x, size, new_home = reducers.reduce_tokens(
+                    patches, num_kept, self.reducer, rngs, restorable=home is not None
+                )
+                if home is not None:
+                    home = reducers.take(new_home, home)
+        size = jnp.concatenate([front.size, size], 1)
+        return jnp.concatenate([front.x, x], 1), Origin(size, home)
 
 
 class VisionTransformer(nn.Module, kw_only=True):
@@ -298,12 +321,12 @@ class VisionTransformer(nn.Module, kw_only=True):
         """
         return self._encode(images, train).tokens
 
-    def _encode(self, images, train):
+    def _encode(self, images, train, restorable=False):
         check_images(images)
         grid = self._grid(*images.shape[1:3])
         if self.expedite is not None:
             return self._expedited(images, grid, train)
-        return Encoded(self._run(self.blocks, self._embed(images, grid), grid, train), _same)
+        return self._run(self.blocks, self._embed(images, grid), grid, train, restorable)
 
     def _embed(self, images, grid):
         """Patches, tokens in front of them and positions: (B, T, C)."""
@@ -315,13 +338,20 @@ class VisionTransformer(nn.Module, kw_only=True):
         x = jnp.concatenate([*front, x], 1).astype(self.dtype)
         return x + self._positions(grid).astype(self.dtype)
 
-    def _run(self, blocks, x, grid, train):
-        size = jnp.ones(x.shape[:2], jnp.float32)
+    def _run(self, blocks, x, grid, train, restorable=False):
+        home = None
+        if restorable and self.token_reducer is not None:
+            num_patches = x.shape[1] - 1 - self.distilled
+            own = jnp.arange(num_patches, dtype=jnp.int32)
+            home = jnp.broadcast_to(own, (len(x), num_patches))
+        origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
         for block in blocks:
-            x, size = block(x, size, grid, train)
+            x, origin = block(x, origin, grid, train)
             if self.token_reducer is not None and self.token_reducer.halves(block.number):
                 grid = (grid[0] // 2, grid[1] // 2)
-        return x
+        if origin.home is None:
+            return Encoded(x, _same)
+        return Encoded(x, functools.partial(reducers.take, index=origin.home))
 
     def _expedited(self, images, grid, train):
         """Blocks on all patches, on the centres of clusters of them, and on all again."""
@@ -332,16 +362,16 @@ class VisionTransformer(nn.Module, kw_only=True):
             x = self._embed(expedite.shrink(images, self.patch_size), expedite.clusters)
             restore = functools.partial(expedite.enlarge, grid=grid)
         else:
-            x = self._run(self.blocks[:first], self._embed(images, grid), grid, train)
+            x = self._run(self.blocks[:first], self._embed(images, grid), grid, train).tokens
             patches = x[:, num_front:]
             centers = expedite.cluster(patches, grid)
             x = jnp.concatenate([x[:, :num_front], centers], 1)
             restore = functools.partial(expedite.reconstruct, patches, centers, grid=grid)
-        x = self._run(self.blocks[first:last], x, expedite.clusters, train)
+        x = self._run(self.blocks[first:last], x, expedite.clusters, train).tokens
         if expedite.where == "logits":
             return Encoded(x, restore)
         x = jnp.concatenate([x[:, :num_front], restore(x[:, num_front:])], 1)
-        return Encoded(self._run(self.blocks[last:], x, grid, train), _same)
+        return self._run(self.blocks[last:], x, grid, train)
 
     def _positions(self, grid):
         """Returns the position embeddings (T, C) of a map of ``grid`` patches."""
@@ -358,18 +388,22 @@ class VisionTransformer(nn.Module, kw_only=True):
     ) -> jax.Array:
         """Returns the map (B, ceil(H / patch_size), ceil(W / patch_size), D) of a head.
 
+        Where ``token_reducer`` reduces, a patch of the image gets what is made of the token that
+        stands for it after all blocks: that of its cluster, or the nearest one that was kept.
+
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
           head: what is computed from the normed patches, (B, n, C) -> (B, n, D); where ``expedite``
-            reconstructs logits it sees the centres.
+            reconstructs logits it sees the centres, where ``token_reducer`` reduces the tokens
+            that are left.
 
         Raises:
-          UserError: the model reduces its tokens.
+          UserError: the reducer convolves, or leaves no patch.
         """
-        if self.token_reducer:
-            raise UserError("token_reducer: reduced tokens are no map; valid: None")
-        tokens, restore = self._encode(images, train)
+        if self.token_reducer is not None:
+            self.token_reducer.check_map()
+        tokens, restore = self._encode(images, train, restorable=True)
         y = restore(head(self.norm(tokens[:, 1 + self.distilled :])))
         return y.reshape(len(y), *self._grid(*images.shape[1:3]), -1)
 
