@@ -240,9 +240,10 @@ def test_mistakes_are_named(settings, message):
 
 
 def test_a_map_smaller_than_a_window_has_fewer_centers():
-    with pytest.raises(UserError, match=r"clusters=\(3, 2\) is not valid; .*the window, 2 x 4"):
-        abstract_params(SMALL["swin"].clone(depths=(1, 1, 3), dims=(8, 8, 8), num_heads=(1, 1, 1),
-                                            expedite=EXPEDITE), (32, 64))  # fmt: skip
+    model = SMALL["swin"].clone(window_size=8, expedite=EXPEDITE | {"clusters": (5, 5)})
+    abstract_params(model, (40, 40))
+    with pytest.raises(UserError, match=r"clusters=\(5, 5\) is not valid; .*the window, 4 x 5"):
+        abstract_params(model, (32, 40))
 
 
 def test_the_released_mask_needs_windows_larger_than_its_shift():

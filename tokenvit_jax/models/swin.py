@@ -68,6 +68,14 @@ class CenterWindows:
     tokens: tuple[int, int]
     released_mask: bool
 
+    def attention_settings(self, shift: tuple[int, int]) -> dict[str, Any]:
+        """Returns the arguments by which attention within them differs from that of tokens."""
+        settings = {"table_window": self.tokens}
+        if self.released_mask:
+            pairs = zip(self.tokens, shift, strict=True)
+            settings["mask_shift"] = tuple(side // 2 if moved else 0 for side, moved in pairs)
+        return settings
+
 
 class SwinBlock(nn.Module):
     """x + attention(LN(x)) within windows, x + MLP(LN(x)): (B, H, W, C) -> (B, H, W, C).
@@ -88,14 +96,17 @@ class SwinBlock(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, centers: CenterWindows | None = None
     ) -> jax.Array:
-        """Computes the block; ``centers``: the windows where x are centres of clusters."""
+        """Computes the block.
+
+        Args:
+          x: (B, H, W, C), tokens or centres of clusters.
+          train: whether dropout behaves as in training.
+          centers: their windows; None: x are tokens.
+        """
         attention, mlp = self._attention(), Mlp(self.mlp_ratio, self.dtype, name="mlp")
         side = self.window_size if centers is None else centers.size
         window, shift = windows_of(x.shape[1:3], side, self.shifted)
-        settings = {} if centers is None else {"table_window": centers.tokens}
-        if centers is not None and centers.released_mask:
-            of_tokens = zip(centers.tokens, shift, strict=True)
-            settings["mask_shift"] = tuple(size // 2 if moved else 0 for size, moved in of_tokens)
+        settings = {} if centers is None else centers.attention_settings(shift)
 
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
@@ -168,13 +179,15 @@ class Swin(Pyramid, kw_only=True):
       mlp_ratio: expansion of the MLP.
       window_size: rows and columns of a window; maps are padded to multiples of it, but where they
         are smaller than a window they are one.
-      expedite: clusters the tokens of every window after some blocks of the stage with most blocks,
-        the third one of the published sizes, and reconstructs them after others: an
-        :class:`Expedite`, which counts the blocks of that stage, or its attributes by name; None:
-        all tokens go through all blocks.
+      expedite: clusters the tokens of every unshifted window after some blocks of the stage with
+        most blocks, the third one of the published sizes, and reconstructs them after others; in
+        between, centres attend within windows of as many as a window has (Liang et al. 2022). An
+        :class:`Expedite`, whose blocks are those of that stage, and whose clusters are no more than
+        the rows and columns of a window, which on small maps are those of the map; or its
+        attributes by name; None: all tokens go through all blocks.
       released_mask: where windows of centres are shifted, mask for the shift of windows of tokens,
-        as the released code of Expedite does: for parity with it only. At the borders centres
-        attend to what is not beside them, and not to some of what is.
+        as the released code of Expedite does: for parity with it only. Some centres at a border
+        then attend to those of the opposite one, and not to all beside them.
     """
 
     mlp_ratio: int = 4
@@ -187,25 +200,6 @@ class Swin(Pyramid, kw_only=True):
         self.expedite = read_settings(Expedite, "expedite", self.expedite, max(self.depths))
         self._check()
         super().__post_init__()
-
-    def setup(self):
-        super().setup()
-        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
-
-    def embedding(self, stage: int) -> nn.Module:
-        if stage == 0:
-            return PatchEmbedding(self.dims[0], 4, 4, 0, EPSILON, self.dtype)
-        return PatchMerging(self.dims[stage], isinstance(self, SwinV2), self.dtype)
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        return SwinBlock, {
-            "num_heads": self.num_heads[stage],
-            "window_size": self.window_size,
-            "shifted": (index - sum(self.depths[:stage])) % 2 == 1,
-            "mlp_ratio": self.mlp_ratio,
-            "dtype": self.dtype,
-            "axis_name": self.axis_name,
-        }
 
     def _check(self):
         if self.expedite is None:
@@ -227,6 +221,25 @@ class Swin(Pyramid, kw_only=True):
                 f"expedite.clusters={self.expedite.clusters} is not valid with released_mask=True; "
                 f"valid: above the shift of windows of {self.window_size}, {self.window_size // 2}"
             )
+
+    def setup(self):
+        super().setup()
+        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+
+    def embedding(self, stage: int) -> nn.Module:
+        if stage == 0:
+            return PatchEmbedding(self.dims[0], 4, 4, 0, EPSILON, self.dtype)
+        return PatchMerging(self.dims[stage], isinstance(self, SwinV2), self.dtype)
+
+    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
+        return SwinBlock, {
+            "num_heads": self.num_heads[stage],
+            "window_size": self.window_size,
+            "shifted": (index - sum(self.depths[:stage])) % 2 == 1,
+            "mlp_ratio": self.mlp_ratio,
+            "dtype": self.dtype,
+            "axis_name": self.axis_name,
+        }
 
     def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
         if self.expedite is None or stage != self.depths.index(max(self.depths)):
