@@ -73,8 +73,8 @@ def _check_task(config: ConfigDict, info: DatasetInfo) -> None:
             value, off = _entry(config, key), _entry(default, key)
             if value != off:
                 raise UserError(
-                    f"config.{key}={value} is for {task}, config.dataset={info.name!r} for "
-                    f"{info.task}; valid: {off}"
+                    f"config.{key}={value} is for {task}, config.dataset={info.name!r} is "
+                    f"for {info.task}; valid: {off}"
                 )
 
 

@@ -21,10 +21,10 @@ from tokenvit_jax.data.transforms import (
     train_image,
     whole_image,
 )
+from tokenvit_jax.data.workers import Shapes
 from tokenvit_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
-Shapes = dict[str, tuple[int, ...]]
 
 
 class TrainMaker(Protocol):
@@ -129,9 +129,9 @@ class EvalScenes:
     def __call__(self, index: int, image: Image.Image, label: np.ndarray) -> Example:
         if np.any(np.array(label.shape) > self.shapes["label"]):
             raise UserError(
-                f"{self._source.name(index)}: its label map of {_by(label.shape)} pixels does not "
-                f"fit into {_by(self.shapes['label'])}; valid: config.data.label_size=(height, "
-                "width) as large as the largest label map of the split"
+                f"{self._source.name(index)}: label map of {_by(label.shape)} pixels does not fit "
+                f"into {_by(self.shapes['label'])}; valid: config.data.label_size=(height, width) "
+                "of the largest label map of the split"
             )
         height, width, _ = self.shapes["image"]
         pixels = dense_transforms.fit_image(image, self._short_side, height, width)

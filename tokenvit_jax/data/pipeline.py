@@ -13,16 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.check import check_data
-from tokenvit_jax.data.examples import (
-    MAKERS,
-    EvalImages,
-    EvalMaker,
-    Example,
-    Shapes,
-    TrainMaker,
-)
+from tokenvit_jax.data.examples import MAKERS, EvalImages, EvalMaker, Example, TrainMaker
 from tokenvit_jax.data.sources import Source, open_source
-from tokenvit_jax.data.workers import Batches
+from tokenvit_jax.data.workers import Batches, Shapes
 from tokenvit_jax.errors import UserError
 
 
