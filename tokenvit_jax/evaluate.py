@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax import cli, reducer_flags
 from tokenvit_jax.data import dataset_info, eval_dataset
 from tokenvit_jax.summary import summarize_model
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import task_of
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import make_eval_step
@@ -48,7 +48,7 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
       checkpoint: "last", "best" or a step.
 
     Returns:
-      "step", "eval/accuracy" (a part of 1) and "eval/loss" (nats per image).
+      "step" and the metrics of the task, see its `mean_metrics`.
 
     Raises:
       UserError: there is no such checkpoint, it is of another model, or a value of the config
@@ -57,7 +57,8 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
     check_config(config)
     parallel = devices.make_parallel(config)
     num_classes = dataset_info(config.dataset).num_classes
-    model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
+    task = task_of(config.dataset)
+    model = task.make_model(config, num_classes, axis_name=parallel.axis_name)
     loaded = load_variables(model, config.image_size, workdir, checkpoint)
 
     eval_step = parallel.eval_step(make_eval_step(model, config, axis_name=parallel.axis_name))
@@ -65,7 +66,7 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dic
     sums = devices.map_batches(
         functools.partial(eval_step, variables), eval_dataset(config), parallel.put_batch
     )
-    return {"step": loaded.step, **classification.mean_metrics(sums)}
+    return {"step": loaded.step, **task.mean_metrics(sums)}
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -90,7 +91,8 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _gmacs(config):
-    model = classification.make_model(config, dataset_info(config.dataset).num_classes)
+    num_classes = dataset_info(config.dataset).num_classes
+    model = task_of(config.dataset).make_model(config, num_classes)
     return summarize_model(model, (config.image_size, config.image_size), config.model).macs / 1e9
 
 

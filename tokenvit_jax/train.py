@@ -19,7 +19,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import keep_pages
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import task_of
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
@@ -70,7 +70,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     put_train_batch = labelled_batches(config, num_classes, parallel)
 
     # ---------------------------------------------------------------- model and steps
-    model = classification.make_model(config, num_classes, axis_name=parallel.axis_name)
+    task = task_of(config.dataset)
+    model = task.make_model(config, num_classes, axis_name=parallel.axis_name)
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     abstract_state = parallel.abstract(init_fn)
@@ -137,7 +138,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 sums = devices.map_batches(
                     functools.partial(eval_step, variables), eval_batches, parallel.put_batch
                 )
-                eval_metrics = classification.mean_metrics(sums)
+                eval_metrics = task.mean_metrics(sums)
                 log.write(step, eval_metrics)
             if saves or (evaluates and checkpoints.is_best(eval_metrics)):
                 checkpoints.save(

@@ -1,5 +1,7 @@
 """Image classification: model, targets, loss and metrics."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -95,6 +97,27 @@ def token_cross_entropy(
     Source: Jiang et al., "All Tokens Matter", section "Token Labeling".
     """
     return cross_entropy(logits, targets) + weight * cross_entropy(dense_logits, labels)
+
+
+def batch_sums(
+    model: nn.Module,
+    config: ConfigDict,
+    variables: Any,
+    images: jax.Array,
+    batch: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Returns the :func:`metric_sums` of a batch.
+
+    Args:
+      model: of :func:`make_model`.
+      config: nothing of it is read.
+      variables: of the model.
+      images: (B, H, W, 3), normalised.
+      batch: "label" (B,) int and "mask" (B,).
+    """
+    del config
+    logits = model.apply(variables, images, train=False)
+    return metric_sums(logits, batch["label"], batch["mask"])
 
 
 def metric_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -23,7 +23,8 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.parallel import on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
 
-BEST_METRIC = "eval/accuracy"
+# What the best checkpoint has most of: the first of these that its task measures.
+BEST_METRICS = ("eval/miou", "eval/accuracy")
 FOLDER = "checkpoints"
 
 # orbax logs what it also raises, with tracebacks.
@@ -42,14 +43,14 @@ class Checkpoints:
         Args:
           workdir: folder of the run.
           keep_last: number of latest checkpoints to keep.
-          keep_best: number of checkpoints of the highest eval/accuracy to keep.
+          keep_best: number of checkpoints of the best score to keep.
         """
         self._folder = workdir.absolute() / FOLDER
         for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             logging.warning("checkpoint %s was not finished and is removed", path)
         self._set_aside(_steps_without_metrics(self._folder))
         best = preservation_policy.BestN(
-            get_metric_fn=_accuracy, n=keep_best, keep_checkpoints_without_metrics=False
+            get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
         )
         last = preservation_policy.LatestN(keep_last)
         self._manager = _open_manager(
@@ -58,7 +59,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._keep_best = keep_best
-        self._best = self._best_accuracy()
+        self._best = self._best_score()
         self._writing = self._folder
 
     def __enter__(self) -> "Checkpoints":
@@ -74,7 +75,7 @@ class Checkpoints:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether a checkpoint of this evaluation would be kept for it, if it were saved."""
-        return self._keep_best > 0 and _accuracy(metrics) > self._best
+        return self._keep_best > 0 and _score(metrics) > self._best
 
     def save(
         self,
@@ -105,7 +106,7 @@ class Checkpoints:
         with self._write_errors():
             self._manager.save(step, args=items, metrics=metrics)
         if metrics is not None:
-            self._best = max(self._best, _accuracy(metrics))
+            self._best = max(self._best, _score(metrics))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Restores the latest checkpoint that can be read; later ones are set aside.
@@ -132,7 +133,7 @@ class Checkpoints:
                 continue
             self._set_aside(unreadable)
             self._manager.reload()
-            self._best = self._best_accuracy()
+            self._best = self._best_score()
             return restored
         if unreadable:
             raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
@@ -153,9 +154,9 @@ class Checkpoints:
         state = like.replace(opt_state=items["optimizer"], **items["model"])
         return state, items["progress"]
 
-    def _best_accuracy(self) -> float:
+    def _best_score(self) -> float:
         best = self._manager.best_step()
-        return -1.0 if best is None else _accuracy(self._manager.metrics(best))
+        return -1.0 if best is None else _score(self._manager.metrics(best))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames checkpoints that cannot be read, so that the run can save these steps again."""
@@ -200,7 +201,7 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
 
     Args:
       workdir: folder of the run.
-      which: "last", "best" (highest eval/accuracy) or a step.
+      which: "last", "best" (best score) or a step.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
@@ -241,7 +242,7 @@ def load_variables(
       model: linen module, called as `model(images, train=False)`.
       image_size: height and width, pixels.
       workdir: folder of the run.
-      which: "last", "best" (highest eval/accuracy) or a step.
+      which: "last", "best" (best score) or a step.
 
     Raises:
       UserError: there is no such checkpoint, it cannot be read, or it is of another model.
@@ -293,7 +294,7 @@ def _model_item(state: TrainState) -> dict[str, Any]:
 def _open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(best_fn=_accuracy, **options),
+        options=ocp.CheckpointManagerOptions(best_fn=_score, **options),
         item_handlers={
             "model": ocp.PyTreeCheckpointHandler(),
             "optimizer": ocp.PyTreeCheckpointHandler(),
@@ -302,8 +303,8 @@ def _open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics[BEST_METRIC]
+def _score(metrics: dict[str, float]) -> float:
+    return next(metrics[name] for name in BEST_METRICS if name in metrics)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -316,10 +317,10 @@ def _steps_without_metrics(folder: Path) -> list[int]:
     for step in _steps(folder):
         path = folder / str(step) / "metrics" / "metrics"
         try:
-            _accuracy(json.loads(path.read_text()))
+            _score(json.loads(path.read_text()))
         except FileNotFoundError:
             pass  # saved without an evaluation
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, StopIteration, TypeError):
             damaged.append(step)
     return damaged
 

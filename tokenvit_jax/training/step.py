@@ -4,7 +4,6 @@ Both know nothing of devices. Under `jax.jit` over a mesh the batch is the globa
 `jax.pmap` it is one device's part of it and `axis_name` joins the parts: the numbers agree.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -15,18 +14,11 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import NORMALIZATIONS
-from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.models.reducers import clip_retention, retention_mass
-from tokenvit_jax.ops.mix_boxes import mix_boxes
-from tokenvit_jax.tasks import classification
-from tokenvit_jax.training.mixing import (
-    draw_mixing,
-    draw_token_mixing,
-    mix_batch,
-    mix_targets,
-)
+from tokenvit_jax.tasks import task_of
+from tokenvit_jax.training.objective import make_objective
 from tokenvit_jax.training.optimizer import learning_rate_schedule
 from tokenvit_jax.training.state import TrainState, averaged_variables, step_rng
 
@@ -45,7 +37,7 @@ def make_train_step(
     """Returns `train_step(state, batch) -> state, metrics`.
 
     Args:
-      model: classifier, called as `model(images, train=True)`; with `mix.mixtoken` or
+      model: of the dataset's task, called as `model(images, train=True)`; with `mix.mixtoken` or
         `token_labels.weight` a model with a token head, through its method `token_logits`.
       optimizer: optax transformation.
       config: training configuration.
@@ -53,11 +45,11 @@ def make_train_step(
       axis_name: axis of `jax.pmap`; None under `jax.jit`.
 
     Returns:
-      A function of the state and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
-      "skipped" (B,) int32}, and with `token_labels.weight` what `classification.token_labels`
-      reads. Its metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate",
-      "data/skipped" (unreadable images passed over since the first step) and, of a search for
-      tokens, "retention/tokens" (sum of the retention parameters).
+      A function of the state and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32 or, of
+      segmentation, (B, H, W) uint8, "skipped" (B,) int32}, and with `token_labels.weight` what
+      `classification.token_labels` reads. Its metrics are scalars: "loss", "grad_norm" (before
+      clipping), "learning_rate", "data/skipped" (unreadable images passed over since the first
+      step) and, of a search for tokens, "retention/tokens" (sum of the retention parameters).
 
     Raises:
       UserError: the model has no token head, but needs one.
@@ -67,33 +59,19 @@ def make_train_step(
     def mean(tree):
         return tree if axis_name is None else lax.pmean(tree, axis_name)
 
-    loss_fn = _make_loss(model, config, num_classes)
-    penalty = config.retention.penalty
-    if penalty:
-        loss_fn = with_retention_penalty(loss_fn, penalty)
+    objective = make_objective(model, config, num_classes)
 
     def train_step(state, batch):
         mix_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
         images = normalize(batch["image"], config.data.normalization)
-        targets = classification.soft_targets(batch["label"], num_classes, config.label_smoothing)
-        token_labels = {name: batch[name] for name in batch if name.startswith("token_")}
-        mixed_loss = loss_fn
-        if config.mix.mixup or config.mix.cutmix:
-            mixing = draw_mixing(mix_rng, config.mix, *images.shape[1:3])
-            images, targets = mix_batch(images, targets, mixing)
-        elif config.mix.mixtoken:
-            # Inside the model and the loss: among the images of a micro-batch.
-            mixing = draw_token_mixing(mix_rng, config.mix, *map(grid_size, images.shape[1:3]))
-            mixed_loss = functools.partial(loss_fn, mixing=mixing)
-
-        inputs = (images, targets, token_labels)
+        loss_fn, inputs = objective(images, batch, mix_rng)
         loss, grads, model_state = _accumulate(
-            mixed_loss, config.accumulate_steps, state, inputs, model_rng
+            loss_fn, config.accumulate_steps, state, inputs, model_rng
         )
         loss, grads = mean((loss, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if penalty:
+        if config.retention.penalty:
             params = clip_retention(params)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -125,78 +103,11 @@ def make_train_step(
             "learning_rate": learning_rate,
             "data/skipped": state.skipped,
         }
-        if penalty:
+        if config.retention.penalty:
             metrics["retention/tokens"] = retention_mass(params).sum()
         return state, metrics
 
     return train_step
-
-
-def with_retention_penalty(loss_fn: Callable, penalty: float) -> Callable:
-    """Returns a loss that grows with the tokens that are retained, more for later blocks.
-
-    By the penalty times the sum over the blocks l, from 1, of l times their retention mass.
-
-    Source: Goyal et al. 2020, PoWER-BERT, Section 3.3.
-    """
-
-    def penalised(params, *args, **kwargs):
-        loss, model_state = loss_fn(params, *args, **kwargs)
-        mass = retention_mass(params)
-        return loss + penalty * jnp.arange(1, len(mass) + 1) @ mass, model_state
-
-    return penalised
-
-
-def _make_loss(model: nn.Module, config: ConfigDict, num_classes: int) -> Callable:
-    """Returns `loss_fn(params, model_state, inputs, rng) -> loss, model_state`.
-
-    The inputs are normalised images, class probabilities and what `classification.token_labels`
-    reads. The loss of a model with a token head takes `mixing` too, what `draw_token_mixing` drew.
-    """
-    weight = config.token_labels.weight
-
-    def forward(params, model_state, images, rng, **kwargs):
-        dropout_rng, routing_rng = jax.random.split(rng)
-        return model.apply(
-            {"params": params, **model_state},
-            images,
-            train=True,
-            rngs={"dropout": dropout_rng, "routing": routing_rng},
-            mutable=list(model_state),
-            **kwargs,
-        )
-
-    def class_loss(params, model_state, inputs, rng):
-        images, targets, _ = inputs
-        logits, model_state = forward(params, model_state, images, rng)
-        return classification.cross_entropy(logits, targets), model_state
-
-    def token_loss(params, model_state, inputs, rng, mixing=None):
-        images, targets, token_labels = inputs
-        box = None if mixing is None else mixing.box
-        (logits, dense_logits), model_state = forward(
-            params, model_state, images, rng, box=box, method="token_logits"
-        )
-        if mixing is not None:
-            targets = mix_targets(targets, mixing)
-        if not weight:
-            return classification.cross_entropy(logits, targets), model_state
-        labels = classification.token_labels(token_labels, num_classes)
-        if mixing is not None:
-            labels = mix_boxes(labels, mixing.box)
-        loss = classification.token_cross_entropy(logits, dense_logits, targets, labels, weight)
-        return loss, model_state
-
-    if not (weight or config.mix.mixtoken):
-        return class_loss
-    if not getattr(model, "token_head", False):
-        raise UserError(
-            f"config.mix.mixtoken={config.mix.mixtoken} and config.token_labels.weight={weight} "
-            f"need a model with a token head; config.model={config.model!r} has none, or "
-            "config.model_overrides.token_head is not True"
-        )
-    return token_loss
 
 
 def make_eval_step(
@@ -205,19 +116,20 @@ def make_eval_step(
     """Returns `eval_step(variables, batch) -> sums` over the global batch.
 
     Args:
-      model: classifier, called as `model(images, train=False)`.
-      config: reads `data.normalization`.
+      model: of the dataset's task, called as `model(images, train=False)`.
+      config: reads `dataset`, `data.normalization` and what the task reads.
       axis_name: axis of `jax.pmap`; None under `jax.jit`.
 
     Returns:
-      A function of the variables and a batch {"image" (B, H, W, 3) uint8, "label" (B,) int32,
-      "mask" (B,) float32}; its sums are those of `tasks.classification.metric_sums`.
+      A function of the variables and a batch of `data.eval_dataset`; its sums are those of the
+      task's `batch_sums`.
     """
+
+    task = task_of(config.dataset)
 
     def eval_step(variables, batch):
         images = normalize(batch["image"], config.data.normalization)
-        logits = model.apply(variables, images, train=False)
-        sums = classification.metric_sums(logits, batch["label"], batch["mask"])
+        sums = task.batch_sums(model, config, variables, images, batch)
         return sums if axis_name is None else lax.psum(sums, axis_name)
 
     return eval_step

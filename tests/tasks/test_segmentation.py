@@ -1,0 +1,253 @@
+"""Segmenter: logits of pixels, windows, loss and the confusion matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tokenvit_jax.config import default_config
+from tokenvit_jax.data import IGNORED
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.heads import MaskTransformer
+from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.tasks import segmentation
+from tokenvit_jax.tasks.sliding_window import sliding_logits
+
+K = 3
+RNG = np.random.default_rng(0)
+
+
+def config(**overrides):
+    config = default_config()
+    config.dataset = "scenes"
+    config.model = "vit_ti"
+    config.model_overrides = {
+        "dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "position_size": (32, 48)
+    }  # fmt: skip
+    config.head_overrides = {"depth": 1, "head_dim": 8}
+    config.image_size = 32
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+@functools.cache
+def model_and_variables():
+    model = segmentation.make_model(config(), K)
+    images = jnp.zeros((1, 32, 48, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    draw = np.random.default_rng(1)
+    return model, jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype("f4"), shapes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def naive_mask_transformer(x, params, head_dim):
+    """In float64, for one image: (n, C) -> (n, K)."""
+
+    def linear(x, p):
+        return x @ p["kernel"] + p.get("bias", 0)
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def attention(x, p):
+        q, k, v = np.split(linear(x, p["qkv"]), 3, -1)
+        heads = []
+        for at in range(0, x.shape[-1], head_dim):
+            here = slice(at, at + head_dim)
+            logits = q[:, here] @ k[:, here].T / np.sqrt(head_dim)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, here])
+        return linear(np.concatenate(heads, -1), p["proj"])
+
+    def mlp(x, p):
+        x = linear(x, p["fc1"])
+        erf = np.vectorize(__import__("math").erf)
+        return linear(x * 0.5 * (1 + erf(x / np.sqrt(2))), p["fc2"])
+
+    n = len(x)
+    x = np.concatenate([linear(x, params["embedding"]), params["class_token"]])
+    x = x + attention(norm(x, params["norm1_0"]), params["attention_0"])
+    x = x + mlp(norm(x, params["norm2_0"]), params["mlp_0"])
+    x = norm(x, params["norm"])
+    patches = linear(x[:n], params["patch_projection"])
+    classes = linear(x[n:], params["class_projection"])
+    patches /= np.linalg.norm(patches, axis=-1, keepdims=True)
+    classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+    return norm(patches @ classes.T, params["mask_norm"])
+
+
+def test_mask_transformer_equals_its_equations():
+    head = MaskTransformer(num_classes=K, depth=1, head_dim=8)
+    tokens = RNG.normal(size=(2, 6, 16)).astype(np.float32)
+    _, variables = model_and_variables()
+    params = variables["params"]["head"]
+    found = head.apply({"params": params}, tokens, train=False)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    for image, logits in zip(tokens, found, strict=True):
+        expected = naive_mask_transformer(image.astype(np.float64), params, 8)
+        np.testing.assert_allclose(logits, expected, atol=2e-4)
+
+
+def test_logits_of_pixels_are_between_those_of_patches():
+    model, variables = model_and_variables()
+    images = RNG.normal(size=(1, 32, 44, 3)).astype(np.float32)  # half a patch is missing
+    logits = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    assert logits.shape == (1, 32, 44, K) and logits.dtype == jnp.float32
+
+    def of_patches(model, images):
+        return model.backbone.dense(images, False, functools.partial(model.head, train=False))
+
+    patches = model.apply(variables, images, method=of_patches)
+    assert patches.shape == (1, 4, 6, K)
+    # Pixel 12 lies 1 / 16 of a patch behind the centre of patch 1, (12 + 1/2) / 8 - 1/2.
+    row = 15 / 16 * patches[0, 1] + 1 / 16 * patches[0, 2]
+    np.testing.assert_allclose(
+        logits[0, 12, 20], 15 / 16 * row[2] + 1 / 16 * row[3], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_same_parameters_serve_the_expedited_model():
+    model, variables = model_and_variables()
+    expedite = {"alpha": 1, "beta": 1, "clusters": (2, 3), "where": "logits"}
+    faster = model.clone(backbone=model.backbone.clone(expedite=expedite))
+    images = RNG.normal(size=(1, 32, 48, 3)).astype(np.float32)
+    found = jax.jit(functools.partial(faster.apply, train=False))(variables, images)
+    assert found.shape == (1, 32, 48, K) and np.isfinite(found).all()
+    assert np.abs(found - model.apply(variables, images, train=False)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"head": "mask_transfomer"}, r"config.head='mask_transfomer' is not valid.*did you mean"),
+        ({"head_overrides.head_dim": 5}, "head_dim=5 does not divide 16 channels"),
+        ({"head_overrides": ConfigDict({"layers": 2})}, "head_overrides=.*'layers'"),
+        ({"model": "dgt_s", "model_overrides": ConfigDict()}, "has no map of tokens"),
+    ],
+)
+def test_wrong_models_are_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        changed = config()
+        with changed.unlocked():
+            changed.update_from_flattened_dict(overrides)
+        model = segmentation.make_model(changed, K)
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False))
+
+
+# ------------------------------------------------------------------------------------------------
+# Inference
+# ------------------------------------------------------------------------------------------------
+
+
+def test_windows_cover_what_is_image():
+    """Against windows cut from the images alone, as in the code of Segmenter."""
+    window, stride = 8, 5
+    images = RNG.normal(size=(2, 20, 16, 3)).astype(np.float32)
+    sizes = np.array([[20, 11], [9, 16]])
+
+    def apply(x):  # depends on the place in the window
+        return (x[..., :2] * (1 + jnp.arange(window)[:, None, None])) ** 2
+
+    found = jax.jit(functools.partial(sliding_logits, apply, window=window, stride=stride))(
+        images, sizes
+    )
+    for image, (height, width), logits in zip(images, sizes, found, strict=True):
+        sums, counts = np.zeros((height, width, 2)), np.zeros((height, width, 1))
+        for top in [*(i for i in range(0, height, stride) if i < height - window), height - window]:
+            for left in [
+                *(i for i in range(0, width, stride) if i < width - window),
+                width - window,
+            ]:
+                here = (slice(top, top + window), slice(left, left + window))
+                sums[here] += apply(image[here])
+                counts[here] += 1
+        np.testing.assert_allclose(logits[:height, :width], sums / counts, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "new_size"), [(5, 9), (7, 4), (1, 3), (6, 6)])
+def test_resize_of_a_part_equals_resize(size, new_size):
+    x = RNG.normal(size=(8, 2)).astype(np.float32)
+    found = jax.jit(resize_rows)(x, size, new_size, jnp.arange(10))[:new_size]
+    expected = jax.image.resize(x[:size], (new_size, 2), "bilinear", antialias=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", 40), ("stride", 33)])
+def test_windows_that_do_not_fit_are_named(name, value):
+    changed = config(**{f"inference.{name}": value})
+    with pytest.raises(UserError, match=f"config.inference.{name}={value} is not valid; valid: "):
+        segmentation.predict_logits(None, changed, {}, jnp.zeros((1, 32, 48, 3)), None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss and metrics
+# ------------------------------------------------------------------------------------------------
+
+
+def test_ignored_pixels_do_not_count():
+    logits = RNG.normal(size=(1, 2, 2, K)).astype(np.float32)
+    labels = np.array([[[0, IGNORED], [2, IGNORED]]], np.uint8)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -(np.log(p[0, 0, 0, 0]) + np.log(p[0, 1, 0, 2])) / 4
+    loss, grad = jax.value_and_grad(segmentation.pixel_cross_entropy)(jnp.asarray(logits), labels)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert not grad[0, :, 1].any() and grad[0, :, 0].all()
+
+
+class Echo:
+    """A model whose logits are its images."""
+
+    def apply(self, variables, images, train):
+        return images
+
+
+def test_metrics_equal_those_counted_by_hand():
+    """Two images of different sizes, labels at twice the resolution, and filling."""
+    images = RNG.normal(size=(3, 70, 32, K)).astype(np.float32)
+    sizes = np.array([[70, 20], [33, 32], [70, 32]])
+    labels = RNG.integers(0, K, (3, 140, 64)).astype(np.uint8)
+    labels[RNG.random(labels.shape) < 0.2] = IGNORED
+    batch = {
+        "image_size": sizes, "label": labels, "label_size": 2 * sizes, "mask": np.array([1, 1, 0.0])
+    }  # fmt: skip
+    for i, (height, width) in enumerate(2 * sizes):
+        labels[i, height:], labels[i, :, width:] = IGNORED, IGNORED
+    changed = config(**{"inference.window": 32, "inference.stride": 32})
+    run = jax.jit(functools.partial(segmentation.batch_sums, Echo(), changed, {}))
+    found = segmentation.mean_metrics([jax.device_get(run(images, batch))])
+
+    confusion, loss = np.zeros((K, K)), 0.0
+    for image, label, (height, width) in zip(images[:2], labels[:2], sizes[:2], strict=True):
+        logits = jax.image.resize(
+            image[:height, :width], (2 * height, 2 * width, K), "bilinear", antialias=False
+        )
+        logits = np.asarray(logits, np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for y in range(2 * height):
+            for x in range(2 * width):
+                if label[y, x] != IGNORED:
+                    confusion[label[y, x], np.argmax(logits[y, x])] += 1
+                    loss -= log_p[y, x, label[y, x]]
+    right = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - right
+    np.testing.assert_allclose(found["eval/miou"], np.mean(right / union), rtol=1e-6)
+    np.testing.assert_allclose(found["eval/accuracy"], right.sum() / confusion.sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["eval/class_accuracy"], np.mean(right / confusion.sum(1)), rtol=1e-6
+    )
+    np.testing.assert_allclose(found["eval/loss"], loss / confusion.sum(), rtol=1e-5)
+
+
+def test_classes_that_never_occur_do_not_count():
+    confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    found = segmentation.mean_metrics([{"confusion": confusion, "loss": 8.0}] * 2)
+    assert found["eval/miou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert found["eval/loss"] == 1.0

@@ -1,0 +1,100 @@
+"""The decoders of Segmenter (Strudel et al. 2021): from tokens of patches to logits of patches."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal, truncated_normal
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import DropPath, Mlp, dense
+from tokenvit_jax.layers.cosine import unit_length
+from tokenvit_jax.models.vit import Attention
+
+EPSILON = 1e-5  # of LayerNorm, as in the published weights
+INIT_STD = 0.02
+
+
+class LinearDecoder(nn.Module):
+    """A linear layer: tokens (B, n, C) -> logits (B, n, num_classes) in float32.
+
+    Attributes:
+      num_classes: K.
+      dtype: of nothing: the layer is computed in float32.
+      axis_name: mapped axis that the batch is divided over; nothing here depends on it.
+
+    Source: Strudel et al. 2021, Section 3.2, "Linear".
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
+        del train
+        return dense(self.num_classes, jnp.float32, "classifier")(tokens.astype(jnp.float32))
+
+
+class MaskTransformer(nn.Module):
+    """Attention among patches and classes, whose cosines, normed over the classes, are the logits.
+
+    Tokens (B, n, C) -> (B, n, num_classes) in float32.
+
+    Attributes:
+      num_classes: K.
+      depth: blocks.
+      head_dim: channels of a head of attention; C is a multiple of it.
+      mlp_ratio: expansion of the MLP.
+      drop_path: stochastic depth of the last block, growing linearly from 0.
+      dtype: of the computation; parameters are float32.
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+
+    Source: Strudel et al. 2021, Section 3.2, "Mask Transformer".
+    """
+
+    num_classes: int
+    depth: int = 2
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
+        batch, num_patches, dim = tokens.shape
+        if self.head_dim < 1 or dim % self.head_dim:
+            raise UserError(f"head_dim={self.head_dim} does not divide {dim} channels")
+        x = dense(dim, self.dtype, "embedding", truncated_normal(INIT_STD))(tokens)
+        shape = (self.num_classes, dim)
+        classes = self.param("class_token", truncated_normal(INIT_STD), shape).astype(x.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(classes, (batch, *shape))], 1)
+        for i in range(self.depth):
+            x = self._block(x, i, train)
+        x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
+
+        def directions(x, name):
+            project = nn.Dense(
+                dim, use_bias=False, dtype=self.dtype, kernel_init=normal(dim**-0.5), name=name
+            )
+            return unit_length(project(x))
+
+        patches = directions(x[:, :num_patches], "patch_projection")
+        classes = directions(x[:, num_patches:], "class_projection")
+        cosines = jnp.einsum("bnc,bkc->bnk", patches, classes)
+        return nn.LayerNorm(EPSILON, dtype=jnp.float32, name="mask_norm")(cosines)
+
+    def _block(self, x, number, train):
+        init = truncated_normal(INIT_STD)
+        drop = DropPath(self.drop_path * number / max(self.depth - 1, 1), self.axis_name)
+        num_heads = x.shape[-1] // self.head_dim
+        attention = Attention(num_heads, "none", INIT_STD, self.dtype, name=f"attention_{number}")
+        mlp = Mlp(self.mlp_ratio, self.dtype, init, name=f"mlp_{number}")
+
+        def norm(x, name):
+            return nn.LayerNorm(EPSILON, dtype=self.dtype, name=f"{name}_{number}")(x)
+
+        x = x + drop(attention(norm(x, "norm1")).y, train)
+        return x + drop(mlp(norm(x, "norm2")), train)

@@ -1,0 +1,83 @@
+"""Logits of images of any size from a model for windows of one size.
+
+The images lie in buffers of one shape, and only when a program runs it is known how much of a
+buffer is image: shapes are static, places are not.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def window_starts(
+    size: jax.Array, buffer: int, window: int, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the first pixels of the windows along one side of an image, and which of them count.
+
+    Every ``stride`` pixels, the last window ending where the image ends, as in the code of
+    Segmenter (Strudel et al. 2021).
+
+    Args:
+      size: () int, pixels of the buffer that are image.
+      buffer: pixels of the buffer, at least ``window``.
+      window: side of a window, pixels.
+      stride: distance of two windows, pixels.
+
+    Returns:
+      (n,) int32 and (n,) bool, n being that of an image as large as the buffer.
+    """
+    number = jnp.arange(-(-(buffer - window) // stride) + 1)
+    last = jnp.maximum(size - window, 0)
+    starts = jnp.minimum(number * stride, last)
+    return starts.astype(jnp.int32), (number == 0) | ((number - 1) * stride < last)
+
+
+def sliding_logits(
+    apply: Callable[[jax.Array], jax.Array],
+    images: jax.Array,
+    sizes: jax.Array,
+    window: int,
+    stride: int,
+) -> jax.Array:
+    """Returns the mean of the logits of all windows that a pixel is in.
+
+    Args:
+      apply: (B, window, window, 3) -> (B, window, window, K).
+      images: (B, H, W, 3) float, H and W at least ``window``.
+      sizes: (B, 2) int, rows and columns that are image.
+      window: side of a window, pixels.
+      stride: distance of two windows, pixels, from 1 to ``window``.
+
+    Returns:
+      (B, H, W, K) float32; what is beyond an image is of no use.
+    """
+    batch, height, width, _ = images.shape
+    if (height, width) == (window, window):
+        return apply(images)
+    rows, row_counts = jax.vmap(lambda n: window_starts(n, height, window, stride))(sizes[:, 0])
+    columns, column_counts = jax.vmap(lambda n: window_starts(n, width, window, stride))(
+        sizes[:, 1]
+    )
+    shape = jax.eval_shape(apply, images[:, :window, :window]).shape
+
+    def cut(x, row, column):
+        return lax.dynamic_slice(x, (row, column, 0), (window, window, x.shape[-1]))
+
+    def add(x, row, column, y):
+        return lax.dynamic_update_slice(x, cut(x, row, column) + y, (row, column, 0))
+
+    def visit(number, carry):
+        sums, counts = carry
+        i, j = number // columns.shape[1], number % columns.shape[1]
+        place = rows[:, i], columns[:, j]
+        used = (row_counts[:, i] & column_counts[:, j]).astype(jnp.float32)[:, None, None, None]
+        logits = apply(jax.vmap(cut)(images, *place))
+        sums = jax.vmap(add)(sums, *place, logits * used)
+        ones = jnp.broadcast_to(used, (batch, window, window, 1))
+        return sums, jax.vmap(add)(counts, *place, ones)
+
+    zeros = [jnp.zeros((batch, height, width, n)) for n in (shape[-1], 1)]
+    sums, counts = lax.fori_loop(0, rows.shape[1] * columns.shape[1], visit, tuple(zeros))
+    return sums / jnp.maximum(counts, 1)
