@@ -15,6 +15,9 @@ def default_config() -> ConfigDict:
     # The network: a name of `tokenvit_jax.list_models()` and arguments of `create_model`.
     config.model = "dgt_t"
     config.model_overrides = ConfigDict()
+    # Of segmentation: its head, a name of `tasks.segmentation.HEADS`, and arguments of it.
+    config.head = "mask_transformer"
+    config.head_overrides = ConfigDict()
     config.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters stay float32
     config.seed = 0
 
@@ -99,6 +102,11 @@ def default_config() -> ConfigDict:
     config.retention = ConfigDict()
     config.retention.penalty = 0.0  # of block l: times l times the sum of its parameters
     config.retention.learning_rate_factor = 1.0  # of these parameters, beside all others
+
+    # Of segmentation: an image that is larger than a window is seen in several.
+    config.inference = ConfigDict()
+    config.inference.window = 0  # side, pixels; 0: image_size
+    config.inference.stride = 0  # distance of two windows, pixels; 0: that of their sides
 
     # Devices.
     config.parallel = "jit"  # "jit" (over a mesh of all devices) | "pmap"
