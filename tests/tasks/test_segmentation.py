@@ -124,13 +124,40 @@ def test_the_same_parameters_serve_the_expedited_model():
     assert np.abs(found - model.apply(variables, images, train=False)).max() > 1e-3
 
 
+def test_a_head_sees_all_maps_of_a_hierarchical_backbone():
+    changed = config(head="linear")
+    with changed.unlocked():
+        changed.model, changed.head_overrides = "swin_t", {}
+        changed.model_overrides = {
+            "dims": (2, 4, 4, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)
+        }  # fmt: skip
+    model = segmentation.make_model(changed, K)
+    images = RNG.normal(size=(1, 64, 48, 3)).astype(np.float32)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
+    kernel = variables["params"]["head"]["classifier"]["kernel"]
+    assert kernel.shape == (2 + 4 + 4 + 8, K)
+
+    @jax.jit
+    def run(variables, images):
+        features = lambda model, images: model.backbone.features(images, False)  # noqa: E731
+        return (
+            model.apply(variables, images, train=False),
+            model.apply(variables, images, method=features),
+        )
+
+    logits, maps = run(variables, images)
+    assert logits.shape == (1, 64, 48, K)
+    # Corners of a map, and of the image, are not between places.
+    column = np.concatenate([x[0, 0, 0] for x in maps])
+    np.testing.assert_allclose(logits[0, 0, 0], column @ kernel, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"head": "mask_transfomer"}, r"config.head='mask_transfomer' is not valid.*did you mean"),
         ({"head_overrides.head_dim": 5}, "head_dim=5 does not divide 16 channels"),
         ({"head_overrides": ConfigDict({"layers": 2})}, "head_overrides=.*'layers'"),
-        ({"model": "dgt_s", "model_overrides": ConfigDict()}, "has no map of tokens"),
     ],
 )
 def test_wrong_models_are_named(overrides, message):

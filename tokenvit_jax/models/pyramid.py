@@ -1,5 +1,6 @@
 """What hierarchical backbones have in common: four stages, their maps, and the classifier."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -108,6 +109,27 @@ class Pyramid(nn.Module, kw_only=True):
             x = self.end_stage(stage, self.run_blocks(stage, x, train))
             maps.append(x)
         return maps
+
+    def dense(
+        self, images: jax.Array, train: bool, head: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Returns the map (B, ceil(H / 4), ceil(W / 4), D) of a head.
+
+        The head sees the channels of all four maps at every place of the first one, the others
+        bilinear between their own places (hypercolumns, Hariharan et al. 2015).
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: as in :meth:`features`.
+          head: (B, n, C) -> (B, n, D), C being the sum of ``dims``.
+        """
+        maps = self.features(images, train)
+        batch, height, width, _ = maps[0].shape
+        columns = [
+            jax.image.resize(x, (batch, height, width, x.shape[-1]), "bilinear") for x in maps
+        ]
+        y = head(jnp.concatenate(columns, -1).reshape(batch, height * width, -1))
+        return y.reshape(batch, height, width, -1)
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the logits (B, num_classes) in float32."""

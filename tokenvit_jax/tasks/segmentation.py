@@ -26,7 +26,8 @@ CHUNK = 64
 class Segmenter(nn.Module):
     """A backbone, a head on its tokens, and logits of every pixel, bilinear between the tokens.
 
-    With a plain host this is Segmenter (Strudel et al. 2021).
+    With a plain host this is Segmenter (Strudel et al. 2021). A hierarchical backbone gives its
+    head the tokens of all of its maps at once.
 
     Attributes:
       backbone: a model with the method `dense`.
@@ -57,12 +58,10 @@ def make_model(config: ConfigDict, num_classes: int, *, axis_name: str | None = 
       axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
 
     Raises:
-      UserError: unknown model, head or override, or a model without a map of tokens.
+      UserError: unknown model, head or override.
     """
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     backbone = create_model(config.model, **common, **config.model_overrides.to_dict())
-    if not hasattr(backbone, "dense"):
-        raise UserError(f"config.model={config.model!r} has no map of tokens to segment")
     if config.head not in HEADS:
         hint = did_you_mean(config.head, HEADS)
         raise UserError(
