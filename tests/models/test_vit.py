@@ -28,9 +28,9 @@ def make(**overrides):
     )
 
 
-def layer_norm(x, params):
+def layer_norm(x, params, epsilon=1e-6):
     x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
     return x * params["scale"] + params["bias"]
 
 
@@ -38,9 +38,9 @@ def linear(x, params):
     return x @ params["kernel"] + params["bias"]
 
 
-def block(x, params, num_heads):
+def block(x, params, num_heads, epsilon):
     """Blocks with loops over images and heads."""
-    qkv = linear(layer_norm(x, params["norm1"]), params["attention"]["qkv"])
+    qkv = linear(layer_norm(x, params["norm1"], epsilon), params["attention"]["qkv"])
     q, k, v = np.split(qkv, 3, axis=-1)
     y = np.empty_like(x)
     size = x.shape[-1] // num_heads
@@ -51,12 +51,12 @@ def block(x, params, num_heads):
             weights = np.exp(logits)
             y[b, :, part] = weights / weights.sum(1, keepdims=True) @ v[b, :, part]
     x = x + linear(y, params["attention"]["proj"])
-    hidden = linear(layer_norm(x, params["norm2"]), params["mlp"]["fc1"])
+    hidden = linear(layer_norm(x, params["norm2"], epsilon), params["mlp"]["fc1"])
     hidden = hidden * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(hidden)
     return x + linear(hidden, params["mlp"]["fc2"])
 
 
-def naive(params, images, *, distilled, pool):
+def naive(params, images, *, distilled=False, pool="token", norm_epsilon=1e-6):
     kernel = params["patches"]["kernel"]
     height, width = (size // 16 for size in images.shape[1:3])
     patches = images.reshape(len(images), height, 16, width, 16, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -65,24 +65,23 @@ def naive(params, images, *, distilled, pool):
     front = [np.broadcast_to(params[name], (len(x), 1, x.shape[-1])) for name in names]
     x = np.concatenate([*front, x.reshape(len(x), -1, x.shape[-1])], 1) + params["position"]
     for i in range(2):
-        x = block(x, params[f"blocks_{i}"], 2)
+        x = block(x, params[f"blocks_{i}"], 2, norm_epsilon)
     if pool == "mean":
-        return linear(layer_norm(x[:, 1:].mean(1), params["norm"]), params["classifier"])
-    x = layer_norm(x, params["norm"])
+        x = layer_norm(x[:, 1:].mean(1), params["norm"], norm_epsilon)
+        return linear(x, params["classifier"])
+    x = layer_norm(x, params["norm"], norm_epsilon)
     logits = linear(x[:, 0], params["classifier"])
     if distilled:
         logits = (logits + linear(x[:, 1], params["distillation_classifier"])) / 2
     return logits
 
 
-@pytest.mark.parametrize(
-    ("distilled", "pool"), [(False, "token"), (True, "token"), (False, "mean")]
-)
-def test_equals_the_loops(distilled, pool):
-    model, variables = make(distilled=distilled, pool=pool)
+@pytest.mark.parametrize("settings", [{"norm_epsilon": 0.1}, {"distilled": True}, {"pool": "mean"}])
+def test_equals_the_loops(settings):
+    model, variables = make(**settings)
     found = jax.jit(functools.partial(model.apply, train=False))(variables, IMAGES)
     params = jax.tree.map(np.float64, variables["params"])
-    expected = naive(params, IMAGES.astype(np.float64), distilled=distilled, pool=pool)
+    expected = naive(params, IMAGES.astype(np.float64), **settings)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -115,6 +114,31 @@ def test_other_sizes_are_padded_and_their_positions_resized():
         model_of_size.apply(larger, images, train=False),
         atol=1e-5,
     )
+
+
+def bilinear(old, new):
+    """Weights (new, old) of resizing without antialiasing."""
+    weights = np.zeros((new, old))
+    for i in range(new):
+        place = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        weights[i, int(place)] += 1 - place % 1
+        weights[i, min(int(place) + 1, old - 1)] += place % 1
+    return weights
+
+
+def test_positions_are_bicubic_or_bilinear():
+    """Those of 3 x 2 patches, for 2 x 5."""
+    model, variables = make(distilled=True, position_resize="bilinear")
+    position = np.asarray(variables["params"]["position"])
+    found, bicubic = (
+        np.asarray(model.apply(variables, (2, 5), method="_positions"))
+        for model in (model, make(distilled=True)[0])
+    )
+    np.testing.assert_array_equal(found[:2], position[:2])
+    patches = position[2:].reshape(3, 2, 8)
+    expected = np.einsum("yi,xj,ijc->yxc", bilinear(3, 2), bilinear(2, 5), patches)
+    np.testing.assert_allclose(found[2:].reshape(2, 5, 8), expected, atol=1e-6)
+    assert np.abs(found - bicubic).max() > 0.01
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
@@ -180,6 +204,11 @@ def test_parameters_with_distillation(name, number):
         ({"pool": "mean", "distilled": True}, "distilled=True needs pool='token', not 'mean'"),
         ({"num_heads": 3}, "num_heads=3 does not divide 8 channels"),
         ({"patch_size": 0}, "patch_size=0 is not valid; valid: at least 1 pixel"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 is not valid; valid: above 0"),
+        (
+            {"position_resize": "nearest"},
+            "position_resize='nearest' is not valid; valid: bicubic, bilinear",
+        ),
     ],
 )
 def test_bad_settings_are_named(overrides, message):

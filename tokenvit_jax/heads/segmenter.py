@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import DropPath, Mlp, dense
+from tokenvit_jax.layers import Attention, DropPath, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
-from tokenvit_jax.models.vit import Attention
 
 EPSILON = 1e-5  # of LayerNorm, as in the published weights
 INIT_STD = 0.02

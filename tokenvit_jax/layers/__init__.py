@@ -1,4 +1,4 @@
-"""Linen modules that several backbones share."""
+"""Linen modules that several backbones or heads share."""
 
 from tokenvit_jax.layers.blocks import (
     ConditionalPositionEncoding,
@@ -11,10 +11,13 @@ from tokenvit_jax.layers.cluster_attention import ClusterAttention
 from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.pale_attention import PaleAttention
+from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 
 __all__ = [
+    "Attended",
+    "Attention",
     "ClusterAttention",
     "ConditionalPositionEncoding",
     "Conv3x3",

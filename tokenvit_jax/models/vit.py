@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
-from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Dropout, DropPath, Mlp, dense
-from tokenvit_jax.layers.cosine import unit_length
+from tokenvit_jax.layers import Attention, Dropout, DropPath, Mlp, dense
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.expedite import Expedite
@@ -25,74 +23,8 @@ from tokenvit_jax.models.settings import read_settings
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
-
-
-class Attended(NamedTuple):
-    """What attention returns.
-
-    y: (B, T, C). received: attention that each token received (B, T), or None. keys: mean over the
-    heads (B, T, D).
-    """
-
-    y: jax.Array
-    received: jax.Array | None
-    keys: jax.Array
-
-
-class Attention(nn.Module):
-    """Multi-head attention of all tokens.
-
-    Attributes:
-      num_heads: number of heads.
-      qk_norm: "none"; "fixed": queries and keys of length 1, whose products are the logits;
-        "learned": times a parameter that starts at 1 (Supplement F of Token Pooling).
-      dtype: of the computation.
-    """
-
-    num_heads: int
-    qk_norm: str
-    init_std: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        scored_by: str | None = None,
-        diagonal: bool = True,
-        size: jax.Array | None = None,
-    ) -> Attended:
-        """Attends.
-
-        Args:
-          x: (B, T, C).
-          scored_by: whose attention to each token to report: the sum over heads and queries of
-            "all", or the mean over the heads of the "class" token; None: none.
-          diagonal: whether that from itself is counted in the sum.
-          size: number of patches that each token stands for (B, T); None: all 1.
-        """
-        channels = x.shape[-1]
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
-        init = truncated_normal(self.init_std)
-        qkv = dense(3 * channels, self.dtype, "qkv", init)(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, channels // self.num_heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
-        scale, received = None, None
-        if self.qk_norm != "none":
-            q, k = (unit_length(part).astype(self.dtype) for part in (q, k))
-            scale = 1.0
-        if self.qk_norm == "learned":
-            q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
-        if scored_by == "all" or size is not None:
-            y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
-        else:
-            y = ops.dot_product_attention(q, k, v, scale=scale)
-        if scored_by == "class":  # one row more is cheaper than all rows kept
-            row = ops.scored_attention(q[:, :1], k, v, size, scale=scale)
-            received = row.received / self.num_heads
-        y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
-        return Attended(y, received, k.mean(2))
+# Method of `jax.image.resize` -> whether it is antialiased.
+POSITION_RESIZES = {"bicubic": True, "bilinear": False}
 
 
 class Encoded(NamedTuple):
@@ -133,6 +65,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: int
     qk_norm: str
+    norm_epsilon: float
     init_std: float
     drop_path: float
     dtype: Any
@@ -160,7 +93,7 @@ class Block(nn.Module):
         reducer = self.reducer
 
         def norm(x, name):
-            return nn.LayerNorm(1e-6, dtype=self.dtype, name=name)(x)
+            return nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name=name)(x)
 
         def drop(y):
             return DropPath(self.drop_path, self.axis_name)(y, train)
@@ -214,7 +147,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     """Vision transformer for images (B, H, W, 3) of any size from 32 x 32.
 
     Images are padded with zeros below and on the right to whole patches; the position embeddings
-    are resized (bicubic, antialiased) where the map is not that of ``position_size``.
+    are resized where the map is not that of ``position_size``.
 
     Attributes:
       num_classes: of the classifier.
@@ -224,6 +157,8 @@ class VisionTransformer(nn.Module, kw_only=True):
       mlp_ratio: expansion of the MLP.
       patch_size: side of a patch, pixels.
       position_size: height and width of the images whose map the position embeddings fit.
+      position_resize: how they are resized: "bicubic", with antialiasing, as timm does, or
+        "bilinear" without, as Segmenter (Strudel et al. 2021).
       pool: what is classified: the class "token" after the last LayerNorm, or the LayerNorm of the
         "mean" of the patches.
       distilled: with a distillation token beside the class token, and a classifier of its own
@@ -233,6 +168,7 @@ class VisionTransformer(nn.Module, kw_only=True):
       expedite: clusters the patches after some blocks and reconstructs them after others: an
         :class:`Expedite` or its attributes by name; None: all patches go through all blocks.
       qk_norm: of queries and keys: "none", "fixed" or "learned", see :class:`Attention`.
+      norm_epsilon: of every LayerNorm: 1e-6 in the published classifiers, 1e-5 in Segmenter.
       init_std: standard deviation of the first weights: 0.02 in the published models, with which
         narrow ones (C = 64) hardly begin to learn; 1 / sqrt(C) suits them.
       drop_path: stochastic depth of the last block, growing linearly from 0.
@@ -249,11 +185,13 @@ class VisionTransformer(nn.Module, kw_only=True):
     mlp_ratio: int = 4
     patch_size: int = 16
     position_size: tuple[int, int] = (224, 224)
+    position_resize: str = "bicubic"
     pool: str = "token"
     distilled: bool = False
     token_reducer: Any = None
     expedite: Any = None
     qk_norm: str = "none"
+    norm_epsilon: float = 1e-6
     init_std: float = 0.02
     drop_path: float = 0.0
     dropout: float = 0.0
@@ -282,20 +220,21 @@ class VisionTransformer(nn.Module, kw_only=True):
         cls = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
         self.blocks = [
             cls(
-                self.num_heads, self.mlp_ratio, self.qk_norm, self.init_std,
+                self.num_heads, self.mlp_ratio, self.qk_norm, self.norm_epsilon, self.init_std,
                 self.drop_path * i / max(self.depth - 1, 1), self.dtype, self.axis_name, i,
                 1 + self.distilled, rows * columns, self.token_reducer,
             )
             for i in range(self.depth)
         ]  # fmt: skip
-        self.norm = nn.LayerNorm(1e-6, dtype=self.dtype)
+        self.norm = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype)
         self.head_dropout = Dropout(self.dropout, self.axis_name)
         self.classifier = dense(self.num_classes, jnp.float32, init=init)
         if self.distilled:
             self.distillation_classifier = dense(self.num_classes, jnp.float32, init=init)
 
     def _check(self):
-        for name, valid in (("pool", POOLS), ("qk_norm", QK_NORMS)):
+        choices = {"pool": POOLS, "qk_norm": QK_NORMS, "position_resize": POSITION_RESIZES}
+        for name, valid in choices.items():
             if (value := getattr(self, name)) not in valid:
                 raise UserError(f"{name}={value!r} is not valid; valid: {', '.join(valid)}")
         if self.distilled and self.pool != "token":
@@ -306,6 +245,8 @@ class VisionTransformer(nn.Module, kw_only=True):
             raise UserError("expedite goes with token_reducer=None")
         if self.patch_size < 1:
             raise UserError(f"patch_size={self.patch_size} is not valid; valid: at least 1 pixel")
+        if not self.norm_epsilon > 0:
+            raise UserError(f"norm_epsilon={self.norm_epsilon} is not valid; valid: above 0")
 
     def _grid(self, height, width):
         return -(-height // self.patch_size), -(-width // self.patch_size)
@@ -380,7 +321,10 @@ class VisionTransformer(nn.Module, kw_only=True):
             return self.position
         front, patches = jnp.split(self.position, [1 + self.distilled])
         patches = patches.reshape(*trained, self.dim)
-        patches = jax.image.resize(patches, (*grid, self.dim), "bicubic", antialias=True)
+        method = self.position_resize
+        patches = jax.image.resize(
+            patches, (*grid, self.dim), method, antialias=POSITION_RESIZES[method]
+        )
         return jnp.concatenate([front, patches.reshape(-1, self.dim)])
 
     def dense(
