@@ -313,7 +313,7 @@ def test_peer_that_is_not_installed(monkeypatch, capsys):
         (["--op=depthwise_conv", "--against=a"], 1, "--against goes with --model"),
         (["--model=dgt_t,dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--op=depthwise_conv", "--out=a.png"], 1, "--out goes with --op=group_attention"),
-        (["--op=kmeans", "--keep=3"], 1, "--keep goes with --model; operators have no token"),
+        (["--op=kmeans", "--keep=3"], 1, "--keep goes with --model; nothing is inserted"),
         (["--op=conv"], 2, "flag --op=conv: value should be one of <group_attention|"),
         (["--model=dgt_t", "--batch_size=0"], 2, "flag --batch_size=0"),
         (["--model=dgt_t", "--dtype=float16"], 2, "should be one of <float32|bfloat16>"),

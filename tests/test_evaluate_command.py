@@ -87,9 +87,9 @@ def test_a_reducer_is_inserted_without_training(run, imported):
     status, printed, err = run(evaluate, "workdir", workdir=workdir, **flags)
     assert (status, err) == (0, "")
     plain, reduced = map(json.loads, printed.splitlines())
-    assert plain["token_reducer"] == "none"
+    assert plain["inserted"] == "none"
     assert plain["eval/accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean(), abs=0.01)
-    assert reduced["token_reducer"] == f"tome carry {flags['keep']}"
+    assert reduced["inserted"] == f"tome carry {flags['keep']}"
     assert 0.5 < reduced["gmacs"] / plain["gmacs"] < 0.8
     assert reduced["eval/loss"] != pytest.approx(plain["eval/loss"], rel=1e-3)
 

@@ -12,7 +12,7 @@ import pytest
 from exact_counts import EXACT
 from jax import lax
 
-from tokenvit_jax import cli, list_models, ops, reducer_flags, summary
+from tokenvit_jax import cli, insertion_flags, list_models, ops, summary
 from tokenvit_jax.published import PUBLISHED, TOKEN_POOLING
 
 
@@ -158,13 +158,30 @@ def test_token_reducers(monkeypatch, capsys):
     *_, plain, reduced = table.splitlines()
     assert len(plain) == len(reduced) and reduced.startswith("deit_s weighted_kmedoids level3 ")
     # Without levels of its own a model has those of DeiT-S.
-    assert reducer_flags._keep("level7", "deit_ti") == TOKEN_POOLING["deit_s"][7].keep
-    assert reducer_flags._keep("level7", "deit_e252") == TOKEN_POOLING["deit_e252"][7].keep
+    assert insertion_flags._keep("level7", "deit_ti") == TOKEN_POOLING["deit_s"][7].keep
+    assert insertion_flags._keep("level7", "deit_e252") == TOKEN_POOLING["deit_e252"][7].keep
+
+
+def test_expedited_hosts(monkeypatch, capsys):
+    """What is saved: 6 blocks on 100 tokens instead of 196, less the two operators."""
+    args = ("--model=deit_s", "--expedite=4,6,10x10", "--expedite=4,8,10x10,logits")
+    status, out, err = run(monkeypatch, capsys, *args, "--format=json")
+    assert (status, err) == (0, "")
+    found = {entry["name"]: entry["macs"] for entry in json.loads(out)}
+    plain, blocks, logits = found.values()
+    assert list(found)[1:] == ["deit_s expedite 4,6,10x10", "deit_s expedite 4,8,10x10,logits"]
+    tokens = lambda n: 12 * 384**2 * n + 2 * 384 * n**2  # noqa: E731
+    one_block = tokens(197) - tokens(101)
+    reconstruction = 196 * (100 + 20) * 384
+    assert logits - (plain - 8 * one_block) == blocks - reconstruction - (plain - 6 * one_block)
+    assert 0 < logits - (plain - 8 * one_block) < 0.03 * plain
 
 
 @pytest.mark.parametrize(
     ("arg", "status", "message"),
     [
+        ("--model=deit_s --expedite=4,6", 1, "--expedite=4,6 is not valid; valid: ALPHA,BETA,ROWS"),
+        ("--model=deit_s --expedite=12,1,9x9", 1, "expedite.alpha=12 is not valid; valid: 0 to 11"),
         ("--model=dgt_tt", 1, "unknown model 'dgt_tt' (did you mean 'dgt_t'?); valid: clustr_b"),
         (
             "--model=deit_s --keep=level8",

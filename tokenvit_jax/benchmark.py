@@ -8,11 +8,11 @@
 A training step is forward, backward and plain gradient descent in one compiled call that reuses
 the memory of its parameters. Several models take turns in one run, models of timm among them
 (--against). They differ in size, so they compare by images per second times the multiply-adds
-(MACs) of one image, forward: what their speed would be at equal MACs. With --keep every model takes
-turns with the same model and a token reducer: "speedup" is the gain in images per second, "saved"
-that in MACs. An operator is timed beside its obvious alternatives, in turns as well. Times are
-medians; compilation and warm-up are apart. JAX, Flax and NumPy are all that is needed; PyTorch and
-timm only for --against.
+(MACs) of one image, forward: what their speed would be at equal MACs. With --keep or --expedite
+every model takes turns with the same model and a token reducer or clustered tokens: "speedup" is
+the gain in images per second, "saved" that in MACs. An operator is timed beside its obvious
+alternatives, in turns as well. Times are medians; compilation and warm-up are apart. JAX, Flax and
+NumPy are all that is needed; PyTorch and timm only for --against.
 
 Temporary memory is what XLA plans; what a library that it calls allocates is not in it. On CPU,
 glibc is told to keep freed pages, as training does (see `tokenvit_jax.memory`).
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from tokenvit_jax import benchmark_timm, cli, reducer_flags
+from tokenvit_jax import benchmark_timm, cli, insertion_flags
 from tokenvit_jax.benchmark_cases import CASES, Case, normal
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
@@ -80,7 +80,7 @@ flags.DEFINE_string(
     "out", None, "with --op=group_attention: a picture of the cost over L", flag_values=FLAGS
 )
 
-reducer_flags.define(FLAGS)
+insertion_flags.define(FLAGS)
 
 MIB = 2**20
 # Measured at most this often, at least MIN_CALLS times, and else for a time given in seconds.
@@ -122,9 +122,11 @@ def main(flag_values: flags.FlagValues) -> None:
     else:
         names = list_models() if flag_values.model == ["all"] else flag_values.model
         image_size = parse_image_size(flag_values.image_size or "224")
-        reducers = {name: reducer_flags.reducers(flag_values, name) for name in names}
+        insertions = {name: insertion_flags.insertions(flag_values, name) for name in names}
         setting = (image_size, flag_values.batch_size or 8, dtype)
-        options = {"against": flag_values.against, "reducers": reducers if flag_values.keep else {}}
+        options = {"against": flag_values.against}
+        if any(insertions.values()):
+            options["insertions"] = insertions
         rows = [row for mode in modes for row in benchmark_models(names, *setting, mode, **options)]
     found = environment() | (benchmark_timm.environment() if flag_values.against else {})
     if flag_values.format == "json":
@@ -143,8 +145,9 @@ def _check_flags(flag_values):
         raise UserError("--image_size goes with --model; operators have shapes of their own")
     if flag_values.op and flag_values.against:
         raise UserError("--against goes with --model; operators have alternatives of their own")
-    if flag_values.op and flag_values.keep:
-        raise UserError("--keep goes with --model; operators have no token reducer")
+    for name in ("keep", "expedite"):
+        if flag_values.op and flag_values[name].value:
+            raise UserError(f"--{name} goes with --model; nothing is inserted into operators")
     if flag_values.out and flag_values.op != "group_attention":
         raise UserError("--out goes with --op=group_attention")
 
@@ -247,7 +250,7 @@ def benchmark_models(
     mode: str,
     *,
     against: Sequence[str] = (),
-    reducers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    insertions: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Measures the forward pass or the training step of models with 1000 classes, in turns.
 
@@ -258,12 +261,12 @@ def benchmark_models(
         dtype: of the computation.
         mode: "forward" | "train".
         against: names of timm's models.
-        reducers: model -> what to call it -> `token_reducer`; each is measured beside the model.
+        insertions: model -> what to call it -> overrides; each is measured beside the model.
 
     Returns:
         Of each model, then of timm's as "timm/NAME": the settings; billions of multiply-adds of
         one image, forward; images per second; their product, and for each NAME of timm's
-        "ratio_to_NAME", this product over its own; times and temporary memory. With ``reducers``
+        "ratio_to_NAME", this product over its own; times and temporary memory. With ``insertions``
         also "speedup", images per second over those of the model without one, "saved", the
         multiply-adds of that one over its own, and "speedup_over_saved".
 
@@ -274,8 +277,8 @@ def benchmark_models(
     models, plain = {}, {}
     for name in names:
         models[name] = create_model(name, dtype=dtype)
-        for label, settings in reducers.get(name, {}).items():
-            models[f"{name} {label}"] = create_model(name, dtype=dtype, token_reducer=settings)
+        for label, overrides in insertions.get(name, {}).items():
+            models[f"{name} {label}"] = create_model(name, dtype=dtype, **overrides)
             plain[f"{name} {label}"] = name
     peers = {  # before ours, which take long to compile: what is missing shows at once
         f"timm/{name}": benchmark_timm.timm_peer(name, image_size, batch_size, dtype.name, mode)
@@ -294,7 +297,7 @@ def benchmark_models(
     rates = {name: images[name] * gmacs[name] for name in contenders}
 
     def gains(name):
-        if not reducers:
+        if not insertions:
             return {}
         without = plain.get(name, name)
         speedup, saved = images[name] / images[without], gmacs[without] / gmacs[name]

@@ -6,7 +6,8 @@ Prints the metrics as one line of JSON. The configuration is that of the run, or
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
 A plain host with a token reducer inserted, without training: a line without it, then one for every
---keep and --method, with the multiply-adds of an image.
+--keep and --method, with the multiply-adds of an image. --expedite=ALPHA,BETA,ROWSxCOLUMNS: the
+same of hosts whose tokens are clustered for some blocks.
 """
 
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from tokenvit_jax import cli, reducer_flags
+from tokenvit_jax import cli, insertion_flags
 from tokenvit_jax.data import dataset_info, eval_dataset
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import task_of
@@ -36,7 +37,7 @@ flags.DEFINE_string(
     "where `prepare` wrote the dataset; default: that of the configuration",
     flag_values=FLAGS,
 )
-reducer_flags.define(FLAGS)
+insertion_flags.define(FLAGS)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dict[str, float]:
@@ -79,14 +80,15 @@ def main(flag_values: flags.FlagValues) -> None:
             config.data.data_dir = flag_values.data_dir
     else:
         config = for_inference(read_config(workdir), flag_values.data_dir)
-    reducers = reducer_flags.reducers(flag_values, config.model)
-    for label, settings in {"none": None, **reducers}.items():
-        if settings:
-            with config.unlocked():
-                config.model_overrides.token_reducer = settings
-        metrics = evaluate(config, workdir, flag_values.checkpoint)
-        if reducers:
-            metrics |= {"token_reducer": label, "gmacs": _gmacs(config)}
+    insertions = insertion_flags.insertions(flag_values, config.model)
+    for label, overrides in {"none": {}, **insertions}.items():
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            for key, value in overrides.items():  # `update` would keep parts of what was there
+                changed.model_overrides[key] = value
+        metrics = evaluate(changed, workdir, flag_values.checkpoint)
+        if insertions:
+            metrics |= {"inserted": label, "gmacs": _gmacs(changed)}
         print(json.dumps(metrics), flush=True)
 
 

@@ -6,7 +6,8 @@
 Nothing is computed: shapes are enough. MACs are those of the forward pass of one image, linear
 layers, convolutions and attention; an operator of this package counts as what it computes
 (attention in groups: 2kLC + 2LGC, Eq. 6 of DGT), not as how. Where a paper's own figure leaves out
-a part of its model, "as published" counts like it. --keep adds a plain host with a token reducer.
+a part of its model, "as published" counts like it. --keep adds a plain host with a token reducer,
+--expedite a host whose tokens are clustered.
 """
 
 import functools
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.extend import core
 
-from tokenvit_jax import cli, reducer_flags
+from tokenvit_jax import cli, insertion_flags
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model, list_models
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
@@ -32,7 +33,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas; default: all", flag_values=FLAGS)
 flags.DEFINE_string("image_size", "224", "pixels: 224, or HEIGHTxWIDTH", flag_values=FLAGS)
 flags.DEFINE_enum("format", "table", ["table", "json"], "of the output", flag_values=FLAGS)
-reducer_flags.define(FLAGS)
+insertion_flags.define(FLAGS)
 
 
 class Summary(NamedTuple):
@@ -54,8 +55,8 @@ def main(flag_values: flags.FlagValues) -> None:
     summaries = []
     for name in flag_values.model or list_models():
         summaries.append(summarize(name, image_size))
-        for label, settings in reducer_flags.reducers(flag_values, name).items():
-            model = create_model(name, token_reducer=settings)
+        for label, overrides in insertion_flags.insertions(flag_values, name).items():
+            model = create_model(name, **overrides)
             summaries.append(summarize_model(model, image_size, f"{name} {label}"))
     if flag_values.format == "json":
         print(json.dumps([summary._asdict() for summary in summaries], indent=2))

@@ -1,4 +1,7 @@
-"""Token reducers from the command line: --keep, --method and --carry."""
+"""What is inserted into a trained model from the command line.
+
+--keep, --method and --carry: a token reducer; --expedite: clustering and reconstruction of tokens.
+"""
 
 import re
 from typing import Any
@@ -33,17 +36,25 @@ def define(flag_values: flags.FlagValues) -> None:
         "whether sizes of clusters weigh in later attention: for models trained without a reducer",
         flag_values=flag_values,
     )
+    flags.DEFINE_multi_string(
+        "expedite",
+        [],
+        "with tokens clustered, too: blocks before and among the centres and their map, "
+        "10,14,28x28, or 10,14,28x28,logits to reconstruct the logits of a head; again for more",
+        flag_values=flag_values,
+    )
 
 
-def reducers(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
-    """Returns the token reducers that the flags name, as settings of a model.
+def insertions(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
+    """Returns what the flags insert, as settings of a model.
 
     Args:
       flag_values: parsed flags.
       model: its name. "level3" is the one that Token Pooling reports for it, or else for DeiT-S.
 
     Returns:
-      What to call it -> value of `token_reducer`, for every --keep and every --method.
+      What to call it -> overrides of `create_model`: `token_reducer` for every --keep and every
+      --method, `expedite` for every --expedite.
 
     Raises:
       UserError: a value that is not valid.
@@ -51,13 +62,29 @@ def reducers(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, A
     for method in flag_values.method:
         if method not in KEPT_METHODS:
             raise UserError(f"--method={method} is not valid; valid: {', '.join(KEPT_METHODS)}")
-    return {
+    reducers = {
         f"{method}{' carry' if flag_values.carry else ''} {text}": {
-            "keep": _keep(text, model), "method": method, "carry": flag_values.carry
+            "token_reducer": {
+                "keep": _keep(text, model), "method": method, "carry": flag_values.carry
+            }
         }
         for text in flag_values.keep
         for method in flag_values.method
     }  # fmt: skip
+    expedited = {f"expedite {text}": {"expedite": _expedite(text)} for text in flag_values.expedite}
+    return reducers | expedited
+
+
+def _expedite(text):
+    found = re.fullmatch(r"(\d+),(\d+),(\d+)x(\d+)(,logits)?", text)
+    if not found:
+        raise UserError(
+            f"--expedite={text} is not valid; valid: ALPHA,BETA,ROWSxCOLUMNS, such as 10,14,28x28, "
+            "and ,logits behind it"
+        )
+    alpha, beta, *clusters = map(int, found.groups()[:4])
+    where = "logits" if found[5] else "blocks"
+    return {"alpha": alpha, "beta": beta, "clusters": tuple(clusters), "where": where}
 
 
 def _keep(text, model):
