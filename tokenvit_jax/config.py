@@ -83,12 +83,15 @@ def default_config() -> ConfigDict:
     config.label_smoothing = 0.0
     config.clip_norm = 0.0  # largest global norm of the gradient; 0: off
     config.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0: off
-    config.optimizer = ConfigDict()  # AdamW with linear warm-up and cosine decay per step
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # "adamw" | "sgd", with Nesterov's momentum
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05  # not on norms, biases, scales and positions
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.warmup_steps = 0
+    config.optimizer.b1 = 0.9  # of the moving average of gradients; of "sgd": the momentum
+    config.optimizer.b2 = 0.999  # of that of their squares; of "adamw" only
+    config.optimizer.schedule = "cosine"  # "cosine" | "polynomial", per step, after the warm-up
+    config.optimizer.power = 1.0  # of "polynomial"; 1: linear
+    config.optimizer.warmup_steps = 0  # linear
     config.optimizer.warmup_learning_rate = 1e-6  # at step 0
     config.optimizer.end_learning_rate = 1e-5  # at the last step
     # Weight of the old query centroid in Eq. 4 of DGT: "literal" (0.1 x learning rate, the text of

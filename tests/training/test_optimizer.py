@@ -6,11 +6,13 @@ import pytest
 
 import tokenvit_jax as tv
 from tokenvit_jax.config import default_config
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
     weight_decay_mask,
 )
+from tokenvit_jax.training.validate import check_config
 
 
 def test_decay_applies_to_kernels_of_dgt_and_to_nothing_else():
@@ -50,23 +52,36 @@ def test_vectors_never_decay():
     assert weight_decay_mask({"kernel": jnp.ones(3)}) == {"kernel": False}
 
 
-def test_schedule_warms_up_and_decays_to_the_end():
+STEPS = np.arange(101)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay"),
+    [
+        ("cosine", 20, (1 + np.cos(np.pi * (STEPS - 20) / 80)) / 2),
+        ("polynomial", 20, (1 - (STEPS - 20) / 80).clip(0, 1) ** 0.9),
+        ("polynomial", 0, (1 - STEPS / 100) ** 0.9),
+    ],
+)
+def test_schedule_warms_up_and_decays_to_the_end(schedule, warmup, decay):
     config = default_config()
     config.num_steps = 101
     config.optimizer.learning_rate = 1.0
-    config.optimizer.warmup_steps = 20
+    config.optimizer.schedule = schedule
+    config.optimizer.power = 0.9
+    config.optimizer.warmup_steps = warmup
     config.optimizer.warmup_learning_rate = 0.2
     config.optimizer.end_learning_rate = 0.1
-    schedule = learning_rate_schedule(config)
-    steps = np.arange(101)
-    cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * (steps - 20) / 80)) / 2
-    expected = np.where(steps < 20, 0.2 + 0.8 * steps / 20, cosine)
-    np.testing.assert_allclose([float(schedule(step)) for step in steps], expected, rtol=1e-5)
+    found = [float(rate) for rate in map(learning_rate_schedule(config), STEPS)]
+    expected = np.where(warmup > STEPS, 0.2 + 0.8 * STEPS / max(warmup, 1), 0.1 + 0.9 * decay)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_schedule_of_one_step_is_finite():
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_schedule_of_one_step_is_finite(schedule):
     config = default_config()
     config.num_steps = 1
+    config.optimizer.schedule = schedule
     assert float(learning_rate_schedule(config)(0)) == pytest.approx(1e-3)
 
 
@@ -87,3 +102,41 @@ def test_weight_decay_shrinks_kernels_by_the_learning_rate_and_clipping_bounds_t
     _, state = optimizer.update(large, state, params)
     mu = optax.tree_utils.tree_get(state, "mu")
     assert float(optax.global_norm(mu)) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) * clip_norm
+
+
+def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
+    config = default_config()
+    config.num_steps = 3
+    config.optimizer.name = "sgd"
+    config.optimizer.schedule = "polynomial"
+    config.optimizer.learning_rate = config.optimizer.end_learning_rate = 0.1
+    config.optimizer.weight_decay = 0.5
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2,), 3.0)}
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    expected, velocity = {"kernel": 3.0, "bias": 3.0}, {"kernel": 0.0, "bias": 0.0}
+    for slope in (1.0, -2.0, 0.5):
+        grads = jax.tree.map(lambda x, slope=slope: jnp.full_like(x, slope), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, decay in (("kernel", 0.5), ("bias", 0.0)):
+            slope_here = slope + decay * expected[name]
+            velocity[name] = 0.9 * velocity[name] + slope_here
+            expected[name] -= 0.1 * (slope_here + 0.9 * velocity[name])
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "adam", "config.optimizer.name='adam' is not valid; valid: adamw, sgd"),
+        ("schedule", "step", "config.optimizer.schedule='step' is not valid; valid: cosine, poly"),
+        ("power", -1.0, "config.optimizer.power=-1.0 is not valid; valid: at least 0"),
+        ("b1", 1.5, "config.optimizer.b1=1.5 is not valid; valid: 0 to 1"),
+    ],
+)
+def test_settings_that_are_refused(key, value, message):
+    config = default_config()
+    config.optimizer[key] = value
+    with pytest.raises(UserError, match=message):
+        check_config(config)

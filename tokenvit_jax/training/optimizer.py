@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, as vision transformers are trained."""
+"""AdamW or SGD with linear warm-up and decay, as vision transformers are trained."""
 
 import re
 
@@ -17,18 +17,24 @@ _NO_DECAY_LAYER = "position_bias"
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
 
-    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`, then
-    half a cosine to `end_learning_rate` at the last step, `num_steps - 1`.
+    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`; then to
+    `end_learning_rate` at the last step, `num_steps - 1`: half a cosine, or what is left of the
+    way to the power of `power`.
+
+    Args:
+      config: reads `num_steps` and `optimizer`.
     """
     optimizer = config.optimizer
-    return optax.warmup_cosine_decay_schedule(
-        init_value=optimizer.warmup_learning_rate,
-        peak_value=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        # A run whose only step is the last one needs a decay of some length all the same.
-        decay_steps=max(config.num_steps - 1, optimizer.warmup_steps + 1),
-        end_value=optimizer.end_learning_rate,
-    )
+    peak, end = optimizer.learning_rate, optimizer.end_learning_rate
+    # A run whose only step is the last one needs a decay of some length all the same.
+    last = max(config.num_steps - 1, optimizer.warmup_steps + 1)
+    if optimizer.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            optimizer.warmup_learning_rate, peak, optimizer.warmup_steps, last, end
+        )
+    decay = optax.polynomial_schedule(peak, end, optimizer.power, last - optimizer.warmup_steps)
+    warmup = optax.linear_schedule(optimizer.warmup_learning_rate, peak, optimizer.warmup_steps)
+    return optax.join_schedules([warmup, decay], [optimizer.warmup_steps])
 
 
 def weight_decay_mask(params: dict) -> dict:
@@ -47,24 +53,39 @@ def weight_decay_mask(params: dict) -> dict:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer of a configuration: optional clipping by the global norm, then AdamW.
+    """Returns the optimizer of a configuration, after optional clipping by the global norm.
 
-    Of a search for tokens, retention parameters take longer steps than the others.
+    `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient (Loshchilov and
+    Hutter), or "sgd": with Nesterov's momentum, as what timm calls SGD, and weight decay as a part
+    of the gradient. Of a search for tokens, retention parameters take longer steps than the others.
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization".
+    Args:
+      config: reads `num_steps`, `clip_norm`, `optimizer` and `retention`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.optimizer.b1,
-        b2=config.optimizer.b2,
-        weight_decay=config.optimizer.weight_decay,
+    make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
+    chain = [clip, make(config.optimizer, learning_rate_schedule(config))]
+    if config.retention.penalty:
+        faster = optax.scale(config.retention.learning_rate_factor)
+        chain.append(optax.masked(faster, _retention_mask))
+    return optax.chain(*chain)
+
+
+def _adamw(optimizer, schedule):
+    return optax.adamw(
+        schedule,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        weight_decay=optimizer.weight_decay,
         mask=weight_decay_mask,
     )
-    if not config.retention.penalty:
-        return optax.chain(clip, adamw)
-    faster = optax.masked(optax.scale(config.retention.learning_rate_factor), _retention_mask)
-    return optax.chain(clip, adamw, faster)
+
+
+def _sgd(optimizer, schedule):
+    return optax.chain(
+        optax.add_decayed_weights(optimizer.weight_decay, weight_decay_mask),
+        optax.sgd(schedule, momentum=optimizer.b1, nesterov=True),
+    )
 
 
 def _retention_mask(params: dict) -> dict:

@@ -16,6 +16,8 @@ from tokenvit_jax.training.mixing import MIN_MIXTOKEN_GRID
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "parallel": ("jit", "pmap"),
+    "optimizer.name": ("adamw", "sgd"),
+    "optimizer.schedule": ("cosine", "polynomial"),
     "centroids.rule": ("literal", "swapped", "constant"),
     "data.normalization": tuple(NORMALIZATIONS),
 }
@@ -38,8 +40,12 @@ _RANGES = {
     "retention.learning_rate_factor": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.weight_decay": (0, None),
+    "optimizer.b1": (0, 1),
+    "optimizer.power": (0, None),
     "optimizer.warmup_steps": (0, None),
     "centroids.old_weight": (0, 1),
+    "inference.window": (0, None),
+    "inference.stride": (0, None),
     "log_every_steps": (1, None),
     "eval_every_steps": (1, None),
     "checkpoint_every_steps": (1, None),
