@@ -13,7 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert
-from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights, timm_vit
+from tokenvit_jax.models.layouts import (
+    LAYOUTS,
+    export_weights,
+    import_weights,
+    segmenter,
+    timm_vit,
+)
+from tokenvit_jax.tasks.segmentation import HEADS, Segmenter
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
 
@@ -59,8 +66,9 @@ def test_names_and_shapes_are_those_of_timm(weights):
 @pytest.mark.parametrize("settings", [{}, {"distilled": True}, {"pool": "mean"}])
 def test_there_and_back_is_nothing(settings):
     model, params, arrays = random_arrays(**settings)
-    read = LAYOUTS["timm"]["deit"][1](arrays)
-    assert read == {"distilled": False, "pool": "token"} | SETTINGS | settings
+    read = LAYOUTS["timm"]["deit"].settings(arrays)
+    expected = {"distilled": False, "pool": "token"} | SETTINGS | settings
+    assert read == {"model_overrides": expected}
     found = import_weights(arrays, convert._shapes(model), timm_vit(model))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     kernel = found["blocks_3"]["mlp"]["fc1"]["kernel"]
@@ -88,7 +96,8 @@ def test_swin_there_and_back_is_nothing(family):
         else {f"{block}.attn.logit_scale": (3, 1, 1), f"{block}.attn.cpb_mlp.2.weight": (3, 512)}
     )
     assert {name: arrays[name].shape for name in expected} == expected
-    assert layout.settings(arrays) == ({"window_size": 6} if family == "swin" else {})
+    overrides = {"window_size": 6} if family == "swin" else {}
+    assert layout.settings(arrays) == {"model_overrides": overrides}
     assert layout.image_size(model) == (192 if family == "swin" else 256)
     computed = {"layers.0.blocks.0.attn.relative_position_index": np.zeros((36, 36), np.int64)}
     found = import_weights(arrays | computed, shapes, layout.rules(model))
@@ -120,6 +129,79 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
         1,
         f"error: --out={workdir} holds checkpoints already; use another folder\n",
     )
+
+
+DECODERS = {
+    "mask_transformer": {
+        "proj_dec.weight": (192, 192),
+        "cls_emb": (1, 5, 192),
+        "blocks.1.norm2.bias": (192,),
+        "blocks.1.attn.qkv.weight": (576, 192),
+        "blocks.1.attn.proj.bias": (192,),
+        "blocks.0.mlp.fc1.weight": (768, 192),
+        "decoder_norm.weight": (192,),
+        "proj_patch": (192, 192),
+        "proj_classes": (192, 192),
+        "mask_norm.bias": (5,),
+    },
+    "linear": {"head.weight": (5, 192), "head.bias": (5,)},
+}
+
+
+def segmenter_arrays(name="vit_ti", distilled=False, head="linear"):
+    """Arrays in the layout of Segmenter, with 5 classes, all different, and the parameters."""
+    backbone = tv.create_model(name, distilled=distilled, **SETTINGS)
+    model = Segmenter(backbone, HEADS[head](num_classes=5))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), convert._shapes(model)
+    )
+    return params, export_weights(params, segmenter(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled", "head"),
+    [("vit_ti", False, "mask_transformer"), ("deit_ti", True, "linear")],
+)
+def test_segmenter_there_and_back_is_nothing(monkeypatch, capsys, tmp_path, name, distilled, head):
+    params, arrays = segmenter_arrays(name, distilled, head)
+    decoder = {key.removeprefix("decoder."): x for key, x in arrays.items() if "decoder." in key}
+    assert {key: decoder[key].shape for key in DECODERS[head]} == DECODERS[head]
+    assert len(decoder) == (2 if head == "linear" else 2 + 1 + 2 * 12 + 2 + 2 + 2)
+    assert len(arrays) - len(decoder) == 4 + 12 * 12 + 2 + distilled
+    if head == "mask_transformer":  # of rows of tokens, as they are there
+        kernel = params["head"]["patch_projection"]["kernel"]
+        np.testing.assert_array_equal(decoder["proj_patch"], kernel)
+
+    source, workdir, back = (tmp_path / name for name in ("a.safetensors", "run", "back"))
+    unused = {f"encoder.{key}.bias": np.ones(1000, np.float32) for key in ("head", "head_dist")}
+    save_file(arrays | unused, source)
+    flags = {"model": name, "layout": "segmenter", "dataset": "scenes", "source": source}
+    assert run(monkeypatch, capsys, out=workdir, **flags) == (0, f"{source} -> {workdir}\n", "")
+    config = read_config(workdir)
+    expected = {"pool": "token", "norm_epsilon": 1e-5, "position_resize": "bilinear"} | SETTINGS
+    assert config.model_overrides.to_dict() == expected | {"distilled": distilled}
+    assert (config.head, config.image_size) == (head, 32)
+    assert config.head_overrides.to_dict() == ({} if head == "linear" else {"depth": 2})
+    assert config.data.normalization == ("imagenet" if name == "deit_ti" else "inception")
+    found = load_checkpoint(workdir).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert run(monkeypatch, capsys, layout="segmenter", source=workdir, out=back)[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, load_file(back), arrays)
+
+
+def test_what_is_no_segmenter_is_named(monkeypatch, capsys, tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file(segmenter_arrays()[1], source)
+    flags = {"model": "vit_ti", "layout": "segmenter", "dataset": "scenes", "source": source}
+    for changes, message in (
+        ({"dataset": "cityscapes"}, r"decoder.head.bias has shape \(5,\), expected \(19,\)"),
+        ({"dataset": "digits"}, "layout=segmenter is for segmentation, dataset 'digits' for class"),
+        ({"layout": "timm"}, "layout=timm is for classification, dataset 'scenes' for segment"),
+        ({"model": "swin_t"}, "layout=segmenter has no model 'swin_t'; valid: vit, deit"),
+    ):
+        status, _, err = run(monkeypatch, capsys, out=tmp_path / "run", **flags | changes)
+        assert status == 1 and re.search(message, err), err
 
 
 def test_all_mismatches_are_listed_at_once(monkeypatch, capsys, tmp_path, weights):

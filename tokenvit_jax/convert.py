@@ -3,13 +3,23 @@
     python -m tokenvit_jax.convert --model=deit_s --layout=timm --source=FILE --out=WORKDIR
     python -m tokenvit_jax.convert --layout=timm --source=WORKDIR --out=FILE.safetensors
 
+    python -m tokenvit_jax.convert --model=vit_l --layout=segmenter --dataset=ade20k \\
+        --source=checkpoint.pth --out=WORKDIR
+
 FILE holds the arrays of a PyTorch model, as safetensors or as torch.save wrote them; the latter
 needs PyTorch, which reads them without running code (weights_only). The settings of the model are
 read off the arrays, but for --normalization, of which no file tells: imagenet, as DeiT's weights
-want it, or inception (mean and deviation 0.5), as those of timm's vit_*_augreg; and for the windows
-of Swin v2, which are those of the registered model. WORKDIR is then like that of a training run, at
-step 0: predict, evaluate and train take it.
+want it and the default, or inception (mean and deviation 0.5), as those of timm's vit_*_augreg and
+of Segmenter on a vit, where it is the default; and for the windows of Swin v2, which are those of
+the registered model. WORKDIR is then like that of a training run, at step 0: predict, evaluate and
+train take it.
 Back: --checkpoint=last, best (highest accuracy) or a step.
+
+--layout=segmenter is that of github.com/rstrudel/segmenter: a vit or a deit with either decoder.
+The position embeddings are those of the crops of its training; images and windows of the run
+(`image_size`, `inference.window`) have their size. The classifiers of its encoder, encoder.head and
+encoder.head_dist, on which no mask depends, are passed over, and not written on the way back: such
+a file needs load_state_dict(..., strict=False) there.
 """
 
 from pathlib import Path
@@ -23,11 +33,11 @@ from safetensors.numpy import load_file, save_file
 
 from tokenvit_jax import cli
 from tokenvit_jax.config import default_config
-from tokenvit_jax.data import NORMALIZATIONS, dataset_info
+from tokenvit_jax.data import NORMALIZATIONS, dataset_info, list_datasets
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
-from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.models.layouts import LAYOUTS, Layout, export_weights, import_weights
+from tokenvit_jax.tasks import task_of
 from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints, load_variables
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import TrainState
@@ -47,9 +57,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("dataset", "imagenet2012", "whose classes the model tells", flag_values=FLAGS)
 flags.DEFINE_enum(
     "normalization",
-    "imagenet",
+    None,
     list(NORMALIZATIONS),
-    "of the pixels that the weights were trained with",
+    "of the pixels that the weights were trained with; default: that of most published ones",
     flag_values=FLAGS,
 )
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
@@ -75,7 +85,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def import_file(
-    source: Path, out: Path, name: str, layout: str, dataset: str, normalization: str
+    source: Path, out: Path, name: str, layout: str, dataset: str, normalization: str | None
 ) -> None:
     """Writes a run at step 0 with the weights of a file.
 
@@ -85,23 +95,25 @@ def import_file(
       name: of the model.
       layout: one of LAYOUTS.
       dataset: its classes must be as many as the model's.
-      normalization: of the pixels, a key of NORMALIZATIONS; goes into the run's config.
+      normalization: of the pixels, a key of NORMALIZATIONS; None: that of most weights in the
+        layout. Goes into the run's config.
 
     Raises:
-      UserError: the file cannot be read or does not fit, or the folder holds a run already.
+      UserError: the file cannot be read or does not fit, the layout has no such model or goes with
+        other datasets, or the folder holds a run already.
     """
-    found = _layout(layout, name)
+    found = _layout(layout, name, dataset)
     if (out / FOLDER).exists():
         raise UserError(f"--out={out} holds checkpoints already; use another folder")
     arrays = read_arrays(source)
     config = default_config()
     config.model, config.dataset = name, dataset
-    config.data.normalization = normalization
-    config.model_overrides = found.settings(arrays)
-    model = classification.make_model(config, dataset_info(dataset).num_classes)
+    config.data.normalization = normalization or found.normalization
+    config.update(found.settings(arrays))
+    model = task_of(dataset).make_model(config, dataset_info(dataset).num_classes)
     config.image_size = found.image_size(model)
     try:
-        params = import_weights(arrays, _shapes(model), found.rules(model))
+        params = import_weights(arrays, _shapes(model), found.rules(model), found.unused)
     except UserError as error:
         raise UserError(f"--source={source}: {error}") from error
     state = TrainState(
@@ -127,11 +139,12 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
       checkpoint: "last", "best" or a step.
 
     Raises:
-      UserError: there is no such checkpoint, or the layout has no such model.
+      UserError: there is no such checkpoint, or the layout has no such model or goes with other
+        datasets.
     """
     config = read_config(source)
-    rules = _layout(layout, config.model).rules
-    model = classification.make_model(config, dataset_info(config.dataset).num_classes)
+    rules = _layout(layout, config.model, config.dataset).rules
+    model = task_of(config.dataset).make_model(config, dataset_info(config.dataset).num_classes)
     loaded = load_variables(model, config.image_size, source, checkpoint)
     save_file(export_weights(loaded.variables["params"], rules(model)), out)
 
@@ -182,13 +195,19 @@ def _read_torch(path):
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
-def _layout(layout, name):
+def _layout(layout: str, name: str, dataset: str) -> Layout:
     families = LAYOUTS[layout]
     create_model(name)  # an unknown name says so
     family = name.split("_")[0]
     if family not in families:
         raise UserError(f"--layout={layout} has no model {name!r}; valid: {', '.join(families)}")
-    return families[family]
+    found = families[family]
+    if (task := dataset_info(dataset).task) != found.task:
+        valid = ", ".join(x for x in list_datasets() if dataset_info(x).task == found.task)
+        raise UserError(
+            f"--layout={layout} is for {found.task}, dataset {dataset!r} for {task}; valid: {valid}"
+        )
+    return found
 
 
 def _shapes(model):

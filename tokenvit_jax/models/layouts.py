@@ -31,17 +31,27 @@ class Rule(NamedTuple):
     change: Change
 
 
+# From the arrays of a file.
+Settings = Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+
+
 class Layout(NamedTuple):
     """Names and shapes of a family of models.
 
     rules: of a model; of those that fit a path, the first one applies.
-    settings: attributes of a model that show in its weights; those it cannot read are left.
+    settings: entries of a configuration that show in the weights; those it cannot read are left.
     image_size: side of the images, pixels, that a model is for.
+    task: that of the datasets whose classes a model tells.
+    normalization: of the pixels, as most of the published weights want it.
+    unused: beginnings of the names of what files hold and models of ours do not have.
     """
 
     rules: Callable[[nn.Module], list[Rule]]
-    settings: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+    settings: Settings
     image_size: Callable[[nn.Module], int]
+    task: str = "classification"
+    normalization: str = "imagenet"
+    unused: tuple[str, ...] = ()
 
 
 SAME = Change(lambda x: x, lambda x: x)
@@ -73,6 +83,21 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
     ]
 
 
+def _vit_block(ours: str) -> list[Rule]:
+    """The rules of a block of timm's transformers; ours: path of its module PART."""
+    norm1, attention, norm2, mlp = (
+        ours.replace("PART", part) for part in ("norm1", "attention", "norm2", "mlp")
+    )
+    return [
+        *_norm(norm1, "blocks.{}.norm1"),
+        *_linear(f"{attention}/qkv", "blocks.{}.attn.qkv"),
+        *_linear(f"{attention}/proj", "blocks.{}.attn.proj"),
+        *_norm(norm2, "blocks.{}.norm2"),
+        *_linear(f"{mlp}/fc1", "blocks.{}.mlp.fc1"),
+        *_linear(f"{mlp}/fc2", "blocks.{}.mlp.fc2"),
+    ]
+
+
 def timm_vit(model: nn.Module) -> list[Rule]:
     """The rules of timm's `VisionTransformer` and `VisionTransformerDistilled`."""
     return [
@@ -80,12 +105,7 @@ def timm_vit(model: nn.Module) -> list[Rule]:
         Rule("distillation_token", "dist_token", WITHOUT_BATCH),
         Rule("position", "pos_embed", WITHOUT_BATCH),
         *_linear("patches", "patch_embed.proj", KERNEL),
-        *_norm("blocks_{}/norm1", "blocks.{}.norm1"),
-        *_linear("blocks_{}/attention/qkv", "blocks.{}.attn.qkv"),
-        *_linear("blocks_{}/attention/proj", "blocks.{}.attn.proj"),
-        *_norm("blocks_{}/norm2", "blocks.{}.norm2"),
-        *_linear("blocks_{}/mlp/fc1", "blocks.{}.mlp.fc1"),
-        *_linear("blocks_{}/mlp/fc2", "blocks.{}.mlp.fc2"),
+        *_vit_block("blocks_{}/PART"),
         *_norm("norm", "fc_norm" if model.pool == "mean" else "norm"),
         *_linear("classifier", "head"),
         *_linear("distillation_classifier", "head_dist"),
@@ -146,21 +166,86 @@ def timm_swin_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"window_size": max((math.isqrt(len(table)) + 1) // 2, 1)}
 
 
-_TIMM_VIT = Layout(timm_vit, timm_vit_settings, lambda model: model.position_size[0])
-LAYOUTS = {
-    "timm": {  # first part of a model's name -> its layout
+def segmenter(model: nn.Module) -> list[Rule]:
+    """The rules of the original code of Segmenter, github.com/rstrudel/segmenter.
+
+    Both decoders; the encoder is timm's vision transformer.
+    """
+    decoder = [
+        *_linear("classifier", "head"),
+        *_linear("embedding", "proj_dec"),
+        Rule("class_token", "cls_emb", WITHOUT_BATCH),
+        *_vit_block("PART_{}"),
+        *_norm("norm", "decoder_norm"),
+        Rule("patch_projection/kernel", "proj_patch", SAME),
+        Rule("class_projection/kernel", "proj_classes", SAME),
+        *_norm("mask_norm", "mask_norm"),
+    ]
+    return [
+        *_within("backbone", "encoder", timm_vit(model.backbone)),
+        *_within("head", "decoder", decoder),
+    ]
+
+
+def _within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
+    """The rules of a part of a model."""
+    return [Rule(f"{ours}/{rule.ours}", f"{theirs}.{rule.theirs}", rule.change) for rule in rules]
+
+
+def segmenter_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the settings of a Segmenter: backbone, decoder, and the number of its blocks.
+
+    The map of the position embeddings is taken to be square.
+    """
+    prefix = "encoder."
+    encoder = {
+        name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)
+    }
+    backbone = timm_vit_settings(encoder)
+    backbone |= {"norm_epsilon": 1e-5, "position_resize": "bilinear"}
+    settings = {"model_overrides": backbone, "head": "linear"}
+    if "decoder.cls_emb" in arrays:
+        blocks = {name.split(".")[2] for name in arrays if name.startswith("decoder.blocks.")}
+        settings |= {"head": "mask_transformer", "head_overrides": {"depth": len(blocks)}}
+    return settings
+
+
+def _overrides(settings: Settings) -> Settings:
+    """Returns what a configuration has of the attributes of a model."""
+    return lambda arrays: {"model_overrides": settings(arrays)}
+
+
+_TIMM_VIT = Layout(timm_vit, _overrides(timm_vit_settings), lambda model: model.position_size[0])
+_SEGMENTER = Layout(
+    segmenter,
+    segmenter_settings,
+    lambda model: model.backbone.position_size[0],
+    task="segmentation",
+    unused=("encoder.head.", "encoder.head_dist."),  # classifiers, on which no mask depends
+)
+LAYOUTS = {  # name -> first part of a model's name -> its layout
+    "timm": {
         "vit": _TIMM_VIT,
         "deit": _TIMM_VIT,
         # The last map of a published model is one window.
-        "swin": Layout(timm_swin, timm_swin_settings, lambda model: 32 * model.window_size),
+        "swin": Layout(
+            timm_swin, _overrides(timm_swin_settings), lambda model: 32 * model.window_size
+        ),
         # All that have 1000 classes and the windows of the registered ones.
-        "swinv2": Layout(timm_swin, timm_swin_settings, lambda model: 256),
-    }
+        "swinv2": Layout(timm_swin, _overrides(timm_swin_settings), lambda model: 256),
+    },
+    "segmenter": {
+        "vit": _SEGMENTER._replace(normalization="inception"),
+        "deit": _SEGMENTER,
+    },
 }
 
 
 def import_weights(
-    arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], rules: list[Rule]
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    rules: list[Rule],
+    unused: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Returns parameters of ours from arrays of theirs.
 
@@ -168,6 +253,7 @@ def import_weights(
       arrays: name of theirs -> array; those that a model computes anew are passed over.
       expected: tree of shapes of the parameters.
       rules: of the layout.
+      unused: beginnings of the names of other arrays to pass over.
 
     Returns:
       A tree like ``expected``, float32.
@@ -175,7 +261,11 @@ def import_weights(
     Raises:
       UserError: names all entries that are missing, have another shape or belong to nothing.
     """
-    left = {name: array for name, array in arrays.items() if not name.endswith(COMPUTED)}
+    left = {
+        name: array
+        for name, array in arrays.items()
+        if not name.endswith(COMPUTED) and not name.startswith(unused)
+    }
     params, wrong = {}, []
     for path, leaf in flatten_dict(expected, sep="/").items():
         name, change = _theirs(path, rules)
