@@ -155,11 +155,9 @@ def batch_sums(
     logits = predict_logits(model, config, variables, images, batch["image_size"])
     # Filling of a batch, like pixels beyond an image.
     labels = jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
-    compare = functools.partial(_compare_rows, num_classes=logits.shape[-1])
-    sizes = batch["image_size"], batch["label_size"]
-    return jax.tree.map(
-        lambda x: x.sum(0), lax.map(lambda x: compare(*x), (logits, labels, *sizes))
-    )
+    compare = jax.vmap(functools.partial(_compare_rows, num_classes=logits.shape[-1]))
+    sums = compare(logits, labels, batch["image_size"], batch["label_size"])
+    return jax.tree.map(lambda x: x.sum(0), sums)
 
 
 def _compare_rows(logits, labels, size, label_size, num_classes):
