@@ -67,8 +67,7 @@ def test_names_and_shapes_are_those_of_timm(weights):
 def test_there_and_back_is_nothing(settings):
     model, params, arrays = random_arrays(**settings)
     read = LAYOUTS["timm"]["deit"].settings(arrays)
-    expected = {"distilled": False, "pool": "token"} | SETTINGS | settings
-    assert read == {"model_overrides": expected}
+    assert read == {"distilled": False, "pool": "token"} | SETTINGS | settings
     found = import_weights(arrays, convert._shapes(model), timm_vit(model))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     kernel = found["blocks_3"]["mlp"]["fc1"]["kernel"]
@@ -96,8 +95,7 @@ def test_swin_there_and_back_is_nothing(family):
         else {f"{block}.attn.logit_scale": (3, 1, 1), f"{block}.attn.cpb_mlp.2.weight": (3, 512)}
     )
     assert {name: arrays[name].shape for name in expected} == expected
-    overrides = {"window_size": 6} if family == "swin" else {}
-    assert layout.settings(arrays) == {"model_overrides": overrides}
+    assert layout.settings(arrays) == ({"window_size": 6} if family == "swin" else {})
     assert layout.image_size(model) == (192 if family == "swin" else 256)
     computed = {"layers.0.blocks.0.attn.relative_position_index": np.zeros((36, 36), np.int64)}
     found = import_weights(arrays | computed, shapes, layout.rules(model))

@@ -109,7 +109,8 @@ def import_file(
     config = default_config()
     config.model, config.dataset = name, dataset
     config.data.normalization = normalization or found.normalization
-    config.update(found.settings(arrays))
+    config.model_overrides = found.settings(arrays)
+    config.update(found.head(arrays))
     model = task_of(dataset).make_model(config, dataset_info(dataset).num_classes)
     config.image_size = found.image_size(model)
     try:

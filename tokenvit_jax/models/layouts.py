@@ -39,8 +39,10 @@ class Layout(NamedTuple):
     """Names and shapes of a family of models.
 
     rules: of a model; of those that fit a path, the first one applies.
-    settings: entries of a configuration that show in the weights; those it cannot read are left.
+    settings: attributes of a model, or of a backbone, that show in its weights; those it cannot
+      read are left.
     image_size: side of the images, pixels, that a model is for.
+    head: entries of a configuration on the head of a backbone.
     task: that of the datasets whose classes a model tells.
     normalization: of the pixels, as most of the published weights want it.
     unused: beginnings of the names of what files hold and models of ours do not have.
@@ -49,6 +51,7 @@ class Layout(NamedTuple):
     rules: Callable[[nn.Module], list[Rule]]
     settings: Settings
     image_size: Callable[[nn.Module], int]
+    head: Settings = lambda arrays: {}
     task: str = "classification"
     normalization: str = "imagenet"
     unused: tuple[str, ...] = ()
@@ -193,33 +196,29 @@ def _within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
 
 
 def segmenter_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the settings of a Segmenter: backbone, decoder, and the number of its blocks.
-
-    The map of the position embeddings is taken to be square.
-    """
-    prefix = "encoder."
+    """Returns the settings of a Segmenter's backbone; its position embeddings fit a square."""
     encoder = {
-        name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)
+        name.removeprefix("encoder."): x
+        for name, x in arrays.items()
+        if name.startswith("encoder.")
     }
-    backbone = timm_vit_settings(encoder)
-    backbone |= {"norm_epsilon": 1e-5, "position_resize": "bilinear"}
-    settings = {"model_overrides": backbone, "head": "linear"}
-    if "decoder.cls_emb" in arrays:
-        blocks = {name.split(".")[2] for name in arrays if name.startswith("decoder.blocks.")}
-        settings |= {"head": "mask_transformer", "head_overrides": {"depth": len(blocks)}}
-    return settings
+    return timm_vit_settings(encoder) | {"norm_epsilon": 1e-5, "position_resize": "bilinear"}
 
 
-def _overrides(settings: Settings) -> Settings:
-    """Returns what a configuration has of the attributes of a model."""
-    return lambda arrays: {"model_overrides": settings(arrays)}
+def segmenter_head(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns which decoder a Segmenter has, and of how many blocks, as a configuration does."""
+    if "decoder.cls_emb" not in arrays:
+        return {"head": "linear"}
+    blocks = {name.split(".")[2] for name in arrays if name.startswith("decoder.blocks.")}
+    return {"head": "mask_transformer", "head_overrides": {"depth": len(blocks)}}
 
 
-_TIMM_VIT = Layout(timm_vit, _overrides(timm_vit_settings), lambda model: model.position_size[0])
+_TIMM_VIT = Layout(timm_vit, timm_vit_settings, lambda model: model.position_size[0])
 _SEGMENTER = Layout(
     segmenter,
     segmenter_settings,
     lambda model: model.backbone.position_size[0],
+    segmenter_head,
     task="segmentation",
     unused=("encoder.head.", "encoder.head_dist."),  # classifiers, on which no mask depends
 )
@@ -228,11 +227,9 @@ LAYOUTS = {  # name -> first part of a model's name -> its layout
         "vit": _TIMM_VIT,
         "deit": _TIMM_VIT,
         # The last map of a published model is one window.
-        "swin": Layout(
-            timm_swin, _overrides(timm_swin_settings), lambda model: 32 * model.window_size
-        ),
+        "swin": Layout(timm_swin, timm_swin_settings, lambda model: 32 * model.window_size),
         # All that have 1000 classes and the windows of the registered ones.
-        "swinv2": Layout(timm_swin, _overrides(timm_swin_settings), lambda model: 256),
+        "swinv2": Layout(timm_swin, timm_swin_settings, lambda model: 256),
     },
     "segmenter": {
         "vit": _SEGMENTER._replace(normalization="inception"),
