@@ -11,7 +11,7 @@ from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.evaluate import evaluate
 from tokenvit_jax.models.reducers import searched_keep
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import classification, segmentation
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
@@ -182,6 +182,29 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
         np.testing.assert_array_equal(state.params[name], initial.variables["params"][name])
     back = load_initial(read_config(runs / "pooled"))
     assert "soft_extract" in back.variables["params"]["blocks_0"]  # not in the third stage
+
+
+def test_a_segmentation_model_starts_from_a_classifier(runs):
+    """Its backbone; the classifier is left, the head stays."""
+    config = stage()
+    config.dataset, config.head_overrides = "scenes", {"depth": 1, "head_dim": 8}
+    config.initial.workdir = str(runs / "base")
+    initial = load_initial(config)
+    model, optimizer = segmentation.make_model(config, 5), make_optimizer(config)
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, config))
+    fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 7, x.dtype)), shapes)
+    state = start_from(fresh, initial)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    jax.tree.map(np.testing.assert_array_equal, state.params["head"], fresh.params["head"])
+    expected = {k: v for k, v in initial.variables["params"].items() if k != "classifier"}
+    jax.tree.map(np.testing.assert_array_equal, state.params["backbone"], expected)
+
+    position = state.params["backbone"].pop("position")
+    state.params["backbone"]["position"] = np.zeros((1 + 16, 8))
+    with pytest.raises(UserError) as error:
+        start_from(state, initial)
+    path = "params/backbone/position"
+    assert f"1 entries differ: {path} is {position.shape} there, (17, 8) here" in str(error.value)
 
 
 def test_mistakes_are_named(runs, tmp_path):

@@ -15,6 +15,8 @@ from tokenvit_jax.training.state import TrainState, averaged_variables
 
 # Parameters that only some settings of a host have: one run may have them and the next one not.
 _OPTIONAL = re.compile(r"/(soft_extract/retention|halve_map/conv/(kernel|bias)|attention/alpha)$")
+# The head of a segmentation model, and what a classifier has behind that model's backbone.
+_HEADS = re.compile(r"^\w+/(head|backbone/(\w*classifier|head_\w+))/")
 
 
 def load_initial(config: ConfigDict) -> Checkpoint | None:
@@ -65,7 +67,9 @@ def start_from(state: TrainState, initial: Checkpoint) -> TrainState:
     """Returns a state before the first step with the variables of another run.
 
     Parameters that only one of the runs has, because of its token reducer or its normalisation of
-    queries and keys, stay as they are, or are left.
+    queries and keys, stay as they are, or are left. So do the head and the classifier where the
+    backbone of a segmentation model starts from a run of classification: with position embeddings
+    of the same size, `model_overrides.position_size` of that run.
 
     Args:
       state: of `Parallel.init`.
@@ -75,11 +79,16 @@ def start_from(state: TrainState, initial: Checkpoint) -> TrainState:
       UserError: the run is of another model; all differences are named.
     """
     ours = flatten_dict({"params": state.params, **state.model_state}, sep="/")
-    theirs = flatten_dict(initial.variables, sep="/")
+    theirs, of_one = initial.variables, [_OPTIONAL]
+    if "backbone" in state.params and "backbone" not in theirs["params"]:
+        theirs = {collection: {"backbone": tree} for collection, tree in theirs.items()}
+        of_one.append(_HEADS)
+    theirs = flatten_dict(theirs, sep="/")
     wrong = []
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = (getattr(tree.get(name), "shape", "missing") for tree in (ours, theirs))
-        if here != there and not ("missing" in (here, there) and _OPTIONAL.search(name)):
+        may_lack = "missing" in (here, there) and any(rule.search(name) for rule in of_one)
+        if here != there and not may_lack:
             wrong.append(f"{name} is {there} there, {here} here")
     if wrong:
         raise UserError(
