@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.ops import superpixels
+from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
 from tokenvit_jax.summary import count_macs
 
 # One image each, made by the released code, with three channels of what is reconstructed.
@@ -150,7 +150,7 @@ def test_reconstruction_equals_the_released_code(path):
         np.testing.assert_array_equal(found, golden[f"labels_{iterations}"])
     for name in golden.files:
         normalize, _, neighbors = name.partition("_")
-        if normalize in superpixels.NORMS:
+        if normalize in NORMS:
             k = int(neighbors) % 1000  # -1: all
             settings |= {"neighbors": k, "normalize": normalize, "mode": "soft"}
         elif name == "bilinear":
@@ -190,7 +190,7 @@ def test_weights_of_a_token():
     x, centers, refined = problem()
     ones = np.ones_like(refined)
     settings = SETTINGS | {"grid": GRID, "clusters": CLUSTERS, "neighbors": 6}
-    for mode in superpixels.MODES:
+    for mode in MODES:
         found = ops.reconstruct_tokens(x, centers, ones, mode=mode, **settings)
         np.testing.assert_allclose(found, 1, atol=1e-12)
     for mode, most in (("soft", 6), ("window", WINDOW**2)):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.ops.superpixels import MODES, NORMS
+from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
 
 WHERE = ("blocks", "logits")
 

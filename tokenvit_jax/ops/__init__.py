@@ -20,7 +20,8 @@ from tokenvit_jax.ops.group_attention import (
 )
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
-from tokenvit_jax.ops.superpixels import cluster_superpixels, reconstruct_tokens
+from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
+from tokenvit_jax.ops.superpixels import cluster_superpixels
 from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
 from tokenvit_jax.ops.window_attention import relative_position_bias, window_attention
