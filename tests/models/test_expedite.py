@@ -114,8 +114,14 @@ def test_the_parameters_are_those_of_the_host():
 @pytest.mark.parametrize(
     ("expedite", "message"),
     [
-        ({"alpha": -1, "beta": 1}, "expedite.alpha=-1 is not valid; valid: 0 to 3 in a model of 4"),
-        ({"alpha": 2, "beta": 3}, "expedite.beta=3 is not valid; valid: 1 to 2 in a model of 4"),
+        (
+            {"alpha": -1, "beta": 1},
+            "expedite.alpha=-1 is not valid; valid: 0 to 3 in a model or stage of 4",
+        ),
+        (
+            {"alpha": 2, "beta": 3},
+            "expedite.beta=3 is not valid; valid: 1 to 2 in a model or stage of 4",
+        ),
         ({"alpha": 4, "beta": 1}, "expedite.alpha=4 is not valid"),
         (
             {"alpha": 1, "beta": 1, "window": 4},

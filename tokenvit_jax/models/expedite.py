@@ -56,7 +56,7 @@ class Expedite:
             if not first <= getattr(self, name) <= last:
                 raise UserError(
                     f"expedite.{name}={getattr(self, name)} is not valid; valid: {first} to {last} "
-                    f"in a model of {depth} blocks"
+                    f"in a model or stage of {depth} blocks"
                 )
         for name, fits, valid in (
             ("where", self.where in WHERE, ", ".join(WHERE)),
