@@ -3,11 +3,14 @@
 A file in ``configs/`` names its model here and says what differs.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES, default_config
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.published import TOKEN_POOLING
 
@@ -271,6 +274,187 @@ def _pooled(config, keep=()):
         "keep": keep, "method": "weighted_kmedoids", "initial": "score", "carry": False,
         "diagonal": True,
     }  # fmt: skip
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# Swin Transformer
+# ------------------------------------------------------------------------------------------------
+
+
+def swin_config(model: str, arg: str, *, drop_path: float) -> ConfigDict:
+    """Returns the configuration of a Swin Transformer of either version.
+
+    Args:
+      model: its name.
+      arg: "": the published one; "digits": shrunk to the embedded digits.
+      drop_path: stochastic depth.
+    """
+
+    def published():
+        config = imagenet_recipe()
+        config.model = model
+        config.model_overrides = {"drop_path": drop_path, "remat": False}
+        if _is_v2(model):
+            config.image_size = 256
+        return config
+
+    return _choose(arg, {"": published, "digits": lambda: swin_digits_config(model)})
+
+
+def swin_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a Swin Transformer that is shrunk to the embedded digits."""
+    config = digits_recipe()
+    config.model = model
+    config.model_overrides = {
+        "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
+        # Maps of 16, 8, 4 and 2 rows and columns: 16, 4, 1 and 1 windows, in the first two stages
+        # shifted by every second block.
+        "depths": (2, 2, 2, 1), "window_size": 4,
+        "drop_path": 0.0, "remat": False,
+    }  # fmt: skip
+    if _is_v2(model):
+        config.model_overrides.pretrained_window_sizes = (4, 4, 4, 2)
+    return config
+
+
+def _is_v2(model):
+    return model.startswith("swinv2")
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmenter
+# ------------------------------------------------------------------------------------------------
+
+
+class SegmenterSetting(NamedTuple):
+    """What the code of Segmenter sets for a dataset, and how large its evaluation images are.
+
+    epochs. eval_epochs: between two evaluations. batch_size. learning_rate. short_side: of the
+    resized images, pixels. crop: side of the crops and the windows, pixels. stride: of the windows,
+    pixels. depth: blocks of the mask transformer. eval_size: of the buffer of the resized images;
+    what is longer shrinks to fit. label_size: of the largest label map.
+    """
+
+    epochs: int
+    eval_epochs: int
+    batch_size: int
+    learning_rate: float
+    short_side: int
+    crop: int
+    stride: int
+    depth: int
+    eval_size: tuple[int, int]
+    label_size: tuple[int, int]
+
+
+# Strudel et al. 2021; github.com/rstrudel/segmenter, segm/config.yml. The buffers hold images whose
+# longer side is up to twice the shorter one: few of ADE20K and Pascal-Context have a longer one.
+SEGMENTER = {
+    "ade20k": SegmenterSetting(
+        epochs=64, eval_epochs=2, batch_size=8, learning_rate=1e-3,
+        short_side=512, crop=512, stride=512, depth=2,
+        eval_size=(1024, 1024), label_size=(2100, 2100),
+    ),
+    "pascal_context": SegmenterSetting(
+        epochs=256, eval_epochs=8, batch_size=16, learning_rate=1e-3,
+        short_side=520, crop=480, stride=320, depth=2,
+        eval_size=(1120, 1120), label_size=(500, 500),
+    ),
+    "cityscapes": SegmenterSetting(
+        epochs=216, eval_epochs=4, batch_size=8, learning_rate=1e-2,
+        short_side=1024, crop=768, stride=512, depth=1,
+        eval_size=(1024, 2048), label_size=(1024, 2048),
+    ),
+}  # fmt: skip
+
+
+def segmenter_config(model: str, arg: str, *, ade20k_side: int = 512) -> ConfigDict:
+    """Returns the configuration of a Segmenter.
+
+    Args:
+      model: its backbone.
+      arg: "": on ADE20K; "pascal_context" and "cityscapes": on these; "scenes": shrunk to the
+        embedded scenes.
+      ade20k_side: of the images of ADE20K, the shorter one, and of their crops and windows, pixels.
+    """
+    side = ade20k_side
+    ade20k = SEGMENTER["ade20k"]._replace(
+        short_side=side, crop=side, stride=side, eval_size=(2 * side, 2 * side)
+    )
+    configs = {"": functools.partial(_segmenter, model, "ade20k", ade20k)}
+    for dataset in ("pascal_context", "cityscapes"):
+        configs[dataset] = functools.partial(_segmenter, model, dataset, SEGMENTER[dataset])
+    return _choose(arg, configs | {"scenes": lambda: segmenter_scenes_config(model)})
+
+
+def _segmenter(model, dataset, setting):
+    """Strudel et al. 2021, Section 4.1, and their code; without the dropout of its decoder."""
+    config = default_config()
+    config.dataset = dataset
+    config.dtype = "bfloat16"
+    config.model = model
+    config.model_overrides = {
+        "drop_path": 0.1, "remat": False, "norm_epsilon": 1e-5,
+        # Those of the weights that training starts from.
+        "position_size": (384, 384), "position_resize": "bilinear",
+    }  # fmt: skip
+    config.head_overrides = {"depth": setting.depth}
+    config.image_size = setting.crop
+    config.inference.stride = setting.stride
+    _read_scenes(config, setting)
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = setting.learning_rate
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.schedule = "polynomial"
+    config.optimizer.power = 0.9
+    images = dataset_info(dataset).splits["train"]
+    steps_per_epoch = images // setting.batch_size
+    config.num_steps = setting.epochs * images // setting.batch_size
+    config.eval_every_steps = setting.eval_epochs * steps_per_epoch
+    config.checkpoint_every_steps = steps_per_epoch
+    return config
+
+
+def _read_scenes(config, setting):
+    """The augmentation of mmsegmentation, and the buffers of the evaluation."""
+    config.batch_size = setting.batch_size
+    config.data.workers = 10
+    config.data.eval_batch_size = 8
+    config.data.eval_short_side = setting.short_side
+    config.data.eval_size = setting.eval_size
+    config.data.label_size = setting.label_size
+    config.data.normalization = "inception"
+    config.augment.short_side = setting.short_side
+    config.augment.scale_range = (0.5, 2.0)
+    config.augment.max_class_share = 0.75
+    config.augment.flip = 0.5
+    config.augment.photometric = True
+
+
+def segmenter_scenes_config(model: str) -> ConfigDict:
+    """Returns the configuration of a Segmenter that is shrunk to the embedded scenes: 256 patches.
+
+    2,000 training and 200 test images of 128 x 128 pixels: digits pasted on photographs.
+    """
+    config = default_config()
+    config.dataset = "scenes"
+    config.model = model
+    config.model_overrides = {
+        "dim": 96, "depth": 8, "num_heads": 4, "patch_size": 8, "position_size": (128, 128),
+        "drop_path": 0.0, "remat": False, "init_std": 0.1,
+    }  # fmt: skip
+    config.head = "mask_transformer"
+    config.head_overrides = {"depth": 1, "head_dim": 24}
+    config.image_size = 128
+    config.batch_size = 16
+    config.data.eval_batch_size = 20
+    config.num_steps = 3000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.log_every_steps = 50
+    config.eval_every_steps = 500
+    config.checkpoint_every_steps = 500
     return config
 
 
