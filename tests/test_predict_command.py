@@ -16,7 +16,8 @@ from PIL import Image
 from tokenvit_jax import cli, predict
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info, eval_image
-from tokenvit_jax.tasks import classification, pictures
+from tokenvit_jax.data.dense_transforms import fit_image, pad
+from tokenvit_jax.tasks import classification, pictures, segmentation, task_of
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import normalize
@@ -31,6 +32,12 @@ CLUSTR_OVERRIDES = {
     "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 0, 0, 1),
     "mlp_ratios": (2, 2, 2, 2), "ratios": ((16,), (1,), (1,), (1,)),
 }  # fmt: skip
+# 2 x 2 superpixels of 4 x 4 patches.
+SEGMENTER_OVERRIDES = {
+    "dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1, "patch_size": 8,
+    "position_size": (32, 32), "init_std": 0.5,
+    "expedite": {"alpha": 1, "beta": 1, "clusters": (2, 2)},
+}  # fmt: skip
 
 
 def tiny_config(model="dgt_t", overrides=OVERRIDES):
@@ -41,8 +48,19 @@ def tiny_config(model="dgt_t", overrides=OVERRIDES):
     return config
 
 
+def scenes_config():
+    """A Segmenter whose windows see a part of the image."""
+    config = tiny_config("vit_ti", SEGMENTER_OVERRIDES)
+    config.dataset = "scenes"
+    config.head_overrides = {"depth": 1, "head_dim": 8}
+    config.data.eval_size = (32, 48)
+    config.inference.stride = 8
+    return config
+
+
 def initial_state(config):
-    model = classification.make_model(config, 10)
+    num_classes = dataset_info(config.dataset).num_classes
+    model = task_of(config.dataset).make_model(config, num_classes)
     return jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
 
 
@@ -107,8 +125,7 @@ def test_command(monkeypatch, capsys, tmp_path, workdir, images):
 
 def test_numbers_are_those_of_the_model(workdir, state, images):
     config, info = tiny_config(), dataset_info("digits")
-    image = predict.read_image(images[0], config, info)
-    np.testing.assert_array_equal(image, eval_image(Image.open(images[0]), 32, 1.0))
+    image = eval_image(predict.read_image(images[0]), 32, 1.0)
     probabilities, intermediates = predict.make_predict(config, workdir, "last")(image)
     routing = pictures.finest_routing(intermediates, image.shape[:2])
 
@@ -146,6 +163,36 @@ def test_clusters_have_a_picture(monkeypatch, capsys, tmp_path, images):
     assert status == 0
     assert printed.endswith(f" -> {out}/a_classes.png {out}/a_clusters.png\n")
     assert np.asarray(Image.open(out / "a_clusters.png").convert("RGB")).std() > 10
+
+
+def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
+    config = scenes_config()
+    state = initial_state(config)
+    write_run(tmp_path, config, state)
+    out = tmp_path / "out"
+    status, printed, _ = run(monkeypatch, capsys, workdir=tmp_path, images=images[0], out=out)
+    assert status == 0
+    kinds = ("segmentation", "labels", "superpixels")
+    assert printed.endswith(" -> " + " ".join(f"{out}/a_{kind}.png" for kind in kinds) + "\n")
+    for kind in ("segmentation", "superpixels"):
+        assert np.asarray(Image.open(out / f"a_{kind}.png").convert("RGB")).std() > 10
+
+    # The image has 40 x 50 pixels, 32 x 40 of them are seen.
+    model = segmentation.make_model(config, 5)
+    pixels = fit_image(Image.open(images[0]), 32, 32, 48)
+    buffer = normalize(pad(pixels, (32, 48, 3), (124, 116, 104))[None], "imagenet")
+    variables, size = {"params": state.params}, np.array([pixels.shape[:2]])
+    predict_logits = functools.partial(segmentation.predict_logits, model, config)
+    logits = jax.jit(predict_logits)(variables, buffer, size)[0, :32, :40]
+    logits = jax.image.resize(logits, (40, 50, 5), "bilinear", antialias=False)
+    with Image.open(out / "a_labels.png") as labels:
+        assert labels.mode == "P"
+        labels = np.asarray(labels)
+    assert len(np.unique(labels)) > 1
+    assert np.mean(labels == logits.argmax(-1)) > 0.99  # near ties may fall the other way
+    label, part = pictures.class_shares(labels)[0]
+    name = dataset_info("scenes").class_names[label]
+    assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
 
 
 def test_classes_without_names():

@@ -1,26 +1,33 @@
-"""Classifies images with a trained model and draws what it sees.
+"""Predictions of a trained model on images, and pictures of what it sees.
 
     python -m tokenvit_jax.predict --workdir=RUN --images=a.jpg,b.png --out=PICTURES
 
-For each image: its most probable classes; for a model with dynamic groups the largest query groups
-with the keys that each selects; for one with clusters the clusters of its tokens, as coloured
-regions and one by one. --checkpoint=last, best (highest accuracy) or a step.
+Of a classifier, for each image: its most probable classes; for a model with dynamic groups the
+largest query groups with the keys that each selects; for one with clusters the clusters of its
+tokens, as coloured regions and one by one. Of a segmentation model: the classes of the pixels over
+the image, and as a label map of its size, a PNG whose pixels are the labels. Of both, where a model
+clusters patches by `expedite`: the borders of the superpixels, of an image that is seen in several
+windows those of the one in the middle. --checkpoint=last, best (highest accuracy) or a step.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from PIL import Image
 
 from tokenvit_jax import cli
 from tokenvit_jax.data import DatasetInfo, dataset_info, decode_image, eval_image
+from tokenvit_jax.data.examples import EvalScenes
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import classification, pictures
+from tokenvit_jax.tasks import classification, pictures, segmentation
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import normalize
 from tokenvit_jax.training.workdir import read_config
@@ -33,6 +40,9 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 TOP_CLASSES = 5
 
+# From an image and its name to classes, each with its part of 1, and pictures by their kind.
+Show = Callable[[Image.Image, str], tuple[list[tuple[str, float]], dict[str, Figure | Image.Image]]]
+
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the pictures and prints a line per image."""
@@ -40,35 +50,55 @@ def main(flag_values: flags.FlagValues) -> None:
         raise UserError("--images names no file")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     config = read_config(workdir)
-    info = dataset_info(config.dataset)
     files = [Path(name) for name in flag_values.images]
     # Before the checkpoint is loaded: a mistake in a name costs no time.
-    images = [read_image(file, config, info) for file in files]
-    predict = make_predict(config, workdir, flag_values.checkpoint)
+    images = [read_image(file) for file in files]
+    make_show = SHOWS[dataset_info(config.dataset).task]
+    show = make_show(config, workdir, flag_values.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):
-        probabilities, intermediates = predict(image)
-        classes = top_classes(probabilities, info)
-        figures = {"classes": pictures.plot_classes(image, classes)}
-        figures |= token_figures(image, intermediates, file.name)
-        paths = [_save(figure, out / f"{name}_{kind}.png") for kind, figure in figures.items()]
-        found = ", ".join(f"{label} {probability:.1%}" for label, probability in classes)
+        classes, drawn = show(image, file.name)
+        paths = [_save(picture, out / f"{name}_{kind}.png") for kind, picture in drawn.items()]
+        found = ", ".join(f"{label} {part:.1%}" for label, part in classes[:TOP_CLASSES])
         print(f"{file}: {found} -> {' '.join(map(str, paths))}")
 
 
-def read_image(file: Path, config: ConfigDict, info: DatasetInfo) -> np.ndarray:
-    """Returns the (S, S, 3) uint8 pixels that evaluation would make of an image file.
+def read_image(file: Path) -> Image.Image:
+    """Returns the RGB image in a file.
 
     Raises:
         UserError: the file cannot be read, or is no image.
     """
-    crop = config.data.eval_crop if info.center_crop else 1.0
     try:
-        return eval_image(decode_image(file.read_bytes()), config.image_size, crop)
+        return decode_image(file.read_bytes())
     except OSError as error:
         raise UserError(f"--images: {file}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"--images: {file}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Classification
+# ------------------------------------------------------------------------------------------------
+
+
+def show_classes(config: ConfigDict, workdir: Path, checkpoint: str) -> Show:
+    """Returns what shows the classes of an image, and what the model did with its tokens.
+
+    Arguments and errors are those of :func:`make_predict`.
+    """
+    info = dataset_info(config.dataset)
+    predict = make_predict(config, workdir, checkpoint)
+    crop = config.data.eval_crop if info.center_crop else 1.0
+
+    def show(image, caption):
+        pixels = eval_image(image, config.image_size, crop)
+        probabilities, intermediates = predict(pixels)
+        classes = top_classes(probabilities, info)
+        figures = {"classes": pictures.plot_classes(pixels, classes)}
+        return classes, figures | token_figures(pixels, intermediates, caption)
+
+    return show
 
 
 def token_figures(
@@ -88,6 +118,9 @@ def token_figures(
     clusterings = pictures.stage_clusterings(intermediates, image.shape[:2])
     if clusterings:
         figures["clusters"] = pictures.plot_clusters(image, clusterings, caption)
+    if "superpixels" in intermediates:
+        clustering = intermediates["superpixels"]
+        figures["superpixels"] = pictures.plot_superpixels(image, clustering, caption)
     return figures
 
 
@@ -101,20 +134,22 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
 
     Returns:
         ``predict(image)``: from (S, S, 3) uint8 to (num_classes,) and the model's collection
-        "intermediates", of which `tasks.pictures` takes groups and clusters.
+        "intermediates", of which `tasks.pictures` takes groups and clusters; where it has
+        superpixels, also "superpixels", a `pictures.Clustering`.
 
     Raises:
         UserError: there is no such checkpoint, or it is of another model.
     """
-    model = classification.make_model(config, dataset_info(config.dataset).num_classes)
-    loaded = load_variables(model, config.image_size, workdir, checkpoint)
-    variables = jax.device_put(loaded.variables)
+    model, variables = _load(classification, config, workdir, checkpoint)
 
     @jax.jit
     def apply(variables, images):
         images = normalize(images, config.data.normalization)
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
-        return jax.nn.softmax(logits), state.get("intermediates", {})
+        intermediates = state.get("intermediates", {})
+        if (found := pictures.superpixels(model, variables, images)) is not None:
+            intermediates |= {"superpixels": found}
+        return jax.nn.softmax(logits), intermediates
 
     def predict(image):
         probabilities, intermediates = jax.device_get(apply(variables, image[None]))
@@ -131,8 +166,104 @@ def top_classes(probabilities: np.ndarray, info: DatasetInfo) -> list[tuple[str,
         info: of the dataset that the model learned; without names, a class is called by its index.
     """
     best = np.argsort(-probabilities, kind="stable")[:TOP_CLASSES]
-    names = info.class_names or [f"class {label}" for label in range(info.num_classes)]
+    names = _class_names(info)
     return [(names[label], float(probabilities[label])) for label in best]
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmentation
+# ------------------------------------------------------------------------------------------------
+
+
+def show_label_map(config: ConfigDict, workdir: Path, checkpoint: str) -> Show:
+    """Returns what shows the classes of the pixels of an image, and its superpixels if any.
+
+    Arguments and errors are those of :func:`make_segment`.
+    """
+    info = dataset_info(config.dataset)
+    names = _class_names(info)
+    segment = make_segment(config, workdir, checkpoint)
+
+    def show(image, caption):
+        labels, window, clustering = segment(image)
+        drawn = {
+            "segmentation": pictures.plot_segmentation(np.asarray(image), labels, names),
+            "labels": pictures.label_image(labels, info.num_classes),
+        }
+        if clustering is not None:
+            drawn["superpixels"] = pictures.plot_superpixels(window, clustering, caption)
+        return [(names[label], part) for label, part in pictures.class_shares(labels)], drawn
+
+    return show
+
+
+def make_segment(config: ConfigDict, workdir: Path, checkpoint: str):
+    """Returns a function of one image to the classes of its pixels, by the way of evaluation.
+
+    Args:
+        config: of the workdir.
+        workdir: folder of a training run.
+        checkpoint: "last", "best" or a step.
+
+    Returns:
+        ``segment(image)``: from an RGB image of any size to its labels (H, W) uint8; the window in
+        the middle of the resized image (S, S, 3) uint8; and the superpixels of that, or None.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another model.
+    """
+    model, variables = _load(segmentation, config, workdir, checkpoint)
+    resize = EvalScenes(config, dataset_info(config.dataset), source=None)
+    side = config.inference.window or config.image_size
+
+    @jax.jit
+    def apply(variables, images, sizes):
+        images = normalize(images, config.data.normalization)
+        return segmentation.predict_logits(model, config, variables, images, sizes)[0]
+
+    @jax.jit
+    def cluster(variables, images):
+        images = normalize(images, config.data.normalization)
+        backbone = {kind: tree["backbone"] for kind, tree in variables.items()}
+        return pictures.superpixels(model.backbone, backbone, images)
+
+    def segment(image):
+        no_label = np.zeros((1, 1), np.uint8)
+        example = resize(0, image, no_label)
+        pixels, size = example["image"], example["image_size"]
+        labels = _largest(apply(variables, pixels[None], size[None]), size, image.size[::-1])
+        top, left = np.maximum(size - side, 0) // 2
+        window = pixels[top : top + side, left : left + side]
+        return *jax.device_get((labels, window)), jax.device_get(cluster(variables, window[None]))
+
+    return segment
+
+
+@functools.partial(jax.jit, static_argnames="new_size")
+def _largest(logits, size, new_size):
+    """Class of the largest logit (h, w) of an image that is resized to new_size (h, w)."""
+    height, width = new_size
+
+    def predict(start):  # some rows after others: logits of all would not fit into memory
+        rows = start + jnp.arange(segmentation.CHUNK)
+        found = segmentation.resize_pixels(logits, size, jnp.array(new_size), rows, width)
+        return jnp.argmax(found, -1).astype(jnp.uint8)
+
+    labels = jax.lax.map(predict, jnp.arange(0, height, segmentation.CHUNK))
+    return labels.reshape(-1, width)[:height]
+
+
+SHOWS = {"classification": show_classes, "segmentation": show_label_map}
+
+
+def _load(task, config, workdir, checkpoint):
+    model = task.make_model(config, dataset_info(config.dataset).num_classes)
+    loaded = load_variables(model, config.image_size, workdir, checkpoint)
+    return model, jax.device_put(loaded.variables)
+
+
+def _class_names(info: DatasetInfo) -> Sequence[str]:
+    return info.class_names or [f"class {label}" for label in range(info.num_classes)]
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:
@@ -144,8 +275,11 @@ def _picture_names(files: Sequence[Path]) -> list[str]:
     ]
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
+def _save(picture: Figure | Image.Image, path: Path) -> Path:
+    if isinstance(picture, Figure):
+        picture.savefig(path, dpi=150)
+    else:
+        picture.save(path)
     return path
 
 

@@ -1,8 +1,14 @@
 """Pictures show what they say: the right tokens, groups, classes and metrics."""
 
+import io
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import pictures
 
@@ -106,6 +112,80 @@ def test_color_regions_gives_each_cluster_one_colour():
     corners = colored[[0, 0, 7, 7], [0, 7, 0, 7]]
     np.testing.assert_array_equal(corners[1], corners[2])
     assert len(np.unique(colored.reshape(-1, 3), axis=0)) == 3
+
+
+def test_superpixels_are_the_nearest_centres_where_the_model_clusters():
+    model = tv.create_model(
+        "vit_ti", dim=8, depth=3, num_heads=2, mlp_ratio=1, patch_size=8, position_size=(32, 48),
+        init_std=0.5, expedite={"alpha": 2, "beta": 1, "clusters": (2, 3)},
+    )  # fmt: skip
+    images = jnp.asarray(rng.normal(size=(2, 32, 48, 3)), jnp.float32)
+
+    @jax.jit
+    def find(images):
+        variables = model.init(jax.random.key(0), images, train=False)
+        _, state = model.apply(variables, images, train=False, capture_intermediates=True)
+        tokens, _ = state["intermediates"]["blocks_1"]["__call__"][0]
+        centers = model.expedite.cluster(tokens[:, 1:], (4, 6))
+        return tokens[:, 1:], centers, pictures.superpixels(model, variables, images).assignment
+
+    tokens, centers, found = find(images)
+    distances = np.linalg.norm(tokens[:, :, None] - centers[:, None], axis=-1)
+    np.testing.assert_array_equal(found, distances.argmin(-1))
+    assert len(np.unique(found)) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expedite"),
+    [
+        ("vit_ti", None),
+        ("vit_ti", {"alpha": 0, "beta": 12, "clusters": (2, 2), "mode": "bilinear"}),
+        ("swin_t", None),
+    ],
+)
+def test_no_superpixels_of_a_model_that_clusters_no_patches(name, expedite):
+    model = tv.create_model(name, expedite=expedite)
+    assert pictures.superpixels(model, {}, jnp.zeros((1, 64, 64, 3))) is None
+
+
+def test_plot_superpixels_draws_borders_and_mean_colours():
+    image = np.zeros((8, 12, 3), np.uint8)
+    image[:, :4] = 90
+    clustering = pictures.Clustering(np.array([[0, 5, 5, 0, 0, 5]]), (2, 3))
+    figure = pictures.plot_superpixels(image, clustering, "a")
+    left, right = figure.axes
+    assert [left.get_title(), right.get_title()] == ["a", "2 x 3 patches, 2 superpixels"]
+    (lines,) = left.collections
+    segments = {tuple(map(tuple, segment + 0.5)) for segment in lines.get_segments()}
+    assert segments == {((4, 0), (4, 4)), ((8, 4), (8, 8)), ((4, 4), (8, 4))}
+    means = right.images[0].get_array()
+    assert means[0, 0].tolist() == means[7, 7].tolist() == [60] * 3  # two patches of 90, one of 0
+    assert means[0, 11].tolist() == [0] * 3
+
+
+def test_plot_segmentation_names_the_classes_that_occur():
+    image = rng.integers(256, size=(8, 10, 3), dtype=np.uint8)
+    labels = np.zeros((8, 10), int)
+    labels[:2], labels[2, :4] = 3, 1
+    assert pictures.class_shares(labels) == [(0, 0.7), (3, 0.25), (1, 0.05)]
+    figure = pictures.plot_segmentation(image, labels, ["sky", "car", "bus", "road"])
+    legend = figure.axes[2].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "sky: 70.0%", "road: 25.0%", "car: 5.0%"
+    ]  # fmt: skip
+    expected = 0.45 * image[2, 0].mean() + 0.55 * pictures.distinct_colors(4)[1]
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array()[2, 0], expected, atol=1)
+
+
+def test_label_image_holds_the_labels():
+    labels = rng.integers(150, size=(8, 10))
+    file = io.BytesIO()
+    pictures.label_image(labels, 150).save(file, "png")
+    image = Image.open(file)
+    np.testing.assert_array_equal(np.asarray(image), labels)
+    colors = pictures.distinct_colors(150)
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colors[labels])
+    assert len(np.unique(colors, axis=0)) == 150
 
 
 def test_plot_classes():

@@ -1,6 +1,7 @@
-"""Pictures of what a model does: classes, query groups, token clusters, learning curves.
+"""Pictures of what a model does: classes, label maps, groups, clusters, superpixels, curves.
 
-Every function returns a matplotlib Figure and has no other effect; `figure.savefig` writes it.
+Every function that draws returns a matplotlib Figure and has no other effect; `figure.savefig`
+writes it.
 """
 
 import colorsys
@@ -8,13 +9,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.vit import VisionTransformer
 
 # Okabe and Ito 2008: distinguishable with any colour vision, on photographs too.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -185,16 +193,33 @@ def color_regions(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, in
     Returns:
         (H, W, 3) uint8.
     """
-    # Hues apart by the golden section: neighbours in number are far apart in colour.
-    palette = np.array(
-        [
-            colorsys.hsv_to_rgb(0.61803399 * i % 1, 0.85, 0.6 + 0.4 * (i % 2))
-            for i in range(assignment.max() + 1)
-        ]
-    )
     clusters = _pixels_of(assignment.reshape(grid), image.shape[:2])
+    return color_labels(image, clusters, assignment.max() + 1)
+
+
+def color_labels(image: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """Colours the pixels of an image by their labels.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (H, W) int, in [0, num_labels).
+        num_labels: how many there may be.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     grey = image.mean(-1, keepdims=True)
-    return (0.45 * grey + 0.55 * 255 * palette[clusters]).astype(np.uint8)
+    return (0.45 * grey + 0.55 * distinct_colors(num_labels)[labels]).astype(np.uint8)
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """Returns colours (count, 3) uint8, of which neighbours in number are far apart."""
+    # Hues apart by the golden section, from blue: the first label is often the background.
+    colors = [
+        colorsys.hsv_to_rgb((0.6 + 0.61803399 * i) % 1, 0.85, 0.6 + 0.4 * (i % 2))
+        for i in range(count)
+    ]
+    return (255 * np.array(colors)).round().astype(np.uint8)
 
 
 def _pixels_of(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -203,6 +228,114 @@ def _pixels_of(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         np.arange(side) * count // side for side, count in zip(size, tokens.shape, strict=True)
     )
     return tokens[rows[:, None], columns]
+
+
+def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clustering | None:
+    """Returns which superpixel each patch of a plain host is nearest to, where they are clustered.
+
+    Args:
+        model: the host; what is asked for is what its `expedite` does.
+        variables: of the model.
+        images: (B, H, W, 3), normalised.
+
+    Returns:
+        The clustering, or None for a model that has none of patches.
+    """
+    if not isinstance(model, VisionTransformer) or not model.expedite or not model.expedite.alpha:
+        return None
+    before = model.clone(expedite=None, depth=model.expedite.alpha)
+    tokens = before.apply(variables, images, False, method="tokens")[:, 1 + model.distilled :]
+    grid = tuple(-(-side // model.patch_size) for side in images.shape[1:3])
+    centers = model.expedite.cluster(tokens, grid)
+    numbers = jnp.broadcast_to(jnp.arange(float(centers.shape[1])), centers.shape[:2])
+    nearest = ops.reconstruct_tokens(tokens, centers, numbers[..., None], mode="hard")
+    return Clustering(nearest[..., 0].astype(jnp.int32), grid)
+
+
+def plot_superpixels(image: np.ndarray, clustering: Clustering, caption: str) -> Figure:
+    """Draws the borders of superpixels over an image, and beside it their mean colours.
+
+    Args:
+        image: (H, W, 3) uint8.
+        clustering: of this image alone, (1, N).
+        caption: names the image.
+    """
+    (assignment,), (rows, columns) = clustering
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(6.4 * width / height + 0.2, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _show(left, image)
+    left.set_title(caption, fontsize=8)
+    regions = assignment.reshape(rows, columns)
+    scale = np.array([width / columns, height / rows])
+    borders = _borders(regions) * scale - 0.5  # pixels begin at -1/2
+    left.add_collection(LineCollection(borders, colors="white", linewidths=0.7))
+    _show(
+        right, _mean_colors(image, _pixels_of(assignment.reshape(rows, columns), (height, width)))
+    )
+    count = len(np.unique(assignment))
+    right.set_title(f"{rows} x {columns} patches, {count} superpixels", fontsize=8)
+    return figure
+
+
+def _borders(regions):
+    """Returns the lines (n, 2, 2) between unlike neighbours, x and y of both ends, in cells."""
+    lines = []
+    y, x = np.nonzero(regions[:, 1:] != regions[:, :-1])
+    lines.append(np.stack([np.stack([x + 1, y], -1), np.stack([x + 1, y + 1], -1)], 1))
+    y, x = np.nonzero(regions[1:] != regions[:-1])
+    lines.append(np.stack([np.stack([x, y + 1], -1), np.stack([x + 1, y + 1], -1)], 1))
+    return np.concatenate(lines)
+
+
+def _mean_colors(image, regions):
+    flat = regions.ravel()
+    sums = [np.bincount(flat, channel.ravel()) for channel in np.moveaxis(image, -1, 0)]
+    means = np.stack(sums, -1) / np.maximum(np.bincount(flat), 1)[:, None]
+    return means[regions].astype(np.uint8)
+
+
+def class_shares(labels: np.ndarray) -> list[tuple[int, float]]:
+    """Returns the labels that occur, each with its part of the pixels, in falling order."""
+    found, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(found[i]), float(counts[i] / labels.size)) for i in order]
+
+
+def plot_segmentation(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draws an image, its label map over it, and which class has which part of the pixels.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (H, W) int.
+        names: of all classes.
+    """
+    shares = class_shares(labels)
+    columns = -(-len(shares) // 14)  # as many names below each other as there is room for
+    panel = 3.2 * image.shape[1] / image.shape[0]
+    size = (2 * panel + 0.2 + 1.9 * columns, 3.2)
+    figure = Figure(figsize=size, layout="constrained")
+    widths = (panel, panel, 1.9 * columns)
+    image_axis, label_axis, legend_axis = figure.subplots(1, 3, width_ratios=widths)
+    _show(image_axis, image)
+    _show(label_axis, color_labels(image, labels, len(names)))
+    colors = distinct_colors(len(names)) / 255
+    legend_axis.axis("off")
+    legend_axis.legend(
+        handles=[
+            Patch(color=colors[label], label=f"{names[label]}: {share:.1%}")
+            for label, share in shares
+        ],
+        loc="center left", ncols=columns, fontsize=8, frameon=False,
+    )  # fmt: skip
+    return figure
+
+
+def label_image(labels: np.ndarray, num_classes: int) -> Image.Image:
+    """Returns a label map (H, W) as an image whose pixels are the labels, with a palette."""
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette(distinct_colors(num_classes).tobytes())
+    return image
 
 
 def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> Figure:
