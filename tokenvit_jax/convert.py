@@ -17,9 +17,11 @@ Back: --checkpoint=last, best (highest accuracy) or a step.
 
 --layout=segmenter is that of github.com/rstrudel/segmenter: a vit or a deit with either decoder.
 The position embeddings are those of the crops of its training; images and windows of the run
-(`image_size`, `inference.window`) have their size. The classifiers of its encoder, encoder.head and
-encoder.head_dist, on which no mask depends, are passed over, and not written on the way back: such
-a file needs load_state_dict(..., strict=False) there.
+(`image_size`, `inference.window`) have their size. The file does not tell the stride of the windows
+nor the sizes of images to evaluate (`data.eval_short_side`, `eval_size`, `label_size`): they are
+those of evaluate's --config. The classifiers of its encoder, encoder.head and encoder.head_dist, on
+which no mask depends, are passed over, and not written on the way back: such a file needs
+load_state_dict(..., strict=False) there.
 """
 
 from pathlib import Path
