@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import tokenvit_jax as tv
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import Attention
 from tokenvit_jax.models.reducers import (
     CLUSTERINGS,
     MERGING,
@@ -27,7 +28,7 @@ from tokenvit_jax.models.reducers import (
     searched_keep,
     tome_keep,
 )
-from tokenvit_jax.models.vit import Attention, VisionTransformer
+from tokenvit_jax.models.vit import VisionTransformer
 from tokenvit_jax.published import TOKEN_POOLING
 from tokenvit_jax.summary import count_macs
 

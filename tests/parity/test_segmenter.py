@@ -125,7 +125,7 @@ def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
 
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))
     # The size of the embeddings; another one, smaller and larger; one that is padded to patches.
-    for size in ((SIDE, SIDE), (64, 144), (92, 95)):
+    for size in ((SIDE, SIDE), (64, 144), (90, 100)):
         images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
         with torch.inference_mode():
             expected = peer(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

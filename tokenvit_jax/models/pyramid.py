@@ -40,6 +40,8 @@ class Pyramid(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    dense_stride = 4  # pixels from one place of the map of `dense` to the next
+
     def embedding(self, stage: int) -> nn.Module:
         """Returns the layer at the beginning of a stage: ``x -> x`` of a quarter of the tokens."""
         raise NotImplementedError

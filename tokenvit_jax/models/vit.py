@@ -251,6 +251,11 @@ class VisionTransformer(nn.Module, kw_only=True):
     def _grid(self, height, width):
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
+    @property
+    def dense_stride(self) -> int:
+        """Pixels from one place of the map of :meth:`dense` to the next."""
+        return self.patch_size
+
     def tokens(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the tokens after the last block, class and distillation token in front.
 

@@ -30,7 +30,7 @@ class Segmenter(nn.Module):
     head the tokens of all of its maps at once.
 
     Attributes:
-      backbone: a model with the method `dense`.
+      backbone: a model with the method `dense`, whose map has a place every `dense_stride` pixels.
       head: tokens (B, n, C) -> logits (B, n, K).
     """
 
@@ -40,13 +40,11 @@ class Segmenter(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns logits (B, H, W, K) in float32 of images (B, H, W, 3)."""
         logits = self.backbone.dense(images, train, functools.partial(self.head, train=train))
-        sizes = images.shape[1:3]
         # The map is that of an image of whole patches.
-        patch = [-(-size // cells) for size, cells in zip(sizes, logits.shape[1:3], strict=True)]
-        padded = [cells * side for cells, side in zip(logits.shape[1:3], patch, strict=True)]
-        shape = (len(images), *padded, logits.shape[-1])
+        height, width = (cells * self.backbone.dense_stride for cells in logits.shape[1:3])
+        shape = (len(images), height, width, logits.shape[-1])
         logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
-        return logits[:, : sizes[0], : sizes[1]]
+        return logits[:, : images.shape[1], : images.shape[2]]
 
 
 def make_model(config: ConfigDict, num_classes: int, *, axis_name: str | None = None) -> Segmenter:
