@@ -12,7 +12,7 @@ training run at step 0, with the same weights: evaluate and predict take it, and
 
 The search. MACs are known beforehand, as they are linear in the number of blocks on centres. More
 centres make features more similar, so that for given blocks only the largest map of centres within
-the budget is of interest. Deep hosts try every second or third block first, and then the
+the budget is of interest. Of a deep host every second to fourth block comes first, and then the
 neighbours of the best until none is better. A few settings are added that do not depend on the
 budget, for an overview. With --of=latency that is done for several parts of the budget, and the
 best of each is timed.
@@ -622,6 +622,7 @@ def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
     )
     write_config(out, config)
     with Checkpoints(out, keep_last=1, keep_best=0) as checkpoints:
+        # Training that goes on from here gets the first batch.
         checkpoints.save(0, state, {"data": {"next_index": 0}})
 
 
