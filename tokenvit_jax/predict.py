@@ -24,8 +24,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import DatasetInfo, dataset_info, decode_image, eval_image
-from tokenvit_jax.data.examples import EvalScenes
+from tokenvit_jax.data import DatasetInfo, ImageBuffer, dataset_info, decode_image, eval_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import classification, pictures, segmentation
 from tokenvit_jax.training.checkpoint import load_variables
@@ -213,7 +212,7 @@ def make_segment(config: ConfigDict, workdir: Path, checkpoint: str):
         UserError: there is no such checkpoint, or it is of another model.
     """
     model, variables = _load(segmentation, config, workdir, checkpoint)
-    resize = EvalScenes(config, dataset_info(config.dataset), source=None)
+    resize = ImageBuffer(config)
     side = config.inference.window or config.image_size
 
     @jax.jit
@@ -228,9 +227,7 @@ def make_segment(config: ConfigDict, workdir: Path, checkpoint: str):
         return pictures.superpixels(model.backbone, backbone, images)
 
     def segment(image):
-        no_label = np.zeros((1, 1), np.uint8)
-        example = resize(0, image, no_label)
-        pixels, size = example["image"], example["image_size"]
+        pixels, size = resize(image)
         labels = _largest(apply(variables, pixels[None], size[None]), size, image.size[::-1])
         top, left = np.maximum(size - side, 0) // 2
         window = pixels[top : top + side, left : left + side]

@@ -114,17 +114,37 @@ class TrainScenes:
         return {"image": image, "label": label}
 
 
+class ImageBuffer:
+    """Resizes images of any size into the top left of a buffer of one shape.
+
+    Args:
+        config: reads `image_size`, `data.eval_size`, `data.eval_short_side` and
+            `data.normalization`.
+    """
+
+    def __init__(self, config: ConfigDict):
+        square = (config.image_size, config.image_size)
+        size = tuple(config.data.eval_size) if any(config.data.eval_size) else square
+        self._short_side = config.data.eval_short_side or config.image_size
+        self._fill = _mean_pixel(config)
+        self.shape = (*size, 3)
+
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the buffer (H, W, 3) uint8 and the rows and columns that are image (2,) int32."""
+        pixels = dense_transforms.fit_image(image, self._short_side, *self.shape[:2])
+        size = np.array(pixels.shape[:2], np.int32)
+        return dense_transforms.pad(pixels, self.shape, self._fill), size
+
+
 class EvalScenes:
     """A resized image and its label map as it is, each at the top left of a buffer."""
 
     def __init__(self, config: ConfigDict, info: DatasetInfo, source: LabelMapSource):
-        square = (config.image_size, config.image_size)
-        image_size = tuple(config.data.eval_size) if any(config.data.eval_size) else square
-        label_size = tuple(config.data.label_size) if any(config.data.label_size) else image_size
         self._source = source
-        self._short_side = config.data.eval_short_side or config.image_size
-        self._fill = _mean_pixel(config)
-        self.shapes = {"image": (*image_size, 3), "label": label_size}
+        self._buffer = ImageBuffer(config)
+        image_size = self._buffer.shape[:2]
+        label_size = tuple(config.data.label_size) if any(config.data.label_size) else image_size
+        self.shapes = {"image": self._buffer.shape, "label": label_size}
 
     def __call__(self, index: int, image: Image.Image, label: np.ndarray) -> Example:
         if np.any(np.array(label.shape) > self.shapes["label"]):
@@ -133,11 +153,10 @@ class EvalScenes:
                 f"into {_by(self.shapes['label'])}; valid: config.data.label_size=(height, width) "
                 "of the largest label map of the split"
             )
-        height, width, _ = self.shapes["image"]
-        pixels = dense_transforms.fit_image(image, self._short_side, height, width)
+        pixels, size = self._buffer(image)
         return {
-            "image": dense_transforms.pad(pixels, self.shapes["image"], self._fill),
-            "image_size": np.array(pixels.shape[:2], np.int32),
+            "image": pixels,
+            "image_size": size,
             "label": dense_transforms.pad(label, self.shapes["label"], IGNORED),
             "label_size": np.array(label.shape, np.int32),
         }

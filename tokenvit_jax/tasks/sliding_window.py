@@ -69,14 +69,19 @@ def sliding_logits(
         return lax.dynamic_update_slice(x, cut(x, row, column) + y, (row, column, 0))
 
     def visit(number, carry):
-        sums, counts = carry
         i, j = number // columns.shape[1], number % columns.shape[1]
         place = rows[:, i], columns[:, j]
-        used = (row_counts[:, i] & column_counts[:, j]).astype(jnp.float32)[:, None, None, None]
-        logits = apply(jax.vmap(cut)(images, *place))
-        sums = jax.vmap(add)(sums, *place, logits * used)
-        ones = jnp.broadcast_to(used, (batch, window, window, 1))
-        return sums, jax.vmap(add)(counts, *place, ones)
+        used = row_counts[:, i] & column_counts[:, j]
+
+        def look(sums, counts):
+            weight = used.astype(jnp.float32)[:, None, None, None]
+            logits = apply(jax.vmap(cut)(images, *place))
+            sums = jax.vmap(add)(sums, *place, logits * weight)
+            ones = jnp.broadcast_to(weight, (batch, window, window, 1))
+            return sums, jax.vmap(add)(counts, *place, ones)
+
+        # Of a buffer that is far larger than its images most windows are of no use.
+        return lax.cond(used.any(), look, lambda *carry: carry, *carry)
 
     zeros = [jnp.zeros((batch, height, width, n)) for n in (shape[-1], 1)]
     sums, counts = lax.fori_loop(0, rows.shape[1] * columns.shape[1], visit, tuple(zeros))
