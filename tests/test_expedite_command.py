@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax import cli, expedite
+from tokenvit_jax import cli, expedite, expedite_search
 from tokenvit_jax.benchmark import Program
 from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.evaluate import evaluate
-from tokenvit_jax.expedite import Candidate, Rated
+from tokenvit_jax.expedite_search import Candidate, Rated
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.swin import Swin, SwinV2
@@ -26,6 +26,7 @@ from tokenvit_jax.models.vit import VisionTransformer
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.tasks.segmentation import Segmenter
+from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.workdir import read_config, write_config
 
 SETTINGS = {"dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "position_size": (32, 32)}
@@ -76,13 +77,13 @@ def run(monkeypatch, capsys):
 
 
 def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(expedite, "FRACTIONS", (0.4, 0.7))
+    monkeypatch.setattr(expedite_search, "FRACTIONS", (0.4, 0.7))
     config = tiny_config()
     config.data.normalization = "inception"
     config.ema_decay = 0.9
     variables = random_variables(classification.make_model(config, 10), (32, 32))
     plain, faster, plot = tmp_path / "plain", tmp_path / "faster", tmp_path / "front.png"
-    expedite.write_run(plain, config, variables)
+    write_run(plain, config, variables)
 
     flags = {"workdir": plain, "out": faster, "plot": plot, "budget": 0.75, "num_images": 3}
     status, printed, err = run(**flags)
@@ -134,7 +135,7 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
     ],
 )
 def test_mistakes_are_named(run, tmp_path, monkeypatch, entries, flags, message):
-    monkeypatch.setattr(expedite, "FRACTIONS", (0.5,))
+    monkeypatch.setattr(expedite_search, "FRACTIONS", (0.5,))
     config = tiny_config()
     config.update({key: value for key, value in entries.items() if key == "model"})
     config.model_overrides = entries.get("model_overrides", SETTINGS)
@@ -157,9 +158,9 @@ def test_a_run_is_not_overwritten(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["vit", "segmenter", "swinv2"])
 def test_macs_are_those_that_are_counted(monkeypatch, name):
-    monkeypatch.setattr(expedite, "FRACTIONS", (0.6,))
+    monkeypatch.setattr(expedite_search, "FRACTIONS", (0.6,))
     model, size = MODELS[name], (32, 48)
-    candidates = expedite.list_candidates(model, size)
+    candidates = expedite_search.list_candidates(model, size)
     settings = [candidate.expedite for candidate in candidates]
     # (5, 7) of 8 x 12 tokens, (2, 2) of windows of 3 x 3.
     assert {setting.clusters for setting in settings} == {(2, 2) if name == "swinv2" else (5, 7)}
@@ -169,7 +170,7 @@ def test_macs_are_those_that_are_counted(monkeypatch, name):
         assert setting.where == ("logits" if ends else "blocks")
     plain = summarize_model(model, size, name).macs
     for setting, macs in candidates:
-        expedited = expedite.with_expedite(model, setting)
+        expedited = expedite_search.with_expedite(model, setting)
         assert macs == summarize_model(expedited, size, name).macs / plain
 
 
@@ -177,7 +178,7 @@ def test_macs_are_those_that_are_counted(monkeypatch, name):
 def test_similarity_is_the_mean_cosine_of_features(name):
     """Of settings in an order in which much of the one before is of use, also where it is not."""
     model, size = MODELS[name], (32, 40)
-    backbone = expedite.backbone_of(model)
+    backbone = expedite_search.backbone_of(model)
     variables = random_variables(model, size)
     images = np.random.default_rng(1).standard_normal((2, *size, 3), np.float32)
     params = variables["params"].get("backbone", variables["params"])
@@ -192,14 +193,14 @@ def test_similarity_is_the_mean_cosine_of_features(name):
     if name == "segmenter":
         settings[1] = Expedite(1, 2, (2, 2), "logits")
         settings.append(Expedite(1, 2, (2, 2), temperature=5.0))
-    compare = expedite.Comparison(model, variables, images)
+    compare = expedite_search.Comparison(model, variables, images)
     found = [compare(setting) for setting in settings]
     for setting, value in zip(settings, found, strict=True):
         y = features(setting)
         cosines = (y * plain).sum(-1) / np.linalg.norm(y, axis=-1) / np.linalg.norm(plain, axis=-1)
         assert value == pytest.approx(cosines.mean(), abs=3e-6)
     assert max(found) < 0.999 and min(np.diff(sorted(found))) > 1e-5
-    assert expedite.similarity(model, variables, images, settings[0]) == found[0]
+    assert expedite_search.similarity(model, variables, images, settings[0]) == found[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,13 +230,13 @@ def smooth_similarity(setting):
 @pytest.mark.parametrize("budget", [0.3, 0.66, 0.9])
 def test_the_choice_is_within_the_budget_and_most_similar(budget):
     candidates = deep_candidates()
-    rated = expedite.search(candidates, budget, smooth_similarity)
+    rated = expedite_search.search(candidates, budget, smooth_similarity)
     assert len({row.expedite for row in rated}) == len(rated) < 0.05 * len(candidates)
-    chosen = expedite.choose(rated, budget)
+    chosen = expedite_search.choose(rated, budget)
     assert chosen.macs <= budget
     within = [row for row in rated if row.macs <= budget]
     assert chosen.similarity == max(row.similarity for row in within)
-    front = expedite.front(rated)
+    front = expedite_search.front(rated)
     assert chosen in front
     for row in rated:
         assert any(f.macs <= row.macs and f.similarity >= row.similarity for f in front)
@@ -246,11 +247,11 @@ def test_the_choice_is_within_the_budget_and_most_similar(budget):
 def test_the_nearest_budget_is_named():
     candidates = deep_candidates()
     with pytest.raises(UserError, match=r"--budget=0\.1 cannot be reached") as error:
-        expedite.search(candidates, 0.1, smooth_similarity)
+        expedite_search.search(candidates, 0.1, smooth_similarity)
     nearest, setting = re.search(r"that can is ([\d.]+), with (\S+)", str(error.value)).groups()
     assert setting == "1,23,12x12"
-    rated = expedite.search(candidates, float(nearest), smooth_similarity)
-    assert expedite.choose(rated, float(nearest)).expedite == Expedite(1, 23, (12, 12))
+    rated = expedite_search.search(candidates, float(nearest), smooth_similarity)
+    assert expedite_search.choose(rated, float(nearest)).expedite == Expedite(1, 23, (12, 12))
 
 
 def test_latency_is_measured_of_the_most_similar(monkeypatch):
@@ -261,29 +262,29 @@ def test_latency_is_measured_of_the_most_similar(monkeypatch):
         assert seconds and next(iter(calls)) is None
         return {setting: [9.0, candidates.get(setting, 0.9) + 0.1, 0.0] for setting in calls}
 
-    monkeypatch.setattr(expedite, "time_in_turns", time_in_turns)
+    monkeypatch.setattr(expedite_search, "time_in_turns", time_in_turns)
     program = Program(lambda *_: None, None, None, None)
-    monkeypatch.setattr(expedite, "compile_program", lambda *_: program)
-    search = functools.partial(expedite.search_latency, deep_candidates())
+    monkeypatch.setattr(expedite_search, "compile_program", lambda *_: program)
+    search = functools.partial(expedite_search.search_latency, deep_candidates())
     given = (smooth_similarity, VIT.clone(depth=DEPTH), {}, np.zeros((1, 32, 32, 3)))
     rated = search(0.6, *given)
     assert 2 <= len(rated) <= 5
     for row in rated:
         assert row.cost == row.latency == pytest.approx(row.macs + 0.1)
-    chosen = expedite.choose(rated, 0.6, "latency")
+    chosen = expedite_search.choose(rated, 0.6, "latency")
     assert chosen.latency <= 0.6 < max(row.latency for row in rated)
-    text = expedite.format_front(expedite.front(rated), chosen)
+    text = expedite.format_front(expedite_search.front(rated), chosen)
     assert text.splitlines()[0].split()[:2] == ["latency", "MACs"]
     with pytest.raises(
         UserError, match=r"--budget=0\.14 with --of=latency was not reached; the near"
     ):
-        expedite.choose(search(0.14, *given), 0.14, "latency")
+        expedite_search.choose(search(0.14, *given), 0.14, "latency")
 
 
 def test_equally_similar_settings_are_not_chosen_for_their_cost():
     rated = [Rated(None, 0.5, 0.9), Rated(None, 0.4, 0.9), Rated(None, 0.3, 0.8)]
-    assert expedite.choose(rated, 0.6) == rated[1]
-    assert expedite.front(rated) == [rated[2], rated[1]]
+    assert expedite_search.choose(rated, 0.6) == rated[1]
+    assert expedite_search.front(rated) == [rated[2], rated[1]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_settings_are_written_as_other_commands_read_them():
 
     flags = copy.deepcopy(command.FLAGS)
     setting = Expedite(3, 9, (4, 5), "logits")
-    flags(["evaluate", f"--expedite={expedite.describe(setting)}"])
+    flags(["evaluate", f"--expedite={expedite_search.describe(setting)}"])
     from tokenvit_jax.insertion_flags import insertions
 
     (found,) = insertions(flags, "deit_s").values()

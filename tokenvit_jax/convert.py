@@ -40,10 +40,9 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.layouts import LAYOUTS, Layout, export_weights, import_weights
 from tokenvit_jax.tasks import task_of
-from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints, load_variables
-from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.state import TrainState
-from tokenvit_jax.training.workdir import read_config, write_config
+from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.new_run import check_new, write_run
+from tokenvit_jax.training.workdir import read_config
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -105,8 +104,7 @@ def import_file(
         other datasets, or the folder holds a run already.
     """
     found = _layout(layout, name, dataset)
-    if (out / FOLDER).exists():
-        raise UserError(f"--out={out} holds checkpoints already; use another folder")
+    check_new(out)
     arrays = read_arrays(source)
     config = default_config()
     config.model, config.dataset = name, dataset
@@ -119,17 +117,7 @@ def import_file(
         params = import_weights(arrays, _shapes(model), found.rules(model), found.unused)
     except UserError as error:
         raise UserError(f"--source={source}: {error}") from error
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        model_state={},
-        opt_state=make_optimizer(config).init(params),
-        ema=None,
-        skipped=jnp.zeros((), jnp.int32),
-    )
-    write_config(out, config)
-    with Checkpoints(out, keep_last=1, keep_best=0) as checkpoints:
-        checkpoints.save(0, state, {})
+    write_run(out, config, {"params": params})
 
 
 def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:

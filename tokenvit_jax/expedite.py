@@ -9,25 +9,12 @@ Transformer for Dense Prediction without Fine-tuning"). --budget is a part of th
 settings within it the command chooses the one whose features are most similar to those without
 clustering, on a few images; labels and gradients are not needed. --out is then like the folder of a
 training run at step 0, with the same weights: evaluate and predict take it, and so does training.
-
-The search. MACs are known beforehand, as they are linear in the number of blocks on centres. More
-centres make features more similar, so that for given blocks only the largest map of centres within
-the budget is of interest. Of a deep host every second to fourth block comes first, and then the
-neighbours of the best until none is better. A few settings are added that do not depend on the
-budget, for an overview. With --of=latency that is done for several parts of the budget, and the
-best of each is timed.
 """
 
 import dataclasses
-import functools
-import itertools
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,19 +23,25 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from tokenvit_jax import cli
-from tokenvit_jax.benchmark import compile_program, time_in_turns
 from tokenvit_jax.data import dataset_info, eval_dataset, eval_image
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models import swin, vit
+from tokenvit_jax.expedite_search import (
+    Comparison,
+    Rated,
+    choose,
+    describe,
+    front,
+    list_candidates,
+    search,
+    search_latency,
+)
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.predict import read_image
-from tokenvit_jax.summary import count_macs
 from tokenvit_jax.tasks import task_of
-from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints, load_variables
-from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.state import TrainState, averaged_variables
+from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.step import normalize
-from tokenvit_jax.training.workdir import read_config, write_config
+from tokenvit_jax.training.workdir import read_config
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -66,48 +59,14 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 flags.DEFINE_string("plot", None, "picture of similarity over cost", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "folder of the faster run, new", flag_values=FLAGS)
 
-# Sides of the maps of centres, as parts of those of the map of tokens.
-FRACTIONS = np.linspace(0.3, 0.95, 8)
-# Blocks in whose number a search is coarse at first: at most this part of all.
-COARSE = 8
-# Parts of a budget of latency that are searched as budgets of MACs: clustering takes more time than
-# its MACs tell, and attention, which it makes short, does, too.
-PLAUSIBLE = (1.1, 1.0, 0.9, 0.8, 0.7)
-SECONDS = 2.0  # to spend on timing each of them
-
-
-class Candidate(NamedTuple):
-    """A setting and its MACs, as a part of those of the plain model."""
-
-    expedite: Expedite
-    macs: float
-
-
-class Rated(NamedTuple):
-    """A candidate that was tried out.
-
-    expedite: the setting. macs: its MACs, as a part of those of the plain model. similarity: of its
-    features to those of the plain model, at most 1. latency: as a part, too; None: not measured.
-    """
-
-    expedite: Expedite
-    macs: float
-    similarity: float
-    latency: float | None = None
-
-    @property
-    def cost(self) -> float:
-        """The latency where it was measured, else the MACs."""
-        return self.macs if self.latency is None else self.latency
-
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the front, draws it, and writes the run."""
     budget, out = flag_values.budget, flag_values.out
     if not 0 < budget < 1:
         raise UserError(f"--budget={budget} is not valid; valid: between 0 and 1")
-    if out and (Path(out) / FOLDER).exists():
-        raise UserError(f"--out={out} holds checkpoints already; use another folder")
+    if out:
+        check_new(Path(out))
     workdir = Path(flag_values.workdir)
     config = read_config(workdir)
     model = task_of(config.dataset).make_model(config, dataset_info(config.dataset).num_classes)
@@ -128,374 +87,6 @@ def main(flag_values: flags.FlagValues) -> None:
     if out:
         write_run(Path(out), expedited_config(config, chosen.expedite), variables)
         print(f"{workdir} -> {out}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Candidates
-# ------------------------------------------------------------------------------------------------
-
-
-class Host(NamedTuple):
-    """What of a backbone can be expedited.
-
-    first: blocks before those that can be. depth: number of these. grids: maps of centres (h, w),
-    smallest first. ends: whether what runs to the last of them reconstructs "logits", not "blocks".
-    """
-
-    first: int
-    depth: int
-    grids: list[tuple[int, int]]
-    ends: bool
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Returns the host of a classifier, which is it itself, or of a segmentation model."""
-    return getattr(model, "backbone", model)
-
-
-def with_expedite(model: nn.Module, expedite: Expedite | None) -> nn.Module:
-    """Returns a model whose host is expedited so."""
-    backbone = backbone_of(model).clone(expedite=expedite)
-    return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
-
-
-def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
-    """Returns what of a backbone can be expedited for images of a size.
-
-    Args:
-      backbone: of :func:`backbone_of`.
-      image_size: height and width, pixels.
-
-    Raises:
-      UserError: it has no map of tokens that is clustered, its tokens are reduced already, or there
-        are too few of them or of blocks.
-    """
-    name = type(backbone).__name__
-    if not isinstance(backbone, vit.VisionTransformer | swin.Swin):
-        raise UserError(f"{name} has no blocks on centres; valid: deit, vit, swin and swinv2")
-    for setting in ("token_reducer", "expedite"):
-        if getattr(backbone, setting, None) is not None:
-            raise UserError(
-                f"config.model_overrides.{setting}={getattr(backbone, setting)} reduces the tokens "
-                "already; valid: the run of a plain model"
-            )
-    if isinstance(backbone, swin.Swin):
-        stage = backbone.depths.index(max(backbone.depths))
-        first, depth = sum(backbone.depths[:stage]), backbone.depths[stage]
-        grid = tuple(-(-size // (4 * 2**stage)) for size in image_size)
-        window, _ = swin.windows_of(grid, backbone.window_size, False)
-        host = Host(first, depth, [(side, side) for side in range(2, min(window))], ends=False)
-    else:
-        grid = tuple(-(-size // backbone.patch_size) for size in image_size)
-        grids = {tuple(max(1, round(part * size)) for size in grid) for part in FRACTIONS}
-        host = Host(0, backbone.depth, sorted(grids - {grid}), ends=True)
-    if host.depth < 2 or not host.grids:
-        raise UserError(
-            f"{name} with {host.depth} blocks on a map of {grid[0]} x {grid[1]} tokens, or on "
-            "windows of it, has nothing to expedite; valid: at least 2 blocks, larger images"
-        )
-    return host
-
-
-def list_candidates(model: nn.Module, image_size: tuple[int, int]) -> list[Candidate]:
-    """Returns all settings that are worth trying for a model, with their MACs.
-
-    Clustering begins after any block. A plain host reconstructs what its head gives where centres
-    go on to its last block, as the published Segmenter does, and else blocks; the maps of centres
-    have about 0.3 to 0.95 of the rows and columns of that of tokens. In a Swin Transformer, windows
-    have any number of centres; its later stages need all tokens.
-
-    MACs are linear in the number of blocks on centres: few settings are counted.
-
-    Args:
-      model: classifier or segmentation model.
-      image_size: height and width, pixels.
-
-    Raises:
-      UserError: the model cannot be expedited, see :func:`describe_host`.
-    """
-    host = describe_host(backbone_of(model), image_size)
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), images)
-
-    @functools.cache
-    def count(expedite):
-        expedited = with_expedite(model, expedite)
-        return count_macs(lambda *args: expedited.apply(*args, False), variables, images)
-
-    plain, found = count(None), []
-    for clusters in host.grids:
-        by_where = _settings_by_beta(host, clusters)
-        # What a block adds does not depend on what is reconstructed.
-        widest = max(by_where, key=len)
-        few, many = min(widest), max(widest)
-        added = (count(widest[many][0]) - count(widest[few][0])) // max(many - few, 1)
-        for settings in by_where:
-            first = min(settings)
-            base = count(settings[first][0])
-            for beta, expedites in settings.items():
-                macs = (base + (beta - first) * added) / plain
-                found += [Candidate(expedite, macs) for expedite in expedites]
-    return found
-
-
-def _settings_by_beta(host, clusters):
-    """Settings of one map, those with the same `where` by their number of blocks on centres."""
-    by_beta = {"blocks": {}, "logits": {}}
-    for alpha in range(1, host.depth):
-        for beta in range(1, host.depth - alpha + 1):
-            where = "logits" if host.ends and alpha + beta == host.depth else "blocks"
-            expedite = Expedite(alpha, beta, clusters, where)
-            by_beta[where].setdefault(beta, []).append(expedite)
-    return [settings for settings in by_beta.values() if settings]
-
-
-# ------------------------------------------------------------------------------------------------
-# Similarity
-# ------------------------------------------------------------------------------------------------
-
-
-def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Expedite) -> float:
-    """Returns how similar the features of a host are with and without clustering.
-
-    It is the cosine of both, in float32, mean over the places of the map and the images. The
-    features are those of a plain host after its last LayerNorm, or the last map of a hierarchical
-    one.
-
-    Args:
-      model: classifier or segmentation model.
-      variables: of it.
-      images: (B, H, W, 3), normalised.
-      expedite: the setting.
-
-    Source: Liang et al. 2022, Table 1, there of inner layers.
-    """
-    return Comparison(model, variables, images)(expedite)
-
-
-class Comparison:
-    """:func:`similarity` as a function of the setting, which is quick for many of them.
-
-    A block is compiled once for every number of tokens, not once for every setting; the blocks that
-    several settings have in common run once: those before the clustering, and those on the centres
-    where settings that follow one another differ in `beta` alone.
-    """
-
-    def __init__(self, model: nn.Module, variables: Any, images: jax.Array):
-        """Computes the features without clustering; arguments as those of :func:`similarity`."""
-        backbone = backbone_of(model)
-        if backbone is not model:
-            variables = {name: tree["backbone"] for name, tree in variables.items()}
-        self._backbone = backbone.clone(expedite=None, remat=False)
-        self._variables = jax.device_put(variables)
-        self._images = jnp.asarray(images)
-        before = describe_host(self._backbone, self._images.shape[1:3]).first
-        self._blocks = _BlockRunner(before)
-        self._plain = self._features(None)
-
-    def __call__(self, expedite: Expedite) -> float:
-        return float(mean_cosine(self._features(expedite), self._plain))
-
-    def _features(self, expedite):
-        backbone = self._backbone.clone(expedite=expedite)
-        self._blocks.begin(expedite)
-        with nn.intercept_methods(self._blocks):
-            maps = backbone.apply(self._variables, self._images, False, method="features")
-        return maps[-1]
-
-
-@jax.jit
-def mean_cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean cosine of vectors (..., C) and others, in float32; that of 0 is 0."""
-    x, y = (a.astype(jnp.float32) for a in (x, y))
-    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    return jnp.mean(jnp.sum(x * y, -1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
-
-
-class _BlockRunner:
-    """Takes the place of the calls of the blocks of a host that is applied outside of `jax.jit`."""
-
-    def __init__(self, before: int):
-        self._before = before
-        self._compiled, self._plain, self._centers = {}, {}, {}
-        self._clustering = None
-
-    def begin(self, expedite):
-        """Starts a forward pass. Features without clustering come first."""
-        self._number, self._expedite = -self._before, expedite
-        clustering = expedite and dataclasses.replace(expedite, beta=0, where="blocks")
-        if clustering != self._clustering:
-            self._clustering, self._centers = clustering, {}
-
-    def __call__(self, call, args, kwargs, context):
-        block = context.module
-        # A copy that is being compiled has no name.
-        is_block = isinstance(block, vit.Block | swin.SwinBlock) and block.name is not None
-        if not is_block or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        results, number = self._known(), self._number
-        self._number += 1
-        if number not in results:
-            results[number] = self._run(block, *args)
-        return results[number]
-
-    def _known(self):
-        """Results of blocks, by number, that hold for the next one."""
-        expedite, number = self._expedite, self._number
-        if expedite is None or number < expedite.alpha:
-            return self._plain
-        return self._centers if number < expedite.alpha + expedite.beta else {}
-
-    def _run(self, block, x, *settings):
-        key = x.shape, getattr(block, "shifted", None)
-        if key not in self._compiled:
-            same = block.clone(parent=None, name=None)
-            self._compiled[key] = jax.jit(lambda variables, x: same.apply(variables, x, *settings))
-        return self._compiled[key](block.variables, x)
-
-
-# ------------------------------------------------------------------------------------------------
-# Search
-# ------------------------------------------------------------------------------------------------
-
-
-def search(
-    candidates: Sequence[Candidate], budget: float, similarity_of: Callable[[Expedite], float]
-) -> list[Rated]:
-    """Tries out the candidates that may be the most similar within a budget, and a few others.
-
-    Args:
-      candidates: of :func:`list_candidates`.
-      budget: part of the MACs of the plain model.
-      similarity_of: such as :class:`Comparison`.
-
-    Returns:
-      What was tried, no setting twice; :func:`choose` picks the best.
-
-    Raises:
-      UserError: nothing is within the budget.
-    """
-    affordable = [candidate for candidate in candidates if candidate.macs <= budget]
-    if not affordable:
-        least = min(candidates, key=lambda candidate: candidate.macs)
-        raise UserError(
-            f"--budget={budget} cannot be reached; the nearest that can is {_up(least.macs)}, with "
-            f"{describe(least.expedite)}"
-        )
-    # By the blocks on all tokens before and after the centres: the most centres.
-    depth = max(candidate.expedite.alpha + candidate.expedite.beta for candidate in candidates)
-    most = {}
-    for candidate in sorted(affordable, key=lambda candidate: candidate.macs):
-        expedite = candidate.expedite
-        most[expedite.alpha, depth - expedite.alpha - expedite.beta] = candidate
-
-    stride = max(1, depth // COARSE)
-    wanted = [most[place] for place in most if (place[0] - 1) % stride == place[1] % stride == 0]
-    wanted, rated = (wanted or list(most.values())) + _overview(candidates, depth), {}
-    while True:
-        _rate(wanted, similarity_of, rated)
-        best = choose(rated.values(), budget).expedite
-        at = best.alpha, depth - best.alpha - best.beta
-        steps = itertools.product((-stride, 0, stride), repeat=2)
-        places = [(at[0] + before, at[1] + after) for before, after in steps]
-        wanted = [most[place] for place in places if place in most]
-        if all(candidate.expedite in rated for candidate in wanted):
-            if stride == 1:
-                return list(rated.values())
-            stride //= 2
-
-
-def _overview(candidates, depth):
-    """Every second map of centres, which go on to the last block, from two places on."""
-    alphas = {max(1, depth // 4), max(1, depth // 2)}
-    ends = [c for c in candidates if c.expedite.alpha + c.expedite.beta == depth]
-    grids = sorted({candidate.expedite.clusters for candidate in candidates})[::2]
-    return [c for c in ends if c.expedite.alpha in alphas and c.expedite.clusters in grids]
-
-
-def _rate(candidates, similarity_of, rated):
-    """Adds what is not there yet, in an order in which :class:`Comparison` computes little."""
-    for expedite, macs in sorted(
-        candidates, key=lambda c: (c.expedite.alpha, c.expedite.clusters, c.expedite.beta)
-    ):
-        if expedite not in rated:
-            rated[expedite] = Rated(expedite, macs, similarity_of(expedite))
-
-
-def search_latency(
-    candidates: Sequence[Candidate],
-    budget: float,
-    similarity_of: Callable[[Expedite], float],
-    model: nn.Module,
-    variables: Any,
-    images: jax.Array,
-) -> list[Rated]:
-    """Times the candidates that are most similar within budgets of MACs near that of latency.
-
-    The model takes turns with them; latencies are medians.
-
-    Args:
-      candidates: of :func:`list_candidates`.
-      budget: part of the time of the plain model.
-      similarity_of: such as :class:`Comparison`.
-      model: classifier or segmentation model.
-      variables: of it.
-      images: (B, H, W, 3), normalised; what is timed.
-
-    Returns:
-      What was timed.
-
-    Raises:
-      UserError: no candidate has so few MACs.
-    """
-    least, best = min(candidate.macs for candidate in candidates), {}
-    similarity_of = functools.cache(similarity_of)
-    for macs in [part * budget for part in PLAUSIBLE if part * budget >= least] or [budget]:
-        found = choose(search(candidates, macs, similarity_of), macs)
-        best[found.expedite] = found
-    variables = jax.device_put(variables)
-
-    def call_of(expedite):
-        apply = functools.partial(with_expedite(model, expedite).apply, train=False)
-        program = compile_program(apply, variables, images)
-        return functools.partial(program.call, variables, images)
-
-    times = time_in_turns(
-        {expedite: call_of(expedite) for expedite in (None, *best)}, seconds=SECONDS
-    )
-    medians = {expedite: statistics.median(seconds) for expedite, seconds in times.items()}
-    return [best[e]._replace(latency=medians[e] / medians[None]) for e in best]
-
-
-def choose(rated: Iterable[Rated], budget: float, of: str = "macs") -> Rated:
-    """Returns the most similar of those within a budget; of equal ones the cheapest.
-
-    Args:
-      rated: what was tried.
-      budget: highest `Rated.cost`.
-      of: what that is of, for the message.
-
-    Raises:
-      UserError: none is within the budget.
-    """
-    rated = list(rated)
-    within = [candidate for candidate in rated if candidate.cost <= budget]
-    if not within:
-        least = min(rated, key=lambda candidate: candidate.cost)
-        raise UserError(
-            f"--budget={budget} with --of={of} was not reached; the nearest that can be is "
-            f"{_up(least.cost)}, with {describe(least.expedite)}"
-        )
-    return max(within, key=lambda candidate: (candidate.similarity, -candidate.cost))
-
-
-def front(rated: Iterable[Rated]) -> list[Rated]:
-    """Returns those of which no other is as cheap and as similar, cheapest first."""
-    found = []
-    for candidate in sorted(rated, key=lambda candidate: (candidate.cost, -candidate.similarity)):
-        if not found or candidate.similarity > found[-1].similarity:
-            found.append(candidate)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -548,12 +139,6 @@ def _eval_images(config, num_images):
 # ------------------------------------------------------------------------------------------------
 
 
-def describe(expedite: Expedite) -> str:
-    """Returns a setting as --expedite of other commands takes it: 10,14,28x28,logits."""
-    text = f"{expedite.alpha},{expedite.beta},{'x'.join(map(str, expedite.clusters))}"
-    return text + ",logits" * (expedite.where == "logits")
-
-
 def format_front(rated: Sequence[Rated], chosen: Rated) -> str:
     """Lines up settings, one of which is marked."""
     timed = chosen.latency is not None
@@ -589,41 +174,12 @@ def plot_front(rated: Sequence[Rated], chosen: Rated, budget: float) -> Figure:
     return figure
 
 
-def _up(cost):
-    """Rounded so that it is a budget that can be reached."""
-    return math.ceil(cost * 1000) / 1000
-
-
 def expedited_config(config: ConfigDict, expedite: Expedite) -> ConfigDict:
     """Returns a copy of the configuration of a plain model that expedites it."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model_overrides.expedite = dataclasses.asdict(expedite)
     return config
-
-
-def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
-    """Writes a run at step 0.
-
-    Args:
-      out: its folder, without checkpoints.
-      config: of the run.
-      variables: as for `model.apply`.
-    """
-    model_state = dict(variables)
-    params = model_state.pop("params")
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        model_state=model_state,
-        opt_state=make_optimizer(config).init(params),
-        ema=averaged_variables(params, model_state) if config.ema_decay else None,
-        skipped=jnp.zeros((), jnp.int32),
-    )
-    write_config(out, config)
-    with Checkpoints(out, keep_last=1, keep_best=0) as checkpoints:
-        # Training that goes on from here gets the first batch.
-        checkpoints.save(0, state, {"data": {"next_index": 0}})
 
 
 if __name__ == "__main__":
