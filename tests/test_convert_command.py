@@ -1,6 +1,7 @@
 """Weights from a file to a run and back: the command, and the mistakes it names."""
 
 import copy
+import json
 import pickle
 import re
 import sys
@@ -108,6 +109,9 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     assert run(monkeypatch, capsys, **flags) == (0, f"{weights} -> {workdir}\n", "")
     config = read_config(workdir)
     assert config.model == "deit_ti" and config.image_size == 32
+    # With which `train` goes on, from the first batch.
+    progress = (workdir / "checkpoints" / "0" / "progress" / "metadata").read_text()
+    assert json.loads(progress) == {"data": {"next_index": 0}}
     assert config.model_overrides.distilled is True
     assert config.data.normalization == "imagenet"
     loaded = load_checkpoint(workdir)
