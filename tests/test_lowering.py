@@ -9,11 +9,17 @@ from jax import export
 
 from tokenvit_jax import ops
 from tokenvit_jax.config import default_config
-from tokenvit_jax.recipes import clustr_config, deit_config, dgt_config, pale_config
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.recipes import (
+    clustr_config,
+    deit_config,
+    dgt_config,
+    pale_config,
+    segmenter_config,
+)
+from tokenvit_jax.tasks import segmentation, task_of
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
-from tokenvit_jax.training.step import make_train_step
+from tokenvit_jax.training.step import make_eval_step, make_train_step
 
 PLATFORMS = ("cuda", "tpu")
 
@@ -105,7 +111,7 @@ def test_training_step(make_config, name):
     step_lowers(config)
 
 
-@pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "tome"])
+@pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "evit", "tome"])
 def test_training_step_with_a_token_reducer(method):
     config = deit_config("deit_s", "pooled")
     config.model_overrides.depth = 2
@@ -127,14 +133,32 @@ def test_training_step_of_the_search():
     step_lowers(config)
 
 
-def step_lowers(config):
+def test_training_step_and_evaluation_of_a_clustered_segmenter():
+    config = segmenter_config("vit_ti", "")
+    config.model_overrides.depth = 3
+    config.model_overrides.expedite = {
+        "alpha": 1, "beta": 2, "clusters": (20, 20), "where": "logits"
+    }  # fmt: skip
+    step_lowers(config, 512, label=(2, 512, 512))
+    model = segmentation.make_model(config, 150)
+    images = array(1, 512, 512, 3)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    pair = array(1, 2, dtype=jnp.int32)
+    batch = {
+        "image": array(1, 600, 700, 3, dtype=jnp.uint8), "image_size": pair,
+        "label": array(1, 90, 80, dtype=jnp.uint8), "label_size": pair, "mask": array(1),
+    }  # fmt: skip
+    lowers(make_eval_step(model, config), variables, batch)
+
+
+def step_lowers(config, side=224, label=(2,)):
     config.batch_size = 2
-    model = classification.make_model(config, num_classes=1000)
+    model = task_of(config.dataset).make_model(config, num_classes=1000)
     optimizer = make_optimizer(config)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     batch = {
-        "image": array(2, 224, 224, 3, dtype=jnp.uint8),
-        "label": array(2, dtype=jnp.int32),
+        "image": array(2, side, side, 3, dtype=jnp.uint8),
+        "label": array(*label, dtype=jnp.int32),
         "skipped": array(2, dtype=jnp.int32),
     }
     lowers(make_train_step(model, optimizer, config, num_classes=1000), state, batch)
