@@ -20,8 +20,7 @@ class LinearDecoder(nn.Module):
 
     Attributes:
       num_classes: K.
-      dtype: of nothing: the layer is computed in float32.
-      axis_name: mapped axis that the batch is divided over; nothing here depends on it.
+      dtype, axis_name: given to every head; a linear layer in float32 reads neither.
 
     Source: Strudel et al. 2021, Section 3.2, "Linear".
     """
