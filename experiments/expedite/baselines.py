@@ -103,10 +103,12 @@ def main(flag_values: flags.FlagValues) -> None:
     bench = Bench(trained, common.test_scenes(flag_values.quick))
     lines = [
         *common.heading("Expedite and baselines at equal costs", "baselines", trained),
-        f"Plain: {bench.plain.mmacs:.1f}, mIoU {bench.plain.miou:.2f}. alpha = {common.ALPHA} of",
-        f"8 blocks, temperature {common.TEMPERATURE:g}; EViT before the MLP of blocks 3, 5 and 7,",
-        "Token Merging in all blocks, both restored from the token that stands for a patch. A",
-        "method with a cost of its own gets the cheapest setting that costs no less than Expedite.",
+        *common.paragraph(
+            f"Plain: {bench.plain.mmacs:.1f}, mIoU {bench.plain.miou:.2f}. alpha = {common.ALPHA} "
+            f"of 8 blocks, temperature {common.TEMPERATURE:g}; EViT in blocks 3, 5 and 7, ToMe (Token "
+            "Merging) in all blocks, both restored from the token that stands for a patch. A method "
+            "with costs of its own gets the cheapest setting that costs no less than Expedite."
+        ),
         "",
         "![mIoU and similarity over the cost](baselines.png)",
     ]

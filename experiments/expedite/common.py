@@ -4,6 +4,7 @@ A setting is the overrides of a backbone's attributes, such as {"expedite": {...
 as it was trained. Nothing is trained here.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.expedite import mean_cosine
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import segmentation
 from tokenvit_jax.training.checkpoint import load_variables
@@ -205,9 +205,7 @@ class Bench:
         confusion = confusions(
             found.classes, self.scenes.labels, self.trained.model.head.num_classes
         )
-        return Result(
-            self.mmacs(setting), confusion, float(mean_cosine(found.features, self._features))
-        )
+        return Result(self.mmacs(setting), confusion, cosine(found.features, self._features))
 
     def evaluate_all(self, settings: dict[str, Setting]) -> dict[str, Result]:
         """Evaluates settings by name, and prints each."""
@@ -283,6 +281,12 @@ def spread(result: Result, other: Result) -> float:
     return float(np.std(bootstrap(result) - bootstrap(other)))
 
 
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    """Returns the cosine of vectors (..., C) and others, mean over all of them."""
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    return float(np.mean(np.sum(x * y, -1) / norms))
+
+
 def heading(title: str, script: str, trained: Trained) -> list[str]:
     """Returns the first lines of a page.
 
@@ -294,12 +298,17 @@ def heading(title: str, script: str, trained: Trained) -> list[str]:
     return [
         f"# {title}",
         "",
-        f"Written by `python -m experiments.expedite.{script}`, after step {trained.step}.",
-        NOT_ADE20K,
-        "MACs: 10^6 multiply-adds of one image. mIoU: percent. Similarity: cosine of the features",
-        f"and those of the plain model. {SPREAD}",
+        *paragraph(
+            f"Written by `python -m experiments.expedite.{script}`, after step {trained.step}. "
+            f"{NOT_ADE20K} MACs: 10^6 multiply-adds of one image. mIoU: percent. Similarity: "
+            f"cosine of the features and those of the plain model. {SPREAD}"
+        ),
         "",
     ]
+
+
+def paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, 96, break_on_hyphens=False)
 
 
 def axes(count: int) -> tuple[Figure, Sequence[Axes]]:

@@ -1,4 +1,4 @@
-"""Superpixels of test scenes, and the segmentation with and without them.
+"""Superpixels of test scenes with three digits or more, and the segmentation with and without them.
 
     python -m experiments.expedite.pictures --workdir=RUN [--quick]
 
@@ -16,8 +16,8 @@ from tokenvit_jax.tasks.pictures import color_labels, superpixels
 from tokenvit_jax.training.step import normalize
 
 FLAGS = common.define_flags("workdir")
-SCENES = (0, 1, 2, 3)
-SCALE = 2  # screen pixels of a pixel of a scene, so that borders are thin
+NUM_SCENES = 4
+SCALE = 4  # screen pixels of a pixel of a scene, so that borders are thin
 
 
 def borders(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -34,8 +34,11 @@ def borders(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) ->
     height, width = (SCALE * side for side in image.shape[:2])
     regions = assignment.reshape(grid).repeat(height // grid[0], 0).repeat(width // grid[1], 1)
     image = image.repeat(SCALE, 0).repeat(SCALE, 1)
-    image[1:][regions[1:] != regions[:-1]] = 255
-    image[:, 1:][regions[:, 1:] != regions[:, :-1]] = 255
+    below, right = regions[1:] != regions[:-1], regions[:, 1:] != regions[:, :-1]
+    for near in (image[:-1], image[1:]):
+        near[below] = 255
+    for near in (image[:, :-1], image[:, 1:]):
+        near[right] = 255
     return image
 
 
@@ -72,15 +75,16 @@ def plot(found: dict[str, list[np.ndarray]]) -> Figure:
     for column, (title, pictures) in enumerate(found.items()):
         panels[0, column].set_title(title, fontsize=8)
         for axis, picture in zip(panels[:, column], pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+            axis.imshow(picture)
             axis.axis("off")
     return figure
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the experiment."""
-    scenes = common.test_scenes(quick=True)
-    chosen = Scenes(scenes.images[list(SCENES)], scenes.labels[list(SCENES)])
+    images, labels = common.test_scenes(flag_values.quick)
+    several = [i for i, label in enumerate(labels) if len(np.unique(label)) > 3][:NUM_SCENES]
+    chosen = Scenes(images[several], labels[several])
     figure = plot(columns(Bench(common.load(flag_values.workdir), chosen)))
     if not flag_values.quick:
         figure.savefig(common.FOLDER / "pictures.png", dpi=90)

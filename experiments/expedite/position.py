@@ -60,7 +60,7 @@ def plot(bench: Bench, panels: dict[str, Results]) -> Figure:
             # Error bars: of the difference to the plain model.
             errors = [common.spread(result, bench.plain) for result in own.values()]
             axis.errorbar(
-                own, [result.miou for result in own.values()], errors,
+                list(own), [result.miou for result in own.values()], errors,
                 fmt="o-", color=color, capsize=3, label=f"{side} x {side} centres",
             )  # fmt: skip
         axis.axhline(bench.plain.miou, color="black", lw=0.8, ls=":", label="plain")
@@ -78,7 +78,7 @@ def main(flag_values: flags.FlagValues) -> None:
     blocks = {f"blocks, {side} x {side}": by_beta[side, DEPTH] for side in SIDES}
     lines = [
         *common.heading("Where to cluster and to reconstruct", "position", trained),
-        f"Temperature {common.TEMPERATURE:g}.",
+        *common.paragraph(f"Temperature {common.TEMPERATURE:g}."),
         "",
         "![mIoU over both positions](position.png)",
         "",

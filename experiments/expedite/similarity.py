@@ -20,7 +20,6 @@ from experiments.expedite import common
 from experiments.expedite.common import ALPHA, LARGE, SMALL, Setting, Trained, expedited
 from experiments.expedite.swin import SWIN_ALPHA, swin_expedited
 from tokenvit_jax import cli
-from tokenvit_jax.expedite import mean_cosine
 from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.step import normalize
 
@@ -72,7 +71,7 @@ def measure(
         plain = tokens_after(trained, images, last, {})
         for name, make in settings.items():
             features = tokens_after(trained, images, last, make(last))
-            curves[name][last] = float(mean_cosine(features, plain))
+            curves[name][last] = common.cosine(features, plain)
             print(f"{name}, after block {last}: {curves[name][last]:.3f}", flush=True)
     return curves
 
@@ -87,7 +86,6 @@ def segmenter_settings() -> dict[str, Any]:
         f"{LARGE} x {LARGE}": make(LARGE),
         f"{SMALL} x {SMALL}": make(SMALL),
         f"{LARGE} x {LARGE}, pooling, bilinear": make(LARGE, **BILINEAR),
-        f"{SMALL} x {SMALL}, pooling, bilinear": make(SMALL, **BILINEAR),
     }
 
 
@@ -98,7 +96,6 @@ def swin_settings() -> dict[str, Any]:
         return lambda last: swin_expedited(side, beta=last - SWIN_ALPHA, **changes)
 
     return {
-        "7 x 7": make(7),
         "6 x 6": make(6),
         "5 x 5": make(5),
         "6 x 6, pooling, bilinear": make(6, **BILINEAR),
@@ -138,10 +135,12 @@ def main(flag_values: flags.FlagValues) -> None:
     lines = [
         "# Similarity of reconstructed features",
         "",
-        "Written by `python -m experiments.expedite.similarity`, after steps",
-        f"{segmenter.step} and {swin.step}. {common.NOT_ADE20K}",
-        "Cosine of the tokens after block alpha + beta, reconstructed there, and those of the",
-        "plain model, before LayerNorm; mean over places and test scenes.",
+        *common.paragraph(
+            "Written by `python -m experiments.expedite.similarity`, after steps "
+            f"{segmenter.step} and {swin.step}. {common.NOT_ADE20K} Cosine of the tokens after "
+            "block alpha + beta, reconstructed there, and those of the plain model, before "
+            "LayerNorm; mean over places and test scenes."
+        ),
         "",
         "![similarity by block](similarity.png)",
         "",

@@ -20,5 +20,5 @@ def get_config(arg: str = "") -> ConfigDict:
             "window_size": 8, "drop_path": 0.0, "remat": False,
         }  # fmt: skip
         config.head, config.head_overrides = "linear", {}
-    config.num_steps = 1500
+    config.num_steps = 1000
     return config.lock()
