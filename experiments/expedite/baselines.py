@@ -105,9 +105,10 @@ def main(flag_values: flags.FlagValues) -> None:
         *common.heading("Expedite and baselines at equal costs", "baselines", trained),
         *common.paragraph(
             f"Plain: {bench.plain.mmacs:.1f}, mIoU {bench.plain.miou:.2f}. alpha = {common.ALPHA} "
-            f"of 8 blocks, temperature {common.TEMPERATURE:g}; EViT in blocks 3, 5 and 7, ToMe (Token "
-            "Merging) in all blocks, both restored from the token that stands for a patch. A method "
-            "with costs of its own gets the cheapest setting that costs no less than Expedite."
+            f"of 8 blocks, temperature {common.TEMPERATURE:g}; EViT in blocks 3, 5 and 7, ToMe "
+            "(Token Merging) in all blocks, both restored from the token that stands for a patch. "
+            "A method with costs of its own gets the cheapest setting that costs no less than "
+            "Expedite."
         ),
         "",
         "![mIoU and similarity over the cost](baselines.png)",

@@ -96,6 +96,8 @@ def main() -> None:
         "  which here are products of matrices.",
         "- Clustering: the products here are those of tiles of centres and what is around them,",
         "  more than the window of each token.",
+        "- SWAG: the published count adds much that is elementwise, and in every round of the",
+        "  clustering the distances of all tokens to all centres.",
         "- DPT: its convolutions and decoder are no part of this package, and cancel in what is",
         "  saved. Of its two maps that are reconstructed, the encoder here has the last. On KITTI",
         "  the map has 22 rows: models of this package have no more rows of centres than that.",

@@ -57,8 +57,8 @@ def choose_temperature(bench: Bench) -> list[str]:
         "",
         *common.paragraph(
             f"The mean of both sizes is highest at {best:g}. Against the published "
-            f"{TEMPERATURE:g}, which all experiments take, that is {changes[0]} at {SMALL} x {SMALL} "
-            f"and {changes[1]} at {LARGE} x {LARGE}."
+            f"{TEMPERATURE:g}, which all experiments take, that is {changes[0]} at {SMALL} x "
+            f"{SMALL} and {changes[1]} at {LARGE} x {LARGE}."
         ),
     ]
 
@@ -73,8 +73,8 @@ def main(flag_values: flags.FlagValues) -> None:
         *common.heading("Settings of clustering and reconstruction", "settings", trained),
         *common.paragraph(
             f"alpha = {common.ALPHA} of 8 blocks, {LARGE} x {LARGE} centres of 16 x 16 tokens, "
-            f"window 5, 5 iterations, temperature {TEMPERATURE:g}, k = 20, the logits reconstructed, "
-            "where nothing else is said."
+            f"window 5, 5 iterations, temperature {TEMPERATURE:g}, k = 20, the logits "
+            "reconstructed, where nothing else is said."
         ),
         "",
         "## Temperature, on scenes of the training split",
