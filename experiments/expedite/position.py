@@ -64,7 +64,7 @@ def plot(bench: Bench, panels: dict[str, Results]) -> Figure:
                 fmt="o-", color=color, capsize=3, label=f"{side} x {side} centres",
             )  # fmt: skip
         axis.axhline(bench.plain.miou, color="black", lw=0.8, ls=":", label="plain")
-        axis.set(xlabel=label, ylabel="mIoU, %")
+        axis.set(xlabel=label, ylabel="mIoU, %", xticks=list(own))
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 
