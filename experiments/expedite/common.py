@@ -130,6 +130,7 @@ def read_scenes(split: str, number: int) -> Scenes:
 
 
 def test_scenes(quick: bool) -> Scenes:
+    """Reads all test scenes, or a few."""
     return read_scenes("test", BATCH if quick else 200)
 
 
@@ -308,6 +309,7 @@ def heading(title: str, script: str, trained: Trained) -> list[str]:
 
 
 def paragraph(text: str) -> list[str]:
+    """Returns the lines of a text."""
     return textwrap.wrap(text, 96, break_on_hyphens=False)
 
 
@@ -322,6 +324,7 @@ def axes(count: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def row(cells: Iterable) -> str:
+    """Returns the line of a row of a table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -43,11 +43,13 @@ def vary_beta(bench: Bench) -> Results:
 
 
 def evaluate(bench: Bench, settings: dict[str, tuple]) -> Results:
+    """Evaluates settings, each with its key."""
     results = bench.evaluate_all({name: setting for name, (_, setting) in settings.items()})
     return {key: results[name] for name, (key, _) in settings.items()}
 
 
 def named(results: Results) -> dict[str, Result]:
+    """Returns results by the names of rows."""
     return {f"{block}, {side} x {side}": result for (side, block), result in results.items()}
 
 
