@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags as flag_values
 from PIL import Image
 
-from tokenvit_jax import cli, expedite, expedite_search
+from tokenvit_jax import cli, expedite, expedite_search, insertion_flags
 from tokenvit_jax.benchmark import Program
 from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
@@ -244,6 +245,21 @@ def test_the_choice_is_within_the_budget_and_most_similar(budget):
     assert chosen.similarity > best - 0.005
 
 
+@pytest.mark.parametrize(("steepness", "chosen"), [(1.0, 5.0), (0.003, 50.0)])
+def test_the_temperature_is_that_of_the_features(steepness, chosen):
+    candidates, tried = deep_candidates(), []
+
+    def similarity(setting):
+        tried.append(setting)
+        return smooth_similarity(setting) - steepness * abs(np.log(setting.temperature / 6.0))
+
+    tuned = expedite_search.tune_temperature(candidates, 0.66, similarity)
+    assert {candidate.expedite.temperature for candidate in tuned} == {chosen}
+    assert [c.macs for c in tuned] == [c.macs for c in candidates]
+    assert len(tried) == len(expedite_search.TEMPERATURES)
+    assert len({(s.alpha, s.beta, s.clusters) for s in tried}) == 1
+
+
 def test_the_nearest_budget_is_named():
     candidates = deep_candidates()
     with pytest.raises(UserError, match=r"--budget=0\.1 cannot be reached") as error:
@@ -315,14 +331,18 @@ def test_images_come_from_files_too(tmp_path):
     np.testing.assert_allclose(found, pixels[:, 8:40] / 127.5 - 1, atol=1e-6)
 
 
-def test_settings_are_written_as_other_commands_read_them():
-    from tokenvit_jax import evaluate as command
-
-    flags = copy.deepcopy(command.FLAGS)
-    setting = Expedite(3, 9, (4, 5), "logits")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Expedite(3, 9, (4, 5), "logits"),
+        Expedite(3, 9, (4, 5), temperature=0.5),
+        Expedite(3, 9, (4, 5), "logits", temperature=200.0),
+    ],
+)
+def test_settings_are_written_as_other_commands_read_them(setting):
+    flags = flag_values.FlagValues()
+    insertion_flags.define(flags)
     flags(["evaluate", f"--expedite={expedite_search.describe(setting)}"])
-    from tokenvit_jax.insertion_flags import insertions
-
-    (found,) = insertions(flags, "deit_s").values()
+    (found,) = insertion_flags.insertions(flags, "deit_s").values()
     assert Expedite(**found["expedite"]) == setting
     assert json.dumps(found)

@@ -34,6 +34,7 @@ from tokenvit_jax.expedite_search import (
     list_candidates,
     search,
     search_latency,
+    tune_temperature,
 )
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.predict import read_image
@@ -75,12 +76,14 @@ def main(flag_values: flags.FlagValues) -> None:
     variables = load_variables(model, config.image_size, workdir, flag_values.checkpoint).variables
 
     similarity_of = Comparison(model, variables, images)
+    candidates = tune_temperature(candidates, budget, similarity_of)
     if flag_values.of == "macs":
         rated = search(candidates, budget, similarity_of)
     else:
         rated = search_latency(candidates, budget, similarity_of, model, variables, images[:1])
     chosen = choose(rated, budget, flag_values.of)
-    print(f"{len(rated)} of {len(candidates)} settings tried on {len(images)} images; the front:")
+    tried = f"{len(rated)} of {len(candidates)} settings tried on {len(images)} images"
+    print(f"{tried}, temperature {chosen.expedite.temperature:g}; the front:")
     print(format_front(front(rated), chosen))
     if flag_values.plot:
         plot_front(rated, chosen, budget).savefig(flag_values.plot, dpi=150)

@@ -40,7 +40,8 @@ def define(flag_values: flags.FlagValues) -> None:
         "expedite",
         [],
         "with tokens clustered, too: blocks before and among the centres and their map, "
-        "10,14,28x28, or 10,14,28x28,logits to reconstruct the logits of a head; again for more",
+        "10,14,28x28, or 10,14,28x28,logits to reconstruct the logits of a head, maybe with "
+        ",temperature=20 behind it; again for more",
         flag_values=flag_values,
     )
 
@@ -76,15 +77,16 @@ def insertions(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str,
 
 
 def _expedite(text):
-    found = re.fullmatch(r"(\d+),(\d+),(\d+)x(\d+)(,logits)?", text)
+    found = re.fullmatch(r"(\d+),(\d+),(\d+)x(\d+)(,logits)?(,temperature=([\d.]+))?", text)
     if not found:
         raise UserError(
             f"--expedite={text} is not valid; valid: ALPHA,BETA,ROWSxCOLUMNS, such as 10,14,28x28, "
-            "and ,logits behind it"
+            "and ,logits and ,temperature=20 behind it"
         )
     alpha, beta, *clusters = map(int, found.groups()[:4])
     where = "logits" if found[5] else "blocks"
-    return {"alpha": alpha, "beta": beta, "clusters": tuple(clusters), "where": where}
+    settings = {"alpha": alpha, "beta": beta, "clusters": tuple(clusters), "where": where}
+    return settings | ({"temperature": float(found[7])} if found[7] else {})
 
 
 def _keep(text, model):
