@@ -104,6 +104,11 @@ def test_as_many_centers_as_tokens_change_nothing():
     np.testing.assert_allclose(apply(expedite, "__call__"), apply(method="__call__"), atol=1e-5)
 
 
+def test_there_may_be_more_rows_of_centers_than_of_tokens():
+    found = apply({"alpha": 1, "beta": 3, "clusters": (6, 2), "temperature": 5.0}, "features")[0]
+    assert found.shape == (2, 4, 6, 8) and np.isfinite(found).all()
+
+
 def test_the_parameters_are_those_of_the_host():
     model = VisionTransformer(**SMALL, expedite={"alpha": 1, "beta": 3, "clusters": (2, 2)})
     found = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
@@ -128,7 +133,10 @@ def test_the_parameters_are_those_of_the_host():
             "expedite.window=4 is not valid; valid: odd numbers",
         ),
         ({"alpha": 1, "beta": 1, "temperature": 0.0}, "expedite.temperature=0.0 is not valid"),
-        ({"alpha": 1, "beta": 1, "clusters": (5, 6)}, r"clusters=\(5, 6\) is not valid; .*4 x 6"),
+        (
+            {"alpha": 1, "beta": 1, "clusters": (5, 6)},
+            r"clusters=\(5, 6\) is not valid; .*24 .* 4 x 6",
+        ),
         ({"alpha": 1, "beta": 1, "clusters": (0, 6)}, r"clusters=\(0, 6\) is not valid"),
         ({"alpha": 1, "beta": 1, "tau": 3}, "expedite has no 'tau'; valid: alpha, beta, clusters"),
         ({"beta": 1}, "expedite.alpha is missing"),

@@ -6,6 +6,7 @@ ones all tokens again, put together from the refined centres. The parameters sta
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +82,16 @@ class Expedite:
                 "tokens to compare with; valid: 'bilinear'"
             )
 
-    def check_grid(self, grid: tuple[int, int], of: str = "map") -> None:
-        """Raises UserError unless there are no more centres than tokens, in rows and columns.
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises UserError unless there are no more centres than tokens in ``grid``.
 
-        Args:
-          grid: rows and columns of tokens.
-          of: what they make up, for the message.
+        There may be more rows of them, or columns, as in the published setting of DPT on KITTI.
         """
-        if len(self.clusters) != 2 or not all(
-            1 <= size <= most for size, most in zip(self.clusters, grid, strict=True)
-        ):
+        most = grid[0] * grid[1]
+        if len(self.clusters) != 2 or min(self.clusters) < 1 or math.prod(self.clusters) > most:
             raise UserError(
-                f"expedite.clusters={self.clusters} is not valid; valid: rows and columns from 1 "
-                f"to those of the {of}, {grid[0]} x {grid[1]}"
+                f"expedite.clusters={self.clusters} is not valid; valid: rows and columns from 1, "
+                f"at most {most} centres for a map of {grid[0]} x {grid[1]}"
             )
 
     def cluster(self, tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:

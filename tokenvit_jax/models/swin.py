@@ -258,7 +258,11 @@ class Swin(Pyramid, kw_only=True):
         expedite, size = self.expedite, self.expedite.clusters
         _, height, width, _ = x.shape
         window, _ = windows_of((height, width), self.window_size, False)
-        expedite.check_grid(window, "window")
+        if any(side > most for side, most in zip(size, window, strict=True)):
+            raise UserError(  # position biases are those of the window, resized
+                f"expedite.clusters={size} is not valid; valid: rows and columns from 1 to those "
+                f"of the window, {window[0]} x {window[1]}"
+            )
         count = (-(-height // window[0]), -(-width // window[1]))
         below, right = count[0] * window[0] - height, count[1] * window[1] - width
         tokens = to_windows(jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))), window)
