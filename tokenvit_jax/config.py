@@ -121,6 +121,6 @@ def default_config() -> ConfigDict:
     config.eval_every_steps = 1000
     config.checkpoint_every_steps = 1000
     config.keep_last_checkpoints = 2
-    config.keep_best_checkpoints = 1  # by eval/accuracy
+    config.keep_best_checkpoints = 1  # by eval/miou where there is one, else eval/accuracy
     config.profile = ""  # steps of a profiler trace, "first:last"; "": none
     return config

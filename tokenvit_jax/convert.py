@@ -13,7 +13,7 @@ want it and the default, or inception (mean and deviation 0.5), as those of timm
 of Segmenter on a vit, where it is the default; and for the windows of Swin v2, which are those of
 the registered model. WORKDIR is then like that of a training run, at step 0: predict, evaluate and
 train take it.
-Back: --checkpoint=last, best (highest accuracy) or a step.
+Back: --checkpoint=last, best (highest accuracy or mIoU) or a step.
 
 --layout=segmenter is that of github.com/rstrudel/segmenter: a vit or a deit with either decoder.
 The position embeddings are those of the crops of its training; images and windows of the run

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python -m tokenvit_jax.evaluate --workdir=DIRECTORY.
 
 Prints the metrics as one line of JSON. The configuration is that of the run, or another:
---config=CONFIG.py. --checkpoint=last, best (highest accuracy) or a step.
+--config=CONFIG.py. --checkpoint=last, best (highest accuracy or mIoU) or a step.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
