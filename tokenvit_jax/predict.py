@@ -7,7 +7,8 @@ largest query groups with the keys that each selects; for one with clusters the 
 tokens, as coloured regions and one by one. Of a segmentation model: the classes of the pixels over
 the image, and as a label map of its size, a PNG whose pixels are the labels. Of both, where a model
 clusters patches by `expedite`: the borders of the superpixels, of an image that is seen in several
-windows those of the one in the middle. --checkpoint=last, best (highest accuracy or mIoU) or a step.
+windows those of the one in the middle. --checkpoint=last, best (highest accuracy or mIoU) or a
+step.
 """
 
 import functools
