@@ -3,7 +3,7 @@
     python -m tokenvit_jax.train --config=configs/swinv2_b.py --workdir=runs/swinv2_b
 
 Hardware: 8 accelerators (global batch 1024, bfloat16); fewer, or smaller ones, with
---config.accumulate_steps. Expected result: not yet trained (the authors report 84.2 % top-1).
+--config.accumulate_steps. Expected result: not yet trained.
 
     python -m tokenvit_jax.train --config=configs/swinv2_b.py:digits --workdir=runs/digits
 

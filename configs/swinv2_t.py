@@ -3,7 +3,7 @@
     python -m tokenvit_jax.train --config=configs/swinv2_t.py --workdir=runs/swinv2_t
 
 Hardware: 8 accelerators (global batch 1024, bfloat16); fewer, or smaller ones, with
---config.accumulate_steps. Expected result: not yet trained (the authors report 81.8 % top-1).
+--config.accumulate_steps. Expected result: not yet trained.
 
     python -m tokenvit_jax.train --config=configs/swinv2_t.py:digits --workdir=runs/digits
 
