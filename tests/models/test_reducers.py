@@ -110,7 +110,7 @@ def test_costs_to_three_digits(name):
 
 
 def test_costs_of_token_merging_and_evit():
-    """Table 1 of EViT and Table 4 of ToMe, to one digit."""
+    """As their papers report of DeiT-S, to one digit."""
     assert tome_keep(196, 12, 13) == tuple(range(183, 39, -13))
     assert tome_keep(9, 4, 3) == (6, 3, 2, 1)
     assert evit_keep(9, 3, 0.9, (1, 3)) == (9, 9, 9)  # ceil(8.1) + 1
