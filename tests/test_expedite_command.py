@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from absl import flags as flag_values
 from PIL import Image
+from random_variables import random_variables
 
-from tokenvit_jax import cli, expedite, expedite_search, insertion_flags
+from tokenvit_jax import cli, expedite, expedite_search, expedite_similarity, insertion_flags
 from tokenvit_jax.benchmark import Program
 from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
@@ -41,11 +42,8 @@ MODELS = {
 }
 
 
-def random_variables(model, size):
-    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), images)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
+def images_of(size):
+    return jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
 
 
 def tiny_config(**entries):
@@ -82,7 +80,7 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
     config = tiny_config()
     config.data.normalization = "inception"
     config.ema_decay = 0.9
-    variables = random_variables(classification.make_model(config, 10), (32, 32))
+    variables = random_variables(classification.make_model(config, 10), images_of((32, 32)))
     plain, faster, plot = tmp_path / "plain", tmp_path / "faster", tmp_path / "front.png"
     write_run(plain, config, variables)
 
@@ -180,7 +178,7 @@ def test_similarity_is_the_mean_cosine_of_features(name):
     """Of settings in an order in which much of the one before is of use, also where it is not."""
     model, size = MODELS[name], (32, 40)
     backbone = expedite_search.backbone_of(model)
-    variables = random_variables(model, size)
+    variables = random_variables(model, images_of(size))
     images = np.random.default_rng(1).standard_normal((2, *size, 3), np.float32)
     params = variables["params"].get("backbone", variables["params"])
 
@@ -194,14 +192,14 @@ def test_similarity_is_the_mean_cosine_of_features(name):
     if name == "segmenter":
         settings[1] = Expedite(1, 2, (2, 2), "logits")
         settings.append(Expedite(1, 2, (2, 2), temperature=5.0))
-    compare = expedite_search.Comparison(model, variables, images)
+    compare = expedite_similarity.Comparison(model, variables, images)
     found = [compare(setting) for setting in settings]
     for setting, value in zip(settings, found, strict=True):
         y = features(setting)
         cosines = (y * plain).sum(-1) / np.linalg.norm(y, axis=-1) / np.linalg.norm(plain, axis=-1)
         assert value == pytest.approx(cosines.mean(), abs=3e-6)
     assert max(found) < 0.999 and min(np.diff(sorted(found))) > 1e-5
-    assert expedite_search.similarity(model, variables, images, settings[0]) == found[0]
+    assert expedite_similarity.similarity(model, variables, images, settings[0]) == found[0]
 
 
 # ------------------------------------------------------------------------------------------------

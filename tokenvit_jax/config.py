@@ -4,6 +4,8 @@ The recipes in :mod:`tokenvit_jax.recipes` start from here. Entries can be overr
 line with ``--config.a.b=value``; a key that is not listed here fails at once.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -123,4 +125,11 @@ def default_config() -> ConfigDict:
     config.keep_last_checkpoints = 2
     config.keep_best_checkpoints = 1  # by eval/miou where there is one, else eval/accuracy
     config.profile = ""  # steps of a profiler trace, "first:last"; "": none
+    return config
+
+
+def read_entry(config: ConfigDict, key: str) -> Any:
+    """Returns the entry of a configuration that a key such as "data.eval_crop" names."""
+    for part in key.split("."):
+        config = config[part]
     return config

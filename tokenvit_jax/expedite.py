@@ -26,7 +26,6 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset, eval_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expedite_search import (
-    Comparison,
     Rated,
     choose,
     describe,
@@ -36,6 +35,7 @@ from tokenvit_jax.expedite_search import (
     search_latency,
     tune_temperature,
 )
+from tokenvit_jax.expedite_similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.predict import read_image
 from tokenvit_jax.tasks import task_of

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.expedite_similarity import mean_cosine
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import segmentation
 from tokenvit_jax.training.checkpoint import load_variables
@@ -206,7 +207,9 @@ class Bench:
         confusion = confusions(
             found.classes, self.scenes.labels, self.trained.model.head.num_classes
         )
-        return Result(self.mmacs(setting), confusion, cosine(found.features, self._features))
+        return Result(
+            self.mmacs(setting), confusion, float(mean_cosine(found.features, self._features))
+        )
 
     def evaluate_all(self, settings: dict[str, Setting]) -> dict[str, Result]:
         """Evaluates settings by name, and prints each."""
@@ -280,12 +283,6 @@ def difference(result: Result, other: Result) -> str:
 def spread(result: Result, other: Result) -> float:
     """Returns the standard deviation of the difference over samples of the images."""
     return float(np.std(bootstrap(result) - bootstrap(other)))
-
-
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the cosine of vectors (..., C) and others, mean over all of them."""
-    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-    return float(np.mean(np.sum(x * y, -1) / norms))
 
 
 def heading(title: str, script: str, trained: Trained) -> list[str]:

@@ -20,6 +20,7 @@ from experiments.expedite import common
 from experiments.expedite.common import ALPHA, LARGE, SMALL, Setting, Trained, expedited
 from experiments.expedite.swin import SWIN_ALPHA, swin_expedited
 from tokenvit_jax import cli
+from tokenvit_jax.expedite_similarity import mean_cosine
 from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.step import normalize
 
@@ -71,7 +72,7 @@ def measure(
         plain = tokens_after(trained, images, last, {})
         for name, make in settings.items():
             features = tokens_after(trained, images, last, make(last))
-            curves[name][last] = common.cosine(features, plain)
+            curves[name][last] = float(mean_cosine(features, plain))
             print(f"{name}, after block {last}: {curves[name][last]:.3f}", flush=True)
     return curves
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_variables import random_variables
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.models.vit import Origin, VisionTransformer
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)  # 4 x 6 patches
 SMALL = {"num_classes": 5, "dim": 8, "depth": 4, "num_heads": 2, "position_size": (64, 96)}
@@ -18,10 +19,7 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 4, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    model = VisionTransformer(**SMALL)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
-    draw = np.random.default_rng(1)
-    return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
+    return random_variables(VisionTransformer(**SMALL), IMAGES)
 
 
 def apply(expedite=None, method="tokens", images=IMAGES, **settings):
@@ -36,7 +34,7 @@ def blocks(x, first, last):
 
     def run(module, x):
         for block in module.blocks[first:last]:
-            x, _ = block(x, jnp.ones(x.shape[:2]), (4, 6), False)
+            x, _ = block(x, Origin(None, None), (4, 6), False)
         return x
 
     return model.apply({"params": params}, x, method=run)

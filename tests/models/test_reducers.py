@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from random_variables import random_variables
 
 import tokenvit_jax as tv
 from tokenvit_jax import ops
@@ -39,10 +40,7 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 3, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    model = VisionTransformer(**SMALL)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
-    draw = np.random.default_rng(1)
-    return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
+    return random_variables(VisionTransformer(**SMALL), IMAGES)
 
 
 def tokens_of(reducer, params=None, **kwargs):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_variables import random_variables
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.reducers import Patches, TokenReducer, reduce_tokens
@@ -20,10 +21,7 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    model = VisionTransformer(**SMALL)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
-    draw = np.random.default_rng(1)
-    return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
+    return random_variables(VisionTransformer(**SMALL), IMAGES)
 
 
 def apply(reducer, method, **settings):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from random_variables import random_variables
 
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import IGNORED
@@ -36,10 +37,7 @@ def config(**overrides):
 @functools.cache
 def model_and_variables():
     model = segmentation.make_model(config(), K)
-    images = jnp.zeros((1, 32, 48, 3))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    draw = np.random.default_rng(1)
-    return model, jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype("f4"), shapes)
+    return model, random_variables(model, jnp.zeros((1, 32, 48, 3)))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """Checks the entries of a configuration that the data pipeline reads."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
+from tokenvit_jax.config import default_config, read_entry
 from tokenvit_jax.data.sources import DatasetInfo, dataset_info
 from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
@@ -25,6 +24,9 @@ _ONLY_FOR = {
         "mix.cutmix",
         "mix.mixtoken",
         "token_labels.weight",
+        "label_smoothing",
+        "retention.penalty",
+        "data.eval_crop",
     ),
     "segmentation": (
         "augment.short_side",
@@ -34,6 +36,8 @@ _ONLY_FOR = {
         "data.eval_short_side",
         "data.eval_size",
         "data.label_size",
+        "inference.window",
+        "inference.stride",
     ),
 }
 
@@ -70,7 +74,7 @@ def _check_task(config: ConfigDict, info: DatasetInfo) -> None:
     default = default_config()
     for task, keys in _ONLY_FOR.items():
         for key in keys if task != info.task else ():
-            value, off = _entry(config, key), _entry(default, key)
+            value, off = read_entry(config, key), read_entry(default, key)
             if value != off:
                 raise UserError(
                     f"config.{key}={value} is for {task}, config.dataset={info.name!r} is "
@@ -81,10 +85,10 @@ def _check_task(config: ConfigDict, info: DatasetInfo) -> None:
 def _check_segmentation(config: ConfigDict) -> None:
     data, augment = config.data, config.augment
     for key in ("data.eval_short_side", "augment.short_side"):
-        if _entry(config, key) < 0:
-            raise UserError(f"{key}={_entry(config, key)}; valid: 0 or more")
+        if read_entry(config, key) < 0:
+            raise UserError(f"{key}={read_entry(config, key)}; valid: 0 or more")
     for key in ("data.eval_size", "data.label_size"):
-        _check_pair(key, _entry(config, key))
+        _check_pair(key, read_entry(config, key))
     if any(data.eval_size) and min(data.eval_size) < MIN_IMAGE_SIZE:
         raise UserError(f"data.eval_size={data.eval_size}; valid: at least {MIN_IMAGE_SIZE} each")
     if len(augment.scale_range) != 2 or not 0 < augment.scale_range[0] <= augment.scale_range[1]:
@@ -100,9 +104,3 @@ def _check_segmentation(config: ConfigDict) -> None:
 def _check_pair(key: str, value: Sequence[int]) -> None:
     if len(value) != 2 or not (all(side > 0 for side in value) or not any(value)):
         raise UserError(f"{key}={value}; valid: height and width, or (0, 0)")
-
-
-def _entry(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config

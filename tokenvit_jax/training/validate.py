@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import read_entry
 from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
@@ -57,10 +57,10 @@ _RANGES = {
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for the first entry of a configuration whose value is not valid."""
     for key, choices in _CHOICES.items():
-        if (value := _entry(config, key)) not in choices:
+        if (value := read_entry(config, key)) not in choices:
             raise UserError(f"config.{key}={value!r} is not valid; valid: {', '.join(choices)}")
     for key, (low, high) in _RANGES.items():
-        value = _entry(config, key)
+        value = read_entry(config, key)
         # Written so that nan is out of range.
         if not value >= low or (high is not None and not value <= high):
             limits = f"at least {low}" if high is None else f"{low} to {high}"
@@ -138,14 +138,8 @@ def _check_retention(config: ConfigDict) -> None:
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:
     """Raises UserError for the first of some entries that is on and does not go with another."""
     for other in others:
-        if _entry(config, other):
+        if read_entry(config, other):
             raise UserError(
-                f"config.{other}={_entry(config, other)} does not go with "
-                f"config.{key}={_entry(config, key)!r}: {reason}"
+                f"config.{other}={read_entry(config, other)} does not go with "
+                f"config.{key}={read_entry(config, key)!r}: {reason}"
             )
-
-
-def _entry(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
