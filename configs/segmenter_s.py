@@ -27,8 +27,9 @@ Weights that the authors published, whose positions are those of their crops.
 
     python -m tokenvit_jax.train --config=configs/segmenter_s.py:scenes --workdir=runs/scenes
 
-One shrunk network for all sizes, on the embedded scenes. Hardware: 2 CPU cores, 25 minutes.
-Expected result: about 69 % mIoU on the test scenes (one run of segmenter_ti: 68.7 %).
+One shrunk network for all sizes, on the embedded scenes. Hardware: 2 CPU cores, 45
+minutes beside other work. Expected result: about 69 % mIoU on the test scenes (one run of
+segmenter_ti: 68.7 %).
 """
 
 from tokenvit_jax.recipes import segmenter_config

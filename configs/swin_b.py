@@ -8,7 +8,7 @@ Hardware: 8 accelerators (global batch 1024, bfloat16); fewer, or smaller ones, 
     python -m tokenvit_jax.train --config=configs/swin_b.py:digits --workdir=runs/digits
 
 One shrunk network for all sizes, with windows of 4, on the embedded handwritten digits. Hardware: 2
-CPU cores, 2 minutes. Expected result: about 98 % test accuracy (one run of swin_t: 98.1 %).
+CPU cores, a few minutes. Expected result: about 98 % test accuracy (one run of swin_t: 98.1 %).
 """
 
 from tokenvit_jax.recipes import swin_config

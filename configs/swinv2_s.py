@@ -8,7 +8,7 @@ Hardware: 8 accelerators (global batch 1024, bfloat16); fewer, or smaller ones, 
     python -m tokenvit_jax.train --config=configs/swinv2_s.py:digits --workdir=runs/digits
 
 One shrunk network for all sizes, with windows of 4, on the embedded handwritten digits. Hardware: 2
-CPU cores, 2 minutes. Expected result: about 99 % test accuracy (one run of swinv2_t: 98.9 %).
+CPU cores, a few minutes. Expected result: about 99 % test accuracy (one run of swinv2_t: 98.9 %).
 """
 
 from tokenvit_jax.recipes import swin_config
