@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
+from tokenvit_jax.training.parallel import MeshParallel
 
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint
 from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.parallel import MeshParallel
 from tokenvit_jax.training.state import init_state
 
 REPOSITORY = Path(__file__).parent.parent

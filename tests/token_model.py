@@ -6,15 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from tokenvit_jax.models.backbone import StepHooks
 
-from tokenvit_jax.config import default_config
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.workdir import write_config
 
 
-class TokenModel(nn.Module):
+class TokenModel(StepHooks, nn.Module):
     """Patches of 32 pixels, a tanh, a classifier of their mean and one of each."""
 
     num_classes: int
@@ -45,15 +46,14 @@ class TokenModel(nn.Module):
 def use_token_model(monkeypatch):
     """Makes it the model of every configuration."""
 
-    def make_model(config, num_classes, *, axis_name=None):
-        return TokenModel(num_classes)
-
-    monkeypatch.setattr(classification, "make_model", make_model)
+    monkeypatch.setattr(
+        Classification, "make_model", lambda task: TokenModel(task.info.num_classes)
+    )
 
 
 def token_config():
     """A configuration for it, with a last map of 3 x 3 cells."""
-    config = default_config()
+    config = default_config("classification")
     config.image_size = 96
     config.batch_size = 16
     config.num_steps = 10
@@ -70,6 +70,7 @@ def write_run(workdir: Path, seed: int = 0, normalization: str = "imagenet"):
     model = TokenModel(num_classes=10)
     state = jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
     write_config(workdir, config)
-    with Checkpoints(workdir, keep_last=1, keep_best=1) as checkpoints:
+    score = lambda metrics: metrics["eval/accuracy"]  # noqa: E731
+    with Checkpoints(workdir, keep_last=1, keep_best=1, score=score) as checkpoints:
         checkpoints.save(1, state, {}, {"eval/accuracy": 0.5})
     return state.params

@@ -86,14 +86,24 @@ def _parse_message(error: Exception) -> str:
         wrong = next((key for key in keys if found and found[0] in key.split(".")), None)
         hint = re.search(r'Did you mean "(\w+)"', text)
         if wrong or keys:
+            key = wrong or keys[0]
             near = f"; did you mean {hint[1]!r}?" if hint else ""
-            return f"{wrong or keys[0]} is not a key of the configuration{near}"
+            near = _tasks_with(key.removeprefix("--config.")) or near
+            return f"{key} is not a key of the configuration{near}"
     if "Traceback (most recent call last)" in text:
         # ml_collections puts the traceback of a configuration file into its message.
         reason = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
         text = text.split("Error whilst parsing", 1)[0] + reason
     known = isinstance(error, UserError | flags.Error | OSError)
     return text if known else f"--config: {type(error).__name__}: {text}"
+
+
+def _tasks_with(key: str) -> str:
+    """Says which tasks have an entry that this configuration lacks; "" if none has."""
+    from tokenvit_jax.tasks import tasks_with  # only commands with a configuration need the tasks
+
+    found = ", ".join(tasks_with(key))
+    return f"; config.{key} is an entry of the tasks: {found}" if found else ""
 
 
 def _exit(status: int, message: str) -> None:

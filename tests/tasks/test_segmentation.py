@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from random_variables import random_variables
+from tokenvit_jax.tasks.sliding_window import sliding_logits
 
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import IGNORED
@@ -15,7 +16,6 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.tasks import segmentation
-from tokenvit_jax.tasks.sliding_window import sliding_logits
 
 K = 3
 RNG = np.random.default_rng(0)

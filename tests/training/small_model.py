@@ -4,20 +4,22 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tokenvit_jax.models.backbone import StepHooks
 
-from tokenvit_jax.config import default_config
-from tokenvit_jax.layers import DropPath, DynamicGroupAttention, batch_norm
+from tokenvit_jax.layers import DropPath, DynamicGroupAttention, advance_centroids, batch_norm
+from tokenvit_jax.tasks import default_config
 
 NUM_CLASSES = 5
 BATCH_SIZE = 16
 
 
-class SmallModel(nn.Module):
+class SmallModel(StepHooks, nn.Module):
     """Patches, BatchNorm, attention in groups, stochastic depth."""
 
     axis_name: str | None = None
     has_batch_norm: bool = True
     drop_path: float = 0.5
+    old_weight: float = 0.9
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -31,10 +33,16 @@ class SmallModel(nn.Module):
         x = x + DropPath(self.drop_path, self.axis_name)(y, train)
         return nn.Dense(NUM_CLASSES, name="head")(x.mean(axis=1))
 
+    def after_step(self, variables, learning_rate):
+        centroids = advance_centroids(
+            variables["centroids"], self.old_weight, axis_name=self.axis_name
+        )
+        return {**variables, "centroids": centroids}
+
 
 def small_config() -> ConfigDict:
     """A configuration for the small model."""
-    config = default_config()
+    config = default_config("classification")
     config.image_size = 32
     config.batch_size = BATCH_SIZE
     config.num_steps = 10

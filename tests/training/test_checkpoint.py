@@ -31,7 +31,8 @@ def abstract(state):
 
 
 def open_checkpoints(workdir, keep_last=2, keep_best=1):
-    return Checkpoints(workdir, keep_last=keep_last, keep_best=keep_best)
+    score = lambda metrics: metrics["eval/accuracy"]  # noqa: E731
+    return Checkpoints(workdir, keep_last=keep_last, keep_best=keep_best, score=score)
 
 
 @pytest.fixture

@@ -3,22 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from make_task import check_config
+from tokenvit_jax.models.backbone import variable_shapes
 
 import tokenvit_jax as tv
-from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
     weight_decay_mask,
 )
-from tokenvit_jax.training.validate import check_config
 
 
 def test_decay_applies_to_kernels_of_dgt_and_to_nothing_else():
     model = tv.create_model("dgt_s")
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    params = variable_shapes(model, images)
     leaves = jax.tree_util.tree_leaves_with_path(weight_decay_mask(params["params"]))
     by_name = {}
     for path, decays in leaves:
@@ -64,7 +65,7 @@ STEPS = np.arange(101)
     ],
 )
 def test_schedule_warms_up_and_decays_to_the_end(schedule, warmup, decay):
-    config = default_config()
+    config = default_config("classification")
     config.num_steps = 101
     config.optimizer.learning_rate = 1.0
     config.optimizer.schedule = schedule
@@ -79,14 +80,14 @@ def test_schedule_warms_up_and_decays_to_the_end(schedule, warmup, decay):
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
 def test_schedule_of_one_step_is_finite(schedule):
-    config = default_config()
+    config = default_config("classification")
     config.num_steps = 1
     config.optimizer.schedule = schedule
     assert float(learning_rate_schedule(config)(0)) == pytest.approx(1e-3)
 
 
 def test_weight_decay_shrinks_kernels_by_the_learning_rate_and_clipping_bounds_the_gradient():
-    config = default_config()
+    config = default_config("classification")
     config.clip_norm = 1.0
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 0.5
@@ -105,7 +106,7 @@ def test_weight_decay_shrinks_kernels_by_the_learning_rate_and_clipping_bounds_t
 
 
 def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
-    config = default_config()
+    config = default_config("classification")
     config.num_steps = 3
     config.optimizer.name = "sgd"
     config.optimizer.schedule = "polynomial"
@@ -136,7 +137,7 @@ def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
     ],
 )
 def test_settings_that_are_refused(key, value, message):
-    config = default_config()
+    config = default_config("classification")
     config.optimizer[key] = value
     with pytest.raises(UserError, match=message):
         check_config(config)

@@ -5,11 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.data import IGNORED
-from tokenvit_jax.tasks import segmentation
-from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training import devices
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
@@ -18,7 +18,7 @@ BATCH, SIZE, K = 16, 32, 5
 
 
 def config(**overrides):
-    config = default_config()
+    config = default_config("segmentation")
     config.dataset, config.model = "scenes", "vit_ti"
     config.model_overrides = {
         "dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8, "position_size": (SIZE, SIZE)
@@ -50,17 +50,16 @@ def eval_batch():
 
 def run(parallel, config):
     """Loss of a step and the sums of an evaluation after it."""
-    model = segmentation.make_model(config, K, axis_name=parallel.axis_name)
+    task = make_task(config, K, parallel.axis_name)
+    model = task.make_model()
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    step = parallel.train_step(
-        make_train_step(model, optimizer, config, K, axis_name=parallel.axis_name),
-        parallel.abstract(init_fn),
-    )
+    step = make_train_step(task, model, optimizer)
+    step = parallel.train_step(step, parallel.abstract(init_fn))
     state, metrics = step(parallel.init(init_fn), parallel.put_batch(batch()))
-    evaluate = parallel.eval_step(make_eval_step(model, config, axis_name=parallel.axis_name))
-    sums = evaluate({"params": state.params}, parallel.put_batch(eval_batch()))
-    return jax.device_get((metrics, sums))
+    evaluate = parallel.eval_step(make_eval_step(task, model))
+    outcome = evaluate({"params": state.params}, parallel.put_batch(eval_batch()))
+    return jax.device_get(metrics), parallel.fetch(outcome).sums
 
 
 @functools.cache

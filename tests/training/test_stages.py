@@ -5,20 +5,20 @@ import functools
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 
-from tokenvit_jax import train as train_command
-from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.evaluate import evaluate
 from tokenvit_jax.models.reducers import searched_keep
-from tokenvit_jax.tasks import classification, segmentation
-from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.training import devices
 from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.evaluation import evaluate_run
 from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
+from tokenvit_jax.training.loop import train
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state, step_rng
 from tokenvit_jax.training.step import make_train_step
-from tokenvit_jax.training.validate import check_config
 from tokenvit_jax.training.workdir import read_config
 
 HOST = {
@@ -29,7 +29,7 @@ BATCH_SIZE = 16
 
 
 def stage(reducer=None, **host):
-    config = default_config()
+    config = default_config("classification")
     config.model, config.model_overrides = "deit_s", HOST | host
     if reducer:
         config.model_overrides.token_reducer = reducer
@@ -40,9 +40,7 @@ def stage(reducer=None, **host):
 
 
 def search(penalty=0.5, factor=100.0):
-    config = stage({"method": "soft_extract"})
-    config.retention.penalty, config.retention.learning_rate_factor = penalty, factor
-    return config
+    return stage({"method": "soft_extract", "penalty": penalty, "learning_rate_factor": factor})
 
 
 def batch():
@@ -58,13 +56,11 @@ def batch():
 def steps(factor, penalty=0.5, parallel=devices.MeshParallel):
     """State, metrics and earlier state of two steps of a search on eight devices."""
     config, layout = search(penalty, factor), parallel()
-    model = classification.make_model(config, 10, axis_name=layout.axis_name)
-    optimizer = make_optimizer(config)
+    task = make_task(config, axis_name=layout.axis_name)
+    model, optimizer = task.make_model(), make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    step = layout.train_step(
-        make_train_step(model, optimizer, config, 10, axis_name=layout.axis_name),
-        layout.abstract(init_fn),
-    )
+    step = make_train_step(task, model, optimizer)
+    step = layout.train_step(step, layout.abstract(init_fn))
     state, found = layout.init(init_fn), []
     for _ in range(2):
         before = jax.device_get(state)
@@ -83,13 +79,13 @@ def test_loss_grows_with_what_is_retained():
     for before, _, metrics in steps(100.0):
         _, model_rng = jax.random.split(step_rng(config.seed, before.step))
         plain = stage()
-        model = classification.make_model(search(), 10)
+        model = make_task(search()).make_model()
         images = (batch()["image"] / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         rngs = dict(zip(("dropout", "routing"), jax.random.split(model_rng), strict=True))
         logits = model.apply({"params": before.params}, images, train=True, rngs=rngs)
-        targets = classification.soft_targets(batch()["label"], 10, plain.label_smoothing)
+        targets = losses.soft_targets(batch()["label"], 10, plain.label_smoothing)
         penalty = 0.5 * ([1, 2] @ retention(before.params).sum(1))
-        expected = classification.cross_entropy(logits, targets) + penalty
+        expected = losses.cross_entropy(logits, targets) + penalty
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
@@ -111,10 +107,10 @@ def pooled_step(parallel):
     config = stage({"keep": (5, 3), "method": "weighted_kmedoids", "initial": "random"})
     config.model_overrides.drop_path = 0.2
     layout = parallel()
-    model = classification.make_model(config, 10, axis_name=layout.axis_name)
-    optimizer = make_optimizer(config)
+    task = make_task(config, axis_name=layout.axis_name)
+    model, optimizer = task.make_model(), make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    step = make_train_step(model, optimizer, config, 10, axis_name=layout.axis_name)
+    step = make_train_step(task, model, optimizer)
     step = layout.train_step(step, layout.abstract(init_fn))
     _, metrics = step(layout.init(init_fn), layout.put_batch(batch()))
     return float(metrics["loss"]), float(metrics["grad_norm"])
@@ -153,7 +149,7 @@ def runs(tmp_path_factory):
     configs["pooled"].initial.workdir = str(folder / "search")
     configs["pooled"].ema_decay = 0.5
     for name, config in configs.items():
-        train_command.train(config, folder / name)
+        train(config, folder / name)
     return folder
 
 
@@ -162,7 +158,7 @@ def test_stages_follow_each_other(runs):
     assert len(found) == 2 and max(found) < 9
     config = read_config(runs / "pooled")
     assert config.model_overrides.token_reducer.keep == found
-    metrics = evaluate(config, runs / "pooled")
+    metrics = evaluate_run(runs / "pooled")
     assert metrics["step"] == 2 and 0 <= metrics["eval/accuracy"] <= 1
 
 
@@ -170,11 +166,11 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
     config = read_config(runs / "search")
     config.ema_decay = 0.5
     initial = load_initial(config)
-    model, optimizer = classification.make_model(config, 10), make_optimizer(config)
+    model, optimizer = make_task(config).make_model(), make_optimizer(config)
     parallel = devices.MeshParallel(fsdp=4)
     fresh = parallel.init(functools.partial(init_state, model, optimizer, config))
     layout = jax.tree.map(lambda x: x.sharding, fresh)
-    state = start_from(fresh, initial)
+    state = start_from(fresh, initial, model)
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     np.testing.assert_array_equal(retention(state.params), 1)  # the first stage has none
     jax.tree.map(np.testing.assert_array_equal, state.ema["params"], state.params)
@@ -186,14 +182,15 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
 
 def test_a_segmentation_model_starts_from_a_classifier(runs):
     """Its backbone; the classifier is left, the head stays."""
-    config = stage()
+    config = default_config("segmentation")
+    config.model, config.model_overrides, config.image_size = "deit_s", HOST, 48
     config.dataset, config.head_overrides = "scenes", {"depth": 1, "head_dim": 8}
     config.initial.workdir = str(runs / "base")
     initial = load_initial(config)
-    model, optimizer = segmentation.make_model(config, 5), make_optimizer(config)
+    model, optimizer = make_task(config).make_model(), make_optimizer(config)
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, config))
     fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 7, x.dtype)), shapes)
-    state = start_from(fresh, initial)
+    state = start_from(fresh, initial, model)
     assert jax.tree.structure(state) == jax.tree.structure(fresh)
     jax.tree.map(np.testing.assert_array_equal, state.params["head"], fresh.params["head"])
     expected = {k: v for k, v in initial.variables["params"].items() if k != "classifier"}
@@ -202,7 +199,7 @@ def test_a_segmentation_model_starts_from_a_classifier(runs):
     position = state.params["backbone"].pop("position")
     state.params["backbone"]["position"] = np.zeros((1 + 16, 8))
     with pytest.raises(UserError) as error:
-        start_from(state, initial)
+        start_from(state, initial, model)
     path = "params/backbone/position"
     assert f"1 entries differ: {path} is {position.shape} there, (17, 8) here" in str(error.value)
 
@@ -210,11 +207,13 @@ def test_a_segmentation_model_starts_from_a_classifier(runs):
 def test_mistakes_are_named(runs, tmp_path):
     config = stage({"keep": (), "method": "kmeans"})
     with pytest.raises(
-        UserError, match=r"keep=\(\) is what a search has found, but config.initial"
+        UserError, match=r"keep=\(\) takes the numbers that a search found, but config.initial"
     ):
         with_searched_keep(config, None)
     config.initial.workdir = str(runs / "base")
-    with pytest.raises(UserError, match=r"config.initial.workdir='.*base' is none; valid: the"):
+    with pytest.raises(
+        UserError, match=r"config.initial.workdir='.*base' was no search; valid: the"
+    ):
         with_searched_keep(config, load_initial(config))
     config.initial.workdir = str(tmp_path)
     with pytest.raises(UserError, match=r"config.initial.workdir=.*holds no checkpoints"):
@@ -224,13 +223,13 @@ def test_mistakes_are_named(runs, tmp_path):
         load_initial(config)
     config.initial.checkpoint = "last"
     wider = stage(dim=16)
-    state = init_state(classification.make_model(wider, 10), make_optimizer(wider), wider)
+    model = make_task(wider).make_model()
+    state = init_state(model, make_optimizer(wider), wider)
     with pytest.raises(UserError, match=r"entries differ: .*params/class_token is \(1, 8\) there"):
-        start_from(state, load_initial(config))
-    config = stage()
-    config.retention.penalty = 0.1
-    with pytest.raises(UserError, match=r"config.retention.penalty=0.1 needs .*method='soft_extr"):
-        check_config(config)
+        start_from(state, load_initial(config), model)
+    config = stage({"keep": (3, 2), "method": "kmeans", "penalty": 0.1})
+    with pytest.raises(UserError, match=r"token_reducer.penalty=0.1 .*method='soft_extr"):
+        make_task(config).make_model()
 
 
 def test_given_numbers_are_not_searched():

@@ -5,19 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from make_task import make_task
 from small_model import BATCH_SIZE, NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
-from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
-from tokenvit_jax.training.step import (
-    centroid_old_weight,
-    make_eval_step,
-    make_train_step,
-    normalize,
-)
+from tokenvit_jax.training.step import make_eval_step, make_train_step
 
 
 @functools.cache
@@ -28,8 +23,14 @@ def initial(has_batch_norm=True):
     return jax.jit(functools.partial(init_state, model, make_optimizer(config), config))()
 
 
+def normalize(images, normalization="imagenet"):
+    config = small_config()
+    config.data.normalization = normalization
+    return make_task(config).normalize(images)
+
+
 def one_step(model, config, state, batch=None):
-    step = make_train_step(model, make_optimizer(config), config, NUM_CLASSES)
+    step = make_train_step(make_task(config, NUM_CLASSES), model, make_optimizer(config))
     return jax.jit(step)(state, batch or random_batch(0))
 
 
@@ -54,11 +55,10 @@ def test_accumulated_micro_batches_equal_the_full_batch():
 
 @pytest.mark.parametrize("accumulate_steps", [1, 4])
 def test_centroids_move_once_per_step_by_the_sums_of_the_whole_batch(accumulate_steps):
-    model = SmallModel(has_batch_norm=False, drop_path=0.0)
+    model = SmallModel(has_batch_norm=False, drop_path=0.0, old_weight=0.7)
     state = initial(has_batch_norm=False)
     config = small_config()
     config.accumulate_steps = accumulate_steps
-    config.centroids.old_weight = 0.7
     found = one_step(model, config, state)[0].model_state["centroids"]
 
     images = normalize(random_batch(0)["image"], "imagenet")
@@ -116,28 +116,17 @@ def test_metrics_of_a_step():
 
 
 def test_steps_draw_new_random_numbers():
-    model = SmallModel(drop_path=0.5)
+    model = SmallModel(drop_path=0.5, old_weight=1.0)
     config = small_config()
     config.optimizer.learning_rate = config.optimizer.warmup_learning_rate = 0.0
     config.optimizer.end_learning_rate = 0.0
-    config.centroids.old_weight = 1.0
-    step = jax.jit(make_train_step(model, make_optimizer(config), config, NUM_CLASSES))
+    step = jax.jit(make_train_step(make_task(config, NUM_CLASSES), model, make_optimizer(config)))
     state, batch = initial(), random_batch(0)
     first, metrics = step(state, batch)
     _, again = step(state, batch)
     _, second = step(first, batch)
     assert float(metrics["loss"]) == float(again["loss"])
     assert float(metrics["loss"]) != float(second["loss"])
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"), [("literal", 0.1 * 0.02), ("swapped", 1 - 0.1 * 0.02), ("constant", 0.95)]
-)
-def test_weight_of_the_old_centroid(rule, expected):
-    config = small_config()
-    config.centroids.rule = rule
-    config.centroids.old_weight = 0.95
-    assert float(centroid_old_weight(config.centroids, 0.02)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +155,15 @@ def test_evaluation_counts_every_image_once_and_no_padding():
     batch = random_batch(0)
     batch["mask"] = (np.arange(BATCH_SIZE) < 11).astype(np.float32)
     batch["image"][11:] = 255
-    sums = jax.jit(make_eval_step(model, small_config()))(variables, batch)
+    task = make_task(small_config(), NUM_CLASSES)
+    outcome = jax.jit(make_eval_step(task, model))(variables, batch)
     images = normalize(batch["image"], "imagenet")
     logits = jax.jit(functools.partial(model.apply, train=False))(variables, images)[:11]
     labels = batch["label"][:11]
-    metrics = classification.mean_metrics([sums, sums])
+    meter = task.meter()
+    meter.add(outcome)
+    meter.add(outcome)
+    metrics = meter.result()
     assert metrics["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).mean()))
     losses = -jax.nn.log_softmax(logits)[jnp.arange(11), labels]
     assert metrics["eval/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)

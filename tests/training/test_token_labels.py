@@ -6,22 +6,28 @@ import re
 import jax
 import numpy as np
 import pytest
+from make_task import check_config, make_task
 from token_model import TokenModel, token_config, use_token_model, write_run
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import classification
-from tokenvit_jax.training import parallel as devices
-from tokenvit_jax.training import teacher
-from tokenvit_jax.training.mixing import draw_token_mixing
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification.mixing import draw_token_mixing
+from tokenvit_jax.training import devices, teacher
+from tokenvit_jax.training.batches import check_train_batch
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state, step_rng
-from tokenvit_jax.training.step import make_train_step, normalize
-from tokenvit_jax.training.validate import check_config
+from tokenvit_jax.training.step import make_train_step
 from tokenvit_jax.training.workdir import write_config
 
 NUM_CLASSES = 10
 BATCH, GRID = 32, 3
+
+
+def normalize(images, normalization):
+    config = token_config()
+    config.data.normalization = normalization
+    return make_task(config).normalize(images)
 
 
 def random_batch(seed=0):
@@ -108,7 +114,8 @@ def test_loss_equals_loops(mixtoken, weight, dense, accumulate_steps):
     config.seed = seed
     batch = random_batch()
     dense_batch = with_dense_labels(batch)
-    step = jax.jit(make_train_step(TokenModel(NUM_CLASSES), make_optimizer(config), config, 10))
+    task, model = make_task(config), TokenModel(NUM_CLASSES)
+    step = jax.jit(make_train_step(task, model, make_optimizer(config)))
     after, metrics = step(state, dense_batch if dense else batch)
     parts = [
         {name: values[j::accumulate_steps] for name, values in dense_batch.items()}
@@ -140,10 +147,11 @@ def test_box_of_mixtoken_is_the_part_that_is_not_its_own():
 def run_steps(parallel, config, num_steps=2):
     """Losses and the last parameters of a few steps on labelled batches."""
     model, optimizer = TokenModel(NUM_CLASSES), make_optimizer(config)
-    put_batch = teacher.labelled_batches(config, NUM_CLASSES, parallel)
+    task = make_task(config, axis_name=parallel.axis_name)
+    put_batch = teacher.labelled_batches(task, parallel)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    make = make_train_step(model, optimizer, config, NUM_CLASSES, axis_name=parallel.axis_name)
-    step = parallel.train_step(make, parallel.abstract(init_fn))
+    step = make_train_step(task, model, optimizer)
+    step = parallel.train_step(step, parallel.abstract(init_fn))
     state, losses = parallel.init(init_fn), []
     for seed in range(num_steps):
         batch = random_batch(seed)
@@ -182,14 +190,14 @@ def test_teacher_labels_the_images_it_is_given(monkeypatch, workdir):
     config.token_labels.weight, config.token_labels.teacher = 0.5, str(workdir[0])
     images = random_batch()["image"]
     parallel = devices.MeshParallel()
-    put_batch = teacher.labelled_batches(config, NUM_CLASSES, parallel)
+    put_batch = teacher.labelled_batches(make_task(config), parallel)
     found = put_batch({"image": images, "label": np.zeros(BATCH, np.int32)})["token_labels"]
     dense = TokenModel(NUM_CLASSES).apply(
         {"params": workdir[1]}, normalize(images, "inception"), method="dense_logits"
     )
     np.testing.assert_allclose(found, jax.nn.softmax(dense), rtol=1e-4, atol=1e-6)
     assert not found.sharding.is_fully_replicated
-    assert teacher.labelled_batches(token_config(), NUM_CLASSES, parallel) == parallel.put_batch
+    assert teacher.labelled_batches(make_task(token_config()), parallel) == parallel.put_batch
 
 
 def test_labels_are_resized_to_the_grid_of_the_student():
@@ -216,14 +224,16 @@ def test_teachers_that_do_not_fit(monkeypatch, workdir, changes, num_classes, me
         {"token_labels.weight": 0.5, "token_labels.teacher": str(workdir[0])} | changes
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        teacher.labelled_batches(config, num_classes, devices.MeshParallel())
+        teacher.labelled_batches(make_task(config, num_classes), devices.MeshParallel())
 
 
 def test_teacher_without_logits_of_cells_is_named(tmp_path):
-    config = default_config()
+    config = default_config("classification")
     config.model = "deit_ti"
     write_config(tmp_path, config)
-    with pytest.raises(UserError, match="is a run of deit_ti, which classifies no single cells"):
+    with pytest.raises(
+        UserError, match="is a run of deit_ti, which does not classify single cells"
+    ):
         teacher.load_teacher(tmp_path, "last")
 
 
@@ -268,17 +278,18 @@ def test_micro_batches_must_be_even():
     config = token_config()
     config.mix.mixtoken, config.batch_size, config.accumulate_steps = 1.0, 48, 2
     with pytest.raises(UserError, match="gives each of 8 devices x 2 accumulate_steps an odd"):
-        devices.check_train_batch(config)
+        check_train_batch(make_task(config))
     config.batch_size = 64
-    devices.check_train_batch(config)
+    check_train_batch(make_task(config))
 
 
 def test_model_without_a_token_head_is_named():
     config = token_config()
     config.mix.mixtoken = 1.0
-    for model in (TokenModel(NUM_CLASSES, token_head=False), object()):
+    for name in ("pale_t", "deit_ti"):
+        config.model = name
         with pytest.raises(UserError, match="need a model with a token head"):
-            make_train_step(model, make_optimizer(config), config, NUM_CLASSES)
+            make_task(config).make_model()
 
 
 def test_sparse_labels_of_one_class_add_up():
@@ -286,5 +297,5 @@ def test_sparse_labels_of_one_class_add_up():
         "token_classes": np.array([2, 0, 2]).reshape(1, 1, 1, 3),
         "token_scores": np.array([0.25, 0.5, 0.125], np.float32).reshape(1, 1, 1, 3),
     }
-    found = classification.token_labels(batch, 4)
+    found = losses.token_labels(batch, 4)
     np.testing.assert_allclose(found, np.array([0.5, 0, 0.375, 0]).reshape(1, 1, 1, 4))

@@ -1,23 +1,89 @@
-"""Tasks: the model, the loss and the metrics that go with a kind of label.
+"""Tasks: one folder and one line of `TASKS` each."""
 
-A task is a module with `make_model`, `batch_sums` and `mean_metrics`; the dataset tells which.
-"""
+from ml_collections import ConfigDict
 
-from types import ModuleType
+from tokenvit_jax.config import base_config, flatten_config
+from tokenvit_jax.data import dataset_info, list_datasets
+from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.tasks.classification import Classification
+from tokenvit_jax.tasks.segmentation import Segmentation
+from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
 
-from tokenvit_jax.data import dataset_info
-from tokenvit_jax.tasks import classification, segmentation
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+}
 
-TASKS = {"classification": classification, "segmentation": segmentation}
+__all__ = [
+    "TASKS",
+    "Aux",
+    "Meter",
+    "Outcome",
+    "Prediction",
+    "Task",
+    "create_task",
+    "default_config",
+    "tasks_with",
+]
 
 
-def task_of(dataset: str) -> ModuleType:
-    """Returns the task of a dataset.
+def default_config(task: str) -> ConfigDict:
+    """Returns the configuration that all others of a task start from.
+
+    It is locked: an entry of another task, or a misspelt one, is refused. Only the arguments of
+    models and heads (`model_overrides`, `head_overrides`) can be added.
 
     Args:
-      dataset: one of `tokenvit_jax.data.list_datasets()`.
+      task: a key of `TASKS`.
 
     Raises:
-      UserError: there is no such dataset.
+      UserError: there is no such task.
     """
-    return TASKS[dataset_info(dataset).task]
+    if task not in TASKS:
+        hint = did_you_mean(task, TASKS)
+        raise UserError(f"config.task={task!r} is not valid{hint}; valid: {', '.join(TASKS)}")
+    config = base_config()
+    config.task = task
+    config.update(TASKS[task].defaults())
+    config.lock()
+    for key in config:
+        if key.endswith("_overrides"):
+            config[key].unlock()
+    return config
+
+
+def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
+    """Returns the task of a configuration.
+
+    Args:
+      config: of :func:`default_config`.
+      axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
+
+    Raises:
+      UserError: unknown task or dataset, or a dataset without the labels that the task reads.
+    """
+    if config.task not in TASKS:
+        default_config(config.task)  # raises
+    cls, info = TASKS[config.task], dataset_info(config.dataset)
+    if not cls.reads <= info.fields:
+        fitting = [name for name in list_datasets() if cls.reads <= dataset_info(name).fields]
+        missing = ", ".join(sorted(cls.reads - info.fields))
+        raise UserError(
+            f"config.dataset={config.dataset!r} has no {missing}, which config.task="
+            f"{config.task!r} reads; valid: {', '.join(fitting)}"
+        )
+    return cls(config, info, axis_name)
+
+
+def tasks_with(key: str) -> list[str]:
+    """Returns the tasks whose configuration has an entry, or a group of entries, of this name.
+
+    Args:
+      key: such as "augment.crop_scale" or "mix".
+    """
+    configs = {name: flatten_config(default_config(name).to_dict()) for name in TASKS}
+    return [name for name, keys in configs.items() if any(_is_in(key, other) for other in keys)]
+
+
+def _is_in(key: str, other: str) -> bool:
+    return f"{other}.".startswith(f"{key}.")

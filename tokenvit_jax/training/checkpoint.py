@@ -6,10 +6,10 @@ when it is complete.
 """
 
 import contextlib
-import functools
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ from flax import linen as nn
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.training.parallel import on_main_process
+from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.training.processes import on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
 
-# What the best checkpoint has most of: the first of these that its task measures.
-BEST_METRICS = ("eval/miou", "eval/accuracy")
 FOLDER = "checkpoints"
+# Stored with the metrics of an evaluation: the task's score, by which "best" is chosen.
+_SCORE = "score"
 
 # orbax logs what it also raises, with tracebacks.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -37,13 +38,21 @@ class Checkpoints:
     A context manager: leaving it waits until everything is written.
     """
 
-    def __init__(self, workdir: Path, *, keep_last: int, keep_best: int):
-        """Opens the checkpoints of a workdir; removes what a killed run left unfinished.
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep_last: int,
+        keep_best: int,
+        score: Callable[[dict[str, float]], float],
+    ):
+        """Opens the checkpoints of a workdir; removes unfinished ones that a killed run left.
 
         Args:
           workdir: folder of the run.
           keep_last: number of latest checkpoints to keep.
-          keep_best: number of checkpoints of the best score to keep.
+          keep_best: number of checkpoints with the highest scores to keep.
+          score: takes the metrics of an evaluation, such as `Task.score`.
         """
         self._folder = workdir.absolute() / FOLDER
         for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
@@ -59,6 +68,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._keep_best = keep_best
+        self._score_of = score
         self._best = self._best_score()
         self._writing = self._folder
 
@@ -74,8 +84,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether a checkpoint of this evaluation would be kept for it, if it were saved."""
-        return self._keep_best > 0 and _score(metrics) > self._best
+        """Whether a checkpoint of this evaluation would be kept for its score, if it were saved."""
+        return self._keep_best > 0 and self._score_of(metrics) > self._best
 
     def save(
         self,
@@ -100,6 +110,8 @@ class Checkpoints:
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             progress=ocp.args.JsonSave(progress),
         )
+        if metrics is not None:
+            metrics = {**metrics, _SCORE: self._score_of(metrics)}
         with self._write_errors():
             self._manager.wait_until_finished()
         self._writing = self._folder / str(step)
@@ -156,7 +168,7 @@ class Checkpoints:
 
     def _best_score(self) -> float:
         best = self._manager.best_step()
-        return -1.0 if best is None else _score(self._manager.metrics(best))
+        return -math.inf if best is None else _score(self._manager.metrics(best))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames checkpoints that cannot be read, so that the run can save these steps again."""
@@ -236,7 +248,7 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
 def load_variables(
     model: nn.Module, image_size: int, workdir: Path, which: str = "last"
 ) -> Checkpoint:
-    """Reads a checkpoint as :func:`load_checkpoint`, and checks that it is of this model.
+    """Reads a checkpoint like :func:`load_checkpoint`, and checks that it fits this model.
 
     Args:
       model: linen module, called as `model(images, train=False)`.
@@ -249,10 +261,7 @@ def load_variables(
     """
     loaded = load_checkpoint(workdir, which)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
-    init = functools.partial(model.init, train=False)
-    check_same_variables(
-        loaded.variables, jax.eval_shape(init, jax.random.key(0), images), loaded.path
-    )
+    check_same_variables(loaded.variables, variable_shapes(model, images), loaded.path)
     return loaded
 
 
@@ -304,7 +313,7 @@ def _open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return next(metrics[name] for name in BEST_METRICS if name in metrics)
+    return metrics[_SCORE]
 
 
 def _steps(folder: Path) -> list[int]:
@@ -320,7 +329,7 @@ def _steps_without_metrics(folder: Path) -> list[int]:
             _score(json.loads(path.read_text()))
         except FileNotFoundError:
             pass  # saved without an evaluation
-        except (ValueError, StopIteration, TypeError):
+        except (ValueError, KeyError, TypeError):
             damaged.append(step)
     return damaged
 

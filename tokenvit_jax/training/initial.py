@@ -1,22 +1,18 @@
-"""The run that a training starts from: its variables, and what its search for tokens found."""
+"""The run that training starts from: its variables, and the token numbers that its search found."""
 
-import re
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.reducers import reads_keep, searched_keep
+from tokenvit_jax.models.backbone import backbone_of
+from tokenvit_jax.models.reducers import OPTIONAL_PARAMETERS, reads_keep, searched_keep
 from tokenvit_jax.training.checkpoint import Checkpoint, load_checkpoint
 from tokenvit_jax.training.state import TrainState, averaged_variables
-
-# Parameters that only some settings of a host have: one run may have them and the next one not.
-_OPTIONAL = re.compile(r"/(soft_extract/retention|halve_map/conv/(kernel|bias)|attention/alpha)$")
-# The head of a segmentation model, and what a classifier has behind that model's backbone.
-_HEADS = re.compile(r"^\w+/(head|backbone/(\w*classifier|head_\w+))/")
 
 
 def load_initial(config: ConfigDict) -> Checkpoint | None:
@@ -38,7 +34,7 @@ def load_initial(config: ConfigDict) -> Checkpoint | None:
 
 
 def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> ConfigDict:
-    """Returns a configuration in which `token_reducer.keep`, if it is (), is what a search found.
+    """Returns a configuration whose `token_reducer.keep` is the one that a search found, if it is ().
 
     Args:
       config: reads `model_overrides.token_reducer` and `initial`.
@@ -53,9 +49,9 @@ def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> Config
     found = () if initial is None else searched_keep(initial.variables["params"])
     if not found:
         raise UserError(
-            "config.model_overrides.token_reducer.keep=() is what a search has found, but "
-            f"config.initial.workdir={config.initial.workdir!r} is none; valid: the workdir of a "
-            "run with token_reducer.method='soft_extract', or a number for every block"
+            "config.model_overrides.token_reducer.keep=() takes the numbers that a search found, "
+            f"but config.initial.workdir={config.initial.workdir!r} was no search; valid: the "
+            "workdir of a run with token_reducer.method='soft_extract', or a number for every block"
         )
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -63,36 +59,38 @@ def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> Config
     return config
 
 
-def start_from(state: TrainState, initial: Checkpoint) -> TrainState:
-    """Returns a state before the first step with the variables of another run.
+def start_from(state: TrainState, initial: Checkpoint, model: nn.Module) -> TrainState:
+    """Returns a state before the first step that has the variables of another run.
 
-    Parameters that only one of the runs has, because of its token reducer or its normalisation of
-    queries and keys, stay as they are, or are left. So do the head and the classifier where the
-    backbone of a segmentation model starts from a run of classification: with position embeddings
-    of the same size, `model_overrides.position_size` of that run.
+    Some parameters may be missing from either run, because of its token reducer or its
+    normalisation of queries and keys: they keep their first values, or are left out. The backbone
+    of a model for dense tasks can start from a classifier, without the classifier's own layers; its
+    position embeddings must have the same size (`model_overrides.position_size` of that run).
 
     Args:
       state: of `Parallel.init`.
       initial: of :func:`load_initial`.
+      model: the model of the state.
 
     Raises:
-      UserError: the run is of another model; all differences are named.
+      UserError: the run has another model; all differences are named.
     """
-    ours = flatten_dict({"params": state.params, **state.model_state}, sep="/")
-    theirs, of_one = initial.variables, [_OPTIONAL]
-    if "backbone" in state.params and "backbone" not in theirs["params"]:
-        theirs = {collection: {"backbone": tree} for collection, tree in theirs.items()}
-        of_one.append(_HEADS)
-    theirs = flatten_dict(theirs, sep="/")
+    ours = {"params": state.params, **state.model_state}
+    theirs, optional = initial.variables, OPTIONAL_PARAMETERS.search
+    if "backbone" in ours["params"] and "backbone" not in theirs["params"]:
+        theirs = _without(theirs, backbone_of(model).head_modules)
+        theirs = {name: {"backbone": tree} for name, tree in theirs.items()}
+        optional = _any_of(optional, lambda name: name.split("/")[1] != "backbone")
+    ours, theirs = (flatten_dict(tree, sep="/") for tree in (ours, theirs))
     wrong = []
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = (getattr(tree.get(name), "shape", "missing") for tree in (ours, theirs))
-        may_lack = "missing" in (here, there) and any(rule.search(name) for rule in of_one)
+        may_lack = "missing" in (here, there) and optional(name)
         if here != there and not may_lack:
             wrong.append(f"{name} is {there} there, {here} here")
     if wrong:
         raise UserError(
-            f"config.initial.workdir: {initial.path} is of another model; {len(wrong)} entries "
+            f"config.initial.workdir: {initial.path} has another model; {len(wrong)} entries "
             f"differ: {'; '.join(wrong)}"
         )
     shared = ours.keys() & theirs.keys()
@@ -102,3 +100,15 @@ def start_from(state: TrainState, initial: Checkpoint) -> TrainState:
     params = model_state.pop("params")
     ema = None if state.ema is None else averaged_variables(params, model_state)
     return state.replace(params=params, model_state=model_state, ema=ema)
+
+
+def _without(variables, modules):
+    """Variables of a classifier without some of its submodules."""
+    return {
+        collection: {name: inner for name, inner in tree.items() if name not in modules}
+        for collection, tree in variables.items()
+    }
+
+
+def _any_of(*rules):
+    return lambda name: any(rule(name) for rule in rules)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import TrainState, averaged_variables
@@ -20,11 +21,11 @@ def check_new(out: Path) -> None:
 
 
 def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
-    """Writes a run at step 0, which all commands take as that of a training.
+    """Writes a run at step 0, which every command takes like a training run.
 
     Args:
       out: its folder, without checkpoints.
-      config: of the run.
+      config: configuration of the run.
       variables: as for `model.apply`.
     """
     model_state = dict(variables)
@@ -38,6 +39,6 @@ def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
         skipped=jnp.zeros((), jnp.int32),
     )
     write_config(out, config)
-    with Checkpoints(out, keep_last=1, keep_best=0) as checkpoints:
+    with Checkpoints(out, keep_last=1, keep_best=0, score=create_task(config).score) as checkpoints:
         # Training that goes on from here gets the first batch.
         checkpoints.save(0, state, {"data": {"next_index": 0}})

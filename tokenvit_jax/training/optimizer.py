@@ -6,27 +6,25 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.models.reducers import is_retention
-
-# Matrices that are no weights of a layer, by the last part of their name.
+# Arrays without weight decay although they are matrices, by the last part of their name.
 _NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
-# Layers without decay: the MLP that computes position biases, as in the code of Swin v2.
+# A layer without weight decay: the MLP that computes position biases, as in the code of Swin v2.
 _NO_DECAY_LAYER = "position_bias"
 
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
 
-    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`; then to
-    `end_learning_rate` at the last step, `num_steps - 1`: half a cosine, or what is left of the
-    way to the power of `power`.
+    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`; then it
+    decays to `end_learning_rate` at the last step, `num_steps - 1`: by half a cosine, or by the
+    remaining fraction of the steps to the power of `power`.
 
     Args:
       config: reads `num_steps` and `optimizer`.
     """
     optimizer = config.optimizer
     peak, end = optimizer.learning_rate, optimizer.end_learning_rate
-    # A run whose only step is the last one needs a decay of some length all the same.
+    # Even a run whose only step is the last one needs a decay of some length.
     last = max(config.num_steps - 1, optimizer.warmup_steps + 1)
     if optimizer.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -40,8 +38,7 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
 def weight_decay_mask(params: dict) -> dict:
     """Returns a tree of bools like `params`: True where weight decay applies.
 
-    It does not apply to biases, norms, scales (all of them vectors or named so), positions and
-    tokens.
+    It does not apply to biases, norms and scales (vectors, or named so), positions and tokens.
     """
 
     def decays(path: tuple, leaf: jax.Array) -> bool:
@@ -55,20 +52,18 @@ def weight_decay_mask(params: dict) -> dict:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Returns the optimizer of a configuration, after optional clipping by the global norm.
 
-    `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient (Loshchilov and
-    Hutter), or "sgd": with Nesterov's momentum, as what timm calls SGD, and weight decay as a part
-    of the gradient. Of a search for tokens, retention parameters take longer steps than the others.
+    `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient, or "sgd", with
+    Nesterov momentum (timm's SGD) and weight decay as a part of the gradient.
 
     Args:
-      config: reads `num_steps`, `clip_norm`, `optimizer` and `retention`.
+      config: reads `num_steps`, `clip_norm` and `optimizer`.
+
+    References:
+      Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
-    chain = [clip, make(config.optimizer, learning_rate_schedule(config))]
-    if config.retention.penalty:
-        faster = optax.scale(config.retention.learning_rate_factor)
-        chain.append(optax.masked(faster, _retention_mask))
-    return optax.chain(*chain)
+    return optax.chain(clip, make(config.optimizer, learning_rate_schedule(config)))
 
 
 def _adamw(optimizer, schedule):
@@ -86,7 +81,3 @@ def _sgd(optimizer, schedule):
         optax.add_decayed_weights(optimizer.weight_decay, weight_decay_mask),
         optax.sgd(schedule, momentum=optimizer.b1, nesterov=True),
     )
-
-
-def _retention_mask(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_retention(path), params)

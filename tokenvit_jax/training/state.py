@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state that a training run carries from step to step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 class TrainState(struct.PyTreeNode):
-    """The whole state of a run; nothing random is in it (see :func:`step_rng`).
+    """The whole state of a run, without random keys (see :func:`step_rng`).
 
     Attributes:
       step: () int32, steps done.
@@ -19,9 +19,9 @@ class TrainState(struct.PyTreeNode):
       model_state: the model's other collections, such as "batch_stats" and "centroids".
       opt_state: state of the optimizer.
       ema: moving averages of "params" and, where the model has them, "batch_stats"; None: off.
-        Averaged parameters go with averaged statistics: those of the latest parameters would
-        not describe them.
-      skipped: () int32, unreadable images passed over so far.
+        Averaged parameters need averaged statistics: the latest statistics describe the latest
+        parameters.
+      skipped: () int32, number of unreadable images passed over so far.
     """
 
     step: jax.Array
@@ -38,7 +38,7 @@ def eval_variables(params: dict, model_state: dict, ema: dict | None = None) -> 
     Args:
       params: parameters.
       model_state: other collections.
-      ema: moving averages, which take the place of what they average.
+      ema: moving averages; they replace the variables that they average.
     """
     return {"params": params, **model_state, **(ema or {})}
 
@@ -51,7 +51,7 @@ def step_rng(seed: int, step: jax.Array) -> jax.Array:
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> TrainState:
-    """Returns the state before the first step. Pure: to be run under `jax.jit`.
+    """Returns the state before the first step; a pure function, to be run under `jax.jit`.
 
     Args:
       model: linen module, called as `model(images, train=...)`.

@@ -1,4 +1,4 @@
-"""The configuration that a workdir belongs to, in `config.json`."""
+"""The configuration of a run, in `config.json` of its workdir."""
 
 import json
 import logging
@@ -8,33 +8,52 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
+from tokenvit_jax.config import flatten_config
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 
 CONFIG_FILE = "config.json"
 
-# What a checkpoint means depends on these: the parameters, and which images were seen.
-_FIXED_KEYS = ("model", "model_overrides", "dataset", "seed", "batch_size")
+# A checkpoint depends on these: they determine its parameters and the images it has seen.
+_FIXED_KEYS = ("task", "model", "model_overrides", "dataset", "seed", "batch_size")
 
 
 def read_config(workdir: Path) -> ConfigDict:
     """Returns the configuration that a workdir was written with.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is from another version of this package.
     """
-    config = default_config()
+    stored = _with_tuples(_read_json(workdir))
+    path = workdir / CONFIG_FILE
+    if "task" not in stored:
+        raise UserError(
+            f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
+            "that version, or train anew"
+        )
+    config = default_config(stored["task"])
+    known = flatten_config(config.to_dict())
+    unknown = [
+        key
+        for key in flatten_config(stored)
+        if key not in known and not key.split(".")[0].endswith("_overrides")
+    ]
+    if unknown:
+        raise UserError(
+            f"{path} has entries that config.task={config.task!r} does not have, such as "
+            f"{unknown[0]!r}: another version of tokenvit_jax wrote this run"
+        )
     with config.unlocked():
-        config.update(_with_tuples(_read_json(workdir)))
-    return config.lock()
+        config.update(stored)
+    return config
 
 
-def for_inference(config: ConfigDict, data_dir: str | None) -> ConfigDict:
-    """Returns the configuration of a run for whatever devices there are now, changed in place.
+def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict:
+    """Changes a run's configuration in place to the devices there are now, and returns it.
 
     Args:
       config: of :func:`read_config`.
-      data_dir: where the dataset is; None: where it was.
+      data_dir: folder of the prepared dataset; None: as in training.
     """
     config.update({"parallel": "jit", "mesh": {"fsdp": 1}})
     if data_dir is not None:
@@ -56,20 +75,20 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> None:
-    """Compares the configuration of a resumed run with that of its workdir.
+    """Compares a configuration with the one that its workdir was written with.
 
-    Warns of other entries that changed.
+    Warns of entries that changed.
 
     Args:
       workdir: folder of the run.
-      config: the configuration now.
+      config: the present configuration.
 
     Raises:
       UserError: an entry changed that a checkpoint depends on.
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    before, now = _flat(_read_json(workdir)), _flat(_plain(config))
+    before, now = (flatten_config(tree) for tree in (_read_json(workdir), _plain(config)))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
@@ -102,13 +121,3 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        inner = (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-        flat.update(inner)
-    return flat

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tokenvit_jax.training.mixing import Mixing, draw_mixing, mix_batch
+from tokenvit_jax.tasks.classification.mixing import Mixing, draw_mixing, mix_batch
 
 HEIGHT, WIDTH = 12, 20
 

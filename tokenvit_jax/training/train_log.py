@@ -1,7 +1,7 @@
-"""What a run reports: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
+"""The logs of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
 
-Numbers that all of them show have one name: "loss", "grad_norm", "learning_rate",
-"images_per_second", "data/skipped", "eval/accuracy", "eval/loss".
+A number has the same name in all of them, such as "loss", "grad_norm", "learning_rate",
+"images_per_second", "data/skipped", "eval/accuracy".
 """
 
 import json
@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class TrainLog:
-    """Writes the metrics of a run; on processes other than the main one it does nothing."""
+    """Writes the metrics of a run; does nothing in processes other than the main one."""
 
     def __init__(
         self,
@@ -36,10 +36,11 @@ class TrainLog:
 
         Args:
           workdir: folder of the logs.
-          steps_done: what an interrupted run logged of later steps is dropped.
+          steps_done: the steps done; lines that an interrupted run logged for later steps are
+            dropped.
           num_steps: steps of the whole run.
           batch_size: images per step.
-          every_steps: which steps are logged.
+          every_steps: logs every so many steps.
           enabled: whether this process writes.
         """
         self._enabled = enabled
@@ -68,14 +69,14 @@ class TrainLog:
             self._file.close()
 
     def restart_clock(self, step: int) -> None:
-        """Measures the throughput from here on: without compiling, evaluating and saving."""
+        """Measures the throughput from here on, so that compiling, evaluating and saving are left out."""
         self._clock = step, time.monotonic()
 
     def write_steps(self, done: list[tuple[int, dict[str, float]]]) -> None:
-        """Moves the progress bar and logs some of the steps.
+        """Moves the progress bar and logs every n-th step.
 
         Args:
-          done: steps that were done since the last call, with their metrics.
+          done: the steps since the last call, with their metrics.
         """
         if not self._enabled or not done:
             return
@@ -92,7 +93,7 @@ class TrainLog:
         self._bar.update(last_step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float], *, visible: bool = True) -> None:
-        """Logs metrics of a step; visible: prints them, too."""
+        """Logs the metrics of a step; prints them, too, if visible."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -110,7 +111,7 @@ class TrainLog:
             sys.stdout.flush()
 
     def _throughput(self, step: int) -> dict[str, float]:
-        """Images per second since the clock was started; nothing before the first step's end."""
+        """Images per second since the clock was started; empty before the first step has ended."""
         if self._clock is None or self._clock[0] == step:
             return {}
         clock_step, clock = self._clock
@@ -122,7 +123,7 @@ class Profile:
     """A profiler trace of some steps, in `WORKDIR/profile`, for TensorBoard or Perfetto."""
 
     def __init__(self, workdir: Path, first: int, last: int):
-        """Traces the steps from `first` to `last`, or those of them that this process runs."""
+        """Traces the steps from `first` to `last` that this process runs."""
         self._folder = workdir / "profile"
         self._first, self._last = first, last
         self._running = False
@@ -136,26 +137,26 @@ class Profile:
             self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Starts the trace if this is its first step; call it before each step."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """To be called after each step with what it computes."""
+        """Ends the trace if this was its last step; call it after each step with its results."""
         if self._running and step == self._last:
             jax.block_until_ready(results)
             self.__exit__()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """Returns the logged objects of a run, in order; a line that was cut off is left out.
+    """Returns the logged metrics of a run, in order; an incomplete last line is left out.
 
     Args:
       workdir: folder of the run.
     """
     path = workdir / METRICS_FILE
-    # A process that is killed while it writes leaves a last line without an end.
+    # A process that is killed while it writes leaves a last line without a line end.
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 

@@ -1,7 +1,7 @@
-"""Logits of images of any size from a model for windows of one size.
+"""Logits for images of any size from a model for windows of one size.
 
-The images lie in buffers of one shape, and only when a program runs it is known how much of a
-buffer is image: shapes are static, places are not.
+The images lie in buffers of one shape. Shapes are static; where the image lies inside the padded
+buffer is not.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,20 @@ from jax import lax
 def window_starts(
     size: jax.Array, buffer: int, window: int, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the first pixels of the windows along one side of an image, and which of them count.
+    """Returns where the windows along one side of an image start, and which of them count.
 
-    Every ``stride`` pixels, the last window ending where the image ends, as in the code of
-    Segmenter (Strudel et al. 2021).
+    A window starts every ``stride`` pixels; the last one ends where the image ends, as in the code
+    of Segmenter (Strudel et al. 2021).
 
     Args:
       size: () int, pixels of the buffer that are image.
       buffer: pixels of the buffer, at least ``window``.
       window: side of a window, pixels.
-      stride: distance of two windows, pixels.
+      stride: pixels from one window to the next.
 
     Returns:
-      (n,) int32 and (n,) bool, n being that of an image as large as the buffer.
+      First pixels (n,) int32 and whether they count (n,) bool; n suits an image as large as the
+      buffer.
     """
     number = jnp.arange(-(-(buffer - window) // stride) + 1)
     last = jnp.maximum(size - window, 0)
@@ -41,17 +42,17 @@ def sliding_logits(
     window: int,
     stride: int,
 ) -> jax.Array:
-    """Returns the mean of the logits of all windows that a pixel is in.
+    """Returns for each pixel the mean logits over all windows that contain it.
 
     Args:
       apply: (B, window, window, 3) -> (B, window, window, K).
       images: (B, H, W, 3) float, H and W at least ``window``.
       sizes: (B, 2) int, rows and columns that are image.
       window: side of a window, pixels.
-      stride: distance of two windows, pixels, from 1 to ``window``.
+      stride: pixels from one window to the next, from 1 to ``window``.
 
     Returns:
-      (B, H, W, K) float32; what is beyond an image is of no use.
+      (B, H, W, K) float32; values beyond an image are meaningless.
     """
     batch, height, width, _ = images.shape
     if (height, width) == (window, window):
@@ -80,7 +81,7 @@ def sliding_logits(
             ones = jnp.broadcast_to(weight, (batch, window, window, 1))
             return sums, jax.vmap(add)(counts, *place, ones)
 
-        # Of a buffer that is far larger than its images most windows are of no use.
+        # In a buffer that is far larger than its images most windows are empty.
         return lax.cond(used.any(), look, lambda *carry: carry, *carry)
 
     zeros = [jnp.zeros((batch, height, width, n)) for n in (shape[-1], 1)]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.training.logging import Profile, TrainLog, read_metrics
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training.train_log import Profile, TrainLog, read_metrics
 from tokenvit_jax.training.workdir import check_same_run, read_config, write_config
 
 
@@ -104,7 +104,7 @@ def test_profile_of_some_steps(tmp_path, last_step):
 
 
 def test_configuration_is_read_back_as_it_was_written(tmp_path):
-    config = default_config()
+    config = default_config("classification")
     config.model_overrides.depths = (1, 2)
     config.augment.crop_scale = (0.5, 1.0)
     write_config(tmp_path / "run", config)

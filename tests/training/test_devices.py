@@ -3,14 +3,20 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.training import parallel as devices
+from tokenvit_jax.tasks import Outcome
+from tokenvit_jax.training import devices, processes
+from tokenvit_jax.training.batches import check_train_batch, prefetch
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
@@ -32,7 +38,8 @@ def run_steps(parallel, config, num_steps=3):
     model = SmallModel(axis_name=parallel.axis_name)
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    make = make_train_step(model, optimizer, config, NUM_CLASSES, axis_name=parallel.axis_name)
+    task = make_task(config, NUM_CLASSES, parallel.axis_name)
+    make = make_train_step(task, model, optimizer)
     step = parallel.train_step(make, parallel.abstract(init_fn))
     state, losses = parallel.init(init_fn), []
     for seed in range(num_steps):
@@ -92,12 +99,81 @@ def test_batch_stays_divided_over_the_devices():
     model, optimizer = SmallModel(), make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     abstract = parallel.abstract(init_fn)
-    step = parallel.train_step(make_train_step(model, optimizer, config, NUM_CLASSES), abstract)
+    make = make_train_step(make_task(config, NUM_CLASSES), model, optimizer)
+    step = parallel.train_step(make, abstract)
     batch = parallel.put_batch(random_batch(0))
     program = step.lower(abstract, batch).compile().as_text()
     moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program)
     assert [line for line in moved if "top_k" not in line] == []
     assert "all-reduce" in program
+
+
+def row_step(axis_name):
+    """An evaluation step whose rows are the batch, and whose sum is that of the batch."""
+
+    def step(variables, batch):
+        total = (variables["factor"] * batch["x"]).sum()
+        total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        return Outcome({"total": total}, {"x": batch["x"], "y": 2 * batch["y"]})
+
+    return step
+
+
+def row_batch():
+    return {"x": np.arange(32.0).reshape(16, 2), "y": np.arange(16)}
+
+
+@pytest.mark.parametrize("parallel", [devices.MeshParallel, devices.PmapParallel])
+def test_rows_of_an_outcome_come_back_image_by_image(parallel):
+    parallel, batch = parallel(), row_batch()
+    step = parallel.eval_step(row_step(parallel.axis_name))
+    variables = parallel.put_variables({"factor": np.float32(3)})
+    sums, rows = parallel.fetch(step(variables, parallel.put_batch(batch)))
+    assert float(sums["total"]) == 3 * batch["x"].sum()
+    np.testing.assert_array_equal(rows["x"], batch["x"])
+    np.testing.assert_array_equal(rows["y"], 2 * batch["y"])
+    assert isinstance(rows["x"], np.ndarray)
+
+
+TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, "tests/training")
+from tokenvit_jax.training import devices, processes
+processes.connect(sys.argv[1], 2, int(sys.argv[2]))
+from test_devices import row_batch, row_step
+part = {name: x[8 * jax.process_index() :][:8] for name, x in row_batch().items()}
+for parallel in (devices.MeshParallel(), devices.PmapParallel()):
+    step = parallel.eval_step(row_step(parallel.axis_name))
+    variables = parallel.put_variables({"factor": np.float32(3)})
+    sums, rows = parallel.fetch(step(variables, parallel.put_batch(part)))
+    assert float(sums["total"]) == 3 * row_batch()["x"].sum(), sums
+    np.testing.assert_array_equal(rows["x"], row_batch()["x"])
+    np.testing.assert_array_equal(rows["y"], 2 * row_batch()["y"])
+print("equal")
+"""
+
+
+def test_rows_of_two_processes_are_those_of_the_whole_batch():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append("--xla_force_host_platform_device_count=2")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(number)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": "tests:."},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=300)
+        assert "equal" in out, err
 
 
 @pytest.mark.parametrize(
@@ -112,7 +188,7 @@ def test_training_batches_that_do_not_fit_are_named(changes, message):
     config = small_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=re.escape(message)):
-        devices.check_train_batch(config)
+        check_train_batch(make_task(config))
 
 
 @pytest.mark.parametrize(
@@ -141,16 +217,16 @@ def test_devices_that_do_not_fit_are_named(changes, message):
 )
 def test_wrong_process_flags_are_named(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        devices.connect(*arguments)
+        processes.connect(*arguments)
 
 
 def test_unreachable_coordinator_is_named(monkeypatch):
-    monkeypatch.setattr(devices, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(UserError, match=f"--coordinator={address} cannot be reached"):
-            devices.connect(address, 2, 1)
+            processes.connect(address, 2, 1)
 
 
 def test_prefetched_batches_carry_the_state_of_their_own_position():
@@ -164,14 +240,14 @@ def test_prefetched_batches_carry_the_state_of_their_own_position():
         def get_state(self):
             return {"next_index": self.position}
 
-    batches = devices.prefetch(Counter(), lambda batch: batch, size=3)
+    batches = prefetch(Counter(), lambda batch: batch, size=3)
     assert [next(batches) for _ in range(3)] == [(n, {"next_index": n}) for n in (1, 2, 3)]
 
 
 def test_sigterm_asks_to_stop():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        stop = devices.StopRequest()
+        stop = processes.StopRequest()
         assert not stop.received(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received(2)

@@ -1,10 +1,13 @@
 """Mixup, CutMix and MixToken, inside the training step.
 
-Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization"; Yun et al., "CutMix"; Jiang et
-al., "All Tokens Matter", section "Token Labeling with MixToken"; timm's batch mode, which takes
-one ratio and one kind of mixing for the whole batch. timm's partner is the image at the mirrored
-place of the batch; here it is the neighbour i ^ 1, so that the images of a pair always lie on one
-device.
+As in timm's batch mode, the whole batch has one ratio and one kind of mixing. timm pairs an image
+with the one at the mirrored place of the batch; here the partner is the neighbour i ^ 1, so that
+both images of a pair always lie on one device.
+
+References:
+  Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
+  Yun et al. 2019, "CutMix".
+  Jiang et al. 2021, "All Tokens Matter", section "Token Labeling with MixToken".
 """
 
 from typing import NamedTuple
@@ -15,17 +18,18 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ops.mix_boxes import mix_boxes, neighbors
 
-MIN_MIXTOKEN_GRID = 2  # cells of the last map along a side; in a single one every box is empty
+MIN_MIXTOKEN_GRID = 2  # cells along a side of the last map; in a single cell every box is empty
 
 
 class Mixing(NamedTuple):
     """How to mix one batch.
 
     Attributes:
-      ratio: () float32, part of an image that stays its own; 1 for a batch that is not mixed.
-      box: (4,) int32, top, bottom, left, right of the rectangle that CutMix and MixToken take from
-        the partner, in pixels and in cells of the last map; bottom and right exclusive.
-      cutmix: () bool, a rectangle rather than Mixup.
+      ratio: () float32, the fraction of an image that stays its own; 1 for a batch that is not
+        mixed.
+      box: (4,) int32, top, bottom, left, right of the rectangle that comes from the partner, in
+        pixels (CutMix) or in cells of the last map (MixToken); bottom and right are exclusive.
+      cutmix: () bool, whether a rectangle is mixed rather than whole images (Mixup).
     """
 
     ratio: jax.Array
@@ -40,12 +44,12 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
       rng: key of `jax.random`.
       config: `config.mix`: mixup and cutmix (parameters of the Beta distribution, 0: off),
         probability, switch_probability.
-      height: of the images, pixels.
-      width: of the images, pixels.
+      height: image height, pixels.
+      width: image width, pixels.
 
     Returns:
-      The kind of mixing, its ratio and, for CutMix, its rectangle. With CutMix the ratio is the
-      true one: the rectangle is cut off at the borders of the image.
+      The kind of mixing, its ratio and, for CutMix, its rectangle. CutMix cuts the rectangle off
+      at the borders of the image; its ratio is that of the remaining area.
     """
     apply_rng, switch_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 5)
     if config.mixup and config.cutmix:
@@ -54,7 +58,7 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
         cutmix = jnp.asarray(config.cutmix > 0)
     alpha = jnp.where(cutmix, config.cutmix, config.mixup)
     ratio = _draw_ratio(apply_rng, ratio_rng, alpha, config.probability)
-    # As far to both sides of the centre.
+    # Even, so that the centre is in the middle.
     sides = [2 * (side // 2) for side in _box_sides(ratio, height, width)]
     box, true_ratio = _draw_box(row_rng, column_rng, sides, height, width)
     ratio = jnp.where(cutmix, true_ratio, ratio).astype(jnp.float32)
@@ -62,15 +66,15 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
 
 
 def draw_token_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> Mixing:
-    """Draws how MixToken mixes a batch: as CutMix, but whole cells of the last map.
+    """Draws how MixToken mixes a batch: like CutMix, but in whole cells of the last map.
 
-    Unlike CutMix's, the sides of the box need not be even: the map has few cells.
+    Unlike in CutMix, the sides of the box need not be even: the map has few cells.
 
     Args:
       rng: key of `jax.random`.
       config: `config.mix`: mixtoken (parameter of the Beta distribution), probability.
-      height: of the last map, cells.
-      width: of the last map, cells.
+      height: height of the last map, cells.
+      width: width of the last map, cells.
     """
     apply_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 4)
     ratio = _draw_ratio(apply_rng, ratio_rng, config.mixtoken, config.probability)
@@ -86,12 +90,12 @@ def _draw_ratio(apply_rng, ratio_rng, alpha, probability):
 
 
 def _box_sides(ratio, height, width):
-    """Height and width of a box of the area 1 - ratio."""
+    """Height and width of a box with the area 1 - ratio."""
     return [(side * jnp.sqrt(1.0 - ratio)).astype(jnp.int32) for side in (height, width)]
 
 
 def _draw_box(row_rng, column_rng, sides, height, width):
-    """A box around a random place, cut off at the borders, and the part outside it."""
+    """A box around a random point, cut off at the borders, and the area fraction outside it."""
 
     def edges(rng, side, limit):
         low = jax.random.randint(rng, (), 0, limit) - side // 2
@@ -104,12 +108,12 @@ def _draw_box(row_rng, column_rng, sides, height, width):
 
 
 def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image and its target with those of its neighbour i ^ 1.
+    """Mixes every image and its target with its neighbour i ^ 1.
 
     Args:
       images: (B, H, W, C) float, B even.
       targets: (B, num_classes) class probabilities.
-      mixing: what :func:`draw_mixing` drew.
+      mixing: result of :func:`draw_mixing`.
 
     Returns:
       Images and targets of the same shapes.
@@ -123,7 +127,7 @@ def mix_batch(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[ja
 
 
 def mix_targets(targets: jax.Array, mixing: Mixing) -> jax.Array:
-    """Mixes every target with its neighbour i ^ 1, as :func:`mix_batch`."""
+    """Mixes every target with its neighbour i ^ 1, like :func:`mix_batch`."""
     return _fade(targets, mixing.ratio)
 
 

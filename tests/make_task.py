@@ -1,0 +1,22 @@
+"""Tasks with any number of classes, for models that are small."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.tasks import Task, create_task
+from tokenvit_jax.training.validate import check_task
+
+
+def make_task(config: ConfigDict, num_classes: int = 0, axis_name: str | None = None) -> Task:
+    """Returns the task of a configuration; num_classes: 0 for the number that the dataset has."""
+    task = create_task(config, axis_name)
+    if not num_classes:
+        return task
+    info = dataclasses.replace(task.info, num_classes=num_classes, classes=None)
+    return dataclasses.replace(task, info=info)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for the first entry of a configuration that is not valid."""
+    check_task(create_task(config))

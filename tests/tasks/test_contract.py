@@ -1,0 +1,303 @@
+"""The promises that every task keeps; a new task joins with one tiny configuration."""
+
+import functools
+import json
+import pickle
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data import IGNORED, open_split
+from tokenvit_jax.tasks import TASKS, Task, create_task, default_config, tasks_with
+from tokenvit_jax.training import devices, processes
+from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.loop import train
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import init_state
+from tokenvit_jax.training.step import make_eval_step, make_train_step
+from tokenvit_jax.training.validate import check_task
+
+BATCH_SIZE, SIZE = 16, 32
+HOST = {"dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8, "position_size": (SIZE, SIZE)}
+
+
+class Case(NamedTuple):
+    """A task in a test.
+
+    Attributes:
+      entries: entries of its tiny configuration.
+      foreign_key: an entry of another task.
+      ignore: replaces a part of the ground truth of an evaluation batch by what does not count, and
+        gives the same batch with other contents there; None: the task ignores nothing.
+    """
+
+    entries: dict
+    foreign_key: str
+    ignore: Callable[[dict], tuple[dict, dict]] | None = None
+
+
+def ignore_pixels(batch):
+    labels = batch["label"].copy()
+    labels[:, ::2] = IGNORED
+    beyond = batch["image"].copy()
+    for image, (height, width) in zip(beyond, batch["image_size"], strict=True):
+        image[height:], image[:, width:] = 255, 255
+    return {**batch, "label": labels}, {**batch, "label": labels, "image": beyond}
+
+
+CASES = {
+    "classification": Case({"dataset": "digits"}, "inference.stride"),
+    "segmentation": Case(
+        {
+            "dataset": "scenes",
+            "head_overrides": {"depth": 1, "head_dim": 8},
+            "data.eval_size": (SIZE, 2 * SIZE),
+            "data.label_size": (128, 128),
+        },
+        "mix.mixup",
+        ignore_pixels,
+    ),
+}
+each_task = pytest.mark.parametrize("name", TASKS)
+
+
+def tiny_config(name: str) -> ConfigDict:
+    config = default_config(name)
+    config.model, config.model_overrides = "vit_ti", HOST
+    config.image_size, config.batch_size = SIZE, BATCH_SIZE
+    config.data.eval_batch_size = 8
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.num_steps, config.log_every_steps = 4, 1
+    config.eval_every_steps, config.checkpoint_every_steps = 4, 2
+    for key, value in CASES[name].entries.items():
+        if key.endswith("_overrides"):
+            config[key] = value
+        else:
+            config.update_from_flattened_dict({key: value})
+    return config
+
+
+def test_every_task_has_a_case():
+    assert set(CASES) == set(TASKS)
+
+
+@each_task
+def test_defaults_are_valid(name):
+    check_task(create_task(tiny_config(name)))
+
+
+@each_task
+def test_entries_of_another_task_are_refused(name):
+    config, key = default_config(name), CASES[name].foreign_key
+    others = tasks_with(key)
+    assert others and name not in others
+    with pytest.raises((KeyError, AttributeError, TypeError)):
+        config.update_from_flattened_dict({key: 1})
+    with pytest.raises((KeyError, AttributeError)):
+        config[key.split(".")[0]].no_such_entry = 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Examples
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def records(name: str, train: bool):
+    info = create_task(tiny_config(name)).info
+    source = open_split(info.name, info.train_split if train else info.eval_split, "")
+    return [source.read(index) for index in range(24)]
+
+
+def example_batch(task: Task, train: bool, start: int = 0, count: int = BATCH_SIZE):
+    """A batch of the dataset's records; those beyond the last one fill it up."""
+    examples, found = task.examples(train=train), []
+    for index in range(start, start + count):
+        is_record = index < len(records(task.config.task, train))
+        rng = np.random.default_rng(index) if train else None
+        record = records(task.config.task, train)[index] if is_record else None
+        example = examples(record, rng) if is_record else examples.empty()
+        filling = {"index": np.int32(index if is_record else -1), "skipped": np.int32(0)}
+        found.append({**example, **filling, "mask": np.float32(is_record)})
+    return {name: np.stack([example[name] for example in found]) for name in found[0]}
+
+
+@each_task
+@pytest.mark.parametrize("train", [True, False])
+def test_examples_equal_their_specs_and_can_be_sent_to_a_worker(name, train):
+    examples = create_task(tiny_config(name)).examples(train=train)
+    copy = pickle.loads(pickle.dumps(examples))
+    for record in records(name, train)[:2]:
+        made, again = (
+            make(record, np.random.default_rng(0) if train else None) for make in (examples, copy)
+        )
+        for found in (made, again, examples.empty()):
+            assert found.keys() == examples.specs.keys()
+            for key, spec in examples.specs.items():
+                assert (np.shape(found[key]), np.asarray(found[key]).dtype) == tuple(spec), key
+        jax.tree.map(np.testing.assert_array_equal, made, again)
+
+
+# ------------------------------------------------------------------------------------------------
+# The step
+# ------------------------------------------------------------------------------------------------
+
+
+def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
+    """Loss and parameters after a step of plain gradient descent."""
+    config = tiny_config(name)
+    config.accumulate_steps = accumulate_steps
+    task = create_task(config, parallel.axis_name)
+    model, optimizer = task.make_model(), make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    step = make_train_step(task, model, optimizer)
+    step = parallel.train_step(step, parallel.abstract(init_fn))
+    before = parallel.init(init_fn)
+    start = jax.device_get(before.params)
+    state, metrics = step(before, parallel.put_batch(example_batch(task, train=True)))
+    return float(metrics["loss"]), start, jax.device_get(state.params)
+
+
+@functools.cache
+def step_on_one_device(name: str):
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "make_mesh", lambda *args, **kwargs: one)
+        return one_step(name, devices.MeshParallel())
+
+
+@each_task
+@pytest.mark.parametrize(
+    ("parallel", "accumulate_steps"),
+    [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)],
+)
+def test_a_step_does_not_depend_on_devices_and_micro_batches(name, parallel, accumulate_steps):
+    loss, _, params = one_step(name, parallel(), accumulate_steps)
+    expected, _, expected_params = step_on_one_device(name)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        params,
+        expected_params,
+    )
+
+
+@each_task
+def test_every_parameter_has_a_gradient(name):
+    _, before, after = step_on_one_device(name)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: a != b, before, after))
+    unmoved = [jax.tree_util.keystr(path) for path, moved in leaves if not moved.any()]
+    assert unmoved == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def evaluator(name: str):
+    task = create_task(tiny_config(name))
+    model = task.make_model()
+    state = jax.jit(functools.partial(init_state, model, make_optimizer(task.config), task.config))
+    step = jax.jit(make_eval_step(task, model))
+    variables = {"params": state().params}
+    return task, model, variables, lambda batch: jax.device_get(step(variables, batch))
+
+
+def metrics_of(name: str, batches):
+    task, _, _, evaluate = evaluator(name)
+    meter = task.meter()
+    for batch in batches:
+        meter.add(evaluate(batch))
+    return meter.result()
+
+
+def assert_same_metrics(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+@each_task
+def test_metrics_do_not_depend_on_the_batch_size(name):
+    task = evaluator(name)[0]
+    passes = [
+        [
+            example_batch(task, train=False, start=start, count=count)
+            for start in range(0, 24, count)
+        ]
+        for count in (8, 12)
+    ]
+    found, other = (metrics_of(name, batches) for batches in passes)
+    assert_same_metrics(found, other)
+    assert all(key.startswith("eval/") and np.isfinite(value) for key, value in found.items())
+    assert np.isfinite(task.score(found))
+
+
+@each_task
+def test_records_that_fill_a_batch_change_no_metric(name):
+    task = evaluator(name)[0]
+    full = example_batch(task, train=False, start=16, count=8)
+    padded = example_batch(task, train=False, start=16, count=12)
+    padded["image"][8:] = 255
+    assert_same_metrics(metrics_of(name, [padded]), metrics_of(name, [full]))
+
+
+@each_task
+def test_ignored_ground_truth_changes_no_metric(name):
+    if CASES[name].ignore is None:
+        assert "label_map" not in TASKS[name].reads
+        return
+    batch = example_batch(evaluator(name)[0], train=False, count=8)
+    ignoring, spoilt = CASES[name].ignore(batch)
+    found = metrics_of(name, [ignoring])
+    assert found != metrics_of(name, [batch])
+    assert_same_metrics(metrics_of(name, [spoilt]), found)
+
+
+@each_task
+def test_prediction_has_arrays_text_and_pictures(name):
+    task, model, variables, _ = evaluator(name)
+    image = records(name, train=False)[0]["image"]
+    prediction = task.predictor(model, variables)(image)
+    assert prediction.arrays and all(isinstance(x, np.ndarray) for x in prediction.arrays.values())
+    assert prediction.text and "\n" not in prediction.text
+    pictures = prediction.draw("caption")
+    assert pictures and all(isinstance(x, Figure | Image.Image) for x in pictures.values())
+
+
+# ------------------------------------------------------------------------------------------------
+# A run
+# ------------------------------------------------------------------------------------------------
+
+
+@each_task
+def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
+    config = tiny_config(name)
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.StopRequest, "received", lambda self, step: step == 2)
+        train(config, tmp_path / "resumed")
+    assert load_checkpoint(tmp_path / "resumed").step == 2
+    train(config, tmp_path / "resumed")
+
+    whole, resumed = (
+        {
+            line["step"]: {k: v for k, v in line.items() if k != "images_per_second"}
+            for line in map(json.loads, (tmp_path / run / "metrics.jsonl").open())
+            if "loss" in line
+        }
+        for run in ("whole", "resumed")
+    )
+    assert whole == resumed and set(whole) == {1, 2, 3, 4}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(load_checkpoint(tmp_path / run).variables for run in ("whole", "resumed")),
+    )

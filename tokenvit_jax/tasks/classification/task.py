@@ -1,0 +1,168 @@
+"""The task of image classification."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import Examples, eval_image
+from tokenvit_jax.data.token_labels import grid_size
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
+from tokenvit_jax.models import create_model
+from tokenvit_jax.ops.mix_boxes import mix_boxes
+from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification.examples import ClassificationExamples
+from tokenvit_jax.tasks.classification.mixing import (
+    draw_mixing,
+    draw_token_mixing,
+    mix_batch,
+    mix_targets,
+)
+from tokenvit_jax.tasks.classification.settings import check_entries, default_entries
+from tokenvit_jax.tasks.task import (
+    Aux,
+    Batch,
+    Inputs,
+    Outcome,
+    Prediction,
+    Predictor,
+    Rngs,
+    Task,
+    apply_in_training,
+    describe_shares,
+)
+
+
+class Classification(Task):
+    """One label per image: cross-entropy, accuracy, and token labels where a model has them.
+
+    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B,) int32, with
+    `token_labels.weight` also what `losses.token_labels` reads.
+    """
+
+    reads = frozenset({"image", "label"})
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        return default_entries()
+
+    def check(self) -> None:
+        check_entries(self.config)
+
+    def check_devices(self, devices: int) -> None:
+        mix, batch_size, accumulate = (
+            self.config[key] for key in ("mix", "batch_size", "accumulate_steps")
+        )
+        if (mix.mixup or mix.cutmix) and batch_size % (2 * devices):
+            raise UserError(
+                f"config.batch_size={batch_size} gives each of {devices} devices an odd number of "
+                "images; config.mix pairs them, so it must be even"
+            )
+        if mix.mixtoken and batch_size % (2 * devices * accumulate):
+            raise UserError(
+                f"config.batch_size={batch_size} gives each of {devices} devices x {accumulate} "
+                "accumulate_steps an odd number of images; config.mix.mixtoken pairs them, so it "
+                "must be even"
+            )
+
+    def examples(self, *, train: bool) -> Examples:
+        return ClassificationExamples(self.config, self.info, train=train)
+
+    def make_model(self) -> nn.Module:
+        config = self.config
+        model = create_model(
+            config.model,
+            num_classes=self.info.num_classes,
+            dtype=jnp.dtype(config.dtype),
+            axis_name=self.axis_name,
+            **config.model_overrides.to_dict(),
+        )
+        if self._trains_tokens and not getattr(model.settings, "token_head", False):
+            raise UserError(
+                f"config.mix.mixtoken={config.mix.mixtoken} and config.token_labels.weight="
+                f"{config.token_labels.weight} need a model with a token head; config.model="
+                f"{config.model!r} has none, or config.model_overrides.token_head is not True"
+            )
+        return model
+
+    @property
+    def _trains_tokens(self):
+        return bool(self.config.token_labels.weight or self.config.mix.mixtoken)
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
+        images = self.normalize(batch["image"])
+        smoothing = self.config.label_smoothing
+        targets = losses.soft_targets(batch["label"], self.info.num_classes, smoothing)
+        if self.config.mix.mixup or self.config.mix.cutmix:
+            mixing = draw_mixing(rng, self.config.mix, *images.shape[1:3])
+            images, targets = mix_batch(images, targets, mixing)
+        return {"image": images, "targets": targets, **losses.token_label_entries(batch)}
+
+    def loss(
+        self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
+    ) -> tuple[jax.Array, Aux]:
+        compute = self._token_loss if self._trains_tokens else self._class_loss
+        loss, model_state, sown = compute(model, params, model_state, inputs, rngs)
+        return sum(sown, loss), Aux(model_state, {})
+
+    def _class_loss(self, model, params, model_state, inputs, rngs):
+        logits, *rest = apply_in_training(model, params, model_state, inputs["image"], rngs)
+        return losses.cross_entropy(logits, inputs["targets"]), *rest
+
+    def _token_loss(self, model, params, model_state, inputs, rngs):
+        images, targets, mixing = inputs["image"], inputs["targets"], None
+        if self.config.mix.mixtoken:  # inside the model: among the images of a micro-batch
+            grid = map(grid_size, images.shape[1:3])
+            mixing = draw_token_mixing(rngs["batch"], self.config.mix, *grid)
+            targets = mix_targets(targets, mixing)
+        box = None if mixing is None else mixing.box
+        (logits, dense_logits), *rest = apply_in_training(
+            model, params, model_state, images, rngs, box=box, method="token_logits"
+        )
+        weight = self.config.token_labels.weight
+        if not weight:
+            return losses.cross_entropy(logits, targets), *rest
+        labels = losses.token_labels(inputs, self.info.num_classes)
+        if mixing is not None:
+            labels = mix_boxes(labels, box)
+        loss = losses.token_cross_entropy(logits, dense_logits, targets, labels, weight)
+        return loss, *rest
+
+    def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
+        logits = model.apply(variables, self.normalize(batch["image"]), train=False)
+        return Outcome(accuracy_sums(logits, batch["label"], batch["mask"]))
+
+    def meter(self) -> AccuracyMeter:
+        return AccuracyMeter()
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return metrics["eval/accuracy"]
+
+    def predictor(self, model: nn.Module, variables: Any) -> Predictor:
+        from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
+
+        crop = self.config.data.eval_crop if self.info.center_crop else 1.0
+        names = self.class_names()
+
+        @jax.jit
+        def apply(variables, images):
+            images = self.normalize(images)
+            logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+            noted = pictures.noted_by(model, variables, images, state.get("intermediates", {}))
+            return jax.nn.softmax(logits), noted
+
+        def predict(image):
+            pixels = eval_image(image, self.config.image_size, crop)
+            probabilities, noted = apply(variables, pixels[None])
+            probabilities = np.asarray(probabilities[0])
+            order = np.argsort(-probabilities, kind="stable")
+            classes = [(names[label], float(probabilities[label])) for label in order]
+            draw = functools.partial(pictures.draw, pixels, classes, noted)
+            return Prediction({"probabilities": probabilities}, describe_shares(classes), draw)
+
+        return predict

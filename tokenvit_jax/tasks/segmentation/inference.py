@@ -1,0 +1,162 @@
+"""Predictions for images of any size, and their comparison with label maps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import IGNORED
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.metrics.confusion import confusion_matrix
+from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
+
+# Rows of a label map that are predicted at once: logits for all rows would not fit into memory.
+CHUNK = 64
+
+
+def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the loss () of a batch in nats, float32.
+
+    The sum over the pixels that count is divided by the number of all pixels, as in
+    mmsegmentation: so the loss is the mean of the losses of the parts of a batch.
+
+    Args:
+      logits: (B, H, W, K).
+      labels: (B, H, W) integers; IGNORED ones do not count.
+    """
+    return jnp.mean(_pixel_losses(logits, labels))
+
+
+def _pixel_losses(logits, labels):
+    """Losses by pixel; 0 where a label is ignored."""
+    counts = labels != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(counts, labels, 0).astype(jnp.int32)
+    )
+    return jnp.where(counts, losses, 0.0)
+
+
+def window_side(config: ConfigDict) -> int:
+    """Returns the side of a window in pixels; reads `inference.window` and `image_size`."""
+    return config.inference.window or config.image_size
+
+
+def predict_logits(
+    model: nn.Module, config: ConfigDict, variables: Any, images: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """Returns the logits for images in buffers, from several windows where these are smaller.
+
+    Args:
+      model: segmentation model.
+      config: reads `image_size`, `inference.window` and `inference.stride`.
+      variables: variables of the model.
+      images: (B, H, W, 3), normalised.
+      sizes: (B, 2) int, rows and columns of each buffer that are image.
+
+    Returns:
+      (B, H, W, K) float32.
+
+    Raises:
+      UserError: windows that do not fit.
+    """
+    window = window_side(config)
+    stride = config.inference.stride or window
+    if window > min(images.shape[1:3]):
+        raise UserError(
+            f"config.inference.window={window} is not valid; valid: up to the shorter side of "
+            f"config.data.eval_size, {min(images.shape[1:3])}"
+        )
+    if not 1 <= stride <= window:
+        raise UserError(f"config.inference.stride={stride} is not valid; valid: 1 to {window}")
+    apply = functools.partial(model.apply, variables, train=False)
+    return sliding_logits(apply, images, sizes, window, stride)
+
+
+def compare_with_labels(
+    logits: jax.Array,
+    sizes: jax.Array,
+    labels: jax.Array,
+    label_sizes: jax.Array,
+) -> dict[str, jax.Array]:
+    """Compares predictions with label maps, at the size of the label maps.
+
+    Args:
+      logits: (B, H, W, K).
+      sizes: (B, 2) int, rows and columns of the logits that are image.
+      labels: (B, h, w) integers; IGNORED ones do not count.
+      label_sizes: (B, 2) int, rows and columns that are label map.
+
+    Returns:
+      "confusion" (K, K) int32, see `metrics.confusion`; "loss" () float32, the sum over the pixels
+      that count, in nats.
+    """
+    compare = jax.vmap(functools.partial(_compare_rows, num_classes=logits.shape[-1]))
+    sums = compare(logits, labels, sizes, label_sizes)
+    return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _compare_rows(logits, labels, size, label_size, num_classes):
+    """Confusion and loss of one image, a chunk of rows at a time."""
+    height, width = labels.shape
+    chunk = min(CHUNK, height)
+
+    def visit(number, carry):
+        # The last chunk may overlap the one before: rows seen already do not count again.
+        start = jnp.minimum(number * chunk, height - chunk)
+        rows = start + jnp.arange(chunk)
+        wanted = lax.dynamic_slice_in_dim(labels, start, chunk)
+        wanted = jnp.where((rows >= number * chunk)[:, None], wanted, IGNORED)
+        found = resize_pixels(logits, size, label_size, rows, width)
+        sums = {
+            "confusion": confusion_matrix(jnp.argmax(found, -1), wanted, num_classes, IGNORED),
+            "loss": _pixel_losses(found, wanted).sum(),
+        }
+        return jax.tree.map(jnp.add, carry, sums)
+
+    zero = {
+        "confusion": jnp.zeros((num_classes, num_classes), jnp.int32),
+        "loss": jnp.zeros(()),
+    }
+    return lax.fori_loop(0, -(-height // chunk), visit, zero)
+
+
+def resize_pixels(
+    logits: jax.Array, size: jax.Array, new_size: jax.Array, rows: jax.Array, width: int
+) -> jax.Array:
+    """Returns rows of an image's logits at another resolution, (n, width, K).
+
+    Args:
+      logits: (H, W, K).
+      size: (2,) int, rows and columns that are image.
+      new_size: (2,) int, rows and columns to resize the image to.
+      rows: (n,) int, the wanted rows of the resized image.
+      width: columns of the result; those from ``new_size[1]`` on are meaningless.
+    """
+    x = resize_rows(logits, size[0], new_size[0], rows).swapaxes(0, 1)
+    return resize_rows(x, size[1], new_size[1], jnp.arange(width)).swapaxes(0, 1)
+
+
+@functools.partial(jax.jit, static_argnames="new_size")
+def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]) -> jax.Array:
+    """Returns the most probable class of every pixel of a resized image, uint8.
+
+    Args:
+      logits: (H, W, K).
+      size: (2,) int, rows and columns that are image.
+      new_size: height and width of the result.
+    """
+    height, width = new_size
+
+    def predict(start):  # a chunk of rows at a time: logits for all would not fit into memory
+        rows = start + jnp.arange(CHUNK)
+        found = resize_pixels(logits, size, jnp.array(new_size), rows, width)
+        return jnp.argmax(found, -1).astype(jnp.uint8)
+
+    labels = lax.map(predict, jnp.arange(0, height, CHUNK))
+    return labels.reshape(-1, width)[:height]

@@ -1,0 +1,64 @@
+"""The configuration entries of semantic segmentation."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.config import check_values
+from tokenvit_jax.data import MIN_IMAGE_SIZE
+from tokenvit_jax.errors import UserError
+
+_RANGES = {
+    "data.eval_short_side": (0, None),
+    "augment.short_side": (0, None),
+    "inference.window": (0, None),
+    "inference.stride": (0, None),
+}
+
+
+def default_entries() -> ConfigDict:
+    """Returns the entries that only this task has."""
+    config = ConfigDict()
+    config.head = "mask_transformer"  # a name of `segmentation.model.HEADS`
+    config.head_overrides = ConfigDict()  # its arguments
+    # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
+    # the predictions with the label maps at their own size.
+    config.data = ConfigDict()
+    config.data.eval_short_side = 0  # shorter side of the resized image, pixels; 0: image_size
+    config.data.eval_size = (0, 0)  # height and width of the buffer; zeros: image_size
+    config.data.label_size = (0, 0)  # buffer of the label maps; zeros: as the images
+    config.augment = ConfigDict()
+    config.augment.short_side = 0  # of the resized image, before the factor; 0: image_size
+    config.augment.scale_range = (1.0, 1.0)  # random factor of the size
+    config.augment.max_class_share = 1.0  # largest share of one class in a crop; 1: any crop
+    config.augment.photometric = False  # brightness, contrast, saturation and hue, 1/2 each
+    # An image that is larger than a window is predicted in several windows.
+    config.inference = ConfigDict()
+    config.inference.window = 0  # side, pixels; 0: image_size
+    config.inference.stride = 0  # pixels between two windows; 0: the window (no overlap)
+    return config
+
+
+def check_entries(config: ConfigDict) -> None:
+    """Raises UserError for the first of these entries that is not valid."""
+    check_values(config, {}, _RANGES)
+    data, augment = config.data, config.augment
+    _check_pair("data.eval_size", data.eval_size)
+    _check_pair("data.label_size", data.label_size)
+    if any(data.eval_size) and min(data.eval_size) < MIN_IMAGE_SIZE:
+        raise UserError(
+            f"config.data.eval_size={data.eval_size}; valid: at least {MIN_IMAGE_SIZE} each"
+        )
+    if len(augment.scale_range) != 2 or not 0 < augment.scale_range[0] <= augment.scale_range[1]:
+        raise UserError(
+            f"config.augment.scale_range={augment.scale_range}; valid: lowest and highest, above 0"
+        )
+    if not 0 < augment.max_class_share <= 1:
+        raise UserError(
+            f"config.augment.max_class_share={augment.max_class_share}; valid: above 0, up to 1"
+        )
+
+
+def _check_pair(key: str, value: Sequence[int]) -> None:
+    if len(value) != 2 or not (all(side > 0 for side in value) or not any(value)):
+        raise UserError(f"config.{key}={value}; valid: height and width, or (0, 0)")

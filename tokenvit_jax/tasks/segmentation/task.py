@@ -1,0 +1,112 @@
+"""The task of semantic segmentation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import IGNORED, Examples
+from tokenvit_jax.metrics.confusion import ConfusionMeter
+from tokenvit_jax.tasks.segmentation.examples import ImageBuffer, SegmentationExamples
+from tokenvit_jax.tasks.segmentation.inference import (
+    compare_with_labels,
+    largest_labels,
+    pixel_cross_entropy,
+    predict_logits,
+    window_side,
+)
+from tokenvit_jax.tasks.segmentation.model import make_segmenter
+from tokenvit_jax.tasks.segmentation.settings import check_entries, default_entries
+from tokenvit_jax.tasks.task import (
+    Aux,
+    Batch,
+    Inputs,
+    Outcome,
+    Prediction,
+    Predictor,
+    Rngs,
+    Task,
+    apply_in_training,
+    describe_shares,
+)
+
+
+class Segmentation(Task):
+    """One label per pixel: cross-entropy of the pixels that count, mIoU at the labels' size.
+
+    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B, S, S) uint8. Evaluation
+    batches hold the image at the top left of a buffer (B, H, W, 3) and its "image_size" (B, 2),
+    the label map in a buffer (B, h, w) and its "label_size" (B, 2).
+    """
+
+    reads = frozenset({"image", "label_map"})
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        return default_entries()
+
+    def check(self) -> None:
+        check_entries(self.config)
+
+    def examples(self, *, train: bool) -> Examples:
+        return SegmentationExamples(self.config, self.info, train=train)
+
+    def make_model(self) -> nn.Module:
+        return make_segmenter(self.config, self.info.num_classes, self.axis_name)
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
+        del rng
+        return {"image": self.normalize(batch["image"]), "label": batch["label"]}
+
+    def loss(
+        self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
+    ) -> tuple[jax.Array, Aux]:
+        logits, model_state, sown = apply_in_training(
+            model, params, model_state, inputs["image"], rngs
+        )
+        return sum(sown, pixel_cross_entropy(logits, inputs["label"])), Aux(model_state, {})
+
+    def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
+        images, sizes = self.normalize(batch["image"]), batch["image_size"]
+        logits = predict_logits(model, self.config, variables, images, sizes)
+        # Records that fill up a batch are ignored like pixels beyond an image.
+        labels = jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
+        return Outcome(compare_with_labels(logits, sizes, labels, batch["label_size"]))
+
+    def meter(self) -> ConfusionMeter:
+        return ConfusionMeter(self.info.num_classes)
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return metrics["eval/miou"]
+
+    def predictor(self, model: nn.Module, variables: Any) -> Predictor:
+        from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
+
+        names, buffer, side = self.class_names(), ImageBuffer(self.config), window_side(self.config)
+
+        @jax.jit
+        def apply(variables, images, sizes):
+            return predict_logits(model, self.config, variables, self.normalize(images), sizes)[0]
+
+        @jax.jit
+        def cluster(variables, images):
+            return pictures.superpixels_of(model, variables, self.normalize(images))
+
+        def predict(image):
+            pixels, size = buffer(image)
+            logits = apply(variables, pixels[None], size[None])
+            labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
+            top, left = np.maximum(size - side, 0) // 2  # the window in the middle
+            window = pixels[top : top + side, left : left + side]
+            shares = [(names[label], share) for label, share in pictures.class_shares(labels)]
+            superpixels = functools.partial(cluster, variables, window[None])
+            draw = functools.partial(
+                pictures.draw, np.asarray(image), labels, names, window, superpixels
+            )
+            return Prediction({"labels": labels}, describe_shares(shares), draw)
+
+        return predict

@@ -1,0 +1,224 @@
+"""The contract of a task: all that training and the commands need to know of a kind of label."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data import NORMALIZATIONS, DatasetInfo, Examples
+from tokenvit_jax.errors import UserError
+
+if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
+    pass
+
+Batch = dict[str, jax.Array]
+Inputs = dict[str, jax.Array]
+Rngs = dict[str, jax.Array]
+Picture = "Figure | Image.Image"
+
+NUM_NAMED = 5  # classes that the text of a prediction names
+
+
+class Aux(NamedTuple):
+    """What a loss gives beside its value.
+
+    Attributes:
+      model_state: the model's collections after the forward pass, without "params".
+      metrics: scalars to log by name, such as "loss/box".
+    """
+
+    model_state: Any
+    metrics: dict[str, jax.Array]
+
+
+class Outcome(NamedTuple):
+    """The result of evaluating one batch.
+
+    Attributes:
+      sums: tree of arrays that are added over devices and batches.
+      rows: tree of arrays with a leading B; they come back image by image.
+    """
+
+    sums: Any
+    rows: Any = ()
+
+
+class Meter(Protocol):
+    """Turns the outcomes of a pass into metrics, on the host."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Adds the outcome of a batch, as numpy arrays."""
+
+    def result(self) -> dict[str, float]:
+        """Returns the metrics by the name they are logged with, such as "eval/accuracy"."""
+
+
+class Prediction(NamedTuple):
+    """What a model says about one image.
+
+    Attributes:
+      arrays: the result by name, such as "probabilities" (num_classes,) or "labels" (H, W).
+      text: the result in one line.
+      draw: takes a caption and returns pictures by kind.
+    """
+
+    arrays: dict[str, np.ndarray]
+    text: str
+    draw: Callable[[str], dict[str, Picture]]
+
+
+Predictor = Callable[[Image.Image], Prediction]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task(abc.ABC):
+    """A kind of label: its configuration, examples, model, loss, metrics and pictures.
+
+    A loss is a mean over images, or it is divided by a count that :meth:`prepare` knows and has
+    summed over `axis_name`. Only so do jit, pmap and any number of devices and micro-batches give
+    the same numbers.
+
+    Attributes:
+      config: a configuration of this task, see `tokenvit_jax.tasks.default_config`.
+      info: facts about its dataset.
+      axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
+    """
+
+    config: ConfigDict
+    info: DatasetInfo
+    axis_name: str | None = None
+
+    reads: ClassVar[frozenset[str]]  # the fields of a Record that the examples are made from
+
+    @staticmethod
+    @abc.abstractmethod
+    def defaults() -> ConfigDict:
+        """Returns the entries that only this task has, with their defaults."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises UserError for the first entry of this task that is not valid."""
+
+    def check_devices(self, devices: int) -> None:
+        """Raises UserError unless a training batch can be divided over so many devices."""
+
+    @abc.abstractmethod
+    def examples(self, *, train: bool) -> Examples:
+        """Returns what makes the examples of a batch from records."""
+
+    @abc.abstractmethod
+    def make_model(self) -> nn.Module:
+        """Returns the model; ``model(images, train=False)`` touches every parameter.
+
+        Raises:
+          UserError: unknown model or override.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
+        """Returns what :meth:`loss` reads, from a whole training batch on the device.
+
+        Args:
+          batch: the entries of a training batch; see :meth:`examples`.
+          rng: key for what is drawn for the batch as a whole.
+
+        Returns:
+          Arrays that lead with B, normalised images among them.
+        """
+
+    @abc.abstractmethod
+    def loss(
+        self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
+    ) -> tuple[jax.Array, Aux]:
+        """Returns the loss () of a part of a batch, differentiable in the parameters.
+
+        Args:
+          model: of :meth:`make_model`.
+          params: its parameters.
+          model_state: its other collections.
+          inputs: of :meth:`prepare`, or a part of their rows.
+          rngs: keys by name: "batch" (the same for all parts of a batch, and the one that
+            :meth:`prepare` got), "dropout", "routing" and "sample".
+        """
+
+    @abc.abstractmethod
+    def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
+        """Returns the outcome of an evaluation batch; records with "mask" 0 do not count."""
+
+    @abc.abstractmethod
+    def meter(self) -> Meter:
+        """Returns a meter without outcomes."""
+
+    @abc.abstractmethod
+    def score(self, metrics: dict[str, float]) -> float:
+        """Returns the number that the best checkpoint has the highest value of."""
+
+    @abc.abstractmethod
+    def predictor(self, model: nn.Module, variables: Any) -> Predictor:
+        """Returns a function from an RGB image of any size to its prediction."""
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Returns images as the model takes them.
+
+        Args:
+          images: (B, H, W, 3) uint8.
+
+        Returns:
+          (B, H, W, 3) float32: with `data.normalization` "imagenet" of about zero mean and unit
+          variance, with "inception" in [-1, 1].
+
+        Raises:
+          UserError: unknown normalization.
+        """
+        normalization = self.config.data.normalization
+        if normalization not in NORMALIZATIONS:
+            raise UserError(
+                f"config.data.normalization={normalization!r} is not valid; valid: "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        mean, std = NORMALIZATIONS[normalization]
+        return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+
+    def class_names(self) -> Sequence[str]:
+        """Returns a name for every class; where the dataset has none, "class 0" and so on."""
+        return self.info.classes or [f"class {label}" for label in range(self.info.num_classes)]
+
+
+def apply_in_training(
+    model: nn.Module, params: Any, model_state: Any, images: jax.Array, rngs: Rngs, **kwargs: Any
+) -> tuple[Any, Any, list[jax.Array]]:
+    """Runs the forward pass of a training step.
+
+    Args:
+      model: linen module, called as ``model(images, train=True, **kwargs)``.
+      params: its parameters.
+      model_state: its other collections.
+      images: (B, H, W, 3), normalised.
+      rngs: as in :meth:`Task.loss`.
+      **kwargs: further arguments of the model, or ``method``.
+
+    Returns:
+      The output, the new model state, and the losses that modules sowed, () each.
+    """
+    output, state = model.apply(
+        {"params": params, **model_state},
+        images,
+        train=True,
+        rngs={name: rngs[name] for name in ("dropout", "routing", "sample")},
+        mutable=[*model_state, "losses"],
+        **kwargs,
+    )
+    sown = jax.tree.leaves(state.pop("losses", ()))
+    return output, state, sown
+
+
+def describe_shares(shares: Sequence[tuple[str, float]]) -> str:
+    """Returns a line with the first few of (class, share) pairs, shares in percent."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares[:NUM_NAMED])

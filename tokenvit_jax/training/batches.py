@@ -1,0 +1,44 @@
+"""Batches on their way to the devices."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import Task
+
+
+def check_train_batch(task: Task) -> None:
+    """Raises UserError unless a training batch can be divided over the devices.
+
+    Args:
+      task: its configuration has `batch_size` and `accumulate_steps`.
+    """
+    devices, config = jax.device_count(), task.config
+    if config.batch_size % (devices * config.accumulate_steps):
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not a multiple of {devices} devices x "
+            f"{config.accumulate_steps} accumulate_steps"
+        )
+    task.check_devices(devices)
+
+
+def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[Any, dict]]:
+    """Keeps batches ready on the devices.
+
+    Args:
+      iterator: of batches, with `get_state()`.
+      put: moves a batch to the devices.
+      size: number of batches to hold.
+
+    Yields:
+      Each batch and the state of the iterator just after it; the iterator itself is ahead by now.
+    """
+    ready = deque()
+    while True:
+        while len(ready) < size:
+            batch = put(next(iterator))
+            ready.append((batch, iterator.get_state()))
+        yield ready.popleft()

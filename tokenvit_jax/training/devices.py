@@ -1,0 +1,211 @@
+"""Devices: `jax.jit` over a mesh, or `jax.pmap`.
+
+`MeshParallel` runs a step under `jax.jit` over a mesh of all devices of all processes, optionally
+with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the same methods and
+give the same numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import Outcome
+
+_BATCH_SPEC = P(("data", "fsdp"))
+_PMAP_AXIS = "devices"
+
+
+class MeshParallel:
+    """`jax.jit` over a mesh of all devices with the axes "data" and "fsdp".
+
+    The batch is split over both axes. With `fsdp` above 1, matrices (parameters, their averages and
+    the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once and
+    updates each shard where it lies.
+    """
+
+    axis_name = None
+
+    def __init__(self, fsdp: int = 1):
+        shape = (jax.device_count() // fsdp, fsdp)
+        self._mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        self._replicated = NamedSharding(self._mesh, P())
+        self._batch_sharding = NamedSharding(self._mesh, _BATCH_SPEC)
+
+    def abstract(self, init_fn: Callable[[], Any]) -> Any:
+        """Returns shapes, types and shardings of the state `init_fn()`, like :meth:`to_global`."""
+        state = jax.eval_shape(init_fn)
+        return jax.tree.map(_with_sharding, state, self._shardings(state))
+
+    def init(self, init_fn: Callable[[], Any]) -> Any:
+        """Returns the state `init_fn()`, placed on the devices."""
+        shardings = self._shardings(jax.eval_shape(init_fn))
+        return jax.jit(init_fn, out_shardings=shardings, compiler_options=_quick_to_compile())()
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Moves this process's part of a batch to its devices, as part of the global batch."""
+        return {
+            name: jax.make_array_from_process_local_data(self._batch_sharding, values)
+            for name, values in batch.items()
+        }
+
+    def put_variables(self, variables: Any) -> Any:
+        """Copies arrays that every process holds in full to all devices."""
+        return jax.device_put(variables, self._replicated)
+
+    def train_step(self, step: Callable, abstract_state: Any) -> Callable:
+        """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
+
+        def gathering_step(state, batch):
+            # Without this, the partitioner gathers the activations of some layers instead.
+            params = jax.lax.with_sharding_constraint(state.params, self._replicated)
+            return step(state.replace(params=params), batch)
+
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+        out_shardings = (shardings, self._replicated)
+        return jax.jit(gathering_step, donate_argnums=0, out_shardings=out_shardings)
+
+    def eval_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, batch) -> Outcome`."""
+        return jax.jit(step, out_shardings=Outcome(self._replicated, self._batch_sharding))
+
+    def fetch(self, outcome: Outcome) -> Outcome:
+        """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
+        if jax.process_count() > 1:
+            return Outcome(
+                jax.device_get(outcome.sums),
+                multihost_utils.process_allgather(outcome.rows, tiled=True),
+            )
+        return jax.device_get(outcome)
+
+    def batch_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
+        return jax.jit(step, out_shardings=self._batch_sharding)
+
+    def to_global(self, state: Any) -> Any:
+        """Returns the state as arrays over all devices of all processes, to be saved."""
+        return state
+
+    def from_global(self, state: Any) -> Any:
+        """Undoes :meth:`to_global`."""
+        return state
+
+    def _shardings(self, state: Any) -> Any:
+        """Shardings of a state: everything that grows with the parameters is sharded."""
+        shardings = jax.tree.map(lambda x: NamedSharding(self._mesh, self._fsdp_spec(x)), state)
+        return shardings.replace(
+            model_state=jax.tree.map(lambda _: self._replicated, state.model_state)
+        )
+
+    def _fsdp_spec(self, x: Any) -> P:
+        """Shards the largest dimension that divides evenly; vectors are not worth a message."""
+        fsdp = self._mesh.shape["fsdp"]
+        divisible = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
+        if fsdp == 1 or len(x.shape) < 2 or not divisible:
+            return P()
+        largest = max(divisible, key=lambda axis: x.shape[axis])
+        return P(*[None] * largest, "fsdp")
+
+
+class PmapParallel:
+    """`jax.pmap` over all devices; the state is not stacked, a batch is (devices, b, ...)."""
+
+    axis_name = _PMAP_AXIS
+
+    def __init__(self):
+        local_mesh = Mesh(jax.local_devices(), (_PMAP_AXIS,))
+        self._local_replicated = NamedSharding(local_mesh, P())
+        self._global_mesh = Mesh(jax.devices(), (_PMAP_AXIS,))
+
+    def abstract(self, init_fn: Callable[[], Any]) -> Any:
+        """Returns shapes, types and shardings of the state `init_fn()`, like :meth:`to_global`."""
+        replicated = NamedSharding(self._global_mesh, P())
+        return jax.tree.map(lambda x: _with_sharding(x, replicated), jax.eval_shape(init_fn))
+
+    def init(self, init_fn: Callable[[], Any]) -> Any:
+        """Returns the state `init_fn()`, a copy on every device."""
+        return self.put_variables(jax.jit(init_fn, compiler_options=_quick_to_compile())())
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Moves this process's part of a batch to its devices."""
+        num_devices = jax.local_device_count()
+        sharding = NamedSharding(self._local_replicated.mesh, P(_PMAP_AXIS))
+        return jax.device_put(
+            {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in batch.items()}, sharding
+        )
+
+    def put_variables(self, variables: Any) -> Any:
+        """Copies arrays that every process holds in full to all of its devices."""
+        return jax.device_put(variables, self._local_replicated)
+
+    def train_step(self, step: Callable, abstract_state: Any) -> Callable:
+        """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
+        del abstract_state  # its layout is that of `out_axes`
+        axes = {"in_axes": (None, 0), "out_axes": (None, None)}
+        return jax.pmap(step, axis_name=_PMAP_AXIS, donate_argnums=0, **axes)
+
+    def eval_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, batch) -> Outcome`."""
+        axes = {"in_axes": (None, 0), "out_axes": Outcome(None, 0)}
+        return jax.pmap(step, axis_name=_PMAP_AXIS, **axes)
+
+    def fetch(self, outcome: Outcome) -> Outcome:
+        """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
+        sums, rows = jax.device_get(outcome)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        if jax.process_count() > 1:
+            rows = multihost_utils.process_allgather(rows, tiled=True)
+        return Outcome(sums, rows)
+
+    def batch_step(self, step: Callable) -> Callable:
+        """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
+        return jax.pmap(step, axis_name=_PMAP_AXIS, in_axes=(None, 0))
+
+    def to_global(self, state: Any) -> Any:
+        """Returns the state as arrays over all devices of all processes, to be saved."""
+        return multihost_utils.host_local_array_to_global_array(state, self._global_mesh, P())
+
+    def from_global(self, state: Any) -> Any:
+        """Undoes :meth:`to_global`."""
+        return multihost_utils.global_array_to_host_local_array(state, self._global_mesh, P())
+
+
+def _quick_to_compile() -> dict[str, int] | None:
+    """Compiler options for code that runs once: on CPU, optimising many random draws takes long."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+Parallel = MeshParallel | PmapParallel
+
+
+def make_parallel(config: ConfigDict) -> Parallel:
+    """Returns the way to run on the available devices.
+
+    Args:
+      config: reads `parallel`, `mesh.fsdp` and `data.eval_batch_size`.
+
+    Raises:
+      UserError: `mesh.fsdp` or the evaluation batch does not fit the number of devices.
+    """
+    devices = jax.device_count()
+    fsdp = config.mesh.fsdp
+    if fsdp < 1 or devices % fsdp:
+        raise UserError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {devices}")
+    if config.parallel == "pmap" and fsdp > 1:
+        raise UserError(f"config.mesh.fsdp={fsdp} needs config.parallel='jit', not 'pmap'")
+    if config.data.eval_batch_size % devices:
+        raise UserError(
+            f"config.data.eval_batch_size={config.data.eval_batch_size} is not a multiple of "
+            f"{devices} devices"
+        )
+    return PmapParallel() if config.parallel == "pmap" else MeshParallel(fsdp)

@@ -1,0 +1,80 @@
+"""Evaluation: one pass over the evaluation split, with a model in training or a run."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.tasks import Outcome, Task, create_task
+from tokenvit_jax.training.devices import Parallel, make_parallel
+from tokenvit_jax.training.run import load_run
+from tokenvit_jax.training.step import make_eval_step
+from tokenvit_jax.training.validate import check_task
+from tokenvit_jax.training.workdir import for_inference, read_config
+
+
+def evaluate_batches(
+    task: Task, eval_step: Callable, variables: Any, batches: Iterable, parallel: Parallel
+) -> dict[str, float]:
+    """Returns the metrics of a model over all batches.
+
+    Args:
+      task: gives the meter.
+      eval_step: of `Parallel.eval_step`.
+      variables: of the model, on the devices.
+      batches: this process's parts of the evaluation batches.
+      parallel: how batches lie on the devices.
+    """
+    meter = task.meter()
+    for outcome in _outcomes(eval_step, variables, batches, parallel):
+        meter.add(outcome)
+    return meter.result()
+
+
+def _outcomes(eval_step, variables, batches, parallel) -> Iterator[Outcome]:
+    """Yields the outcome of every batch, on the host."""
+    pending = deque()
+    with contextlib.closing(iter(batches)) as iterator:
+        for batch in iterator:
+            pending.append(eval_step(variables, parallel.put_batch(batch)))
+            # Two batches in flight keep the devices busy without filling their memory.
+            if len(pending) > 2:
+                yield parallel.fetch(pending.popleft())
+        while pending:
+            yield parallel.fetch(pending.popleft())
+
+
+def evaluate_run(
+    workdir: Path, checkpoint: str = "last", config: ConfigDict | None = None
+) -> dict[str, float]:
+    """Returns the metrics of a checkpoint over the whole evaluation split.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: "last", "best" or a step.
+      config: another configuration than that of the run, for these devices; None: the run's own.
+
+    Returns:
+      "step" and the metrics of the task's meter.
+
+    Raises:
+      UserError: there is no such checkpoint, it does not fit the model, or a value of the
+        configuration is not valid.
+    """
+    config = for_inference(read_config(workdir)) if config is None else config
+    check_task(create_task(config))
+    parallel = make_parallel(config)
+    run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
+    task = run.task
+    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    batches = eval_batches(source, task.examples(train=False), config)
+    eval_step = parallel.eval_step(make_eval_step(task, run.model))
+    variables = parallel.put_variables(run.variables)
+    return {
+        "step": run.step,
+        **evaluate_batches(task, eval_step, variables, batches, parallel),
+    }

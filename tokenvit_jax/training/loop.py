@@ -1,0 +1,153 @@
+"""The training loop: one linear function."""
+
+import contextlib
+import functools
+import math
+from collections import deque
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import eval_batches, open_split, train_batches
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.tasks import create_task
+from tokenvit_jax.training import devices, processes
+from tokenvit_jax.training.batches import check_train_batch, prefetch
+from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.evaluation import evaluate_batches
+from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.state import eval_variables, init_state
+from tokenvit_jax.training.step import make_eval_step, make_train_step
+from tokenvit_jax.training.teacher import labelled_batches
+from tokenvit_jax.training.train_log import Profile, TrainLog
+from tokenvit_jax.training.validate import check_task, profiled_steps
+from tokenvit_jax.training.workdir import check_same_run, write_config
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains a model up to `config.num_steps`, from the latest checkpoint in the workdir if any.
+
+    Args:
+      config: see `tokenvit_jax.config` and the settings of its task.
+      workdir: folder for the checkpoints and logs of this run.
+
+    Raises:
+      UserError: a value of the config does not fit, the loss is not finite, or the workdir
+        cannot be written or read.
+    """
+    check_task(create_task(config))
+    check_train_batch(create_task(config))
+    keep_pages()
+    parallel = devices.make_parallel(config)
+    initial = load_initial(config)
+    config = with_searched_keep(config, initial)
+    task = create_task(config, parallel.axis_name)
+    stop = processes.StopRequest()
+
+    # ---------------------------------------------------------------- data
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    splits = {
+        split: open_split(config.dataset, split, config.data.data_dir)
+        for split in (task.info.train_split, task.info.eval_split)
+    }
+    training = iter(
+        train_batches(splits[task.info.train_split], task.examples(train=True), config, **process)
+    )
+    evaluation = eval_batches(
+        splits[task.info.eval_split], task.examples(train=False), config, **process
+    )
+    put_train_batch = labelled_batches(task, parallel)
+
+    # ---------------------------------------------------------------- model and steps
+    model = task.make_model()
+    optimizer = make_optimizer(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    abstract_state = parallel.abstract(init_fn)
+    train_step = parallel.train_step(make_train_step(task, model, optimizer), abstract_state)
+    eval_step = parallel.eval_step(make_eval_step(task, model))
+
+    # ---------------------------------------------------------------- resume or start
+    checkpoints = Checkpoints(
+        workdir,
+        keep_last=config.keep_last_checkpoints,
+        keep_best=config.keep_best_checkpoints,
+        score=task.score,
+    )
+    if checkpoints.steps():
+        check_same_run(workdir, config)
+    restored = checkpoints.restore(abstract_state)
+    if restored is None:
+        state = parallel.init(init_fn)
+        if initial is not None:
+            state = start_from(state, initial, model)
+    else:
+        global_state, progress = restored
+        state = parallel.from_global(global_state)
+        training.set_state(progress["data"])
+    first_step = int(state.step) + 1
+    processes.on_main_process(functools.partial(write_config, workdir, config))
+    log = TrainLog(
+        workdir,
+        steps_done=first_step - 1,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        every_steps=config.log_every_steps,
+        enabled=processes.is_main_process(),
+    )
+
+    # ---------------------------------------------------------------- steps
+    pending = deque()  # (step, metrics) that are still being computed
+    step = first_step - 1
+    batches = prefetch(training, put_train_batch)
+    profile = Profile(workdir, *profiled_steps(config))
+    with contextlib.closing(training), checkpoints, log, profile:
+        for step in range(first_step, config.num_steps + 1):
+            batch, data_state = next(batches)
+            profile.before(step)
+            state, step_metrics = train_step(state, batch)
+            profile.after(step, step_metrics)
+            pending.append((step, step_metrics))
+
+            is_last = step == config.num_steps
+            stopping = stop.received(step)
+            evaluates = is_last or step % config.eval_every_steps == 0
+            saves = is_last or stopping or step % config.checkpoint_every_steps == 0
+
+            # Metrics are fetched a step late, while the next one runs: the devices never wait for
+            # the host. But nothing is evaluated or saved before it is known to be finite.
+            fetched = len(pending) if evaluates or saves or step == first_step else len(pending) - 1
+            done = jax.device_get([pending.popleft() for _ in range(fetched)])
+            check_finite(done, workdir)
+            log.write_steps(done)
+
+            metrics = None
+            if evaluates:
+                variables = eval_variables(state.params, state.model_state, state.ema)
+                metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
+                log.write(step, metrics)
+            if saves or (evaluates and checkpoints.is_best(metrics)):
+                checkpoints.save(step, parallel.to_global(state), {"data": data_state}, metrics)
+            if evaluates or saves or step == first_step:
+                log.restart_clock(step)
+            if stopping:
+                break
+
+    # ---------------------------------------------------------------- end
+    if step < config.num_steps:
+        log.note(f"stopped and saved after step {step}; the same command resumes from there")
+    else:
+        log.note(f"finished {config.num_steps} steps in {workdir}")
+
+
+def check_finite(done: list[tuple[int, dict[str, float]]], workdir: Path) -> None:
+    """Raises UserError if the loss or the gradient norm of a step is infinite or not a number."""
+    for step, metrics in done:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise UserError(
+                    f"{name} is {metrics[name]} at step {step}: stopped; the checkpoints before it "
+                    f"are in {workdir / 'checkpoints'}"
+                )

@@ -1,0 +1,114 @@
+"""The processes of a run: how they find each other, which one writes, and when they stop."""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from tokenvit_jax.errors import UserError
+
+CONNECT_TIMEOUT_SECONDS = 120  # to wait for the process that coordinates the others
+
+
+def connect(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a run; call it before anything else touches a device.
+
+    Without arguments, the processes of TPU pods and SLURM jobs are found automatically; elsewhere
+    there is one process.
+
+    Args:
+      coordinator: "host:port" of process 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+
+    Raises:
+      UserError: some arguments are missing or wrong, or the coordinator cannot be reached.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if _in_cluster():
+            jax.distributed.initialize()
+        return
+    if missing:
+        raise UserError(f"several processes also need {' and '.join(missing)}")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} is not valid; with --num_processes={num_processes} it is "
+            f"0 to {num_processes - 1}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={coordinator!r} is not valid; it has the form host:port")
+    if process_id:
+        # jax itself would abort the process with a stack trace.
+        _wait_for(host, int(port))
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _in_cluster() -> bool:
+    """Whether jax can find the processes of this run by itself."""
+    # jax's condition for SLURM; a job of one task needs no coordinator.
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    # Set by `import jax` on a Cloud TPU machine.
+    tpu = os.environ.get("TPU_ML_PLATFORM") == "JAX"
+    return slurm or tpu
+
+
+def _wait_for(host: str, port: int) -> None:
+    deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator={host}:{port} cannot be reached for {CONNECT_TIMEOUT_SECONDS} "
+                    f"seconds ({error}); process 0 must be running there"
+                ) from error
+        time.sleep(0.5)
+
+
+class StopRequest:
+    """Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C)."""
+
+    def __init__(self):
+        self._received = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
+        else:
+            # jax has its own handler of SIGTERM there, which tells the other processes.
+            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def received(self, step: int) -> bool:
+        """Whether to stop after a step; every process must call it after every step."""
+        if jax.process_count() == 1:
+            return self._received
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _receive(self, signum: int, _frame: Any) -> None:
+        logging.warning("%s: stopping after this step", signal.Signals(signum).name)
+        self._received = True
+        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes logs."""
+    return jax.process_index() == 0
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Runs an action on the main process while the others wait."""
+    if is_main_process():
+        action()
+    multihost_utils.sync_global_devices("on_main_process")

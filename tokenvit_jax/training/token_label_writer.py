@@ -1,0 +1,111 @@
+"""Files of token labels from a teacher; `data.token_labels` reads them."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.data.token_labels import FILES
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks.classification.examples import WholeImages
+from tokenvit_jax.training.devices import make_parallel
+from tokenvit_jax.training.run import Run
+from tokenvit_jax.training.teacher import label_cells, load_teacher
+from tokenvit_jax.training.workdir import for_inference
+
+
+def label_training_images(
+    workdir: Path, checkpoint: str, out: Path, top_k: int, data_dir: str | None
+) -> tuple[int, int, int, int]:
+    """Labels the cells of all training images of a run's dataset with its model.
+
+    Args:
+      workdir: folder of the teacher's run.
+      checkpoint: "last", "best" or a step.
+      out: folder that receives the files; it must not exist, or be empty.
+      top_k: classes per cell.
+      data_dir: folder of the prepared dataset; None: as in the run.
+
+    Returns:
+      (records, h, w, top_k), the shape of both files.
+
+    Raises:
+      UserError: a value that is not valid, no such run, or an image that cannot be read.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder")
+    teacher = load_teacher(workdir, checkpoint)
+    num_classes = teacher.task.info.num_classes
+    if not 1 <= top_k <= num_classes:
+        raise UserError(f"--top_k={top_k}; valid: 1 to {num_classes}")
+    config = for_inference(teacher.config, data_dir)
+    # Under its name only when it is complete.
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    shape = write_labels(temporary, teacher, config, top_k)
+    temporary.rename(out)
+    return shape
+
+
+def write_labels(
+    folder: Path, teacher: Run, config: ConfigDict, top_k: int
+) -> tuple[int, int, int, int]:
+    """Writes `classes.npy` (integer) and `scores.npy` (float16), (records, h, w, top_k).
+
+    The images are whole, squeezed into a square.
+
+    Args:
+      folder: receives the files.
+      teacher: labels the images.
+      config: the teacher's, for these devices; reads `dataset`, `image_size` and `data`.
+      top_k: classes per cell.
+
+    Returns:
+      The shape of both.
+
+    Raises:
+      UserError: the dataset is not prepared, or an image cannot be read.
+    """
+    parallel, info = make_parallel(config), teacher.task.info
+    source = open_split(config.dataset, info.train_split, config.data.data_dir)
+    variables = parallel.put_variables(teacher.variables)
+    label = parallel.batch_step(
+        lambda variables, images: top_labels(label_cells(teacher, variables, images), top_k)
+    )
+    types = np.min_scalar_type(info.num_classes - 1), np.float16
+    files, start = None, 0
+    with contextlib.closing(
+        iter(eval_batches(source, WholeImages(config, info), config))
+    ) as batches:
+        for batch in batches:
+            images = parallel.put_batch({"image": batch["image"]})["image"]
+            labels = jax.device_get(label(variables, images))
+            if files is None:
+                shape = (len(source), *labels[0].shape[1:])
+                files = [
+                    np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+                    for name, dtype in zip(FILES, types, strict=True)
+                ]
+            for file, values in zip(files, labels, strict=True):
+                file[start : start + len(values)] = values[: len(source) - start]  # no filling
+            start += len(images)
+    for file in files:
+        file.flush()
+    return shape
+
+
+def top_labels(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the most probable classes, in falling order, and their renormalised probabilities.
+
+    Args:
+      probabilities: (..., num_classes).
+      top_k: number of classes.
+
+    Returns:
+      Classes and probabilities, (..., top_k); the probabilities sum to 1.
+    """
+    scores, classes = jax.lax.top_k(probabilities, top_k)
+    return classes, scores / scores.sum(axis=-1, keepdims=True)
