@@ -125,9 +125,12 @@ def test_a_run_that_does_not_name_its_normalization_has_imagenets(imported, tmp_
 @pytest.mark.parametrize("with_config", [False, True])
 def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path, with_config):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda config, *_: seen.append(config) or {})
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *args: seen.append(args[2]) or {})
     file = tmp_path / "config.py"
-    file.write_text("from tokenvit_jax.config import default_config as get_config\n")
+    file.write_text(
+        "from tokenvit_jax.tasks import default_config\n"
+        "get_config = lambda: default_config('classification')\n"
+    )
     flags = {"config": file} if with_config else {}
     for data_dir in ({}, {"data_dir": "DATA"}):
         assert run(evaluate, "workdir", **flags, workdir=imported[0], **data_dir)[0] == 0

@@ -10,17 +10,19 @@ import jax
 import numpy as np
 import optax
 import pytest
+from make_task import make_task
 from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax import cli, predict
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import dataset_info, eval_image
+from tokenvit_jax.data import dataset_info, eval_image, read_image
 from tokenvit_jax.data.dense_transforms import fit_image, pad
-from tokenvit_jax.tasks import classification, pictures, segmentation, task_of
+from tokenvit_jax.pictures import finest_routing
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.segmentation.inference import class_shares, predict_logits
 from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.state import init_state
-from tokenvit_jax.training.step import normalize
 from tokenvit_jax.training.workdir import write_config
 
 OVERRIDES = {
@@ -40,8 +42,8 @@ SEGMENTER_OVERRIDES = {
 }  # fmt: skip
 
 
-def tiny_config(model="dgt_t", overrides=OVERRIDES):
-    config = default_config()
+def tiny_config(model="dgt_t", overrides=OVERRIDES, task="classification"):
+    config = default_config(task)
     config.image_size = 32
     config.model = model
     config.model_overrides = ConfigDict(overrides)
@@ -50,7 +52,7 @@ def tiny_config(model="dgt_t", overrides=OVERRIDES):
 
 def scenes_config():
     """A Segmenter whose windows see a part of the image."""
-    config = tiny_config("vit_ti", SEGMENTER_OVERRIDES)
+    config = tiny_config("vit_ti", SEGMENTER_OVERRIDES, "segmentation")
     config.dataset = "scenes"
     config.head_overrides = {"depth": 1, "head_dim": 8}
     config.data.eval_size = (32, 48)
@@ -59,15 +61,15 @@ def scenes_config():
 
 
 def initial_state(config):
-    num_classes = dataset_info(config.dataset).num_classes
-    model = task_of(config.dataset).make_model(config, num_classes)
+    model = make_task(config).make_model()
     return jax.jit(lambda: init_state(model, optax.sgd(0.1), config))()
 
 
 def write_run(workdir, config, state):
     """Writes a run with a checkpoint of this state."""
     write_config(workdir, config)
-    with Checkpoints(workdir, keep_last=1, keep_best=0) as checkpoints:
+    score = make_task(config).score
+    with Checkpoints(workdir, keep_last=1, keep_best=0, score=score) as checkpoints:
         checkpoints.save(1, state, {})
 
 
@@ -124,23 +126,25 @@ def test_command(monkeypatch, capsys, tmp_path, workdir, images):
 
 
 def test_numbers_are_those_of_the_model(workdir, state, images):
-    config, info = tiny_config(), dataset_info("digits")
-    image = eval_image(predict.read_image(images[0]), 32, 1.0)
-    probabilities, intermediates = predict.make_predict(config, workdir, "last")(image)
-    routing = pictures.finest_routing(intermediates, image.shape[:2])
+    task = make_task(tiny_config())
+    image = eval_image(read_image(images[0]), 32, 1.0)
+    prediction = load_run(workdir).predictor(read_image(images[0]))
+    probabilities = prediction.arrays["probabilities"]
+    _, classes, noted = prediction.draw.args
+    routing = finest_routing(jax.device_get(noted), image.shape[:2])
 
-    model = classification.make_model(config, 10)
+    model = task.make_model()
     apply = functools.partial(model.apply, train=False, mutable=["intermediates"])
     variables = {"params": state.params, **state.model_state}
-    logits, sown = jax.jit(apply)(variables, normalize(image[None], "imagenet"))
+    logits, sown = jax.jit(apply)(variables, task.normalize(image[None]))
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits)[0], atol=1e-5)
     groups = sown["intermediates"]["stages_0_0"]["attention"]["groups"][0]
     assert routing.grid == (8, 8)
     assert np.mean(routing.groups == groups) > 0.9  # near ties may fall the other way
 
-    classes = predict.top_classes(probabilities, info)
     assert classes[0] == (str(np.argmax(probabilities)), float(probabilities.max()))
-    assert [p for _, p in classes] == sorted(probabilities.tolist(), reverse=True)[:5]
+    assert [p for _, p in classes] == sorted(probabilities.tolist(), reverse=True)
+    assert prediction.text.split(", ")[4] == f"{classes[4][0]} {classes[4][1]:.1%}"
 
 
 def test_dense_attention_has_no_picture_of_groups(monkeypatch, capsys, tmp_path, workdir, images):
@@ -178,26 +182,27 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
         assert np.asarray(Image.open(out / f"a_{kind}.png").convert("RGB")).std() > 10
 
     # The image has 40 x 50 pixels, 32 x 40 of them are seen.
-    model = segmentation.make_model(config, 5)
+    task = make_task(config)
+    model = task.make_model()
     pixels = fit_image(Image.open(images[0]), 32, 32, 48)
-    buffer = normalize(pad(pixels, (32, 48, 3), (124, 116, 104))[None], "imagenet")
+    buffer = task.normalize(pad(pixels, (32, 48, 3), (124, 116, 104))[None])
     variables, size = {"params": state.params}, np.array([pixels.shape[:2]])
-    predict_logits = functools.partial(segmentation.predict_logits, model, config)
-    logits = jax.jit(predict_logits)(variables, buffer, size)[0, :32, :40]
+    apply = functools.partial(predict_logits, model, config)
+    logits = jax.jit(apply)(variables, buffer, size)[0, :32, :40]
     logits = jax.image.resize(logits, (40, 50, 5), "bilinear", antialias=False)
     with Image.open(out / "a_labels.png") as labels:
         assert labels.mode == "P"
         labels = np.asarray(labels)
     assert len(np.unique(labels)) > 1
     assert np.mean(labels == logits.argmax(-1)) > 0.99  # near ties may fall the other way
-    label, part = pictures.class_shares(labels)[0]
-    name = dataset_info("scenes").class_names[label]
+    label, part = class_shares(labels)[0]
+    name = dataset_info("scenes").classes[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
 
 
 def test_classes_without_names():
-    classes = predict.top_classes(np.arange(1000.0), dataset_info("imagenet2012"))
-    assert [name for name, _ in classes] == [f"class {label}" for label in range(999, 994, -1)]
+    names = make_task(tiny_config(), num_classes=1000).class_names()
+    assert list(names) == [f"class {label}" for label in range(1000)]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from make_task import make_task
 from ml_collections import ConfigDict
 from random_variables import random_variables
 from tokenvit_jax.tasks.sliding_window import sliding_logits
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import MaskTransformer
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def config(**overrides):
-    config = default_config()
+    config = default_config("segmentation")
     config.dataset = "scenes"
     config.model = "vit_ti"
     config.model_overrides = {
@@ -36,7 +36,7 @@ def config(**overrides):
 
 @functools.cache
 def model_and_variables():
-    model = segmentation.make_model(config(), K)
+    model = make_task(config(), K).make_model()
     return model, random_variables(model, jnp.zeros((1, 32, 48, 3)))
 
 
@@ -101,7 +101,8 @@ def test_logits_of_pixels_are_between_those_of_patches():
     assert logits.shape == (1, 32, 42, K) and logits.dtype == jnp.float32
 
     def of_patches(model, images):
-        return model.backbone.dense(images, False, functools.partial(model.head, train=False))
+        tokens, restore = model.backbone.encode(images, False)
+        return restore(model.head(tokens, train=False))
 
     patches = model.apply(variables, images, method=of_patches)
     assert patches.shape == (1, 4, 6, K)
@@ -129,7 +130,7 @@ def test_a_head_sees_all_maps_of_a_hierarchical_backbone():
         changed.model_overrides = {
             "dims": (2, 4, 4, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)
         }  # fmt: skip
-    model = segmentation.make_model(changed, K)
+    model = make_task(changed, K).make_model()
     images = RNG.normal(size=(1, 64, 48, 3)).astype(np.float32)
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
     kernel = variables["params"]["head"]["classifier"]["kernel"]
@@ -163,7 +164,7 @@ def test_wrong_models_are_named(overrides, message):
         changed = config()
         with changed.unlocked():
             changed.update_from_flattened_dict(overrides)
-        model = segmentation.make_model(changed, K)
+        model = make_task(changed, K).make_model()
         jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False))
 
 
@@ -209,7 +210,7 @@ def test_resize_of_a_part_equals_resize(size, new_size):
 def test_windows_that_do_not_fit_are_named(name, value):
     changed = config(**{f"inference.{name}": value})
     with pytest.raises(UserError, match=f"config.inference.{name}={value} is not valid; valid: "):
-        segmentation.predict_logits(None, changed, {}, jnp.zeros((1, 32, 48, 3)), None)
+        predict_logits(None, changed, {}, jnp.zeros((1, 32, 48, 3)), None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_ignored_pixels_do_not_count():
     labels = np.array([[[0, IGNORED], [2, IGNORED]]], np.uint8)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -(np.log(p[0, 0, 0, 0]) + np.log(p[0, 1, 0, 2])) / 4
-    loss, grad = jax.value_and_grad(segmentation.pixel_cross_entropy)(jnp.asarray(logits), labels)
+    loss, grad = jax.value_and_grad(pixel_cross_entropy)(jnp.asarray(logits), labels)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert not grad[0, :, 1].any() and grad[0, :, 0].all()
 
@@ -231,6 +232,13 @@ class Echo:
     """A model whose logits are its images."""
 
     def apply(self, variables, images, train):
+        return images
+
+
+class Unnormalised(Segmentation):
+    """The task with the pixels as they are."""
+
+    def normalize(self, images):
         return images
 
 
@@ -246,8 +254,11 @@ def test_metrics_equal_those_counted_by_hand():
     for i, (height, width) in enumerate(2 * sizes):
         labels[i, height:], labels[i, :, width:] = IGNORED, IGNORED
     changed = config(**{"inference.window": 32, "inference.stride": 32})
-    run = jax.jit(functools.partial(segmentation.batch_sums, Echo(), changed, {}))
-    found = segmentation.mean_metrics([jax.device_get(run(images, batch))])
+    task = Unnormalised(changed, make_task(changed, K).info)
+    run = jax.jit(functools.partial(task.evaluate, Echo(), {}))
+    meter = task.meter()
+    meter.add(jax.device_get(run({"image": images, **batch})))
+    found = meter.result()
 
     confusion, loss = np.zeros((K, K)), 0.0
     for image, label, (height, width) in zip(images[:2], labels[:2], sizes[:2], strict=True):
@@ -273,6 +284,9 @@ def test_metrics_equal_those_counted_by_hand():
 
 def test_classes_that_never_occur_do_not_count():
     confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    found = segmentation.mean_metrics([{"confusion": confusion, "loss": 8.0}] * 2)
+    meter = ConfusionMeter(3)
+    for _ in range(2):
+        meter.add(Outcome({"confusion": confusion, "loss": 8.0}))
+    found = meter.result()
     assert found["eval/miou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
     assert found["eval/loss"] == 1.0

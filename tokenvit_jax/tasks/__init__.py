@@ -17,9 +17,11 @@ TASKS: dict[str, type[Task]] = {
 __all__ = [
     "TASKS",
     "Aux",
+    "Classification",
     "Meter",
     "Outcome",
     "Prediction",
+    "Segmentation",
     "Task",
     "create_task",
     "default_config",

@@ -34,7 +34,7 @@ def load_initial(config: ConfigDict) -> Checkpoint | None:
 
 
 def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> ConfigDict:
-    """Returns a configuration whose `token_reducer.keep` is the one that a search found, if it is ().
+    """Returns a configuration in which `token_reducer.keep=()` is replaced by what a search found.
 
     Args:
       config: reads `model_overrides.token_reducer` and `initial`.

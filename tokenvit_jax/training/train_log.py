@@ -69,7 +69,7 @@ class TrainLog:
             self._file.close()
 
     def restart_clock(self, step: int) -> None:
-        """Measures the throughput from here on, so that compiling, evaluating and saving are left out."""
+        """Measures the throughput from here on; leaves out compiling, evaluating and saving."""
         self._clock = step, time.monotonic()
 
     def write_steps(self, done: list[tuple[int, dict[str, float]]]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import lax
@@ -160,3 +161,14 @@ def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]
 
     labels = lax.map(predict, jnp.arange(0, height, CHUNK))
     return labels.reshape(-1, width)[:height]
+
+
+def class_shares(labels: np.ndarray) -> list[tuple[int, float]]:
+    """Returns the labels that occur in a label map, with their shares of the pixels, largest first.
+
+    Args:
+      labels: (H, W) integers.
+    """
+    found, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(found[i]), float(counts[i] / labels.size)) for i in order]

@@ -13,6 +13,7 @@ from tokenvit_jax.data import IGNORED, Examples
 from tokenvit_jax.metrics.confusion import ConfusionMeter
 from tokenvit_jax.tasks.segmentation.examples import ImageBuffer, SegmentationExamples
 from tokenvit_jax.tasks.segmentation.inference import (
+    class_shares,
     compare_with_labels,
     largest_labels,
     pixel_cross_entropy,
@@ -102,7 +103,7 @@ class Segmentation(Task):
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
             top, left = np.maximum(size - side, 0) // 2  # the window in the middle
             window = pixels[top : top + side, left : left + side]
-            shares = [(names[label], share) for label, share in pictures.class_shares(labels)]
+            shares = [(names[label], share) for label, share in class_shares(labels)]
             superpixels = functools.partial(cluster, variables, window[None])
             draw = functools.partial(
                 pictures.draw, np.asarray(image), labels, names, window, superpixels
