@@ -1,11 +1,13 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
 # make test: the test suite.
-# Both first make .venv with every pinned version.
+# make docs: the documentation as a site, docs/_build/index.html.
+# All make .venv with the pinned versions first.
 
 PYTHON ?= python3
 RUN ?= runs/demo
+INSTALL = PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.dgt.demo $(RUN)
@@ -17,11 +19,20 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Pages of modules that are gone would stay otherwise, hence without those of the last time.
+docs: .venv/docs
+	rm -rf docs/api docs/_build
+	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/api docs/_build

@@ -1,6 +1,8 @@
-"""The README's facts: configuration keys exist, and the table of models holds the exact counts."""
+"""The facts of the README and of the pages in docs/: keys, flags, links and counts of models."""
 
+import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,18 +11,47 @@ from flax.traverse_util import flatten_dict
 
 import tokenvit_jax as tv
 from tokenvit_jax.published import PUBLISHED
-from tokenvit_jax.recipes import dgt_config, segmenter_config
 from tokenvit_jax.summary import format_known
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.md"))
+# Between them they have the entries of all tasks and model families.
+CONFIGS = [("dgt_t", ""), ("pale_t", "tokens"), ("deit_s", "search"), ("segmenter_ti", "")]
+
+
+def test_length():
+    assert len(README.splitlines()) <= 250
 
 
 def test_configuration_keys_exist():
-    keys = set(re.findall(r"--config\.([\w.]+)=", README))
-    assert len(keys) > 4
-    configs = dgt_config("dgt_t", "", drop_path=0.1), segmenter_config("vit_l", "")
-    known = {key for config in configs for key in flatten_dict(config.to_dict(), sep=".")}
-    assert keys <= known
+    known = set()
+    for name, arg in CONFIGS:
+        config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arg)
+        known |= set(flatten_dict(config.to_dict(), sep="."))
+    groups = {key.split(".")[0] for key in known if "." in key} - {"model_overrides"}
+    text = "\n".join(page.read_text() for page in PAGES)
+    flags = set(re.findall(r"--config\.([\w.]+)=", text))
+    named = set(re.findall(rf"`((?:{'|'.join(groups)})\.[\w.]+)`", text))
+    assert len(flags) > 4 and len(named) > 4
+    assert flags | named <= known
+
+
+def test_flags_exist():
+    commands = [
+        command
+        for page in PAGES
+        for command in re.findall(
+            r"python -m tokenvit_jax\.(\w+)((?:[^\n]*\\\n)*[^\n#]*)", page.read_text()
+        )
+    ]
+    assert len(commands) > 20
+    for name, arguments in commands:
+        known = set(importlib.import_module(f"tokenvit_jax.{name}").FLAGS)
+        for flag in re.findall(r"--([a-z]\w*)", arguments):
+            assert flag in known, (name, flag)
 
 
 @pytest.mark.parametrize("name", tv.list_models())
@@ -34,6 +65,17 @@ def test_model_row(name):
     assert [cell.strip() for cell in row.split("|")] == cells
 
 
-def test_files_that_are_linked_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES + EXPERIMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_linked_exist(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        assert path.is_relative_to(ROOT), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, anchor
+
+
+def test_all_pages_are_linked_from_the_readme():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in README, page.name

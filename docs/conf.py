@@ -1,0 +1,157 @@
+"""The documentation site: the README, the pages beside it, and the docstrings of the package.
+
+The sources are the repository itself (`make docs`), so that a link in a page works on the site as
+it works in the repository.
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+project = "tokenvit_jax"
+author = "the authors of tokenvit_jax"
+root_doc = "README"
+include_patterns = ["README.md", "docs/**.md", "docs/**.rst", "experiments/**.md"]
+exclude_patterns = ["docs/_build", "docs/api/modules.rst"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+
+html_theme = "furo"
+html_title = project
+html_additional_pages = {"index": "redirect.html"}  # the site starts at the README
+templates_path = ["templates"]
+smartquotes = False  # "--config" would become a dash
+
+myst_heading_anchors = 3
+
+# One page per module, from the files that are there.
+apidoc_modules = [
+    {
+        "path": str(ROOT / "tokenvit_jax"),
+        "destination": "docs/api",
+        "separate_modules": True,
+        "module_first": True,
+        "automodule_options": {"members", "show-inheritance"},
+    }
+]
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+default_role = "py:obj"
+
+# ------------------------------------------------------------------------------------------------
+# Docstrings are plain text with backticks, bullets and indented commands, which is nearly reST.
+# ------------------------------------------------------------------------------------------------
+
+CODE = re.compile(r"(``.+?``|`.+?`)", re.DOTALL)
+MARKUP = re.compile(r"(?<!\\)(?:(?P<bullet>^ *[*] )|(?P<sign>[*|]|(?<=\w)_(?!\w)))", re.MULTILINE)
+SECTION = re.compile(r"[A-Z]\w+:")
+
+
+def escape(text: str) -> str:
+    """Escapes what reST would read as markup, but for backticks and bullets."""
+    parts = CODE.split(text)  # every second one is code
+    parts[::2] = [
+        MARKUP.sub(lambda m: m["bullet"] or "\\" + m["sign"], part) for part in parts[::2]
+    ]
+    return "".join(parts)
+
+
+def to_rest(lines: list[str]) -> list[str]:
+    """Marks indented paragraphs outside of sections as literal, and escapes all others."""
+    blocks = [[False, []]]
+    section = False
+    for previous, line in zip(["", *lines], lines, strict=False):
+        if line and not line.startswith(" "):
+            section = bool(SECTION.fullmatch(line))
+            starts, literal = blocks[-1][0], False
+        else:
+            literal = blocks[-1][0] or (
+                line.startswith("    ") and not previous and not section and bool(blocks[-1][1])
+            )
+            starts = literal and not blocks[-1][0]
+        if starts:
+            blocks.append([literal, []])
+        blocks[-1][1].append(line)
+    rest = []
+    for literal, block in blocks:
+        rest += ["::", "", *block] if literal else escape("\n".join(block)).split("\n")
+    return rest
+
+
+def list_public(package) -> list[str]:
+    """Lists the names that a package offers, with links to the modules that define them."""
+    lines = []
+    for name in getattr(package, "__all__", ()):
+        value = getattr(package, name)
+        module = getattr(value, "__module__", None)
+        target = f"{module}.{name}" if module else getattr(value, "__name__", name)
+        lines.append(f"* :py:obj:`{name} <{target}>`")
+    return ["", "Public names:", "", *lines, ""] if lines else []
+
+
+def process_docstring(app, what, name, obj, options, lines):
+    lines[:] = to_rest(lines)
+    if what == "module" and hasattr(obj, "__path__"):
+        lines += list_public(obj)
+
+
+def shorten_signature(app, what, name, obj, options, signature, annotation):
+    """Leaves out the arguments that Flax adds to every module."""
+    if signature:
+        flax_own = r"(, )?parent: .*?_Sentinel object>, name: str \| None = None"
+        signature = re.sub(flax_own, "", signature)
+    return signature, annotation
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Skips fields of named tuples, and in a package what one of its modules defines."""
+    if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number"):
+        return True
+    if what == "module" and hasattr(obj, "__module__"):
+        current = app.env.current_document.autodoc_module
+        return True if current and obj.__module__ != current else None
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables of contents, which would be noise in the pages themselves.
+# ------------------------------------------------------------------------------------------------
+
+CONTENTS = {
+    "README": [
+        ("Guides", ["docs/*"]),
+        ("Measurements", ["docs/benchmarks/cpu", "experiments/*/README"]),
+        ("Reference", ["docs/api/tokenvit_jax"]),
+    ],
+    "docs/benchmarks/cpu": [("", ["cpu_profile"])],
+}
+
+
+def complete_page(app, docname, source):
+    """Adds the table of contents, and a title to pages that scripts write without one."""
+    if not docname.startswith("docs/api") and not source[0].lstrip().startswith("#"):
+        source[0] = f"# {docname.rsplit('/')[-1].replace('_', ' ').capitalize()}\n\n{source[0]}"
+    contents = CONTENTS.get(docname, [])
+    if re.fullmatch(r"experiments/\w+/README", docname):
+        contents = [("", ["*"])]
+    for caption, pages in contents:
+        options = [":hidden:", ":glob:", f":caption: {caption}" if caption else ":maxdepth: 1"]
+        source[0] += "\n".join(["\n\n```{toctree}", *options, "", *pages, "```"])
+
+
+def setup(app):
+    app.connect("source-read", complete_page)
+    app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-skip-member", skip_member)
