@@ -8,9 +8,9 @@ from exact_counts import EXACT
 from flax.traverse_util import flatten_dict
 
 import tokenvit_jax as tv
+from tokenvit_jax.measure.macs import format_known
 from tokenvit_jax.published import PUBLISHED
 from tokenvit_jax.recipes import dgt_config, segmenter_config
-from tokenvit_jax.summary import format_known
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from tokenvit_jax import cli, insertion_flags
+from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset
-from tokenvit_jax.summary import summarize_model
+from tokenvit_jax.expediting import insertions
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.tasks import task_of
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_variables
@@ -37,7 +38,7 @@ flags.DEFINE_string(
     "where `prepare` wrote the dataset; default: that of the configuration",
     flag_values=FLAGS,
 )
-insertion_flags.define(FLAGS)
+insertions.define_flags(FLAGS)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str = "last") -> dict[str, float]:
@@ -80,14 +81,14 @@ def main(flag_values: flags.FlagValues) -> None:
             config.data.data_dir = flag_values.data_dir
     else:
         config = for_inference(read_config(workdir), flag_values.data_dir)
-    insertions = insertion_flags.insertions(flag_values, config.model)
-    for label, overrides in {"none": {}, **insertions}.items():
+    inserted = insertions.from_flags(flag_values, config.model)
+    for label, overrides in {"none": {}, **inserted}.items():
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             for key, value in overrides.items():  # `update` would keep parts of what was there
                 changed.model_overrides[key] = value
         metrics = evaluate(changed, workdir, flag_values.checkpoint)
-        if insertions:
+        if inserted:
             metrics |= {"inserted": label, "gmacs": _gmacs(changed)}
         print(json.dumps(metrics), flush=True)
 
