@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 import tokenvit_jax as tv
-from tokenvit_jax.benchmark import train_step_of
-from tokenvit_jax.benchmark_cases import normal
+from tokenvit_jax.measure.models import train_step_of
+from tokenvit_jax.measure.timing import normal
 from tokenvit_jax.memory import keep_pages
 
 CALLS = (

@@ -16,16 +16,16 @@ from PIL import Image
 from random_variables import random_variables
 
 from tokenvit_jax import cli, expedite, expedite_search, expedite_similarity, insertion_flags
-from tokenvit_jax.benchmark import Program
 from tokenvit_jax.config import default_config
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.evaluate import evaluate
 from tokenvit_jax.expedite_search import Candidate, Rated
 from tokenvit_jax.heads import MaskTransformer
+from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.measure.timing import Program
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.swin import Swin, SwinV2
 from tokenvit_jax.models.vit import VisionTransformer
-from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.tasks.segmentation import Segmenter
 from tokenvit_jax.training.new_run import write_run

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tokenvit_jax.measure.macs import summarize
 from tokenvit_jax.published_expedite import (
     EXPEDITE,
     Counter,
@@ -9,7 +10,6 @@ from tokenvit_jax.published_expedite import (
     counted,
     vit_macs,
 )
-from tokenvit_jax.summary import summarize
 
 # Segmenter to two digits, in the order of the table.
 SEGMENTER = (

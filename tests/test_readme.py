@@ -10,8 +10,8 @@ from exact_counts import EXACT
 from flax.traverse_util import flatten_dict
 
 import tokenvit_jax as tv
+from tokenvit_jax.measure.macs import format_known
 from tokenvit_jax.published import PUBLISHED
-from tokenvit_jax.summary import format_known
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,23 +1,17 @@
-"""Counting parameters and multiply-adds, and the command that prints them."""
+"""The command that prints parameters and multiply-adds."""
 
 import copy
 import json
 import subprocess
 import sys
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import pytest
 from exact_counts import EXACT
-from jax import lax
 
-from tokenvit_jax import cli, insertion_flags, list_models, ops, summary
-from tokenvit_jax.published import PUBLISHED, TOKEN_POOLING
-
-
-def array(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+from tokenvit_jax import cli, summary
+from tokenvit_jax.expediting.insertions import parse_keep
+from tokenvit_jax.measure import macs
+from tokenvit_jax.published import TOKEN_POOLING
 
 
 def run(monkeypatch, capsys, *args):
@@ -28,107 +22,15 @@ def run(monkeypatch, capsys, *args):
     return exit_info.value.code, output.out, output.err
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_every_model(name):
-    result = summary.summarize(name, (224, 224))
-    assert (result.params, result.macs, result.macs_as_published) == EXACT[name]
-    paper = PUBLISHED.get(name)
-    if paper is None:
-        return
-    assert result.params / 1e6 == pytest.approx(paper.params_m, abs=0.8)  # some are whole millions
-    if paper.gmacs is not None:
-        # Papers round, and some of their tools count normalisation.
-        assert result.macs_as_published / 1e9 == pytest.approx(paper.gmacs, abs=0.07)
-
-
-def test_products_and_convolutions():
-    einsum = lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k)  # noqa: E731
-    assert summary.count_macs(einsum, array(2, 5, 3, 8), array(2, 7, 3, 8)) == 2 * 3 * 5 * 7 * 8
-
-    def grouped(x, kernel):
-        return lax.conv_general_dilated(
-            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=4,
-        )  # fmt: skip
-
-    macs = summary.count_macs(grouped, array(2, 9, 6, 12), array(3, 3, 3, 8))
-    assert macs == 2 * 5 * 3 * 8 * (3 * 3 * 3)
-
-
-def test_an_operator_counts_by_its_formula():
-    q, centroids = array(2, 196, 3, 8), array(3, 5, 8)
-    for path in ("dense", "tiles"):
-        attend = lambda q, c, path=path: ops.group_attention(q, q, q, c, top_k=20, path=path)  # noqa: E731
-        assert summary.count_macs(attend, q, centroids) == 2 * 196 * 24 * (2 * 20 + 2 * 5)
-    everything = lambda q, c: ops.group_attention(q, q, q, c, top_k=196)  # noqa: E731
-    assert summary.count_macs(everything, q, centroids) == 2 * 2 * 196**2 * 24
-    assert summary.count_macs(ops.dot_product_attention, q, q, q) == 2 * 2 * 196**2 * 24
-    assert summary.count_macs(ops.depthwise_conv, array(2, 5, 6, 4), array(3, 3, 4)) == 240 * 9
-
-
-@jax.custom_vjp
-def square_product(x):
-    return x @ x
-
-
-square_product.defvjp(lambda x: (x @ x, x), lambda x, dy: (dy @ x.T + x.T @ dy,))
-
-
-def test_counts_inside_control_flow():
-    product = lambda x: x @ x  # noqa: E731
-    one = 4**3
-    cases = {
-        "jit": (jax.jit(product), one),
-        "remat": (jax.checkpoint(product), one),
-        "custom_vjp": (square_product, one),
-        "scan": (lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], 5 * one),
-        "fori": (lambda x: lax.fori_loop(0, 3, lambda _, c: c @ c, x), 3 * one),
-        "map": (lambda x: lax.map(lambda r: r @ x, x), 4 * 4 * 4),
-        "cond": (lambda x: lax.cond(x[0, 0] > 0, product, lambda x: x @ x @ x, x), 2 * one),
-        "vmap": (lambda x: jax.vmap(product)(jnp.stack([x, x])), 2 * one),
-    }
-    counts = {name: summary.count_macs(fn, array(4, 4)) for name, (fn, _) in cases.items()}
-    assert counts == {name: expected for name, (_, expected) in cases.items()}
-
-
-def test_what_a_paper_leaves_out():
-    def fn(x):
-        with jax.named_scope("rare"):
-            x = x @ x
-        return ops.dot_product_attention(*[x.reshape(1, 4, 1, 4)] * 3) @ x
-
-    x = array(4, 4)
-    attention, one = 2 * 4 * 4 * 4, 4**3
-    assert summary.count_macs(fn, x) - summary.count_macs(fn, x, leave_out=("rare",)) == one
-    attention_left_out = summary.count_macs(fn, x, leave_out=("dot_product_attention",))
-    assert summary.count_macs(fn, x) - attention_left_out == attention
-
-
-def test_a_loop_of_unknown_length():
-    elementwise = lambda x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1, x)  # noqa: E731
-    assert summary.count_macs(elementwise, array(4, 4)) == 0
-    with pytest.raises(ValueError, match="while loop, of unknown length"):
-        summary.count_macs(
-            lambda x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ c, x), array(4, 4)
-        )
-
-
-def test_linen_layers():
-    model = nn.Sequential([nn.Conv(6, (3, 3), (2, 2)), nn.LayerNorm(), nn.Dense(5)])
-    x = array(1, 8, 10, 3)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    assert summary.count_macs(model.apply, variables, x) == 4 * 5 * (6 * 27 + 5 * 6)
-
-
 def test_json_of_several_models():
     command = [sys.executable, "-m", "tokenvit_jax.summary", "--model=clustr_t,deit_ti",
                "--image_size=64x96", "--format=json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    assert [set(entry) for entry in result] == [set(summary.Summary._fields)] * 2
+    assert [set(entry) for entry in result] == [set(macs.Summary._fields)] * 2
     assert [entry["name"] for entry in result] == ["clustr_t", "deit_ti"]
     assert result[0]["params"] == EXACT["clustr_t"][0]
-    assert result[0]["macs"] == summary.summarize("clustr_t", (64, 96)).macs
+    assert result[0]["macs"] == macs.summarize("clustr_t", (64, 96)).macs
 
 
 def test_table(monkeypatch, capsys):
@@ -146,7 +48,7 @@ def test_token_reducers(monkeypatch, capsys):
     assert list(found)[:3] == ["deit_s", "deit_s powerbert level3", "deit_s tome level3"]
     assert found["deit_s"] == pytest.approx(4.599, abs=1e-3)
     assert found["deit_s powerbert level3"] == pytest.approx(2.268, abs=1e-3)
-    # Half of the patches with the other half, by keys of 64 channels; then their weighted sums.
+    # Matching compares one half of the patches with the other by keys of 64 channels, then merges.
     left, matching = 196, 0
     for keep in TOKEN_POOLING["deit_s"][3].keep[:-1]:  # the last one keeps none
         while left > keep:
@@ -157,13 +59,13 @@ def test_token_reducers(monkeypatch, capsys):
     status, table, _ = run(monkeypatch, capsys, *args[:2])
     *_, plain, reduced = table.splitlines()
     assert len(plain) == len(reduced) and reduced.startswith("deit_s weighted_kmedoids level3 ")
-    # Without levels of its own a model has those of DeiT-S.
-    assert insertion_flags._keep("level7", "deit_ti") == TOKEN_POOLING["deit_s"][7].keep
-    assert insertion_flags._keep("level7", "deit_e252") == TOKEN_POOLING["deit_e252"][7].keep
+    # A model without published levels gets the levels of DeiT-S.
+    assert parse_keep("level7", "deit_ti") == TOKEN_POOLING["deit_s"][7].keep
+    assert parse_keep("level7", "deit_e252") == TOKEN_POOLING["deit_e252"][7].keep
 
 
 def test_expedited_hosts(monkeypatch, capsys):
-    """What is saved: 6 blocks on 100 tokens instead of 196, less the two operators."""
+    """Clustering saves 6 blocks on 100 instead of 196 tokens, less its two operators."""
     args = ("--model=deit_s", "--expedite=4,6,10x10", "--expedite=4,8,10x10,logits")
     status, out, err = run(monkeypatch, capsys, *args, "--format=json")
     assert (status, err) == (0, "")

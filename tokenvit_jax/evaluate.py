@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from tokenvit_jax import cli, insertion_flags
+from tokenvit_jax import cli
+from tokenvit_jax.expediting import insertions
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.evaluation import evaluate_run
@@ -31,7 +32,7 @@ flags.DEFINE_string(
     "folder that `prepare` wrote the dataset into; default: as in the configuration",
     flag_values=FLAGS,
 )
-insertion_flags.define(FLAGS)
+insertions.define_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
@@ -43,14 +44,14 @@ def main(flag_values: flags.FlagValues) -> None:
         config = cli.read_config(flag_values)
         if flag_values.data_dir is not None:
             config.data.data_dir = flag_values.data_dir
-    insertions = insertion_flags.insertions(flag_values, config.model)
-    for label, overrides in {"none": {}, **insertions}.items():
+    inserted = insertions.from_flags(flag_values, config.model)
+    for label, overrides in {"none": {}, **inserted}.items():
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             for key, value in overrides.items():  # `update` would keep parts of the old value
                 changed.model_overrides[key] = value
         metrics = evaluate_run(workdir, checkpoint, changed)
-        if insertions:
+        if inserted:
             model, size = create_task(changed).make_model(), changed.image_size
             macs = summarize_model(model, (size, size), changed.model).macs
             metrics |= {"inserted": label, "gmacs": macs / 1e9}

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenvit_jax.benchmark import compile_program, time_in_turns
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure.macs import count_macs
+from tokenvit_jax.measure.timing import compile_program, time_in_turns
 from tokenvit_jax.models import swin, vit
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.summary import count_macs
 
 # Sides of the maps of centres, as parts of those of the map of tokens.
 FRACTIONS = np.linspace(0.3, 0.95, 8)

@@ -1,194 +1,41 @@
-"""Parameters and multiply-adds (MACs) of models at any input size.
+"""Prints the parameters and multiply-adds (MACs) of models at any input size.
 
     python -m tokenvit_jax.summary --model=dgt_t,dgt_s --image_size=224 --format=table
     python -m tokenvit_jax.summary --model=deit_s --keep=level3 --method=powerbert,kmedoids
 
-Nothing is computed: shapes are enough. MACs are those of the forward pass of one image, linear
-layers, convolutions and attention; an operator of this package counts as what it computes
-(attention in groups: 2kLC + 2LGC, Eq. 6 of DGT), not as how. Where a paper's own figure leaves out
-a part of its model, "as published" counts like it. --keep adds a plain host with a token reducer,
---expedite a host whose tokens are clustered.
+MACs are counted from shapes for the forward pass of one image: linear layers, convolutions and
+attention. An operator of this package counts what it computes (attention in groups: 2kLC + 2LGC,
+Eq. 6 of DGT), not how. The column "as published" leaves out the parts that the model's paper leaves
+out of its own figure. --keep adds a plain host with a token reducer, --expedite a host whose tokens
+are clustered.
 """
 
-import functools
 import json
-import math
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.extend import core
 
-from tokenvit_jax import cli, insertion_flags
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model, list_models
-from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
-from tokenvit_jax.published import PUBLISHED, left_out
+from tokenvit_jax import cli
+from tokenvit_jax.expediting import insertions
+from tokenvit_jax.measure import macs
+from tokenvit_jax.models import list_models
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas; default: all", flag_values=FLAGS)
-flags.DEFINE_string("image_size", "224", "pixels: 224, or HEIGHTxWIDTH", flag_values=FLAGS)
-flags.DEFINE_enum("format", "table", ["table", "json"], "of the output", flag_values=FLAGS)
-insertion_flags.define(FLAGS)
-
-
-class Summary(NamedTuple):
-    """Size and cost of a model.
-
-    name: of the model. params: number of its parameters. macs: multiply-adds of one image.
-    macs_as_published: those that its paper counts (`published.LEFT_OUT` says what it does not).
-    """
-
-    name: str
-    params: int
-    macs: int
-    macs_as_published: int
+flags.DEFINE_string("image_size", "224", "224 or HEIGHTxWIDTH [pixels]", flag_values=FLAGS)
+flags.DEFINE_enum("format", "table", ["table", "json"], "output format", flag_values=FLAGS)
+insertions.define_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the summary of each model."""
-    image_size = parse_image_size(flag_values.image_size)
-    summaries = []
-    for name in flag_values.model or list_models():
-        summaries.append(summarize(name, image_size))
-        for label, overrides in insertion_flags.insertions(flag_values, name).items():
-            model = create_model(name, **overrides)
-            summaries.append(summarize_model(model, image_size, f"{name} {label}"))
+    names = flag_values.model or list_models()
+    image_size = macs.parse_image_size(flag_values.image_size)
+    variants = {name: insertions.from_flags(flag_values, name) for name in names}
+    summaries = macs.summarize_models(names, image_size, variants)
     if flag_values.format == "json":
         print(json.dumps([summary._asdict() for summary in summaries], indent=2))
     else:
-        print(_table(summaries, image_size))
-
-
-def summarize(name: str, image_size: tuple[int, int]) -> Summary:
-    """Counts the parameters and the multiply-adds of a model with 1000 classes.
-
-    Args:
-        name: one of :func:`tokenvit_jax.list_models`.
-        image_size: height and width, pixels.
-
-    Raises:
-        UserError: an unknown model, or an image too small for it.
-    """
-    return summarize_model(create_model(name), image_size, name)
-
-
-def summarize_model(model: nn.Module, image_size: tuple[int, int], name: str) -> Summary:
-    """Counts like :func:`summarize` for any settings of a model.
-
-    Args:
-        model: of :func:`tokenvit_jax.create_model`.
-        image_size: height and width, pixels.
-        name: the model's, whose paper's way of counting applies.
-    """
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    # make_jaxpr traces on shapes alone: no parameter is drawn, nothing is compiled.
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
-    apply = functools.partial(model.apply, train=False)
-    jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
-    macs_as_published = _count(jaxpr, frozenset(left_out(name)))
-    return Summary(name, params, _count(jaxpr, frozenset()), macs_as_published)
-
-
-def count_macs(fn: Callable, *args: Any, leave_out: tuple[str, ...] = ()) -> int:
-    """Counts the multiply-adds of matrix products and convolutions in a forward computation.
-
-    An operator of :mod:`tokenvit_jax.ops` counts by its formula, which holds for a plain call:
-    neither differentiated nor mapped by `jax.vmap`. Elementwise work is not counted.
-
-    Args:
-        fn: function of arrays.
-        *args: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and types matter.
-        leave_out: names of operators, and of scopes (`jax.named_scope`), that count nothing.
-
-    Returns:
-        The number of multiply-adds; of the branches of a conditional, the most expensive one.
-
-    Raises:
-        ValueError: a product in a `while` loop, which may run any number of times.
-    """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr, frozenset(leave_out))
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """Reads "224" or "HEIGHTxWIDTH" as height and width.
-
-    Raises:
-        UserError: anything else, or a side that is too small for every model.
-    """
-    sizes = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not sizes:
-        raise UserError(f"--image_size={text} is neither a number nor HEIGHTxWIDTH, like 224x320")
-    height, width = int(sizes[1]), int(sizes[2] or sizes[1])
-    if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(f"--image_size={text}: both sides must be at least {MIN_IMAGE_SIZE}")
-    return height, width
-
-
-def _count(jaxpr: core.Jaxpr, leave_out: frozenset[str]) -> int:
-    return sum(_count_equation(equation, leave_out) for equation in jaxpr.eqns)
-
-
-def _count_equation(equation: core.JaxprEqn, leave_out: frozenset[str]) -> int:
-    primitive, params = equation.primitive.name, equation.params
-    name = str(params.get("name"))
-    scopes = str(equation.source_info.name_stack).split("/")
-    if not leave_out.isdisjoint([name.removeprefix(PREFIX), *scopes]):
-        return 0
-    inputs, outputs = ([v.aval.shape for v in vs] for vs in (equation.invars, equation.outvars))
-    if primitive == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return math.prod(outputs[0]) * math.prod(inputs[0][i] for i in contracted)
-    if primitive == "conv_general_dilated":
-        # The kernel's input channels are those of one group already.
-        out_channel = params["dimension_numbers"].rhs_spec[0]
-        kernel = math.prod(inputs[1]) // inputs[1][out_channel]
-        return math.prod(outputs[0]) * kernel
-    if name in MAC_FORMULAS:
-        return MAC_FORMULAS[name](inputs, outputs)
-
-    inner = [_count(jaxpr, leave_out) for jaxpr in _inner_jaxprs(params)]
-    if primitive == "cond":
-        return max(inner)
-    if primitive == "while" and any(inner):
-        raise ValueError("a product in a while loop, of unknown length, cannot be counted")
-    return sum(inner) * (params["length"] if primitive == "scan" else 1)
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
-
-
-def format_known(value: float | None) -> str:
-    """Formats a number that a paper gives, or nothing if it does not."""
-    return "" if value is None else f"{value:g}"
-
-
-def _table(summaries: list[Summary], image_size: tuple[int, int]) -> str:
-    width = max(12, *(len(summary.name) for summary in summaries))
-    lines = [
-        f"one image of {image_size[0]} x {image_size[1]} pixels; published: at 224 x 224",
-        f"{'model':<{width}}{'parameters':>14}{'published':>12}"
-        f"{'GMACs':>10}{'as published':>14}{'published':>12}",
-    ]
-    for name, params, macs, macs_as_published in summaries:
-        paper = PUBLISHED.get(name)
-        known = [f"{paper.params_m:g} M", format_known(paper.gmacs)] if paper else ["", ""]
-        lines.append(
-            f"{name:<{width}}{params:>14,}{known[0]:>12}"
-            f"{macs / 1e9:>10.3f}{macs_as_published / 1e9:>14.3f}{known[1]:>12}"
-        )
-    return "\n".join(lines)
+        print(macs.format_summaries(summaries, image_size))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ Nothing is trained: accuracies are the paper's. Writes tables.md here.
 from pathlib import Path
 
 import tokenvit_jax as tv
+from tokenvit_jax.measure.macs import summarize, summarize_model
 from tokenvit_jax.published import CLUSTR_ABLATIONS, PUBLISHED
-from tokenvit_jax.summary import summarize, summarize_model
 
 MODELS = ("clustr_t", "clustr_s", "clustr_b")
 SINGLE = {"ratios": ((64,), (16,), (4,), (1,))}

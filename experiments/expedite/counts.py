@@ -10,8 +10,8 @@ import functools
 import tokenvit_jax as tv
 from experiments.expedite import common
 from tokenvit_jax.heads import MaskTransformer
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.published_expedite import EXPEDITE, ExpediteCost, counted
-from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks.segmentation import Segmenter
 
 TITLES = {

@@ -16,11 +16,11 @@ import numpy as np
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.benchmark import compile_program, environment, time_in_turns
 from tokenvit_jax.heads import MaskTransformer
+from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.measure.timing import compile_program, environment, time_in_turns
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models import create_model
-from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks.segmentation import Segmenter
 
 FLAGS = flags.FlagValues()

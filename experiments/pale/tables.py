@@ -8,8 +8,8 @@ Nothing is trained: accuracies are the paper's. Writes tables.md here.
 from pathlib import Path
 
 import tokenvit_jax as tv
+from tokenvit_jax.measure.macs import summarize, summarize_model
 from tokenvit_jax.published import PALE_ABLATIONS, PALE_TOKEN_LABELS_TOP1, PUBLISHED
-from tokenvit_jax.summary import summarize, summarize_model
 
 MODELS = ("pale_t", "pale_s", "pale_b")
 # Of Pale-T; what the published rows stand for.

@@ -10,8 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.short_runs import Run, train
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.recipes import deit_digits_config
-from tokenvit_jax.summary import summarize_model
 
 MODEL = "deit_s"
 NUM_PATCHES, DEPTH = 64, 6

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax import ops, summary
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ClusterAttention
 from tokenvit_jax.layers.cluster_attention import cluster_numbers
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models.clustr import ClusTR, ClusTRBlock, ConvFFN
 
 # Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
@@ -99,9 +100,7 @@ def test_pmap_gives_the_numbers_of_one_device():
 )
 def test_counts_of_the_ablations(overrides, params, gmacs, gmacs_as_published):
     """Tables 6 and 7 of the paper: 10.8 M, 10.8 M and 13.2 M parameters."""
-    found = summary.summarize_model(
-        tv.create_model("clustr_t", **overrides), (224, 224), "clustr_t"
-    )
+    found = summarize_model(tv.create_model("clustr_t", **overrides), (224, 224), "clustr_t")
     assert found.params == params
     assert found.macs / 1e9 == pytest.approx(gmacs, abs=5e-4)
     assert found.macs_as_published / 1e9 == pytest.approx(gmacs_as_published, abs=5e-4)

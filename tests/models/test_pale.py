@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax import summary
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import PaleAttention
 from tokenvit_jax.layers.pale_attention import padded_size
+from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.pale import AbsolutePositionEncoding, Pale
 
 # Two stages: what blocks and stages do, at half the time to compile.
@@ -129,7 +129,7 @@ def test_masked_padding_counts_only_where_there_is_padding():
 def test_multiply_adds_of_the_ablations(overrides, gmacs):
     """Tables 7 and 8. Elementwise work, such as that of norms, is not counted: hence 0.5 %."""
     model, x = tv.create_model("pale_t", **overrides), jax.ShapeDtypeStruct((1, 224, 224, 3), float)
-    macs = summary.count_macs(lambda v, x: model.apply(v, x, train=False), variables_of_pale_t(), x)
+    macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables_of_pale_t(), x)
     assert macs / 1e9 == pytest.approx(gmacs, rel=5e-3)
 
 

@@ -14,6 +14,7 @@ import tokenvit_jax as tv
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Attention
+from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.reducers import (
     CLUSTERINGS,
     MERGING,
@@ -31,7 +32,6 @@ from tokenvit_jax.models.reducers import (
 )
 from tokenvit_jax.models.vit import VisionTransformer
 from tokenvit_jax.published import TOKEN_POOLING
-from tokenvit_jax.summary import count_macs
 
 rng = np.random.default_rng(0)
 IMAGES = rng.normal(size=(3, 64, 48, 3)).astype(np.float32)  # 12 patches

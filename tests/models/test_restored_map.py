@@ -10,9 +10,9 @@ import pytest
 from random_variables import random_variables
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.reducers import Patches, TokenReducer, reduce_tokens
 from tokenvit_jax.models.vit import Origin, VisionTransformer
-from tokenvit_jax.summary import count_macs
 
 rng = np.random.default_rng(0)
 IMAGES = rng.normal(size=(2, 64, 48, 3)).astype(np.float32)  # 4 x 3 patches

@@ -11,10 +11,10 @@ import pytest
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, resize_bias_table
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.swin import Swin, SwinV2, to_map, to_windows
-from tokenvit_jax.summary import summarize_model
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = sorted(GOLDEN.glob("swin_stage_*.npz"))

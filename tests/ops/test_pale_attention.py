@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax import ops, summary
+from tokenvit_jax import ops
+from tokenvit_jax.measure.macs import count_macs
 
 # The package exports a function of the same name.
 module = importlib.import_module("tokenvit_jax.ops.pale_attention")
@@ -186,7 +187,7 @@ def test_a_batch_that_is_split_over_a_mesh_stays_split(one_by_one, monkeypatch):
 def test_multiply_adds(mode, per_channel, one_by_one, monkeypatch):
     monkeypatch.setattr(module, "MAX_LOGITS", 0 if one_by_one else np.inf)
     attend = functools.partial(ops.pale_attention.__wrapped__, pale=(3, 2), mode=mode)
-    assert summary.count_macs(attend, *inputs()) == 2 * 2 * 8 * per_channel
+    assert count_macs(attend, *inputs()) == 2 * 2 * 8 * per_channel
 
 
 @pytest.mark.parametrize(

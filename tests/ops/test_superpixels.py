@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
-from tokenvit_jax.summary import count_macs
 
 # One image each, made by the released code, with three channels of what is reconstructed.
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("expedite_*.npz"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.summary import count_macs
+from tokenvit_jax.measure.macs import count_macs
 
 X = np.random.default_rng(0).normal(size=(3, 13, 5))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.summary import count_macs
+from tokenvit_jax.measure.macs import count_macs
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = (2, 23, 4)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tokenvit_jax import benchmark_timm
+from tokenvit_jax.measure import timm_peers
 
 
 @pytest.fixture(scope="session")
 def torchvision():
     pytest.importorskip("torch")
     try:
-        return benchmark_timm.import_torchvision()
+        return timm_peers.import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
 

@@ -1,10 +1,10 @@
-"""Models of timm, in PyTorch, as peers of a benchmark: the same batch, the same work.
+"""Times timm models in PyTorch as peers: the same batch size, the same work.
 
-On a GPU PyTorch runs what `torch.compile` makes of a model. On CPU it runs eagerly, with as many
-threads as JAX has. bfloat16 is autocast: the parameters stay float32, as in the models here.
+On a GPU, PyTorch runs the output of `torch.compile`. On CPU it runs eagerly, with as many threads
+as JAX has. bfloat16 is autocast: the parameters stay float32, as in the models of this package.
 
-Threads of PyTorch that wait for one another keep their CPUs busy, which stalls small models for
-seconds where other processes run. OMP_WAIT_POLICY=PASSIVE in the environment lets them sleep.
+PyTorch threads that wait for one another keep their CPUs busy. This stalls small models for seconds
+where other processes run; OMP_WAIT_POLICY=PASSIVE in the environment lets the threads sleep.
 
 torch and timm are imported by the functions that need them.
 """
@@ -24,10 +24,12 @@ from tokenvit_jax.errors import UserError, did_you_mean
 
 
 class Peer(NamedTuple):
-    """A model of timm that is ready to be timed.
+    """A timm model that is ready to be timed.
 
-    call: one forward pass or training step, which has ended when it returns. macs: multiply-adds
-    of the forward pass of one image. compile_seconds: None where nothing is compiled.
+    Attributes:
+      call: runs one forward pass or training step to its end.
+      macs: multiply-adds of the forward pass of one image.
+      compile_seconds: time to compile it [s]; None where nothing is compiled.
     """
 
     call: Callable[[], None]
@@ -38,21 +40,21 @@ class Peer(NamedTuple):
 def timm_peer(
     name: str, image_size: tuple[int, int], batch_size: int, dtype: str, mode: str
 ) -> Peer:
-    """Builds a model of timm with 1000 classes, random weights and random images.
+    """Builds a timm model with 1000 classes, random weights and random images.
 
-    A training step is what :func:`tokenvit_jax.benchmark.train_step_of` does: cross entropy,
+    A training step does what :func:`tokenvit_jax.measure.models.train_step_of` does: cross-entropy,
     backward and plain gradient descent.
 
     Args:
-        name: of an architecture of timm.
-        image_size: height and width, pixels.
-        batch_size: images.
-        dtype: "float32" | "bfloat16", of the computation.
-        mode: "forward" | "train".
+      name: name of the timm architecture.
+      image_size: height and width [pixels].
+      batch_size: images per batch.
+      dtype: "float32" | "bfloat16", dtype of the computation.
+      mode: "forward" | "train".
 
     Raises:
-        UserError: torch or timm is not installed, PyTorch does not support the device that JAX
-            uses, timm has no model of this name, or the model does not take such images.
+      UserError: torch or timm is not installed, PyTorch does not support the device that JAX
+        uses, timm has no model of this name, or the model does not take images of this size.
     """
     torch, _ = import_timm()
     device = torch_device()
@@ -90,18 +92,23 @@ def timm_peer(
 
 
 def count_torch_macs(model: Callable, *args: Any) -> int:
-    """Counts the multiply-adds of matrix products, convolutions and attention in a call."""
+    """Counts the multiply-adds of matrix products, convolutions and attention in a call.
+
+    Args:
+      model: PyTorch module or function.
+      *args: its arguments.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The fused attention of the CPU has no formula there: count it as its two matrix products.
+    # The counter has no formula for the CPU's fused attention: count its two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args)
     return counter.get_total_flops() // 2
 
 
 def environment() -> dict[str, Any]:
-    """Returns how PyTorch runs, and its version and timm's."""
+    """Returns the versions of timm and PyTorch, and how PyTorch runs."""
     torch, timm = import_timm()
     if torch_device() == "cpu":
         how = {"threads": torch.get_num_threads(), "mode": "eager"}
@@ -112,17 +119,17 @@ def environment() -> dict[str, Any]:
 
 
 def share_memory() -> None:
-    """Keeps JAX from taking most of a GPU's memory for itself; before JAX looks for devices."""
+    """Keeps JAX from reserving most of a GPU's memory; call it before JAX looks for devices."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def torch_device() -> str:
-    """Makes PyTorch use what JAX uses, and returns the name of the device.
+    """Makes PyTorch run like JAX and returns its device, "cpu" or "cuda".
 
-    On CPU that is the number of threads; on a GPU it is TF32 for the products of float32 arrays.
+    On CPU PyTorch gets as many threads as JAX; on a GPU it multiplies float32 arrays in TF32.
 
     Raises:
-        UserError: PyTorch does not support the device.
+      UserError: PyTorch does not support the device that JAX uses.
     """
     import torch
 
@@ -144,7 +151,7 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
     """Imports torch and timm.
 
     Raises:
-        UserError: one of them, or what it needs, is not installed.
+      UserError: torch, timm or a package that they need is not installed.
     """
     try:
         import torch
@@ -162,8 +169,8 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
 def import_torchvision() -> ModuleType:
     """Imports torchvision, which timm needs, even if its wheel is for another build of PyTorch.
 
-    Its compiled operators do not load then. No model uses them, but the import describes them to
-    the compiler, in a module of its own, and fails because they do not exist.
+    The compiled operators of such a wheel do not load. No model uses them, but the import of the
+    module that describes them to `torch.compile` fails because they do not exist.
     """
     try:
         return importlib.import_module("torchvision")
@@ -174,12 +181,12 @@ def import_torchvision() -> ModuleType:
 
 
 def _create(name, image_size):
-    """Returns a model that has been tried with an image of the size."""
+    """Creates a timm model and tries it on an image of this size."""
     torch, timm = import_timm()
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models())
         raise UserError(f"--against: timm {timm.__version__} has no model {name!r}{hint}")
-    # Only models that are built for one size have the argument img_size.
+    # Only models that are built for one image size have the argument img_size.
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     size = {"img_size": image_size} if fixed else {}
     try:

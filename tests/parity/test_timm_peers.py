@@ -1,4 +1,4 @@
-"""The peers of the benchmark: timm's models do the work that ours do, and are counted alike."""
+"""timm models do the same work as ours in a benchmark, and their multiply-adds count alike."""
 
 import subprocess
 import sys
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax import benchmark, benchmark_timm
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure import models, timm_peers
+from tokenvit_jax.measure.timing import MIN_CALLS
 
 pytestmark = pytest.mark.parity
 
@@ -19,11 +20,11 @@ SIZE = (32, 40)
 
 @pytest.fixture(autouse=True)
 def one_thread(timm, monkeypatch):
-    """Threads that wait for one another stall small models where other processes run."""
+    """Runs PyTorch in one thread: waiting threads stall small models beside other processes."""
     import torch
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(benchmark_timm.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(timm_peers.os, "sched_getaffinity", lambda pid: {0})
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -31,7 +32,7 @@ def one_thread(timm, monkeypatch):
 
 @pytest.fixture
 def linear(monkeypatch):
-    """Replaces the models of timm by one linear layer that notes how it is called."""
+    """Replaces timm's models by one linear layer that notes how it is called."""
     import torch
 
     class Linear(torch.nn.Module):
@@ -47,7 +48,7 @@ def linear(monkeypatch):
             return logits
 
     model = Linear()
-    monkeypatch.setattr(benchmark_timm, "_create", lambda name, image_size: model)
+    monkeypatch.setattr(timm_peers, "_create", lambda name, image_size: model)
     return model
 
 
@@ -55,9 +56,9 @@ def linear(monkeypatch):
     ("name", "gmacs"), [("swin_tiny_patch4_window7_224", 4.5), ("pvt_v2_b2", 4.0)]
 )
 def test_multiply_adds_are_the_published_ones(name, gmacs):
-    torch, _ = benchmark_timm.import_timm()
-    model = benchmark_timm._create(name, (224, 224))
-    macs = benchmark_timm.count_torch_macs(model, torch.zeros(1, 3, 224, 224))
+    torch, _ = timm_peers.import_timm()
+    model = timm_peers._create(name, (224, 224))
+    macs = timm_peers.count_torch_macs(model, torch.zeros(1, 3, 224, 224))
     assert round(macs / 1e9, 1) == gmacs
 
 
@@ -65,7 +66,7 @@ def test_multiply_adds_are_the_published_ones(name, gmacs):
 def test_forward(linear, dtype):
     import torch
 
-    peer = benchmark_timm.timm_peer("linear", SIZE, 2, dtype, "forward")
+    peer = timm_peers.timm_peer("linear", SIZE, 2, dtype, "forward")
     assert peer.macs == 3 * SIZE[0] * SIZE[1] * 1000
     before = [p.clone() for p in linear.parameters()]
     linear.noted.clear()
@@ -78,7 +79,7 @@ def test_forward(linear, dtype):
 def test_training_step_is_gradient_descent(linear):
     import torch
 
-    peer = benchmark_timm.timm_peer("linear", SIZE, 2, "float32", "train")
+    peer = timm_peers.timm_peer("linear", SIZE, 2, "float32", "train")
     linear.noted.clear()
     weight, bias = (p.detach().numpy().astype(np.float64) for p in linear.parameters())
     peer.call()
@@ -103,39 +104,39 @@ def test_takes_turns_with_our_models(monkeypatch):
         def __call__(self, images, train):
             return nn.Dense(1000)(images.mean((1, 2)))
 
-    monkeypatch.setattr(benchmark, "create_model", lambda name, dtype: MeanModel())
-    rows = benchmark.benchmark_models(
-        ["mean"], SIZE, 2, jnp.dtype("float32"), "train", against=["pvt_v2_b0"]
+    monkeypatch.setattr(models, "create_model", lambda name, dtype: MeanModel())
+    rows = models.benchmark_models(
+        ["mean"], SIZE, 2, jnp.dtype("float32"), ["train"], against=["pvt_v2_b0"]
     )
     assert [row["model"] for row in rows] == ["mean", "timm/pvt_v2_b0"]
     ours, peer = rows
     ratio = ours["gmacs_per_second"] / peer["gmacs_per_second"]
     assert (ours["ratio_to_pvt_v2_b0"], peer["ratio_to_pvt_v2_b0"]) == (ratio, 1)
     assert ours.keys() == peer.keys() and peer["compile_seconds"] is None
-    assert peer["calls"] >= benchmark.MIN_CALLS
+    assert peer["calls"] >= MIN_CALLS
 
 
 def test_threads_are_those_of_jax(monkeypatch):
     import torch
 
     for cpus in ({0}, {0, 1, 5}):
-        monkeypatch.setattr(benchmark_timm.os, "sched_getaffinity", lambda pid, cpus=cpus: cpus)
-        found = benchmark_timm.environment()
+        monkeypatch.setattr(timm_peers.os, "sched_getaffinity", lambda pid, cpus=cpus: cpus)
+        found = timm_peers.environment()
         assert found["torch threads"] == len(cpus)
         assert found["torch mode"] == "eager" and found["torch"] == torch.__version__
 
 
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match=r"no model 'pvt_v2_b' \(did you mean 'pvt_v2_b\d'"):
-        benchmark_timm.timm_peer("pvt_v2_b", SIZE, 1, "float32", "forward")
+        timm_peers.timm_peer("pvt_v2_b", SIZE, 1, "float32", "forward")
     with pytest.raises(UserError, match=r"nest_tiny does not take 32x40 images: .*square"):
-        benchmark_timm.timm_peer("nest_tiny", SIZE, 1, "float32", "forward")
+        timm_peers.timm_peer("nest_tiny", SIZE, 1, "float32", "forward")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(UserError, match="JAX uses the tpu, which this PyTorch does not"):
-        benchmark_timm.torch_device()
+        timm_peers.torch_device()
 
 
 def test_import_beside_a_torchvision_whose_operators_do_not_load():
-    # In a process of its own: here torchvision is imported, with what it lacks declared.
-    code = "from tokenvit_jax import benchmark_timm; benchmark_timm.import_timm()"
+    # In a new process: in this one torchvision is imported already, with stubs for what it lacks.
+    code = "from tokenvit_jax.measure import timm_peers; timm_peers.import_timm()"
     subprocess.run([sys.executable, "-c", code], check=True)

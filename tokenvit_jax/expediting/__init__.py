@@ -1,0 +1,1 @@
+"""Makes trained models faster without training: token reducers and clustered tokens."""

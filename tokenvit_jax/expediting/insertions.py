@@ -1,0 +1,130 @@
+"""Insertions into a trained model, as command lines write them.
+
+--keep, --method and --carry insert a token reducer; --expedite clusters and reconstructs tokens.
+Several commands share these flags; :func:`describe` writes what --expedite reads.
+"""
+
+import re
+from typing import Any
+
+from absl import flags
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.reducers import METHODS, reads_keep
+from tokenvit_jax.published import TOKEN_POOLING
+
+KEPT_METHODS = [method for method in METHODS if reads_keep({"method": method})]
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Defines the flags."""
+    flags.DEFINE_multi_string(
+        "keep",
+        [],
+        "also with a token reducer: patches kept after each block (196,195,...), or level0 to "
+        "level7 of Token Pooling; repeat the flag for several settings",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_list(
+        "method",
+        ["weighted_kmedoids"],
+        f"methods of the token reducer, separated by commas: {', '.join(KEPT_METHODS)}",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "carry",
+        False,
+        "weight later attention by cluster sizes: for models trained without a reducer",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_multi_string(
+        "expedite",
+        [],
+        "also with clustered tokens: blocks before the clustering, blocks on the centres, and map "
+        "of centres (10,14,28x28); append ,logits to reconstruct the logits of a head, and "
+        ",temperature=20 for another temperature; repeat the flag for several settings",
+        flag_values=flag_values,
+    )
+
+
+def from_flags(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
+    """Returns the insertions that the flags ask for, as settings of a model.
+
+    Args:
+      flag_values: parsed flags.
+      model: name of the model. "level3" means the level that Token Pooling reports for this model,
+        or the level of DeiT-S if it reports none.
+
+    Returns:
+      Label -> overrides of `create_model`: `token_reducer` for every --keep and every --method,
+      `expedite` for every --expedite.
+
+    Raises:
+      UserError: a value is not valid.
+    """
+    for method in flag_values.method:
+        if method not in KEPT_METHODS:
+            raise UserError(f"--method={method} is not valid; valid: {', '.join(KEPT_METHODS)}")
+    reducers = {
+        f"{method}{' carry' if flag_values.carry else ''} {text}": {
+            "token_reducer": {
+                "keep": parse_keep(text, model), "method": method, "carry": flag_values.carry
+            }
+        }
+        for text in flag_values.keep
+        for method in flag_values.method
+    }  # fmt: skip
+    expedited = {
+        f"expedite {text}": {"expedite": parse_expedite(text)} for text in flag_values.expedite
+    }
+    return reducers | expedited
+
+
+def parse_keep(text: str, model: str) -> tuple[int, ...]:
+    """Reads a value of --keep as the number of patches kept after each block.
+
+    Args:
+      text: "196,195,..." or "level3".
+      model: name of the model; selects the levels.
+
+    Raises:
+      UserError: the text has another form.
+    """
+    levels = TOKEN_POOLING.get(model, TOKEN_POOLING["deit_s"])
+    level = re.fullmatch(r"level(\d)", text)
+    if level and int(level[1]) < len(levels):
+        return levels[int(level[1])].keep
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(
+            f"--keep={text} is not valid; valid: numbers separated by commas, one for every block, "
+            f"or level0 to level{len(levels) - 1}"
+        )
+    return tuple(map(int, text.split(",")))
+
+
+def parse_expedite(text: str) -> dict[str, Any]:
+    """Reads a value of --expedite, such as "10,14,28x28,logits", as arguments of `Expedite`.
+
+    Raises:
+      UserError: the text has another form.
+    """
+    found = re.fullmatch(r"(\d+),(\d+),(\d+)x(\d+)(,logits)?(,temperature=([\d.]+))?", text)
+    if not found:
+        raise UserError(
+            f"--expedite={text} is not valid; valid: ALPHA,BETA,ROWSxCOLUMNS, such as 10,14,28x28, "
+            "then optionally ,logits and ,temperature=20"
+        )
+    alpha, beta, *clusters = map(int, found.groups()[:4])
+    where = "logits" if found[5] else "blocks"
+    settings = {"alpha": alpha, "beta": beta, "clusters": tuple(clusters), "where": where}
+    return settings | ({"temperature": float(found[7])} if found[7] else {})
+
+
+def describe(expedite: Expedite) -> str:
+    """Returns a setting as a value of --expedite, such as "10,14,28x28,logits"."""
+    text = f"{expedite.alpha},{expedite.beta},{'x'.join(map(str, expedite.clusters))}"
+    text += ",logits" * (expedite.where == "logits")
+    if expedite.temperature != Expedite.temperature:
+        text += f",temperature={expedite.temperature:g}"
+    return text

@@ -1,0 +1,121 @@
+"""Operators written in the obvious way, to compare the operators of this package with."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes attention on (B, L, N, D) arrays as they are, without choosing a layout."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def cluster_unchunked(tokens: jax.Array, num_clusters: int, neighbors: int = 5) -> jax.Array:
+    """Clusters by density peaks with all N x N distances at once: (B, N, C) -> (B, N)."""
+    x = tokens.astype(jnp.float32)
+    square = jnp.sum(x * x, -1)
+    products = jnp.einsum("bnc,bmc->bnm", x, x)
+    distance = jnp.sqrt(jnp.maximum(square[:, :, None] + square[:, None] - 2 * products, 0))
+    distance /= x.shape[-1] ** 0.5
+    nearest = -lax.top_k(-distance, neighbors)[0]
+    density = jnp.exp(-jnp.mean(nearest**2, -1))
+    is_denser = density[:, None] > density[:, :, None]
+    delta = jnp.where(is_denser, distance, jnp.inf).min(-1)
+    delta = jnp.where(jnp.isinf(delta), distance.max((1, 2))[:, None], delta)
+    centers = lax.top_k(density * delta, num_clusters)[1]
+    assignment = jnp.take_along_axis(distance, centers[:, None], 2).argmin(-1)
+    own = jnp.arange(num_clusters)
+    return jax.vmap(lambda row, center: row.at[center].set(own))(assignment, centers)
+
+
+def kmedoids_by_products(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+    """Runs K-Medoids by K x N x N products per round: (B, N, C), (B, K) -> (B, K)."""
+    distances = _all_distances(x)
+
+    def move(_, medoids):
+        member = _member(distances, medoids)
+        cost = jnp.einsum("bkn,bnm->bkm", member, distances)
+        return jnp.where(member > 0, cost, jnp.inf).argmin(-1).astype(jnp.int32)
+
+    return lax.fori_loop(0, rounds, move, medoids)
+
+
+def kmedoids_by_masks(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+    """Runs K-Medoids by one masked sum over the N x N distances per round."""
+    distances = _all_distances(x)
+
+    def move(_, medoids):
+        member = _member(distances, medoids)
+        assignment = member.argmax(1)
+        same = assignment[:, :, None] == assignment[:, None]
+        cost = jnp.where(same, distances, 0).sum(1)
+        return jnp.where(member > 0, cost[:, None], jnp.inf).argmin(-1).astype(jnp.int32)
+
+    return lax.fori_loop(0, rounds, move, medoids)
+
+
+def kmeans_by_products(x: jax.Array, initial: jax.Array, rounds: int = 5) -> jax.Array:
+    """Runs K-Means by two K x N x C products per round: (B, N, C), (B, K) -> (B, K, C)."""
+    x = x.astype(jnp.float32)
+
+    def move(_, centers):
+        product = jnp.einsum("bkc,bnc->bkn", centers, x)
+        nearest = (jnp.sum(centers**2, -1)[..., None] - 2 * product).argmin(1)
+        member = jax.nn.one_hot(nearest, centers.shape[1], axis=1)  # (B, K, N)
+        count = member.sum(-1, keepdims=True)
+        means = jnp.einsum("bkn,bnc->bkc", member, x) / jnp.maximum(count, 1)
+        return jnp.where(count > 0, means, centers)
+
+    return lax.fori_loop(0, rounds, move, jnp.take_along_axis(x, initial[..., None], 1))
+
+
+def _all_distances(x):
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, -1)
+    product = jnp.einsum("bnc,bmc->bnm", x, x)
+    return jnp.maximum(square[:, :, None] + square[:, None] - 2 * product, 0)
+
+
+def _member(distances, medoids):
+    """Returns the membership of tokens in clusters, (B, K, N), 0.0 or 1.0."""
+    nearest = jnp.take_along_axis(distances, medoids[:, :, None], 1).argmin(1)
+    return jax.nn.one_hot(nearest, medoids.shape[1], axis=1)
+
+
+def cluster_superpixels_masked(
+    tokens: jax.Array, grid: tuple[int, int], clusters: tuple[int, int]
+) -> jax.Array:
+    """Clusters superpixels with N x S weights and a mask: (B, N, C) -> (B, S, C)."""
+    x = tokens.astype(jnp.float32)
+    averages, homes = [], []
+    for length, cells in zip(grid, clusters, strict=True):
+        place, cell = np.arange(length), np.arange(cells)[:, None]
+        inside = (place >= cell * length // cells) & (place < -(-(cell + 1) * length // cells))
+        averages.append(inside / inside.sum(1, keepdims=True))
+        homes.append(np.abs(place * cells // length - cell) <= 2)
+    rows, columns = homes
+    near = (rows[:, None, :, None] & columns[:, None, :]).reshape(math.prod(clusters), -1).T
+    maps = x.reshape(len(x), *grid, -1)
+    centers = jnp.einsum("iy,jx,byxc->bijc", *averages, maps).reshape(len(x), -1, x.shape[-1])
+
+    def move(_, centers):
+        square = jnp.sum(x**2, -1)[..., None] + jnp.sum(centers**2, -1)[:, None]
+        distances = square - 2 * jnp.einsum("bnc,bsc->bns", x, centers)
+        weights = jax.nn.softmax(jnp.where(near, -distances / 50.0, -jnp.inf), -1)
+        return jnp.einsum("bns,bnc->bsc", weights, x) / weights.sum(1)[..., None]
+
+    return lax.fori_loop(0, 5, move, centers).astype(tokens.dtype)
+
+
+def reconstruct_by_top_k(tokens: jax.Array, centers: jax.Array, refined: jax.Array) -> jax.Array:
+    """Reconstructs tokens by `lax.top_k`: (B, N, C), (B, S, C), (B, S, C) -> (B, N, C)."""
+    x, keys = tokens.astype(jnp.float32), centers.astype(jnp.float32)
+    square = jnp.sum(x**2, -1)[..., None] + jnp.sum(keys**2, -1)[:, None]
+    distances = square - 2 * jnp.einsum("bnc,bsc->bns", x, keys)
+    logits, index = lax.top_k(-distances / 50.0, min(20, keys.shape[1]))
+    nearest = jax.vmap(lambda values, at: values[at])(refined, index)  # (B, N, k, C)
+    return jnp.einsum("bnk,bnkc->bnc", jax.nn.softmax(logits, -1).astype(refined.dtype), nearest)

@@ -1,0 +1,135 @@
+"""Times compiled programs that take turns, and reports what the numbers hold for.
+
+Times are medians; compilation and warm-up are separate. Temporary memory is the memory that XLA
+plans; allocations of the libraries that it calls are not included.
+"""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIB = 2**20
+# Bounds on the number of timed calls; between them a time budget decides.
+MAX_CALLS = 50
+MIN_CALLS = 2
+
+
+class Program(NamedTuple):
+    """A compiled function and the cost of compiling it; None where it is unknown (timm).
+
+    Attributes:
+      call: the compiled function.
+      trace_seconds: time to trace and lower it [s].
+      compile_seconds: time to compile it [s].
+      temp_bytes: temporary memory [bytes].
+    """
+
+    call: Callable[..., Any]
+    trace_seconds: float | None
+    compile_seconds: float | None
+    temp_bytes: int | None
+
+
+def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = ()) -> Program:
+    """Compiles a function for given arguments and times tracing and compilation.
+
+    Args:
+      fn: function of arrays.
+      *args: trees of arrays.
+      donate_argnums: positions of the arguments whose memory the results may reuse.
+    """
+    start = time.perf_counter()
+    lowered = jax.jit(fn, donate_argnums=donate_argnums).trace(*args).lower()
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return Program(compiled, traced - start, end - traced, temp_bytes)
+
+
+def time_in_turns(calls: dict[str, Callable[[], Any]], *, seconds: float) -> dict[str, list[float]]:
+    """Times functions that take turns, so that other load on the machine affects all alike.
+
+    Args:
+      calls: name -> function that returns arrays; each is warmed up first.
+      seconds: approximate time to spend on each function [s].
+
+    Returns:
+      Name -> duration of each call [s].
+    """
+    planned = {}
+    for name, call in calls.items():
+        duration = _duration(call)
+        if duration < seconds:  # the first call is slower than the others: its memory is new
+            duration = min(duration, _duration(call))
+        planned[name] = min(max(round(seconds / duration), MIN_CALLS), MAX_CALLS)
+    rounds = max(planned.values())
+    times = {name: [] for name in calls}
+    for i in range(rounds):
+        for name, call in calls.items():
+            # The calls of a slow function are spread evenly over the rounds.
+            if (i + 1) * planned[name] // rounds > i * planned[name] // rounds:
+                times[name].append(_duration(call))
+    return times
+
+
+def _duration(call):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def describe_times(program: Program, times: Sequence[float]) -> dict[str, Any]:
+    """Returns the numbers to print for one program.
+
+    Args:
+      program: its "trace_seconds", "compile_seconds" and "temp_mib" are included.
+      times: durations of its calls [s]; "median_ms" and "min_ms" are None if it never ran.
+    """
+    return {
+        "median_ms": 1e3 * statistics.median(times) if times else None,
+        "min_ms": 1e3 * min(times) if times else None,
+        "calls": len(times),
+        "temp_mib": None if program.temp_bytes is None else program.temp_bytes / MIB,
+        "trace_seconds": program.trace_seconds,
+        "compile_seconds": program.compile_seconds,
+    }
+
+
+def fits_memory(num_bytes: int) -> bool:
+    """Returns whether the device has this much free memory [bytes], as far as it tells."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return num_bytes < stats["bytes_limit"] - stats["bytes_in_use"]
+    # On CPU an allocation that is too large kills the process instead of raising.
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return num_bytes < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return True
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the device that a measurement holds for."""
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "numpy": np.__version__,
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Returns normal random numbers, the same for the same seed."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
