@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
-from tokenvit_jax.training.parallel import MeshParallel
+from make_task import make_task
 
-from tokenvit_jax.tasks import classification
 from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint
+from tokenvit_jax.training.devices import MeshParallel
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 
@@ -174,13 +174,14 @@ def test_infinite_loss_stops_and_keeps_the_last_good_checkpoint(reference, start
 def poison(workdir, step):
     """Makes the parameters of a checkpoint so large that the next loss is not finite."""
     config = tiny_config.get_config()
-    model = classification.make_model(config, num_classes=10)
+    task = make_task(config)
+    model = task.make_model()
     init_fn = functools.partial(init_state, model, make_optimizer(config), config)
     abstract = MeshParallel().abstract(init_fn)
-    with Checkpoints(workdir, keep_last=9, keep_best=0) as checkpoints:
+    with Checkpoints(workdir, keep_last=9, keep_best=0, score=task.score) as checkpoints:
         state, progress = checkpoints.restore(abstract)
     shutil.rmtree(workdir / "checkpoints" / str(step))
-    with Checkpoints(workdir, keep_last=9, keep_best=0) as checkpoints:
+    with Checkpoints(workdir, keep_last=9, keep_best=0, score=task.score) as checkpoints:
         assert int(state.step) == step
         state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
         checkpoints.save(step, state, progress)
@@ -224,7 +225,14 @@ def run_here(monkeypatch, capsys, command, *arguments):
         (["--config.dataset=digit"], 1, "no dataset 'digit' (did you mean 'digits'?)"),
         (["--config.dtype=float16"], 1, "config.dtype='float16' is not valid; valid: float32"),
         (["--config.parallel=ddp"], 1, "config.parallel='ddp' is not valid; valid: jit, pmap"),
-        (["--config.centroids.rule=x"], 1, "config.centroids.rule='x' is not valid; valid: lit"),
+        (["--config.model_overrides.centroid_rule=x"], 1, "centroid_rule='x' is not valid; valid"),
+        (["--config.inference.stride=4"], 2, "an entry of the tasks: segmentation"),
+        (["--config.task=pose"], 1, "config.task='pose' is not valid; valid: classification, seg"),
+        (
+            ["--config.task=segmentation", "--config.dataset=scenes"],
+            1,
+            "config.task='segmentation' needs the entry config.augment.max_class_share, which",
+        ),
         (
             ["--config.data.normalization=half"],
             1,
@@ -282,6 +290,23 @@ def test_missing_config(monkeypatch, capsys, command, status, message):
     assert found_status == status
 
 
+def test_workdir_of_an_earlier_version_is_named(monkeypatch, capsys, reference, tmp_path):
+    entries = json.loads((reference / "config.json").read_text())
+    del entries["task"]
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    status, line = run_here(monkeypatch, capsys, "evaluate", f"--workdir={tmp_path}")
+    assert f"{tmp_path}/config.json has no entry 'task': an earlier version" in line
+    assert status == 1
+
+
+def test_workdir_of_a_later_version_is_named(monkeypatch, capsys, reference, tmp_path):
+    entries = json.loads((reference / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(entries | {"new": {"entry": 1}}))
+    status, line = run_here(monkeypatch, capsys, "evaluate", f"--workdir={tmp_path}")
+    assert "does not have, such as 'new.entry': another version" in line
+    assert status == 1
+
+
 def test_wrong_argument_of_a_configuration_is_one_line(monkeypatch, capsys, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("def get_config(arg):\n    raise ValueError(f'no variant {arg!r}')\n")
@@ -313,7 +338,7 @@ def test_checkpoint_of_another_model(monkeypatch, capsys, reference, tmp_path, c
     overrides = "--config.model_overrides={'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 2, 2)}"
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", overrides]
     status, line = run_here(monkeypatch, capsys, command, *flags)
-    assert f"checkpoint {workdir / 'checkpoints' / '40'} is of another model" in line
+    assert f"checkpoint {workdir / 'checkpoints' / '40'} belongs to another model" in line
     assert status == 1
 
 

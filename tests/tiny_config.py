@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
+from tokenvit_jax.tasks import default_config
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration."""
-    config = default_config()
+    config = default_config("classification")
     config.model = "dgt_t"
     config.model_overrides = ConfigDict(
         {
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             "top_k": 8,
             "head_dim": 32,
             "drop_path": 0.1,
+            "centroid_rule": "constant",
         }
     )
     config.image_size = 32

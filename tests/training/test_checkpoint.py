@@ -166,7 +166,7 @@ def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
     large = large.replace(params={"kernel": noise})
     # What a full disk does: writing beyond this size fails.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"cannot be written: .*; checkpoints that are whole: 1$"
+    message = r"cannot be written: .*; complete checkpoints: 1$"
     try:
         with pytest.raises(UserError, match=message) as error, open_checkpoints(tmp_path) as c:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

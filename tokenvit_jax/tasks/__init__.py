@@ -64,8 +64,13 @@ def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
     Raises:
       UserError: unknown task or dataset, or a dataset without the labels that the task reads.
     """
-    if config.task not in TASKS:
-        default_config(config.task)  # raises
+    own = flatten_config(default_config(config.task).to_dict())
+    missing = sorted(own.keys() - flatten_config(config.to_dict()).keys())
+    if missing:
+        raise UserError(
+            f"config.task={config.task!r} needs the entry config.{missing[0]}, which this "
+            f"configuration does not have; start from tasks.default_config({config.task!r})"
+        )
     cls, info = TASKS[config.task], dataset_info(config.dataset)
     if not cls.reads <= info.fields:
         fitting = [name for name in list_datasets() if cls.reads <= dataset_info(name).fields]

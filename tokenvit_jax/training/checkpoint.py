@@ -80,7 +80,7 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints there are, in order."""
+        """Returns the steps that have a checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     def is_best(self, metrics: dict[str, float]) -> bool:
@@ -121,7 +121,7 @@ class Checkpoints:
             self._best = max(self._best, _score(metrics))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
-        """Restores the latest checkpoint that can be read; later ones are set aside.
+        """Restores the latest readable checkpoint; sets later ones aside.
 
         Args:
           like: shapes, types and shardings of the state.
@@ -130,7 +130,7 @@ class Checkpoints:
           The state and its progress; None if there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint is of another model, or none of several can be read.
+          UserError: the checkpoint belongs to another model, or none of several can be read.
         """
         unreadable = []
         for step in reversed(self.steps()):
@@ -138,7 +138,7 @@ class Checkpoints:
                 restored = self._restore_step(step, like)
             except UserError:
                 raise
-            except Exception as error:  # whatever orbax makes of damaged files
+            except Exception as error:  # orbax raises many types on damaged files
                 path = self._folder / str(step)
                 logging.warning("checkpoint %s cannot be read: %s", path, _brief(error))
                 unreadable.append(step)
@@ -171,7 +171,7 @@ class Checkpoints:
         return -math.inf if best is None else _score(self._manager.metrics(best))
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames checkpoints that cannot be read, so that the run can save these steps again."""
+        """Renames unreadable checkpoints, so that the run can save these steps again."""
 
         def rename() -> None:
             for step in steps:
@@ -190,7 +190,7 @@ class Checkpoints:
             whole = ", ".join(map(str, _steps(self._folder))) or "none"
             raise UserError(
                 f"checkpoint {self._writing} cannot be written: {_brief(error)}; "
-                f"checkpoints that are whole: {whole}"
+                f"complete checkpoints: {whole}"
             ) from error
 
 
@@ -200,7 +200,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       step: its training step.
       path: its folder.
-      variables: arguments of `model.apply`: averaged parameters where the run kept them.
+      variables: arguments of `model.apply`, with averaged parameters if the run kept them.
     """
 
     step: int
@@ -257,7 +257,7 @@ def load_variables(
       which: "last", "best" (best score) or a step.
 
     Raises:
-      UserError: there is no such checkpoint, it cannot be read, or it is of another model.
+      UserError: there is no such checkpoint, it cannot be read, or it belongs to another model.
     """
     loaded = load_checkpoint(workdir, which)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
@@ -269,9 +269,9 @@ def check_same_variables(found: Any, expected: Any, path: Path) -> None:
     """Raises UserError unless two trees have the same names, shapes and types.
 
     Args:
-      found: tree of what the checkpoint holds.
-      expected: tree of what the model needs.
-      path: of the checkpoint, for the message.
+      found: variables in the checkpoint.
+      expected: variables that the model needs.
+      path: folder of the checkpoint, for the message.
     """
     found, expected = _describe(found), _describe(expected)
     differences = [
@@ -281,7 +281,7 @@ def check_same_variables(found: Any, expected: Any, path: Path) -> None:
     ]
     if differences:
         raise UserError(
-            f"checkpoint {path} is of another model; {len(differences)} entries differ: "
+            f"checkpoint {path} belongs to another model; {len(differences)} entries differ: "
             + "; ".join(differences[:3])
         )
 
@@ -295,7 +295,7 @@ def _describe(tree: Any) -> dict[str, str]:
 
 
 def _model_item(state: TrainState) -> dict[str, Any]:
-    """All of a state but the optimizer's, which inference does not read."""
+    """The state without the optimizer's, which inference does not read."""
     fields = {name: getattr(state, name) for name in ("params", "model_state", "step", "skipped")}
     return fields if state.ema is None else {**fields, "ema": state.ema}
 
@@ -321,7 +321,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _steps_without_metrics(folder: Path) -> list[int]:
-    """Checkpoints whose metrics are damaged: orbax could open none of them all."""
+    """Checkpoints with damaged metrics: because of one, orbax could not open the others."""
     damaged = []
     for step in _steps(folder):
         path = folder / str(step) / "metrics" / "metrics"
@@ -335,12 +335,12 @@ def _steps_without_metrics(folder: Path) -> list[int]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of a message: storage errors go on with locations in their own source."""
+    """The first line of a message; storage errors continue with locations in their own source."""
     return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
 def _unused(path: Path) -> Path:
-    """The path itself, or with a number where it exists."""
+    """The path itself, or with a number appended if it exists."""
     number = 1
     unused = path
     while unused.exists():
