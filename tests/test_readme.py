@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from exact_counts import EXACT
 from flax.traverse_util import flatten_dict
+from shipped_configs import load_config
 
 import tokenvit_jax as tv
 from tokenvit_jax.published import PUBLISHED
-from tokenvit_jax.recipes import dgt_config, segmenter_config
 from tokenvit_jax.summary import format_known
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -18,7 +18,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_configuration_keys_exist():
     keys = set(re.findall(r"--config\.([\w.]+)=", README))
     assert len(keys) > 4
-    configs = dgt_config("dgt_t", "", drop_path=0.1), segmenter_config("vit_l", "")
+    configs = load_config("dgt_t"), load_config("segmenter_l")
     known = {key for config in configs for key in flatten_dict(config.to_dict(), sep=".")}
     assert keys <= known
 
