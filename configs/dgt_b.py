@@ -2,18 +2,34 @@
 
     python -m tokenvit_jax.train --config=configs/dgt_b.py --workdir=runs/dgt_b
 
-Hardware: 8 accelerators of 80 GB or more (global batch 1024, bfloat16); fewer with
---config.accumulate_steps. Expected result: not yet trained (the paper reports 85.0 % top-1).
-The paper's supplement with its settings is not available: this is the recipe of CMT and Swin.
+Hardware: 8 accelerators with at least 80 GB, in bfloat16; fewer with --config.accumulate_steps.
+Expected result: not yet trained (the paper reports 85.0 % top-1). The paper's supplement, which
+holds its training settings, is not available: the values below are CMT's and Swin's (Liu et al.
+2021, Section 4.1).
 
     python -m tokenvit_jax.train --config=configs/dgt_b.py:digits --workdir=runs/digits_b
 
-The same network (residual post-norm, cosine attention), shrunk, on the embedded handwritten
-digits. Hardware: 2 CPU cores, 2 minutes. Expected result: see experiments/dgt.
+The same network (residual post-norm, cosine attention), shrunk, on the embedded handwritten digits.
+Hardware: 2 CPU cores, 2 minutes. Expected result: see experiments/dgt.
 """
 
-from tokenvit_jax.recipes import dgt_config
+from tokenvit_jax.recipes.dgt import dgt_config
+from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
 
 def get_config(arg: str = ""):
-    return dgt_config("dgt_b", arg, drop_path=0.5)
+    return dgt_config(
+        "dgt_b",
+        arg,
+        drop_path=0.5,
+        recipe=ImageNetRecipe(
+            image_size=224,
+            batch_size=1024,
+            epochs=300,
+            warmup_epochs=20,
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            clip_norm=5.0,  # Swin's code
+            augmentations=("crop", "flip", "randaugment", "erasing", "mixup", "cutmix"),
+        ),
+    )

@@ -2,9 +2,10 @@
 
     python -m tokenvit_jax.train --config=configs/dgt_t.py --workdir=runs/dgt_t
 
-Hardware: 8 accelerators of 32 GB or more (global batch 1024, bfloat16); fewer with
---config.accumulate_steps. Expected result: not yet trained (the paper reports 83.8 % top-1).
-The paper's supplement with its settings is not available: this is the recipe of CMT and Swin.
+Hardware: 8 accelerators with at least 32 GB, in bfloat16; fewer with --config.accumulate_steps.
+Expected result: not yet trained (the paper reports 83.8 % top-1). The paper's supplement, which
+holds its training settings, is not available: the values below are CMT's and Swin's (Liu et al.
+2021, Section 4.1).
 
     python -m tokenvit_jax.train --config=configs/dgt_t.py:digits --workdir=runs/digits
 
@@ -12,8 +13,23 @@ The same network, shrunk, on the embedded handwritten digits. Hardware: 2 CPU co
 Expected result: 99 % test accuracy (99.7 % measured).
 """
 
-from tokenvit_jax.recipes import dgt_config
+from tokenvit_jax.recipes.dgt import dgt_config
+from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
 
 def get_config(arg: str = ""):
-    return dgt_config("dgt_t", arg, drop_path=0.1)
+    return dgt_config(
+        "dgt_t",
+        arg,
+        drop_path=0.1,
+        recipe=ImageNetRecipe(
+            image_size=224,
+            batch_size=1024,
+            epochs=300,
+            warmup_epochs=20,
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            clip_norm=5.0,  # Swin's code
+            augmentations=("crop", "flip", "randaugment", "erasing", "mixup", "cutmix"),
+        ),
+    )

@@ -2,21 +2,21 @@
 
     python -m tokenvit_jax.train --config=configs/pale_t.py --workdir=runs/pale_t
 
-Hardware: 8 accelerators (global batch 1024, bfloat16); fewer, or smaller ones, with
---config.accumulate_steps. Expected result: not yet trained (the paper reports 83.4 % top-1).
-AutoAugment of the paper is RandAugment 9 / 0.5, as in the code of its base, DeiT and Swin.
+Hardware: 8 accelerators in bfloat16; fewer, or smaller ones, with --config.accumulate_steps.
+Expected result: not yet trained (the paper reports 83.4 % top-1). The values below are the paper's,
+with RandAugment 9 / 0.5 in place of AutoAugment, as in the code of DeiT and Swin, its bases.
 
     python -m tokenvit_jax.train --config=configs/pale_t.py:tokens \\
         --workdir=runs/pale_t_tokens --config.token_labels.teacher=TEACHER
 
 The starred model: MixToken and token labels (the paper reports 84.2 % top-1). TEACHER is the
-workdir of a trained model of this project; or --config.token_labels.files=DIRECTORY, written by
-`python -m tokenvit_jax.label`.
+workdir of a trained model of this project. Instead, --config.token_labels.files=DIRECTORY reads
+labels that `python -m tokenvit_jax.label` wrote.
 
     python -m tokenvit_jax.train --config=configs/pale_t.py:digits --workdir=runs/digits
 
-One shrunk network for all sizes, on the embedded handwritten digits. Hardware: 2 CPU cores, 2
-minutes. Expected result: about 99 % test accuracy (one run of pale_t: 99.2 %).
+A shrunk network, the same for all sizes, on the embedded handwritten digits. Hardware: 2 CPU cores,
+2 minutes. Expected result: about 99 % test accuracy (one run of pale_t: 99.2 %).
 
     python -m tokenvit_jax.train --config=configs/pale_t.py:digits_tokens \\
         --workdir=runs/digits_tokens --config.token_labels.teacher=runs/digits
@@ -25,8 +25,23 @@ The same with MixToken and the token labels of that run (pale_t: 99.2 %, 98.9 % 
 alone). Labels from files would need --config.augment.rotation=0 and --config.augment.translation=0.
 """
 
-from tokenvit_jax.recipes import pale_config
+from tokenvit_jax.recipes.imagenet import ImageNetRecipe
+from tokenvit_jax.recipes.pale import pale_config
 
 
 def get_config(arg: str = ""):
-    return pale_config("pale_t", arg, drop_path=0.1)
+    return pale_config(
+        "pale_t",
+        arg,
+        drop_path=0.1,
+        recipe=ImageNetRecipe(
+            image_size=224,
+            batch_size=1024,
+            epochs=300,
+            warmup_epochs=20,
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            clip_norm=0.0,
+            augmentations=("crop", "flip", "color_jitter", "randaugment", "mixup", "cutmix"),
+        ),
+    )

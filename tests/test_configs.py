@@ -1,42 +1,32 @@
-"""Every shipped config: loads, keeps the contract's keys, and runs one step when shrunk."""
+"""Every shipped config has the contract's keys, and runs one step when it is shrunk."""
 
 import functools
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from shipped_configs import CASES, load_config
 
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info, pipeline, train_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.published import TOKEN_POOLING
+from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 from tokenvit_jax.tasks import segmentation, task_of
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
 from tokenvit_jax.training.validate import check_config
 
-FILES = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
 KEYS = (
     "model", "model_overrides", "dataset", "seed", "num_steps", "batch_size", "image_size", "dtype",
     "parallel", "log_every_steps", "eval_every_steps", "checkpoint_every_steps",
 )  # fmt: skip
-ARGS = {
-    "dgt": ("", "digits"),
-    "clustr": ("", "digits"),
-    "pale": ("", "tokens", "digits", "digits_tokens"),
-    "deit": ("", "search", "pooled", "digits", "digits_search", "digits_pooled"),
-    "swin": ("", "digits"),
-    "swinv2": ("", "digits"),
-    "segmenter": ("", "pascal_context", "cityscapes", "scenes"),
-}
-# All networks of a family shrink to the same one, so that most steps are compiled once.
+# All networks of a family shrink to the same one, so that most steps compile once.
 PYRAMID = {
     "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 0, 0), "drop_path": 0.1
 }  # fmt: skip
@@ -55,37 +45,29 @@ SMALL = {
         "mlp_ratio": 2, "window_size": 4, "pretrained_window_sizes": (4, 4, 4, 2)
     },
 }  # fmt: skip
-# What does not change a step, but its numbers.
+# Entries that change a step's numbers, but not its program.
 SAME = {
     "num_steps": 1000, "optimizer.warmup_steps": 100, "optimizer.learning_rate": 1e-3,
     "batch_size": 4, "image_size": 64,
     "log_every_steps": 1, "eval_every_steps": 1, "checkpoint_every_steps": 1,
 }  # fmt: skip
 SMALL_DATASET = {"classification": "digits", "segmentation": "scenes"}
-# Whose shrunk settings differ from the published ones in nothing that other families do not show.
+# Families whose shrunk configs exercise nothing beyond the published ones and other families.
 ONE_STEP = ("swin", "swinv2", "segmenter")
-CASES = [(file, arg) for file in FILES for arg in ARGS[file.stem.split("_")[0]]]
 
 
-def load(file, arg):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
-
-
-@pytest.mark.parametrize(("file", "arg"), CASES, ids=lambda x: getattr(x, "stem", x))
-def test_config_runs_one_step(file, arg, monkeypatch):
-    config = load(file, arg)
+@pytest.mark.parametrize(("name", "arg"), CASES)
+def test_config_runs_one_step(name, arg, monkeypatch):
+    config = load_config(name, arg)
     assert set(KEYS) <= set(config)
     if "tokens" in arg:
-        with pytest.raises(UserError, match=r"config\.token_labels"):  # needs one of two
+        with pytest.raises(UserError, match=r"config\.token_labels"):  # needs a teacher or files
             check_config(config)
         config.token_labels.teacher = "a folder"
     check_config(config)
     monkeypatch.setattr(pipeline, "open_source", lambda *_: range(1))
-    train_dataset(config)  # checks what it reads
-    family, size = file.stem.split("_")
+    train_dataset(config)  # checks the entries that it reads
+    family, size = name.split("_")
     assert config.model == f"{'vit' if family == 'segmenter' else family}_{size}"
     if family in ONE_STEP and arg in SMALL_DATASET.values():
         return
@@ -99,13 +81,13 @@ def test_config_runs_one_step(file, arg, monkeypatch):
 def shrink(config, family):
     config.model_overrides.update(SMALL[family])
     if "keep" in config.model_overrides.get("token_reducer", ()):
-        assert config.model_overrides.token_reducer.keep == ()  # what a search has found
+        assert config.model_overrides.token_reducer.keep == ()  # the numbers that a search found
         config.model_overrides.token_reducer.keep = (9, 3)
     if family == "segmenter":
         config.head_overrides = {"depth": 1, "head_dim": 4}
     config.dataset = SMALL_DATASET[dataset_info(config.dataset).task]
     config.update_from_flattened_dict(SAME)
-    # What a step does not read.
+    # Entries that a step does not read.
     default = default_config()
     default.data.normalization = config.data.normalization
     for key in ("data", "augment", "inference"):
@@ -116,7 +98,7 @@ STEPS = {}
 
 
 def run_step(model, text):
-    """Runs a step of what the text says, once for equal networks and texts."""
+    """Runs one step of the config in the text; equal networks and texts run once."""
     if (model, text) not in STEPS:
         config = ConfigDict(json.loads(text))
         optimizer = make_optimizer(config)
@@ -138,7 +120,7 @@ def run_step(model, text):
     return STEPS[model, text]
 
 
-# What the papers and the code they build on state, beside drop path and clipping.
+# Values that the papers and the code they build on state, beside drop path and clipping.
 RECIPE = {
     "batch_size": 1024, "image_size": 224, "label_smoothing": 0.1, "mix.mixup": 0.8,
     "mix.cutmix": 1.0, "augment.flip": 0.5, "optimizer.learning_rate": 1e-3,
@@ -169,8 +151,7 @@ WARMUP_EPOCHS = {"dgt": 20, "clustr": 5, "pale": 20, "deit": 5, "swin": 20, "swi
     ],
 )  # fmt: skip
 def test_published_recipe(name, drop_path, clip_norm):
-    (file,) = [file for file in FILES if file.stem == name]
-    config = load(file, "")
+    config = load_config(name)
     found = flatten_dict(config.to_dict(), sep=".")
     family = name.split("_")[0]
     expected = RECIPE | RECIPES[family] | {"clip_norm": clip_norm}
@@ -182,7 +163,7 @@ def test_published_recipe(name, drop_path, clip_norm):
     assert abs(warmup - WARMUP_EPOCHS[family]) < 0.03
 
 
-# What segm/config.yml of the code of Segmenter states, and what its README does of ViT-L.
+# Values from the authors' segm/config.yml, and for ViT-L from their README.
 SEGMENTER = {
     "segmenter_s": {"": (64, 8, 1e-3, 512, 512, 512, 2)},
     "segmenter_l": {
@@ -197,8 +178,7 @@ SEGMENTER = {
     ("name", "arg"), [(name, arg) for name, args in SEGMENTER.items() for arg in args]
 )
 def test_published_recipe_of_segmenter(name, arg):
-    (file,) = [file for file in FILES if file.stem == name]
-    config = load(file, arg)
+    config = load_config(name, arg)
     epochs, batch_size, learning_rate, short_side, crop, stride, depth = SEGMENTER[name][arg]
     assert config.dataset == (arg or "ade20k")
     images = dataset_info(config.dataset).splits["train"]
@@ -215,7 +195,7 @@ def test_published_recipe_of_segmenter(name, arg):
         "augment.photometric": True, "data.normalization": "inception",
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
-    # Windows fit into the buffer, and an image of 4:3 does so as it is.
+    # The buffer holds a window, and an image of 4:3 without shrinking it.
     assert min(config.data.eval_size) >= short_side
     assert max(config.data.eval_size) >= short_side * 4 / 3
     config.model_overrides.update(SMALL["segmenter"])
@@ -232,19 +212,27 @@ def test_published_recipe_of_segmenter(name, arg):
 
 @pytest.mark.parametrize("name", ["deit_s", "deit_e318", "deit_e252"])
 def test_stages_of_token_pooling(name):
-    (file,) = [file for file in FILES if file.stem == name]
-    base, search, pooled = (load(file, arg) for arg in ("", "search", "pooled"))
+    base, search, pooled = (load_config(name, arg) for arg in ("", "search", "pooled"))
     assert search.num_steps * 10 == base.num_steps == pooled.num_steps
     assert search.retention.penalty > 0 == pooled.retention.penalty
     for number, level in enumerate(TOKEN_POOLING[name]):
-        config = load(file, f"level{number}")
+        config = load_config(name, f"level{number}")
         assert config.model_overrides.token_reducer.keep == level.keep
         config.model_overrides.token_reducer.keep = ()
         assert config.to_dict() == pooled.to_dict()
 
 
-def test_unknown_argument_is_named():
+def test_unknown_argument_is_rejected():
     with pytest.raises(
         UserError, match="config argument 'cifar' is not valid; valid: none, digits"
     ):
-        load(FILES[0], "cifar")
+        load_config("clustr_b", "cifar")
+
+
+def test_unknown_augmentation_is_rejected():
+    recipe = functools.partial(
+        ImageNetRecipe, image_size=224, batch_size=8, epochs=1, warmup_epochs=0,
+        learning_rate=1e-3, weight_decay=0.05, clip_norm=0.0,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"'erase' is not valid .*'erasing'.*; valid: crop, flip"):
+        recipe(augmentations=("crop", "erase"))

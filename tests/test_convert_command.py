@@ -1,4 +1,4 @@
-"""Weights from a file to a run and back: the command, and the mistakes it names."""
+"""Conversion of a file of weights to a run and back: the command and its error messages."""
 
 import copy
 import json
@@ -14,16 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert
-from tokenvit_jax.models.layouts import (
-    LAYOUTS,
-    export_weights,
-    import_weights,
-    segmenter,
-    timm_vit,
-)
 from tokenvit_jax.tasks.segmentation import HEADS, Segmenter
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
+from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights, parameter_shapes
 
 SETTINGS = {"patch_size": 8, "position_size": (32, 32)}
 
@@ -38,12 +32,12 @@ def run(monkeypatch, capsys, *args, **flags):
 
 
 def random_arrays(**settings):
-    """Arrays in timm's layout of a DeiT-Ti with 10 classes, all different, and its parameters."""
+    """Returns a DeiT-Ti with 10 classes, random parameters, and the same in timm's layout."""
     model = tv.create_model("deit_ti", num_classes=10, **SETTINGS | settings)
-    shapes = convert._shapes(model)
+    shapes = parameter_shapes(model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    return model, params, export_weights(params, timm_vit(model))
+    return model, params, export_weights(params, model, LAYOUTS["timm"]["deit"])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_names_and_shapes_are_those_of_timm(weights):
+def test_names_and_shapes_match_timm(weights):
     arrays = load_file(weights)
     assert arrays["cls_token"].shape == arrays["dist_token"].shape == (1, 1, 192)
     assert arrays["pos_embed"].shape == (1, 18, 192)
@@ -65,25 +59,25 @@ def test_names_and_shapes_are_those_of_timm(weights):
 
 
 @pytest.mark.parametrize("settings", [{}, {"distilled": True}, {"pool": "mean"}])
-def test_there_and_back_is_nothing(settings):
+def test_export_and_import_are_inverse(settings):
     model, params, arrays = random_arrays(**settings)
-    read = LAYOUTS["timm"]["deit"].settings(arrays)
+    read = LAYOUTS["timm"]["deit"].model_overrides(arrays)
     assert read == {"distilled": False, "pool": "token"} | SETTINGS | settings
-    found = import_weights(arrays, convert._shapes(model), timm_vit(model))
+    found = import_weights(arrays, model, LAYOUTS["timm"]["deit"])
     jax.tree.map(np.testing.assert_array_equal, found, params)
     kernel = found["blocks_3"]["mlp"]["fc1"]["kernel"]
     np.testing.assert_array_equal(kernel.T, arrays["blocks.3.mlp.fc1.weight"])
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
-def test_swin_there_and_back_is_nothing(family):
-    """Numbers of stages and blocks; what files hold of masks and indices is passed over."""
+def test_export_and_import_of_swin_are_inverse(family):
+    """Stages and blocks keep their numbers; arrays that the model computes are ignored."""
     narrow = {"dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
     model = tv.create_model(f"{family}_t", num_classes=10, window_size=6, **narrow)
-    shapes, layout = convert._shapes(model), LAYOUTS["timm"][family]
+    shapes, layout = parameter_shapes(model), LAYOUTS["timm"][family]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    arrays = export_weights(params, layout.rules(model))
+    arrays = export_weights(params, model, layout)
     block = "layers.2.blocks.1"
     expected = {
         "patch_embed.norm.weight": (8,),
@@ -96,10 +90,10 @@ def test_swin_there_and_back_is_nothing(family):
         else {f"{block}.attn.logit_scale": (3, 1, 1), f"{block}.attn.cpb_mlp.2.weight": (3, 512)}
     )
     assert {name: arrays[name].shape for name in expected} == expected
-    assert layout.settings(arrays) == ({"window_size": 6} if family == "swin" else {})
+    assert layout.model_overrides(arrays) == ({"window_size": 6} if family == "swin" else {})
     assert layout.image_size(model) == (192 if family == "swin" else 256)
     computed = {"layers.0.blocks.0.attn.relative_position_index": np.zeros((36, 36), np.int64)}
-    found = import_weights(arrays | computed, shapes, layout.rules(model))
+    found = import_weights(arrays | computed, model, layout)
     jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
@@ -109,7 +103,7 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     assert run(monkeypatch, capsys, **flags) == (0, f"{weights} -> {workdir}\n", "")
     config = read_config(workdir)
     assert config.model == "deit_ti" and config.image_size == 32
-    # With which `train` goes on, from the first batch.
+    # `train` continues from the first batch.
     progress = (workdir / "checkpoints" / "0" / "progress" / "metadata").read_text()
     assert json.loads(progress) == {"data": {"next_index": 0}}
     assert config.model_overrides.distilled is True
@@ -151,27 +145,29 @@ DECODERS = {
 
 
 def segmenter_arrays(name="vit_ti", distilled=False, head="linear"):
-    """Arrays in the layout of Segmenter, with 5 classes, all different, and the parameters."""
+    """Returns random parameters of a Segmenter with 5 classes, and the same in its layout."""
     backbone = tv.create_model(name, distilled=distilled, **SETTINGS)
     model = Segmenter(backbone, HEADS[head](num_classes=5))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), convert._shapes(model)
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), parameter_shapes(model)
     )
-    return params, export_weights(params, segmenter(model))
+    return params, export_weights(params, model, LAYOUTS["segmenter"]["vit"])
 
 
 @pytest.mark.parametrize(
     ("name", "distilled", "head"),
     [("vit_ti", False, "mask_transformer"), ("deit_ti", True, "linear")],
 )
-def test_segmenter_there_and_back_is_nothing(monkeypatch, capsys, tmp_path, name, distilled, head):
+def test_export_and_import_of_segmenter_are_inverse(
+    monkeypatch, capsys, tmp_path, name, distilled, head
+):
     params, arrays = segmenter_arrays(name, distilled, head)
     decoder = {key.removeprefix("decoder."): x for key, x in arrays.items() if "decoder." in key}
     assert {key: decoder[key].shape for key in DECODERS[head]} == DECODERS[head]
     assert len(decoder) == (2 if head == "linear" else 2 + 1 + 2 * 12 + 2 + 2 + 2)
     assert len(arrays) - len(decoder) == 4 + 12 * 12 + 2 + distilled
-    if head == "mask_transformer":  # of rows of tokens, as they are there
+    if head == "mask_transformer":  # multiplies tokens from the right in both: not transposed
         kernel = params["head"]["patch_projection"]["kernel"]
         np.testing.assert_array_equal(decoder["proj_patch"], kernel)
 
@@ -192,7 +188,7 @@ def test_segmenter_there_and_back_is_nothing(monkeypatch, capsys, tmp_path, name
     jax.tree.map(np.testing.assert_array_equal, load_file(back), arrays)
 
 
-def test_what_is_no_segmenter_is_named(monkeypatch, capsys, tmp_path):
+def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp_path):
     source = tmp_path / "a.safetensors"
     save_file(segmenter_arrays()[1], source)
     flags = {"model": "vit_ti", "layout": "segmenter", "dataset": "scenes", "source": source}
@@ -206,7 +202,7 @@ def test_what_is_no_segmenter_is_named(monkeypatch, capsys, tmp_path):
         assert status == 1 and re.search(message, err), err
 
 
-def test_all_mismatches_are_listed_at_once(monkeypatch, capsys, tmp_path, weights):
+def test_all_mismatches_are_reported_together(monkeypatch, capsys, tmp_path, weights):
     arrays = load_file(weights)
     del arrays["blocks.2.norm1.weight"]
     arrays["head.weight"] = np.zeros((1000, 192), np.float32)
@@ -219,19 +215,19 @@ def test_all_mismatches_are_listed_at_once(monkeypatch, capsys, tmp_path, weight
     assert status == 1 and "3 entries do not fit the model" in err
     assert "blocks.2.norm1.weight is missing" in err
     assert "head.weight has shape (1000, 192), expected (10, 192)" in err
-    assert "extra (3,) belongs to nothing" in err
+    assert "extra (3,) has no counterpart in the model" in err
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not weights at all", "is neither safetensors nor of torch.save"),
+        (b"not weights at all", "is neither a safetensors file nor one that torch.save wrote"),
         (pickle.dumps({"cls_token": np.zeros(3)}), "(was written by torch.save|is refused)"),
         (None, "No such file or directory"),
     ],
 )
-def test_unreadable_files_are_named(monkeypatch, capsys, tmp_path, content, message):
+def test_unreadable_file_is_rejected(monkeypatch, capsys, tmp_path, content, message):
     source = tmp_path / "weights.bin"
     if content is not None:
         source.write_bytes(content)
@@ -241,7 +237,7 @@ def test_unreadable_files_are_named(monkeypatch, capsys, tmp_path, content, mess
     assert re.search(message, err), err
 
 
-def test_unknown_normalization_is_named(monkeypatch, capsys, tmp_path, weights):
+def test_unknown_normalization_is_rejected(monkeypatch, capsys, tmp_path, weights):
     flags = {"model": "deit_ti", "source": weights, "out": tmp_path / "run"}
     status, _, err = run(monkeypatch, capsys, **flags, normalization="half")
     assert status == 2
@@ -249,10 +245,10 @@ def test_unknown_normalization_is_named(monkeypatch, capsys, tmp_path, weights):
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_models_are_named(monkeypatch, capsys, tmp_path, weights):
+def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):
     flags = {"source": weights, "out": tmp_path / "run"}
     for extra, message in (
-        ({}, "--model is missing: the file does not say of which model it is"),
+        ({}, "--model is missing: the file does not name its model"),
         ({"model": "deit_x"}, "unknown model 'deit_x'"),
         ({"model": "dgt_t"}, "--layout=timm has no model 'dgt_t'; valid: vit, deit"),
     ):
@@ -260,10 +256,10 @@ def test_wrong_models_are_named(monkeypatch, capsys, tmp_path, weights):
         assert status == 1 and message in err, err
 
 
-def test_an_imported_model_computes(weights):
+def test_imported_model_computes(weights):
     arrays = load_file(weights)
     model = tv.create_model("deit_ti", num_classes=10, distilled=True, **SETTINGS)
-    params = import_weights(arrays, convert._shapes(model), timm_vit(model))
+    params = import_weights(arrays, model, LAYOUTS["timm"]["deit"])
     logits = jax.eval_shape(
         lambda x: model.apply({"params": params}, x, train=False), jnp.zeros((1, 32, 32, 3))
     )

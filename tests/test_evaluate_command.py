@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, convert, evaluate, predict
+from tokenvit_jax import cli, evaluate, predict
 from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.data.transforms import MEAN, STD
-from tokenvit_jax.models.layouts import export_weights, timm_vit
 from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.conversion import import_file
 from tokenvit_jax.training.workdir import read_config
+from tokenvit_jax.weights import LAYOUTS, export_weights, parameter_shapes
 
 MODEL, SETTINGS = "deit_ti", {"patch_size": 16, "position_size": (32, 32), "distilled": True}
 
@@ -47,11 +48,11 @@ def imported(tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(np.float32),
-        convert._shapes(model),
+        parameter_shapes(model),
     )
     source, workdir = folder / "deit.safetensors", folder / "run"
-    save_file(export_weights(params, timm_vit(model)), source)
-    convert.import_file(source, workdir, MODEL, "timm", "digits", "inception")
+    save_file(export_weights(params, model, LAYOUTS["timm"]["deit"]), source)
+    import_file(source, workdir, MODEL, "timm", "digits", "inception")
 
     batches = list(eval_dataset(read_config(workdir)))
     real = np.concatenate([batch["mask"] for batch in batches]) > 0

@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
+from shipped_configs import load_config
 
 from tokenvit_jax import ops
 from tokenvit_jax.config import default_config
-from tokenvit_jax.recipes import (
-    clustr_config,
-    deit_config,
-    dgt_config,
-    pale_config,
-    segmenter_config,
-)
 from tokenvit_jax.tasks import segmentation, task_of
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
@@ -99,13 +93,9 @@ def test_other_operators(dtype):
     lowers(gradient(ops.scored_attention, 3), q, q, q)
 
 
-@pytest.mark.parametrize(
-    ("make_config", "name"),
-    [(dgt_config, "dgt_t"), (dgt_config, "dgt_s"), (clustr_config, "clustr_t"),
-     (pale_config, "pale_t")],
-)  # fmt: skip
-def test_training_step(make_config, name):
-    config = make_config(name, "", drop_path=0.1)
+@pytest.mark.parametrize("name", ["dgt_t", "dgt_s", "clustr_t", "pale_t"])
+def test_training_step(name):
+    config = load_config(name)
     # One block per stage at the published widths: the other blocks lower like these.
     config.model_overrides.depths = (1, 1, 1, 1)
     step_lowers(config)
@@ -113,7 +103,7 @@ def test_training_step(make_config, name):
 
 @pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "evit", "tome"])
 def test_training_step_with_a_token_reducer(method):
-    config = deit_config("deit_s", "pooled")
+    config = load_config("deit_s", "pooled")
     config.model_overrides.depth = 2
     config.model_overrides.token_reducer.update({"method": method, "keep": (49, 7), "carry": True})
     step_lowers(config)
@@ -128,13 +118,13 @@ def test_training_step_of_a_host_with_windows():
 
 
 def test_training_step_of_the_search():
-    config = deit_config("deit_s", "search")
+    config = load_config("deit_s", "search")
     config.model_overrides.depth = 1
     step_lowers(config)
 
 
 def test_training_step_and_evaluation_of_a_clustered_segmenter():
-    config = segmenter_config("vit_ti", "")
+    config = load_config("segmenter_ti")
     config.model_overrides.depth = 3
     config.model_overrides.expedite = {
         "alpha": 1, "beta": 2, "clusters": (20, 20), "where": "logits"

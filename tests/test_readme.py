@@ -2,12 +2,12 @@
 
 import importlib
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 from exact_counts import EXACT
 from flax.traverse_util import flatten_dict
+from shipped_configs import load_config
 
 import tokenvit_jax as tv
 from tokenvit_jax.measure.macs import format_known
@@ -29,8 +29,7 @@ def test_length():
 def test_configuration_keys_exist():
     known = set()
     for name, arg in CONFIGS:
-        config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arg)
-        known |= set(flatten_dict(config.to_dict(), sep="."))
+        known |= set(flatten_dict(load_config(name, arg).to_dict(), sep="."))
     groups = {key.split(".")[0] for key in known if "." in key} - {"model_overrides"}
     text = "\n".join(page.read_text() for page in PAGES)
     flags = set(re.findall(r"--config\.([\w.]+)=", text))

@@ -1,14 +1,16 @@
-"""Numbers that papers report of their models: the one place where they are written down."""
+"""Numbers that papers report for their models, in one place."""
 
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """ImageNet-1K classification at 224 x 224.
+    """Size, cost and accuracy of a model on ImageNet-1K at 224 x 224.
 
-    params_m: millions of parameters; gmacs: 10^9 multiply-adds (papers say FLOPs) of one image, or
-    None where they are not given; top1: accuracy on the validation split, percent; source: paper
-    and table.
+    Attributes:
+      params_m: number of parameters [10^6].
+      gmacs: multiply-adds per image (papers say FLOPs) [10^9]; None if the paper gives none.
+      top1: accuracy on the validation split [%].
+      source: paper and table.
     """
 
     params_m: float
@@ -21,7 +23,7 @@ _DEIT = "Touvron et al. 2021, DeiT, Table 5"
 _CLUSTR = "ClusTR (anonymous, under review), Table 1"
 _PALE = "Wu et al. 2022, Pale Transformer, Table 2"
 _SWIN = "Liu et al. 2021, Swin Transformer, Table 1a"
-# Table 1 has more digits than Table 2 but says nothing of DGT-T.
+# Table 1 has more digits than Table 2, but lacks DGT-T.
 _DGT = "Liu et al. 2022, Dynamic Group Transformer"
 PUBLISHED = {
     "clustr_t": Published(11.7, 2.2, 80.2, _CLUSTR),
@@ -41,7 +43,7 @@ PUBLISHED = {
     "swin_b": Published(88, 15.4, 83.5, _SWIN),
 }
 
-# Ablations: table -> row -> what the paper reports. ClusTR-T for 100 epochs.
+# Ablations of ClusTR-T, trained for 100 epochs: table -> row -> numbers.
 CLUSTR_ABLATIONS = {
     "Table 6": {
         "grid (SRA)": Published(13.2, 2.1, 76.7, "Table 6"),
@@ -54,7 +56,7 @@ CLUSTR_ABLATIONS = {
         "{64, 16}, {16, 4}, {4, 1}, 1": Published(11.7, 2.2, 77.9, "Table 7"),
     },
 }
-# Pale-T.
+# Ablations of Pale-T: table -> row -> numbers.
 PALE_ABLATIONS = {
     "Table 7": {
         1: Published(22, 3.8, 82.4, "Table 7"),
@@ -76,15 +78,23 @@ PALE_ABLATIONS = {
         "CPE": Published(22, 4.2, 83.4, "Table 9"),
     },
 }
-# Top-1 of the models trained with MixToken and token labels: Table 2, starred.
+# Top-1 accuracy of the models trained with MixToken and token labels (Table 2, starred) [%].
 PALE_TOKEN_LABELS_TOP1 = {"pale_t": 84.2, "pale_s": 85.0, "pale_b": 85.8}
 
 
 class SparsityLevel(NamedTuple):
-    """Tables 3 to 5 of Token Pooling: a list of K, what it costs and reaches on ImageNet-1K.
+    """A level of sparsity of Token Pooling, with its cost and accuracy on ImageNet-1K.
 
-    keep: K of every block. powerbert_gmacs, kmedoids_gmacs: 10^9 multiply-adds as printed, whose
-    digits differ. powerbert_top1, kmedoids_top1, weighted_kmedoids_top1: accuracy, percent.
+    References:
+      Marin et al. 2021, Token Pooling, Tables 3 to 5.
+
+    Attributes:
+      keep: number of tokens that each block keeps, the paper's K.
+      powerbert_gmacs: multiply-adds of PoWER-BERT, with the digits that the paper prints [10^9].
+      kmedoids_gmacs: multiply-adds of K-Medoids, likewise [10^9].
+      powerbert_top1: accuracy of PoWER-BERT [%].
+      kmedoids_top1: accuracy of K-Medoids [%].
+      weighted_kmedoids_top1: accuracy of weighted K-Medoids [%].
     """
 
     keep: tuple[int, ...]
@@ -95,8 +105,8 @@ class SparsityLevel(NamedTuple):
     weighted_kmedoids_top1: float
 
 
-# Levels 0 to 7. The last number of level 0 of DeiT-S is missing in the text; 173 fits its cost.
-# Which accuracy is the weighted one follows Table 2.
+# Levels 0 to 7. The text lacks the last K of DeiT-S at level 0; 173 fits its cost. Table 2 tells
+# which accuracy belongs to weighted K-Medoids.
 TOKEN_POOLING = {
     "deit_s": (
         SparsityLevel(
@@ -202,22 +212,23 @@ TOKEN_POOLING = {
     ),
 }  # fmt: skip
 
-# The models without reduction (Table 2, after twice the schedule): 10^9 multiply-adds, accuracy.
+# Multiply-adds [10^9] and accuracy [%] of the models without reduction, after twice the schedule
+# (Table 2).
 TOKEN_POOLING_BASES = {
     "deit_s": ("4.60", 81.2),
     "deit_e318": ("3.21", 80.0),
     "deit_e252": ("2.07", 77.7),
 }
-# 10^9 multiply-adds of K-Means at levels 0 to 7 of DeiT-S (Table 3).
+# Multiply-adds of K-Means in DeiT-S at levels 0 to 7 (Table 3) [10^9].
 TOKEN_POOLING_KMEANS = ("4.7", "3.3", "2.8", "2.5", "2.3", "1.7", "1.4", "1.1")
 
-# What a paper's own multiply-adds leave out: operators, and scopes that layers name. ClusTR counts
-# neither the clustering nor the attention at the finer scale.
+# Family -> operators, and scopes named in layers, that a paper's multiply-adds leave out. ClusTR
+# counts neither the clustering nor the attention at the finer scale.
 LEFT_OUT = {
     "clustr": ("_density_peaks", "merge_tokens", "fine_scale"),
 }
 
 
 def left_out(model: str) -> tuple[str, ...]:
-    """Returns what the paper of a model does not count, of :data:`LEFT_OUT`."""
+    """Returns the entries of :data:`LEFT_OUT` for a model."""
     return LEFT_OUT.get(model.split("_")[0], ())

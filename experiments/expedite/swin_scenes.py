@@ -7,7 +7,7 @@ Six blocks in the third stage, whose map of 8 x 8 tokens is one window.
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.recipes import segmenter_scenes_config
+from tokenvit_jax.recipes.segmenter import segmenter_scenes_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

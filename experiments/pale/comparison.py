@@ -9,7 +9,7 @@ shifted digits of 64 x 64, a shrunk Pale-T, 160 steps. Writes comparison.md and 
 from pathlib import Path
 
 from experiments.short_runs import make_hard, write_comparison
-from tokenvit_jax.recipes import pale_digits_config
+from tokenvit_jax.recipes.pale import pale_digits_config
 
 SEEDS = (0, 1, 2)
 SETTINGS = {

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.short_runs import make_hard, mean_and_spread
-from tokenvit_jax.recipes import pale_config
+from tokenvit_jax.recipes.pale import pale_digits_config
 from tokenvit_jax.train import train
 from tokenvit_jax.training.logging import read_metrics
 
@@ -23,7 +23,7 @@ TEACHER_STEPS = 400
 
 
 def hard_config(arg: str, seed: int) -> ConfigDict:
-    config = make_hard(pale_config("pale_t", arg, drop_path=0.1))
+    config = make_hard(pale_digits_config("pale_t", token_labels=arg == "digits_tokens"))
     config.seed = seed
     return config
 

@@ -1,6 +1,6 @@
 """Stages 1 and 3 of Token Pooling in short: a small DeiT, and what is tuned from it.
 
-64 patches, 6 blocks, the embedded digits: recipes.deit_digits_config.
+64 patches, 6 blocks, the embedded digits: recipes.vit.deit_digits_config.
 """
 
 import functools
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.short_runs import Run, train
 from tokenvit_jax.measure.macs import summarize_model
-from tokenvit_jax.recipes import deit_digits_config
+from tokenvit_jax.recipes.vit import deit_digits_config
 
 MODEL = "deit_s"
 NUM_PATCHES, DEPTH = 64, 6

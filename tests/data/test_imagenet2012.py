@@ -14,17 +14,17 @@ from imagenet_archives import (
     VALIDATION_LABELS,
     encode,
 )
+from shipped_configs import load_config
 
 from tokenvit_jax import cli, data, prepare
 from tokenvit_jax.data.datasets import imagenet2012
 from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.recipes import imagenet_recipe
 
 
 @pytest.fixture
 def config(prepared):
-    config = imagenet_recipe()
+    config = load_config("dgt_t")
     config.data.data_dir = str(prepared)
     config.data.workers = 0
     config.image_size = 32

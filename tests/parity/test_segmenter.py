@@ -1,6 +1,6 @@
-"""Segmenter with random weights, from a file of its authors' names: logits of pixels.
+"""Segmenter with random weights in its authors' layout: compares the logits of all pixels.
 
-The peer is written here in PyTorch, from timm's blocks and from Section 3 of Strudel et al. 2021.
+The reference is written here in PyTorch, from timm's blocks and Section 3 of Strudel et al. 2021.
 """
 
 import jax
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tokenvit_jax import convert
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.tasks import segmentation
 from tokenvit_jax.training.checkpoint import load_checkpoint
+from tokenvit_jax.training.conversion import export_run, import_file
 from tokenvit_jax.training.workdir import read_config
 
 pytestmark = pytest.mark.parity
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 DIM, HEAD_DIM, PATCH, SIDE = 192, 64, 16, 96
 DATASET = "pascal_context"
 CASES = [
-    # model, distilled, blocks of the decoder (None: linear)
+    # model, distilled, blocks of the mask transformer (None: linear decoder)
     ("vit_ti", False, 2),
     ("deit_ti", True, 1),
     ("vit_ti", False, None),
@@ -27,7 +27,7 @@ CASES = [
 
 
 def torch_segmenter(timm, distilled, decoder_depth, num_classes):
-    """Returns a module whose names are those of rstrudel/segmenter."""
+    """Returns a module with the names of rstrudel/segmenter."""
     import functools
 
     import torch
@@ -55,7 +55,7 @@ def torch_segmenter(timm, distilled, decoder_depth, num_classes):
             self.mask_norm = norm(num_classes)
 
         def forward(self, z):
-            """Class embeddings are decoded with the patches; masks are products of both."""
+            """Decodes class embeddings with the patches; masks are their products."""
             joint = torch.cat([self.proj_dec(z), self.cls_emb.expand(len(z), -1, -1)], 1)
             joint = self.decoder_norm(self.blocks(joint))
             z, c = joint.split([z.shape[1], num_classes], 1)
@@ -104,7 +104,7 @@ def torch_segmenter(timm, distilled, decoder_depth, num_classes):
     for parameter in model.parameters():  # LayerNorms and biases too
         parameter.data += 0.02 * torch.randn_like(parameter)
     for name, parameter in model.encoder.named_parameters():
-        if not name.startswith(("blocks", "norm")):  # small tokens: epsilon matters
+        if not name.startswith(("blocks", "norm")):  # small tokens: the epsilon matters
             parameter.data *= 0.1
     return model
 
@@ -117,14 +117,14 @@ def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
     peer = torch_segmenter(timm, distilled, decoder_depth, num_classes)
     source, workdir, back = tmp_path / "checkpoint.pth", tmp_path / "run", tmp_path / "back"
     torch.save({"model": peer.state_dict(), "optimizer": {"lr": 0.1}, "epoch": 3}, source)
-    convert.import_file(source, workdir, name, "segmenter", DATASET, None)
+    import_file(source, workdir, name, "segmenter", DATASET, None)
     config = read_config(workdir)
     assert config.image_size == SIDE
     model = segmentation.make_model(config, num_classes)
     variables = load_checkpoint(workdir).variables
 
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))
-    # The size of the embeddings; another one, smaller and larger; one that is padded to patches.
+    # The trained size; narrower and wider; one that must be padded to whole patches.
     for size in ((SIDE, SIDE), (64, 144), (90, 100)):
         images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
         with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
         assert expected.std() > 0.1
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
-    convert.export_run(workdir, back, "segmenter", "last")
+    export_run(workdir, back, "segmenter", "last")
     written = {name: torch.from_numpy(array) for name, array in load_file(back).items()}
     lacking = peer.load_state_dict(written, strict=False)
     assert not lacking.unexpected_keys

@@ -1,17 +1,17 @@
-"""Swin and Swin v2 with random weights: blocks, maps and logits are those of timm."""
+"""Swin and Swin v2 with random weights: compares blocks, maps and logits with timm."""
 
 import jax
 import numpy as np
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax.models.layouts import LAYOUTS, export_weights, import_weights
+from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights
 
 pytestmark = pytest.mark.parity
 
 
 def randomize(peer):
-    """Changes all parameters, LayerNorms that start at 0 too, and returns the arrays."""
+    """Changes all parameters, including LayerNorms that start at 0; returns the arrays."""
     import torch
 
     torch.manual_seed(0)
@@ -19,20 +19,17 @@ def randomize(peer):
         if "norm" in name:
             parameter.data.copy_(torch.rand_like(parameter))
         elif "logit_scale" in name:
-            parameter.data += 2 * torch.randn_like(parameter)  # some beyond the limit
+            parameter.data += 2 * torch.randn_like(parameter)  # some exceed the limit
         else:
             parameter.data += 0.05 * torch.randn_like(parameter)
     return {name: tensor.numpy() for name, tensor in peer.eval().state_dict().items()}
 
 
 def import_all(family, arrays, model):
-    """Returns the parameters, after the way back was tried."""
+    """Returns the parameters, and checks that exporting them gives the arrays again."""
     layout = LAYOUTS["timm"][family]
-    shapes = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), np.zeros((1, 32, 32, 3))
-    )["params"]
-    params = import_weights(arrays, shapes, layout.rules(model))
-    back = export_weights(params, layout.rules(model))
+    params = import_weights(arrays, model, layout)
+    back = export_weights(params, model, layout)
     assert back.keys() == arrays.keys()
     for name, array in back.items():
         np.testing.assert_array_equal(array, arrays[name], err_msg=name)
@@ -96,8 +93,8 @@ def ours(family, **settings):
     ("depths", "sizes"),
     [
         ((2, 2), [(64, 64), (96, 128)]),
-        # Not whole windows and squares. timm rolls maps before it pads them, so that its mask
-        # misses what was rolled: only blocks without a shift agree.
+        # Maps that windows do not divide. timm shifts maps before it pads them, and its mask
+        # ignores the shifted positions: only blocks without a shift agree.
         ((1, 1), [(68, 100)]),
     ],
 )
@@ -121,7 +118,7 @@ def test_windows_larger_than_maps(timm, family):
     peer = build(timm, family, img_size=(32, 64), **settings)
     arrays, model = randomize(peer), ours(family, **settings)
     for block in range(2 * (family == "swin")):
-        # timm's table has only the offsets that there are.
+        # timm's table holds only the offsets that occur.
         name = f"layers.1.blocks.{block}.attn.relative_position_bias_table"
         table = np.random.default_rng(block).normal(size=(15, 15, 4)).astype(np.float32)
         table[4:-4] = arrays[name].reshape(7, 15, 4)
@@ -137,7 +134,7 @@ def test_published_networks(timm, theirs, name, size):
     peer = timm.create_model(theirs)
     arrays, family = randomize(peer), name.split("_")[0]
     layout = LAYOUTS["timm"][family]
-    model = tv.create_model(name, **layout.settings(arrays))
+    model = tv.create_model(name, **layout.model_overrides(arrays))
     assert model == tv.create_model(name)
     assert layout.image_size(model) == size
     compare(peer, model, import_all(family, arrays, model), (size, size), batch=1)

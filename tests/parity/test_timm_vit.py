@@ -1,4 +1,4 @@
-"""ViT and DeiT with random weights: blocks and logits are those of timm."""
+"""ViT and DeiT with random weights: compares blocks and logits with timm."""
 
 import pathlib
 
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax import convert
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.layouts import export_weights, import_weights, timm_vit, timm_vit_settings
+from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights, read_arrays
 
 pytestmark = pytest.mark.parity
 
+LAYOUT = LAYOUTS["timm"]["vit"]
 CASES = [
     ("deit_tiny_patch16_224", "deit_ti", {}),
     ("deit_tiny_distilled_patch16_224", "deit_ti", {}),
@@ -34,19 +34,15 @@ def test_blocks_and_logits(timm, theirs, ours, settings):
         parameter.data += 0.02 * torch.randn_like(parameter)
     arrays = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
     depth = {"depth": settings["depth"]} if "depth" in settings else {}
-    model = tv.create_model(ours, num_classes=10, **timm_vit_settings(arrays), **depth)
+    model = tv.create_model(ours, num_classes=10, **LAYOUT.model_overrides(arrays), **depth)
 
-    def init(x):
-        return model.init(jax.random.key(0), x, train=False)
-
-    shapes = jax.eval_shape(init, np.zeros((1, 32, 32, 3), np.float32))["params"]
-    params = import_weights(arrays, shapes, timm_vit(model))
-    assert export_weights(params, timm_vit(model)).keys() == arrays.keys()
+    params = import_weights(arrays, model, LAYOUT)
+    assert export_weights(params, model, LAYOUT).keys() == arrays.keys()
 
     blocks = []
     for block in peer.blocks:
         block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
-    # The size of the embeddings; another one; one that is padded to whole patches.
+    # The trained size; another one; one that must be padded to whole patches.
     for size in ((224, 224), (160, 256), (230, 250)):
         images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
         blocks.clear()
@@ -65,17 +61,17 @@ def test_blocks_and_logits(timm, theirs, ours, settings):
 
 
 def test_files_of_torch(timm, tmp_path):
-    """Arrays alone or inside "model"; whatever else is pickled is refused."""
+    """Reads arrays alone or inside "model"; refuses any other pickled object."""
     import torch
 
     arrays = {"cls_token": torch.randn(1, 1, 3), "half": torch.randn(2).half()}
     for content in (arrays, {"model": arrays, "epoch": 3}):
         torch.save(content, tmp_path / "weights.pth")
-        found = convert.read_arrays(tmp_path / "weights.pth")
+        found = read_arrays(tmp_path / "weights.pth")
         assert found.keys() == arrays.keys()
         for name, array in found.items():
             np.testing.assert_array_equal(array, arrays[name].float().numpy())
             assert array.dtype == np.float32
     torch.save({"model": arrays, "config": pathlib.Path("a")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth is refused: it holds more than arrays"):
-        convert.read_arrays(tmp_path / "weights.pth")
+        read_arrays(tmp_path / "weights.pth")

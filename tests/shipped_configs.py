@@ -1,0 +1,33 @@
+"""The files in `configs/`, their arguments, and a function that loads them."""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+FOLDER = Path(__file__).parent.parent / "configs"
+_LEVELS = tuple(f"level{number}" for number in range(8))
+_ARGS = {
+    "dgt": ("", "digits"),
+    "clustr": ("", "digits"),
+    "pale": ("", "tokens", "digits", "digits_tokens"),
+    "deit": ("", "search", "pooled", "digits", "digits_search", "digits_pooled"),
+    "swin": ("", "digits"),
+    "swinv2": ("", "digits"),
+    "segmenter": ("", "pascal_context", "cityscapes", "scenes"),
+}
+CASES = [
+    (path.stem, arg)
+    for path in sorted(FOLDER.glob("*.py"))
+    for arg in _ARGS[path.stem.split("_")[0]]
+]
+# Stage 3 of Token Pooling with the paper's numbers of tokens.
+LEVELS = [(name, arg) for name in ("deit_s", "deit_e318", "deit_e252") for arg in _LEVELS]
+
+
+def load_config(name: str, arg: str = "") -> ConfigDict:
+    """Returns the configuration that `--config=configs/NAME.py:ARG` loads."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)

@@ -1,0 +1,177 @@
+"""Every shipped config sets exactly these entries; all others have their defaults."""
+
+import pytest
+from flax.traverse_util import flatten_dict
+from shipped_configs import CASES, LEVELS, load_config
+
+from tokenvit_jax.config import default_config
+from tokenvit_jax.published import TOKEN_POOLING
+
+IMAGENET = {
+    "augment.crop_scale": (0.08, 1.0), "augment.flip": 0.5, "augment.randaugment.num_ops": 2,
+    "batch_size": 1024, "checkpoint_every_steps": 1251, "data.eval_batch_size": 1024,
+    "data.workers": 16, "dataset": "imagenet2012", "dtype": "bfloat16", "eval_every_steps": 1251,
+    "label_smoothing": 0.1, "model_overrides.remat": False, "num_steps": 375_300,
+    "mix.mixup": 0.8, "mix.cutmix": 1.0,
+}  # fmt: skip
+DIGITS = {
+    "augment.rotation": 10.0, "augment.translation": 0.05, "batch_size": 64,
+    "checkpoint_every_steps": 100, "data.eval_batch_size": 120, "dataset": "digits",
+    "eval_every_steps": 50, "image_size": 64, "label_smoothing": 0.1, "log_every_steps": 10,
+    "model_overrides.drop_path": 0.0, "model_overrides.remat": False, "num_steps": 400,
+    "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 40,
+}  # fmt: skip
+SEGMENTER = {
+    "augment.flip": 0.5, "augment.max_class_share": 0.75, "augment.photometric": True,
+    "augment.scale_range": (0.5, 2.0), "data.eval_batch_size": 8,
+    "data.normalization": "inception", "data.workers": 10, "dtype": "bfloat16",
+    "model_overrides.drop_path": 0.1, "model_overrides.norm_epsilon": 1e-5,
+    "model_overrides.position_resize": "bilinear", "model_overrides.position_size": (384, 384),
+    "model_overrides.remat": False, "optimizer.name": "sgd", "optimizer.power": 0.9,
+    "optimizer.schedule": "polynomial", "optimizer.weight_decay": 0.0,
+}  # fmt: skip
+
+
+def overrides(**settings):
+    return {f"model_overrides.{name}": value for name, value in settings.items()}
+
+
+PYRAMID = overrides(dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8), depths=(1, 1, 2, 1))
+CLUSTR = overrides(
+    ratios=((64, 16), (16, 4), (4, 1), (1,)), aggregation="clusters", assign="nearest", adaptive=0.0
+)
+PALE = overrides(mode="parallel", position="cpe", mask_padding=False, token_head=False)
+DEIT = overrides(qk_norm="none")
+SWIN_DIGITS = PYRAMID | overrides(depths=(2, 2, 2, 1), window_size=4)
+TOKENS = {
+    "mix.mixup": 0.0, "mix.cutmix": 0.0, "mix.mixtoken": 1.0, "token_labels.weight": 0.5,
+    "model_overrides.token_head": True,
+}  # fmt: skip
+
+
+def search(penalty):
+    return {
+        "model_overrides.token_reducer.method": "soft_extract",
+        "model_overrides.token_reducer.diagonal": True,
+        "retention.penalty": penalty,
+        "retention.learning_rate_factor": 10.0,
+    }
+
+
+POOLED = {
+    f"model_overrides.token_reducer.{name}": value
+    for name, value in {
+        "keep": (), "method": "weighted_kmedoids", "initial": "score", "carry": False,
+        "diagonal": True,
+    }.items()
+}  # fmt: skip
+
+# Family -> entries on ImageNet-1K, beside those of all families.
+PUBLISHED = {
+    "dgt": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020}
+    | overrides(num_groups=48, top_k=98),
+    "clustr": {
+        "augment.erasing": 0.25, "augment.color_jitter": 0.4, "data.repeats": 3,
+        "optimizer.warmup_steps": 6255,
+    } | CLUSTR,
+    "pale": {"augment.color_jitter": 0.4, "optimizer.warmup_steps": 25_020}
+    | overrides(pale_sizes=(7, 7, 7, 7)) | PALE,
+    "deit": {"augment.erasing": 0.25, "data.repeats": 3, "optimizer.warmup_steps": 6255} | DEIT,
+    "swin": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020},
+}  # fmt: skip
+PUBLISHED["swinv2"] = PUBLISHED["swin"] | {"image_size": 256}
+# Family -> the network that shrinks to the digits.
+SHRUNK = {
+    "dgt": PYRAMID | overrides(stem_dim=16, head_dim=128, num_groups=8, top_k=24),
+    "clustr": PYRAMID | overrides(mlp_ratios=(4, 4, 4, 4)) | CLUSTR,
+    "pale": PYRAMID | PALE
+    | overrides(num_heads=(2, 2, 4, 8), pale_sizes=(4, 2, 2, 2), position_size=(64, 64)),
+    "deit": DEIT | overrides(
+        dim=64, depth=6, num_heads=4, patch_size=8, position_size=(64, 64), init_std=0.1
+    ),
+    "swin": SWIN_DIGITS,
+    "swinv2": SWIN_DIGITS | overrides(pretrained_window_sizes=(4, 4, 4, 2)),
+}  # fmt: skip
+# Argument -> entries beside the family's.
+VARIANTS = {
+    "": {}, "digits": {},
+    "tokens": TOKENS, "digits_tokens": TOKENS,
+    "search": search(1e-3) | {"num_steps": 37_530}, "digits_search": search(3e-3),
+    "pooled": POOLED, "digits_pooled": POOLED,
+}  # fmt: skip
+SIZES = {
+    name: overrides(drop_path=drop_path)
+    for name, drop_path in {
+        "dgt_t": 0.1, "dgt_s": 0.3, "dgt_b": 0.5, "clustr_t": 0.1, "clustr_s": 0.1,
+        "clustr_b": 0.3, "pale_t": 0.1, "pale_s": 0.3, "pale_b": 0.5, "deit_ti": 0.1,
+        "deit_s": 0.1, "deit_e318": 0.1, "deit_e252": 0.1, "deit_b": 0.1, "swin_t": 0.2,
+        "swin_s": 0.3, "swin_b": 0.5, "swinv2_t": 0.2, "swinv2_s": 0.3, "swinv2_b": 0.5,
+    }.items()
+}  # fmt: skip
+SIZES["clustr_b"] |= {"clip_norm": 1.0}
+
+
+def on_side(side):
+    """Entries of ADE20K for crops of a side."""
+    return {
+        "augment.short_side": side, "batch_size": 8, "checkpoint_every_steps": 2526,
+        "data.eval_short_side": side, "data.eval_size": (2 * side, 2 * side),
+        "data.label_size": (2100, 2100), "dataset": "ade20k", "eval_every_steps": 5052,
+        "head_overrides.depth": 2, "image_size": side, "inference.stride": side,
+        "num_steps": 161_680,
+    }  # fmt: skip
+
+
+SEGMENTER_DATASETS = {
+    "pascal_context": SEGMENTER | {
+        "augment.short_side": 520, "batch_size": 16, "checkpoint_every_steps": 312,
+        "data.eval_short_side": 520, "data.eval_size": (1120, 1120), "data.label_size": (500, 500),
+        "dataset": "pascal_context", "eval_every_steps": 2496, "head_overrides.depth": 2,
+        "image_size": 480, "inference.stride": 320, "num_steps": 79_968,
+    },
+    "cityscapes": SEGMENTER | {
+        "augment.short_side": 1024, "batch_size": 8, "checkpoint_every_steps": 371,
+        "data.eval_short_side": 1024, "data.eval_size": (1024, 2048),
+        "data.label_size": (1024, 2048), "dataset": "cityscapes", "eval_every_steps": 1484,
+        "head_overrides.depth": 1, "image_size": 768, "inference.stride": 512,
+        "num_steps": 80_325, "optimizer.learning_rate": 1e-2,
+    },
+    "scenes": {
+        "batch_size": 16, "checkpoint_every_steps": 500, "data.eval_batch_size": 20,
+        "dataset": "scenes", "eval_every_steps": 500, "head_overrides.depth": 1,
+        "head_overrides.head_dim": 24, "image_size": 128, "num_steps": 3000,
+        "optimizer.warmup_steps": 100,
+    } | overrides(
+        dim=96, depth=8, num_heads=4, patch_size=8, position_size=(128, 128), drop_path=0.0,
+        remat=False, init_std=0.1,
+    ),
+}  # fmt: skip
+
+
+def expected_entries(name, arg):
+    family, size = name.split("_")
+    if family == "segmenter":
+        ade20k = SEGMENTER | on_side(640 if size == "l" else 512)
+        return {"model": f"vit_{size}"} | ({"": ade20k} | SEGMENTER_DATASETS)[arg]
+    if arg.startswith("level"):
+        keep = TOKEN_POOLING[name][int(arg[-1])].keep
+        return expected_entries(name, "pooled") | overrides(**{"token_reducer.keep": keep})
+    if "digits" in arg:
+        entries = DIGITS | SHRUNK[family]
+    else:
+        entries = IMAGENET | PUBLISHED[family] | SIZES[name]
+    return {"model": name} | entries | VARIANTS[arg]
+
+
+def typed(value):
+    """Makes tuples differ from lists, and integers from floats."""
+    return type(value), tuple(map(typed, value)) if isinstance(value, tuple | list) else value
+
+
+@pytest.mark.parametrize(("name", "arg"), CASES + LEVELS)
+def test_entries(name, arg):
+    found = flatten_dict(load_config(name, arg).to_dict(), sep=".")
+    expected = flatten_dict(default_config().to_dict(), sep=".") | expected_entries(name, arg)
+    assert {key: typed(found[key]) for key in found} == {
+        key: typed(expected[key]) for key in expected
+    }

@@ -1,0 +1,44 @@
+"""Recipes of DGT (Liu et al. 2022, Dynamic Group Transformer)."""
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.recipes import choose_config
+from tokenvit_jax.recipes.digits import digits_config
+from tokenvit_jax.recipes.imagenet import ImageNetRecipe
+
+# Settings of every DGT here, written out so that the command line can change them.
+COMMON = {"remat": False}
+
+
+def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe) -> ConfigDict:
+    """Returns the configuration of a DGT.
+
+    Args:
+      model: name of the model.
+      arg: "": on ImageNet-1K; "digits": shrunk, on the embedded digits.
+      drop_path: rate of stochastic depth on ImageNet-1K.
+      recipe: training on ImageNet-1K.
+    """
+    overrides = {
+        "num_groups": 48, "top_k": 98,  # the paper's
+        "drop_path": drop_path, **COMMON,
+    }  # fmt: skip
+    return choose_config(
+        arg,
+        {
+            "": lambda: recipe.make_config(model, overrides),
+            "digits": lambda: dgt_digits_config(model),
+        },
+    )
+
+
+def dgt_digits_config(model: str) -> ConfigDict:
+    """Returns the configuration of a DGT, shrunk, on the embedded digits."""
+    overrides = {
+        "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
+        "depths": (1, 1, 2, 1), "head_dim": 128,
+        # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
+        "num_groups": 8, "top_k": 24,
+        "drop_path": 0.0, **COMMON,
+    }  # fmt: skip
+    return digits_config(model, overrides)
