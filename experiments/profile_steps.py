@@ -1,23 +1,26 @@
-"""Where the time of a forward pass and of a training step goes on CPU, by parts of the networks.
+"""Measures where a forward pass and a training step spend their time on CPU, by parts of the model.
 
     python -m experiments.profile_steps
 
-One call each at 224 x 224, batch 8, traced by `jax.profiler`. Every operation of the compiled
-program is assigned by the layer it comes from; XLA fuses some products of attention with the
-softmax, so that both are one part. Writes docs/benchmarks/cpu_profile.md.
+One call each at 224 x 224 pixels, batch 8, traced by `jax.profiler`. Every operation of the
+compiled program is assigned by the layer that it comes from. XLA fuses some products of attention
+with the softmax, so both are one part. Writes docs/benchmarks/cpu_profile.md.
 """
 
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import tokenvit_jax as tv
-from tokenvit_jax.measure.models import train_step_of
-from tokenvit_jax.measure.timing import normal
+from experiments import pages
+from tokenvit_jax.benchmark import train_step_of
+from tokenvit_jax.benchmark_cases import normal
 from tokenvit_jax.memory import keep_pages
 
 CALLS = (
@@ -27,7 +30,7 @@ CALLS = (
     ("pale_t", "training"),
 )
 BATCH_SIZE = 8
-# The first pattern that is found in the name of an operation's origin.
+# An operation belongs to the first part whose pattern is found in the name of its origin.
 PARTS = {
     "clustering and merging": "density_peaks|assign_clusters|merge_tokens|cluster_sums",
     "depthwise convolutions": "depthwise|cpe",
@@ -40,8 +43,13 @@ PARTS = {
 RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "cpu_profile.md"
 
 
-def compile_call(name: str, mode: str):
-    """Returns the compiled call of a model and a function that runs it once more."""
+def compile_call(name: str, mode: str) -> tuple[Any, Callable[[], Any]]:
+    """Returns the compiled call of a model and a function that runs it once more.
+
+    Args:
+      name: name of the model.
+      mode: "training" or "forward".
+    """
     model = tv.create_model(name)
     images, labels = normal(0, (BATCH_SIZE, 224, 224, 3)), jnp.arange(BATCH_SIZE)
     variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
@@ -53,7 +61,7 @@ def compile_call(name: str, mode: str):
     return program, lambda: jax.block_until_ready(program(variables, images, labels))
 
 
-def trace(run) -> list[tuple[str, int]]:
+def trace(run: Callable[[], Any]) -> list[tuple[str, int]]:
     """Returns the operations of one run, by their names in the program, and their nanoseconds."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -69,7 +77,7 @@ def trace(run) -> list[tuple[str, int]]:
 
 
 def shares(name: str, mode: str) -> dict[str, float]:
-    """Returns the part of the time that each of PARTS takes."""
+    """Returns the share of the time that each of PARTS takes."""
     program, run = compile_call(name, mode)
     origins = dict(re.findall(r'%?([\w.\-]+) = .*?op_name="([^"]+)"', program.as_text()))
     run()
@@ -83,17 +91,18 @@ def shares(name: str, mode: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measures and writes the page."""
     keep_pages()
     columns = [shares(*call) for call in CALLS]
     lines = [
         "Written by `python -m experiments.profile_steps`, which says how. Shares of the time of",
         "one call at 224 x 224, batch 8.",
         "",
-        f"| part | {' | '.join(f'`{name}`, {mode}' for name, mode in CALLS)} |",
-        f"| --- | {' | '.join('---' for _ in CALLS)} |",
+        *pages.table(
+            ["part", *(f"`{name}`, {mode}" for name, mode in CALLS)],
+            ([part, *(f"{column[part]:.0%}" for column in columns)] for part in PARTS),
+        ),
     ]
-    for part in PARTS:
-        lines.append(f"| {part} | {' | '.join(f'{c[part]:.0%}' for c in columns)} |")
     text = "\n".join(lines) + "\n"
     RESULT.write_text(text)
     print(text)

@@ -1,53 +1,28 @@
-"""Short trainings on the embedded digits, compared over several seeds."""
+"""Compares settings by short trainings on the embedded digits, over several seeds."""
 
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import flax.linen as nn
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
-from tokenvit_jax.memory import keep_pages
-from tokenvit_jax.tasks import classification
-from tokenvit_jax.tasks.pictures import COLORS
-from tokenvit_jax.training.checkpoint import Checkpoint
-from tokenvit_jax.training.initial import start_from
-from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.parallel import make_parallel
-from tokenvit_jax.training.state import TrainState, eval_variables, init_state
-from tokenvit_jax.training.step import make_eval_step, make_train_step
+from experiments import pages, plots
+from experiments.pages import mean_and_std
+from experiments.runs import ShortRun, train
 
-
-class Run(NamedTuple):
-    """What one training showed.
-
-    Attributes:
-      loss: of every step (num_steps,).
-      accuracy: on the test images, at the end.
-      test_loss: on the test images, at the end, nats.
-      model: the module that was trained.
-      variables: of the model, after training.
-    """
-
-    loss: np.ndarray
-    accuracy: float
-    test_loss: float
-    model: nn.Module
-    variables: dict
+SEEDS = (0, 1, 2)
+NUM_STEPS = 160
+LAST_STEPS = 20  # whose mean is the last training loss
+CURVE_STEPS = 10  # whose mean is a point of a curve
 
 
 def make_hard(config: ConfigDict) -> ConfigDict:
-    """Shortens the digits recipe and turns and shifts the digits further, in place.
+    """Shortens the digits recipe and rotates and shifts the digits further, in place.
 
-    The plain recipe ends at 98 to 99 % whatever the attention does; this leaves room for
-    differences.
+    The plain recipe ends at 98 to 99 % with any attention; this leaves room for differences.
     """
-    config.num_steps = 160
+    config.num_steps = NUM_STEPS
     config.augment.rotation = 40.0
     config.augment.translation = 0.2
     return config
@@ -56,24 +31,21 @@ def make_hard(config: ConfigDict) -> ConfigDict:
 def run_all(
     make_config: Callable[[], ConfigDict],
     settings: dict[str, dict],
-    seeds: Sequence[int],
-    run: Callable[[ConfigDict], NamedTuple] | None = None,
+    run: Callable[[ConfigDict], NamedTuple] = train,
 ) -> dict[str, list]:
     """Trains with every setting and seed.
 
     Args:
       make_config: makes the configuration that all settings start from.
-      settings: name -> entries of the configuration, such as {"centroids.rule": "literal"}.
-      seeds: of the configuration.
-      run: what to do with a configuration; default: :func:`train`. Its results have `accuracy`.
+      settings: name -> entries of the configuration, such as {"model_overrides.top_k": 12}.
+      run: trains with a configuration; its result has `accuracy`.
 
     Returns:
       name -> one result of ``run`` per seed.
     """
-    run = run or train
     runs = {name: [] for name in settings}
     for name, entries in settings.items():
-        for seed in seeds:
+        for seed in SEEDS:
             config = make_config()
             config.seed = seed
             config.update_from_flattened_dict(entries)
@@ -82,147 +54,84 @@ def run_all(
     return runs
 
 
-def train(
-    config: ConfigDict,
-    watch: Callable[[nn.Module, int, TrainState], None] | None = None,
-    initial: Run | None = None,
-) -> Run:
-    """Trains with a configuration, in this process and without a workdir.
+def compare(
+    make_config: Callable[[], ConfigDict], settings: dict[str, dict]
+) -> dict[str, list[ShortRun]]:
+    """Trains with every setting of the model and every seed.
 
     Args:
-      config: see `tokenvit_jax.config`.
-      watch: called with the model, the number of steps done and the state, before every step and
-        at the end.
-      initial: a run whose variables training starts from; None: from random ones.
-
-    Returns:
-      What it showed.
-    """
-    keep_pages()
-    num_classes = dataset_info(config.dataset).num_classes
-    model = classification.make_model(config, num_classes)
-    optimizer = make_optimizer(config)
-    parallel = make_parallel(config)
-    init_fn = functools.partial(init_state, model, optimizer, config)
-    state = parallel.init(init_fn)
-    if initial:
-        steps = len(initial.loss)
-        state = start_from(state, Checkpoint(steps, Path("memory"), initial.variables))
-    train_step = parallel.train_step(
-        make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
-    )
-    eval_step = parallel.eval_step(make_eval_step(model, config))
-    loss = []
-    for step, batch in zip(range(config.num_steps), iter(train_dataset(config)), strict=False):
-        if watch:
-            watch(model, step, state)
-        state, metrics = train_step(state, batch)
-        loss.append(float(metrics["loss"]))
-    if watch:
-        watch(model, config.num_steps, state)
-    variables = eval_variables(state.params, state.model_state, state.ema)
-    sums = [jax.device_get(eval_step(variables, batch)) for batch in eval_dataset(config)]
-    metrics = classification.mean_metrics(sums)
-    return Run(np.array(loss), metrics["eval/accuracy"], metrics["eval/loss"], model, variables)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Formats the mean and the standard deviation over seeds."""
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
-
-
-def write_comparison(
-    folder: Path,
-    make_config: Callable[[], ConfigDict],
-    settings: dict[str, dict],
-    seeds: Sequence[int],
-    *,
-    network: str,
-    column: str,
-) -> tuple[dict[str, list[Run]], list[str]]:
-    """Trains with overrides of a network's settings and draws `comparison.png`.
-
-    Args:
-      folder: receives the plot.
       make_config: makes the configuration that all settings start from.
       settings: name -> entries of `model_overrides`.
-      seeds: of the configuration.
-      network: what is trained, for the titles.
-      column: heading of the names.
-
-    Returns:
-      The runs, and the lines of a text with their table.
     """
     entries = {
         name: {f"model_overrides.{key}": value for key, value in overrides.items()}
         for name, overrides in settings.items()
     }
-    runs = run_all(make_config, entries, seeds)
-    title = f"{network} on turned and shifted digits, {make_config().num_steps} steps"
-    figure = plot_comparison(runs, f"{title}, {len(seeds)} seeds")
-    figure.savefig(folder / "comparison.png", dpi=120)
-    lines = [
-        f"{title},",
-        f"{len(seeds)} seeds, mean ± standard deviation; 360 test images, so one image is 0.003.",
-        f"Written by `python -m experiments.{folder.name}.comparison`.",
-        "",
-        *results_table(runs, column),
-    ]
-    return runs, lines
+    return run_all(make_config, entries)
 
 
-def results_table(runs: dict[str, list[Run]], column: str) -> list[str]:
+def title(network: str) -> str:
+    """Returns the words that say what was trained."""
+    seeds = f"{len(SEEDS)} seeds"
+    return f"Shrunk {network} on rotated and shifted digits, {NUM_STEPS} steps, {seeds}"
+
+
+def describe(network: str) -> str:
+    """Returns the sentence that says what was trained and how precise the results are."""
+    precision = "mean ± standard deviation; 360 test images, so one image is 0.003."
+    return f"{title(network)}, {precision}"
+
+
+def last_loss(run: NamedTuple) -> float:
+    """Returns the training loss, mean over the last steps."""
+    return run.loss[-LAST_STEPS:].mean()
+
+
+def loss_curves(runs: Sequence[NamedTuple]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the middle steps (n,) of groups of steps, and their mean losses (seeds, n)."""
+    loss = np.stack([run.loss.reshape(-1, CURVE_STEPS).mean(1) for run in runs])
+    return CURVE_STEPS * np.arange(loss.shape[1]) + CURVE_STEPS // 2, loss
+
+
+def results_table(runs: dict[str, list[ShortRun]], column: str) -> list[str]:
     """Returns the lines of a table of accuracies and losses, mean and spread over the seeds.
 
     Args:
-      runs: of :func:`run_all`.
+      runs: result of :func:`compare`.
       column: heading of the names.
     """
-    lines = [
-        f"| {column} | test accuracy | test loss | last training loss |",
-        "| --- | --- | --- | --- |",
+    rows = [
+        [
+            name,
+            mean_and_std([run.accuracy for run in group]),
+            mean_and_std([run.test_loss for run in group]),
+            mean_and_std([last_loss(run) for run in group]),
+        ]
+        for name, group in runs.items()
     ]
-    for name, group in runs.items():
-        cells = (
-            [run.accuracy for run in group],
-            [run.test_loss for run in group],
-            [run.loss[-20:].mean() for run in group],
-        )
-        lines.append(f"| {name} | " + " | ".join(map(mean_and_spread, cells)) + " |")
-    return lines
+    return pages.table([column, "test accuracy", "test loss", "last training loss"], rows)
 
 
-def plot_comparison(runs: dict[str, list[Run]], title: str) -> Figure:
+def plot_comparison(runs: dict[str, list[ShortRun]], network: str) -> Figure:
     """Draws the training loss over steps, and test accuracy and loss of every seed.
 
     Args:
-      runs: of :func:`run_all`.
-      title: of the figure.
+      runs: result of :func:`compare`.
+      network: what was trained, for the title.
     """
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    curve, accuracy, test_loss = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    for place, (name, group) in enumerate(runs.items()):
-        color = COLORS[place % len(COLORS)]
-        style = ("-", "--")[place // len(COLORS)]
-        loss = np.stack([r.loss.reshape(-1, 10).mean(1) for r in group])
-        steps = 10 * np.arange(loss.shape[1]) + 5
-        curve.plot(steps, loss.mean(0), style, color=color, label=name)
-        curve.fill_between(steps, loss.min(0), loss.max(0), color=color, alpha=0.15, lw=0)
-        for axis, values in (
-            (accuracy, [100 * r.accuracy for r in group]),
-            (test_loss, [r.test_loss for r in group]),
-        ):
-            axis.plot(values, [place] * len(group), "o", color=color, alpha=0.6)
-            axis.plot(np.mean(values), place, "|", color="black", markersize=14)
-    curve.set(xlabel="step", title="training loss (mean of 10 steps)")
+    figure, (curve, accuracy, test_loss) = plots.panels(
+        3, width=12, height=3.4, width_ratios=(1.3, 1, 1)
+    )
+    colors = [plots.color(number) for number in range(len(runs))]
+    for number, (name, group) in enumerate(runs.items()):
+        style = ("-", "--")[number // len(plots.COLORS)]
+        plots.draw_band(curve, *loss_curves(group), colors[number], ls=style, label=name)
+    curve.set(xlabel="step", title=f"training loss (mean of {CURVE_STEPS} steps)")
     curve.legend(frameon=False, fontsize=8)
-    accuracy.set(title="test accuracy, % (line: mean)", yticks=range(len(runs)))
-    accuracy.set_yticklabels(runs, fontsize=8)
+    plots.draw_seeds(accuracy, [[100 * r.accuracy for r in g] for g in runs.values()], colors)
+    plots.draw_seeds(test_loss, [[r.test_loss for r in g] for g in runs.values()], colors)
+    accuracy.set(title="test accuracy, % (line: mean)")
+    plots.name_rows(accuracy, list(runs))
     test_loss.set(title="test loss", yticks=range(len(runs)), yticklabels=[])
-    for axis in (curve, accuracy, test_loss):
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in (accuracy, test_loss):
-        axis.invert_yaxis()
-        axis.grid(axis="x", color="0.92")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title(network), fontsize=10)
     return figure

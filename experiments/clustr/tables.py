@@ -1,20 +1,18 @@
-"""Tables 1, 6, 7 and A1 of ClusTR: parameters and multiply-adds beside the published ones.
+"""Compares parameters and multiply-adds of ClusTR with Tables 1, 6, 7 and A1 of its paper.
 
     python -m experiments.clustr.tables
 
 Nothing is trained: accuracies are the paper's. Writes tables.md here.
 """
 
-from pathlib import Path
-
-import tokenvit_jax as tv
-from tokenvit_jax.measure.macs import summarize, summarize_model
+from experiments import pages
+from experiments.costs import cost, cost_table, listed, model_table
 from tokenvit_jax.published import CLUSTR_ABLATIONS, PUBLISHED
 
 MODELS = ("clustr_t", "clustr_s", "clustr_b")
 SINGLE = {"ratios": ((64,), (16,), (4,), (1,))}
 GRID = {**SINGLE, "aggregation": "grid"}
-# Of ClusTR-T; what the published rows stand for.
+# Settings of ClusTR-T that the published rows stand for.
 OVERRIDES = {
     "Table 6": {
         "grid (SRA)": GRID,
@@ -28,59 +26,49 @@ OVERRIDES = {
         "{64, 16}, {16, 4}, {4, 1}, 1": {},
     },
 }
-HEADER = (
-    "| {} | parameters, M | published | GMACs | as published | published | published top-1 |\n"
-    "| --- | --- | --- | --- | --- | --- | --- |"
-)
+ARCHITECTURE = {
+    "layers": lambda model: listed(model.depths),
+    "channels": lambda model: listed(model.dims),
+    "heads": lambda model: listed(model.num_heads),
+    "token reduction": lambda model: listed(f"{{{listed(scales)}}}" for scales in model.ratios),
+}
+ABOUT = """
+One image of 224 x 224 pixels. GMACs count all products, including one pass over the distances
+between all tokens. "As published" leaves out what the paper leaves out: the clustering and the
+attention at the finer scale. Accuracies are the paper's, on ImageNet; none is measured here. kNN
+attention is not built. It only masks logits, so its row counts the network without it.
+"""
 
 
-def row(name: str, summary, published) -> str:
-    found = f"{summary.params / 1e6:.3f} | {published.params_m:g} | {summary.macs / 1e9:.3f}"
-    counted = f"{summary.macs_as_published / 1e9:.3f} | {published.gmacs:g} | {published.top1}"
-    return f"| {name} | {found} | {counted} |"
-
-
-def architecture() -> list[str]:
-    """Table A1 from the models themselves."""
+def page() -> list[str]:
+    """Returns the lines of the page."""
     lines = [
-        "| model | layers | channels | heads | token reduction |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name in MODELS:
-        model = tv.create_model(name)
-        columns = (model.depths, model.dims, model.num_heads)
-        cells = [", ".join(map(str, column)) for column in columns]
-        ratios = ", ".join("{" + ", ".join(map(str, scales)) + "}" for scales in model.ratios)
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {ratios} |")
-    return lines
-
-
-def main() -> None:
-    size = (224, 224)
-    lines = [
-        "# ClusTR: the tables of the paper",
-        "",
-        "Written by `python -m experiments.clustr.tables`. One image of 224 x 224. GMACs: all",
-        "products, one pass over the distances of all tokens included. As published: the paper's",
-        "figures leave out the clustering and the attention at the finer scale. Accuracies are the",
-        "paper's, on ImageNet; none is measured here. kNN attention is not built; it only masks",
-        "logits, so that its row is counted on the network without it.",
+        *pages.heading(
+            "ClusTR: the tables of the paper",
+            __file__,
+            ABOUT,
+        ),
         "",
         "## Table 1",
         "",
-        HEADER.format("model"),
-        *(row(f"`{name}`", summarize(name, size), PUBLISHED[name]) for name in MODELS),
+        *cost_table(
+            "model",
+            (cost(f"`{name}`", name, PUBLISHED[name]) for name in MODELS),
+            as_published=True,
+        ),
     ]
-    for table, rows in CLUSTR_ABLATIONS.items():
-        lines += ["", f"## {table} (ClusTR-T)", "", HEADER.format("attention")]
-        for name, published in rows.items():
-            model = tv.create_model("clustr_t", **OVERRIDES[table][name])
-            lines.append(row(name, summarize_model(model, size, "clustr_t"), published))
-    lines += ["", "## Table A1", "", *architecture()]
-    text = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "tables.md").write_text(text)
-    print(text)
+    for table, published in CLUSTR_ABLATIONS.items():
+        rows = (
+            cost(name, "clustr_t", row, OVERRIDES[table][name]) for name, row in published.items()
+        )
+        lines += [
+            "",
+            f"## {table} (ClusTR-T)",
+            "",
+            *cost_table("attention", rows, as_published=True),
+        ]
+    return [*lines, "", "## Table A1", "", *model_table(MODELS, ARCHITECTURE)]
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(__file__, page())

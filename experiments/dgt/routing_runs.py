@@ -1,31 +1,28 @@
-"""Short trainings of a DGT that watch how groups and selected keys change."""
+"""Trains a DGT for a short time and watches how its groups and selected keys change."""
 
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import short_runs
-from tokenvit_jax.data import eval_dataset
+from experiments import runs, short_runs
 from tokenvit_jax.recipes.dgt import dgt_digits_config
-from tokenvit_jax.training.step import normalize
 
 PROBE_IMAGES = 64
 PROBE_EVERY = 10  # steps
 
 
 class RoutingRun(NamedTuple):
-    """What one training showed.
+    """Result of one training.
 
     Attributes:
-      loss: of every step (num_steps,).
-      accuracy: on the test images, at the end.
-      churn: part of the queries of fixed images that changed their group in one step, at each
+      loss: training loss of every step (num_steps,).
+      accuracy: accuracy on the test images after training.
+      churn: share of the queries of fixed images that changed their group in one step, at each
         probe (num_probes,).
-      overlap: part of a group's keys that it still selects one step later, at each probe.
-      used: part of the groups that have a query, at each probe.
+      overlap: share of a group's keys that it still selects one step later, at each probe.
+      used: share of the groups that have a query, at each probe.
     """
 
     loss: np.ndarray
@@ -35,46 +32,39 @@ class RoutingRun(NamedTuple):
     used: np.ndarray
 
 
-def run_all(settings: dict[str, dict], seeds: tuple[int, ...]) -> dict[str, list[RoutingRun]]:
+def run_all(settings: dict[Hashable, dict]) -> dict[Hashable, list[RoutingRun]]:
     """Trains a shrunk DGT-T with every setting and seed: see `short_runs.run_all`."""
     make_config = lambda: short_runs.make_hard(dgt_digits_config("dgt_t"))  # noqa: E731
-    return short_runs.run_all(make_config, settings, seeds, run)
+    return short_runs.run_all(make_config, settings, run)
 
 
 def run(config: ConfigDict) -> RoutingRun:
-    """Trains with a configuration and returns what was observed on the way."""
-    images = jnp.asarray(next(iter(eval_dataset(config)))["image"][:PROBE_IMAGES])
-    images = normalize(images, config.data.normalization)
-    before, observed = None, []
+    """Trains with a configuration and probes the routing during training."""
+    images = runs.test_images(config)[0][:PROBE_IMAGES]
+    apply, before, observed = None, None, []
 
     def watch(model, step, state):
-        nonlocal before
-        if step % PROBE_EVERY == 1:
-            observed.append(compare(before, probe(model, state)))
-        elif step % PROBE_EVERY == 0:
-            before = probe(model, state)
+        nonlocal apply, before
+        if step % PROBE_EVERY > 1:
+            return
+        apply = apply or runs.observe(config, model)
+        _, noted = apply({"params": state.params, **state.model_state}, images)
+        if step % PROBE_EVERY == 0:
+            before = noted
+        else:
+            observed.append(compare(before, noted))
 
-    compiled = None
-
-    def probe(model, state):
-        nonlocal compiled
-        compiled = compiled or jax.jit(
-            lambda variables: model.apply(
-                variables, images, train=False, mutable=["intermediates"]
-            )[1]["intermediates"]
-        )
-        return compiled({"params": state.params, **state.model_state})
-
-    result = short_runs.train(config, watch)
+    result = runs.train(config, watch)
     churn, overlap, used = np.transpose(observed)
     return RoutingRun(result.loss, result.accuracy, churn, overlap, used)
 
 
-def compare(before, after) -> tuple[float, float, float]:
+def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float]:
     """Returns churn, overlap and used groups of two probes, averaged over the blocks that select.
 
     Args:
-      before, after: the collection "intermediates" of the same images.
+      before: collection "intermediates" of the images.
+      after: the same one step later.
     """
     observed = []
     for old, new in zip(_routings(before), _routings(after), strict=True):
@@ -87,7 +77,7 @@ def compare(before, after) -> tuple[float, float, float]:
     return tuple(np.mean(observed, 0))
 
 
-def _routings(intermediates):
+def _routings(intermediates: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields groups (B, N, L) and keys (B, N, G, k) of every block that selects among its keys."""
     if "groups" in intermediates:
         groups, keys = (np.asarray(intermediates[name][0]) for name in ("groups", "keys"))

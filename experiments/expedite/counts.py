@@ -1,4 +1,4 @@
-"""Costs that Expedite reports, as its authors count them and as this package does.
+"""Compares costs that Expedite reports with those that its authors' rules and this package count.
 
     python -m experiments.expedite.counts
 
@@ -8,7 +8,8 @@ Shapes are traced, nothing is computed and no weights are needed. Writes counts.
 import functools
 
 import tokenvit_jax as tv
-from experiments.expedite import common
+from experiments import pages
+from experiments.costs import count_macs
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.published_expedite import EXPEDITE, ExpediteCost, counted
@@ -17,19 +18,36 @@ from tokenvit_jax.tasks.segmentation import Segmenter
 TITLES = {
     "segmenter": "Segmenter (Tables 2, 3 and 6; released code)",
     "swag": "Classifiers of SWAG (Figure 9; released code)",
-    "dpt": "DPT: what is saved, twice the multiply-adds (released code)",
+    "dpt": "DPT: saved cost, twice the multiply-adds (released code)",
 }
+COLUMNS = ["setting", "published", "as published", "here", "share of plain: published", "here"]
+ABOUT = """
+10^9 multiply-adds. "As published" follows the rules of the authors' three programs, which
+`tokenvit_jax.published_expedite` states. "Here" counts every product of the model that runs, and
+nothing elementwise. The differences:
+"""
+DIFFERENCES = """\
+- Segmenter: the published count leaves out the products in the attention of the mask transformer,
+  the products of patches and classes, and the resizing of the logits to pixels, which is a product
+  of matrices here.
+- Clustering: the products here are between tiles of centres and the tokens around them, more than
+  the window of each token.
+- SWAG: the published count adds many elementwise operations, and in every round of the clustering
+  the distances between all tokens and all centres.
+- DPT: its convolutions and decoder are not part of this package, and cancel in the saved cost. It
+  reconstructs two maps; the encoder here has the last one.
+"""
 
 
 @functools.cache
 def gmacs(cost: ExpediteCost) -> float:
-    """Counts 10^9 multiply-adds of the model of a setting; of DPT of the encoder."""
+    """Counts 10^9 multiply-adds of the model of a setting; only the encoder of DPT."""
     plain = tv.create_model(cost.model)
     expedite = cost.clusters and {
         "alpha": cost.alpha,
         "beta": plain.depth - cost.alpha,
         "clusters": cost.clusters,
-        # Of a classifier nothing is reconstructed: its head reads [CLS] alone.
+        # A classifier reconstructs nothing: its head reads the class token alone.
         "where": cost.where or "logits",
         "window": cost.window,
         "iterations": cost.iterations,
@@ -43,60 +61,38 @@ def gmacs(cost: ExpediteCost) -> float:
     )
     if cost.network == "segmenter":
         model = Segmenter(model, MaskTransformer(cost.classes, depth=cost.decoder_layers))
-    return summarize_model(model, cost.image_size, cost.model).macs / 1e9
+    return count_macs(model, cost.image_size) / 1e9
 
 
 def plain_of(cost: ExpediteCost) -> ExpediteCost:
     """Returns the same network without clustering, as its row of EXPEDITE if it has one."""
     same = ("network", "model", "image_size", "classes")
     rows = (row for row in EXPEDITE if row.clusters is None)
-    of_network = (row for row in rows if all(getattr(row, f) == getattr(cost, f) for f in same))
-    return next(of_network, cost._replace(clusters=None))
+    own = (row for row in rows if all(getattr(row, f) == getattr(cost, f) for f in same))
+    return next(own, cost._replace(clusters=None))
 
 
-def table(network: str) -> list[str]:
-    """Returns the lines of one network."""
-    lines = [
-        "| setting | published | as published | here | part of plain: published | here |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for cost in (cost for cost in EXPEDITE if cost.network == network):
-        plain = plain_of(cost)
-        here, parts = "", ["", ""]
-        if network == "dpt":
-            here = f"{2 * (gmacs(plain) - gmacs(cost)):.2f}"
-        else:
-            here = f"{gmacs(cost):.2f}"
-            if cost.clusters is not None:
-                published = cost.reported and f"{cost.reported / plain.reported:.1%}"
-                parts = [published or "", f"{gmacs(cost) / gmacs(plain):.1%}"]
-        cells = [cost.name, cost.reported or "", f"{counted(cost):.2f}", here, *parts]
-        lines.append(common.row(cells))
+def row(cost: ExpediteCost) -> list[str]:
+    """Returns the cells of a setting."""
+    plain = plain_of(cost)
+    published, here, shares = cost.reported or "", gmacs(cost), ["", ""]
+    if cost.network == "dpt":
+        here = 2 * (gmacs(plain) - here)
+    elif cost.clusters is not None:
+        reported = cost.reported and f"{cost.reported / plain.reported:.1%}"
+        shares = [reported or "", f"{here / gmacs(plain):.1%}"]
+    return [cost.name, published, f"{counted(cost):.2f}", f"{here:.2f}", *shares]
+
+
+def page() -> list[str]:
+    """Returns the lines of the page."""
+    lines = [*pages.heading("Expedite: costs of one image", __file__, ABOUT), ""]
+    lines += DIFFERENCES.splitlines()
+    for network, title in TITLES.items():
+        rows = [row(cost) for cost in EXPEDITE if cost.network == network]
+        lines += ["", f"## {title}", "", *pages.table(COLUMNS, rows)]
     return lines
 
 
-def main() -> None:
-    lines = [
-        "# Expedite: costs of one image",
-        "",
-        "Written by `python -m experiments.expedite.counts`, 10^9 multiply-adds. As published: by",
-        "the rules of the authors' three programs, which `tokenvit_jax.published_expedite` states.",
-        "Here: every product of the model that runs, nothing elementwise. What differs:",
-        "",
-        "- Segmenter: the published count leaves out the products of the attention of the mask",
-        "  transformer, those of patches and classes, and the resizing of the logits to pixels,",
-        "  which here are products of matrices.",
-        "- Clustering: the products here are those of tiles of centres and what is around them,",
-        "  more than the window of each token.",
-        "- SWAG: the published count adds much that is elementwise, and in every round of the",
-        "  clustering the distances of all tokens to all centres.",
-        "- DPT: its convolutions and decoder are no part of this package, and cancel in what is",
-        "  saved. Of its two maps that are reconstructed, the encoder here has the last.",
-    ]
-    for network, title in TITLES.items():
-        lines += ["", f"## {title}", "", *table(network)]
-    common.write("counts", lines)
-
-
 if __name__ == "__main__":
-    main()
+    pages.write(__file__, page())

@@ -1,23 +1,26 @@
-"""Superpixels of test scenes with three digits or more, and the segmentation with and without them.
+"""Draws superpixels of test scenes with three digits or more, and segmentations with and without.
 
     python -m experiments.expedite.pictures --workdir=RUN [--quick]
 
-RUN: of configs/segmenter_ti.py:scenes. Writes pictures.png here.
+RUN is a run of configs/segmenter_ti.py:scenes. Writes pictures.png here.
 """
+
+from pathlib import Path
 
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments.expedite import common
-from experiments.expedite.common import LARGE, SMALL, Bench, Scenes, expedited
+from experiments.expedite import evaluation
+from experiments.expedite.evaluation import LARGE, SMALL, Bench, Scenes, expedited
+from experiments.runs import normalize_images
 from tokenvit_jax import cli
 from tokenvit_jax.tasks.pictures import color_labels, superpixels
-from tokenvit_jax.training.step import normalize
 
-FLAGS = common.define_flags("workdir")
+FLAGS = evaluation.define_flags("workdir")
 NUM_SCENES = 4
-SCALE = 4  # screen pixels of a pixel of a scene, so that borders are thin
+MIN_CLASSES = 4  # three digits and the background
+SCALE = 4  # screen pixels per pixel of a scene, so that borders are thin
 
 
 def borders(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -47,7 +50,7 @@ def columns(bench: Bench) -> dict[str, list[np.ndarray]]:
     (images, labels), trained = bench.scenes, bench.trained
     count = trained.model.head.num_classes
     variables = {"params": trained.variables["params"]["backbone"]}
-    normalized = normalize(images, trained.config.data.normalization)
+    normalized = normalize_images(trained.config, images)
 
     def colored(maps):
         return [color_labels(*pair, count) for pair in zip(images, maps, strict=True)]
@@ -62,8 +65,8 @@ def columns(bench: Bench) -> dict[str, list[np.ndarray]]:
         clusters, grid = superpixels(bench.model(setting).backbone, variables, normalized)
         pairs = zip(images, np.asarray(clusters), strict=True)
         found[f"{side} x {side} superpixels"] = [borders(*pair, grid) for pair in pairs]
-        part = bench.mmacs(setting) / bench.plain.mmacs
-        found[f"with them, {part:.0%} of MACs"] = colored(bench.run(setting).classes)
+        share = bench.mmacs(setting) / bench.plain.mmacs
+        found[f"with them, {share:.0%} of MACs"] = colored(bench.run(setting).classes)
     return found
 
 
@@ -82,12 +85,12 @@ def plot(found: dict[str, list[np.ndarray]]) -> Figure:
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the experiment."""
-    images, labels = common.test_scenes(flag_values.quick)
-    several = [i for i, label in enumerate(labels) if len(np.unique(label)) > 3][:NUM_SCENES]
-    chosen = Scenes(images[several], labels[several])
-    figure = plot(columns(Bench(common.load(flag_values.workdir), chosen)))
+    images, labels = evaluation.test_scenes(flag_values.quick)
+    several = [i for i, label in enumerate(labels) if len(np.unique(label)) >= MIN_CLASSES]
+    chosen = Scenes(images[several[:NUM_SCENES]], labels[several[:NUM_SCENES]])
+    figure = plot(columns(Bench(evaluation.load(flag_values.workdir), chosen)))
     if not flag_values.quick:
-        figure.savefig(common.FOLDER / "pictures.png", dpi=90)
+        figure.savefig(Path(__file__).with_suffix(".png"), dpi=90)
 
 
 if __name__ == "__main__":

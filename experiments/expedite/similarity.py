@@ -1,14 +1,13 @@
-"""How similar reconstructed features are to those of the plain model: Table 1 of Expedite.
+"""Measures how similar reconstructed features are to the plain model's: Table 1 of Expedite.
 
     python -m experiments.expedite.similarity --workdir=RUN --swin_workdir=RUN_SWIN [--quick]
 
-RUN: of configs/segmenter_ti.py:scenes; RUN_SWIN: of swin_scenes.py of this folder. The features are
-the residual stream after block alpha + beta, before any LayerNorm. Writes similarity.md and
-similarity.png here.
+RUN is a run of configs/segmenter_ti.py:scenes, RUN_SWIN a run of swin_scenes.py in this folder. The
+features are the residual stream after block alpha + beta, before any LayerNorm. Writes
+similarity.md and similarity.png here.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax
@@ -16,56 +15,63 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments.expedite import common
-from experiments.expedite.common import ALPHA, LARGE, SMALL, Setting, Trained, expedited
-from experiments.expedite.swin import SWIN_ALPHA, swin_expedited
+from experiments import pages, plots
+from experiments.expedite import evaluation
+from experiments.expedite.evaluation import (
+    ALPHA,
+    BASELINES,
+    DEPTH,
+    LARGE,
+    NOT_ADE20K,
+    SMALL,
+    Setting,
+    expedited,
+)
+from experiments.expedite.swin import SWIN_ALPHA, SWIN_DEPTH, swin_expedited
+from experiments.runs import Run, normalize_images
 from tokenvit_jax import cli
 from tokenvit_jax.expedite_similarity import mean_cosine
-from tokenvit_jax.tasks.pictures import COLORS
-from tokenvit_jax.training.step import normalize
 
-FLAGS = common.define_flags("workdir", "swin_workdir")
-DEPTH, SWIN_DEPTH = 8, 6
-# Liang et al. 2022, Table 1: ViT-L/16 on ADE20K, alpha = 10, 28 x 28 of 40 x 40.
+FLAGS = evaluation.define_flags("workdir", "swin_workdir")
+# Liang et al. 2022, Table 1: ViT-L/16 on ADE20K, alpha = 10, 28 x 28 centres for 40 x 40 tokens.
 PUBLISHED = {12: 0.94, 14: 0.95, 16: 0.96, 18: 0.96, 20: 0.96, 22: 0.96, 24: 0.96}
-BILINEAR = {"iterations": 0, "mode": "bilinear"}
+POOLED = "pooling, bilinear"
 Curves = dict[str, dict[int, float]]  # setting -> last block -> similarity
+Settings = dict[str, Callable[[int], Setting]]  # as functions of the last block
 
 
-def tokens_after(trained: Trained, images: np.ndarray, last: int, setting: Setting) -> np.ndarray:
-    """Returns the tokens after some blocks, of the third stage where there are stages.
+def tokens_after(trained: Run, images: np.ndarray, last: int, setting: Setting) -> np.ndarray:
+    """Returns the tokens after some blocks, in the third stage where there are stages.
 
     Args:
       trained: the run.
       images: (N, H, W, 3) uint8.
-      last: how many blocks; the others are left out.
-      setting: of the backbone.
+      last: number of blocks; later blocks are left out.
+      setting: setting of the backbone.
     """
-    backbone, name = trained.model.backbone, trained.config.model
-    is_swin = name.startswith("swin")
+    backbone = trained.model.backbone
+    is_swin = trained.config.model.startswith("swin")
     depths = {"depths": (*backbone.depths[:2], last, 1)} if is_swin else {"depth": last}
     shorter = backbone.clone(**depths, **setting)
 
     def forward(backbone: nn.Module, images: jax.Array) -> jax.Array:
-        images = normalize(images, trained.config.data.normalization)
+        images = normalize_images(trained.config, images)
         if is_swin:
             return backbone.features(images, False)[2]
         return backbone.tokens(images, False)[:, 1:]
 
     variables = {"params": trained.variables["params"]["backbone"]}
-    return common.map_scenes(jax.jit(nn.apply(forward, shorter)), variables, images)
+    return evaluation.map_scenes(jax.jit(nn.apply(forward, shorter)), variables, images)
 
 
-def measure(
-    trained: Trained, images: np.ndarray, lasts: Iterable[int], settings: dict[str, Any]
-) -> Curves:
+def measure(trained: Run, images: np.ndarray, lasts: Iterable[int], settings: Settings) -> Curves:
     """Returns the similarity after every block.
 
     Args:
       trained: the run.
       images: (N, H, W, 3) uint8.
       lasts: blocks after which tokens are reconstructed.
-      settings: name -> function of the last block that returns a setting.
+      settings: settings by name.
     """
     curves = {name: {} for name in settings}
     for last in lasts:
@@ -77,89 +83,99 @@ def measure(
     return curves
 
 
-def segmenter_settings() -> dict[str, Any]:
-    """Returns the settings of the Segmenter as functions of the last block."""
+def segmenter_settings() -> Settings:
+    """Returns the settings of the Segmenter."""
 
     def make(side, **changes):
         return lambda last: expedited(side, beta=last - ALPHA, where="blocks", **changes)
 
-    return {
-        f"{LARGE} x {LARGE}": make(LARGE),
-        f"{SMALL} x {SMALL}": make(SMALL),
-        f"{LARGE} x {LARGE}, pooling, bilinear": make(LARGE, **BILINEAR),
-    }
+    return settings_of(make, LARGE, SMALL)
 
 
-def swin_settings() -> dict[str, Any]:
-    """Returns the settings of the Swin Transformer as functions of the last block."""
+def swin_settings() -> Settings:
+    """Returns the settings of the Swin Transformer."""
 
     def make(side, **changes):
         return lambda last: swin_expedited(side, beta=last - SWIN_ALPHA, **changes)
 
+    return settings_of(make, 6, 5)
+
+
+def settings_of(make: Callable, large: int, small: int) -> Settings:
+    """Returns settings of two sizes, and a baseline of the larger one."""
     return {
-        "6 x 6": make(6),
-        "5 x 5": make(5),
-        "6 x 6, pooling, bilinear": make(6, **BILINEAR),
+        f"{large} x {large}": make(large),
+        f"{small} x {small}": make(small),
+        f"{large} x {large}, {POOLED}": make(large, **BASELINES[POOLED]),
     }
 
 
 def table(curves: Curves) -> list[str]:
     """Returns the lines of a table, blocks across."""
-    lasts = list(next(iter(curves.values())))
-    lines = [common.row(["alpha + beta", *lasts]), common.row(["---"] * (1 + len(lasts)))]
-    for name, curve in curves.items():
-        lines.append(common.row([name, *(f"{value:.3f}" for value in curve.values())]))
-    return lines
+    rows = ([name, *(f"{value:.3f}" for value in curve.values())] for name, curve in curves.items())
+    return pages.table(["alpha + beta", *next(iter(curves.values()))], rows)
 
 
 def plot(panels: dict[str, Curves]) -> Figure:
     """Draws the similarity over the last block."""
-    figure, axes = common.axes(len(panels))
+    figure, axes = plots.panels(len(panels), width=10.4, height=3.8, grid=True)
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
-            style = "o--" if "pooling" in name else "o-"
-            axis.plot(list(curve), list(curve.values()), style, color=color, label=name)
+        for number, (name, curve) in enumerate(curves.items()):
+            style = "o--" if POOLED in name else "o-"
+            axis.plot(
+                list(curve), list(curve.values()), style, color=plots.color(number), label=name
+            )
         axis.set(title=title, xlabel="alpha + beta", ylabel="cosine similarity")
         axis.set_xticks(list(next(iter(curves.values()))))
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def main(flag_values: flags.FlagValues) -> None:
-    """Runs the experiment."""
-    images = common.test_scenes(flag_values.quick).images
-    segmenter = common.load(flag_values.workdir)
-    swin = common.load(flag_values.swin_workdir, swin=True)
-    segmenter_lasts, swin_lasts = range(ALPHA + 1, DEPTH + 1), range(SWIN_ALPHA + 1, SWIN_DEPTH + 1)
-    of_segmenter = measure(segmenter, images, segmenter_lasts, segmenter_settings())
-    of_swin = measure(swin, images, swin_lasts, swin_settings())
-    lines = [
-        "# Similarity of reconstructed features",
-        "",
-        *common.paragraph(
-            "Written by `python -m experiments.expedite.similarity`, after steps "
-            f"{segmenter.step} and {swin.step}. {common.NOT_ADE20K} Cosine of the tokens after "
-            "block alpha + beta, reconstructed there, and those of the plain model, before "
-            "LayerNorm; mean over places and test scenes."
-        ),
+def page(steps: tuple[int, int], segmenter: Curves, swin: Curves) -> list[str]:
+    """Returns the lines of the page.
+
+    Args:
+      steps: training steps of the Segmenter and of the Swin Transformer.
+      segmenter: similarity in the Segmenter.
+      swin: similarity in the Swin Transformer.
+    """
+    about = f"""
+    The runs were trained for {steps[0]} and {steps[1]} steps. {NOT_ADE20K} Cosine between the
+    tokens after block alpha + beta, reconstructed there, and the plain model's tokens, before
+    LayerNorm; mean over positions and test scenes.
+    """
+    return [
+        *pages.heading("Similarity of reconstructed features", __file__, about),
         "",
         "![similarity by block](similarity.png)",
         "",
-        f"## Segmenter, alpha = {ALPHA} of {DEPTH}, centres of 16 x 16 tokens",
+        f"## Segmenter, alpha = {ALPHA} of {DEPTH}, 16 x 16 tokens",
         "",
-        *table(of_segmenter),
+        *table(segmenter),
         "",
-        f"## Swin Transformer, third stage, alpha = {SWIN_ALPHA} of {SWIN_DEPTH}, of 8 x 8 tokens",
+        f"## Swin Transformer, third stage, alpha = {SWIN_ALPHA} of {SWIN_DEPTH}, 8 x 8 tokens",
         "",
-        *table(of_swin),
+        *table(swin),
         "",
-        "## Published: Segmenter ViT-L/16, ADE20K, alpha = 10 of 24, 28 x 28 of 40 x 40",
+        "## Published: Segmenter ViT-L/16, ADE20K, alpha = 10 of 24, 40 x 40 tokens",
         "",
         *table({"28 x 28": PUBLISHED}),
     ]
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Runs the experiment."""
+    images = evaluation.test_scenes(flag_values.quick).images
+    segmenter = evaluation.load(flag_values.workdir)
+    swin = evaluation.load(flag_values.swin_workdir, swin=True)
+    segmenter_lasts, swin_lasts = range(ALPHA + 1, DEPTH + 1), range(SWIN_ALPHA + 1, SWIN_DEPTH + 1)
+    curves = {
+        "Segmenter": measure(segmenter, images, segmenter_lasts, segmenter_settings()),
+        "Swin Transformer, third stage": measure(swin, images, swin_lasts, swin_settings()),
+    }
     if not flag_values.quick:
-        panels = {"Segmenter": of_segmenter, "Swin Transformer, third stage": of_swin}
-        common.write("similarity", lines, plot(panels))
+        lines = page((segmenter.step, swin.step), *curves.values())
+        pages.write(__file__, lines, plot(curves))
 
 
 if __name__ == "__main__":

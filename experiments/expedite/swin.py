@@ -1,10 +1,10 @@
-"""Clustering within the windows of a Swin Transformer, on scenes.
+"""Clusters within the windows of a Swin Transformer, on scenes.
 
     python -m experiments.expedite.swin --workdir=RUN_SWIN [--quick]
 
-RUN_SWIN: of swin_scenes.py of this folder. The map of the expedited stage is one window of 8 x 8
-tokens; for the mask of shifted windows four scenes are put together to an image, of which that
-stage sees four windows. Writes swin.md and swin.png here.
+RUN_SWIN is a run of swin_scenes.py in this folder. The map of the expedited stage is one window of
+8 x 8 tokens. To test the mask of shifted windows, four scenes make one image, of which that stage
+sees four windows. Writes swin.md and swin.png here.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 from absl import flags
-from matplotlib.figure import Figure
 
-from experiments.expedite import common
-from experiments.expedite.common import Bench, Result, Scenes, Setting
+from experiments import pages
+from experiments.expedite import evaluation
+from experiments.expedite.evaluation import BASELINES, Bench, Result, Scenes, Setting, clustered
+from experiments.runs import Run
 from tokenvit_jax import cli
-from tokenvit_jax.tasks.pictures import COLORS
 
-FLAGS = common.define_flags("workdir")
-DEPTH = 6  # blocks of the third stage
+FLAGS = evaluation.define_flags("workdir")
+SWIN_DEPTH = 6  # blocks of the third stage
 SIDES = (7, 6, 5, 4)
 MIDDLE = (6, 5)
 ALPHAS = (1, 2)
@@ -28,23 +28,22 @@ SWIN_ALPHA = 2
 TEMPERATURES = (0.5, 2, 5, 20, 50)
 SWIN_TEMPERATURE = 2.0  # the best on training scenes
 MASKS = {"mask of this shift": False, "released mask": True}
-BASELINES = {
-    "pooling, reconstruction": {"iterations": 0},
-    "clustering, bilinear": {"mode": "bilinear"},
-    "pooling, bilinear": {"iterations": 0, "mode": "bilinear"},
-}
+ABOUT = f"""
+The third stage has six blocks. alpha = {SWIN_ALPHA}, beta = {SWIN_DEPTH - SWIN_ALPHA} and
+temperature {SWIN_TEMPERATURE:g} unless a row says otherwise. The similarity is that of the map
+after this stage.
+"""
 
 
 def swin_expedited(side: int, **changes: Any) -> Setting:
-    """Returns the setting that clusters every window to side x side, till the end of the stage.
+    """Returns the setting that clusters every window to side x side, until the end of the stage.
 
     Args:
       side: rows and columns of the centres of a window.
       **changes: other attributes of `Expedite`.
     """
-    changed = {"alpha": SWIN_ALPHA, "temperature": SWIN_TEMPERATURE} | changes
-    beta = {"beta": DEPTH - changed["alpha"]}
-    return {"expedite": beta | changed | {"clusters": (side, side)}}
+    default = {"alpha": SWIN_ALPHA, "temperature": SWIN_TEMPERATURE}
+    return clustered(SWIN_DEPTH, side, default, changes)
 
 
 def third_map(backbone: nn.Module, images: jax.Array) -> jax.Array:
@@ -53,7 +52,7 @@ def third_map(backbone: nn.Module, images: jax.Array) -> jax.Array:
 
 
 def mosaics(scenes: Scenes) -> Scenes:
-    """Puts four scenes together to an image of twice the height and width."""
+    """Joins every four scenes to one image of twice the height and width."""
 
     def join(x):
         number, height, width, *rest = x.shape
@@ -63,100 +62,116 @@ def mosaics(scenes: Scenes) -> Scenes:
     return Scenes(*map(join, scenes))
 
 
-def plot(bench: Bench, curves: dict[str, list[Result]]) -> Figure:
-    """Draws mIoU and similarity over the cost."""
-    figure, axes = common.axes(2)
-    for axis, field, label in zip(
-        axes, ("miou", "similarity"), ("mIoU, %", "similarity of the third map"), strict=True
-    ):
-        for color, (name, results) in zip(COLORS, curves.items(), strict=False):
-            points = [(result.mmacs, getattr(result, field)) for result in results]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=name)
-        axis.plot(bench.plain.mmacs, getattr(bench.plain, field), "k*", ms=9, label="plain")
-        axis.set(xlabel="10^6 multiply-adds", ylabel=label)
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
+def choose_temperature(trained: Run, number: int) -> list[str]:
+    """Returns the lines of all temperatures.
+
+    Args:
+      trained: the run.
+      number: how many scenes of the training split to evaluate.
+    """
+    bench = Bench(trained, evaluation.read_scenes("train", number), third_map)
+    settings = {f"{value:g}": swin_expedited(6, temperature=value) for value in TEMPERATURES}
+    return bench.table(bench.evaluate_all(settings), "temperature")
+
+
+def compare_masks(trained: Run, scenes: Scenes) -> list[str]:
+    """Returns the lines of both masks of shifted windows, on mosaics of the scenes."""
+    bench = Bench(trained, mosaics(scenes), third_map)
+    settings = {
+        f"{side} x {side}, {name}": swin_expedited(side) | {"released_mask": released}
+        for side in MIDDLE
+        for name, released in MASKS.items()
+    }
+    results = bench.evaluate_all(settings)
+    changes = {
+        side: evaluation.difference(*(results[f"{side} x {side}, {name}"] for name in MASKS))
+        for side in MIDDLE
+    }
+    listed = ", ".join(f"{side} x {side} {change}" for side, change in changes.items())
+    text = f"mIoU with the mask of this shift minus mIoU with the released mask: {listed}."
+    return [*bench.table(results, "centres, mask"), "", *pages.paragraph(text)]
+
+
+def vary_alpha(bench: Bench) -> dict[str, Result]:
+    """Evaluates all sizes, clustered after each of ALPHAS."""
+    return bench.evaluate_all(
+        {
+            f"{side} x {side}, alpha {alpha}": swin_expedited(side, alpha=alpha)
+            for alpha in ALPHAS
+            for side in SIDES
+        }
+    )
+
+
+def vary_beta(bench: Bench) -> dict[str, Result]:
+    """Evaluates every number of blocks on centres."""
+    return bench.evaluate_all(
+        {
+            f"6 x 6, beta {beta}": swin_expedited(6, beta=beta)
+            for beta in range(1, SWIN_DEPTH - SWIN_ALPHA + 1)
+        }
+    )
+
+
+def evaluate_baselines(bench: Bench) -> dict[str, Result]:
+    """Evaluates the baselines at two sizes."""
+    return bench.evaluate_all(
+        {
+            f"{side} x {side}, {name}": swin_expedited(side, **changes)
+            for name, changes in BASELINES.items()
+            for side in MIDDLE
+        }
+    )
+
+
+def curves(by_alpha: dict[str, Result], baselines: dict[str, Result]) -> dict[str, list[Result]]:
+    """Returns the results of each method over the sizes."""
+    own = {
+        f"alpha {alpha}": [by_alpha[f"{side} x {side}, alpha {alpha}"] for side in SIDES]
+        for alpha in ALPHAS
+    }
+    others = {
+        f"{name}, alpha {SWIN_ALPHA}": [baselines[f"{side} x {side}, {name}"] for side in MIDDLE]
+        for name in BASELINES
+    }
+    return own | others
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the experiment."""
-    trained = common.load(flag_values.workdir, swin=True)
-    scenes = common.test_scenes(flag_values.quick)
-    tuning = Bench(trained, common.read_scenes("train", len(scenes.images)), third_map)
-    tuned = tuning.evaluate_all(
-        {f"{value:g}": swin_expedited(6, temperature=value) for value in TEMPERATURES}
-    )
+    trained = evaluation.load(flag_values.workdir, swin=True)
+    scenes = evaluation.test_scenes(flag_values.quick)
+    temperatures = choose_temperature(trained, len(scenes.images))
     bench = Bench(trained, scenes, third_map)
-    by_alpha = {
-        f"{side} x {side}, alpha {alpha}": swin_expedited(side, alpha=alpha)
-        for alpha in ALPHAS
-        for side in SIDES
-    }
-    by_beta = {
-        f"6 x 6, beta {beta}": swin_expedited(6, beta=beta)
-        for beta in range(1, DEPTH - SWIN_ALPHA + 1)
-    }
-    baselines = {
-        f"{side} x {side}, {name}": swin_expedited(side, **changes)
-        for name, changes in BASELINES.items()
-        for side in MIDDLE
-    }
-    found, betas, others = map(bench.evaluate_all, (by_alpha, by_beta, baselines))
-    whole = Bench(trained, mosaics(scenes), third_map)
-    masks = whole.evaluate_all(
-        {
-            f"{side} x {side}, {name}": swin_expedited(side) | {"released_mask": released}
-            for side in MIDDLE
-            for name, released in MASKS.items()
-        }
-    )
+    by_alpha, by_beta, baselines = vary_alpha(bench), vary_beta(bench), evaluate_baselines(bench)
     lines = [
-        *common.heading("Windows of a Swin Transformer", "swin", trained),
-        *common.paragraph(
-            f"Six blocks of the third stage, alpha = {SWIN_ALPHA}, beta = {DEPTH - SWIN_ALPHA} and "
-            f"temperature {SWIN_TEMPERATURE:g} where nothing else is said; similarity of the map "
-            "of that stage."
-        ),
-        "",
+        *evaluation.heading("Windows of a Swin Transformer", __file__, trained, ABOUT),
         "![mIoU and similarity over the cost](swin.png)",
         "",
-        "## Temperature, on scenes of the training split; 6 x 6 of 8 x 8",
+        "## Temperature, on scenes of the training split; 6 x 6 centres for 8 x 8 tokens",
         "",
-        *tuning.table(tuned, "temperature"),
+        *temperatures,
         "",
         "## Centres of a window, and alpha",
         "",
-        *bench.table(found, "centres, alpha"),
+        *bench.table(by_alpha, "centres, alpha"),
         "",
         "## beta",
         "",
-        *bench.table(betas, "centres, beta"),
+        *bench.table(by_beta, "centres, beta"),
         "",
         "## Baselines",
         "",
-        *bench.table(others, "centres, baseline"),
+        *bench.table(baselines, "centres, baseline"),
         "",
-        "## The mask of shifted windows: four scenes in an image of 256 x 256",
+        "## The mask of shifted windows: four scenes in an image of 256 x 256 pixels",
         "",
-        *whole.table(masks, "centres, mask"),
-        "",
-        "mIoU with the mask of this shift, less that with the released one: "
-        + ", ".join(
-            f"{side} x {side} "
-            + common.difference(*(masks[f"{side} x {side}, {name}"] for name in MASKS))
-            for side in MIDDLE
-        )
-        + ".",
+        *compare_masks(trained, scenes),
     ]
-    curves = {
-        f"alpha {alpha}": [found[f"{side} x {side}, alpha {alpha}"] for side in SIDES]
-        for alpha in ALPHAS
-    } | {
-        f"{name}, alpha {SWIN_ALPHA}": [others[f"{side} x {side}, {name}"] for side in MIDDLE]
-        for name in BASELINES
-    }
     if not flag_values.quick:
-        common.write("swin", lines, plot(bench, curves))
+        found = curves(by_alpha, baselines)
+        figure = evaluation.plot_over_cost(bench, found, "similarity of the third map")
+        pages.write(__file__, lines, figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A small Swin Transformer with a linear head on the embedded scenes, for these experiments.
+"""Configuration of a small Swin Transformer with a linear head on the embedded scenes.
 
     python -m tokenvit_jax.train --config=experiments/expedite/swin_scenes.py --workdir=RUN_SWIN
 
-Six blocks in the third stage, whose map of 8 x 8 tokens is one window.
+The third stage has six blocks; its map of 8 x 8 tokens is one window.
 """
 
 from ml_collections import ConfigDict

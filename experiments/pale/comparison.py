@@ -1,17 +1,20 @@
-"""The qualitative claims of the Pale Transformer on the embedded digits, over several seeds.
+"""Tests claims of the Pale Transformer on the embedded digits, over several seeds.
 
     python -m experiments.pale.comparison
 
-Modes of attention (Table 8) and position encodings (Table 9). This is NOT ImageNet: turned and
-shifted digits of 64 x 64, a shrunk Pale-T, 160 steps. Writes comparison.md and comparison.png here.
+Modes of attention (Table 8) and position encodings (Table 9). This is NOT ImageNet: rotated and
+shifted digits of 64 x 64 pixels, a shrunk Pale-T, 160 steps. Writes comparison.md and
+comparison.png here.
 """
 
-from pathlib import Path
+from ml_collections import ConfigDict
 
-from experiments.short_runs import make_hard, write_comparison
+from experiments import pages
+from experiments.runs import ShortRun
+from experiments.short_runs import compare, describe, make_hard, plot_comparison, results_table
 from tokenvit_jax.recipes.pale import pale_digits_config
 
-SEEDS = (0, 1, 2)
+NETWORK = "Pale-T"
 SETTINGS = {
     "axial": {"pale_sizes": (1, 1, 1, 1)},
     "cross-shaped": {"mode": "cross"},
@@ -21,16 +24,22 @@ SETTINGS = {
     "pale, parallel, APE": {"position": "ape"},
     "pale, parallel, no position": {"position": "none"},
 }
-FOLDER = Path(__file__).parent
 
 
-def make_config():
+def make_config() -> ConfigDict:
+    """Returns the configuration that all settings start from."""
     return make_hard(pale_digits_config("pale_t"))
 
 
+def page(runs: dict[str, list[ShortRun]]) -> list[str]:
+    """Returns the lines of the page."""
+    return [
+        *pages.heading("Modes of attention and position encodings", __file__, describe(NETWORK)),
+        "",
+        *results_table(runs, "attention"),
+    ]
+
+
 if __name__ == "__main__":
-    results, lines = write_comparison(
-        FOLDER, make_config, SETTINGS, SEEDS, network="Shrunk Pale-T", column="attention"
-    )
-    (FOLDER / "comparison.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    found = compare(make_config, SETTINGS)
+    pages.write(__file__, page(found), plot_comparison(found, NETWORK))

@@ -1,18 +1,17 @@
-"""Tables 1, 2, 7, 8 and 9 of the Pale Transformer: parameters and multiply-adds at 224 x 224.
+"""Compares parameters and multiply-adds of the Pale Transformer with its paper's tables.
 
     python -m experiments.pale.tables
 
-Nothing is trained: accuracies are the paper's. Writes tables.md here.
+Tables 1, 2, 7, 8 and 9, at 224 x 224 pixels. Nothing is trained: accuracies are the paper's. Writes
+tables.md here.
 """
 
-from pathlib import Path
-
-import tokenvit_jax as tv
-from tokenvit_jax.measure.macs import summarize, summarize_model
+from experiments import pages
+from experiments.costs import cost, cost_table, listed, model_table
 from tokenvit_jax.published import PALE_ABLATIONS, PALE_TOKEN_LABELS_TOP1, PUBLISHED
 
 MODELS = ("pale_t", "pale_s", "pale_b")
-# Of Pale-T; what the published rows stand for.
+# Settings of Pale-T that the published rows stand for.
 OVERRIDES = {
     "Table 7": {size: {"pale_sizes": (size,) * 4} for size in (1, 3, 5, 7, 9)},
     "Table 8": {
@@ -29,60 +28,48 @@ OVERRIDES = {
     },
 }
 COLUMNS = {"Table 7": "pale size", "Table 8": "attention", "Table 9": "position encoding"}
-HEADER = (
-    "| {} | parameters, M | published | GMACs | published | published top-1 |\n"
-    "| --- | --- | --- | --- | --- | --- |"
-)
+ARCHITECTURE = {
+    "blocks": lambda model: listed(model.depths),
+    "channels": lambda model: listed(model.dims),
+    "heads": lambda model: listed(model.num_heads),
+    "pale size": lambda model: listed(model.pale_sizes),
+    "MLP ratio": lambda model: model.mlp_ratio,
+}
+ABOUT = """
+One image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is measured here. In
+Table 2, the second accuracy belongs to the starred model, trained with MixToken and token labels.
+"""
 
 
-def row(name: str, summary, published, top1="") -> str:
-    found = f"{summary.params / 1e6:.3f} | {published.params_m:g} | {summary.macs / 1e9:.3f}"
-    return f"| {name} | {found} | {published.gmacs:g} | {published.top1}{top1} |"
-
-
-def architecture() -> list[str]:
-    """Table 1 from the models themselves."""
-    lines = [
-        "| model | blocks | channels | heads | pale size | MLP ratio |",
-        "| --- | --- | --- | --- | --- | --- |",
+def page() -> list[str]:
+    """Returns the lines of the page."""
+    sizes = [cost(f"`{name}`", name, PUBLISHED[name]) for name in MODELS]
+    sizes = [
+        row._replace(top1=f"{row.top1}, {PALE_TOKEN_LABELS_TOP1[name]}")
+        for name, row in zip(MODELS, sizes, strict=True)
     ]
-    for name in MODELS:
-        model = tv.create_model(name)
-        columns = (model.depths, model.dims, model.num_heads, model.pale_sizes)
-        cells = " | ".join(", ".join(map(str, column)) for column in columns)
-        lines.append(f"| `{name}` | {cells} | {model.mlp_ratio} |")
-    return lines
-
-
-def main() -> None:
-    size = (224, 224)
     lines = [
-        "# Pale Transformer: the tables of the paper",
-        "",
-        "Written by `python -m experiments.pale.tables`. One image of 224 x 224. Accuracies are",
-        "the paper's, on ImageNet; none is measured here. In Table 2, those after the comma are of",
-        "the starred models, with MixToken and token labels.",
+        *pages.heading(
+            "Pale Transformer: the tables of the paper",
+            __file__,
+            ABOUT,
+        ),
         "",
         "## Table 1",
         "",
-        *architecture(),
+        *model_table(MODELS, ARCHITECTURE),
         "",
         "## Table 2",
         "",
-        HEADER.format("model"),
+        *cost_table("model", sizes),
     ]
-    for name in MODELS:
-        starred = f", {PALE_TOKEN_LABELS_TOP1[name]}"
-        lines.append(row(f"`{name}`", summarize(name, size), PUBLISHED[name], starred))
-    for table, rows in PALE_ABLATIONS.items():
-        lines += ["", f"## {table} (Pale-T)", "", HEADER.format(COLUMNS[table])]
-        for name, published in rows.items():
-            model = tv.create_model("pale_t", **OVERRIDES[table][name])
-            lines.append(row(name, summarize_model(model, size, "pale_t"), published))
-    text = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "tables.md").write_text(text)
-    print(text)
+    for table, published in PALE_ABLATIONS.items():
+        rows = (
+            cost(name, "pale_t", row, OVERRIDES[table][name]) for name, row in published.items()
+        )
+        lines += ["", f"## {table} (Pale-T)", "", *cost_table(COLUMNS[table], rows)]
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(__file__, page())

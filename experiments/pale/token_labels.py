@@ -1,10 +1,10 @@
-"""MixToken and token labels of a small teacher, on the embedded digits, over several seeds.
+"""Tests MixToken and the token labels of a small teacher on the embedded digits.
 
     python -m experiments.pale.token_labels
 
 The starred Pale models of Table 2 gain 0.7 to 0.9 points on ImageNet by both. This is NOT that
-experiment: a shrunk Pale-T of 2 x 2 final tokens, taught by another one, on turned and shifted
-digits. Writes token_labels.md here.
+experiment: a shrunk Pale-T with 2 x 2 final tokens, taught by another one, on rotated and shifted
+digits, several seeds. Writes token_labels.md here.
 """
 
 import tempfile
@@ -13,60 +13,82 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.short_runs import make_hard, mean_and_spread
-from tokenvit_jax.recipes.pale import pale_digits_config
+from experiments import pages
+from experiments.pages import mean_and_std
+from experiments.short_runs import SEEDS, describe, make_hard
+from tokenvit_jax.recipes.pale import pale_config
 from tokenvit_jax.train import train
 from tokenvit_jax.training.logging import read_metrics
 
-SEEDS = (0, 1, 2)
 TEACHER_STEPS = 400
+Result = tuple[float, float]  # accuracy and loss on the test images
 
 
 def hard_config(arg: str, seed: int) -> ConfigDict:
-    config = make_hard(pale_digits_config("pale_t", token_labels=arg == "digits_tokens"))
+    """Returns the configuration of a short training; `arg` as in configs/pale_t.py."""
+    config = make_hard(pale_config("pale_t", arg, drop_path=0.1))
     config.seed = seed
     return config
 
 
-def final(config: ConfigDict, workdir: Path) -> tuple[float, float]:
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> Result:
     """Trains and returns accuracy and loss on the test images at the end."""
     train(config, workdir)
     last = [record for record in read_metrics(workdir) if "eval/accuracy" in record][-1]
     return last["eval/accuracy"], last["eval/loss"]
 
 
+def train_teacher(workdir: Path) -> Result:
+    """Trains the teacher, longer than its students."""
+    config = hard_config("digits", seed=100)
+    config.num_steps = TEACHER_STEPS
+    return train_and_evaluate(config, workdir)
+
+
+def student_configs(teacher: Path, seed: int) -> dict[str, ConfigDict]:
+    """Returns the configuration of each training that is compared.
+
+    Args:
+      teacher: workdir of the teacher.
+      seed: seed of the trainings.
+    """
+    labelled = hard_config("digits_tokens", seed)
+    mixed = labelled.copy_and_resolve_references()
+    labelled.token_labels.teacher = str(teacher)
+    mixed.token_labels.weight = 0.0
+    return {
+        "plain": hard_config("digits", seed),
+        "MixToken alone": mixed,
+        "MixToken and token labels": labelled,
+    }
+
+
+def page(teacher: Result, students: dict[str, list[Result]]) -> list[str]:
+    """Returns the lines of the page."""
+    accuracy, loss = teacher
+    about = (
+        f"{describe('Pale-T')} The teacher is the same network after {TEACHER_STEPS} "
+        f"plain steps: test accuracy {accuracy:.3f}, test loss {loss:.3f}."
+    )
+    rows = [[name, *map(mean_and_std, np.transpose(runs))] for name, runs in students.items()]
+    return [
+        *pages.heading("MixToken and token labels", __file__, about),
+        "",
+        *pages.table(["training", "test accuracy", "test loss"], rows),
+    ]
+
+
 def main() -> None:
+    """Trains the teacher and its students, and writes the page."""
+    students = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        teacher = hard_config("digits", seed=100)
-        teacher.num_steps = TEACHER_STEPS
-        teacher_accuracy, teacher_loss = final(teacher, folder / "teacher")
-        results = {"plain": [], "MixToken alone": [], "MixToken and token labels": []}
+        teacher = train_teacher(folder / "teacher")
         for seed in SEEDS:
-            labelled = hard_config("digits_tokens", seed)
-            mixed = labelled.copy_and_resolve_references()
-            labelled.token_labels.teacher = str(folder / "teacher")
-            mixed.token_labels.weight = 0.0
-            for name, config in zip(
-                results, (hard_config("digits", seed), mixed, labelled), strict=True
-            ):
-                results[name].append(final(config, folder / f"{name} {seed}"))
-    lines = [
-        f"Shrunk Pale-T on turned and shifted digits, {labelled.num_steps} steps,",
-        f"{len(SEEDS)} seeds, mean ± standard deviation; 360 test images, so one image is 0.003.",
-        f"The teacher is the same network after {TEACHER_STEPS} plain steps: test accuracy",
-        f"{teacher_accuracy:.3f}, test loss {teacher_loss:.3f}. Written by",
-        "`python -m experiments.pale.token_labels`.",
-        "",
-        "| training | test accuracy | test loss |",
-        "| --- | --- | --- |",
-    ]
-    for name, runs in results.items():
-        cells = [mean_and_spread(values) for values in np.transpose(runs)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "token_labels.md").write_text(text)
-    print(text)
+            for name, config in student_configs(folder / "teacher", seed).items():
+                result = train_and_evaluate(config, folder / f"{name} {seed}")
+                students.setdefault(name, []).append(result)
+    pages.write(__file__, page(teacher, students))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Methods at equal K: Table 3, Figure 7 and carry in training, on the embedded digits.
+"""Compares methods at equal K: Table 3, Figure 7 and carry in training, on the embedded digits.
 
     python -m experiments.token_pooling.comparison
 
-This is NOT ImageNet. A small DeiT is trained for 400 steps and tuned for 100 with every method at
-the same K of every block; paired over three seeds. Writes comparison.md and comparison.png here.
+This is NOT ImageNet. A small DeiT is trained for 400 steps and tuned for 100 steps with every
+method at the same K of every block; paired over three seeds. Writes comparison.md and
+comparison.png here.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.short_runs import Run, mean_and_spread
+from experiments import pages, plots
+from experiments.pages import mean_and_std, signed_mean_and_std
+from experiments.runs import ShortRun
+from experiments.short_runs import SEEDS
 from experiments.token_pooling import stages
-from tokenvit_jax.tasks.pictures import COLORS
 
-SEEDS = (0, 1, 2)
 KEEPS = ((16, 8, 4, 2, 1, 0), (8, 4, 2, 1, 0, 0))
 ALL = "all patches"
 RANDOM_INITIAL = "weighted K-Medoids, random first centres"
@@ -37,61 +37,71 @@ CLAIMS = (
     ("weighted K-Medoids", "weighted K-Means"),
     ("weighted K-Medoids", "Token Merging"),
 )
-FOLDER = Path(__file__).parent
-Runs = dict[str, list[Run]]
+Runs = dict[str, list[ShortRun]]
+
+
+def accuracy(run: ShortRun) -> float:
+    """Returns the test accuracy of a run."""
+    return run.accuracy
+
+
+def test_loss(run: ShortRun) -> float:
+    """Returns the test loss of a run."""
+    return run.test_loss
 
 
 def results(runs: Runs) -> list[str]:
     """Returns the lines of accuracies and losses, mean and spread over the seeds."""
-    lines = ["| method | MMACs | test accuracy | test loss |", "| --- | --- | --- | --- |"]
-    for name, group in runs.items():
-        accuracy = mean_and_spread([run.accuracy for run in group])
-        loss = mean_and_spread([run.test_loss for run in group])
-        lines.append(f"| {name} | {stages.mmacs(group[0]):.2f} | {accuracy} | {loss} |")
-    return lines
+    rows = [
+        [
+            name,
+            f"{stages.mmacs(group[0]):.2f}",
+            *(mean_and_std([read(run) for run in group]) for read in (accuracy, test_loss)),
+        ]
+        for name, group in runs.items()
+    ]
+    return pages.table(["method", "MMACs", "test accuracy", "test loss"], rows)
 
 
 def differences(runs: Runs) -> list[str]:
-    """Returns the lines of the claims: differences of the same seed."""
-    lines = ["| first - second | test accuracy | test loss |", "| --- | --- | --- |"]
-    for first, second in CLAIMS:
-        accuracy = paired(runs, first, second, lambda run: run.accuracy)
-        loss = paired(runs, first, second, lambda run: run.test_loss)
-        lines.append(f"| {first} - {second} | {accuracy} | {loss} |")
-    return lines
+    """Returns the lines of the claims: differences between runs with the same seed."""
+    rows = [
+        [
+            f"{first} - {second}",
+            *(paired(runs[first], runs[second], read) for read in (accuracy, test_loss)),
+        ]
+        for first, second in CLAIMS
+    ]
+    return pages.table(["first - second", "test accuracy", "test loss"], rows)
 
 
-def paired(runs: Runs, first: str, second: str, read: Callable[[Run], float]) -> str:
-    pairs = zip(runs[first], runs[second], strict=True)
-    return stages.spread([read(a) - read(b) for a, b in pairs])
+def paired(
+    first: Sequence[ShortRun], second: Sequence[ShortRun], read: Callable[[ShortRun], float]
+) -> str:
+    """Formats the differences between two settings, paired by seed."""
+    pairs = zip(first, second, strict=True)
+    return signed_mean_and_std([read(a) - read(b) for a, b in pairs])
 
 
-def plot(runs: dict[tuple, Runs]) -> Figure:
+def plot(runs: dict[tuple[int, ...], Runs]) -> Figure:
     """Draws accuracy and loss of every seed, one pair of panels for every list of K."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2 * len(runs), sharey=True)
+    figure, axes = plots.panels(2 * len(runs), width=13, height=3.6, sharey=True)
     for number, (keep, group) in enumerate(runs.items()):
-        accuracy, loss = panels[2 * number : 2 * number + 2]
+        colors = [plots.color(number)] * len(group)
         for axis, read, title in (
-            (accuracy, lambda run: 100 * run.accuracy, "test accuracy, %"),
-            (loss, lambda run: run.test_loss, "test loss"),
+            (axes[2 * number], lambda run: 100 * run.accuracy, "test accuracy, %"),
+            (axes[2 * number + 1], test_loss, "test loss"),
         ):
-            for place, seeds in enumerate(group.values()):
-                values = [read(run) for run in seeds]
-                axis.plot(values, [place] * len(values), "o", color=COLORS[number], alpha=0.6)
-                axis.plot(np.mean(values), place, "|", color="black", markersize=12)
-            axis.set_title(f"{title}\nK = {', '.join(map(str, keep))}", fontsize=9)
-            axis.grid(axis="x", color="0.92")
-            axis.spines[["top", "right"]].set_visible(False)
-    names = list(next(iter(runs.values())))
-    panels[0].set_yticks(range(len(names)), names, fontsize=8)
-    panels[0].invert_yaxis()
+            title = f"{title}\n{stages.format_keep(keep)}"
+            stages.draw_results(axis, list(group.values()), read, colors, title)
+    plots.name_rows(axes[0], list(next(iter(runs.values()))))
     return figure
 
 
-def main() -> None:
+def train_all() -> dict[tuple[int, ...], Runs]:
+    """Returns the runs of every method for every list of K."""
     whole = {ALL: [stages.tune(seed, None) for seed in SEEDS]}
-    runs = {
+    return {
         keep: whole
         | {
             name: [stages.tune(seed, {"keep": keep} | reducer) for seed in SEEDS]
@@ -99,27 +109,33 @@ def main() -> None:
         }
         for keep in KEEPS
     }
-    bases = [stages.train_base(seed) for seed in SEEDS]
+
+
+def page(bases: list[ShortRun], runs: dict[tuple[int, ...], Runs]) -> list[str]:
+    """Returns the lines of the page."""
+    about = f"""
+    {stages.ABOUT}, then for {stages.TUNED_STEPS} steps with the method, from the base of the
+    same seed; {len(SEEDS)} seeds, mean ± standard deviation. The bases reach an accuracy of
+    {mean_and_std([run.accuracy for run in bases])} and a loss of
+    {mean_and_std([run.test_loss for run in bases])}. The first centres are the tokens with the
+    highest scores unless the row says otherwise.
+    """
     lines = [
-        "# Methods at equal numbers of tokens",
-        "",
-        "Written by `python -m experiments.token_pooling.comparison`.",
-        f"{stages.NOT_IMAGENET} A DeiT",
-        "of 6 blocks and 64 patches, 400 steps, then 100 steps with the method, from the base of",
-        f"the same seed; {len(SEEDS)} seeds, mean ± standard deviation; one image is 0.003. Bases:",
-        f"accuracy {mean_and_spread([run.accuracy for run in bases])}, loss",
-        f"{mean_and_spread([run.test_loss for run in bases])}. First centres are the highest",
-        "scores where nothing else is said.",
+        *pages.heading("Methods at equal numbers of tokens", __file__, about),
         "",
         "![test accuracy and loss of every seed; bars: means](comparison.png)",
     ]
     for keep, group in runs.items():
-        lines += ["", f"## K = {', '.join(map(str, keep))}", "", *results(group), ""]
-        lines += ["Differences of the same seed:", "", *differences(group)]
-    text = "\n".join(lines) + "\n"
-    (FOLDER / "comparison.md").write_text(text)
-    plot(runs).savefig(FOLDER / "comparison.png", dpi=120)
-    print(text)
+        lines += ["", f"## {stages.format_keep(keep)}", "", *results(group), ""]
+        lines += ["Differences between runs with the same seed:", "", *differences(group)]
+    return lines
+
+
+def main() -> None:
+    """Trains and writes the page."""
+    runs = train_all()
+    bases = [stages.train_base(seed) for seed in SEEDS]
+    pages.write(__file__, page(bases, runs), plot(runs))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Token Pooling inserted into trained models: Supplement E and Figure 10, on any plain host.
+"""Inserts Token Pooling into trained models: Supplement E and Figure 10, on any plain host.
 
     python -m experiments.token_pooling.insertion
     python -m experiments.token_pooling.insertion --workdir=RUN
 
 Nothing is trained after the insertion. The first form trains three small DeiT on the embedded
-digits, which is NOT ImageNet, and writes insertion.md and insertion.png here; the second one reads
-a run of a ViT or DeiT, imported weights too, evaluates it on its own dataset and prints the table.
+digits, which is NOT ImageNet, and writes insertion.md and insertion.png here. The second form reads
+a run of a ViT or DeiT, which may have imported weights, evaluates it on its own dataset and prints
+the tables.
 """
 
 from collections.abc import Sequence
@@ -17,27 +18,23 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from experiments import pages, plots
+from experiments.pages import mean_and_std, signed_mean_and_std
+from experiments.runs import Variables, load_run, make_evaluate, make_model
+from experiments.short_runs import SEEDS
 from experiments.token_pooling import stages
 from tokenvit_jax import cli
-from tokenvit_jax.data import dataset_info, eval_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import VisionTransformer
-from tokenvit_jax.tasks import classification
-from tokenvit_jax.tasks.pictures import COLORS
-from tokenvit_jax.training.checkpoint import load_variables
-from tokenvit_jax.training.parallel import make_parallel, map_batches
-from tokenvit_jax.training.step import make_eval_step
-from tokenvit_jax.training.workdir import read_config
 
-SEEDS = (0, 1, 2)
-LASTS = (0.8, 0.6, 0.4, 0.2, 0.05)  # part of the patches that leaves the last block
+LASTS = (0.8, 0.6, 0.4, 0.2, 0.05)  # share of the patches that leaves the last block
 CLUSTERING = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
-# A selection drops sizes with the tokens: all that are left are 1, there is nothing to carry.
+# A selection drops sizes with the tokens: every remaining size is 1, so there is nothing to carry.
 SETTINGS = {"PoWER-BERT": {"method": "powerbert"}}
 for method in (*CLUSTERING, "tome"):
     SETTINGS[stages.LABELS[method]] = {"method": method}
     SETTINGS[f"{stages.LABELS[method]}, carry"] = {"method": method, "carry": True}
-FOLDER = Path(__file__).parent
+ALL = "all patches"
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
@@ -49,8 +46,10 @@ flags.DEFINE_string(
 class Insertion(NamedTuple):
     """One reduction in every model.
 
-    keep: K of every block. accuracy, loss: on the test images, of the models without reduction
-    ("") and with every setting, (models,) each.
+    Attributes:
+      keep: K of every block.
+      accuracy: accuracy on the test images (models,), by setting; ALL: without reduction.
+      loss: loss on the test images (models,), by setting.
     """
 
     keep: tuple[int, ...]
@@ -58,22 +57,25 @@ class Insertion(NamedTuple):
     loss: dict[str, np.ndarray]
 
 
-def insert_all(config: ConfigDict, models: Sequence[dict]) -> list[Insertion]:
+def insert_all(config: ConfigDict, models: Sequence[Variables]) -> list[Insertion]:
     """Evaluates every reduction with every setting.
 
     Args:
-      config: of the models.
+      config: configuration of the models.
       models: variables of each.
     """
-    host = classification.make_model(config, dataset_info(config.dataset).num_classes)
+    host = make_model(config)
     if not isinstance(host, VisionTransformer) or host.token_reducer:
-        raise UserError(f"model {config.model} is no plain host; valid: a ViT or DeiT, unreduced")
+        raise UserError(
+            f"model {config.model!r} is no plain host without token reducer; valid: a ViT or DeiT "
+            "without config.model_overrides.token_reducer"
+        )
     num_patches = (-(-config.image_size // host.patch_size)) ** 2
     whole = evaluate(config, host, models)
     found = []
     for last in LASTS:
         keep = stages.shrinking_keep(num_patches, host.depth, last)
-        results = {"": whole}
+        results = {ALL: whole}
         for name, setting in SETTINGS.items():
             model = host.clone(token_reducer={"keep": keep} | setting)
             results[name] = evaluate(config, model, models)
@@ -83,124 +85,102 @@ def insert_all(config: ConfigDict, models: Sequence[dict]) -> list[Insertion]:
     return found
 
 
-def evaluate(config: ConfigDict, model: VisionTransformer, models: Sequence[dict]) -> np.ndarray:
-    """Returns accuracy and loss of each (models, 2) on the test images."""
-    parallel = make_parallel(config)
-    step = parallel.eval_step(make_eval_step(model, config))
-    results = []
-    for variables in map(parallel.put_variables, models):
-        batches = eval_dataset(config)
-        sums = map_batches(
-            lambda batch, own=variables: step(own, batch), batches, parallel.put_batch
-        )
-        metrics = classification.mean_metrics(sums)
-        results.append((metrics["eval/accuracy"], metrics["eval/loss"]))
-    return np.array(results)
+def evaluate(
+    config: ConfigDict, model: VisionTransformer, models: Sequence[Variables]
+) -> np.ndarray:
+    """Returns accuracy and loss of every model on the test images (models, 2)."""
+    metrics = map(make_evaluate(config, model), models)
+    return np.array([(found["eval/accuracy"], found["eval/loss"]) for found in metrics])
 
 
-def table(insertions: list[Insertion], name: str) -> list[str]:
+def table(insertions: list[Insertion], field: str) -> list[str]:
     """Returns the lines of one field, "accuracy" or "loss": methods down, reductions across."""
-    columns = [getattr(insertion, name) for insertion in insertions]
-    lines = [f"| {name} | {' | '.join(f'{last:g}' for last in LASTS)} |"]
-    lines.append("| --- |" + " --- |" * len(LASTS))
-    for setting in columns[0]:
-        cells = [summary(column[setting]) for column in columns]
-        lines.append(f"| {setting or 'all patches'} | {' | '.join(cells)} |")
-    return lines
+    columns = [getattr(insertion, field) for insertion in insertions]
+    rows = ([name, *(mean_and_std(column[name]) for column in columns)] for name in columns[0])
+    return pages.table([field, *LASTS], rows)
 
 
 def gains(insertions: list[Insertion]) -> list[str]:
-    """Returns the lines of what carry changes in the same model."""
-    lines = [f"| carry | {' | '.join(f'{last:g}' for last in LASTS)} |"]
-    lines.append("| --- |" + " --- |" * len(LASTS))
+    """Returns the lines that say what carry adds to the accuracy of the same model."""
+    rows = []
     for name in SETTINGS:
-        if f"{name}, carry" in SETTINGS:
-            pairs = [(i.accuracy[f"{name}, carry"], i.accuracy[name]) for i in insertions]
-            cells = [stages.spread(carried - plain) for carried, plain in pairs]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def summary(values: np.ndarray) -> str:
-    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{spread}"
+        carried = f"{name}, carry"
+        if carried in SETTINGS:
+            changes = [found.accuracy[carried] - found.accuracy[name] for found in insertions]
+            rows.append([name, *map(signed_mean_and_std, changes)])
+    return pages.table(["carry", *LASTS], rows)
 
 
 def keeps(insertions: list[Insertion]) -> list[str]:
-    """Returns the lines that say which K the columns stand for."""
-    lines = ["| part left | K |", "| --- | --- |"]
-    for last, insertion in zip(LASTS, insertions, strict=True):
-        lines.append(f"| {last:g} | {', '.join(map(str, insertion.keep))} |")
-    return lines
+    """Returns the lines that list K for each column."""
+    rows = (
+        [last, ", ".join(map(str, insertion.keep))]
+        for last, insertion in zip(LASTS, insertions, strict=True)
+    )
+    return pages.table(["share left", "K"], rows)
 
 
 def plot(insertions: list[Insertion]) -> Figure:
-    """Draws mean accuracy and loss over the part that is left; dashed: carry."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, field in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+    """Draws mean accuracy and loss over the share of patches that is left; dashed: carry."""
+    figure, axes = plots.panels(2, width=11, height=4)
+    plain_names = list(dict.fromkeys(name.split(",")[0] for name in SETTINGS))
+    for axis, field in zip(axes, ("accuracy", "loss"), strict=True):
         for name in SETTINGS:
             plain = name.removesuffix(", carry")
-            color = COLORS[list(dict.fromkeys(n.split(",")[0] for n in SETTINGS)).index(plain)]
-            values = [getattr(i, field)[name].mean() for i in insertions]
-            axis.plot(LASTS, values, "-" if name == plain else "--", color=color, label=name)
-        whole = getattr(insertions[0], field)[""].mean()
-        axis.axhline(whole, color="black", lw=0.8, ls=":", label="all patches")
+            own = plots.color(plain_names.index(plain))
+            values = [getattr(found, field)[name].mean() for found in insertions]
+            axis.plot(LASTS, values, "-" if name == plain else "--", color=own, label=name)
+        whole = getattr(insertions[0], field)[ALL].mean()
+        axis.axhline(whole, color="black", lw=0.8, ls=":", label=ALL)
         axis.set(xlabel="part of the patches that leaves the last block", title=f"test {field}")
         axis.invert_xaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
-def of_digits() -> None:
-    """Trains the small models and writes the page."""
-    bases = [stages.train_base(seed) for seed in SEEDS]
-    found = insert_all(stages.base_config(0), [run.variables for run in bases])
-    lines = [
-        "# Token Pooling in trained models, without training",
-        "",
-        "Written by `python -m experiments.token_pooling.insertion`.",
-        f"{stages.NOT_IMAGENET} DeiT",
-        f"of 6 blocks and 64 patches, 400 steps, {len(SEEDS)} seeds, mean ± standard deviation;",
-        "one image is 0.003. Every block drops the same part of its patches; the columns say what",
-        "part leaves the last one:",
+def page(found: list[Insertion]) -> list[str]:
+    """Returns the lines of the page."""
+    about = f"""
+    {stages.ABOUT}; {len(SEEDS)} seeds, mean ± standard deviation. Every block drops the same share
+    of its patches; the columns say which share leaves the last block:
+    """
+    return [
+        *pages.heading("Token Pooling in trained models, without training", __file__, about),
         "",
         *keeps(found),
         "",
-        "![accuracy and loss over the part that is left](insertion.png)",
+        "![accuracy and loss over the share that is left](insertion.png)",
         "",
         *table(found, "accuracy"),
         "",
         *table(found, "loss"),
         "",
-        "What carry adds to the accuracy of the same model:",
+        "Gain in accuracy from carry, in the same model:",
         "",
         *gains(found),
     ]
-    text = "\n".join(lines) + "\n"
-    (FOLDER / "insertion.md").write_text(text)
-    plot(found).savefig(FOLDER / "insertion.png", dpi=120)
-    print(text)
 
 
-def of_run(workdir: Path, checkpoint: str, data_dir: str | None) -> None:
+def insert_into_digits() -> None:
+    """Trains the small models and writes the page."""
+    bases = [stages.train_base(seed) for seed in SEEDS]
+    found = insert_all(stages.base_config(0), [run.variables for run in bases])
+    pages.write(__file__, page(found), plot(found))
+
+
+def insert_into_run(workdir: Path, checkpoint: str, data_dir: str | None) -> None:
     """Prints the tables of one run."""
-    config = read_config(workdir)
-    if data_dir is not None:
-        config.data.data_dir = data_dir
-    host = classification.make_model(config, dataset_info(config.dataset).num_classes)
-    loaded = load_variables(host, config.image_size, workdir, checkpoint)
-    found = insert_all(config, [loaded.variables])
-    lines = [*keeps(found), "", *table(found, "accuracy"), "", *table(found, "loss")]
-    print("\n".join(lines))
+    run = load_run(workdir, checkpoint, data_dir)
+    found = insert_all(run.config, [run.variables])
+    print("\n".join([*keeps(found), "", *table(found, "accuracy"), "", *table(found, "loss")]))
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the command."""
     if flag_values.workdir is None:
-        of_digits()
+        insert_into_digits()
     else:
-        of_run(Path(flag_values.workdir), flag_values.checkpoint, flag_values.data_dir)
+        insert_into_run(Path(flag_values.workdir), flag_values.checkpoint, flag_values.data_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""Loads, trains and evaluates runs: the only place that assembles them from the package's parts."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
+from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.tasks import task_of
+from tokenvit_jax.training.checkpoint import Checkpoint, load_variables
+from tokenvit_jax.training.initial import start_from
+from tokenvit_jax.training.optimizer import make_optimizer
+from tokenvit_jax.training.parallel import make_parallel, map_batches
+from tokenvit_jax.training.state import TrainState, eval_variables, init_state
+from tokenvit_jax.training.step import make_eval_step, make_train_step, normalize
+from tokenvit_jax.training.workdir import for_inference, read_config
+
+Variables = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A trained model that a workdir holds.
+
+    Attributes:
+      config: configuration of the training.
+      model: the module.
+      variables: arguments of `model.apply`.
+      step: training step of the checkpoint.
+    """
+
+    config: ConfigDict
+    model: nn.Module
+    variables: Variables
+    step: int
+
+
+class ShortRun(NamedTuple):
+    """Result of a short training without a workdir.
+
+    Attributes:
+      loss: training loss of every step (num_steps,).
+      accuracy: accuracy on the test images after training.
+      test_loss: loss on the test images after training, nats.
+      model: the trained module.
+      variables: its variables after training.
+    """
+
+    loss: np.ndarray
+    accuracy: float
+    test_loss: float
+    model: nn.Module
+    variables: Variables
+
+
+def load_run(workdir: Path, checkpoint: str = "last", data_dir: str | None = None) -> Run:
+    """Loads a checkpoint of a training run.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: "last", "best" or a step.
+      data_dir: folder of the prepared dataset; None: the folder that the run read.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or the checkpoint is of another model.
+    """
+    config = for_inference(read_config(workdir), data_dir)
+    model = make_model(config)
+    loaded = load_variables(model, config.image_size, workdir, checkpoint)
+    return Run(config, model, loaded.variables, loaded.step)
+
+
+def make_model(config: ConfigDict) -> nn.Module:
+    """Returns the model of a configuration, for the classes of its dataset."""
+    num_classes = dataset_info(config.dataset).num_classes
+    return task_of(config.dataset).make_model(config, num_classes)
+
+
+def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
+    """Returns uint8 images (B, H, W, 3) as the models of a configuration take them, float32."""
+    return normalize(images, config.data.normalization)
+
+
+def test_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first batch of test images (B, S, S, 3) uint8, and their labels (B,)."""
+    batch = next(iter(eval_dataset(config)))
+    return batch["image"], batch["label"]
+
+
+def test_batches(config: ConfigDict) -> list[np.ndarray]:
+    """Returns all test images in batches (B, S, S, 3) uint8."""
+    return [batch["image"] for batch in eval_dataset(config)]
+
+
+def observe(config: ConfigDict, model: nn.Module) -> Callable[[Variables, jax.Array], tuple]:
+    """Returns a compiled function that applies a model and keeps what its layers noted.
+
+    Args:
+      config: configuration of the model.
+      model: the module.
+
+    Returns:
+      A function of variables and images (B, H, W, 3) uint8 that returns the model's output and its
+      collection "intermediates".
+    """
+
+    @jax.jit
+    def apply(variables, images):
+        images = normalize_images(config, images)
+        output, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+        return output, state.get("intermediates", {})
+
+    return apply
+
+
+def make_evaluate(config: ConfigDict, model: nn.Module) -> Callable[[Variables], dict[str, float]]:
+    """Returns a function of a model's variables that returns its metrics on the test images.
+
+    The evaluation step is compiled once for all variables.
+    """
+    parallel = make_parallel(config)
+    step = parallel.eval_step(make_eval_step(model, config))
+
+    def evaluate(variables):
+        placed = parallel.put_variables(variables)
+        sums = map_batches(
+            functools.partial(step, placed), eval_dataset(config), parallel.put_batch
+        )
+        return task_of(config.dataset).mean_metrics(sums)
+
+    return evaluate
+
+
+def train(
+    config: ConfigDict,
+    watch: Callable[[nn.Module, int, TrainState], None] | None = None,
+    initial: Variables | None = None,
+) -> ShortRun:
+    """Trains a classifier in this process, without a workdir.
+
+    Args:
+      config: see `tokenvit_jax.config`.
+      watch: called with the model, the number of finished steps and the state, before every step
+        and after the last one.
+      initial: variables that training starts from; None: random ones.
+    """
+    keep_pages()
+    model = make_model(config)
+    optimizer = make_optimizer(config)
+    parallel = make_parallel(config)
+    init_fn = functools.partial(init_state, model, optimizer, config)
+    state = parallel.init(init_fn)
+    if initial is not None:
+        state = start_from(state, Checkpoint(0, Path("memory"), initial))
+    num_classes = dataset_info(config.dataset).num_classes
+    train_step = parallel.train_step(
+        make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
+    )
+    loss = []
+    for step, batch in zip(range(config.num_steps), iter(train_dataset(config)), strict=False):
+        if watch:
+            watch(model, step, state)
+        state, metrics = train_step(state, batch)
+        loss.append(float(metrics["loss"]))
+    if watch:
+        watch(model, config.num_steps, state)
+    variables = eval_variables(state.params, state.model_state, state.ema)
+    metrics = make_evaluate(config, model)(variables)
+    return ShortRun(
+        np.array(loss), metrics["eval/accuracy"], metrics["eval/loss"], model, variables
+    )
