@@ -7,8 +7,8 @@ import flax.linen as nn
 
 import tokenvit_jax as tv
 from experiments import pages
-from tokenvit_jax.published import Published
 from tokenvit_jax.measure.macs import Summary, summarize_model
+from tokenvit_jax.published import Published
 
 IMAGENET_SIZE = (224, 224)
 

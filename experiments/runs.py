@@ -1,6 +1,5 @@
-"""Loads, trains and evaluates runs: the only place that assembles them from the package's parts."""
+"""Short trainings without a workdir, and what the scripts read from a run."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,34 +9,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
+from tokenvit_jax.data import eval_batches, open_split, train_batches
 from tokenvit_jax.memory import keep_pages
-from tokenvit_jax.tasks import task_of
-from tokenvit_jax.training.checkpoint import Checkpoint, load_variables
+from tokenvit_jax.tasks import create_task
+from tokenvit_jax.training.checkpoint import Checkpoint
+from tokenvit_jax.training.devices import make_parallel
+from tokenvit_jax.training.evaluation import evaluate_batches
 from tokenvit_jax.training.initial import start_from
 from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.parallel import make_parallel, map_batches
+from tokenvit_jax.training.run import Run
+from tokenvit_jax.training.run import load_run as load_any_run
 from tokenvit_jax.training.state import TrainState, eval_variables, init_state
-from tokenvit_jax.training.step import make_eval_step, make_train_step, normalize
+from tokenvit_jax.training.step import make_eval_step, make_train_step
 from tokenvit_jax.training.workdir import for_inference, read_config
 
 Variables = dict[str, Any]
-
-
-class Run(NamedTuple):
-    """A trained model that a workdir holds.
-
-    Attributes:
-      config: configuration of the training.
-      model: the module.
-      variables: arguments of `model.apply`.
-      step: training step of the checkpoint.
-    """
-
-    config: ConfigDict
-    model: nn.Module
-    variables: Variables
-    step: int
 
 
 class ShortRun(NamedTuple):
@@ -59,7 +45,7 @@ class ShortRun(NamedTuple):
 
 
 def load_run(workdir: Path, checkpoint: str = "last", data_dir: str | None = None) -> Run:
-    """Loads a checkpoint of a training run.
+    """Loads a checkpoint of a training run, configured for the devices of this machine.
 
     Args:
       workdir: folder of the run.
@@ -67,34 +53,37 @@ def load_run(workdir: Path, checkpoint: str = "last", data_dir: str | None = Non
       data_dir: folder of the prepared dataset; None: the folder that the run read.
 
     Raises:
-      UserError: there is no such run or checkpoint, or the checkpoint is of another model.
+      UserError: there is no such run or checkpoint, or the checkpoint belongs to another model.
     """
     config = for_inference(read_config(workdir), data_dir)
-    model = make_model(config)
-    loaded = load_variables(model, config.image_size, workdir, checkpoint)
-    return Run(config, model, loaded.variables, loaded.step)
+    return load_any_run(workdir, checkpoint, config=config)
 
 
 def make_model(config: ConfigDict) -> nn.Module:
     """Returns the model of a configuration, for the classes of its dataset."""
-    num_classes = dataset_info(config.dataset).num_classes
-    return task_of(config.dataset).make_model(config, num_classes)
+    return create_task(config).make_model()
 
 
 def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
     """Returns uint8 images (B, H, W, 3) as the models of a configuration take them, float32."""
-    return normalize(images, config.data.normalization)
+    return create_task(config).normalize(images)
+
+
+def _test_data(config: ConfigDict):
+    task = create_task(config)
+    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    return eval_batches(source, task.examples(train=False), config)
 
 
 def test_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first batch of test images (B, S, S, 3) uint8, and their labels (B,)."""
-    batch = next(iter(eval_dataset(config)))
+    batch = next(iter(_test_data(config)))
     return batch["image"], batch["label"]
 
 
 def test_batches(config: ConfigDict) -> list[np.ndarray]:
     """Returns all test images in batches (B, S, S, 3) uint8."""
-    return [batch["image"] for batch in eval_dataset(config)]
+    return [batch["image"] for batch in _test_data(config)]
 
 
 def observe(config: ConfigDict, model: nn.Module) -> Callable[[Variables, jax.Array], tuple]:
@@ -124,14 +113,12 @@ def make_evaluate(config: ConfigDict, model: nn.Module) -> Callable[[Variables],
     The evaluation step is compiled once for all variables.
     """
     parallel = make_parallel(config)
-    step = parallel.eval_step(make_eval_step(model, config))
+    task = create_task(config)
+    step = parallel.eval_step(make_eval_step(task, model))
 
     def evaluate(variables):
         placed = parallel.put_variables(variables)
-        sums = map_batches(
-            functools.partial(step, placed), eval_dataset(config), parallel.put_batch
-        )
-        return task_of(config.dataset).mean_metrics(sums)
+        return evaluate_batches(task, step, placed, _test_data(config), parallel)
 
     return evaluate
 
@@ -150,19 +137,23 @@ def train(
       initial: variables that training starts from; None: random ones.
     """
     keep_pages()
-    model = make_model(config)
+    task = create_task(config)
+    model = task.make_model()
     optimizer = make_optimizer(config)
     parallel = make_parallel(config)
-    init_fn = functools.partial(init_state, model, optimizer, config)
+
+    def init_fn():
+        return init_state(model, optimizer, config)
+
     state = parallel.init(init_fn)
     if initial is not None:
-        state = start_from(state, Checkpoint(0, Path("memory"), initial))
-    num_classes = dataset_info(config.dataset).num_classes
-    train_step = parallel.train_step(
-        make_train_step(model, optimizer, config, num_classes), parallel.abstract(init_fn)
-    )
+        state = start_from(state, Checkpoint(0, Path("memory"), initial), model)
+    train_step = make_train_step(task, model, optimizer)
+    train_step = parallel.train_step(train_step, parallel.abstract(init_fn))
+    source = open_split(config.dataset, task.info.train_split, config.data.data_dir)
+    batches = iter(train_batches(source, task.examples(train=True), config))
     loss = []
-    for step, batch in zip(range(config.num_steps), iter(train_dataset(config)), strict=False):
+    for step, batch in zip(range(config.num_steps), batches, strict=False):
         if watch:
             watch(model, step, state)
         state, metrics = train_step(state, batch)

@@ -6,8 +6,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from make_task import make_task
+from PIL import Image
 from token_model import TokenModel, token_config, use_token_model, write_run
 
 from tokenvit_jax import cli, label

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from tokenvit_jax.models.backbone import StepHooks
+from tokenvit_jax.models.backbone import Trainable
 
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification import Classification
@@ -15,7 +15,7 @@ from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.workdir import write_config
 
 
-class TokenModel(StepHooks, nn.Module):
+class TokenModel(Trainable):
     """Patches of 32 pixels, a tanh, a classifier of their mean and one of each."""
 
     num_classes: int

@@ -17,10 +17,16 @@ from experiments.pages import mean_and_std
 from experiments.short_runs import describe, last_loss, loss_curves
 
 RULES = {
-    "literal (0.1 lr)": {"centroids.rule": "literal"},
-    "constant 0.9": {"centroids.rule": "constant", "centroids.old_weight": 0.9},
-    "constant 0.99": {"centroids.rule": "constant", "centroids.old_weight": 0.99},
-    "swapped (1 - 0.1 lr)": {"centroids.rule": "swapped"},
+    "literal (0.1 lr)": {"model_overrides.centroid_rule": "literal"},
+    "constant 0.9": {
+        "model_overrides.centroid_rule": "constant",
+        "model_overrides.centroid_old_weight": 0.9,
+    },
+    "constant 0.99": {
+        "model_overrides.centroid_rule": "constant",
+        "model_overrides.centroid_old_weight": 0.99,
+    },
+    "swapped (1 - 0.1 lr)": {"model_overrides.centroid_rule": "swapped"},
 }
 ABOUT = """
 Churn: share of the queries of fixed test images that change their group in one step. Overlap: share

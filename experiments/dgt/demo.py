@@ -18,7 +18,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.recipes.dgt import dgt_digits_config
 from tokenvit_jax.tasks import pictures
 from tokenvit_jax.train import train
-from tokenvit_jax.training.logging import read_metrics
+from tokenvit_jax.training.train_log import read_metrics
 
 DRAWN_DIGITS = (3, 5, 8)
 MIN_ACCURACY = 0.95

@@ -11,7 +11,6 @@ import tokenvit_jax as tv
 from experiments import pages
 from experiments.costs import count_macs
 from tokenvit_jax.heads import MaskTransformer
-from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.published_expedite import EXPEDITE, ExpediteCost, counted
 from tokenvit_jax.tasks.segmentation import Segmenter
 

@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from experiments import pages, plots
 from experiments.costs import count_macs
 from experiments.runs import Run, load_run, normalize_images
-from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.data import open_split
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expedite_similarity import mean_cosine
-from tokenvit_jax.tasks import segmentation
+from tokenvit_jax.metrics.confusion import ConfusionMeter
+from tokenvit_jax.tasks import Outcome
+from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 BATCH = 20
 NUM_TEST_SCENES = 200
@@ -116,9 +118,10 @@ def load(workdir: str, *, swin: bool = False) -> Run:
 
 def read_scenes(split: str, number: int) -> Scenes:
     """Reads the first scenes of a split, "train" or "test"."""
-    source = open_source("scenes", split, "")
-    images, labels = zip(*(source.read(index) for index in range(number)), strict=True)
-    return Scenes(np.stack([np.asarray(image) for image in images]), np.stack(labels))
+    source = open_split("scenes", split, "")
+    records = [source.read(index) for index in range(number)]
+    images = np.stack([np.asarray(record["image"]) for record in records])
+    return Scenes(images, np.stack([record["label_map"] for record in records]))
 
 
 def test_scenes(quick: bool) -> Scenes:
@@ -179,7 +182,7 @@ class Bench:
         self._features = plain.features
         self.plain = self._compare({}, plain)
 
-    def model(self, setting: Setting) -> segmentation.Segmenter:
+    def model(self, setting: Setting) -> Segmenter:
         """Returns the network with a setting."""
         model = self.trained.model
         return model.clone(backbone=model.backbone.clone(**setting))
@@ -264,7 +267,9 @@ def confusions(classes: np.ndarray, labels: np.ndarray, num_classes: int) -> np.
 
 def miou(confusion: np.ndarray) -> float:
     """Returns the mean intersection over union, percent, of a confusion matrix (K, K)."""
-    return 100 * segmentation.mean_metrics([{"confusion": confusion, "loss": 0.0}])["eval/miou"]
+    meter = ConfusionMeter(len(confusion))
+    meter.add(Outcome({"confusion": confusion, "loss": 0.0}))
+    return 100 * meter.result()["eval/miou"]
 
 
 def bootstrap(result: Result) -> np.ndarray:

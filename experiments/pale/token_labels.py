@@ -18,7 +18,7 @@ from experiments.pages import mean_and_std
 from experiments.short_runs import SEEDS, describe, make_hard
 from tokenvit_jax.recipes.pale import pale_config
 from tokenvit_jax.train import train
-from tokenvit_jax.training.logging import read_metrics
+from tokenvit_jax.training.train_log import read_metrics
 
 TEACHER_STEPS = 400
 Result = tuple[float, float]  # accuracy and loss on the test images

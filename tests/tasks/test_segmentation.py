@@ -13,8 +13,8 @@ from random_variables import random_variables
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import MaskTransformer
-from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.metrics.confusion import ConfusionMeter
+from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.tasks import Outcome, Segmentation, default_config
 from tokenvit_jax.tasks.segmentation.inference import pixel_cross_entropy, predict_logits
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tokenvit_jax.models.backbone import StepHooks
+from tokenvit_jax.models.backbone import Trainable
 
 from tokenvit_jax.layers import DropPath, DynamicGroupAttention, advance_centroids, batch_norm
 from tokenvit_jax.tasks import default_config
@@ -13,7 +13,7 @@ NUM_CLASSES = 5
 BATCH_SIZE = 16
 
 
-class SmallModel(StepHooks, nn.Module):
+class SmallModel(Trainable):
     """Patches, BatchNorm, attention in groups, stochastic depth."""
 
     axis_name: str | None = None

@@ -7,7 +7,7 @@ from tokenvit_jax.recipes.digits import digits_config
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
 # Settings of every DGT here, written out so that the command line can change them.
-COMMON = {"remat": False}
+COMMON = {"centroid_rule": "constant", "centroid_old_weight": 0.9, "remat": False}
 
 
 def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe) -> ConfigDict:

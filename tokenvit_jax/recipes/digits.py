@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
+from tokenvit_jax.tasks import default_config
 
 
 def digits_config(model: str, model_overrides: Mapping[str, Any]) -> ConfigDict:
@@ -14,7 +14,7 @@ def digits_config(model: str, model_overrides: Mapping[str, Any]) -> ConfigDict:
     1,437 training and 360 test images of handwritten digits (scikit-learn), 8 x 8 pixels, enlarged
     to 64 x 64, slightly rotated and shifted.
     """
-    config = default_config()
+    config = default_config("classification")
     config.model = model
     config.model_overrides = dict(model_overrides)
 

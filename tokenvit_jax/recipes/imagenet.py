@@ -9,9 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.tasks import default_config
 
 # Name -> entries of the configuration. References: Touvron et al. 2021 (DeiT), Table 9, except for
 # the crop and the strength of the colour jitter (timm's and PVTv2's code).
@@ -65,7 +65,7 @@ class ImageNetRecipe:
 
     def make_config(self, model: str, model_overrides: Mapping[str, Any]) -> ConfigDict:
         """Returns the configuration of a model that is trained with this recipe."""
-        config = default_config()
+        config = default_config("classification")
         config.model = model
         config.model_overrides = dict(model_overrides)
         config.dtype = "bfloat16"

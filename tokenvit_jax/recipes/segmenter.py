@@ -5,9 +5,9 @@ import functools
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.recipes import choose_config
+from tokenvit_jax.tasks import default_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def segmenter_config(
 
 def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigDict:
     """Returns the published recipe (Section 4.1 and the authors' code), without decoder dropout."""
-    config = default_config()
+    config = default_config("segmentation")
     config.model = model
     config.model_overrides = {
         "drop_path": drop_path, "remat": False, "norm_epsilon": 1e-5,
@@ -131,7 +131,7 @@ def segmenter_scenes_config(model: str) -> ConfigDict:
 
     2,000 training and 200 test images of 128 x 128 pixels: digits pasted on photographs.
     """
-    config = default_config()
+    config = default_config("segmentation")
     config.model = model
     config.model_overrides = {
         "dim": 96, "depth": 8, "num_heads": 4, "patch_size": 8, "position_size": (128, 128),

@@ -59,9 +59,10 @@ def deit_digits_config(model: str) -> ConfigDict:
 
 def _search(config: ConfigDict, penalty: float) -> ConfigDict:
     """Adds the search; a larger penalty keeps fewer tokens."""
-    config.model_overrides.token_reducer = {"method": "soft_extract", "diagonal": True}
-    config.retention.penalty = penalty
-    config.retention.learning_rate_factor = 10.0
+    config.model_overrides.token_reducer = {
+        "method": "soft_extract", "diagonal": True, "penalty": penalty,
+        "learning_rate_factor": 10.0,
+    }  # fmt: skip
     return config
 
 

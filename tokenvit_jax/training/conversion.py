@@ -6,24 +6,14 @@ from a task: `weights/` knows none of these.
 
 from pathlib import Path
 
-from flax import linen as nn
-from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import dataset_info, list_datasets
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import task_of
-from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.tasks import create_task, default_config
 from tokenvit_jax.training.new_run import check_new, write_run
+from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
-from tokenvit_jax.weights import (
-    Layout,
-    export_weights,
-    find_layout,
-    import_weights,
-    read_arrays,
-)
+from tokenvit_jax.weights import export_weights, find_layout, import_weights, read_arrays
 
 
 def import_file(
@@ -45,15 +35,18 @@ def import_file(
         is for another task than the dataset, or the folder already holds a run.
     """
     found = find_layout(layout, name)
-    _check_task(layout, found, dataset)
+    config = default_config(found.task)
+    config.model, config.dataset = name, dataset
+    try:
+        task = create_task(config)
+    except UserError as error:
+        raise UserError(f"--layout={layout} is for {found.task}: {error}") from error
     check_new(out)
     arrays = read_arrays(source)
-    config = default_config()
-    config.model, config.dataset = name, dataset
     config.model_overrides = found.model_overrides(arrays)
     config.data.normalization = normalization or found.normalization
     config.update(found.config_entries(arrays))
-    model = _make_model(config)
+    model = task.make_model()
     config.image_size = found.image_size(model)
     try:
         params = import_weights(arrays, model, found)
@@ -77,20 +70,9 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
     """
     config = read_config(source)
     found = find_layout(layout, config.model)
-    _check_task(layout, found, config.dataset)
-    model = _make_model(config)
-    loaded = load_variables(model, config.image_size, source, checkpoint)
-    save_file(export_weights(loaded.variables["params"], model, found), out)
-
-
-def _make_model(config: ConfigDict) -> nn.Module:
-    return task_of(config.dataset).make_model(config, dataset_info(config.dataset).num_classes)
-
-
-def _check_task(name: str, layout: Layout, dataset: str) -> None:
-    """Raises UserError unless a layout is for the task of a dataset."""
-    if (task := dataset_info(dataset).task) != layout.task:
-        valid = ", ".join(x for x in list_datasets() if dataset_info(x).task == layout.task)
+    if config.task != found.task:
         raise UserError(
-            f"--layout={name} is for {layout.task}, dataset {dataset!r} for {task}; valid: {valid}"
+            f"--layout={layout} is for {found.task}, --source={source} is a run for {config.task}"
         )
+    run = load_run(source, checkpoint, config=config)
+    save_file(export_weights(run.variables["params"], run.model, found), out)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of
-from tokenvit_jax.models.reducers import OPTIONAL_PARAMETERS, reads_keep, searched_keep
+from tokenvit_jax.models.reducers import reads_keep, searched_keep
 from tokenvit_jax.training.checkpoint import Checkpoint, load_checkpoint
 from tokenvit_jax.training.state import TrainState, averaged_variables
 
@@ -76,17 +76,21 @@ def start_from(state: TrainState, initial: Checkpoint, model: nn.Module) -> Trai
       UserError: the run has another model; all differences are named.
     """
     ours = {"params": state.params, **state.model_state}
-    theirs, optional = initial.variables, OPTIONAL_PARAMETERS.search
-    if "backbone" in ours["params"] and "backbone" not in theirs["params"]:
-        theirs = _without(theirs, backbone_of(model).head_modules)
+    theirs, backbone = initial.variables, backbone_of(model)
+    from_classifier = backbone is not model and "backbone" not in theirs["params"]
+    if from_classifier:
+        theirs = _without(theirs, backbone.head_modules)
         theirs = {name: {"backbone": tree} for name, tree in theirs.items()}
-        optional = _any_of(optional, lambda name: name.split("/")[1] != "backbone")
+
+    def may_lack(name):
+        is_head = from_classifier and name.split("/")[1] != "backbone"
+        return is_head or name.endswith(backbone.optional_parameters)
+
     ours, theirs = (flatten_dict(tree, sep="/") for tree in (ours, theirs))
     wrong = []
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = (getattr(tree.get(name), "shape", "missing") for tree in (ours, theirs))
-        may_lack = "missing" in (here, there) and optional(name)
-        if here != there and not may_lack:
+        if here != there and not ("missing" in (here, there) and may_lack(name)):
             wrong.append(f"{name} is {there} there, {here} here")
     if wrong:
         raise UserError(
@@ -108,7 +112,3 @@ def _without(variables, modules):
         collection: {name: inner for name, inner in tree.items() if name not in modules}
         for collection, tree in variables.items()
     }
-
-
-def _any_of(*rules):
-    return lambda name: any(rule(name) for rule in rules)

@@ -63,7 +63,7 @@ def make_train_step(
 
         # Once per step, after all micro-batches have changed the model state.
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        model_state = model.after_step({"params": params, **model_state}, learning_rate)
+        model_state = dict(model.after_step({"params": params, **model_state}, learning_rate))
         params = model_state.pop("params")
         ema = state.ema
         if ema is not None:
