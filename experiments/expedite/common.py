@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.expedite_similarity import mean_cosine
+from tokenvit_jax.expediting.similarity import mean_cosine
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.tasks import segmentation
 from tokenvit_jax.training.checkpoint import load_variables

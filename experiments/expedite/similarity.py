@@ -20,7 +20,7 @@ from experiments.expedite import common
 from experiments.expedite.common import ALPHA, LARGE, SMALL, Setting, Trained, expedited
 from experiments.expedite.swin import SWIN_ALPHA, swin_expedited
 from tokenvit_jax import cli
-from tokenvit_jax.expedite_similarity import mean_cosine
+from tokenvit_jax.expediting.similarity import mean_cosine
 from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.step import normalize
 
