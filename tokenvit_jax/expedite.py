@@ -18,7 +18,7 @@ from absl import flags
 from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.front import format_front, plot_front
-from tokenvit_jax.expediting.search import front
+from tokenvit_jax.expediting.search import pareto_front
 from tokenvit_jax.predict import read_image
 from tokenvit_jax.training.expedite_run import search_run, write_expedited
 from tokenvit_jax.training.new_run import check_new
@@ -58,7 +58,7 @@ def main(flag_values: flags.FlagValues) -> None:
     rated, chosen = search.found
     tried = f"{len(rated)} of {search.num_candidates} settings tried on {search.num_images} images"
     print(f"{tried}, temperature {chosen.expedite.temperature:g}; the front:")
-    print(format_front(front(rated), chosen))
+    print(format_front(pareto_front(rated), chosen))
     if flag_values.plot:
         plot_front(rated, chosen, flag_values.budget).savefig(flag_values.plot, dpi=150)
     if out:

@@ -9,9 +9,9 @@ import functools
 
 import tokenvit_jax as tv
 from experiments.expedite import common
+from experiments.expedite.published import EXPEDITE, ExpediteCost, counted
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.measure.macs import summarize_model
-from tokenvit_jax.published_expedite import EXPEDITE, ExpediteCost, counted
 from tokenvit_jax.tasks.segmentation import Segmenter
 
 TITLES = {
@@ -80,7 +80,7 @@ def main() -> None:
         "# Expedite: costs of one image",
         "",
         "Written by `python -m experiments.expedite.counts`, 10^9 multiply-adds. As published: by",
-        "the rules of the authors' three programs, which `tokenvit_jax.published_expedite` states.",
+        "the rules of the authors' three programs, which `experiments.expedite.published` states.",
         "Here: every product of the model that runs, nothing elementwise. What differs:",
         "",
         "- Segmenter: the published count leaves out the products of the attention of the mask",

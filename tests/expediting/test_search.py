@@ -45,7 +45,7 @@ def test_the_choice_is_within_the_budget_and_most_similar(budget):
     assert chosen.macs <= budget
     within = [row for row in rated if row.macs <= budget]
     assert chosen.similarity == max(row.similarity for row in within)
-    front = search.front(rated)
+    front = search.pareto_front(rated)
     assert chosen in front
     for row in rated:
         assert any(f.macs <= row.macs and f.similarity >= row.similarity for f in front)
@@ -97,7 +97,7 @@ def test_the_most_similar_candidates_are_timed(monkeypatch):
         assert row.cost == row.latency == pytest.approx(row.macs + 0.1)
     chosen = search.choose(rated, 0.6, "latency")
     assert chosen.latency <= 0.6 < max(row.latency for row in rated)
-    text = format_front(search.front(rated), chosen)
+    text = format_front(search.pareto_front(rated), chosen)
     assert text.splitlines()[0].split()[:2] == ["latency", "MACs"]
     with pytest.raises(
         UserError, match=r"--budget=0\.14 with --of=latency was not reached; the near"
@@ -105,7 +105,7 @@ def test_the_most_similar_candidates_are_timed(monkeypatch):
         search.choose(search_latency(0.14, *given), 0.14, "latency")
 
 
-def test_equally_similar_settings_are_not_chosen_for_their_cost():
+def test_the_cheapest_of_equally_similar_settings_is_chosen():
     rated = [Rated(None, 0.5, 0.9), Rated(None, 0.4, 0.9), Rated(None, 0.3, 0.8)]
     assert search.choose(rated, 0.6) == rated[1]
-    assert search.front(rated) == [rated[2], rated[1]]
+    assert search.pareto_front(rated) == [rated[2], rated[1]]

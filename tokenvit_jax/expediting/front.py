@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from tokenvit_jax.expediting.insertions import describe
-from tokenvit_jax.expediting.search import Rated, front
+from tokenvit_jax.expediting.search import Rated, pareto_front
 
 
 def format_front(rated: Sequence[Rated], chosen: Rated) -> str:
@@ -41,7 +41,7 @@ def plot_front(rated: Sequence[Rated], chosen: Rated, budget: float) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     points = [(candidate.cost, candidate.similarity) for candidate in rated]
-    best = [(candidate.cost, candidate.similarity) for candidate in front(rated)]
+    best = [(candidate.cost, candidate.similarity) for candidate in pareto_front(rated)]
     axis.plot(*zip(*points, strict=True), "o", color="0.75", markersize=4, label="tried")
     axis.plot(*zip(*best, strict=True), "o-", color="#0072B2", markersize=4, label="front")
     label = describe(chosen.expedite)

@@ -180,7 +180,7 @@ def search(
 
 
 def _overview(candidates, depth):
-    """Returns settings with every second map of centres, from two blocks on up to the last block."""
+    """Returns settings from two blocks on up to the last one, for every second map of centres."""
     alphas = {max(1, depth // 4), max(1, depth // 2)}
     ends = [c for c in candidates if c.expedite.alpha + c.expedite.beta == depth]
     grids = sorted({candidate.expedite.clusters for candidate in candidates})[::2]
@@ -263,7 +263,7 @@ def choose(rated: Iterable[Rated], budget: float, of: str = "macs") -> Rated:
     return max(within, key=lambda candidate: (candidate.similarity, -candidate.cost))
 
 
-def front(rated: Iterable[Rated]) -> list[Rated]:
+def pareto_front(rated: Iterable[Rated]) -> list[Rated]:
     """Returns the Pareto front: no other setting is as cheap and as similar. Cheapest first."""
     found = []
     for candidate in sorted(rated, key=lambda candidate: (candidate.cost, -candidate.similarity)):
