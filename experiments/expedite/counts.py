@@ -11,8 +11,8 @@ import tokenvit_jax as tv
 from experiments import pages
 from experiments.costs import count_macs
 from tokenvit_jax.heads import MaskTransformer
-from tokenvit_jax.published_expedite import EXPEDITE, ExpediteCost, counted
-from tokenvit_jax.tasks.segmentation import Segmenter
+from experiments.expedite.published import EXPEDITE, ExpediteCost, counted
+from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 TITLES = {
     "segmenter": "Segmenter (Tables 2, 3 and 6; released code)",
@@ -22,7 +22,7 @@ TITLES = {
 COLUMNS = ["setting", "published", "as published", "here", "share of plain: published", "here"]
 ABOUT = """
 10^9 multiply-adds. "As published" follows the rules of the authors' three programs, which
-`tokenvit_jax.published_expedite` states. "Here" counts every product of the model that runs, and
+`experiments.expedite.published` states. "Here" counts every product of the model that runs, and
 nothing elementwise. The differences:
 """
 DIFFERENCES = """\

@@ -20,7 +20,7 @@ from experiments.costs import count_macs
 from experiments.runs import Run, load_run, normalize_images
 from tokenvit_jax.data import open_split
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.expedite_similarity import mean_cosine
+from tokenvit_jax.expediting.similarity import mean_cosine
 from tokenvit_jax.metrics.confusion import ConfusionMeter
 from tokenvit_jax.tasks import Outcome
 from tokenvit_jax.tasks.segmentation.model import Segmenter

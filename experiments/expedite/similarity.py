@@ -30,7 +30,7 @@ from experiments.expedite.evaluation import (
 from experiments.expedite.swin import SWIN_ALPHA, SWIN_DEPTH, swin_expedited
 from experiments.runs import Run, normalize_images
 from tokenvit_jax import cli
-from tokenvit_jax.expedite_similarity import mean_cosine
+from tokenvit_jax.expediting.similarity import mean_cosine
 
 FLAGS = evaluation.define_flags("workdir", "swin_workdir")
 # Liang et al. 2022, Table 1: ViT-L/16 on ADE20K, alpha = 10, 28 x 28 centres for 40 x 40 tokens.

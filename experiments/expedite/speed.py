@@ -25,7 +25,7 @@ from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.measure.timing import compile_program, environment, time_in_turns
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models import create_model
-from tokenvit_jax.tasks.segmentation import Segmenter
+from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("model", "vit_l", "backbone", flag_values=FLAGS)

@@ -1,17 +1,17 @@
-"""The costs that Expedite reports come out of its authors' way of counting."""
+"""The authors' rules of counting reproduce the costs that Expedite reports."""
 
 import pytest
 
-from tokenvit_jax.measure.macs import summarize
-from tokenvit_jax.published_expedite import (
+from experiments.expedite.published import (
     EXPEDITE,
     Counter,
     ExpediteCost,
     counted,
     vit_macs,
 )
+from tokenvit_jax.measure.macs import summarize
 
-# Segmenter to two digits, in the order of the table.
+# Counts of Segmenter to two digits, in the order of EXPEDITE.
 SEGMENTER = (
     *(658.98, 274.04, 290.87, 315.05, 347.22, 388.18, 438.91),
     *(438.52, 438.91, 439.50, 438.91, 439.53, 440.15, 440.77, 438.90, 438.91, 438.96),
@@ -20,7 +20,7 @@ SEGMENTER = (
 
 
 def reported_digits(cost: ExpediteCost) -> float:
-    """How far a reported cost may be from the counted one."""
+    """Returns the largest difference between a reported cost and the counted one."""
     if cost.network == "dpt":  # twice the difference of two numbers with one digit
         return 0.2
     # Four rows of Table 2 are higher by up to 0.1; 995.6 may be 995.55, rounded twice.
@@ -43,7 +43,7 @@ def test_names_are_unique():
     assert len({cost.name for cost in EXPEDITE}) == len(EXPEDITE)
 
 
-def test_products_are_those_of_the_model():
+def test_products_agree_with_the_model():
     cost = ExpediteCost("", "", "vit_b", (224, 224), 16, classes=1000, reported=None, source="")
     head = 768 * 1000
     assert vit_macs(cost, Counter(0, 0)) + head == summarize("vit_b", (224, 224)).macs

@@ -1,4 +1,4 @@
-"""How similar the features of a model are with and without clustering, for many settings."""
+"""Compares the features of a model with and without clustering, for many settings."""
 
 import dataclasses
 from typing import Any
@@ -7,39 +7,45 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenvit_jax.expedite_search import backbone_of, describe_host
+from tokenvit_jax.expediting.candidates import backbone_of, describe_host
 from tokenvit_jax.models import swin, vit
 from tokenvit_jax.models.expedite import Expedite
 
 
 def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Expedite) -> float:
-    """Returns how similar the features of a host are with and without clustering.
+    """Returns the cosine similarity of a host's features with and without clustering.
 
-    It is the cosine of both, in float32, mean over the places of the map and the images. The
-    features are those of a plain host after its last LayerNorm, or the last map of a hierarchical
-    one.
+    It is computed in float32 and averaged over the positions of the map and the images. The
+    features are a plain host's after its last LayerNorm, or the last map of a hierarchical host.
 
     Args:
       model: classifier or segmentation model.
-      variables: of it.
+      variables: variables of the model.
       images: (B, H, W, 3), normalised.
       expedite: the setting.
 
-    Source: Liang et al. 2022, Table 1, there of inner layers.
+    References:
+      Liang et al. 2022, Table 1, which compares inner layers.
     """
     return Comparison(model, variables, images)(expedite)
 
 
 class Comparison:
-    """:func:`similarity` as a function of the setting, which is quick for many of them.
+    """:func:`similarity` as a function of the setting, fast for many settings.
 
-    A block is compiled once for every number of tokens, not once for every setting; the blocks that
-    several settings have in common run once: those before the clustering, and those on the centres
-    where settings that follow one another differ in `beta` alone.
+    A block is compiled once for every number of tokens, not once for every setting. Blocks that
+    settings share run once: the blocks before the clustering, and the blocks on the centres where
+    successive settings differ in `beta` alone.
     """
 
     def __init__(self, model: nn.Module, variables: Any, images: jax.Array):
-        """Computes the features without clustering; arguments as those of :func:`similarity`."""
+        """Computes the features without clustering.
+
+        Args:
+          model: classifier or segmentation model.
+          variables: variables of the model.
+          images: (B, H, W, 3), normalised.
+        """
         backbone = backbone_of(model)
         if backbone is not model:
             variables = {name: tree["backbone"] for name, tree in variables.items()}
@@ -63,14 +69,14 @@ class Comparison:
 
 @jax.jit
 def mean_cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean cosine of vectors (..., C) and others, in float32; that of 0 is 0."""
+    """Returns the mean cosine of vectors (..., C) in float32; 0 counts for a vector of zeros."""
     x, y = (a.astype(jnp.float32) for a in (x, y))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.mean(jnp.sum(x * y, -1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
 
 
 class _BlockRunner:
-    """Takes the place of the calls of the blocks of a host that is applied outside of `jax.jit`."""
+    """Runs the blocks of a host that is applied outside `jax.jit`, and remembers their results."""
 
     def __init__(self, before: int):
         self._before = before
@@ -78,7 +84,7 @@ class _BlockRunner:
         self._clustering = None
 
     def begin(self, expedite):
-        """Starts a forward pass. Features without clustering come first."""
+        """Starts a forward pass; the first one is without clustering."""
         self._number, self._expedite = -self._before, expedite
         clustering = expedite and dataclasses.replace(expedite, beta=0, where="blocks")
         if clustering != self._clustering:
@@ -86,7 +92,7 @@ class _BlockRunner:
 
     def __call__(self, call, args, kwargs, context):
         block = context.module
-        # A copy that is being compiled has no name.
+        # The copy that `_run` compiles has no name.
         is_block = isinstance(block, vit.Block | swin.SwinBlock) and block.name is not None
         if not is_block or context.method_name != "__call__":
             return call(*args, **kwargs)
@@ -97,7 +103,7 @@ class _BlockRunner:
         return results[number]
 
     def _known(self):
-        """Results of blocks, by number, that hold for the next one."""
+        """Returns the results {block number: output} that are valid for the next block."""
         expedite, number = self._expedite, self._number
         if expedite is None or number < expedite.alpha:
             return self._plain

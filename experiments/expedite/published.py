@@ -1,18 +1,19 @@
-"""What Expedite (Liang et al. 2022) reports of its costs, and how its authors count them.
+"""Costs that Expedite (Liang et al. 2022) reports, and the rules by which its authors count them.
 
-They count with three programs, one for each network that they expedite. A multiply-add is one, and
-the products of an encoder's blocks count in all three. The programs differ in what they add, here a
-:class:`Counter`, and in what they see of clustering and reconstruction:
+They count with three programs, one for each network that they expedite. A multiply-add counts one,
+and all three programs count the products of an encoder's blocks. They differ in what they add, here
+a :class:`Counter`, and in how they count clustering and reconstruction:
 
-  * Segmenter: each kind of module has a formula, and what is not a module counts nothing: in the
-    decoder the products of q, k and v and the projections of patches and classes. The clustering
+  * Segmenter: each kind of module has a formula; work outside modules counts nothing, namely the
+    decoder's products of q, k and v and its projections of patches and classes. The clustering
     counts a window for every token, although the released code computes distances to all centres.
-  * SWAG: the operations of the traced graph, most of the elementwise ones too. For every token all
-    centres count.
-  * DPT: the operations of the traced graph, few of them elementwise. `einsum` counts nothing, and
-    so do the distances of both layers and the sum of the reconstruction.
+  * SWAG: all operations of the traced graph, most elementwise ones included. The clustering counts
+    all centres for every token.
+  * DPT: the operations of the traced graph, but few elementwise ones. `einsum` counts nothing, nor
+    do the distances of both layers and the sum of the reconstruction.
 
-A graph holds what the result needs: the hard assignment at the end of the clustering is not in it.
+A traced graph holds only what the result needs, so not the hard assignment at the end of the
+clustering.
 """
 
 import math
@@ -23,16 +24,26 @@ from tokenvit_jax.models.vit import VisionTransformer
 
 
 class ExpediteCost(NamedTuple):
-    """A cost that the authors report, and the setting that it belongs to.
+    """A cost that the authors report, and its setting.
 
-    network: "segmenter", "swag" or "dpt". name: of the row. model: of the encoder. image_size:
-    height and width, pixels. patch_size: pixels; 16 for the convolutional stem of DPT. classes: of
-    the head. reported: 10^9 multiply-adds; of DPT twice the 10^9 multiply-adds that are saved.
-    source: paper and table, or the released code. clusters: rows and columns of the centres, None
-    without clustering. alpha: blocks that run on all tokens before the clustering. window,
-    iterations, neighbors: of :class:`tokenvit_jax.models.expedite.Expedite`. decoder_layers: of
-    Segmenter's mask transformer. where: what is reconstructed, the output of "blocks" or the
-    "logits" of the head; None for nothing.
+    Attributes:
+      network: "segmenter" | "swag" | "dpt".
+      name: name of the row.
+      model: name of the encoder.
+      image_size: height and width [pixels].
+      patch_size: side of a patch [pixels]; 16 for the convolutional stem of DPT.
+      classes: number of classes of the head.
+      reported: 10^9 multiply-adds; for DPT twice the 10^9 multiply-adds that are saved. None: the
+        authors do not report it.
+      source: paper and table, or the released code.
+      clusters: rows and columns of the centres; None without clustering.
+      alpha: blocks on all tokens before the clustering.
+      window: see :class:`tokenvit_jax.models.expedite.Expedite`, also for the next two.
+      iterations: rounds of clustering.
+      neighbors: nearest centres in the reconstruction.
+      decoder_layers: blocks of Segmenter's mask transformer.
+      where: what is reconstructed, the output of "blocks" or the "logits" of the head; None:
+        nothing.
     """
 
     network: str
@@ -53,28 +64,30 @@ class ExpediteCost(NamedTuple):
 
 
 class Counter(NamedTuple):
-    """What a program adds to the matrix products of a block.
+    """Operations that a program adds to the matrix products of a block.
 
-    weights: for every attention weight. elements: for every element of the block's input.
+    Attributes:
+      weights: operations per attention weight.
+      elements: operations per element of the block's input.
     """
 
     weights: int
     elements: int
 
 
-# Softmax; two LN, GELU of the four times wider hidden layer, scale of q.
+# Softmax; two LN, GELU of the hidden layer, which is four times wider, scale of q.
 SEGMENTER_COUNTER = Counter(weights=2, elements=2 * 2 + 4 * 2 + 1)
-# Softmax; two LN, GELU, scale of q, biases, two sums, dropouts of the hidden layer and the outputs.
+# Softmax; two LN, GELU, scale of q, biases, two sums, dropouts of hidden layer and outputs.
 SWAG_COUNTER = Counter(weights=5, elements=2 * 4 + 4 + 1 + 9 + 2 + 6)
 # Scale of the weights; two LN.
 DPT_COUNTER = Counter(weights=1, elements=2)
 
 
 def counted(cost: ExpediteCost) -> float:
-    """Counts what the authors report of a setting, as they count it: see `ExpediteCost.reported`.
+    """Counts the cost of a setting by the authors' rules, in the units of `ExpediteCost.reported`.
 
     Args:
-      cost: of :data:`EXPEDITE`, or like one of it.
+      cost: an entry of :data:`EXPEDITE`, or one like it.
     """
     return {"segmenter": segmenter_gmacs, "swag": swag_gmacs, "dpt": dpt_saving}[cost.network](cost)
 
@@ -82,16 +95,17 @@ def counted(cost: ExpediteCost) -> float:
 def segmenter_gmacs(cost: ExpediteCost) -> float:
     """Counts Segmenter with its mask transformer.
 
-    The reported costs are those of a decoder on the centres, whose logits are reconstructed; they
-    count as if they had the width of the encoder.
+    The reported costs belong to a decoder that runs on the centres and whose logits are
+    reconstructed; logits count as if they had the width of the encoder.
 
     Args:
-      cost: with `network` "segmenter".
+      cost: a setting with `network` "segmenter".
 
     Returns:
       10^9 multiply-adds of one image.
 
-    Source: Liang et al. 2022, Tables 2, 3 and 6.
+    References:
+      Liang et al. 2022, Tables 2, 3 and 6.
     """
     length, centers = _lengths(cost)
     vit = create_model(cost.model)
@@ -108,18 +122,19 @@ def segmenter_gmacs(cost: ExpediteCost) -> float:
 
 
 def swag_gmacs(cost: ExpediteCost) -> float:
-    """Counts a classifier of SWAG: the refined centres go to the head, nothing is reconstructed.
+    """Counts a SWAG classifier: the refined centres go to the head, nothing is reconstructed.
 
     A dropout counts although it does nothing; with clustering there is one before every block,
-    without it one before all.
+    without clustering one before all blocks.
 
     Args:
-      cost: with `network` "swag".
+      cost: a setting with `network` "swag".
 
     Returns:
       10^9 multiply-adds of one image.
 
-    Source: Liang et al. 2022, Figure 9.
+    References:
+      Liang et al. 2022, Figure 9.
     """
     length, centers = _lengths(cost)
     vit = create_model(cost.model)
@@ -136,17 +151,18 @@ def swag_gmacs(cost: ExpediteCost) -> float:
 
 
 def dpt_saving(cost: ExpediteCost) -> float:
-    """Counts what the clustering saves of DPT, whose other parts do not change.
+    """Counts the cost that clustering saves in DPT, whose other parts do not change.
 
-    The decoder reads blocks 9 and 12 at 1/16, and both of them are reconstructed.
+    The decoder reads blocks 9 and 12 at 1/16, and both are reconstructed.
 
     Args:
-      cost: with `network` "dpt".
+      cost: a setting with `network` "dpt".
 
     Returns:
-      Twice the 10^9 multiply-adds of one image: the authors count two operations for each here.
+      Twice the 10^9 multiply-adds of one image: here the authors count two operations for each.
 
-    Source: Liang et al. 2022, Table 7.
+    References:
+      Liang et al. 2022, Table 7.
     """
     length, centers = _lengths(cost)
     dim = create_model(cost.model).dim
@@ -154,7 +170,7 @@ def dpt_saving(cost: ExpediteCost) -> float:
     # Squares and two factors of the distances, the product for the new centres; pooling and mask.
     one_round = (length + centers) * dim + 2 * centers * length + centers * length * dim
     clustering = cost.iterations * one_round + centers * dim + centers * length
-    # The released code reconstructs from [CLS], too.
+    # The released code reconstructs from the class token too.
     reconstruction = 2 * (centers + 1) * length + (length + centers + 1) * dim
     layers = clustering + 2 * reconstruction
     return 2 * (everywhere - vit_macs(cost, DPT_COUNTER) - layers) / 1e9
@@ -165,7 +181,7 @@ def vit_macs(cost: ExpediteCost, counter: Counter) -> int:
 
     Args:
       cost: the setting.
-      counter: what counts beside products; `Counter(0, 0)` for products alone.
+      counter: operations that count beside products; `Counter(0, 0)` for products alone.
     """
     length, centers = _lengths(cost)
     vit = create_model(cost.model)
@@ -178,9 +194,9 @@ def block_macs(tokens: int, vit: VisionTransformer, counter: Counter) -> int:
     """Counts a block whose hidden layer is four times wider than its input.
 
     Args:
-      tokens: with [CLS].
-      vit: the model, whose width and heads are read.
-      counter: what counts beside products.
+      tokens: number of tokens, with the class token.
+      vit: model that gives the width and the number of heads.
+      counter: operations that count beside products.
     """
     products = 12 * tokens * vit.dim**2 + 2 * tokens**2 * vit.dim
     weights, elements = vit.num_heads * tokens**2, tokens * vit.dim
@@ -190,8 +206,8 @@ def block_macs(tokens: int, vit: VisionTransformer, counter: Counter) -> int:
 def segmenter_clustering(cost: ExpediteCost) -> int:
     """Counts the clustering layer as in Segmenter.
 
-    A difference, its square and the weighted sum are one each for every channel of every pair, and
-    every token sees a whole window; scale and softmax are three for every pair.
+    Every channel of every pair counts one each for the difference, its square and the weighted sum;
+    every pair counts three for scale and softmax. Every token sees a whole window.
 
     Args:
       cost: a setting with clusters.
@@ -214,13 +230,13 @@ def segmenter_reconstruction(cost: ExpediteCost) -> int:
 
 
 def _lengths(cost: ExpediteCost) -> tuple[int, int]:
-    """Returns how many tokens there are, without [CLS], before and after the clustering."""
+    """Returns the number of tokens before and after the clustering, without the class token."""
     length = math.prod(size // cost.patch_size for size in cost.image_size)
     return length, length if cost.clusters is None else math.prod(cost.clusters)
 
 
 def _squares(base: ExpediteCost, source: str, *rows: tuple[int, int, float]) -> list[ExpediteCost]:
-    """Returns a base with clusters, for each alpha, side of the clusters and reported cost."""
+    """Returns a base with clusters, for each row of alpha, side of the map and reported cost."""
     return [
         base._replace(
             name=f"{base.name}, {side} x {side} after {alpha}",
@@ -234,7 +250,7 @@ def _squares(base: ExpediteCost, source: str, *rows: tuple[int, int, float]) -> 
 
 
 def _with(base: ExpediteCost, field: str, reported: dict[int, float]) -> list[ExpediteCost]:
-    """Returns rows of Table 2: a base with values of one field, each with its reported cost."""
+    """Returns rows of Table 2: a base with the values of one field and their reported costs."""
     return [
         base._replace(
             name=f"{base.name}, {field} {value}", reported=cost, source=_TABLE_2, **{field: value}
@@ -315,16 +331,16 @@ _NYU = ExpediteCost(
 )
 _KITTI = _NYU._replace(name="DPT R50 + ViT-B/16, KITTI", image_size=(352, 1216))
 
-# The costs of plain hosts, with unique names. Missing are Table 7, which does not state clusters,
-# and in the README of the released code Segmenter with clusters, counted in yet another way:
-# 443.84 where the paper has 438.9.
+# Costs of plain hosts, with unique names. Two sources are missing: Table 7 does not state clusters,
+# and the README of the released code counts Segmenter with clusters in yet another way, 443.84
+# where the paper has 438.9.
 EXPEDITE = (
     _ADE,
     *_SIZES,
     *_with(_DEFAULT, "window", {3: 438.6, 5: 438.9, 7: 439.6}),
     *_with(_DEFAULT, "iterations", {5: 438.9, 10: 439.6, 15: 440.2, 20: 440.8}),
     *_with(_DEFAULT, "neighbors", {10: 438.9, 20: 438.9, 50: 439.0}),
-    # Not reported: what the same setting costs if the decoder sees all tokens.
+    # Not reported: the cost of the same setting if the decoder sees all tokens.
     _DEFAULT._replace(name=f"{_DEFAULT.name}, blocks reconstructed", reported=None, where="blocks"),
     _ADE_SMALL,
     *_squares(_ADE_SMALL._replace(where="logits"), _TABLE_6, (7, 22, 91.9)),

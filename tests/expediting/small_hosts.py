@@ -1,0 +1,23 @@
+"""Small models of every kind that can be expedited."""
+
+import jax
+
+from tokenvit_jax.heads import MaskTransformer
+from tokenvit_jax.models.swin import Swin, SwinV2
+from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.tasks.segmentation import Segmenter
+
+SETTINGS = {"dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "position_size": (32, 32)}
+VIT = VisionTransformer(num_classes=10, **SETTINGS, init_std=0.3)
+SWIN = {"num_classes": 5, "dims": (8, 12), "num_heads": (2, 3), "depths": (1, 3)}
+MODELS = {
+    "vit": VIT,
+    "segmenter": Segmenter(VIT, MaskTransformer(num_classes=5, depth=1, head_dim=8)),
+    "swin": Swin(**SWIN, window_size=3),
+    "swinv2": SwinV2(**SWIN, window_size=3, pretrained_window_sizes=(3, 3)),
+}
+
+
+def images_of(size):
+    """Returns the shape of one image of (height, width) pixels."""
+    return jax.ShapeDtypeStruct((1, *size, 3), jax.numpy.float32)

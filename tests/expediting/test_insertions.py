@@ -1,0 +1,26 @@
+"""Settings on the command line."""
+
+import json
+
+import pytest
+from absl import flags as flag_values
+
+from tokenvit_jax.expediting import insertions
+from tokenvit_jax.models.expedite import Expedite
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Expedite(3, 9, (4, 5), "logits"),
+        Expedite(3, 9, (4, 5), temperature=0.5),
+        Expedite(3, 9, (4, 5), "logits", temperature=200.0),
+    ],
+)
+def test_settings_are_written_as_other_commands_read_them(setting):
+    flags = flag_values.FlagValues()
+    insertions.define_flags(flags)
+    flags(["evaluate", f"--expedite={insertions.describe(setting)}"])
+    (found,) = insertions.from_flags(flags, "deit_s").values()
+    assert Expedite(**found["expedite"]) == setting
+    assert json.dumps(found)

@@ -1,0 +1,149 @@
+"""Lists the settings of Expedite that are worth trying for a model, with their multiply-adds.
+
+For given blocks, the multiply-adds (MACs) are linear in the number of blocks on centres, so that
+few settings need to be counted.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure.macs import count_macs, variable_shapes
+from tokenvit_jax.models import swin, vit
+from tokenvit_jax.models.expedite import Expedite
+
+# Sides of the maps of centres, as fractions of the sides of the map of tokens.
+FRACTIONS = np.linspace(0.3, 0.95, 8)
+
+
+class Candidate(NamedTuple):
+    """A setting and its cost.
+
+    Attributes:
+      expedite: the setting.
+      macs: its MACs, as a fraction of the plain model's.
+    """
+
+    expedite: Expedite
+    macs: float
+
+
+class Host(NamedTuple):
+    """The part of a backbone that can be expedited.
+
+    Attributes:
+      first: number of blocks before this part.
+      depth: number of blocks in this part.
+      grids: maps of centres (h, w), smallest first.
+      ends: whether settings that cluster up to the last block reconstruct "logits", not "blocks".
+    """
+
+    first: int
+    depth: int
+    grids: list[tuple[int, int]]
+    ends: bool
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Returns the backbone of a segmentation model, or a classifier itself."""
+    return getattr(model, "backbone", model)
+
+
+def with_expedite(model: nn.Module, expedite: Expedite | None) -> nn.Module:
+    """Returns a copy of a model whose backbone has this setting; None: no clustering."""
+    backbone = backbone_of(model).clone(expedite=expedite)
+    return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
+
+
+def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
+    """Returns the part of a backbone that can be expedited for images of a size.
+
+    Args:
+      backbone: of :func:`backbone_of`.
+      image_size: height and width [pixels].
+
+    Raises:
+      UserError: the backbone has no map of tokens to cluster, its tokens are reduced already, or it
+        has too few tokens or blocks.
+    """
+    name = type(backbone).__name__
+    if not isinstance(backbone, vit.VisionTransformer | swin.Swin):
+        raise UserError(f"{name} has no blocks on centres; valid: deit, vit, swin and swinv2")
+    for setting in ("token_reducer", "expedite"):
+        if getattr(backbone, setting, None) is not None:
+            raise UserError(
+                f"config.model_overrides.{setting}={getattr(backbone, setting)} reduces the tokens "
+                "already; valid: the run of a plain model"
+            )
+    if isinstance(backbone, swin.Swin):
+        stage = backbone.depths.index(max(backbone.depths))
+        first, depth = sum(backbone.depths[:stage]), backbone.depths[stage]
+        grid = tuple(-(-size // (4 * 2**stage)) for size in image_size)
+        window, _ = swin.windows_of(grid, backbone.window_size, False)
+        host = Host(first, depth, [(side, side) for side in range(2, min(window))], ends=False)
+    else:
+        grid = tuple(-(-size // backbone.patch_size) for size in image_size)
+        grids = {tuple(max(1, round(part * size)) for size in grid) for part in FRACTIONS}
+        host = Host(0, backbone.depth, sorted(grids - {grid}), ends=True)
+    if host.depth < 2 or not host.grids:
+        raise UserError(
+            f"{name} with {host.depth} blocks on {grid[0]} x {grid[1]} tokens, or on windows of "
+            "them, has nothing to expedite; valid: at least 2 blocks, larger images"
+        )
+    return host
+
+
+def list_candidates(model: nn.Module, image_size: tuple[int, int]) -> list[Candidate]:
+    """Returns all settings that are worth trying for a model.
+
+    Clustering begins after any block. In a plain host the maps of centres have about 0.3 to 0.95 of
+    the rows and columns of the map of tokens; if centres go on to the last block, the output of the
+    head is reconstructed, as in the published Segmenter, otherwise blocks are. In a Swin
+    Transformer, windows have any number of centres; its later stages need all tokens.
+
+    Args:
+      model: classifier or segmentation model.
+      image_size: height and width [pixels].
+
+    Raises:
+      UserError: the model cannot be expedited, see :func:`describe_host`.
+    """
+    host = describe_host(backbone_of(model), image_size)
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = variable_shapes(model, images)
+
+    @functools.cache
+    def count(expedite):
+        expedited = with_expedite(model, expedite)
+        return count_macs(lambda *args: expedited.apply(*args, False), variables, images)
+
+    plain, found = count(None), []
+    for clusters in host.grids:
+        by_where = _settings_by_beta(host, clusters)
+        # The MACs that a block adds do not depend on what is reconstructed.
+        widest = max(by_where, key=len)
+        few, many = min(widest), max(widest)
+        added = (count(widest[many][0]) - count(widest[few][0])) // max(many - few, 1)
+        for settings in by_where:
+            first = min(settings)
+            base = count(settings[first][0])
+            for beta, expedites in settings.items():
+                macs = (base + (beta - first) * added) / plain
+                found += [Candidate(expedite, macs) for expedite in expedites]
+    return found
+
+
+def _settings_by_beta(host, clusters):
+    """Returns a dict {beta: settings} for each `where`, all with the same map of centres."""
+    by_beta = {"blocks": {}, "logits": {}}
+    for alpha in range(1, host.depth):
+        for beta in range(1, host.depth - alpha + 1):
+            where = "logits" if host.ends and alpha + beta == host.depth else "blocks"
+            expedite = Expedite(alpha, beta, clusters, where)
+            by_beta[where].setdefault(beta, []).append(expedite)
+    return [settings for settings in by_beta.values() if settings]

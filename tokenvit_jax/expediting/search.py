@@ -1,0 +1,277 @@
+"""Searches the setting of Expedite that keeps features most similar within a budget.
+
+More centres make features more similar, so that for given blocks only the largest map of centres
+within the budget is tried. In a deep host every second to fourth block is tried first, then the
+neighbours of the best setting until none is better. A few settings that do not depend on the budget
+are added for an overview. The temperature is chosen beforehand, for a setting in the middle. A
+latency budget is searched as several budgets of multiply-adds (MACs), and the best setting of each
+is timed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.expediting.candidates import Candidate, with_expedite
+from tokenvit_jax.expediting.insertions import describe
+from tokenvit_jax.expediting.similarity import Comparison
+from tokenvit_jax.measure.timing import compile_program, time_in_turns
+from tokenvit_jax.models.expedite import Expedite
+
+# A search that starts coarsely tries at most this many places among the blocks of a host.
+COARSE = 8
+# Divisors of squared feature distances, whose scale differs from model to model. The paper's comes
+# first, then the others by their distance from it.
+TEMPERATURES = (50.0, 20.0, 200.0, 5.0, 2.0, 0.5)
+# Features must be more similar by this margin for another temperature than the paper's: on scenes a
+# gain of 0.003 came with a loss of mIoU (experiments/expedite/settings.md).
+CLEARLY = 0.01
+# Fractions of a latency budget that are searched as budgets of MACs. Clustering takes more time
+# than its MACs suggest, and so does the attention that it shortens.
+PLAUSIBLE = (1.1, 1.0, 0.9, 0.8, 0.7)
+SECONDS = 2.0  # time to spend on each setting that is timed
+
+
+class Rated(NamedTuple):
+    """A candidate that was tried.
+
+    Attributes:
+      expedite: the setting.
+      macs: its MACs, as a fraction of the plain model's.
+      similarity: cosine of its features and the plain model's, at most 1.
+      latency: its time, as a fraction of the plain model's; None where it was not measured.
+    """
+
+    expedite: Expedite
+    macs: float
+    similarity: float
+    latency: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """Returns the latency where it was measured, otherwise the MACs."""
+        return self.macs if self.latency is None else self.latency
+
+
+class Found(NamedTuple):
+    """Result of a search.
+
+    Attributes:
+      rated: the settings that were tried.
+      chosen: the most similar one within the budget.
+    """
+
+    rated: list[Rated]
+    chosen: Rated
+
+
+def check_budget(budget: float) -> None:
+    """Raises UserError unless a budget is between 0 and 1."""
+    if not 0 < budget < 1:
+        raise UserError(f"--budget={budget} is not valid; valid: between 0 and 1")
+
+
+def search_budget(
+    candidates: Sequence[Candidate],
+    budget: float,
+    of: str,
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+) -> Found:
+    """Chooses the temperature, then the setting whose features are most similar within a budget.
+
+    Args:
+      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      budget: fraction of the plain model's cost, between 0 and 1.
+      of: "macs" | "latency", the cost that the budget limits; latency is measured on one image.
+      model: classifier or segmentation model.
+      variables: variables of the model.
+      images: (B, H, W, 3), normalised; features are compared on them.
+
+    Raises:
+      UserError: no candidate is within the budget.
+    """
+    similarity_of = Comparison(model, variables, images)
+    candidates = tune_temperature(candidates, budget, similarity_of)
+    if of == "macs":
+        rated = search(candidates, budget, similarity_of)
+    else:
+        rated = search_latency(candidates, budget, similarity_of, model, variables, images[:1])
+    return Found(rated, choose(rated, budget, of))
+
+
+def tune_temperature(
+    candidates: Sequence[Candidate], budget: float, similarity_of: Callable[[Expedite], float]
+) -> list[Candidate]:
+    """Returns all candidates with the paper's temperature, or with one that is clearly better.
+
+    It takes the temperature nearest to the paper's among those whose similarity is within `CLEARLY`
+    of the best. Temperatures are compared for one setting: the median by `alpha` of the candidates
+    closest to the budget.
+
+    Args:
+      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      budget: fraction of the plain model's cost.
+      similarity_of: setting -> similarity, such as :class:`Comparison`.
+    """
+    near = sorted(candidates, key=lambda candidate: abs(candidate.macs - budget))[:COARSE]
+    middle = sorted(near, key=lambda candidate: candidate.expedite.alpha)[len(near) // 2].expedite
+    found = {t: similarity_of(dataclasses.replace(middle, temperature=t)) for t in TEMPERATURES}
+    least = max(found.values()) - CLEARLY
+    chosen = next(temperature for temperature in TEMPERATURES if found[temperature] >= least)
+    return [
+        c._replace(expedite=dataclasses.replace(c.expedite, temperature=chosen)) for c in candidates
+    ]
+
+
+def search(
+    candidates: Sequence[Candidate], budget: float, similarity_of: Callable[[Expedite], float]
+) -> list[Rated]:
+    """Tries the candidates that may be the most similar within a budget, and a few others.
+
+    Args:
+      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      budget: fraction of the plain model's MACs.
+      similarity_of: setting -> similarity, such as :class:`Comparison`.
+
+    Returns:
+      The settings that were tried, each once; :func:`choose` picks the best.
+
+    Raises:
+      UserError: no candidate is within the budget.
+    """
+    affordable = [candidate for candidate in candidates if candidate.macs <= budget]
+    if not affordable:
+        least = min(candidates, key=lambda candidate: candidate.macs)
+        raise UserError(
+            f"--budget={budget} cannot be reached; the nearest that can is "
+            f"{_round_up(least.macs)}, with {describe(least.expedite)}"
+        )
+    # (blocks on all tokens before the centres, and after them) -> the candidate with most centres.
+    depth = max(candidate.expedite.alpha + candidate.expedite.beta for candidate in candidates)
+    most = {}
+    for candidate in sorted(affordable, key=lambda candidate: candidate.macs):
+        expedite = candidate.expedite
+        most[expedite.alpha, depth - expedite.alpha - expedite.beta] = candidate
+
+    stride = max(1, depth // COARSE)
+    wanted = [most[place] for place in most if (place[0] - 1) % stride == place[1] % stride == 0]
+    wanted, rated = (wanted or list(most.values())) + _overview(candidates, depth), {}
+    while True:
+        _rate(wanted, similarity_of, rated)
+        best = choose(rated.values(), budget).expedite
+        at = best.alpha, depth - best.alpha - best.beta
+        steps = itertools.product((-stride, 0, stride), repeat=2)
+        places = [(at[0] + before, at[1] + after) for before, after in steps]
+        wanted = [most[place] for place in places if place in most]
+        if all(candidate.expedite in rated for candidate in wanted):
+            if stride == 1:
+                return list(rated.values())
+            stride //= 2
+
+
+def _overview(candidates, depth):
+    """Returns settings from two blocks on up to the last one, for every second map of centres."""
+    alphas = {max(1, depth // 4), max(1, depth // 2)}
+    ends = [c for c in candidates if c.expedite.alpha + c.expedite.beta == depth]
+    grids = sorted({candidate.expedite.clusters for candidate in candidates})[::2]
+    return [c for c in ends if c.expedite.alpha in alphas and c.expedite.clusters in grids]
+
+
+def _rate(candidates, similarity_of, rated):
+    """Rates new candidates, in the order in which :class:`Comparison` computes least."""
+    for expedite, macs in sorted(
+        candidates, key=lambda c: (c.expedite.alpha, c.expedite.clusters, c.expedite.beta)
+    ):
+        if expedite not in rated:
+            rated[expedite] = Rated(expedite, macs, similarity_of(expedite))
+
+
+def search_latency(
+    candidates: Sequence[Candidate],
+    budget: float,
+    similarity_of: Callable[[Expedite], float],
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+) -> list[Rated]:
+    """Times the candidates that are most similar within MACs budgets near a latency budget.
+
+    The plain model and the candidates take turns; latencies are medians.
+
+    Args:
+      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      budget: fraction of the plain model's time.
+      similarity_of: setting -> similarity, such as :class:`Comparison`.
+      model: classifier or segmentation model.
+      variables: variables of the model.
+      images: (B, H, W, 3), normalised; the batch that is timed.
+
+    Returns:
+      The settings that were timed.
+
+    Raises:
+      UserError: no candidate has so few MACs.
+    """
+    least, best = min(candidate.macs for candidate in candidates), {}
+    similarity_of = functools.cache(similarity_of)
+    for macs in [part * budget for part in PLAUSIBLE if part * budget >= least] or [budget]:
+        found = choose(search(candidates, macs, similarity_of), macs)
+        best[found.expedite] = found
+    variables = jax.device_put(variables)
+
+    def call_of(expedite):
+        apply = functools.partial(with_expedite(model, expedite).apply, train=False)
+        program = compile_program(apply, variables, images)
+        return functools.partial(program.call, variables, images)
+
+    times = time_in_turns(
+        {expedite: call_of(expedite) for expedite in (None, *best)}, seconds=SECONDS
+    )
+    medians = {expedite: statistics.median(seconds) for expedite, seconds in times.items()}
+    return [best[e]._replace(latency=medians[e] / medians[None]) for e in best]
+
+
+def choose(rated: Iterable[Rated], budget: float, of: str = "macs") -> Rated:
+    """Returns the most similar setting within a budget; if several are, the cheapest of them.
+
+    Args:
+      rated: settings that were tried.
+      budget: highest `Rated.cost`.
+      of: "macs" | "latency", the cost that the budget limits, for the message.
+
+    Raises:
+      UserError: no setting is within the budget.
+    """
+    rated = list(rated)
+    within = [candidate for candidate in rated if candidate.cost <= budget]
+    if not within:
+        least = min(rated, key=lambda candidate: candidate.cost)
+        raise UserError(
+            f"--budget={budget} with --of={of} was not reached; the nearest that can be is "
+            f"{_round_up(least.cost)}, with {describe(least.expedite)}"
+        )
+    return max(within, key=lambda candidate: (candidate.similarity, -candidate.cost))
+
+
+def pareto_front(rated: Iterable[Rated]) -> list[Rated]:
+    """Returns the Pareto front: no other setting is as cheap and as similar. Cheapest first."""
+    found = []
+    for candidate in sorted(rated, key=lambda candidate: (candidate.cost, -candidate.similarity)):
+        if not found or candidate.similarity > found[-1].similarity:
+            found.append(candidate)
+    return found
+
+
+def _round_up(cost):
+    """Rounds a cost up to 3 digits, so that it can be reached as a budget."""
+    return math.ceil(cost * 1000) / 1000

@@ -1,0 +1,132 @@
+"""Makes a trained run faster: reads it, searches its setting of Expedite, writes the faster run."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data import dataset_info, eval_dataset, eval_image
+from tokenvit_jax.expediting.candidates import list_candidates
+from tokenvit_jax.expediting.search import Found, check_budget, search_budget
+from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.tasks import task_of
+from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.new_run import write_run
+from tokenvit_jax.training.step import normalize
+from tokenvit_jax.training.workdir import read_config
+
+
+class Search(NamedTuple):
+    """A search on a run.
+
+    Attributes:
+      config: configuration of the run.
+      variables: variables of its model.
+      num_candidates: number of settings that could be tried.
+      num_images: number of images that features were compared on.
+      found: the settings that were tried, and the chosen one.
+    """
+
+    config: ConfigDict
+    variables: Any
+    num_candidates: int
+    num_images: int
+    found: Found
+
+
+def search_run(
+    workdir: Path,
+    budget: float,
+    of: str,
+    *,
+    images: Sequence[Image.Image] | None,
+    num_images: int,
+    checkpoint: str,
+) -> Search:
+    """Searches the setting that keeps the features of a run most similar within a budget.
+
+    Args:
+      workdir: folder of the run of a plain model.
+      budget: fraction of the model's cost, between 0 and 1.
+      of: "macs" | "latency", the cost that the budget limits.
+      images: RGB images to compare features on; None: images of the evaluation split.
+      num_images: number of images of the evaluation split.
+      checkpoint: "last", "best" or a step.
+
+    Raises:
+      UserError: the budget is not valid or out of reach, the model cannot be expedited, there is no
+        such checkpoint, or the dataset is missing.
+    """
+    check_budget(budget)
+    config = read_config(workdir)
+    model = task_of(config.dataset).make_model(config, dataset_info(config.dataset).num_classes)
+    candidates = list_candidates(model, (_side(config),) * 2)
+    batch = load_images(config, images, num_images)
+    variables = load_variables(model, config.image_size, workdir, checkpoint).variables
+    found = search_budget(candidates, budget, of, model, variables, batch)
+    return Search(config, variables, len(candidates), len(batch), found)
+
+
+def write_expedited(out: Path, search: Search) -> None:
+    """Writes a run at step 0 with the weights that were searched and the chosen setting.
+
+    Args:
+      out: folder without checkpoints.
+      search: of :func:`search_run`.
+    """
+    config = expedited_config(search.config, search.found.chosen.expedite)
+    write_run(out, config, search.variables)
+
+
+def load_images(
+    config: ConfigDict, images: Sequence[Image.Image] | None, num_images: int
+) -> jax.Array:
+    """Returns images (B, S, S, 3), normalised as the model of a run sees them.
+
+    Args:
+      config: configuration of the run; S is `inference.window` or `image_size` [pixels].
+      images: RGB images; None: the first images of the evaluation split, cropped to the middle
+        where a model sees windows.
+      num_images: number of images of the evaluation split.
+
+    Raises:
+      UserError: the dataset is missing.
+    """
+    if images is None:
+        arrays = _eval_images(config, num_images)
+    else:
+        crop = config.data.eval_crop if dataset_info(config.dataset).center_crop else 1.0
+        arrays = [eval_image(image, _side(config), crop) for image in images]
+    return normalize(jnp.asarray(np.stack(arrays)), config.data.normalization)
+
+
+def _eval_images(config, num_images):
+    config, side, images = config.copy_and_resolve_references(), _side(config), []
+    config.data.workers = 0
+    for batch in eval_dataset(config):
+        sizes = batch.get("image_size", [batch["image"].shape[1:3]] * len(batch["image"]))
+        for image, size, counts in zip(batch["image"], sizes, batch["mask"], strict=True):
+            top, left = (max(pixels - side, 0) // 2 for pixels in size)
+            if counts:
+                images.append(image[top : top + side, left : left + side])
+            if len(images) == num_images:
+                return images
+    return images
+
+
+def _side(config):
+    return config.inference.window or config.image_size
+
+
+def expedited_config(config: ConfigDict, expedite: Expedite) -> ConfigDict:
+    """Returns a copy of the configuration of a plain model that expedites it."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model_overrides.expedite = dataclasses.asdict(expedite)
+    return config
