@@ -13,10 +13,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import default_config
-from tokenvit_jax.data import dataset_info, pipeline, train_dataset
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.published import TOKEN_POOLING
-from tokenvit_jax.tasks import segmentation, task_of
+from tokenvit_jax.tasks import batches, segmentation, task_name, task_of
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
@@ -83,8 +83,8 @@ def test_config_runs_one_step(file, arg, monkeypatch):
             check_config(config)
         config.token_labels.teacher = "a folder"
     check_config(config)
-    monkeypatch.setattr(pipeline, "open_source", lambda *_: range(1))
-    train_dataset(config)  # checks what it reads
+    monkeypatch.setattr(batches, "open_split", lambda *_: range(1))
+    batches.train_dataset(config)  # checks what it reads
     family, size = file.stem.split("_")
     assert config.model == f"{'vit' if family == 'segmenter' else family}_{size}"
     if family in ONE_STEP and arg in SMALL_DATASET.values():
@@ -103,7 +103,7 @@ def shrink(config, family):
         config.model_overrides.token_reducer.keep = (9, 3)
     if family == "segmenter":
         config.head_overrides = {"depth": 1, "head_dim": 4}
-    config.dataset = SMALL_DATASET[dataset_info(config.dataset).task]
+    config.dataset = SMALL_DATASET[task_name(dataset_info(config.dataset))]
     config.update_from_flattened_dict(SAME)
     # What a step does not read.
     default = default_config()

@@ -10,8 +10,8 @@ from PIL import Image
 from token_model import TokenModel, use_token_model, write_run
 
 from tokenvit_jax import cli, label
-from tokenvit_jax.data import pipeline
 from tokenvit_jax.data.token_labels import TokenLabelFiles
+from tokenvit_jax.tasks import batches
 from tokenvit_jax.training.step import normalize
 
 RECORDS = 11  # in batches of 8: one is filled up
@@ -28,7 +28,10 @@ class NoiseSource:
         if self.corrupt and index == RECORDS - 1:
             raise cli.UserError("unreadable")
         pixels = np.random.default_rng(index).integers(256, size=(70, 110, 3), dtype=np.uint8)
-        return Image.fromarray(pixels), 0
+        return {"id": index, "image": Image.fromarray(pixels), "label": 0}
+
+    def name(self, index):
+        return f"noise, record {index}"
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def run(monkeypatch, capsys, run_of_teacher):
     use_token_model(monkeypatch)
 
     def run_command(source=None, **args):
-        for module in (pipeline, label):
-            monkeypatch.setattr(module, "open_source", lambda *_: source or NoiseSource())
+        for module in (batches, label):
+            monkeypatch.setattr(module, "open_split", lambda *_: source or NoiseSource())
         args = {"workdir": run_of_teacher[0]} | args
         argv = ["label", *(f"--{name}={value}" for name, value in args.items())]
         monkeypatch.setattr(sys, "argv", argv)
@@ -67,7 +70,7 @@ def test_files_hold_the_most_probable_classes(run, run_of_teacher, tmp_path):
     assert classes.shape == scores.shape == (RECORDS, 3, 3, 3)
     assert (classes.dtype, scores.dtype) == (np.uint8, np.float16)
 
-    images = [NoiseSource().read(index)[0].resize((96, 96), 3) for index in range(RECORDS)]
+    images = [NoiseSource().read(index)["image"].resize((96, 96), 3) for index in range(RECORDS)]
     logits = TokenModel(num_classes=10).apply(
         {"params": run_of_teacher[1]},
         normalize(np.stack(images), "imagenet"),

@@ -191,7 +191,7 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     assert len(np.unique(labels)) > 1
     assert np.mean(labels == logits.argmax(-1)) > 0.99  # near ties may fall the other way
     label, part = pictures.class_shares(labels)[0]
-    name = dataset_info("scenes").class_names[label]
+    name = dataset_info("scenes").classes[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
 
 

@@ -39,7 +39,7 @@ from tokenvit_jax.data import NORMALIZATIONS, dataset_info, list_datasets
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.layouts import LAYOUTS, Layout, export_weights, import_weights
-from tokenvit_jax.tasks import task_of
+from tokenvit_jax.tasks import task_name, task_of
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.workdir import read_config
@@ -193,8 +193,8 @@ def _layout(layout: str, name: str, dataset: str) -> Layout:
     if family not in families:
         raise UserError(f"--layout={layout} has no model {name!r}; valid: {', '.join(families)}")
     found = families[family]
-    if (task := dataset_info(dataset).task) != found.task:
-        valid = ", ".join(x for x in list_datasets() if dataset_info(x).task == found.task)
+    if (task := task_name(dataset_info(dataset))) != found.task:
+        valid = ", ".join(x for x in list_datasets() if task_name(dataset_info(x)) == found.task)
         raise UserError(
             f"--layout={layout} is for {found.task}, dataset {dataset!r} for {task}; valid: {valid}"
         )

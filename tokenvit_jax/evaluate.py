@@ -18,9 +18,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from tokenvit_jax import cli, insertion_flags
-from tokenvit_jax.data import dataset_info, eval_dataset
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.summary import summarize_model
 from tokenvit_jax.tasks import task_of
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import make_eval_step

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import dataset_info, eval_dataset, eval_image
+from tokenvit_jax.data import dataset_info, eval_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expedite_search import (
     Rated,
@@ -39,6 +39,7 @@ from tokenvit_jax.expedite_similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.predict import read_image
 from tokenvit_jax.tasks import task_of
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.step import normalize

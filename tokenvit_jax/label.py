@@ -18,10 +18,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import record_dataset
-from tokenvit_jax.data.sources import dataset_info, open_source
+from tokenvit_jax.data import dataset_info, open_split
 from tokenvit_jax.data.token_labels import FILES
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks.batches import record_dataset
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.teacher import Teacher, load_teacher
 from tokenvit_jax.training.workdir import for_inference
@@ -70,7 +70,7 @@ def write_labels(
     """
     parallel = devices.make_parallel(config)
     info = dataset_info(config.dataset)
-    num_records = len(open_source(info.name, info.train_split, config.data.data_dir))
+    num_records = len(open_split(info.name, info.train_split, config.data.data_dir))
     variables = parallel.put_variables(teacher.variables)
     label = parallel.batch_step(
         lambda variables, images: top_labels(teacher.label(variables, images), top_k)

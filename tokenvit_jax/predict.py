@@ -25,9 +25,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import DatasetInfo, ImageBuffer, dataset_info, decode_image, eval_image
+from tokenvit_jax.data import DatasetInfo, dataset_info, decode_image, eval_image
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import classification, pictures, segmentation
+from tokenvit_jax.tasks import classification, pictures, segmentation, task_name
+from tokenvit_jax.tasks.segmentation_examples import ImageBuffer
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import normalize
 from tokenvit_jax.training.workdir import read_config
@@ -53,7 +54,7 @@ def main(flag_values: flags.FlagValues) -> None:
     files = [Path(name) for name in flag_values.images]
     # Before the checkpoint is loaded: a mistake in a name costs no time.
     images = [read_image(file) for file in files]
-    make_show = SHOWS[dataset_info(config.dataset).task]
+    make_show = SHOWS[task_name(dataset_info(config.dataset))]
     show = make_show(config, workdir, flag_values.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):
@@ -261,7 +262,7 @@ def _load(task, config, workdir, checkpoint):
 
 
 def _class_names(info: DatasetInfo) -> Sequence[str]:
-    return info.class_names or [f"class {label}" for label in range(info.num_classes)]
+    return info.classes or [f"class {label}" for label in range(info.num_classes)]
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:

@@ -16,10 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import task_of
+from tokenvit_jax.tasks.batches import eval_dataset, train_dataset
 from tokenvit_jax.training import parallel as devices
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep

@@ -15,8 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from experiments.short_runs import Run, make_hard, write_comparison
-from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.recipes import clustr_digits_config
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.training.step import normalize
 
 SEEDS = (0, 1, 2)

@@ -12,11 +12,11 @@ import numpy as np
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.predict import make_predict
 from tokenvit_jax.recipes import dgt_digits_config
 from tokenvit_jax.tasks import pictures
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.train import train
 from tokenvit_jax.training.logging import read_metrics
 

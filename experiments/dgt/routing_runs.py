@@ -8,8 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import short_runs
-from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.recipes import dgt_digits_config
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.training.step import normalize
 
 PROBE_IMAGES = 64

@@ -18,8 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import dataset_info
-from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.data import dataset_info, open_split
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expedite_similarity import mean_cosine
 from tokenvit_jax.summary import summarize_model
@@ -125,9 +124,10 @@ def load(workdir: str, *, swin: bool = False) -> Trained:
 
 def read_scenes(split: str, number: int) -> Scenes:
     """Reads the first scenes of a split, "train" or "test"."""
-    source = open_source("scenes", split, "")
-    images, labels = zip(*(source.read(index) for index in range(number)), strict=True)
-    return Scenes(np.stack([np.asarray(image) for image in images]), np.stack(labels))
+    source = open_split("scenes", split, "")
+    records = [source.read(index) for index in range(number)]
+    images = np.stack([np.asarray(record["image"]) for record in records])
+    return Scenes(images, np.stack([record["label_map"] for record in records]))
 
 
 def test_scenes(quick: bool) -> Scenes:

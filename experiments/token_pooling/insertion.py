@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 
 from experiments.token_pooling import stages
 from tokenvit_jax import cli
-from tokenvit_jax.data import dataset_info, eval_dataset
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import VisionTransformer
 from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks.batches import eval_dataset
 from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.parallel import make_parallel, map_batches

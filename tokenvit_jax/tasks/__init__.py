@@ -5,7 +5,7 @@ A task is a module with `make_model`, `batch_sums` and `mean_metrics`; the datas
 
 from types import ModuleType
 
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import DatasetInfo, dataset_info
 from tokenvit_jax.tasks import classification, segmentation
 
 TASKS = {"classification": classification, "segmentation": segmentation}
@@ -20,4 +20,9 @@ def task_of(dataset: str) -> ModuleType:
     Raises:
       UserError: there is no such dataset.
     """
-    return TASKS[dataset_info(dataset).task]
+    return TASKS[task_name(dataset_info(dataset))]
+
+
+def task_name(info: DatasetInfo) -> str:
+    """Returns the name of the task that a dataset is for."""
+    return "segmentation" if "label_map" in info.fields else "classification"
