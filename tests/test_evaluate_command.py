@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 import tokenvit_jax as tv
 from tokenvit_jax import cli, evaluate, predict
 from tokenvit_jax.data import eval_dataset
-from tokenvit_jax.data.transforms import MEAN, STD
+from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.conversion import import_file
 from tokenvit_jax.training.workdir import read_config

@@ -10,8 +10,8 @@ import functools
 import tokenvit_jax as tv
 from experiments import pages
 from experiments.costs import count_macs
-from tokenvit_jax.heads import MaskTransformer
 from experiments.expedite.published import EXPEDITE, ExpediteCost, counted
+from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 TITLES = {

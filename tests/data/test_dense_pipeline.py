@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
+from batches import eval_dataset, train_dataset
 from PIL import Image
 
-from tokenvit_jax import data
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import IGNORED, pipeline
+from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 
 MEAN_PIXEL = (124, 116, 104)
 
@@ -28,29 +28,19 @@ class NumberedSource:
             raise UserError(f"{self.name(index)}: unreadable")
         size = 40 + 8 * (index % 3), 48
         color = (index, index, index)
-        return Image.new("RGB", size, color), np.full(size[::-1], index, np.uint8)
+        label_map = np.full(size[::-1], index, np.uint8)
+        return {"id": index, "image": Image.new("RGB", size, color), "label_map": label_map}
 
 
 @pytest.fixture
 def config():
-    config = default_config()
+    config = default_config("segmentation")
     config.dataset = "scenes"
     config.image_size = 32
     config.batch_size = 4
     config.data.eval_batch_size = 4
     config.data.label_size = (128, 128)
     return config
-
-
-@pytest.fixture
-def numbers(monkeypatch):
-    """Lets a test choose the records of all splits."""
-
-    def use(*args, **kwargs):
-        source = NumberedSource(*args, **kwargs)
-        monkeypatch.setattr(pipeline, "open_source", lambda name, split, data_dir: source)
-
-    return use
 
 
 def augmented(config):
@@ -78,29 +68,29 @@ def types(batch):
 
 
 def test_batches_have_the_promised_types(config):
-    (batch,) = take(data.train_dataset(augmented(config)), 1)
+    (batch,) = take(train_dataset(augmented(config)), 1)
     assert types(batch) == {
         "image": ((4, 32, 32, 3), "uint8"),
         "label": ((4, 32, 32), "uint8"),
+        "index": ((4,), "int32"),
         "skipped": ((4,), "int32"),
     }
     config.data.eval_size = (32, 48)
-    batch = next(iter(data.eval_dataset(config)))
+    batch = next(iter(eval_dataset(config)))
     assert types(batch) == {
         "image": ((4, 32, 48, 3), "uint8"),
         "image_size": ((4, 2), "int32"),
         "label": ((4, 128, 128), "uint8"),
         "label_size": ((4, 2), "int32"),
+        "index": ((4,), "int32"),
         "mask": ((4,), "float32"),
         "skipped": ((4,), "int32"),
     }
 
 
 def test_processes_share_the_batches_of_one(config):
-    whole = take(data.train_dataset(augmented(config)), 3)
-    parts = [
-        take(data.train_dataset(config, process_index=p, process_count=2), 3) for p in range(2)
-    ]
+    whole = take(train_dataset(augmented(config)), 3)
+    parts = [take(train_dataset(config, process_index=p, process_count=2), 3) for p in range(2)]
     joined = [
         {name: np.concatenate([part[s][name] for part in parts]) for name in whole[s]}
         for s in range(3)
@@ -108,23 +98,23 @@ def test_processes_share_the_batches_of_one(config):
     assert_equal(joined, whole)
 
 
-def test_workers_change_neither_batches_nor_state(config, numbers):
-    numbers(7)
-    expected = take(data.train_dataset(augmented(config)), 4)
-    evaluated = list(data.eval_dataset(config))
+def test_workers_change_neither_batches_nor_state(config):
+    source = NumberedSource(7)
+    expected = take(train_dataset(augmented(config), source), 4)
+    evaluated = list(eval_dataset(config, source))
     config.data.workers = 1
-    iterator = iter(data.train_dataset(config))
+    iterator = iter(train_dataset(config, source))
     iterator.set_state({"next_index": 1})
     assert_equal([next(iterator) for _ in range(3)], expected[1:])
     assert iterator.get_state() == {"next_index": 4}
     iterator.close()
-    assert_equal(list(data.eval_dataset(config)), evaluated)
+    assert_equal(list(eval_dataset(config, source)), evaluated)
 
 
-def test_image_and_label_map_lie_at_the_top_left(config, numbers):
-    numbers(3)
+def test_image_and_label_map_lie_at_the_top_left(config):
+    source = NumberedSource(3)
     config.data.update(eval_short_side=36, eval_size=(48, 40), label_size=(50, 60))
-    (batch,) = data.eval_dataset(config)
+    (batch,) = eval_dataset(config, source)
     np.testing.assert_array_equal(batch["mask"], [1, 1, 1, 0])
     # 40 x 48, 48 x 48 and 56 x 48 (width x height): the last one would be 42 wide.
     np.testing.assert_array_equal(batch["image_size"][:3], [[43, 36], [36, 36], [34, 40]])
@@ -141,34 +131,34 @@ def test_image_and_label_map_lie_at_the_top_left(config, numbers):
         np.testing.assert_array_equal(batch["label"][index], np.where(shown, index, IGNORED))
 
 
-def test_buffers_are_as_large_as_the_image_by_default(config, numbers):
-    numbers(1)
+def test_buffers_are_as_large_as_the_image_by_default(config):
+    source = NumberedSource(1)
     config.data.label_size = (0, 0)
     config.image_size = 64
-    (batch,) = data.eval_dataset(config)
+    (batch,) = eval_dataset(config, source)
     assert batch["image"].shape == (4, 64, 64, 3) and batch["label"].shape == (4, 64, 64)
     np.testing.assert_array_equal(batch["image_size"][0], [64, 53])  # 53.3
     config.data.eval_size = (48, 56)
-    (batch,) = data.eval_dataset(config)
+    (batch,) = eval_dataset(config, source)
     assert batch["image"].shape == (4, 48, 56, 3) and batch["label"].shape == (4, 48, 56)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_larger_label_map_is_not_cropped(config, numbers, workers):
-    numbers(4)
+def test_larger_label_map_is_not_cropped(config, workers):
+    source = NumberedSource(4)
     config.data.update(label_size=(48, 48), on_corrupt="skip", workers=workers)
     with pytest.raises(UserError) as error:
-        list(data.eval_dataset(config))
+        list(eval_dataset(config, source))
     assert str(error.value) == (
         "numbers, record 2 (n2.png): label map of 48 x 56 pixels does not fit into 48 x 48; "
         "valid: config.data.label_size=(height, width) of the largest label map of the split"
     )
 
 
-def test_filling_and_unreadable_records_do_not_count(config, numbers):
-    numbers(6, corrupt=(1,))
+def test_filling_and_unreadable_records_do_not_count(config):
+    source = NumberedSource(6, corrupt=(1,))
     config.data.on_corrupt = "skip"
-    batches = list(data.eval_dataset(config))
+    batches = list(eval_dataset(config, source))
     np.testing.assert_array_equal(
         [batch["mask"] for batch in batches], [[1, 0, 1, 1], [1, 1, 0, 0]]
     )
@@ -177,67 +167,14 @@ def test_filling_and_unreadable_records_do_not_count(config, numbers):
     assert (batches[1]["image_size"] > 0).all() and (batches[1]["label_size"] > 0).all()
     config.data.on_corrupt = "raise"
     with pytest.raises(UserError, match=r"record 1 \(n1.png\): unreadable; data.on_corrupt="):
-        list(data.eval_dataset(config))
+        list(eval_dataset(config, source))
 
 
-def test_skipped_record_is_replaced_with_its_label_map(config, numbers):
-    numbers(4, corrupt=(1,))
+def test_skipped_record_is_replaced_with_its_label_map(config):
+    source = NumberedSource(4, corrupt=(1,))
     config.data.on_corrupt = "skip"
     config.augment.short_side = 40
-    (batch,) = take(data.train_dataset(config), 1)
+    (batch,) = take(train_dataset(config, source), 1)
     assert sorted(batch["label"][:, 0, 0]) == [0, 2, 2, 3]
     np.testing.assert_array_equal(batch["image"], np.repeat(batch["label"][..., None], 3, -1))
     assert batch["skipped"].sum() == 1
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("data.eval_short_side", -1, "data.eval_short_side=-1; valid: 0 or more"),
-        ("augment.short_side", -1, "augment.short_side=-1; valid: 0 or more"),
-        ("data.eval_size", (32, 0), "data.eval_size=(32, 0); valid: height and width, or (0, 0)"),
-        ("data.eval_size", (31, 32), "data.eval_size=(31, 32); valid: at least 32 each"),
-        ("data.label_size", (-1, 8), "data.label_size=(-1, 8); valid: height and width, or"),
-        ("augment.scale_range", (2.0, 1.0), "augment.scale_range=(2.0, 1.0); valid: lowest and"),
-        ("augment.scale_range", (0.0, 1.0), "augment.scale_range=(0.0, 1.0); valid: lowest and"),
-        ("augment.max_class_share", 0.0, "augment.max_class_share=0.0; valid: above 0, up to 1"),
-    ],
-)
-def test_wrong_value_is_named(config, key, value, message):
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError) as error:
-        data.train_dataset(config)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "dataset, key, value",
-    [
-        ("scenes", "augment.crop_scale", (0.5, 1.0)),
-        ("scenes", "augment.randaugment.num_ops", 2),
-        ("scenes", "augment.rotation", 10.0),
-        ("scenes", "mix.mixup", 0.8),
-        ("scenes", "label_smoothing", 0.1),
-        ("scenes", "retention.penalty", 1e-3),
-        ("digits", "inference.stride", 32),
-        ("scenes", "token_labels.weight", 0.5),
-        ("digits", "augment.scale_range", (0.5, 2.0)),
-        ("digits", "augment.photometric", True),
-        ("digits", "data.eval_size", (64, 64)),
-    ],
-)
-def test_option_of_the_other_task_is_refused(config, dataset, key, value):
-    config.data.label_size = (0, 0)
-    config.update_from_flattened_dict({"dataset": dataset, key: value})
-    with pytest.raises(UserError) as error:
-        data.eval_dataset(config)
-    tasks = ["segmentation", "classification"]
-    own, other = tasks if dataset == "scenes" else tasks[::-1]
-    expected = f"config.{key}={value} is for {other}, config.dataset={dataset!r} is for {own}; "
-    assert str(error.value).startswith(expected)
-
-
-def test_whole_records_are_for_classification(config):
-    config.data.label_size = (0, 0)
-    with pytest.raises(UserError, match="dataset 'scenes' has label maps"):
-        data.record_dataset(config)

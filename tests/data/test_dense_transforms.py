@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.data.dense_transforms import (
     _draw_crop,
@@ -11,6 +10,7 @@ from tokenvit_jax.data.dense_transforms import (
     resize_label,
     train_scene,
 )
+from tokenvit_jax.tasks import default_config
 
 FILL = (124, 116, 104)
 
@@ -21,7 +21,7 @@ def photograph(width, height, seed=0):
 
 
 def augment_with(**entries):
-    augment = default_config().augment
+    augment = default_config("segmentation").augment
     augment.update(entries)
     return augment
 

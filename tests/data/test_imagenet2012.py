@@ -5,6 +5,7 @@ import sys
 import imagenet_archives
 import numpy as np
 import pytest
+from batches import eval_dataset, train_dataset
 from imagenet_archives import (
     BROKEN,
     CLASSES,
@@ -16,9 +17,9 @@ from imagenet_archives import (
 )
 from shipped_configs import load_config
 
-from tokenvit_jax import cli, data, prepare
+from tokenvit_jax import cli, prepare
+from tokenvit_jax.data import open_split
 from tokenvit_jax.data.datasets import imagenet2012
-from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
 
 
@@ -35,7 +36,7 @@ def config(prepared):
 
 def records(prepared, split):
     """Returns {file name: (index, label, encoded image)}."""
-    source = open_source("imagenet2012", split, str(prepared))
+    source = open_split("imagenet2012", split, str(prepared))
     raw = [source._records[i] for i in range(len(source))]
     return {r["file_name"].decode(): (i, r["label"], r["image"]) for i, r in enumerate(raw)}
 
@@ -54,7 +55,7 @@ def test_all_images_are_stored_as_they_are_with_their_labels(prepared):
 
 def test_training_reads_every_kind_of_file(config):
     config.data.on_corrupt = "skip"
-    batch = next(iter(data.train_dataset(config)))
+    batch = next(iter(train_dataset(config)))
     assert batch["image"].shape == (12, 32, 32, 3)
     assert batch["skipped"].sum() == 1
     assert np.bincount(batch["label"])[list(LABELS)].sum() == 12
@@ -63,7 +64,7 @@ def test_training_reads_every_kind_of_file(config):
 def test_truncated_image_names_split_index_and_file(config, prepared):
     index = records(prepared, "train")[TRUNCATED][0]
     with pytest.raises(UserError) as error:
-        next(iter(data.train_dataset(config)))
+        next(iter(train_dataset(config)))
     message = str(error.value)
     assert f"imagenet2012 split 'train', record {index} ({TRUNCATED}): cannot decode" in message
     assert "\n" not in message and message.endswith('data.on_corrupt="skip" passes over it')
@@ -73,7 +74,7 @@ def test_evaluation_masks_a_broken_image(config, prepared, caplog):
     index = records(prepared, "validation")[BROKEN][0]
     config.data.on_corrupt = "skip"
     with caplog.at_level(logging.WARNING):
-        batches = list(data.eval_dataset(config))
+        batches = list(eval_dataset(config))
     masks = np.concatenate([batch["mask"] for batch in batches])
     np.testing.assert_array_equal(masks, [i != index for i in range(3)] + [0])
     (message,) = caplog.messages
@@ -89,7 +90,7 @@ def test_damaged_record_file_names_the_record(prepared, tmp_path):
         if "train.array_record" in file.name:
             content[2000] ^= 255
         (target_dir / file.name).write_bytes(content)
-    source = open_source("imagenet2012", "train", str(tmp_path))
+    source = open_split("imagenet2012", "train", str(tmp_path))
     messages = []
     for index in range(len(source)):
         try:
@@ -122,7 +123,7 @@ def test_cut_archive_is_named_and_leaves_nothing_prepared(tmp_path, archives, na
     with pytest.raises(UserError, match=f"{name} is damaged or not downloaded completely"):
         imagenet2012.prepare(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="not found in"):
-        open_source("imagenet2012", "train", str(tmp_path / "out"))
+        open_split("imagenet2012", "train", str(tmp_path / "out"))
 
 
 def test_foreign_archive_is_refused(tmp_path, archives):

@@ -6,12 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from batches import eval_dataset, train_dataset
 from PIL import Image
 
-from tokenvit_jax import data
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import pipeline
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 
 
 class NumberedSource:
@@ -25,32 +24,25 @@ class NumberedSource:
     def __len__(self):
         return self.size
 
+    def name(self, index):
+        return f"numbers, record {index}"
+
     def read(self, index):
         if index in self.fatal:
             os._exit(1)
         if index in self.corrupt:
-            raise UserError(f"numbers, record {index}: unreadable")
-        return Image.new("RGB", (8, 8), (index, index, index)), index
+            raise UserError(f"{self.name(index)}: unreadable")
+        image = Image.new("RGB", (8, 8), (index, index, index))
+        return {"id": index, "image": image, "label": index}
 
 
 @pytest.fixture
 def config():
-    config = default_config()
+    config = default_config("classification")
     config.image_size = 32
     config.batch_size = 8
     config.data.eval_batch_size = 8
     return config
-
-
-@pytest.fixture
-def numbers(monkeypatch):
-    """Lets a test choose the records of all splits."""
-
-    def use(*args, **kwargs):
-        source = NumberedSource(*args, **kwargs)
-        monkeypatch.setattr(pipeline, "open_source", lambda name, split, data_dir: source)
-
-    return use
 
 
 def take(dataset, count):
@@ -78,32 +70,33 @@ def augmented(config):
 
 
 def test_batches_have_the_promised_types(config):
-    (batch,) = take(data.train_dataset(config), 1)
+    (batch,) = take(train_dataset(config), 1)
     assert {name: (values.shape, str(values.dtype)) for name, values in batch.items()} == {
         "image": ((8, 32, 32, 3), "uint8"),
         "label": ((8,), "int32"),
+        "index": ((8,), "int32"),
         "skipped": ((8,), "int32"),
     }
-    batch = next(iter(data.eval_dataset(config)))
+    batch = next(iter(eval_dataset(config)))
     assert batch["image"].shape == (8, 32, 32, 3) and batch["mask"].dtype == np.float32
 
 
-def test_every_epoch_has_every_record_once_in_another_order(config, numbers):
-    numbers(20)  # 5 batches are 2 epochs
-    labels = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+def test_every_epoch_has_every_record_once_in_another_order(config):
+    source = NumberedSource(20)  # 5 batches are 2 epochs
+    labels = labels_of(take(train_dataset(config, source), 5)).reshape(2, 20)
     assert sorted(labels[0]) == sorted(labels[1]) == list(range(20))
     assert np.any(labels[0] != labels[1]) and np.any(labels[0] != np.arange(20))
-    again = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+    again = labels_of(take(train_dataset(config, source), 5)).reshape(2, 20)
     np.testing.assert_array_equal(again, labels)
     config.seed = 1
-    other = labels_of(take(data.train_dataset(config), 5)).reshape(2, 20)
+    other = labels_of(take(train_dataset(config, source), 5)).reshape(2, 20)
     assert np.any(other[0] != labels[0]) and np.any(other[0] != labels[1])
 
 
-def test_same_record_is_augmented_anew_each_time(config, numbers):
-    numbers(1)
+def test_same_record_is_augmented_anew_each_time(config):
+    source = NumberedSource(1)
     config.augment.erasing = 1.0
-    (batch,) = take(data.train_dataset(config), 1)
+    (batch,) = take(train_dataset(config, source), 1)
     assert len({image.tobytes() for image in batch["image"]}) == 8
 
 
@@ -111,9 +104,9 @@ def test_same_record_is_augmented_anew_each_time(config, numbers):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_batches_of_one(config, process_count, repeats):
     augmented(config).data.repeats = repeats
-    whole = take(data.train_dataset(config), 3)
+    whole = take(train_dataset(config), 3)
     parts = [
-        take(data.train_dataset(config, process_index=p, process_count=process_count), 3)
+        take(train_dataset(config, process_index=p, process_count=process_count), 3)
         for p in range(process_count)
     ]
     joined = [
@@ -123,30 +116,30 @@ def test_processes_share_the_batches_of_one(config, process_count, repeats):
     assert_equal(joined, whole)
 
 
-def test_repeats_are_interleaved_in_the_batch(config, numbers):
-    numbers(12)
+def test_repeats_are_interleaved_in_the_batch(config):
+    source = NumberedSource(12)
     config.data.repeats = 2
-    labels = labels_of(take(data.train_dataset(config), 6)).reshape(6, 8)  # 2 epochs, twice
+    labels = labels_of(take(train_dataset(config, source), 6)).reshape(6, 8)  # 2 epochs, twice
     np.testing.assert_array_equal(labels[:, :4], labels[:, 4:])
     assert (labels[:, 0::2] != labels[:, 1::2]).all()  # what Mixup pairs
     np.testing.assert_array_equal(np.bincount(labels[:3].ravel()), np.full(12, 2))
 
 
-def test_repeats_need_not_divide_the_batch(config, numbers):
-    numbers(12)
+def test_repeats_need_not_divide_the_batch(config):
+    source = NumberedSource(12)
     config.data.repeats = 3
-    labels = labels_of(take(data.train_dataset(config), 4)).reshape(4, 8)  # 1 epoch
+    labels = labels_of(take(train_dataset(config, source), 4)).reshape(4, 8)  # 1 epoch
     np.testing.assert_array_equal(labels[:, 3:], labels[:, [0, 1, 2, 0, 1]])
     np.testing.assert_array_equal(np.bincount(labels[:, :3].ravel()), np.full(12, 1))
 
 
 def test_state_resumes_in_the_middle_of_an_epoch(config):
-    iterator = iter(data.train_dataset(augmented(config)))
+    iterator = iter(train_dataset(augmented(config)))
     for _ in range(3):
         next(iterator)
     state = iterator.get_state()
     rest = [next(iterator) for _ in range(2)]
-    resumed = iter(data.train_dataset(config))
+    resumed = iter(train_dataset(config))
     next(resumed)
     resumed.set_state(state)
     assert_equal([next(resumed) for _ in range(2)], rest)
@@ -154,9 +147,9 @@ def test_state_resumes_in_the_middle_of_an_epoch(config):
 
 
 def test_workers_change_neither_batches_nor_state(config):
-    expected = take(data.train_dataset(augmented(config)), 7)
+    expected = take(train_dataset(augmented(config)), 7)
     config.data.workers = 2
-    iterator = iter(data.train_dataset(config))
+    iterator = iter(train_dataset(config))
     assert_equal([next(iterator) for _ in range(4)], expected[:4])
     state = iterator.get_state()
     iterator.set_state({"next_index": 1})
@@ -164,17 +157,17 @@ def test_workers_change_neither_batches_nor_state(config):
     iterator.close()
 
     config.data.workers = 0  # goes on with another number of workers
-    resumed = iter(data.train_dataset(config))
+    resumed = iter(train_dataset(config))
     resumed.set_state(state)
     assert_equal([next(resumed) for _ in range(3)], expected[4:])
 
 
 @pytest.mark.parametrize("process_count, workers", [(1, 0), (2, 0), (1, 1)])
-def test_evaluation_counts_every_record_once(config, numbers, process_count, workers):
-    numbers(21)
+def test_evaluation_counts_every_record_once(config, process_count, workers):
+    source = NumberedSource(21)
     config.data.workers = workers
     passes = [
-        list(data.eval_dataset(config, process_index=p, process_count=process_count))
+        list(eval_dataset(config, source, process_index=p, process_count=process_count))
         for p in range(process_count)
     ]
     assert [len(batches) for batches in passes] == [3] * process_count
@@ -187,27 +180,27 @@ def test_evaluation_counts_every_record_once(config, numbers, process_count, wor
 
 
 def test_digits_are_evaluated_whole(config):
-    whole = take(data.eval_dataset(config), 1)
+    whole = take(eval_dataset(config), 1)
     config.data.eval_crop = 1.0
-    assert_equal(whole, take(data.eval_dataset(config), 1))
+    assert_equal(whole, take(eval_dataset(config), 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_record_is_an_error(config, numbers, workers):
-    numbers(8, corrupt=(3,))
+def test_corrupt_record_is_an_error(config, workers):
+    source = NumberedSource(8, corrupt=(3,))
     config.data.workers = workers
     message = 'numbers, record 3: unreadable; data.on_corrupt="skip" passes over it'
-    for make in (data.train_dataset, data.eval_dataset):
+    for make in (train_dataset, eval_dataset):
         with pytest.raises(UserError) as error:
-            next(iter(make(config)))
+            next(iter(make(config, source)))
         assert str(error.value) == message
 
 
-def test_skipped_record_is_replaced_counted_and_logged_once(config, numbers, caplog):
-    numbers(16, corrupt=(3, 4, 15))
+def test_skipped_record_is_replaced_counted_and_logged_once(config, caplog):
+    source = NumberedSource(16, corrupt=(3, 4, 15))
     config.data.on_corrupt = "skip"
     with caplog.at_level(logging.WARNING):
-        batches = take(data.train_dataset(config), 4)  # 2 epochs
+        batches = take(train_dataset(config, source), 4)  # 2 epochs
     labels = labels_of(batches).reshape(2, 16)
     # 3 and 4 are replaced by 5, 15 by the first one.
     for epoch in labels:
@@ -226,38 +219,37 @@ def test_skipped_record_is_replaced_counted_and_logged_once(config, numbers, cap
         assert [message for message in caplog.messages if message == line] == [line]
 
 
-def test_skipped_record_does_not_count_in_evaluation(config, numbers):
-    numbers(8, corrupt=(3,))
+def test_skipped_record_does_not_count_in_evaluation(config):
+    source = NumberedSource(8, corrupt=(3,))
     config.data.on_corrupt = "skip"
-    (batch,) = data.eval_dataset(config)
+    (batch,) = eval_dataset(config, source)
     np.testing.assert_array_equal(batch["mask"], np.arange(8) != 3)
     np.testing.assert_array_equal(batch["skipped"], np.arange(8) == 3)
 
 
-def test_nothing_readable_is_an_error(config, numbers):
-    numbers(4, corrupt=range(4))
+def test_nothing_readable_is_an_error(config):
+    source = NumberedSource(4, corrupt=range(4))
     config.data.on_corrupt = "skip"
     with pytest.raises(UserError, match="none of the 4 records can be read"):
-        next(iter(data.train_dataset(config)))
+        next(iter(train_dataset(config, source)))
 
 
-def test_death_of_a_worker_is_an_error(config, numbers):
-    numbers(8, fatal=(3,))
+def test_death_of_a_worker_is_an_error(config):
+    source = NumberedSource(8, fatal=(3,))
     config.data.workers = 1
     with pytest.raises(UserError, match="a worker process of the data pipeline died"):
-        next(iter(data.train_dataset(config)))
+        next(iter(train_dataset(config, source)))
 
 
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("image_size", 31, "image_size=31 is below 32"),
+        ("image_size", 31, "image_size=31; valid: at least 32"),
         ("batch_size", 9, "batch_size=9; valid: positive multiples of the number of processes, 2"),
         ("data.eval_batch_size", 9, "data.eval_batch_size=9; valid: positive multiples"),
         ("data.on_corrupt", "ignore", "data.on_corrupt='ignore'; valid: 'raise', 'skip'"),
         ("seed", -1, "seed=-1; valid: 0 to 4294967295"),
         ("data.workers", -1, "data.workers=-1; valid: 0 or more"),
-        ("data.eval_crop", 0.0, "data.eval_crop=0.0; valid: above 0, up to 1"),
         ("data.repeats", 0, "data.repeats=0; valid: 1, or more below batch_size=8"),
         ("data.repeats", 8, "data.repeats=8; valid: 1, or more below batch_size=8"),
         ("dataset", "digit", "no dataset 'digit' (did you mean 'digits'?); "),
@@ -265,7 +257,7 @@ def test_death_of_a_worker_is_an_error(config, numbers):
 )
 def test_wrong_value_is_named(config, key, value, message):
     config.update_from_flattened_dict({key: value})
-    make = data.eval_dataset if "eval" in key else data.train_dataset
+    make = eval_dataset if "eval" in key else train_dataset
     with pytest.raises(UserError) as error:
         make(config, process_count=2)
     assert message in str(error.value)
@@ -273,13 +265,13 @@ def test_wrong_value_is_named(config, key, value, message):
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
-from tokenvit_jax import data
-from tokenvit_jax.config import default_config
+from batches import train_dataset
+from tokenvit_jax.tasks import default_config
 
 if __name__ == "__main__":
-    config = default_config()
+    config = default_config("classification")
     config.image_size, config.data.workers = 32, 1
-    iterator = iter(data.train_dataset(config))
+    iterator = iter(train_dataset(config))
     next(iterator)
     worker = multiprocessing.active_children()[0].pid
     print(worker, flush=True)

@@ -2,33 +2,34 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from tokenvit_jax import data
-from tokenvit_jax.data import scenes
-from tokenvit_jax.data.digits import DigitsSource
-from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.data import dataset_info, open_split
+from tokenvit_jax.data.datasets import scenes
+from tokenvit_jax.data.datasets.digits import DigitsSource
 
 
 @pytest.fixture(scope="module")
 def sources():
-    return {split: open_source("scenes", split, "") for split in ("train", "test")}
+    return {split: open_split("scenes", split, "") for split in ("train", "test")}
 
 
 def test_scenes_are_the_same_each_time(sources):
-    again = open_source("scenes", "train", "")
-    image, label = sources["train"].read(7)
-    np.testing.assert_array_equal(np.asarray(again.read(7)[0]), np.asarray(image))
-    np.testing.assert_array_equal(again.read(7)[1], label)
+    again = open_split("scenes", "train", "")
+    record, same = sources["train"].read(7), again.read(7)
+    np.testing.assert_array_equal(np.asarray(same["image"]), np.asarray(record["image"]))
+    np.testing.assert_array_equal(same["label_map"], record["label_map"])
     for other in (sources["train"].read(8), sources["test"].read(7)):
-        assert (np.asarray(other[0]) != np.asarray(image)).any()
+        assert (np.asarray(other["image"]) != np.asarray(record["image"])).any()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_scenes_have_all_classes_in_fair_parts(sources, split):
-    source, info = sources[split], data.dataset_info("scenes")
+    source, info = sources[split], dataset_info("scenes")
     assert len(source) == info.splits[split]
     maps = []
     for index in range(100):
-        image, label = source.read(index)
+        record = source.read(index)
+        image, label = record["image"], record["label_map"]
+        assert set(record) == {"id", *info.fields} and record["id"] == index
         assert image.mode == "RGB" and image.size == (scenes.SIDE, scenes.SIDE)
         assert label.shape == (scenes.SIDE, scenes.SIDE) and label.dtype == np.uint8
         maps.append(label)
@@ -42,8 +43,8 @@ def test_scenes_have_all_classes_in_fair_parts(sources, split):
 def test_strokes_stand_out_from_the_background(sources):
     contrast = []
     for index in range(50):
-        image, label = sources["train"].read(index)
-        grey = np.asarray(image.convert("L")).astype(float)
+        record = sources["train"].read(index)
+        grey, label = np.asarray(record["image"].convert("L")).astype(float), record["label_map"]
         contrast.append(grey[label > 0].mean() - grey[label == 0].mean())
     assert np.mean(contrast) > 60 and min(contrast) > 0
 
@@ -53,9 +54,9 @@ def test_test_scenes_have_digits_and_photographs_of_their_own(sources):
         digits = DigitsSource(split)
         records = [digits.read(index) for index in range(len(digits))]
         expected = [
-            (np.asarray(image.convert("L")).tobytes(), digit)
-            for image, digit in records
-            if digit < 4
+            (np.asarray(record["image"].convert("L")).tobytes(), record["label"])
+            for record in records
+            if record["label"] < 4
         ]
         assert [(image.tobytes(), digit) for image, digit in source._digits] == expected
     for number, photograph in enumerate(load_sample_images().images):

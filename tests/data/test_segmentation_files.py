@@ -1,20 +1,23 @@
 import copy
+import dataclasses
+import importlib
 import io
 
 import numpy as np
 import pytest
 import segmentation_files
+from batches import eval_dataset
 from PIL import Image
 from segmentation_files import HEIGHT, PAIRS, WIDTH, values
 
-from tokenvit_jax import data, prepare
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data.datasets import segmentation
+from tokenvit_jax import prepare
+from tokenvit_jax.data import dataset_info, datasets, open_split
+from tokenvit_jax.data.datasets import cityscapes
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
-from tokenvit_jax.data.sources import open_source
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 
-# Of Cityscapes: the value of every class, from its table of labels.
+# Class -> value in the label maps, from the table of labels of Cityscapes.
 CITYSCAPES = {
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
     "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
@@ -29,7 +32,7 @@ def expected_labels(name, number):
         return np.where(found == 0, 255, found - 1)
     if name == "pascal_context":
         return found
-    names = data.dataset_info(name).class_names
+    names = dataset_info(name).classes
     labels = np.full((HEIGHT, WIDTH), 255)
     for class_name, value in CITYSCAPES.items():
         labels[found == value] = names.index(class_name)
@@ -39,17 +42,19 @@ def expected_labels(name, number):
 @pytest.mark.parametrize("name", PAIRS)
 def test_images_are_stored_as_they_are_with_their_label_maps(name, tmp_path):
     segmentation_files.write_dataset(name, tmp_path / "downloads")
-    folder = segmentation.prepare(name, tmp_path / "downloads", tmp_path)
+    folder = datasets.prepare(name, tmp_path / "downloads", tmp_path)
     assert folder == tmp_path / "segmentation" / name / "1.0.0"
     found = {}
     for split, size in (("train", 2), ("validation", 1)):
-        source = open_source(name, split, str(tmp_path))
+        source = open_split(name, split, str(tmp_path))
         assert len(source) == size
         for index in range(size):
             record = source._records[index]
             path = record["file_name"].decode()
             assert source.name(index) == f"{name} split {split!r}, record {index} ({path})"
-            found[path] = (record["image"], *source.read(index))
+            decoded = source.read(index)
+            found[path] = record["image"], decoded["image"], decoded["label_map"]
+            assert decoded["id"] == index
     assert sorted(found) == sorted(image for image, _ in PAIRS[name])
     for number, (path, _) in enumerate(PAIRS[name]):
         encoded, image, labels = found[path]
@@ -57,7 +62,7 @@ def test_images_are_stored_as_they_are_with_their_label_maps(name, tmp_path):
         assert image.size == (WIDTH, HEIGHT) and labels.dtype == np.uint8
         np.testing.assert_array_equal(labels, expected_labels(name, number))
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert segmentation.prepare(name, tmp_path / "nowhere", tmp_path) == folder
+    assert datasets.prepare(name, tmp_path / "nowhere", tmp_path) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
 
@@ -67,19 +72,19 @@ def test_command_prepares_a_dataset(tmp_path, capsys):
     flag_values(["prepare", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path / 'out'}"])
     prepare.main(flag_values, "ade20k")
     assert f"ade20k is prepared in {tmp_path / 'out'}" in capsys.readouterr().out
-    assert len(open_source("ade20k", "train", str(tmp_path / "out"))) == 2
+    assert len(open_split("ade20k", "train", str(tmp_path / "out"))) == 2
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_missing_folders_are_named_with_instructions(name, tmp_path):
     with pytest.raises(UserError) as error:
-        segmentation.prepare(name, tmp_path, tmp_path / "out")
-    layout = segmentation.LAYOUTS[name]
+        datasets.prepare(name, tmp_path, tmp_path / "out")
+    layout = importlib.import_module(f"tokenvit_jax.data.datasets.{name}").LAYOUT
     where = (layout.lists or layout.images)["train"]
     expected = f"{where} not found in --manual_dir={tmp_path}; {layout.how_to_get}"
     assert str(error.value) == expected
     with pytest.raises(UserError, match=f"python -m tokenvit_jax.prepare {name} --manual_dir="):
-        open_source(name, "train", str(tmp_path / "out"))
+        open_split(name, "train", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_missing_file_is_named(name, part, message, tmp_path):
     image, label = (tmp_path / path for path in PAIRS[name][1])
     (image, label)[part].unlink()
     with pytest.raises(UserError) as error:
-        segmentation.prepare(name, tmp_path, tmp_path / "out")
+        datasets.prepare(name, tmp_path, tmp_path / "out")
     assert str(error.value) == message.format(image=image, label=label)
 
 
@@ -120,22 +125,21 @@ def test_unknown_value_is_found_when_preparing(name, value, valid, tmp_path):
     changed[3, 4] = value
     Image.fromarray(changed).save(label)
     with pytest.raises(UserError) as error:
-        segmentation.prepare(name, tmp_path, tmp_path / "out")
+        datasets.prepare(name, tmp_path, tmp_path / "out")
     assert str(error.value) == f"{label}: label map has the value {value}; valid: {valid}"
     with pytest.raises(UserError, match="not found in"):  # nothing half prepared is left
-        open_source(name, "train", str(tmp_path / "out"))
+        open_split(name, "train", str(tmp_path / "out"))
 
 
 def test_unknown_value_is_found_when_reading(tmp_path, monkeypatch):
     segmentation_files.write_dataset("cityscapes", tmp_path)
-    wrong = segmentation.LAYOUTS["cityscapes"].labels | {33: 19}  # as if there were 20 classes
-    layout = segmentation.dataclasses.replace(segmentation.LAYOUTS["cityscapes"], labels=wrong)
-    monkeypatch.setitem(segmentation.LAYOUTS, "cityscapes", layout)
-    segmentation.prepare("cityscapes", tmp_path, tmp_path)
-    config = default_config()
+    wrong = cityscapes.LAYOUT.labels | {33: 19}  # as if there were 20 classes
+    monkeypatch.setattr(cityscapes, "LAYOUT", dataclasses.replace(cityscapes.LAYOUT, labels=wrong))
+    datasets.prepare("cityscapes", tmp_path, tmp_path)
+    config = default_config("segmentation")
     config.dataset, config.data.data_dir, config.image_size = "cityscapes", str(tmp_path), 32
     with pytest.raises(UserError) as error:
-        next(iter(data.eval_dataset(config)))
+        next(iter(eval_dataset(config)))
     assert str(error.value) == (
         f"cityscapes split 'validation', record 0 ({PAIRS['cityscapes'][2][0]}): label map has the "
         'value 19; valid: 0 to 18, 255; data.on_corrupt="skip" passes over it'

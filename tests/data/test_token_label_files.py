@@ -1,5 +1,6 @@
 """Labels of the cells of an image from files: they follow the crop and the flip of the image."""
 
+import dataclasses
 import pickle
 import re
 
@@ -7,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax import data
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import pipeline
+from tokenvit_jax.data import dataset_info, train_batches
+from tokenvit_jax.data.images import View
 from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size, relative_box, sample_labels
-from tokenvit_jax.data.transforms import View
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.classification.examples import ClassificationExamples
 
 RECORDS, WIDTH, HEIGHT = 6, 120, 90
 
@@ -75,7 +76,11 @@ class RampSource:
         pixels = np.zeros((HEIGHT, WIDTH, 3))
         pixels[..., 0] = (np.arange(WIDTH) + 0.5) / WIDTH
         pixels[..., 1] = ((np.arange(HEIGHT) + 0.5) / HEIGHT)[:, None]
-        return Image.fromarray(np.rint(255 * pixels).astype(np.uint8)), index
+        image = Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+        return {"id": index, "image": image, "label": index}
+
+    def name(self, index):
+        return f"ramps, record {index}"
 
 
 def write_files(folder, classes=None, scores=None):
@@ -97,10 +102,15 @@ def write_files(folder, classes=None, scores=None):
     return str(folder)
 
 
+def train_dataset(config):
+    info = dataclasses.replace(dataset_info("digits"), splits={"train": RECORDS})
+    examples = ClassificationExamples(config, info, train=True)
+    return train_batches(RampSource(), examples, config)
+
+
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "open_source", lambda name, split, data_dir: RampSource())
-    config = default_config()
+def config(tmp_path):
+    config = default_config("classification")
     config.image_size = 96
     config.batch_size = 12
     config.augment.crop_scale = (0.1, 0.6)
@@ -111,7 +121,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_labels_show_what_the_image_shows(config):
-    batch = next(iter(data.train_dataset(config)))
+    batch = next(iter(train_dataset(config)))
     assert grid_size(96) == 3 and grid_size(97) == 4
     assert batch["token_classes"].shape == batch["token_scores"].shape == (12, 3, 3, 12)
     assert batch["token_classes"].dtype == np.int32
@@ -125,8 +135,8 @@ def test_labels_show_what_the_image_shows(config):
     np.testing.assert_array_equal(labels[..., 2:].argmax(-1)[:, 0, 0], batch["label"])
 
     config.token_labels.weight = 0.0
-    plain = next(iter(data.train_dataset(config)))
-    assert set(plain) == {"image", "label", "skipped"}
+    plain = next(iter(train_dataset(config)))
+    assert set(plain) == {"image", "label", "index", "skipped"}
     np.testing.assert_array_equal(plain["image"], batch["image"])
 
 
@@ -157,17 +167,19 @@ ZEROS = np.zeros((RECORDS, 2, 2, 1), np.int32)
 def test_files_of_another_form(config, tmp_path, classes, scores, message):
     config.token_labels.files = write_files(tmp_path / "others", classes, scores)
     with pytest.raises(UserError, match=re.escape(message)):
-        data.train_dataset(config)
+        train_dataset(config)
 
 
 def test_missing_files(config, tmp_path):
     config.token_labels.files = str(tmp_path)
     with pytest.raises(UserError, match=r"classes.npy cannot be read: No such file or directory"):
-        data.train_dataset(config)
+        train_dataset(config)
 
 
 def test_class_out_of_range(config, tmp_path):
     scores = np.ones(ZEROS.shape, np.float32)
     config.token_labels.files = write_files(tmp_path / "others", ZEROS + 10, scores)
-    with pytest.raises(UserError, match=r"record \d: classes 10 to 10; valid: 0 to 9"):
-        next(iter(data.train_dataset(config)))
+    with pytest.raises(
+        UserError, match=r"ramps, record (\d): .*, record \1: classes 10 to 10; valid: 0 to 9"
+    ):
+        next(iter(train_dataset(config)))

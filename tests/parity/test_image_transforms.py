@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax.data import transforms
-from tokenvit_jax.data.transforms import MEAN, NORMALIZATIONS, STD
+from tokenvit_jax.data import images
+from tokenvit_jax.data.images import MEAN, NORMALIZATIONS, STD
 
 pytestmark = pytest.mark.parity
 
@@ -32,7 +32,7 @@ def test_eval_image_equals_timms(timm, width, height, size, crop):
     reference = transforms_imagenet_eval(size, crop, interpolation="bicubic", use_prefetcher=True)
     image = noise_image(width, height)
 
-    ours = transforms.eval_image(image, size, crop)
+    ours = images.eval_image(image, size, crop)
 
     np.testing.assert_array_equal(ours, np.asarray(reference(image)).transpose(1, 2, 0))
 
@@ -42,7 +42,7 @@ def test_random_crop_boxes_have_torchvisions_distribution(torchvision):
 
     width, height, scale, ratio, draws = 90, 60, (0.08, 1.0), (3 / 4, 4 / 3), 4000
     rng = np.random.default_rng(0)
-    ours = [transforms.random_crop_box(width, height, scale, ratio, rng) for _ in range(draws)]
+    ours = [images.random_crop_box(width, height, scale, ratio, rng) for _ in range(draws)]
     blank = Image.new("RGB", (width, height))
     theirs = [RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(draws)]
     theirs = [(left, top, left + w, top + h) for top, left, h, w in theirs]
@@ -56,16 +56,16 @@ def test_cropped_pixels_equal_torchvisions(torchvision, monkeypatch):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
 
-    from tokenvit_jax.config import default_config
+    from tokenvit_jax.tasks import default_config
 
     box = (13, 7, 70, 45)
-    monkeypatch.setattr(transforms, "random_crop_box", lambda *args: box)
-    augment = default_config().augment
+    monkeypatch.setattr(images, "random_crop_box", lambda *args: box)
+    augment = default_config("classification").augment
     augment.crop_scale = (0.08, 1.0)
     image = noise_image(90, 60)
     left, top, right, bottom = box
 
-    ours = transforms.train_image(image, 32, augment, np.random.default_rng(0))
+    ours = images.train_image(image, 32, augment, np.random.default_rng(0))
 
     reference = resized_crop(
         image, top, left, bottom - top, right - left, [32, 32], InterpolationMode.BICUBIC
@@ -79,7 +79,7 @@ def test_color_jitter_equals_torchvisions(torchvision):
     image = noise_image(40, 30)
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
     for seed in range(6):
-        ours = transforms.color_jitter(image, 0.4, np.random.default_rng(seed))
+        ours = images.color_jitter(image, 0.4, np.random.default_rng(seed))
 
         rng = np.random.default_rng(seed)
         reference = image

@@ -1,21 +1,27 @@
-"""Labelled images for training and evaluation: datasets, transforms, batches."""
+"""Records of datasets, transforms of images and batches for training and evaluation."""
 
-from tokenvit_jax.data.examples import ImageBuffer
-from tokenvit_jax.data.label_maps import IGNORED
-from tokenvit_jax.data.pipeline import eval_dataset, record_dataset, train_dataset
-from tokenvit_jax.data.sources import DatasetInfo, dataset_info, list_datasets
-from tokenvit_jax.data.transforms import NORMALIZATIONS, decode_image, eval_image
+from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
+from tokenvit_jax.data.datasets import dataset_info, list_datasets, open_split
+from tokenvit_jax.data.images import NORMALIZATIONS, decode_image, eval_image, read_image
+from tokenvit_jax.data.pipeline import eval_batches, train_batches
+from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [
     "IGNORED",
+    "MIN_IMAGE_SIZE",
     "NORMALIZATIONS",
     "DatasetInfo",
-    "ImageBuffer",
+    "Examples",
+    "Record",
+    "Source",
+    "Spec",
+    "check_data",
     "dataset_info",
     "decode_image",
-    "eval_dataset",
+    "eval_batches",
     "eval_image",
     "list_datasets",
-    "record_dataset",
-    "train_dataset",
+    "open_split",
+    "read_image",
+    "train_batches",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data.label_maps import IGNORED
+from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 _ATTEMPTS = 10  # to place a crop in which no class has too large a part

@@ -8,8 +8,6 @@ from PIL import Image
 
 from tokenvit_jax.errors import UserError
 
-IGNORED = 255  # label of pixels that do not count
-
 
 def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """Decodes a label map.

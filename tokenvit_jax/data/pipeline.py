@@ -1,11 +1,13 @@
 """From records to batches: order, augmentation, batching, processes, workers, iterator state.
 
-Everything is a function of the position in one endless global stream of records, so a batch does
-not depend on how many processes and workers make it, nor on where a run was interrupted.
+Everything is a function of the position in one endless global stream of records, so a batch depends
+neither on the number of processes and workers that make it nor on where a run was interrupted.
 """
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -13,130 +15,102 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.check import check_data
-from tokenvit_jax.data.examples import MAKERS, EvalImages, EvalMaker, Example, TrainMaker
-from tokenvit_jax.data.sources import Source, open_source
-from tokenvit_jax.data.workers import Batches, Shapes
+from tokenvit_jax.data.record import Examples, Source, Spec
+from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
 
+Example = dict[str, np.ndarray]
 
-def train_dataset(
-    config: ConfigDict, *, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
-    """Endless, shuffled, augmented batches of the training split.
-
-    Global batch s holds the records [s B, (s + 1) B) of a stream that passes over the dataset again
-    and again, in another order each time; process p takes the p-th part of every batch. With
-    `data.repeats` R, a global batch holds ceil(B / R) records up to R times, each time augmented
-    anew, in the order a b c d a b c: never two of the same side by side, which Mixup would pair.
-
-    The state of its iterator is the number of batches given out: it does not depend on the number
-    of workers or processes.
-
-    Args:
-        config: reads `dataset`, `seed`, `batch_size`, `image_size`, `data`, `augment` and
-            `token_labels`.
-        process_index: which part of each batch to make.
-        process_count: number of parts.
-
-    Returns:
-        A dataset of dicts, with b = batch_size / process_count: `image` uint8 (b, size, size, 3),
-        `skipped` int32 (b,): unreadable records passed over for this place. Classification:
-        `label` int32 (b,), with `token_labels.files` also what :meth:`TokenLabelFiles.read`
-        returns. Segmentation: `label` uint8 (b, size, size), `IGNORED` where it does not count.
-
-    Raises:
-        UserError: for a wrong value in the config or a dataset that is not prepared; when
-            iterating, for an unreadable image unless `data.on_corrupt` is "skip".
-    """
-    info = check_data(config)
-    batch = _part(config.batch_size, "batch_size", process_count)
-    source = open_source(info.name, info.train_split, config.data.data_dir)
-    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    if config.data.repeats > 1:
-        indices = _Repeated(indices, config.batch_size, config.data.repeats)
-    make = MAKERS[info.task].train(config, info, source)
-    skip = config.data.on_corrupt == "skip"
-    examples = indices.random_map(_TrainExample(source, make, skip))
-    return _batches(examples, make.shapes, batch, process_index, process_count, config)
+NO_RECORD = -1  # `index` of an example that fills the last batch
 
 
-def eval_dataset(
-    config: ConfigDict, *, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
-    """One pass over the evaluation split, in its order, every record once.
-
-    The last batches are filled up, so that all processes have the same number of full batches.
-
-    Args:
-        config: reads `dataset`, `image_size` and `data`.
-        process_index: which part of each batch to make.
-        process_count: number of parts.
-
-    Returns:
-        A dataset of dicts, with b = data.eval_batch_size / process_count: `mask` float32 (b,): 1,
-        or 0 for what does not count (filling, unreadable images), and `skipped` int32 (b,): 1 for
-        an unreadable image. Classification: `image` uint8 (b, size, size, 3) and `label` int32
-        (b,). Segmentation: `image` uint8 (b, H, W, 3), resized and at the top left of a buffer of
-        `data.eval_size`; `image_size` int32 (b, 2), how many rows and columns of it are image;
-        `label` uint8 (b, h, w), the label map as it is and `IGNORED` beyond it, in a buffer of
-        `data.label_size`; `label_size` int32 (b, 2), its rows and columns.
-
-    Raises:
-        UserError: as :func:`train_dataset`; when iterating, for a label map that is larger than
-            its buffer.
-    """
-    info = check_data(config)
-    source = open_source(info.name, info.eval_split, config.data.data_dir)
-    make = MAKERS[info.task].evaluate(config, info, source)
-    return _one_pass(config, source, make, process_index, process_count)
-
-
-def record_dataset(config: ConfigDict) -> grain.IterDataset:
-    """One pass over the whole images of a training split with classes, in its order, each once.
-
-    Args:
-        config: reads `dataset`, `image_size` and `data`.
-
-    Returns:
-        A dataset of the batches of :func:`eval_dataset`; every image is squeezed into a square.
-
-    Raises:
-        UserError: as :func:`train_dataset`; for a dataset without a class per image.
-    """
-    info = check_data(config)
-    if info.task != "classification":
-        raise UserError(f"dataset {info.name!r} has label maps; valid: one with a class per image")
-    source = open_source(info.name, info.train_split, config.data.data_dir)
-    return _one_pass(config, source, EvalImages(config, info, source, whole=True))
-
-
-def _one_pass(
-    config: ConfigDict,
+def train_batches(
     source: Source,
-    make: EvalMaker,
+    examples: Examples,
+    config: ConfigDict,
+    *,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
+    """Returns endless, shuffled, augmented batches of a split.
+
+    Global batch s holds the records [s B, (s + 1) B) of a stream that passes over the split again
+    and again, in a new order each time; process p takes the p-th part of every batch. With
+    `data.repeats` R, a global batch holds ceil(B / R) records up to R times each, augmented anew
+    each time, in the order a b c d a b c: equal records are never neighbours, which Mixup would
+    pair.
+
+    The iterator's state is the number of batches it has returned; it does not depend on the number
+    of workers or processes.
+
+    Args:
+      source: the records.
+      examples: turns records into examples.
+      config: reads `seed`, `batch_size`, `data.repeats`, `data.workers` and `data.on_corrupt`.
+      process_index: which part of each batch to make.
+      process_count: number of parts.
+
+    Returns:
+      A dataset of dicts, with b = batch_size / process_count: the arrays of `examples.specs`, (b,
+      *shape) each; `index` int32 (b,), the records' numbers in the source; `skipped` int32 (b,),
+      how many unreadable records were passed over to fill this place.
+
+    Raises:
+      UserError: a value of the config is not valid; when iterating: a record cannot be read and
+        `data.on_corrupt` is not "skip", or does not fit.
+    """
+    check_data(config)
+    batch = _part(config.batch_size, "batch_size", process_count)
+    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    if config.data.repeats > 1:
+        indices = _Repeated(indices, config.batch_size, config.data.repeats)
+    skip = config.data.on_corrupt == "skip"
+    parts = indices.random_map(_TrainExample(source, examples, skip))
+    parts = parts.batch(batch)[process_index::process_count]
+    return Batches(parts, _batch_specs(examples, batch), config.data.workers)
+
+
+def eval_batches(
+    source: Source,
+    examples: Examples,
+    config: ConfigDict,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Returns the batches of one pass over a split, in its order, every record once.
+
+    The last batches are filled with empty examples, so that all processes have the same number of
+    full batches.
+
+    Args:
+      source: the records.
+      examples: turns records into examples.
+      config: reads `data.eval_batch_size`, `data.workers` and `data.on_corrupt`.
+      process_index: which part of each batch to make.
+      process_count: number of parts.
+
+    Returns:
+      A dataset of dicts, with b = data.eval_batch_size / process_count: the arrays of
+      `examples.specs`, (b, *shape) each; `index` int32 (b,), the records' numbers in the source,
+      -1 for filling; `mask` float32 (b,), 1 for a record, 0 for filling and for an unreadable
+      record; `skipped` int32 (b,), 1 for an unreadable record.
+
+    Raises:
+      UserError: as :func:`train_batches`.
+    """
+    check_data(config)
     batch = _part(config.data.eval_batch_size, "data.eval_batch_size", process_count)
     num_batches = -(-len(source) // config.data.eval_batch_size)
+    indices = grain.MapDataset.range(num_batches * config.data.eval_batch_size)
     skip = config.data.on_corrupt == "skip"
-    examples = grain.MapDataset.range(num_batches * config.data.eval_batch_size).map(
-        _EvalExample(source, make, skip)
-    )
-    return _batches(examples, make.shapes, batch, process_index, process_count, config)
+    parts = indices.map(_EvalExample(source, examples, skip))
+    parts = parts.batch(batch)[process_index::process_count]
+    return Batches(parts, _batch_specs(examples, batch), config.data.workers)
 
 
-def _batches(
-    examples: grain.MapDataset,
-    shapes: Shapes,
-    batch: int,
-    process_index: int,
-    process_count: int,
-    config: ConfigDict,
-) -> Batches:
-    batches = examples.batch(batch)[process_index::process_count]
-    shapes = {name: (batch, *shape) for name, shape in shapes.items()}
-    return Batches(batches, shapes, config.data.workers)
+def _batch_specs(examples: Examples, batch: int) -> dict[str, Spec]:
+    return {name: Spec((batch, *spec.shape), spec.dtype) for name, spec in examples.specs.items()}
 
 
 def _part(batch_size: int, name: str, process_count: int) -> int:
@@ -147,7 +121,7 @@ def _part(batch_size: int, name: str, process_count: int) -> int:
 
 
 class _Repeated(grain.MapDataset):
-    """Each batch goes round and round over the next ceil(batch_size / repeats) elements."""
+    """Fills each batch with the next ceil(batch_size / repeats) elements, again and again."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, repeats: int):
         super().__init__(parent)
@@ -163,46 +137,59 @@ class _Repeated(grain.MapDataset):
 
 
 class _TrainExample(grain.transforms.RandomMap):
-    """Reads a record and makes an example of it, given its index."""
+    """Returns the example of the record with an index, or of the next one that can be read."""
 
-    def __init__(self, source: Source, make: TrainMaker, skip: bool):
+    def __init__(self, source: Source, examples: Examples, skip: bool):
         self._source = source
-        self._make = make
+        self._examples = examples
         self._skip = skip
 
     def random_map(self, index: int, rng: np.random.Generator) -> Example:
         for skipped in range(len(self._source)):
-            record = (index + skipped) % len(self._source)
+            number = (index + skipped) % len(self._source)
             try:
-                image, label = self._source.read(record)
+                record = self._source.read(number)
             except UserError as error:
                 _pass_over(error, self._skip)
                 continue
-            return self._make(record, image, label, rng) | {"skipped": np.int32(skipped)}
+            with _named(self._source, number):
+                example = self._examples(record, rng)
+            return example | {"index": np.int32(number), "skipped": np.int32(skipped)}
         raise UserError(f"none of the {len(self._source)} records can be read")
 
 
 class _EvalExample(grain.transforms.Map):
-    """Reads a record and makes an example of it, given its index; beyond the last one: filling."""
+    """Returns the example of the record with an index; filling beyond the last record."""
 
-    def __init__(self, source: Source, make: EvalMaker, skip: bool):
+    def __init__(self, source: Source, examples: Examples, skip: bool):
         self._source = source
-        self._make = make
+        self._examples = examples
         self._skip = skip
 
     def map(self, index: int) -> Example:
         if index >= len(self._source):
-            return self._no_record(skipped=0)
+            return self._examples.empty() | _counts(NO_RECORD, mask=0, skipped=0)
         try:
-            image, label = self._source.read(index)
+            record = self._source.read(index)
         except UserError as error:
             _pass_over(error, self._skip)
-            return self._no_record(skipped=1)
-        example = self._make(index, image, label)
-        return example | {"mask": np.float32(1), "skipped": np.int32(0)}
+            return self._examples.empty() | _counts(index, mask=0, skipped=1)
+        with _named(self._source, index):
+            example = self._examples(record, None)
+        return example | _counts(index, mask=1, skipped=0)
 
-    def _no_record(self, skipped: int) -> Example:
-        return self._make.empty() | {"mask": np.float32(0), "skipped": np.int32(skipped)}
+
+def _counts(index: int, mask: int, skipped: int) -> Example:
+    return {"index": np.int32(index), "mask": np.float32(mask), "skipped": np.int32(skipped)}
+
+
+@contextlib.contextmanager
+def _named(source: Source, index: int) -> Iterator[None]:
+    """Puts the record's name before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source.name(index)}: {error}") from error
 
 
 def _pass_over(error: UserError, skip: bool) -> None:
@@ -213,5 +200,5 @@ def _pass_over(error: UserError, skip: bool) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Warns once per record and process that reads."""
+    """Logs a warning, once per record and reading process."""
     logging.getLogger(__name__).warning("skipped %s", message)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenvit_jax.data.transforms import View
+from tokenvit_jax.data.images import View
+from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 
 CELL_SIZE = 32  # pixels: the backbones reduce an image 32 times
@@ -56,6 +57,11 @@ class TokenLabelFiles:
     def __reduce__(self):
         # Another process maps the files itself: pickled, they would be copied.
         return TokenLabelFiles, self._args
+
+    def specs(self, grid: int) -> dict[str, Spec]:
+        """Returns the shapes and types of what :meth:`read` returns for a grid of this side."""
+        shape = grid, grid, 4 * self._classes.shape[-1]
+        return {"token_classes": Spec(shape, np.int32), "token_scores": Spec(shape, np.float32)}
 
     def read(
         self, record: int, view: View, width: int, height: int, grid: int

@@ -1,4 +1,4 @@
-"""Iterates over batches that can be made in any order, optionally made ahead by other processes.
+"""Iterates over batches that can be made in any order, optionally ahead of time in other processes.
 
 Unlike grain's `mp_prefetch`, the state is one number, which does not depend on the number of
 workers; and workers end with their parent, however that ends.
@@ -17,41 +17,46 @@ from concurrent import futures
 import grain
 import numpy as np
 
+from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Shapes = dict[str, tuple[int, ...]]
+Specs = dict[str, Spec]
+
+# Smaller arrays come back through a pipe: that costs less than a copy out of shared memory.
+_MAX_PIPE_BYTES = 64 * 1024
+_ALIGNMENT = 8  # bytes: arrays in shared memory start at multiples of it
 
 
 class Batches(grain.IterDataset):
     """Batches in order; the state of the iterator is `{"next_index": batches given out}`.
 
     Args:
-        batches: of dicts of arrays, each batch of the same shapes.
-        shapes: of the large arrays, such as images; these have type uint8.
-        workers: number of processes that make batches ahead; 0: a thread of this process does.
+      batches: dicts of arrays, equal in shapes and types.
+      specs: shapes and types of the arrays of a batch; arrays that are not listed must be small.
+      workers: number of processes that make batches ahead of time; 0: a thread of this process.
     """
 
-    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
+    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
         super().__init__(batches)
         self._batches = batches
-        self._shapes = shapes
+        self._specs = specs
         self._workers = workers
 
     def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._batches, self._shapes, self._workers)
+        return BatchIterator(self._batches, self._specs, self._workers)
 
 
 class BatchIterator(grain.DatasetIterator):
-    """See :class:`Batches`; errors of the batches are raised when their turn comes.
+    """See :class:`Batches`; an error in making a batch is raised when the batch is asked for.
 
-    Close it when no more batches are wanted: at exit, Python waits for those that were begun.
+    Close it when no more batches are wanted: at exit, Python waits for the unfinished ones.
     """
 
-    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
+    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
         super().__init__()
         self._batches = batches
-        self._shapes = shapes
+        self._specs = specs
         self._workers = workers
         self._next_index = 0
         self._reader = None  # opened at the first batch: the state may be set before
@@ -77,7 +82,7 @@ class BatchIterator(grain.DatasetIterator):
     def _open_reader(self) -> "grain.DatasetIterator | _WorkerReader":
         rest = self._batches[self._next_index :]
         if self._workers:
-            return _WorkerReader(rest, self._shapes, self._workers)
+            return _WorkerReader(rest, self._specs, self._workers)
         return iter(rest.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=2)))
 
     def _close_reader(self) -> None:
@@ -87,19 +92,17 @@ class BatchIterator(grain.DatasetIterator):
 
 
 class _WorkerReader:
-    """Makes batches in processes; large arrays come back through memory that all of them share.
+    """Makes batches in processes; large arrays come back through memory that all of them share."""
 
-    Through a pipe, the usual way back, batches of 512 took 2 to 8 times as long.
-    """
-
-    def __init__(self, batches: grain.MapDataset, shapes: Shapes, workers: int):
+    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
         num_slots = workers + 1  # one batch is ready while each worker makes another
         context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        num_bytes = sum(map(math.prod, shapes.values()))
+        shared = {name: spec for name, spec in specs.items() if _num_bytes(spec) > _MAX_PIPE_BYTES}
+        num_bytes = max(1, sum(map(_padded_bytes, shared.values())))
         memory = [context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(num_slots)]
-        self._slots = [_arrays(slot, shapes) for slot in memory]
+        self._slots = [_arrays(slot, shared) for slot in memory]
         self._executor = futures.ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(batches, memory, shapes)
+            workers, context, initializer=_start_worker, initargs=(batches, memory, shared)
         )
         self._num_batches = len(batches)
         self._next_index = 0  # to hand to a worker
@@ -131,11 +134,21 @@ class _WorkerReader:
             self._next_index += 1
 
 
-def _arrays(memory: ctypes.Array, shapes: Shapes) -> Batch:
-    """The arrays of a batch that lie one behind the other in shared memory."""
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = np.split(np.frombuffer(memory, np.uint8), np.cumsum(sizes)[:-1])
-    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+def _num_bytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _padded_bytes(spec: Spec) -> int:
+    return -(-_num_bytes(spec) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _arrays(memory: ctypes.Array, specs: Specs) -> Batch:
+    """Returns the arrays that lie one behind the other in shared memory."""
+    arrays, offset = {}, 0
+    for name, spec in specs.items():
+        arrays[name] = np.ndarray(spec.shape, spec.dtype, memory, offset)
+        offset += _padded_bytes(spec)
+    return arrays
 
 
 # In a worker: the batches, and the slots for their large arrays.
@@ -143,10 +156,10 @@ _batches = None
 _slots = None
 
 
-def _start_worker(batches: grain.MapDataset, memory: list[ctypes.Array], shapes: Shapes) -> None:
+def _start_worker(batches: grain.MapDataset, memory: list[ctypes.Array], specs: Specs) -> None:
     global _batches, _slots
     _batches = batches
-    _slots = [_arrays(slot, shapes) for slot in memory]
+    _slots = [_arrays(slot, specs) for slot in memory]
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # A signal to the whole group of processes is for the parent, which may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -162,5 +175,5 @@ def _exit_with_parent() -> None:
 def _make(index: int, slot: int) -> Batch:
     batch = dict(_batches[index])
     for name, array in _slots[slot].items():
-        array[:] = batch.pop(name)
+        np.copyto(array, batch.pop(name), casting="no")  # a type that is not the spec's is an error
     return batch

@@ -14,9 +14,10 @@ import numpy as np
 
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import Task
+from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel
 from tokenvit_jax.training.run import Run, load_run
+from tokenvit_jax.training.workdir import read_config
 
 
 def load_teacher(workdir: Path, checkpoint: str) -> Run:
@@ -30,13 +31,13 @@ def load_teacher(workdir: Path, checkpoint: str) -> Run:
       UserError: there is no such run or checkpoint, it cannot be read, or its model has no logits
         for single cells.
     """
-    run = load_run(workdir, checkpoint)
-    if not hasattr(run.model, "dense_logits"):
+    config = read_config(workdir)
+    if not hasattr(create_task(config).make_model(), "dense_logits"):
         raise UserError(
-            f"--workdir={workdir} is a run of {run.config.model}, which does not classify single "
-            "cells; valid: a hierarchical model"
+            f"--workdir={workdir} is a run of {config.model} for {config.task}, which does not "
+            "classify single cells; valid: a hierarchical model for classification"
         )
-    return run
+    return load_run(workdir, checkpoint, config=config)
 
 
 def label_cells(teacher: Run, variables: dict, images: jax.Array) -> jax.Array:
@@ -75,7 +76,7 @@ def labelled_batches(
     if not (settings and settings.weight and settings.teacher):
         return parallel.put_batch
     try:
-        teacher = load_teacher(Path(settings.teacher), settings.teacher_checkpoint)
+        teacher = load_teacher(Path(settings.teacher).expanduser(), settings.teacher_checkpoint)
     except UserError as error:
         raise UserError(f"config.token_labels.teacher={settings.teacher}: {error}") from error
     theirs, ours = teacher.task.info, task.info

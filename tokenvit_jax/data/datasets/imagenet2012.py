@@ -1,28 +1,42 @@
 """ImageNet-1K (ILSVRC 2012) from its original archives, without TensorFlow.
 
-The result has the name, version and features of tensorflow_datasets' own `imagenet2012`, so either
-can be read where the other was prepared (in the array_record format). Image files are stored as
-they are, and decoded when they are read.
+The result has the name, version and features of tensorflow_datasets' own `imagenet2012`, so each
+project can read what the other prepared (in the array_record format). Image files are stored
+unchanged and decoded when they are read.
 
-Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
+References:
+  Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
 """
 
 import contextlib
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
+from PIL import Image
 
+from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES
+from tokenvit_jax.data.record import DatasetInfo, Record
+from tokenvit_jax.data.tfds_files import TfdsSource, is_prepared, write_splits
 from tokenvit_jax.errors import UserError
 
-NAME = "imagenet2012"
+INFO = DatasetInfo(
+    name="imagenet2012",
+    splits={"train": IMAGENET_TRAIN_IMAGES, "validation": 50_000},
+    train_split="train",
+    eval_split="validation",
+    fields=frozenset({"image", "label"}),
+    num_classes=1000,
+    classes=None,
+    center_crop=True,
+)
+VERSION = "5.1.0"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"  # one tar per class, named by WordNet id: 138 GB
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"  # 50,000 images: 6.3 GB
 
-# WordNet ids of the classes in order, and of the validation images in order of their numbers.
+# WordNet ids: of the classes in order, and of the validation images in the order of their numbers.
 _CLASSES = "datasets/imagenet2012/labels.txt"
 _VALIDATION_LABELS = "datasets/imagenet2012/validation_labels.txt"
 _HOW_TO_GET = (
@@ -31,60 +45,40 @@ _HOW_TO_GET = (
 )
 
 
-# Not registered with tensorflow_datasets: the name belongs to its own builder.
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the train and validation splits; see :func:`prepare`."""
+class ImageNetSource(TfdsSource):
+    """Images with one class each."""
 
-    name = NAME
-    VERSION = tfds.core.Version("5.1.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _HOW_TO_GET
-    # Nothing is downloaded. tensorflow_datasets' own lookup of checksums imports a package,
-    # importlib_resources, that it does not require.
-    url_infos = None
+    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
+        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
+        return Record(label=int(features["label"]))
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names_file=tfds.core.tfds_path(_CLASSES)),
-            "file_name": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            homepage="https://image-net.org/",
-        )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        manual_dir = Path(dl_manager.manual_dir)
-        return {
-            "train": self._generate_examples(_train_examples, manual_dir / TRAIN_ARCHIVE),
-            "validation": self._generate_examples(
-                _validation_examples, manual_dir / VALIDATION_ARCHIVE
-            ),
-        }
+def open_split(split: str, data_dir: str) -> ImageNetSource:
+    """Opens a split for reading.
 
-    def _generate_examples(self, read: Callable[[Path], Iterator], archive: Path) -> Iterator:
-        return read(archive)
+    Raises:
+      UserError: the dataset has not been prepared in `data_dir`.
+    """
+    return ImageNetSource(INFO.name, split, data_dir, folder=INFO.name)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
-    """Writes ImageNet-1K as ArrayRecord files; does nothing if they are there.
+    """Writes ImageNet-1K as ArrayRecord files; does nothing if they exist.
 
     Needs about 300 GB besides the archives while it runs, half of that afterwards.
 
     Args:
-        manual_dir: where the two archives lie.
-        data_dir: receives the folder `imagenet2012/5.1.0`.
+      manual_dir: folder with the two archives.
+      data_dir: receives the folder `imagenet2012/5.1.0`.
 
     Returns:
-        The folder with the files.
+      The folder with the files.
 
     Raises:
-        UserError: if an archive is missing, cut short or of another content.
+      UserError: an archive is missing, truncated or has other contents.
     """
-    folder = data_dir / NAME / str(Builder.VERSION)
-    if (folder / "dataset_info.json").is_file():
+    folder = data_dir / INFO.name / VERSION
+    if is_prepared(folder):
         return folder
     archives = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE)
     missing = [name for name in archives if not (manual_dir / name).is_file()]
@@ -92,14 +86,25 @@ def prepare(manual_dir: Path, data_dir: Path) -> Path:
         raise UserError(
             f"{' and '.join(missing)} not found in --manual_dir={manual_dir}; {_HOW_TO_GET}"
         )
-    builder = Builder(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir))
-    )
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names_file=tfds.core.tfds_path(_CLASSES)),
+        "file_name": tfds.features.Text(),
+    }
+    splits = {
+        "train": _train_examples(manual_dir / TRAIN_ARCHIVE),
+        "validation": _validation_examples(manual_dir / VALIDATION_ARCHIVE),
+    }
+    info = {"supervised_keys": ("image", "label"), "homepage": "https://image-net.org/"}
+    write_splits(data_dir, INFO.name, VERSION, features, splits, **info)
     return folder
 
 
 def _read_lines(resource: str) -> list[str]:
+    import tensorflow_datasets as tfds
+
     return tfds.core.tfds_path(resource).read_text().split()
 
 
@@ -124,7 +129,7 @@ def _train_examples(archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{archive} contains {member.name!r}; expected one archive per class, such as "
                     "'n01440764.tar'"
                 )
-            # Reads on in the outer file: no class is held in memory.
+            # Reads straight from the outer file: no class is held in memory.
             with tarfile.open(fileobj=tar.extractfile(member)) as class_tar:
                 for image in class_tar:
                     yield _example(image.name, class_tar.extractfile(image).read(), wordnet_id)

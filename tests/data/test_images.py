@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import transforms
-from tokenvit_jax.data.transforms import MEAN, STD
+from tokenvit_jax.data import images
+from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config
 
 
 @pytest.fixture
 def augment():
-    return default_config().augment
+    return default_config("classification").augment
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def encode(image, file_format, **options):
     ],
 )
 def test_decode_gives_rgb(photo, mode, file_format):
-    image = transforms.decode_image(encode(photo.convert(mode), file_format))
+    image = images.decode_image(encode(photo.convert(mode), file_format))
     assert (image.mode, image.size) == ("RGB", photo.size)
     reference = photo.convert("L").convert("RGB") if mode == "L" else photo
     error = np.abs(np.asarray(image, int) - np.asarray(reference, int)).mean()
@@ -51,11 +51,11 @@ def test_decode_gives_rgb(photo, mode, file_format):
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
     encoded = encode(photo, "JPEG", quality=90, progressive=progressive)
-    whole = np.asarray(transforms.decode_image(encoded))
+    whole = np.asarray(images.decode_image(encoded))
     errors = 0
     for length in range(0, len(encoded), 37):
         try:
-            image = np.asarray(transforms.decode_image(encoded[:length]))
+            image = np.asarray(images.decode_image(encoded[:length]))
         except UserError as error:
             assert f"cannot decode {length} bytes" in str(error)
             errors += 1
@@ -67,29 +67,29 @@ def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
 @pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
 def test_what_is_no_image_is_refused(encoded):
     with pytest.raises(UserError, match="cannot decode"):
-        transforms.decode_image(encoded)
+        images.decode_image(encoded)
 
 
 def test_eval_image_shows_the_centre():
     # 160 x 80: a white square of 40 in the centre, resized to 128 x 64, of which 32 are white.
     pixels = np.zeros((80, 160, 3), np.uint8)
     pixels[20:60, 60:100] = 255
-    image = transforms.eval_image(Image.fromarray(pixels), 32, 0.5)
+    image = images.eval_image(Image.fromarray(pixels), 32, 0.5)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     assert image[2:-2, 2:-2].min() > 250
 
 
 def test_training_without_augmentation_is_the_whole_image(photo, augment):
     rng = np.random.default_rng(0)
-    image = transforms.train_image(photo, 32, augment, rng)
-    np.testing.assert_array_equal(image, transforms.eval_image(photo, 32, 1.0))
+    image = images.train_image(photo, 32, augment, rng)
+    np.testing.assert_array_equal(image, images.eval_image(photo, 32, 1.0))
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
 
 
 def test_flip_mirrors(photo, augment):
-    plain = transforms.train_image(photo, 32, augment, np.random.default_rng(0))
+    plain = images.train_image(photo, 32, augment, np.random.default_rng(0))
     augment.flip = 1.0
-    flipped = transforms.train_image(photo, 32, augment, np.random.default_rng(0))
+    flipped = images.train_image(photo, 32, augment, np.random.default_rng(0))
     np.testing.assert_array_equal(flipped, plain[:, ::-1])
 
 
@@ -97,13 +97,12 @@ def test_everything_on_depends_on_the_generator_only(photo, augment):
     augment.update(crop_scale=(0.1, 1.0), flip=0.5, color_jitter=0.4, erasing=0.5)
     augment.update(rotation=10.0, translation=0.1)
     augment.randaugment.num_ops = 2
-    images = [
-        transforms.train_image(photo, 32, augment, np.random.default_rng(seed))
-        for seed in (0, 0, 1)
+    crops = [
+        images.train_image(photo, 32, augment, np.random.default_rng(seed)) for seed in (0, 0, 1)
     ]
-    assert images[0].shape == (32, 32, 3) and images[0].dtype == np.uint8
-    np.testing.assert_array_equal(images[0], images[1])
-    assert np.any(images[0] != images[2])
+    assert crops[0].shape == (32, 32, 3) and crops[0].dtype == np.uint8
+    np.testing.assert_array_equal(crops[0], crops[1])
+    assert np.any(crops[0] != crops[2])
 
 
 @settings(max_examples=50, deadline=None)
@@ -116,7 +115,7 @@ def test_everything_on_depends_on_the_generator_only(photo, augment):
 def test_crop_box_is_inside_and_of_the_size_asked_for(width, height, low, seed):
     scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
     rng = np.random.default_rng(seed)
-    left, top, right, bottom = transforms.random_crop_box(width, height, scale, ratio, rng)
+    left, top, right, bottom = images.random_crop_box(width, height, scale, ratio, rng)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if min(width, height) > 50 and 0.8 < width / height < 1.25:
         w, h = right - left, bottom - top
@@ -126,9 +125,7 @@ def test_crop_box_is_inside_and_of_the_size_asked_for(width, height, low, seed):
 
 @pytest.mark.parametrize("size, box", [((400, 20), (186, 0, 213, 20)), ((9, 90), (0, 39, 9, 51))])
 def test_crop_box_of_a_strip_is_its_centre(size, box):
-    box_found = transforms.random_crop_box(
-        *size, (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)
-    )
+    box_found = images.random_crop_box(*size, (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
     assert box_found == box
 
 
@@ -136,7 +133,7 @@ def test_erasing_fills_a_box_with_noise():
     grey = np.full((64, 64, 3), 128, np.uint8)
     areas, values = [], []
     for seed in range(100):
-        erased = transforms.erase(grey, np.random.default_rng(seed))
+        erased = images.erase(grey, np.random.default_rng(seed))
         rows, columns = np.nonzero((erased != grey).any(-1))
         box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
         areas.append((box[0].stop - box[0].start) * (box[1].stop - box[1].start) / 64**2)
@@ -153,7 +150,7 @@ def test_erasing_fills_a_box_with_noise():
 def test_jitter_stays_within_its_strength():
     grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave it as it is
     values = [
-        np.asarray(transforms.color_jitter(grey, 0.4, np.random.default_rng(seed)))[0, 0, 0]
+        np.asarray(images.color_jitter(grey, 0.4, np.random.default_rng(seed)))[0, 0, 0]
         for seed in range(200)
     ]
     assert 60 <= min(values) < 65 and 135 < max(values) <= 140
@@ -166,7 +163,7 @@ def test_translation_moves_and_rotation_turns(augment):
     augment.translation = 0.25
     centres = []
     for seed in range(100):
-        moved = transforms.train_image(image, 41, augment, np.random.default_rng(seed))
+        moved = images.train_image(image, 41, augment, np.random.default_rng(seed))
         centres.append(np.argwhere(moved[..., 0] > 127).mean(0) - 20)
     distance = np.abs(centres).max(0)
     assert (distance > 8).all() and (distance < 0.25 * 41 + 1).all()
@@ -176,9 +173,7 @@ def test_translation_moves_and_rotation_turns(augment):
     bar[19:22] = 255
     angles = []
     for seed in range(100):
-        turned = transforms.train_image(
-            Image.fromarray(bar), 41, augment, np.random.default_rng(seed)
-        )
+        turned = images.train_image(Image.fromarray(bar), 41, augment, np.random.default_rng(seed))
         rows = [
             turned[:, c, 0].astype(float) @ np.arange(41) / turned[:, c, 0].sum() for c in (10, 30)
         ]

@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from tokenvit_jax import data
-from tokenvit_jax.data.sources import open_source
+from tokenvit_jax.data import dataset_info, list_datasets, open_split
+from tokenvit_jax.data.record import Record
 from tokenvit_jax.errors import UserError
 
 
-@pytest.mark.parametrize("name", data.list_datasets())
+@pytest.mark.parametrize("name", list_datasets())
 def test_info_is_consistent(name):
-    info = data.dataset_info(name)
+    info = dataset_info(name)
     assert info.name == name
     assert info.train_split in info.splits and info.eval_split in info.splits
-    assert info.class_names is None or len(info.class_names) == info.num_classes
+    assert info.classes is None or len(info.classes) == info.num_classes
+    assert "image" in info.fields
+    assert info.fields < set(Record.__annotations__)
 
 
 def test_unknown_dataset_names_the_nearest():
@@ -20,23 +22,27 @@ def test_unknown_dataset_names_the_nearest():
         UserError,
         match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, digits, imagenet2012",
     ):
-        data.dataset_info("digitz")
+        dataset_info("digitz")
     with pytest.raises(
         UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, digits, imagenet2012"
     ):
-        data.dataset_info("zzz")
+        dataset_info("zzz")
 
 
 def test_digits_splits_partition_the_images_by_class():
-    info = data.dataset_info("digits")
+    info = dataset_info("digits")
     found, labels = [], {}
     for split, size in info.splits.items():
-        source = open_source("digits", split, data_dir="")
+        source = open_split("digits", split, data_dir="")
         records = [source.read(i) for i in range(len(source))]
         assert len(records) == size
-        assert all(image.mode == "RGB" and image.size == (8, 8) for image, _ in records)
-        labels[split] = [label for _, label in records]
-        found += [(label, np.asarray(image)[..., 0].tobytes()) for image, label in records]
+        assert [record["id"] for record in records] == list(range(size))
+        assert source.name(3) == f"digits split {split!r}, record 3"
+        images = [record["image"] for record in records]
+        assert all(image.mode == "RGB" and image.size == (8, 8) for image in images)
+        labels[split] = [record["label"] for record in records]
+        pixels = [np.asarray(image)[..., 0].tobytes() for image in images]
+        found += zip(labels[split], pixels, strict=True)
 
     digits = load_digits()
     pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)
@@ -50,7 +56,7 @@ def test_digits_splits_partition_the_images_by_class():
 
 def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError) as error:
-        open_source("imagenet2012", "train", str(tmp_path))
+        open_split("imagenet2012", "train", str(tmp_path))
     assert str(error.value) == (
         f"dataset imagenet2012 not found in data.data_dir={tmp_path}; prepare it with: "
         f"python -m tokenvit_jax.prepare imagenet2012 --manual_dir=DOWNLOADS --data_dir={tmp_path}"

@@ -1,33 +1,49 @@
-"""The embedded scenes: images with a label map each, drawn when they are read.
+"""The embedded scenes: images with label maps, drawn when they are read.
 
-One to four handwritten digits, enlarged, turned and coloured, on a part of a photograph; digits and
-photographs are scikit-learn's.
+A scene shows one to four handwritten digits, enlarged, rotated and coloured, on a part of a
+photograph. Digits and photographs come with scikit-learn.
 """
 
 import numpy as np
 from PIL import Image
 
-from tokenvit_jax.data.digits import DigitsSource
+from tokenvit_jax.data.datasets.digits import DigitsSource
+from tokenvit_jax.data.record import DatasetInfo, Record
 
-NUM_SCENES = {"train": 2000, "test": 200}
 DIGITS = 4  # 0 to 3: few classes are learnt in minutes
-SIDE = 128  # height and width of a scene, pixels
+SIDE = 128  # height and width of a scene [pixels]
 
-_HEIGHTS = 32, 72  # of a digit, pixels
+INFO = DatasetInfo(
+    name="scenes",
+    splits={"train": 2000, "test": 200},
+    train_split="train",
+    eval_split="test",
+    fields=frozenset({"image", "label_map"}),
+    num_classes=DIGITS + 1,
+    classes=("background", *map(str, range(DIGITS))),
+)
+
+_HEIGHTS = 32, 72  # of a digit [pixels]
 _MAX_TURN = 15.0  # degrees
-_MAX_SHIFT = 12  # of a digit's centre from the centre of its quarter, pixels
-_BACKGROUND_SIDES = 96, 160  # of the square of a photograph that is shown, pixels
+_MAX_SHIFT = 12  # from the centre of the quarter to the digit's centre [pixels]
+_BACKGROUND_SIDES = 96, 160  # of the square cut from a photograph [pixels]
 _BRIGHTNESS = 0.25, 0.6  # of the background
 _COLORS = 128, 256  # levels of a digit
 _BICUBIC = Image.Resampling.BICUBIC
 
 
+def open_split(split: str, data_dir: str) -> "ScenesSource":
+    """Opens a split for reading; `data_dir` is not used."""
+    del data_dir
+    return ScenesSource(split)
+
+
 class ScenesSource:
     """Scenes of 128 x 128 pixels; the same index gives the same scene.
 
-    The label of a digit's strokes is the digit plus one, that of all else 0. Test scenes have the
-    digits of the test split of "digits", on the right quarters of the photographs, which training
-    scenes do not show.
+    The strokes of a digit have the label digit + 1, everything else has the label 0. Test scenes
+    show digits of the test split of "digits" on the right quarters of the photographs, which
+    training scenes do not show.
     """
 
     def __init__(self, split: str):
@@ -35,8 +51,12 @@ class ScenesSource:
 
         self._split = split
         digits = DigitsSource(split)
-        labelled = [digits.read(index) for index in range(len(digits))]
-        self._digits = [(image.convert("L"), digit) for image, digit in labelled if digit < DIGITS]
+        records = [digits.read(index) for index in range(len(digits))]
+        self._digits = [
+            (record["image"].convert("L"), record["label"])
+            for record in records
+            if record["label"] < DIGITS
+        ]
         self._photographs = []
         for pixels in load_sample_images().images:  # (427, 640, 3)
             border = pixels.shape[1] * 3 // 4
@@ -44,15 +64,15 @@ class ScenesSource:
             self._photographs.append(Image.fromarray(part))
 
     def __len__(self) -> int:
-        return NUM_SCENES[self._split]
+        return INFO.splits[self._split]
 
     def name(self, index: int) -> str:
-        """See :class:`tokenvit_jax.data.sources.LabelMapSource`."""
+        """See :class:`tokenvit_jax.data.record.Source`."""
         return f"scenes split {self._split!r}, record {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """See :class:`tokenvit_jax.data.sources.Source`."""
-        rng = np.random.default_rng((list(NUM_SCENES).index(self._split), index))
+    def read(self, index: int) -> Record:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
         image = self._draw_background(rng)
         label = Image.new("L", image.size)
         quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
@@ -65,10 +85,10 @@ class ScenesSource:
             image.paste(tuple(rng.integers(*_COLORS, 3).tolist()), tuple(place.tolist()), coverage)
             strokes = coverage.point(lambda level: 255 * (level >= 128))
             label.paste(digit + 1, tuple(place.tolist()), strokes)
-        return image, np.asarray(label)
+        return Record(id=index, image=image, label_map=np.asarray(label))
 
     def _draw_background(self, rng: np.random.Generator) -> Image.Image:
-        """Draws a square of a photograph, mirrored or not, darkened."""
+        """Cuts a square from a photograph, darkens it and mirrors every second one."""
         photograph = self._photographs[rng.integers(len(self._photographs))]
         side = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
         left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
@@ -79,10 +99,10 @@ class ScenesSource:
         return image.point(lambda level: level * brightness)
 
     def _draw_digit(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
-        """Draws a digit, and how much each pixel of an image belongs to it, 0 to 255."""
+        """Returns the coverage of the pixels by a random digit, 0 to 255, and the digit."""
         image, digit = self._digits[rng.integers(len(self._digits))]
         height = int(rng.integers(*_HEIGHTS, endpoint=True))
         image = image.resize((height, height), _BICUBIC)
         image = image.rotate(rng.uniform(-_MAX_TURN, _MAX_TURN), _BICUBIC, expand=True)
-        # Sharpens the edges of what is eight pixels high, and thickens the strokes.
+        # The original is eight pixels high: sharpens its edges and thickens its strokes.
         return image.point(lambda level: (level - 60) * 3), digit

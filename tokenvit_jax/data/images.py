@@ -6,6 +6,7 @@ equal theirs pixel for pixel; the random numbers come from the generator of the 
 
 import io
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,20 @@ def decode_image(encoded: bytes) -> Image.Image:
         # Pillow's decoders raise errors of every kind on malformed files: OSError, SyntaxError,
         # struct.error, ...; Pillow, unlike OpenCV, does not pass a truncated JPEG as half grey.
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads an image file as RGB; see :func:`decode_image`.
+
+    Raises:
+      UserError: the file cannot be read, or is no image; names it.
+    """
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:

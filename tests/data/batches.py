@@ -1,0 +1,25 @@
+"""Batches of a configuration, or of other records in its place."""
+
+import grain
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data import Source, eval_batches, open_split, train_batches
+from tokenvit_jax.tasks import create_task
+
+
+def train_dataset(
+    config: ConfigDict, source: Source | None = None, **process: int
+) -> grain.IterDataset:
+    """Returns batches for training; `source`: read instead of the training split."""
+    task = create_task(config)
+    source = source or open_split(config.dataset, task.info.train_split, config.data.data_dir)
+    return train_batches(source, task.examples(train=True), config, **process)
+
+
+def eval_dataset(
+    config: ConfigDict, source: Source | None = None, **process: int
+) -> grain.IterDataset:
+    """Returns batches for evaluation; `source`: read instead of the evaluation split."""
+    task = create_task(config)
+    source = source or open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    return eval_batches(source, task.examples(train=False), config, **process)

@@ -1,0 +1,57 @@
+import pytest
+from make_task import check_config
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import default_config, tasks_with
+
+
+def test_wrong_value_for_classification_is_named():
+    config = default_config("classification")
+    config.data.eval_crop = 0.0
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert "data.eval_crop=0.0; valid: above 0, up to 1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("data.eval_short_side", -1, "data.eval_short_side=-1 is not valid; valid: at least 0"),
+        ("augment.short_side", -1, "augment.short_side=-1 is not valid; valid: at least 0"),
+        ("data.eval_size", (32, 0), "data.eval_size=(32, 0); valid: height and width, or (0, 0)"),
+        ("data.eval_size", (31, 32), "data.eval_size=(31, 32); valid: at least 32 each"),
+        ("data.label_size", (-1, 8), "data.label_size=(-1, 8); valid: height and width, or"),
+        ("augment.scale_range", (2.0, 1.0), "augment.scale_range=(2.0, 1.0); valid: lowest and"),
+        ("augment.scale_range", (0.0, 1.0), "augment.scale_range=(0.0, 1.0); valid: lowest and"),
+        ("augment.max_class_share", 0.0, "augment.max_class_share=0.0; valid: above 0, up to 1"),
+    ],
+)
+def test_wrong_value_for_segmentation_is_named(key, value, message):
+    config = default_config("segmentation")
+    config.dataset = "scenes"
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "task, key, value",
+    [
+        ("segmentation", "augment.crop_scale", (0.5, 1.0)),
+        ("segmentation", "augment.randaugment.num_ops", 2),
+        ("segmentation", "augment.rotation", 10.0),
+        ("segmentation", "mix.mixup", 0.8),
+        ("segmentation", "label_smoothing", 0.1),
+        ("classification", "inference.stride", 32),
+        ("segmentation", "token_labels.weight", 0.5),
+        ("classification", "augment.scale_range", (0.5, 2.0)),
+        ("classification", "augment.photometric", True),
+        ("classification", "data.eval_size", (64, 64)),
+    ],
+)
+def test_option_of_the_other_task_is_refused(task, key, value):
+    config = default_config(task)
+    with pytest.raises((KeyError, AttributeError)):
+        config.update_from_flattened_dict({key: value})
+    assert tasks_with(key) == list({"classification", "segmentation"} - {task})

@@ -1,0 +1,53 @@
+"""The embedded digits: one class per image, from scikit-learn's package."""
+
+import numpy as np
+from PIL import Image
+
+from tokenvit_jax.data.record import DatasetInfo, Record
+
+INFO = DatasetInfo(
+    name="digits",
+    splits={"train": 1437, "test": 360},
+    train_split="train",
+    eval_split="test",
+    fields=frozenset({"image", "label"}),
+    num_classes=10,
+    classes=tuple("0123456789"),
+)
+
+
+def open_split(split: str, data_dir: str) -> "DigitsSource":
+    """Opens a split for reading; `data_dir` is not used."""
+    del data_dir
+    return DigitsSource(split)
+
+
+class DigitsSource:
+    """scikit-learn's handwritten digits: 8 x 8 pixels, 17 grey levels.
+
+    Every fifth image of the list sorted by class belongs to the test split, so that both splits
+    hold the classes in the same proportions.
+    """
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits  # takes a second; only this dataset needs it
+
+        digits = load_digits()
+        order = np.argsort(digits.target, kind="stable")
+        is_test = np.arange(len(order)) % 5 == 0
+        indices = np.sort(order[is_test if split == "test" else ~is_test])
+        self._split = split
+        self._images = np.rint(digits.images[indices] * (255 / 16)).astype(np.uint8)
+        self._labels = digits.target[indices]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def name(self, index: int) -> str:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return f"digits split {self._split!r}, record {index}"
+
+    def read(self, index: int) -> Record:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        image = Image.fromarray(self._images[index]).convert("RGB")
+        return Record(id=index, image=image, label=int(self._labels[index]))

@@ -1,0 +1,162 @@
+"""Datasets with a label map per image, from the folders that their archives unpack into.
+
+Image files are stored unchanged, label maps as PNG files with the labels of training: 0 upwards,
+and 255 for pixels that do not count. Nothing is downloaded, and no TensorFlow is needed.
+"""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokenvit_jax.data.label_maps import decode_label_map, label_table
+from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record
+from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, write_splits
+from tokenvit_jax.errors import UserError
+
+# The common folder: tensorflow_datasets uses the names of these datasets for others.
+FOLDER = "segmentation"
+VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the files of a dataset are in `manual_dir`, and what the values of its label maps mean.
+
+    Attributes:
+      images: split -> pattern of its image files.
+      lists: split -> file that lists what the star of the pattern stands for; None: all images
+        that match the pattern.
+      replace: substitutions that turn the path of an image into the path of its label map.
+      labels: value in the label maps -> label in training.
+      how_to_get: instructions for the user.
+    """
+
+    images: dict[str, str]
+    lists: dict[str, str] | None
+    replace: tuple[tuple[str, str], ...]
+    labels: dict[int, int]
+    how_to_get: str
+
+    def label_path(self, image_path: str) -> str:
+        """Returns the path of an image's label map; turns a pattern into a pattern."""
+        for image_part, label_part in self.replace:
+            image_path = image_path.replace(image_part, label_part)
+        return image_path
+
+
+class LabelMapSource(TfdsSource):
+    """Images with a label map each."""
+
+    undecoded = ("image", "label")
+
+    def __init__(self, info: DatasetInfo, split: str, data_dir: str):
+        super().__init__(info.name, split, data_dir, folder=f"{FOLDER}/{info.name}")
+        labels = (*range(info.num_classes), IGNORED)
+        self._table = label_table({label: label for label in labels})
+
+    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
+        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
+        return Record(label_map=decode_label_map(features["label"], self._table, image.size))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Returns the names of classes from a text that separates them by commas."""
+    return tuple(" ".join(text.split()).split(", "))
+
+
+def prepare(name: str, layout: Layout, manual_dir: Path, data_dir: Path) -> Path:
+    """Writes a dataset as ArrayRecord files; does nothing if they exist.
+
+    Args:
+      name: of the dataset.
+      layout: says which files `manual_dir` must hold.
+      manual_dir: folder with the unpacked folders.
+      data_dir: receives the folder `segmentation/NAME/1.0.0`.
+
+    Returns:
+      The folder with the files.
+
+    Raises:
+      UserError: a file is missing, or a label map has a wrong size or an unknown value; names the
+        file.
+    """
+    folder = data_dir / FOLDER / name / VERSION
+    if is_prepared(folder):
+        return folder
+    images = {split: find_images(layout, manual_dir, split) for split in layout.images}
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+        "file_name": tfds.features.Text(),
+    }
+    splits = {split: _examples(layout, manual_dir, paths) for split, paths in images.items()}
+    write_splits(data_dir, f"{FOLDER}/{name}", VERSION, features, splits)
+    return folder
+
+
+def _examples(layout: Layout, manual_dir: Path, images: list[str]) -> Pairs:
+    table = label_table(layout.labels)
+    for path in images:
+        label = _label_map(manual_dir / path, manual_dir / layout.label_path(path), table)
+        image = io.BytesIO((manual_dir / path).read_bytes())
+        yield path, {"image": image, "label": label, "file_name": path}
+
+
+def find_images(layout: Layout, manual_dir: Path, split: str) -> list[str]:
+    """Returns the sorted paths of the images of a split, relative to `manual_dir`.
+
+    Raises:
+      UserError: there are no images, an image has no label map, or a label map has no image.
+    """
+    pattern = layout.images[split]
+    found, labels = _glob(manual_dir, pattern), _glob(manual_dir, layout.label_path(pattern))
+    if layout.lists is None:
+        where, images = pattern, found
+        others = labels - set(map(layout.label_path, images))
+        _check_none(others, "is a label map without an image", manual_dir)
+    else:
+        where, images = layout.lists[split], _listed(manual_dir / layout.lists[split], pattern)
+        _check_none(images - found, f"is missing, but listed in {where}", manual_dir)
+    if not images:
+        raise UserError(f"{where} not found in --manual_dir={manual_dir}; {layout.how_to_get}")
+    without = {image for image in images if layout.label_path(image) not in labels}
+    _check_none(without, "is an image without a label map", manual_dir)
+    return sorted(images)
+
+
+def _glob(folder: Path, pattern: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+
+
+def _listed(file: Path, pattern: str) -> set[str]:
+    stems = file.read_text().split() if file.is_file() else ()
+    return {pattern.replace("*", stem) for stem in stems}
+
+
+def _check_none(paths: set[str], what: str, folder: Path) -> None:
+    if paths:
+        more = f" (the first of {len(paths)})" if len(paths) > 1 else ""
+        raise UserError(f"{folder / min(paths)} {what}{more}")
+
+
+def _label_map(image: Path, label: Path, table: np.ndarray) -> io.BytesIO:
+    """Returns a PNG file with the labels of an image."""
+    try:
+        with Image.open(image) as opened:
+            size = opened.size
+    except OSError as error:
+        raise UserError(f"{image} cannot be read as an image: {error}") from error
+    try:
+        labels = decode_label_map(label.read_bytes(), table, size)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
+    buffer = io.BytesIO()
+    Image.fromarray(labels).save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer

@@ -1,0 +1,172 @@
+"""Types that the datasets, the examples of a task and the pipeline share.
+
+A source gives records, :class:`Examples` turn each record into the arrays of one example, and the
+pipeline stacks the examples into batches.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import DTypeLike
+from PIL import Image
+
+IGNORED = 255  # label of the pixels that do not count
+
+
+class Instances(NamedTuple):
+    """Objects in an image, with one box and one mask each.
+
+    Attributes:
+      boxes: (n, 4) float32, x1 y1 x2 y2 [pixels].
+      classes: (n,) int32.
+      crowd: (n,) bool, whether it is a group of objects that evaluation ignores.
+      masks: n run-length encodings, decoded when they are needed.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+    masks: list[str]
+
+
+class Segments(NamedTuple):
+    """A panoptic label map.
+
+    Attributes:
+      ids: (H, W) int32, the segment of every pixel.
+      classes: segment id -> class.
+      crowd: ids of the segments that are groups of objects.
+    """
+
+    ids: np.ndarray
+    classes: dict[int, int]
+    crowd: frozenset[int]
+
+
+class Person(NamedTuple):
+    """One person in an image.
+
+    Attributes:
+      box: (4,) float32, x1 y1 x2 y2 [pixels].
+      keypoints: (133, 3) float32, x, y [pixels] and visibility.
+    """
+
+    box: np.ndarray
+    keypoints: np.ndarray
+
+
+class Skeleton(NamedTuple):
+    """The keypoints that a dataset marks on a person.
+
+    Attributes:
+      names: one per keypoint.
+      flip_pairs: keypoints that a horizontal flip exchanges.
+      sigmas: falloff of the similarity of each keypoint, relative to the person's size.
+    """
+
+    names: tuple[str, ...]
+    flip_pairs: tuple[tuple[int, int], ...]
+    sigmas: tuple[float, ...]
+
+
+class Record(TypedDict, total=False):
+    """One record of a source; holds only the fields that its dataset has.
+
+    Attributes:
+      id: the dataset's own identifier if its evaluation code needs one, else the record's index.
+      image: RGB.
+      label: class of the image.
+      label_map: (H, W) uint8, class of every pixel, or IGNORED.
+      instances: objects.
+      segments: panoptic label map.
+      depth: (H, W) float32 [metres], 0 where unknown.
+      person: the person in the centre.
+    """
+
+    id: int | str
+    image: Image.Image
+    label: int
+    label_map: np.ndarray
+    instances: Instances
+    segments: Segments
+    depth: np.ndarray
+    person: Person
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a dataset.
+
+    Attributes:
+      name: its name in configs.
+      splits: number of records in each split.
+      train_split: the split to train on.
+      eval_split: the split to evaluate on.
+      fields: names of the fields of its records, besides "id".
+      num_classes: classes are 0 to num_classes - 1.
+      classes: names of the classes in this order; None if the dataset gives none.
+      num_things: how many of the first classes are things (countable); None if not panoptic.
+      skeleton: the keypoints; None if the dataset has none.
+      center_crop: whether evaluation of a classifier crops the centre; False where the subject
+        fills the image.
+    """
+
+    name: str
+    splits: dict[str, int]
+    train_split: str
+    eval_split: str
+    fields: frozenset[str]
+    num_classes: int
+    classes: tuple[str, ...] | None
+    num_things: int | None = None
+    skeleton: Skeleton | None = None
+    center_crop: bool = False
+
+
+class Source(Protocol):
+    """Random access to the records of one split; can be sent to another process."""
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+
+    def read(self, index: int) -> Record:
+        """Returns a record.
+
+        Raises:
+          UserError: the record cannot be read; names dataset, split, index and file.
+        """
+
+    def name(self, index: int) -> str:
+        """Returns the name of a record in messages: dataset, split, index and file."""
+
+
+class Spec(NamedTuple):
+    """Shape and type of one array of an example."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+
+
+class Examples(Protocol):
+    """Turns records into examples, with numpy only; is sent to the worker processes.
+
+    Attributes:
+      specs: name of an array -> its shape and type; equal for all examples.
+    """
+
+    specs: dict[str, Spec]
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """Returns the example of a record.
+
+        Args:
+          record: the record, with the fields that the task reads.
+          rng: source of all random numbers in training; None in evaluation.
+
+        Raises:
+          UserError: the record does not fit; the caller adds the record's name.
+        """
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """Returns an example that stands for no record: it fills the last batch of a pass."""

@@ -1,0 +1,144 @@
+"""Prepared datasets: ArrayRecord files in the layout of tensorflow_datasets, without TensorFlow.
+
+`tensorflow_datasets` is imported only where it is used: the import takes half a second, and the
+embedded datasets do not need it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tokenvit_jax.data.images import decode_image
+from tokenvit_jax.data.record import Record
+from tokenvit_jax.errors import UserError
+
+Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as tensorflow_datasets has them
+
+
+class TfdsSource:
+    """Reads one split of a prepared dataset; a subclass decodes the ground truth.
+
+    Attributes:
+      undecoded: features that are read as the bytes of their files.
+
+    Args:
+      name: of the dataset.
+      split: one of its splits.
+      data_dir: the folder that `prepare` wrote into.
+      folder: the dataset's folder in `data_dir`.
+
+    Raises:
+      UserError: the dataset has not been prepared there.
+    """
+
+    undecoded = ("image",)
+
+    def __init__(self, name: str, split: str, data_dir: str, folder: str):
+        self._name = name
+        self._split = split
+        self._records = _open_records(name, split, data_dir, folder, self.undecoded)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, index: int) -> str:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return self._name_with(index, self._records[index]["file_name"].decode())
+
+    def read(self, index: int) -> Record:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        file_name = "file unknown"
+        try:
+            features = self._records[index]
+            file_name = features["file_name"].decode()
+            image = decode_image(features["image"])
+            return Record(id=index, image=image) | self.ground_truth(features, image)
+        except Exception as error:
+            raise UserError(f"{self._name_with(index, file_name)}: {error}") from error
+
+    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
+        """Returns the fields of a record besides "id" and "image".
+
+        Args:
+          features: the stored record.
+          image: its decoded image.
+        """
+        raise NotImplementedError
+
+    def _name_with(self, index: int, file_name: str) -> str:
+        return f"{self._name} split {self._split!r}, record {index} ({file_name})"
+
+
+def _open_records(
+    name: str, split: str, data_dir: str, folder: str, undecoded: tuple[str, ...]
+) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    data_dir = Path(data_dir).expanduser()
+    how_to_prepare = (
+        f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=DOWNLOADS "
+        f"--data_dir={data_dir}"
+    )
+    decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
+    try:
+        builder = builder_from_files(folder, data_dir=str(data_dir))
+        return builder.as_data_source(split, decoders=decoders)
+    except tfds.core.DatasetNotFoundError as error:
+        reason = f"dataset {name} not found in data.data_dir={data_dir}"
+        raise UserError(f"{reason}; {how_to_prepare}") from error
+    except NotImplementedError as error:
+        reason = f"dataset {name} in data.data_dir={data_dir} is not in the array_record format"
+        raise UserError(f"{reason}; into another folder, {how_to_prepare}") from error
+
+
+def is_prepared(folder: Path) -> bool:
+    """Returns whether :func:`write_splits` has written a dataset into this folder."""
+    return (folder / "dataset_info.json").is_file()
+
+
+def write_splits(
+    data_dir: Path,
+    folder: str,
+    version: str,
+    features: dict[str, Any],
+    splits: dict[str, Pairs],
+    **info: Any,
+) -> None:
+    """Writes a dataset as ArrayRecord files into `data_dir/folder/version`, whole or not at all.
+
+    Args:
+      data_dir: the folder of all datasets.
+      folder: NAME or, for one of several datasets under a common name, NAME/CONFIG.
+      version: three numbers.
+      features: name of a feature -> feature of `tensorflow_datasets`.
+      splits: name of a split -> its keys and examples, generated while they are written.
+      **info: further arguments of `tensorflow_datasets.core.DatasetInfo`.
+    """
+    import tensorflow_datasets as tfds
+
+    dataset, _, config = folder.partition("/")
+
+    # Not registered: tensorflow_datasets has builders of its own with some of these names.
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = dataset
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+        # Nothing is downloaded. tensorflow_datasets' own lookup of checksums imports a package,
+        # importlib_resources, that it does not require.
+        url_infos = None
+
+        def _info(self):
+            all_features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=all_features, **info)
+
+        def _split_generators(self, dl_manager):
+            return splits
+
+        def _generate_examples(self):
+            raise NotImplementedError  # `_split_generators` returns the generators themselves
+
+    builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare()

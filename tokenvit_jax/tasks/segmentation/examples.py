@@ -1,0 +1,123 @@
+"""Examples for segmentation: from records to crops and buffers with label maps."""
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data.dense_transforms import Pixel, fit_image, pad, train_scene
+from tokenvit_jax.data.images import NORMALIZATIONS
+from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Spec
+from tokenvit_jax.errors import UserError
+
+Example = dict[str, np.ndarray]
+
+
+class ImageBuffer:
+    """Resizes images of any size into the top left corner of a buffer of one shape.
+
+    Args:
+      config: reads `image_size`, `data.eval_size`, `data.eval_short_side` and
+        `data.normalization`.
+
+    Attributes:
+      shape: (H, W, 3) of the buffer.
+    """
+
+    def __init__(self, config: ConfigDict):
+        square = (config.image_size, config.image_size)
+        size = tuple(config.data.eval_size) if any(config.data.eval_size) else square
+        self._short_side = config.data.eval_short_side or config.image_size
+        self._fill = _mean_pixel(config)
+        self.shape = (*size, 3)
+
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the buffer (H, W, 3) uint8 and the image's rows and columns in it (2,) int32."""
+        pixels = fit_image(image, self._short_side, *self.shape[:2])
+        size = np.array(pixels.shape[:2], np.int32)
+        return pad(pixels, self.shape, self._fill), size
+
+
+class SegmentationExamples:
+    """Images with label maps.
+
+    In training, an augmented crop: `image` (S, S, 3) uint8 and `label` (S, S) uint8, `IGNORED` on
+    padding. In evaluation, the resized image at the top left of a buffer of `data.eval_size`:
+    `image` (H, W, 3) uint8 and `image_size` (2,) int32, its rows and columns in the buffer; and the
+    label map at its own size at the top left of a buffer of `data.label_size`: `label` (h, w)
+    uint8, `IGNORED` beyond it, and `label_size` (2,) int32.
+
+    Args:
+      config: reads `image_size` and `data.normalization`; in training `augment`, in evaluation
+        `data.eval_size`, `data.eval_short_side` and `data.label_size`.
+      info: facts about the dataset.
+      train: whether the examples are for training.
+    """
+
+    def __init__(self, config: ConfigDict, info: DatasetInfo, *, train: bool):
+        del info
+        self._train = train
+        self._size = config.image_size
+        self._augment = config.augment
+        self._fill = _mean_pixel(config)
+        self._buffer = ImageBuffer(config)
+        if train:
+            self.specs = {
+                "image": Spec((self._size, self._size, 3), np.uint8),
+                "label": Spec((self._size, self._size), np.uint8),
+            }
+        else:
+            image_size = self._buffer.shape[:2]
+            label_size = config.data.label_size
+            self.specs = {
+                "image": Spec(self._buffer.shape, np.uint8),
+                "image_size": Spec((2,), np.int32),
+                "label": Spec(tuple(label_size) if any(label_size) else image_size, np.uint8),
+                "label_size": Spec((2,), np.int32),
+            }
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """See :class:`tokenvit_jax.data.record.Examples`.
+
+        Raises:
+          UserError: the label map is larger than its buffer.
+        """
+        if self._train:
+            image, label = record["image"], record["label_map"]
+            image, label = train_scene(image, label, self._size, self._augment, self._fill, rng)
+            return {"image": image, "label": label}
+        return self._eval_example(record)
+
+    def empty(self) -> Example:
+        """See :class:`tokenvit_jax.data.record.Examples`."""
+        example = {name: np.zeros(*spec) for name, spec in self.specs.items()}
+        example["label"][:] = IGNORED
+        # The whole buffers: code that resizes by these sizes need not avoid a division by zero.
+        for name in ("image", "label"):
+            if f"{name}_size" in example:
+                example[f"{name}_size"][:] = self.specs[name].shape[:2]
+        return example
+
+    def _eval_example(self, record: Record) -> Example:
+        label, shape = record["label_map"], self.specs["label"].shape
+        if np.any(np.array(label.shape) > shape):
+            raise UserError(
+                f"label map of {_by(label.shape)} pixels does not fit into {_by(shape)}; valid: "
+                "config.data.label_size=(height, width) of the largest label map of the split"
+            )
+        pixels, size = self._buffer(record["image"])
+        return {
+            "image": pixels,
+            "image_size": size,
+            "label": pad(label, shape, IGNORED),
+            "label_size": np.array(label.shape, np.int32),
+        }
+
+
+def _mean_pixel(config: ConfigDict) -> Pixel:
+    """Returns the colour that normalisation turns into zeros, up to rounding."""
+    mean, _ = NORMALIZATIONS[config.data.normalization]
+    return tuple(round(255 * level) for level in mean)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
