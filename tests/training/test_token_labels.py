@@ -227,13 +227,16 @@ def test_teachers_that_do_not_fit(monkeypatch, workdir, changes, num_classes, me
         teacher.labelled_batches(make_task(config, num_classes), devices.MeshParallel())
 
 
-def test_teacher_without_logits_of_cells_is_named(tmp_path):
-    config = default_config("classification")
-    config.model = "deit_ti"
+@pytest.mark.parametrize(
+    ("task", "dataset", "model"),
+    [("classification", "digits", "deit_ti"), ("segmentation", "scenes", "swin_t")],
+)
+def test_teacher_without_logits_of_cells_is_named(tmp_path, task, dataset, model):
+    config = default_config(task)
+    config.dataset, config.model = dataset, model
     write_config(tmp_path, config)
-    with pytest.raises(
-        UserError, match="is a run of deit_ti, which does not classify single cells"
-    ):
+    message = f"is a run of {model} for {task}, which does not classify single cells"
+    with pytest.raises(UserError, match=message):
         teacher.load_teacher(tmp_path, "last")
 
 
