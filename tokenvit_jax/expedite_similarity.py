@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenvit_jax.expedite_search import backbone_of, describe_host
+from tokenvit_jax.expedite_search import describe_host
 from tokenvit_jax.models import swin, vit
+from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.models.expedite import Expedite
 
 
@@ -41,10 +42,8 @@ class Comparison:
     def __init__(self, model: nn.Module, variables: Any, images: jax.Array):
         """Computes the features without clustering; arguments as those of :func:`similarity`."""
         backbone = backbone_of(model)
-        if backbone is not model:
-            variables = {name: tree["backbone"] for name, tree in variables.items()}
         self._backbone = backbone.clone(expedite=None, remat=False)
-        self._variables = jax.device_put(variables)
+        self._variables = jax.device_put(backbone_variables(model, variables))
         self._images = jnp.asarray(images)
         before = describe_host(self._backbone, self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)

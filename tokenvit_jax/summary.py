@@ -25,7 +25,8 @@ from jax.extend import core
 
 from tokenvit_jax import cli, insertion_flags
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model, list_models
+from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE
+from tokenvit_jax.models.registry import create_model, list_models
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 from tokenvit_jax.published import PUBLISHED, left_out
 

@@ -47,10 +47,10 @@ def architecture() -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for name in MODELS:
-        model = tv.create_model(name)
-        columns = (model.depths, model.dims, model.num_heads)
+        settings = tv.create_model(name).settings
+        columns = (settings.depths, settings.dims, settings.num_heads)
         cells = [", ".join(map(str, column)) for column in columns]
-        ratios = ", ".join("{" + ", ".join(map(str, scales)) + "}" for scales in model.ratios)
+        ratios = ", ".join("{" + ", ".join(map(str, scales)) + "}" for scales in settings.ratios)
         lines.append(f"| `{name}` | {' | '.join(cells)} | {ratios} |")
     return lines
 

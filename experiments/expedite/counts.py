@@ -27,7 +27,7 @@ def gmacs(cost: ExpediteCost) -> float:
     plain = tv.create_model(cost.model)
     expedite = cost.clusters and {
         "alpha": cost.alpha,
-        "beta": plain.depth - cost.alpha,
+        "beta": plain.settings.depth - cost.alpha,
         "clusters": cost.clusters,
         # Of a classifier nothing is reconstructed: its head reads [CLS] alone.
         "where": cost.where or "logits",

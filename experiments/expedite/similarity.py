@@ -43,7 +43,7 @@ def tokens_after(trained: Trained, images: np.ndarray, last: int, setting: Setti
     """
     backbone, name = trained.model.backbone, trained.config.model
     is_swin = name.startswith("swin")
-    depths = {"depths": (*backbone.depths[:2], last, 1)} if is_swin else {"depth": last}
+    depths = {"depths": (*backbone.settings.depths[:2], last, 1)} if is_swin else {"depth": last}
     shorter = backbone.clone(**depths, **setting)
 
     def forward(backbone: nn.Module, images: jax.Array) -> jax.Array:

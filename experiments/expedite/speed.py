@@ -42,7 +42,7 @@ def make_models(model, image_size, alpha, sides, dtype):
     for side in sides:
         expedite = {
             "alpha": alpha,
-            "beta": backbone.depth - alpha,
+            "beta": backbone.settings.depth - alpha,
             "clusters": (side, side),
             "where": "logits",
         }
@@ -52,11 +52,12 @@ def make_models(model, image_size, alpha, sides, dtype):
 
 def operators(backbone):
     """Returns clustering and reconstruction of a clustered host, with logits of 150 classes."""
-    expedite, side = backbone.expedite, backbone.position_size[0] // backbone.patch_size
+    settings, expedite = backbone.settings, backbone.settings.expedite
+    side = settings.position_size[0] // settings.patch_size
     draw = np.random.default_rng(2)
     tokens, logits = (
-        jnp.asarray(draw.normal(size=(1, *shape)), backbone.dtype)
-        for shape in ((side**2, backbone.dim), (expedite.clusters[0] ** 2, 150))
+        jnp.asarray(draw.normal(size=(1, *shape)), settings.dtype)
+        for shape in ((side**2, settings.dim), (expedite.clusters[0] ** 2, 150))
     )
 
     def run(tokens, logits):
@@ -86,7 +87,7 @@ def main(flag_values):
         program = compile_program(apply, variables, images).call
         calls[name] = functools.partial(program, variables, images)
         macs[name] = summarize_model(model, size, name).macs / 1e9
-        if model.backbone.expedite:
+        if model.backbone.settings.expedite:
             calls[f"operators of {name}"] = operators(model.backbone)
     times = time_in_turns(calls, seconds=flag_values.seconds)
     print(", ".join(f"{key} {value}" for key, value in environment().items()))

@@ -47,10 +47,10 @@ def architecture() -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in MODELS:
-        model = tv.create_model(name)
-        columns = (model.depths, model.dims, model.num_heads, model.pale_sizes)
+        settings = tv.create_model(name).settings
+        columns = (settings.depths, settings.dims, settings.num_heads, settings.pale_sizes)
         cells = " | ".join(", ".join(map(str, column)) for column in columns)
-        lines.append(f"| `{name}` | {cells} | {model.mlp_ratio} |")
+        lines.append(f"| `{name}` | {cells} | {settings.mlp_ratio} |")
     return lines
 
 

@@ -66,13 +66,13 @@ def insert_all(config: ConfigDict, models: Sequence[dict]) -> list[Insertion]:
       models: variables of each.
     """
     host = classification.make_model(config, dataset_info(config.dataset).num_classes)
-    if not isinstance(host, VisionTransformer) or host.token_reducer:
+    if not isinstance(host, VisionTransformer) or host.settings.token_reducer:
         raise UserError(f"model {config.model} is no plain host; valid: a ViT or DeiT, unreduced")
-    num_patches = (-(-config.image_size // host.patch_size)) ** 2
+    num_patches = (-(-config.image_size // host.settings.patch_size)) ** 2
     whole = evaluate(config, host, models)
     found = []
     for last in LASTS:
-        keep = stages.shrinking_keep(num_patches, host.depth, last)
+        keep = stages.shrinking_keep(num_patches, host.settings.depth, last)
         results = {"": whole}
         for name, setting in SETTINGS.items():
             model = host.clone(token_reducer={"keep": keep} | setting)

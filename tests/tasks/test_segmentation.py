@@ -101,7 +101,8 @@ def test_logits_of_pixels_are_between_those_of_patches():
     assert logits.shape == (1, 32, 42, K) and logits.dtype == jnp.float32
 
     def of_patches(model, images):
-        return model.backbone.dense(images, False, functools.partial(model.head, train=False))
+        tokens, restore = model.backbone.encode(images, False)
+        return restore(model.head(tokens, train=False))
 
     patches = model.apply(variables, images, method=of_patches)
     assert patches.shape == (1, 4, 6, K)

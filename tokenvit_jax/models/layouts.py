@@ -109,7 +109,7 @@ def timm_vit(model: nn.Module) -> list[Rule]:
         Rule("position", "pos_embed", WITHOUT_BATCH),
         *_linear("patches", "patch_embed.proj", KERNEL),
         *_vit_block("blocks_{}/PART"),
-        *_norm("norm", "fc_norm" if model.pool == "mean" else "norm"),
+        *_norm("norm", "fc_norm" if model.settings.pool == "mean" else "norm"),
         *_linear("classifier", "head"),
         *_linear("distillation_classifier", "head_dist"),
     ]
@@ -213,11 +213,11 @@ def segmenter_head(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"head": "mask_transformer", "head_overrides": {"depth": len(blocks)}}
 
 
-_TIMM_VIT = Layout(timm_vit, timm_vit_settings, lambda model: model.position_size[0])
+_TIMM_VIT = Layout(timm_vit, timm_vit_settings, lambda model: model.settings.position_size[0])
 _SEGMENTER = Layout(
     segmenter,
     segmenter_settings,
-    lambda model: model.backbone.position_size[0],
+    lambda model: model.backbone.settings.position_size[0],
     segmenter_head,
     task="segmentation",
     unused=("encoder.head.", "encoder.head_dist."),  # classifiers, on which no mask depends
@@ -227,7 +227,9 @@ LAYOUTS = {  # name -> first part of a model's name -> its layout
         "vit": _TIMM_VIT,
         "deit": _TIMM_VIT,
         # The last map of a published model is one window.
-        "swin": Layout(timm_swin, timm_swin_settings, lambda model: 32 * model.window_size),
+        "swin": Layout(
+            timm_swin, timm_swin_settings, lambda model: 32 * model.settings.window_size
+        ),
         # All that have 1000 classes and the windows of the registered ones.
         "swinv2": Layout(timm_swin, timm_swin_settings, lambda model: 256),
     },

@@ -15,6 +15,7 @@ from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import LinearDecoder, MaskTransformer
 from tokenvit_jax.models import create_model
+from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.tasks.sliding_window import sliding_logits
 
@@ -23,25 +24,25 @@ HEADS = {"mask_transformer": MaskTransformer, "linear": LinearDecoder}
 CHUNK = 64
 
 
-class Segmenter(nn.Module):
+class Segmenter(BackboneModel):
     """A backbone, a head on its tokens, and logits of every pixel, bilinear between the tokens.
 
     With a plain host this is Segmenter (Strudel et al. 2021). A hierarchical backbone gives its
     head the tokens of all of its maps at once.
 
     Attributes:
-      backbone: a model with the method `dense`, whose map has a place every `dense_stride` pixels.
+      backbone: a :class:`Backbone`.
       head: tokens (B, n, C) -> logits (B, n, K).
     """
 
-    backbone: nn.Module
     head: nn.Module
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns logits (B, H, W, K) in float32 of images (B, H, W, 3)."""
-        logits = self.backbone.dense(images, train, functools.partial(self.head, train=train))
+        tokens, restore = self.backbone.encode(images, train)
+        logits = restore(self.head(tokens, train=train))
         # The map is that of an image of whole patches.
-        height, width = (cells * self.backbone.dense_stride for cells in logits.shape[1:3])
+        height, width = (cells * self.backbone.strides[0] for cells in logits.shape[1:3])
         shape = (len(images), height, width, logits.shape[-1])
         logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
         return logits[:, : images.shape[1], : images.shape[2]]

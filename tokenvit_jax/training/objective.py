@@ -134,7 +134,7 @@ def _make_class_loss(model, config, num_classes):
 
     if not (weight or config.mix.mixtoken):
         return class_loss
-    if not getattr(model, "token_head", False):
+    if not getattr(getattr(model, "settings", model), "token_head", False):
         raise UserError(
             f"config.mix.mixtoken={config.mix.mixtoken} and config.token_labels.weight={weight} "
             f"need a model with a token head; config.model={config.model!r} has none, or "
