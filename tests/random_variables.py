@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 
+from tokenvit_jax.models.backbone import variable_shapes
+
 
 def random_variables(model, images):
     """Returns variables for `model.apply`; of the images (B, H, W, 3) only the shape matters."""
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    shapes = variable_shapes(model, images)
     draw = np.random.default_rng(1)
     return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)

@@ -26,11 +26,10 @@ RUN_WITHOUT_THEM = f"""
 import sys
 for name in {ABSENT}:
     sys.modules[name] = None  # importing it raises ImportError
-from tokenvit_jax import benchmark, cli, create_model
+from tokenvit_jax import benchmark, cli
+from tokenvit_jax.models.dgt import DGT, DGTSettings
 from tokenvit_jax.models.registry import register
-tiny = lambda **kwargs: create_model("dgt_t", **{TINY}, **kwargs)
-tiny.__name__ = "tiny"
-register(tiny)
+register(DGT, {{"tiny": DGTSettings(**{TINY})}})
 cli.run(benchmark.main, benchmark.FLAGS)
 """
 

@@ -27,10 +27,10 @@ OVERRIDES = {
     },
 }
 ARCHITECTURE = {
-    "layers": lambda model: listed(model.depths),
-    "channels": lambda model: listed(model.dims),
-    "heads": lambda model: listed(model.num_heads),
-    "token reduction": lambda model: listed(f"{{{listed(scales)}}}" for scales in model.ratios),
+    "layers": lambda model: listed(model.settings.depths),
+    "channels": lambda model: listed(model.settings.dims),
+    "heads": lambda model: listed(model.settings.num_heads),
+    "token reduction": lambda model: listed(f"{{{listed(scales)}}}" for scales in model.settings.ratios),
 }
 ABOUT = """
 One image of 224 x 224 pixels. GMACs count all products, including one pass over the distances

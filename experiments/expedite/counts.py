@@ -44,7 +44,7 @@ def gmacs(cost: ExpediteCost) -> float:
     plain = tv.create_model(cost.model)
     expedite = cost.clusters and {
         "alpha": cost.alpha,
-        "beta": plain.depth - cost.alpha,
+        "beta": plain.settings.depth - cost.alpha,
         "clusters": cost.clusters,
         # A classifier reconstructs nothing: its head reads the class token alone.
         "where": cost.where or "logits",

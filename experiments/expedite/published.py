@@ -20,7 +20,7 @@ import math
 from typing import NamedTuple
 
 from tokenvit_jax.models.registry import create_model
-from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.models.vit import ViTSettings
 
 
 class ExpediteCost(NamedTuple):
@@ -108,7 +108,7 @@ def segmenter_gmacs(cost: ExpediteCost) -> float:
       Liang et al. 2022, Tables 2, 3 and 6.
     """
     length, centers = _lengths(cost)
-    vit = create_model(cost.model)
+    vit = create_model(cost.model).settings
     # Biases of the patches; LN.
     encoder = vit_macs(cost, SEGMENTER_COUNTER) + length * vit.dim + 2 * (centers + 1) * vit.dim
     if cost.clusters is not None:
@@ -137,7 +137,7 @@ def swag_gmacs(cost: ExpediteCost) -> float:
       Liang et al. 2022, Figure 9.
     """
     length, centers = _lengths(cost)
-    vit = create_model(cost.model)
+    vit = create_model(cost.model).settings
     counter, macs = SWAG_COUNTER, 2 * (length + 1) * vit.dim  # positions, dropout
     if cost.clusters is not None:
         counter, macs = counter._replace(elements=counter.elements + 1), (length + 1) * vit.dim
@@ -165,7 +165,7 @@ def dpt_saving(cost: ExpediteCost) -> float:
       Liang et al. 2022, Table 7.
     """
     length, centers = _lengths(cost)
-    dim = create_model(cost.model).dim
+    dim = create_model(cost.model).settings.dim
     everywhere = vit_macs(cost._replace(clusters=None), DPT_COUNTER)
     # Squares and two factors of the distances, the product for the new centres; pooling and mask.
     one_round = (length + centers) * dim + 2 * centers * length + centers * length * dim
@@ -184,13 +184,13 @@ def vit_macs(cost: ExpediteCost, counter: Counter) -> int:
       counter: operations that count beside products; `Counter(0, 0)` for products alone.
     """
     length, centers = _lengths(cost)
-    vit = create_model(cost.model)
+    vit = create_model(cost.model).settings
     patches = length * cost.patch_size**2 * 3 * vit.dim
     before = cost.alpha * block_macs(length + 1, vit, counter)
     return patches + before + (vit.depth - cost.alpha) * block_macs(centers + 1, vit, counter)
 
 
-def block_macs(tokens: int, vit: VisionTransformer, counter: Counter) -> int:
+def block_macs(tokens: int, vit: ViTSettings, counter: Counter) -> int:
     """Counts a block whose hidden layer is four times wider than its input.
 
     Args:
@@ -212,7 +212,7 @@ def segmenter_clustering(cost: ExpediteCost) -> int:
     Args:
       cost: a setting with clusters.
     """
-    (length, centers), dim = _lengths(cost), create_model(cost.model).dim
+    (length, centers), dim = _lengths(cost), create_model(cost.model).settings.dim
     pairs = length * min(cost.window**2, centers)
     one_round = 3 * pairs * (dim + 1) + centers * dim
     return cost.iterations * one_round + length * dim + 2 * (length + centers)
@@ -224,7 +224,7 @@ def segmenter_reconstruction(cost: ExpediteCost) -> int:
     Args:
       cost: a setting with clusters.
     """
-    (length, centers), dim = _lengths(cost), create_model(cost.model).dim
+    (length, centers), dim = _lengths(cost), create_model(cost.model).settings.dim
     distances = (length + centers) * dim + length * centers * (dim + 1)
     return distances + length * min(cost.neighbors, centers) * (dim + 3)
 

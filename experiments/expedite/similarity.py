@@ -51,7 +51,7 @@ def tokens_after(trained: Run, images: np.ndarray, last: int, setting: Setting) 
     """
     backbone = trained.model.backbone
     is_swin = trained.config.model.startswith("swin")
-    depths = {"depths": (*backbone.depths[:2], last, 1)} if is_swin else {"depth": last}
+    depths = {"depths": (*backbone.settings.depths[:2], last, 1)} if is_swin else {"depth": last}
     shorter = backbone.clone(**depths, **setting)
 
     def forward(backbone: nn.Module, images: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def make_models(
     for side in sides:
         expedite = {
             "alpha": alpha,
-            "beta": backbone.depth - alpha,
+            "beta": backbone.settings.depth - alpha,
             "clusters": (side, side),
             "where": "logits",
         }
@@ -64,8 +64,7 @@ def make_models(
 
 def random_variables(model: Segmenter, images: jax.Array) -> dict[str, Any]:
     """Returns variables with random values, quickly: `model.init` takes long to compile."""
-    init = functools.partial(model.init, train=False)
-    shapes = jax.eval_shape(init, jax.random.key(0), images)
+    shapes = variable_shapes(model, images)
     draw = np.random.default_rng(1)
     return jax.tree.map(
         lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32) * 0.02), shapes
@@ -78,11 +77,12 @@ def operators(backbone: nn.Module) -> Callable[[], Any]:
     Args:
       backbone: a clustered plain host.
     """
-    expedite, side = backbone.expedite, backbone.position_size[0] // backbone.patch_size
+    settings, expedite = backbone.settings, backbone.settings.expedite
+    side = settings.position_size[0] // settings.patch_size
     draw = np.random.default_rng(2)
     tokens, logits = (
-        jnp.asarray(draw.normal(size=(1, *shape)), backbone.dtype)
-        for shape in ((side**2, backbone.dim), (expedite.clusters[0] ** 2, CLASSES))
+        jnp.asarray(draw.normal(size=(1, *shape)), settings.dtype)
+        for shape in ((side**2, settings.dim), (expedite.clusters[0] ** 2, CLASSES))
     )
 
     def run(tokens, logits):
@@ -100,7 +100,7 @@ def make_calls(models: dict[str, Segmenter], images: jax.Array) -> dict[str, Cal
         apply = functools.partial(model.apply, train=False)
         program = compile_program(apply, variables, images).call
         calls[name] = functools.partial(program, variables, images)
-        if model.backbone.expedite:
+        if model.backbone.settings.expedite:
             calls[f"operators of {name}"] = operators(model.backbone)
     return calls
 

@@ -29,11 +29,11 @@ OVERRIDES = {
 }
 COLUMNS = {"Table 7": "pale size", "Table 8": "attention", "Table 9": "position encoding"}
 ARCHITECTURE = {
-    "blocks": lambda model: listed(model.depths),
-    "channels": lambda model: listed(model.dims),
-    "heads": lambda model: listed(model.num_heads),
-    "pale size": lambda model: listed(model.pale_sizes),
-    "MLP ratio": lambda model: model.mlp_ratio,
+    "blocks": lambda model: listed(model.settings.depths),
+    "channels": lambda model: listed(model.settings.dims),
+    "heads": lambda model: listed(model.settings.num_heads),
+    "pale size": lambda model: listed(model.settings.pale_sizes),
+    "MLP ratio": lambda model: model.settings.mlp_ratio,
 }
 ABOUT = """
 One image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is measured here. In

@@ -65,16 +65,16 @@ def insert_all(config: ConfigDict, models: Sequence[Variables]) -> list[Insertio
       models: variables of each.
     """
     host = make_model(config)
-    if not isinstance(host, VisionTransformer) or host.token_reducer:
+    if not isinstance(host, VisionTransformer) or host.settings.token_reducer:
         raise UserError(
             f"model {config.model!r} is no plain host without token reducer; valid: a ViT or DeiT "
             "without config.model_overrides.token_reducer"
         )
-    num_patches = (-(-config.image_size // host.patch_size)) ** 2
+    num_patches = (-(-config.image_size // host.settings.patch_size)) ** 2
     whole = evaluate(config, host, models)
     found = []
     for last in LASTS:
-        keep = stages.shrinking_keep(num_patches, host.depth, last)
+        keep = stages.shrinking_keep(num_patches, host.settings.depth, last)
         results = {ALL: whole}
         for name, setting in SETTINGS.items():
             model = host.clone(token_reducer={"keep": keep} | setting)

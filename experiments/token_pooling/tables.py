@@ -41,7 +41,7 @@ def gmacs(name: str, method: str = "", keep: tuple = (), blocks: tuple = ()) -> 
 def idle(name: str, keep: tuple[int, ...]) -> float:
     """Counts the distances (10^9) in the layers that keep all N, where nothing is done here."""
     left = np.minimum.accumulate((PATCHES, *keep))
-    dim = tv.create_model(name).dim
+    dim = tv.create_model(name).settings.dim
     return sum(n**2 * dim for n, k in itertools.pairwise(left) if n == k) / 1e9
 
 

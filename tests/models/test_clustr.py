@@ -16,14 +16,14 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ClusterAttention
 from tokenvit_jax.layers.cluster_attention import cluster_numbers
 from tokenvit_jax.measure.macs import summarize_model
-from tokenvit_jax.models.clustr import ClusTR, ClusTRBlock, ConvFFN
+from tokenvit_jax.models.clustr import SIZES, ClusTR, ClusTRBlock, ClusTRSettings, ConvFFN
 
 # Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
 # 6 x 4 tokens 6 or all.
-SMALL = ClusTR(
+SMALL = ClusTR(ClusTRSettings(
     num_classes=5, dims=(8, 16), num_heads=(1, 2), depths=(1, 1), mlp_ratios=(2, 2),
     ratios=((16, 4), (4, 1)),
-)  # fmt: skip
+))  # fmt: skip
 SINGLE = ((64,), (16,), (4,), (1,))
 
 
@@ -182,7 +182,12 @@ def test_block_equals_its_layers():
     """Eq. 9: attention first, each layer on normalised tokens and added to what it reads."""
     x = np.random.default_rng(5).normal(size=(2, 4, 6, 8)).astype(np.float32)
     settings = {"num_heads": 2, "ratios": (4,)}
-    block = ClusTRBlock(settings, mlp_ratio=2, drop_path=0.5, dtype=jnp.float32, axis_name=None)
+    block = ClusTRBlock(
+        ClusTRSettings(
+            dims=(8,), depths=(2,), num_heads=(2,), ratios=((4,),), mlp_ratios=(2,), drop_path=0.5
+        ),
+        stage=0, index=1,
+    )  # fmt: skip
     params = random_params(block, x, False)
     norm, attention = nn.LayerNorm(epsilon=1e-6), ClusterAttention(**settings)
     ffn = ConvFFN(ratio=2, dtype=jnp.float32)
@@ -255,10 +260,7 @@ def test_mistakes_are_named(channels, settings, message):
 
 def test_a_block_at_detection_size_fits_into_4_gib():
     """Stage 1 of 800 x 1344 pixels, 67,200 tokens: forward and backward, as XLA plans it."""
-    block = ClusTRBlock(
-        attention={"num_heads": 1, "ratios": (64, 16)}, mlp_ratio=8, drop_path=0.0,
-        dtype=jnp.float32, axis_name=None,
-    )  # fmt: skip
+    block = ClusTRBlock(SIZES["clustr_t"], stage=0, index=0)
     x = jax.ShapeDtypeStruct((1, 200, 336, 64), jnp.float32)
     rngs = {"params": jax.random.key(0), "routing": jax.random.key(1)}
     variables = jax.eval_shape(lambda x: block.init(rngs, x, train=False), x)

@@ -11,7 +11,7 @@ from random_variables import random_variables
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.vit import Origin, VisionTransformer
+from tokenvit_jax.models.vit import Origin, VisionTransformer, ViTSettings
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)  # 4 x 6 patches
 SMALL = {"num_classes": 5, "dim": 8, "depth": 4, "num_heads": 2, "position_size": (64, 96)}
@@ -19,18 +19,18 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 4, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    return random_variables(VisionTransformer(**SMALL), IMAGES)
+    return random_variables(VisionTransformer(ViTSettings(**SMALL)), IMAGES)
 
 
 def apply(expedite=None, method="tokens", images=IMAGES, **settings):
-    model = VisionTransformer(**SMALL, expedite=expedite, **settings)
+    model = VisionTransformer(ViTSettings(**SMALL, expedite=expedite, **settings))
     return jax.jit(functools.partial(model.apply, train=False, method=method))(variables(), images)
 
 
 def blocks(x, first, last):
     """Some blocks of the host, on any tokens."""
     params = variables()["params"]
-    model = VisionTransformer(**SMALL)
+    model = VisionTransformer(ViTSettings(**SMALL))
 
     def run(module, x):
         for block in module.blocks[first:last]:
@@ -42,7 +42,7 @@ def blocks(x, first, last):
 
 def embedded():
     params = {k: v for k, v in variables()["params"].items() if "blocks" not in k}
-    model = VisionTransformer(**SMALL | {"depth": 0})
+    model = VisionTransformer(ViTSettings(**SMALL | {"depth": 0}))
     return model.apply({"params": params}, IMAGES, train=False, method="tokens")
 
 
@@ -65,11 +65,15 @@ def test_logits_are_reconstructed():
     settings = {"alpha": 1, "beta": 3, "clusters": (2, 3), "temperature": 99.0, "neighbors": 4}
 
     def dense(where):
-        model = VisionTransformer(**SMALL, expedite=settings | {"where": where})
-        run = functools.partial(model.apply, train=False, method="dense")
-        return jax.jit(functools.partial(run, head=lambda x: x[..., :3]))(variables(), IMAGES)
+        model = VisionTransformer(ViTSettings(**SMALL, expedite=settings | {"where": where}))
 
-    model = VisionTransformer(**SMALL, expedite=settings | {"where": "logits"})
+        def run(module, images):
+            tokens, restore = module.encode(images, False)
+            return restore(tokens[..., :3])
+
+        return jax.jit(functools.partial(model.apply, method=run))(variables(), IMAGES)
+
+    model = VisionTransformer(ViTSettings(**SMALL, expedite=settings | {"where": "logits"}))
     tokens = model.apply(variables(), IMAGES, train=False, method="tokens")
     assert tokens.shape == (2, 7, 8)
     patches = blocks(embedded(), 0, 1)[:, 1:]
@@ -108,7 +112,8 @@ def test_there_may_be_more_rows_of_centers_than_of_tokens():
 
 
 def test_the_parameters_are_those_of_the_host():
-    model = VisionTransformer(**SMALL, expedite={"alpha": 1, "beta": 3, "clusters": (2, 2)})
+    expedite = {"alpha": 1, "beta": 3, "clusters": (2, 2)}
+    model = VisionTransformer(ViTSettings(**SMALL, expedite=expedite))
     found = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables())
     hash(model)
@@ -150,5 +155,5 @@ def test_mistakes_are_named(expedite, message):
 
 def test_a_reducer_leaves_no_map_to_reconstruct():
     expedite = {"alpha": 1, "beta": 1, "clusters": (2, 3)}
-    with pytest.raises(UserError, match="expedite goes with token_reducer=None"):
+    with pytest.raises(UserError, match="expedite is not valid with a token_reducer"):
         apply(expedite, token_reducer={"keep": (9, 9, 9, 9)})

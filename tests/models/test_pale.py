@@ -13,12 +13,12 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import PaleAttention
 from tokenvit_jax.layers.pale_attention import padded_size
 from tokenvit_jax.measure.macs import count_macs
-from tokenvit_jax.models.pale import AbsolutePositionEncoding, Pale
+from tokenvit_jax.models.pale import AbsolutePositionEncoding, Pale, PaleBlock, PaleSettings
 
 # Two stages: what blocks and stages do, at half the time to compile.
-SMALL = Pale(
+SMALL = Pale(PaleSettings(
     num_classes=5, dims=(8, 16), num_heads=(2, 4), depths=(1, 1), pale_sizes=(3, 3), token_head=True
-)  # fmt: skip
+))  # fmt: skip
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def test_parameters_of_the_position_encodings(overrides, millions):
 
 
 def test_attention_of_the_blocks():
-    modes = lambda mode: [SMALL.clone(mode=mode).block(0, i)[1]["mode"] for i in range(4)]  # noqa: E731
+    modes = lambda mode: [PaleBlock(SMALL.clone(mode=mode).settings, 0, i).mode for i in range(4)]  # noqa: E731
     assert modes("parallel") == ["parallel"] * 4
     assert modes("sequential") == ["rows", "columns"] * 2
     assert modes("cross") == ["cross"] * 4

@@ -30,7 +30,7 @@ from tokenvit_jax.models.reducers import (
     searched_keep,
     tome_keep,
 )
-from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.models.vit import VisionTransformer, ViTSettings
 from tokenvit_jax.published import TOKEN_POOLING
 
 rng = np.random.default_rng(0)
@@ -40,11 +40,11 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 3, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    return random_variables(VisionTransformer(**SMALL), IMAGES)
+    return random_variables(VisionTransformer(ViTSettings(**SMALL)), IMAGES)
 
 
 def tokens_of(reducer, params=None, **kwargs):
-    model = VisionTransformer(**SMALL, token_reducer=reducer)
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
     kwargs = {"train": False, "method": "tokens"} | kwargs
     return jax.jit(functools.partial(model.apply, **kwargs))(params or variables(), IMAGES)
 
@@ -82,7 +82,7 @@ def gmacs(name, keep, method):
 
 @pytest.mark.parametrize("name", TOKEN_POOLING)
 def test_costs_of_the_published_levels(name):
-    dim = tv.create_model(name).dim
+    dim = tv.create_model(name).settings.dim
     for level in TOKEN_POOLING[name]:
         # The paper clusters N tokens to N, too; here they are left as they are.
         left = np.minimum.accumulate((196, *level.keep))
@@ -165,7 +165,8 @@ def test_chance_follows_the_scores():
 def test_evaluation_depends_on_the_image_alone():
     reducer = {"keep": (7, 5, 3), "method": "importance"}
     whole = tokens_of(reducer)
-    model = VisionTransformer(**SMALL, token_reducer=reducer, axis_name="devices")  # in no pmap
+    settings = ViTSettings(**SMALL, token_reducer=reducer, axis_name="devices")  # in no pmap
+    model = VisionTransformer(settings)
     apply = jax.jit(functools.partial(model.apply, train=False, method="tokens"))
     np.testing.assert_allclose(apply(variables(), IMAGES[::-1])[::-1], whole, atol=1e-5)
 
@@ -226,7 +227,8 @@ def with_extra(model, seed=3):
 
 def test_convolution_halves_the_map():
     """4 x 3 patches become 2 x 1, then the convolution has no second row or column left."""
-    model = VisionTransformer(**SMALL, token_reducer={"method": "convolution", "blocks": (2,)})
+    reducer = {"method": "convolution", "blocks": (2,)}
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
     params = model.init(jax.random.key(0), IMAGES, train=False)["params"]["blocks_1"]["halve_map"]
     halve = HalveMap(jnp.float32)
     x = rng.normal(size=(3, 12, 8)).astype(np.float32)
@@ -256,7 +258,7 @@ def test_soft_extract_scales_by_rank():
     np.testing.assert_allclose(found, x * retention[rank][..., None], rtol=1e-6)
 
     search = {"method": "soft_extract"}
-    model = VisionTransformer(**SMALL, token_reducer=search)
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=search))
     params = model.init(jax.random.key(0), IMAGES, train=False)["params"]
     assert searched_keep(params) == (12, 12, 12)
     kept = np.linspace(1.5, -0.5, 12, dtype=np.float32)
@@ -274,7 +276,7 @@ def test_soft_extract_scales_by_rank():
 
 @pytest.mark.parametrize("qk_norm", ["fixed", "learned"])
 def test_normalised_queries_and_keys(qk_norm):
-    model = VisionTransformer(**SMALL | {"depth": 1}, qk_norm=qk_norm)
+    model = VisionTransformer(ViTSettings(**SMALL | {"depth": 1}, qk_norm=qk_norm))
     found = with_extra(model)["params"]
     attention = found["blocks_0"]["attention"]
     assert ("alpha" in attention) == (qk_norm == "learned")
@@ -304,7 +306,7 @@ def test_as_many_as_there_are_changes_nothing():
 
 def test_number_of_tokens_falls_to_the_class_token():
     def shape_of(keep, **settings):
-        model = VisionTransformer(**SMALL, token_reducer={"keep": keep}, **settings)
+        model = VisionTransformer(ViTSettings(**SMALL, token_reducer={"keep": keep}, **settings))
         tokens = lambda: model.init_with_output(jax.random.key(0), IMAGES, False, method="tokens")  # noqa: E731
         return jax.eval_shape(tokens)[0].shape
 
@@ -316,7 +318,7 @@ def test_number_of_tokens_falls_to_the_class_token():
 def test_the_first_reduction_uses_the_attention_that_patches_receive():
     """Nothing before the first MLP depends on the reducer: the kept tokens can be followed."""
     params = variables()["params"]
-    model = VisionTransformer(**SMALL)
+    model = VisionTransformer(ViTSettings(**SMALL))
     _, noted = model.apply(
         variables(), IMAGES, train=False, mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name in ("norm1", "attention"),
@@ -330,7 +332,7 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
     received = np.asarray(jax.nn.softmax(logits)).sum((1, 2))[:, 1:]
     best = np.argsort(-received, 1, "stable")[:, :4]
 
-    whole = VisionTransformer(**SMALL | {"depth": 1})
+    whole = VisionTransformer(ViTSettings(**SMALL | {"depth": 1}))
     reduced = whole.clone(token_reducer={"keep": (4,), "method": "powerbert"})
     first_of = {"params": {k: v for k, v in params.items() if k not in ("blocks_1", "blocks_2")}}
     tokens = whole.apply(first_of, IMAGES, train=False, method="tokens")
@@ -353,7 +355,8 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
     ids=lambda x: x["method"] if isinstance(x, dict) else "",
 )
 def test_gradients_and_chance_in_training(reducer, by_chance):
-    model = VisionTransformer(**SMALL, token_reducer=reducer, remat=True, qk_norm="learned")
+    settings = ViTSettings(**SMALL, token_reducer=reducer, remat=True, qk_norm="learned")
+    model = VisionTransformer(settings)
     params = with_extra(model)["params"]
 
     @jax.jit
@@ -399,15 +402,27 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
             "the map is 2 x 1 before one of them",
         ),
         ({"method": "convolution", "blocks": (1,), "carry": True}, "carry=True is not valid"),
+        (
+            {"keep": (3, 3, 3), "penalty": 0.1},
+            "token_reducer.penalty=0.1 is not valid; valid: 0.0 with method='weighted_kmedoids'",
+        ),
+        (
+            {"method": "convolution", "blocks": (1,), "learning_rate_factor": 2.0},
+            "learning_rate_factor=2.0 is not valid; valid: 1.0 with method='convolution'",
+        ),
+        (
+            {"method": "soft_extract", "penalty": -1.0},
+            "token_reducer.penalty=-1.0 is not valid; valid: numbers from 0",
+        ),
     ],
 )
 def test_mistakes_are_named(reducer, message):
     with pytest.raises(UserError, match=message):
-        model = VisionTransformer(**SMALL, token_reducer=reducer)
+        model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
 
 
 def test_a_mean_of_reduced_tokens_is_refused():
-    model = VisionTransformer(**SMALL, token_reducer={"keep": (7, 5, 3)}, pool="mean")
-    with pytest.raises(UserError, match="token_reducer goes with pool='token', not 'mean'"):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    message = "pool='mean' is not valid with a token_reducer; valid: 'token'"
+    with pytest.raises(UserError, match=message):
+        ViTSettings(**SMALL, token_reducer={"keep": (7, 5, 3)}, pool="mean")

@@ -26,7 +26,7 @@ def test_contract_of_shapes(name, size):
     plain = name in PLAIN
     depth = {"depth": 1} if plain else {"depths": (1, 1, 1, 1)}
     model = tv.create_model(name, num_classes=7, **depth)
-    strides = (model.patch_size,) if plain else (4, 8, 16, 32)
+    assert model.strides == ((model.settings.patch_size,) if plain else (4, 8, 16, 32))
     variables = abstract_variables(model, (64, 64))  # parameters do not depend on the image size
     chex.assert_type(jax.tree.leaves(variables["params"]), jnp.float32)
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
@@ -35,7 +35,7 @@ def test_contract_of_shapes(name, size):
     )
     logits = apply("__call__")
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
-    for stride, stage in zip(strides, apply("features"), strict=True):
+    for stride, stage in zip(model.strides, apply("features"), strict=True):
         assert stage.shape[:3] == (2, -(-size[0] // stride), -(-size[1] // stride))
 
 

@@ -12,7 +12,7 @@ from random_variables import random_variables
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.reducers import Patches, TokenReducer, reduce_tokens
-from tokenvit_jax.models.vit import Origin, VisionTransformer
+from tokenvit_jax.models.vit import Origin, VisionTransformer, ViTSettings
 
 rng = np.random.default_rng(0)
 IMAGES = rng.normal(size=(2, 64, 48, 3)).astype(np.float32)  # 4 x 3 patches
@@ -21,11 +21,11 @@ SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size"
 
 @functools.cache
 def variables():
-    return random_variables(VisionTransformer(**SMALL), IMAGES)
+    return random_variables(VisionTransformer(ViTSettings(**SMALL)), IMAGES)
 
 
 def apply(reducer, method, **settings):
-    model = VisionTransformer(**SMALL | settings, token_reducer=reducer)
+    model = VisionTransformer(ViTSettings(**SMALL | settings, token_reducer=reducer))
     return jax.jit(functools.partial(model.apply, train=False, method=method))(variables(), IMAGES)
 
 
@@ -61,7 +61,8 @@ def test_tokens_go_back_the_way_they_came(method):
 
 def test_nothing_to_restore():
     """All patches go on: of a reducer that does nothing, and of one that only scales by 1."""
-    search = VisionTransformer(**SMALL, token_reducer={"method": "soft_extract"}, distilled=True)
+    reducer = {"method": "soft_extract"}
+    search = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, distilled=True))
     idle = search.clone(token_reducer={"keep": (12, 99), "method": "evit"})
 
     @jax.jit
@@ -146,7 +147,8 @@ def test_patches_are_at_home_in_the_nearest_token():
 )
 def test_only_a_map_pays_for_the_search(method, searched):
     """N K C for every block that drops patches; the fused token is looked at, too."""
-    model = VisionTransformer(**SMALL, token_reducer={"keep": (7, 3), "method": method})
+    reducer = {"keep": (7, 3), "method": method}
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
     macs = {
         name: count_macs(
             functools.partial(model.apply, train=False, method=name), variables(), IMAGES
@@ -160,14 +162,17 @@ def test_only_a_map_pays_for_the_search(method, searched):
 def test_gradients_of_a_map():
     """In training, with blocks computed again: every parameter of the blocks learns from it."""
     reducer = {"keep": (7, 3), "method": "evit"}
-    model = VisionTransformer(**SMALL, token_reducer=reducer, remat=True)
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, remat=True))
     rngs = {"routing": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def head_of_map(module, images):
+        tokens, restore = module.encode(images, True)
+        return restore(tokens[..., :3])
 
     @jax.jit
     @jax.grad
     def grad(params):
-        run = functools.partial(model.apply, train=True, rngs=rngs, method="dense")
-        return (run({"params": params}, IMAGES, head=lambda x: x[..., :3]) ** 2).sum()
+        return (model.apply({"params": params}, IMAGES, rngs=rngs, method=head_of_map) ** 2).sum()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(grad(variables()["params"])):
         name = jax.tree_util.keystr(path)

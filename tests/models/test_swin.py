@@ -1,5 +1,6 @@
 """Small Swin Transformers: networks against loops in float64, training state, sizes of images."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,13 +11,20 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.swin import Swin, SwinV2, windows_of
+from tokenvit_jax.models.swin import (
+    Swin,
+    SwinBlock,
+    SwinSettings,
+    SwinV2,
+    SwinV2Settings,
+    windows_of,
+)
 
 SETTINGS = {"num_classes": 5, "dims": (8, 12), "num_heads": (2, 3), "depths": (2, 2)}
 SMALL = {
-    "swin": Swin(**SETTINGS, window_size=4),
+    "swin": Swin(SwinSettings(**SETTINGS, window_size=4)),
     # Narrower windows than those that offsets are measured by.
-    "swinv2": SwinV2(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4)),
+    "swinv2": SwinV2(SwinV2Settings(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4))),
 }
 MODELS = pytest.mark.parametrize("name", SMALL)
 
@@ -108,7 +116,7 @@ def reference(model, p, x):
     """Returns the two maps and the logits."""
     x = np.pad(x, ((0, 0), (0, -x.shape[1] % 4), (0, -x.shape[2] % 4), (0, 0)))
     conv, maps = p["embeddings_0"]["conv"], []
-    for stage, heads in enumerate(model.num_heads):
+    for stage, heads in enumerate(model.settings.num_heads):
         side = 2 if stage else 4
         x = np.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)))
         parts = [[x[:, i::side, j::side] for i in range(side)] for j in range(side)]
@@ -124,7 +132,9 @@ def reference(model, p, x):
         for index in range(2):
             block = p[f"stages_{stage}_{index}"]
             shift = 2 * index
-            pretrained = None if type(model) is Swin else model.pretrained_window_sizes[stage]
+            pretrained = (
+                None if type(model) is Swin else model.settings.pretrained_window_sizes[stage]
+            )
             attend = lambda x: attention(block["attention"], x, heads, 4, shift, pretrained)  # noqa: B023, E731
             for name, branch in (("norm1", attend), ("norm2", lambda x: mlp(block["mlp"], x))):  # noqa: B023
                 normed = functools.partial(norm, block[name])
@@ -213,8 +223,8 @@ def test_windows_fit_the_map():
 
 
 def test_every_second_block_of_a_stage_is_shifted():
-    model = SMALL["swin"].clone(depths=(3, 2))
-    shifted = [model.block(int(i > 2), i)[1]["shifted"] for i in range(5)]
+    settings = dataclasses.replace(SMALL["swin"].settings, depths=(3, 2))
+    shifted = [SwinBlock(settings, int(i > 2), i).shifted for i in range(5)]
     assert shifted == [False, True, False, False, True]
 
 

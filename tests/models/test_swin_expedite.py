@@ -14,14 +14,14 @@ from tokenvit_jax.layers.window_attention import CosineWindowAttention, resize_b
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.swin import Swin, SwinV2, to_map, to_windows
+from tokenvit_jax.models.swin import Swin, SwinSettings, SwinV2, SwinV2Settings, to_map, to_windows
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = sorted(GOLDEN.glob("swin_stage_*.npz"))
 SETTINGS = {"num_classes": 5, "dims": (8, 12), "num_heads": (2, 3), "depths": (1, 3)}
 SMALL = {
-    "swin": Swin(**SETTINGS, window_size=4),
-    "swinv2": SwinV2(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4)),
+    "swin": Swin(SwinSettings(**SETTINGS, window_size=4)),
+    "swinv2": SwinV2(SwinV2Settings(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4))),
 }
 MODELS = pytest.mark.parametrize("name", SMALL)
 EXPEDITE = {"alpha": 1, "beta": 2, "clusters": (3, 2), "temperature": 5.0}
@@ -82,10 +82,10 @@ def test_a_stage_of_the_released_code(path):
         iterations=int(golden["iters"]), temperature=float(golden["tau"]),
         neighbors=int(golden["recon_k"]), normalize="l2",
     )  # fmt: skip
-    model = Swin(
+    model = Swin(SwinSettings(
         num_classes=1, dims=x.shape[-1:], num_heads=(int(golden["num_heads"]),), depths=(depth,),
         window_size=int(golden["K"]), expedite=expedite, dtype=jnp.float64,
-    )  # fmt: skip
+    ))  # fmt: skip
     blocks = {f"stages_0_{i}": published_block(golden, i) for i in range(depth)}
 
     @jax.jit
@@ -250,5 +250,5 @@ def test_the_released_mask_needs_windows_larger_than_its_shift():
     model = SMALL["swin"]
     with pytest.raises(UserError, match=r"released_mask=True; valid: above the shift .*4, 2"):
         model.clone(expedite=EXPEDITE, released_mask=True)
-    with pytest.raises(UserError, match="released_mask=True goes with expedite"):
+    with pytest.raises(UserError, match="released_mask=True is valid with expedite only"):
         model.clone(released_mask=True)

@@ -10,7 +10,7 @@ import pytest
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.models.vit import VisionTransformer, ViTSettings
 
 SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size": (48, 32)}
 rng = np.random.default_rng(0)
@@ -20,7 +20,7 @@ IMAGES = rng.normal(size=(2, 48, 32, 3)).astype(np.float32)
 @functools.cache
 def make(**overrides):
     """Returns a model and random variables, none of them 0 or 1 as at the start of a training."""
-    model = VisionTransformer(**SMALL | overrides)
+    model = VisionTransformer(ViTSettings(**SMALL | overrides))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
     draw = np.random.default_rng(1)
     return model, jax.tree.map(
@@ -201,7 +201,10 @@ def test_parameters_with_distillation(name, number):
     ("overrides", "message"),
     [
         ({"pool": "max"}, "pool='max' is not valid; valid: token, mean"),
-        ({"pool": "mean", "distilled": True}, "distilled=True needs pool='token', not 'mean'"),
+        (
+            {"pool": "mean", "distilled": True},
+            "pool='mean' is not valid with distilled=True; valid: 'token'",
+        ),
         ({"num_heads": 3}, "num_heads=3 does not divide 8 channels"),
         ({"patch_size": 0}, "patch_size=0 is not valid; valid: at least 1 pixel"),
         ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 is not valid; valid: above 0"),
@@ -212,6 +215,6 @@ def test_parameters_with_distillation(name, number):
     ],
 )
 def test_bad_settings_are_named(overrides, message):
-    model = VisionTransformer(**SMALL | overrides)
     with pytest.raises(UserError, match=message):
+        model = VisionTransformer(ViTSettings(**SMALL | overrides))
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))

@@ -65,11 +65,13 @@ def compare(peer, model, params, size, batch=2):
 
     logits, noted = run(images)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    names = [f"stages_{s}_{b}" for s, depth in enumerate(model.depths) for b in range(depth)]
+    depths = model.settings.depths
+    names = [f"stages_{s}_{b}" for s, depth in enumerate(depths) for b in range(depth)]
+
     for name, block in zip(names, found_blocks, strict=True):
         found = noted["intermediates"][name]["__call__"][0]
         np.testing.assert_allclose(found, block.numpy(), atol=1e-4, err_msg=name)
-    ends = np.cumsum(model.depths) - 1
+    ends = np.cumsum(depths) - 1
     for end, expected in zip(ends, maps, strict=True):  # what `features` returns
         found = noted["intermediates"][names[end]]["__call__"][0]
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=1e-4)

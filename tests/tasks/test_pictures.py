@@ -126,7 +126,7 @@ def test_superpixels_are_the_nearest_centres_where_the_model_clusters():
         variables = model.init(jax.random.key(0), images, train=False)
         _, state = model.apply(variables, images, train=False, capture_intermediates=True)
         tokens, _ = state["intermediates"]["blocks_1"]["__call__"][0]
-        centers = model.expedite.cluster(tokens[:, 1:], (4, 6))
+        centers = model.settings.expedite.cluster(tokens[:, 1:], (4, 6))
         return tokens[:, 1:], centers, pictures.superpixels(model, variables, images).assignment
 
     tokens, centers, found = find(images)

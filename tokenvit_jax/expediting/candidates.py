@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure.macs import count_macs, variable_shapes
+from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models import swin, vit
+from tokenvit_jax.models.backbone import backbone_of, variable_shapes
 from tokenvit_jax.models.expedite import Expedite
 
 # Sides of the maps of centres, as fractions of the sides of the map of tokens.
@@ -49,11 +50,6 @@ class Host(NamedTuple):
     ends: bool
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Returns the backbone of a segmentation model, or a classifier itself."""
-    return getattr(model, "backbone", model)
-
-
 def with_expedite(model: nn.Module, expedite: Expedite | None) -> nn.Module:
     """Returns a copy of a model whose backbone has this setting; None: no clustering."""
     backbone = backbone_of(model).clone(expedite=expedite)
@@ -71,25 +67,25 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
       UserError: the backbone has no map of tokens to cluster, its tokens are reduced already, or it
         has too few tokens or blocks.
     """
-    name = type(backbone).__name__
+    name, settings = type(backbone).__name__, getattr(backbone, "settings", None)
     if not isinstance(backbone, vit.VisionTransformer | swin.Swin):
         raise UserError(f"{name} has no blocks on centres; valid: deit, vit, swin and swinv2")
     for setting in ("token_reducer", "expedite"):
-        if getattr(backbone, setting, None) is not None:
+        if getattr(settings, setting, None) is not None:
             raise UserError(
-                f"config.model_overrides.{setting}={getattr(backbone, setting)} reduces the tokens "
+                f"config.model_overrides.{setting}={getattr(settings, setting)} reduces the tokens "
                 "already; valid: the run of a plain model"
             )
     if isinstance(backbone, swin.Swin):
-        stage = backbone.depths.index(max(backbone.depths))
-        first, depth = sum(backbone.depths[:stage]), backbone.depths[stage]
-        grid = tuple(-(-size // (4 * 2**stage)) for size in image_size)
-        window, _ = swin.windows_of(grid, backbone.window_size, False)
+        stage = settings.expedited_stage
+        first, depth = sum(settings.depths[:stage]), settings.depths[stage]
+        grid = tuple(-(-size // backbone.strides[stage]) for size in image_size)
+        window, _ = swin.windows_of(grid, settings.window_size, False)
         host = Host(first, depth, [(side, side) for side in range(2, min(window))], ends=False)
     else:
-        grid = tuple(-(-size // backbone.patch_size) for size in image_size)
+        grid = settings.grid(*image_size)
         grids = {tuple(max(1, round(part * size)) for size in grid) for part in FRACTIONS}
-        host = Host(0, backbone.depth, sorted(grids - {grid}), ends=True)
+        host = Host(0, settings.depth, sorted(grids - {grid}), ends=True)
     if host.depth < 2 or not host.grids:
         raise UserError(
             f"{name} with {host.depth} blocks on {grid[0]} x {grid[1]} tokens, or on windows of "

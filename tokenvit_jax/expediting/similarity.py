@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenvit_jax.expediting.candidates import backbone_of, describe_host
+from tokenvit_jax.expediting.candidates import describe_host
 from tokenvit_jax.models import swin, vit
+from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.models.expedite import Expedite
 
 
@@ -47,10 +48,8 @@ class Comparison:
           images: (B, H, W, 3), normalised.
         """
         backbone = backbone_of(model)
-        if backbone is not model:
-            variables = {name: tree["backbone"] for name, tree in variables.items()}
         self._backbone = backbone.clone(expedite=None, remat=False)
-        self._variables = jax.device_put(variables)
+        self._variables = jax.device_put(backbone_variables(model, variables))
         self._images = jnp.asarray(images)
         before = describe_host(self._backbone, self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 from tokenvit_jax.published import PUBLISHED, left_out
@@ -97,16 +98,6 @@ def summarize_model(model: nn.Module, image_size: tuple[int, int], name: str) ->
     jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
     macs_as_published = _count(jaxpr, frozenset(left_out(name)))
     return Summary(name, params, _count(jaxpr, frozenset()), macs_as_published)
-
-
-def variable_shapes(model: nn.Module, images: jax.ShapeDtypeStruct) -> Any:
-    """Returns the shapes of a model's variables; no parameter is drawn, nothing is compiled.
-
-    Args:
-      model: called as `model(images, train=False)`.
-      images: (B, H, W, 3).
-    """
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

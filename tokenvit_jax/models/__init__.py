@@ -1,6 +1,5 @@
 """Backbones and their registry."""
 
-from tokenvit_jax.models import clustr, dgt, pale, swin, vit  # noqa: F401  (registers its models)
 from tokenvit_jax.models.registry import create_model, list_models
 
 __all__ = ["create_model", "list_models"]

@@ -1,5 +1,6 @@
 """ClusTR: efficient self-attention via clustering (Figure 3 and Table A1)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,39 @@ from tokenvit_jax.layers import (
     dense,
     gelu,
 )
-from tokenvit_jax.models.pyramid import Pyramid
-from tokenvit_jax.models.registry import register
+from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusTRSettings(PyramidSettings):
+    """Settings of ClusTR, beside those of :class:`PyramidSettings`.
+
+    Attributes:
+      mlp_ratios: expansion of the feed-forward networks of the stages.
+      ratios: token reduction of each scale of the stages; 1: attention with all tokens.
+      aggregation: how keys and values are reduced: "clusters", or a "grid" of convolutions.
+      assign: cluster of a token that is no centre: the "nearest" centre's or its "parent"'s.
+      adaptive: share of the clusters that images use on average, chosen by content; 0: all.
+    """
+
+    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
+    ratios: tuple[tuple[int, ...], ...] = ((64, 16), (16, 4), (4, 1), (1,))
+    aggregation: str = "clusters"
+    assign: str = "nearest"
+    adaptive: float = 0.0
+
+
+SIZES = {
+    "clustr_t": ClusTRSettings(
+        dims=(64, 128, 256, 512), num_heads=(1, 2, 4, 8), depths=(1, 2, 6, 1)
+    ),
+    "clustr_s": ClusTRSettings(
+        dims=(64, 128, 256, 512), num_heads=(1, 2, 4, 8), depths=(3, 5, 13, 2)
+    ),
+    "clustr_b": ClusTRSettings(
+        dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), depths=(3, 5, 18, 3)
+    ),
+}
 
 
 class ConvFFN(nn.Module):
@@ -32,90 +64,62 @@ class ConvFFN(nn.Module):
 
 
 class ClusTRBlock(nn.Module):
-    """Eq. 9: x + attention(LN(x)), x + FFN(LN(x)). ``attention``: of :class:`ClusterAttention`."""
+    """Eq. 9: x + attention(LN(x)), x + FFN(LN(x)).
 
-    attention: dict[str, Any]
-    mlp_ratio: int
-    drop_path: float
-    dtype: Any
-    axis_name: str | None
+    Attributes:
+      settings: the architecture.
+      stage: stage of the block, from 0.
+      index: number of the block, from 0 at the first one of the network.
+    """
+
+    settings: ClusTRSettings
+    stage: int
+    index: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings, stage = self.settings, self.stage
+        attention = ClusterAttention(
+            num_heads=settings.num_heads[stage],
+            ratios=settings.ratios[stage],
+            aggregation=settings.aggregation,
+            assign=settings.assign,
+            adaptive=settings.adaptive,
+            dtype=settings.dtype,
+            axis_name=settings.axis_name,
+            name="attention",
+        )
+
         def norm(x, name):
-            return nn.LayerNorm(1e-6, dtype=self.dtype, name=name)(x)
+            return nn.LayerNorm(1e-6, dtype=settings.dtype, name=name)(x)
 
         def drop_path(x):
-            return DropPath(self.drop_path, self.axis_name)(x, train)
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(x, train)
 
-        attention = ClusterAttention(
-            **self.attention, dtype=self.dtype, axis_name=self.axis_name, name="attention"
-        )
         x = x + drop_path(attention(norm(x, "norm1"), train))
-        ffn = ConvFFN(self.mlp_ratio, self.dtype, name="ffn")
+        ffn = ConvFFN(settings.mlp_ratios[stage], settings.dtype, name="ffn")
         return x + drop_path(ffn(norm(x, "norm2")))
 
 
-class ClusTR(Pyramid, kw_only=True):
-    """ClusTR for images (B, H, W, 3) of any size from 32 x 32.
+class ClusTR(Pyramid):
+    """ClusTR for images (B, H, W, 3) of any size from 32 x 32."""
 
-    Attributes, beside those of :class:`Pyramid`:
-      mlp_ratios: expansion of the feed-forward networks of the stages.
-      ratios: token reduction of each scale of the stages; 1: attention with all tokens.
-      aggregation: how keys and values are reduced: "clusters", or a "grid" of convolutions.
-      assign: cluster of a token that is no centre: the "nearest" centre's or its "parent"'s.
-      adaptive: part of the clusters that images use on average, chosen by content; 0: all.
-    """
+    settings: ClusTRSettings
 
-    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
-    ratios: tuple[tuple[int, ...], ...] = ((64, 16), (16, 4), (4, 1), (1,))
-    aggregation: str = "clusters"
-    assign: str = "nearest"
-    adaptive: float = 0.0
+    block_type = ClusTRBlock
 
     def setup(self):
         super().setup()
-        self.norms = [nn.LayerNorm(1e-6, dtype=self.dtype) for _ in self.dims]
+        self.norms = [
+            nn.LayerNorm(1e-6, dtype=self.settings.dtype) for _ in range(len(self.settings.dims))
+        ]
 
     def embedding(self, stage: int) -> nn.Module:
         kernel_size, stride, padding = (7, 4, 3) if stage == 0 else (3, 2, 1)
         return PatchEmbedding(
-            self.dims[stage], kernel_size, stride, padding, epsilon=1e-5, dtype=self.dtype
-        )
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        attention = {
-            "num_heads": self.num_heads[stage],
-            "ratios": self.ratios[stage],
-            "aggregation": self.aggregation,
-            "assign": self.assign,
-            "adaptive": self.adaptive,
-        }
-        return ClusTRBlock, {
-            "attention": attention,
-            "mlp_ratio": self.mlp_ratios[stage],
-            "dtype": self.dtype,
-            "axis_name": self.axis_name,
-        }
+            self.settings.dims[stage], kernel_size, stride, padding, epsilon=1e-5,
+            dtype=self.settings.dtype,
+        )  # fmt: skip
 
     def end_stage(self, stage: int, x: jax.Array) -> jax.Array:
         return self.norms[stage](x)
-
-
-@register
-def clustr_t(**kwargs) -> ClusTR:
-    return _clustr((64, 128, 256, 512), (1, 2, 4, 8), (1, 2, 6, 1), **kwargs)
-
-
-@register
-def clustr_s(**kwargs) -> ClusTR:
-    return _clustr((64, 128, 256, 512), (1, 2, 4, 8), (3, 5, 13, 2), **kwargs)
-
-
-@register
-def clustr_b(**kwargs) -> ClusTR:
-    return _clustr((64, 128, 320, 512), (1, 2, 5, 8), (3, 5, 18, 3), **kwargs)
-
-
-def _clustr(dims, num_heads, depths, **kwargs):
-    return ClusTR(**{"dims": dims, "num_heads": num_heads, "depths": depths} | kwargs)

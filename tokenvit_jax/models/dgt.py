@@ -1,10 +1,12 @@
 """Dynamic Group Transformer (Liu et al. 2022), Figure 2 and Table 1."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
     ConditionalPositionEncoding,
     Conv3x3,
@@ -12,12 +14,63 @@ from tokenvit_jax.layers import (
     DropPath,
     DynamicGroupAttention,
     PatchEmbedding,
+    advance_centroids,
     batch_norm,
     gelu,
 )
 from tokenvit_jax.layers.conv import conv_init
-from tokenvit_jax.models.pyramid import Pyramid
-from tokenvit_jax.models.registry import register
+from tokenvit_jax.models.backbone import Variables
+from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
+from tokenvit_jax.models.settings import check_choice
+
+CENTROID_RULES = ("literal", "swapped", "constant")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DGTSettings(PyramidSettings):
+    """Settings of the Dynamic Group Transformer, beside those of :class:`PyramidSettings`.
+
+    Attributes:
+      stem_dim: channels of the stem.
+      mlp_ratio: expansion of the IRFFN.
+      num_groups: query groups per head in stages 1 to 3; stage 4 attends globally.
+      top_k: keys that each group selects; from H * W on, attention is dense.
+      post_norm_cosine: residual post-norm and cosine attention, as in DGT-S and DGT-B.
+      head_dim: channels of the layer before pooling.
+      centroid_rule: weight of the old centroid in Eq. 4: "literal" (0.1 x learning rate, the text
+        of the paper), "swapped" (1 - 0.1 x learning rate) or "constant"
+        (``centroid_old_weight``). The paper's text contradicts its purpose, stable centroids;
+        experiments/dgt measures all three.
+      centroid_old_weight: weight of the old centroid with the rule "constant", in [0, 1].
+    """
+
+    depths: tuple[int, ...] = (1, 2, 17, 2)
+    stem_dim: int
+    mlp_ratio: int = 4
+    num_groups: int = 48
+    top_k: int = 98
+    post_norm_cosine: bool = False
+    head_dim: int = 1280
+    centroid_rule: str = "constant"
+    centroid_old_weight: float = 0.9
+
+    def __post_init__(self):
+        check_choice("centroid_rule", self.centroid_rule, CENTROID_RULES)
+        if not 0 <= self.centroid_old_weight <= 1:
+            raise UserError(
+                f"centroid_old_weight={self.centroid_old_weight} is not valid; valid: 0 to 1"
+            )
+
+
+SIZES = {
+    "dgt_t": DGTSettings(stem_dim=32, dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16)),
+    "dgt_s": DGTSettings(
+        stem_dim=48, dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), post_norm_cosine=True
+    ),
+    "dgt_b": DGTSettings(
+        stem_dim=64, dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), post_norm_cosine=True
+    ),
+}
 
 
 class InvertedResidualFFN(nn.Module):
@@ -49,38 +102,48 @@ class DGTBlock(nn.Module):
 
     With ``post_norm_cosine`` both branches are ``x + LN(f(x))`` with LN starting at zero, and
     attention is cosine attention (Swin v2; DGT-S and DGT-B), else ``x + f(LN(x))`` (DGT-T).
+
+    Attributes:
+      settings: the architecture.
+      stage: stage of the block, from 0.
+      index: number of the block, from 0 at the first one of the network.
     """
 
-    num_heads: int
-    num_groups: int
-    top_k: int
-    mlp_ratio: int
-    drop_path: float
-    post_norm_cosine: bool
-    dtype: Any
-    axis_name: str | None
+    settings: DGTSettings
+    stage: int
+    index: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings = self.settings
+        is_global = self.stage == len(settings.dims) - 1
         attention = DynamicGroupAttention(
-            self.num_heads, self.num_groups, self.top_k, self.post_norm_cosine, self.dtype,
+            num_heads=settings.num_heads[self.stage],
+            num_groups=0 if is_global else settings.num_groups,
+            top_k=settings.top_k,
+            cosine=settings.post_norm_cosine,
+            dtype=settings.dtype,
             name="attention",
-        )  # fmt: skip
-        ffn = InvertedResidualFFN(self.mlp_ratio, self.dtype, self.axis_name, name="ffn")
+        )
+        ffn = InvertedResidualFFN(
+            settings.mlp_ratio, settings.dtype, settings.axis_name, name="ffn"
+        )
 
         def attend(x):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        x = ConditionalPositionEncoding(self.dtype, name="cpe")(x)
+        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x = self._residual(x, attend, "norm1", train)
         return self._residual(x, lambda x: ffn(x, train), "norm2", train)
 
     def _residual(self, x, branch, norm_name, train):
-        scale_init = nn.initializers.zeros if self.post_norm_cosine else nn.initializers.ones
-        norm = nn.LayerNorm(1e-6, dtype=self.dtype, scale_init=scale_init, name=norm_name)
-        y = norm(branch(x)) if self.post_norm_cosine else branch(norm(x))
-        return x + DropPath(self.drop_path, self.axis_name)(y, train)
+        settings = self.settings
+        post_norm = settings.post_norm_cosine
+        scale_init = nn.initializers.zeros if post_norm else nn.initializers.ones
+        norm = nn.LayerNorm(1e-6, dtype=settings.dtype, scale_init=scale_init, name=norm_name)
+        y = norm(branch(x)) if post_norm else branch(norm(x))
+        return x + DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
 
 class Stem(nn.Module):
@@ -99,66 +162,46 @@ class Stem(nn.Module):
         return x
 
 
-class DGT(Pyramid, kw_only=True):
-    """Dynamic Group Transformer for images (B, H, W, 3) of any size from 32 x 32.
+class DGT(Pyramid):
+    """Dynamic Group Transformer for images (B, H, W, 3) of any size from 32 x 32."""
 
-    Attributes, beside those of :class:`Pyramid`:
-      stem_dim: channels of the stem.
-      mlp_ratio: expansion of the IRFFN.
-      num_groups: query groups per head in stages 1 to 3; stage 4 attends globally.
-      top_k: keys that each group selects; where it is not below H * W, attention is dense.
-      post_norm_cosine: residual post-norm and cosine attention, of DGT-S and DGT-B.
-      head_dim: channels of the layer before pooling.
-    """
+    settings: DGTSettings
 
-    stem_dim: int
-    depths: tuple[int, ...] = (1, 2, 17, 2)
-    mlp_ratio: int = 4
-    num_groups: int = 48
-    top_k: int = 98
-    post_norm_cosine: bool = False
-    head_dim: int = 1280
+    block_type = DGTBlock
+    head_modules = ("classifier", "head_conv", "head_norm")
 
     def setup(self):
         super().setup()
-        self.first_layers = Stem(self.stem_dim, self.dtype, self.axis_name)
-        self.head_conv = nn.Dense(self.head_dim, dtype=self.dtype, kernel_init=conv_init)
-        self.head_norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name)
+        settings = self.settings
+        self.first_layers = Stem(settings.stem_dim, settings.dtype, settings.axis_name)
+        self.head_conv = nn.Dense(settings.head_dim, dtype=settings.dtype, kernel_init=conv_init)
+        self.head_norm = batch_norm(dtype=settings.dtype, axis_name=settings.axis_name)
 
     def stem(self, images: jax.Array, train: bool) -> jax.Array:
         return self.first_layers(images, train)
 
     def embedding(self, stage: int) -> nn.Module:
-        return PatchEmbedding(self.dims[stage], dtype=self.dtype)
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        is_global = stage == len(self.dims) - 1
-        return DGTBlock, {
-            "num_heads": self.num_heads[stage],
-            "num_groups": 0 if is_global else self.num_groups,
-            "top_k": self.top_k,
-            "mlp_ratio": self.mlp_ratio,
-            "post_norm_cosine": self.post_norm_cosine,
-            "dtype": self.dtype,
-            "axis_name": self.axis_name,
-        }
+        return PatchEmbedding(self.settings.dims[stage], dtype=self.settings.dtype)
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
         return nn.swish(self.head_norm(self.head_conv(x), use_running_average=not train))
 
+    @nn.nowrap
+    def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
+        """Moves the centroids by the sums of all micro-batches of the step (Eqs. 3 and 4)."""
+        if "centroids" not in variables:  # no groups, or a step that leaves them alone
+            return variables
+        moved = advance_centroids(
+            variables["centroids"], self._old_weight(learning_rate), self.settings.axis_name
+        )
+        return {**variables, "centroids": moved}
 
-@register
-def dgt_t(**kwargs) -> DGT:
-    return DGT(**{"stem_dim": 32, "dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16)} | kwargs)
-
-
-@register
-def dgt_s(**kwargs) -> DGT:
-    settings = {"stem_dim": 48, "dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)}
-    return DGT(**settings | {"post_norm_cosine": True} | kwargs)
-
-
-@register
-def dgt_b(**kwargs) -> DGT:
-    settings = {"stem_dim": 64, "dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
-    return DGT(**settings | {"post_norm_cosine": True} | kwargs)
+    @nn.nowrap
+    def _old_weight(self, learning_rate):
+        match self.settings.centroid_rule:
+            case "literal":
+                return 0.1 * learning_rate
+            case "swapped":
+                return 1.0 - 0.1 * learning_rate
+            case "constant":
+                return self.settings.centroid_old_weight

@@ -1,5 +1,6 @@
 """Pale Transformer (Wu et al. 2022), Figure 2 and Table 1."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,8 @@ from tokenvit_jax.layers import (
     dense,
 )
 from tokenvit_jax.layers.conv import linear_init
-from tokenvit_jax.models.pyramid import Pyramid
-from tokenvit_jax.models.registry import register
+from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
+from tokenvit_jax.models.settings import check_choice
 
 # Attention of the blocks, in turns from the first block of the network (Table 8).
 ATTENTION_MODES = {
@@ -27,6 +28,44 @@ ATTENTION_MODES = {
     "vanilla": ("vanilla",),
 }
 POSITIONS = ("none", "ape", "cpe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaleSettings(PyramidSettings):
+    """Settings of the Pale Transformer, beside those of :class:`PyramidSettings`.
+
+    Attributes:
+      mlp_ratio: expansion of the MLP.
+      pale_sizes: rows and columns of a pale in the four stages; ones with mode "parallel" are axial
+        attention (Table 8).
+      mode: "parallel"; "sequential", rows in the first block of the network, columns in the second,
+        in turns; "cross", stripes as wide as a pale; or "vanilla", whole pales.
+      mask_padding: whether attention leaves out the padding of a map to whole pales.
+      position: "cpe", a conditional position encoding in every block; "ape", a learned table added
+        at the start of every stage; or "none" (Table 9).
+      position_size: height and width of the images whose maps the tables of "ape" fit, in pixels.
+      token_head: adds a second classifier, of single tokens, for :meth:`Pale.token_logits`.
+    """
+
+    depths: tuple[int, ...] = (2, 2, 16, 2)
+    mlp_ratio: int = 4
+    pale_sizes: tuple[int, ...] = (7, 7, 7, 7)
+    mode: str = "parallel"
+    mask_padding: bool = False
+    position: str = "cpe"
+    position_size: tuple[int, int] = (224, 224)
+    token_head: bool = False
+
+    def __post_init__(self):
+        check_choice("mode", self.mode, ATTENTION_MODES)
+        check_choice("position", self.position, POSITIONS)
+
+
+SIZES = {
+    "pale_t": PaleSettings(dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16)),
+    "pale_s": PaleSettings(dims=(96, 192, 384, 768), num_heads=(2, 4, 8, 16)),
+    "pale_b": PaleSettings(dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32)),
+}
 
 
 class AbsolutePositionEncoding(nn.Module):
@@ -44,98 +83,72 @@ class AbsolutePositionEncoding(nn.Module):
 
 
 class PaleBlock(nn.Module):
-    """Eqs. 6 to 8: conditional position encoding, pale attention, MLP; both normed before."""
+    """Eqs. 6 to 8: conditional position encoding, pale attention, MLP; both branches pre-normed.
 
-    num_heads: int
-    pale_size: int
-    mode: str
-    mask_padding: bool
-    mlp_ratio: int
-    cpe: bool
-    drop_path: float
-    dtype: Any
-    axis_name: str | None
+    Attributes:
+      settings: the architecture.
+      stage: stage of the block, from 0.
+      index: number of the block, from 0 at the first one of the network.
+    """
+
+    settings: PaleSettings
+    stage: int
+    index: int
+
+    @property
+    def mode(self) -> str:
+        """Attention of the block: an entry of :data:`ATTENTION_MODES`."""
+        modes = ATTENTION_MODES[self.settings.mode]
+        return modes[self.index % len(modes)]
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings, stage = self.settings, self.stage
         attention = PaleAttention(
-            self.num_heads, self.pale_size, self.mode, self.mask_padding, self.dtype,
-            self.axis_name, name="attention",
+            settings.num_heads[stage], settings.pale_sizes[stage], self.mode,
+            settings.mask_padding, settings.dtype, settings.axis_name, name="attention",
         )  # fmt: skip
-        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        mlp = Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
 
         def norm(x, name):
-            return nn.LayerNorm(1e-6, dtype=self.dtype, name=name)(x)
+            return nn.LayerNorm(1e-6, dtype=settings.dtype, name=name)(x)
 
         def drop(y):
-            return DropPath(self.drop_path, self.axis_name)(y, train)
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
-        if self.cpe:
-            x = ConditionalPositionEncoding(self.dtype, name="cpe")(x)
+        if settings.position == "cpe":
+            x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x = x + drop(attention(norm(x, "norm1"), train))
         return x + drop(mlp(norm(x, "norm2")))
 
 
-class Pale(Pyramid, kw_only=True):
-    """Pale Transformer for images (B, H, W, 3) of any size from 32 x 32.
+class Pale(Pyramid):
+    """Pale Transformer for images (B, H, W, 3) of any size from 32 x 32."""
 
-    Attributes, beside those of :class:`Pyramid`:
-      mlp_ratio: expansion of the MLP.
-      pale_sizes: rows and columns of a pale in the four stages; ones with mode "parallel" are axial
-        attention (Table 8).
-      mode: "parallel"; "sequential", rows in the first block of the network, columns in the second,
-        in turns; "cross", stripes as wide as a pale; or "vanilla", whole pales.
-      mask_padding: whether attention leaves out what pads a map to whole pales.
-      position: "cpe", a conditional position encoding in every block; "ape", a learned table added
-        at the start of every stage; or "none" (Table 9).
-      position_size: height and width of the images whose maps the tables of "ape" fit.
-      token_head: a second classifier, of single tokens, for :meth:`token_logits`.
-    """
+    settings: PaleSettings
 
-    depths: tuple[int, ...] = (2, 2, 16, 2)
-    mlp_ratio: int = 4
-    pale_sizes: tuple[int, ...] = (7, 7, 7, 7)
-    mode: str = "parallel"
-    mask_padding: bool = False
-    position: str = "cpe"
-    position_size: tuple[int, int] = (224, 224)
-    token_head: bool = False
+    block_type = PaleBlock
+    head_modules = ("classifier", "token_classifier", "head_norm")
 
     def setup(self):
-        for name, valid in (("mode", ATTENTION_MODES), ("position", POSITIONS)):
-            value = getattr(self, name)
-            if value not in valid:
-                raise UserError(f"{name}={value!r} is not valid; valid: {', '.join(valid)}")
         super().setup()
-        self.head_norm = nn.LayerNorm(1e-6, dtype=self.dtype)
-        if self.token_head:
-            self.token_classifier = dense(self.num_classes, jnp.float32)
+        self.head_norm = nn.LayerNorm(1e-6, dtype=self.settings.dtype)
+        if self.settings.token_head:
+            self.token_classifier = dense(self.settings.num_classes, jnp.float32)
 
     def embedding(self, stage: int) -> nn.Module:
+        settings = self.settings
         patch = {"kernel_size": 7, "stride": 4, "padding": 2} if stage == 0 else {}
-        embedding = PatchEmbedding(self.dims[stage], **patch, dtype=self.dtype)
-        if self.position != "ape":
+        embedding = PatchEmbedding(settings.dims[stage], **patch, dtype=settings.dtype)
+        if settings.position != "ape":
             return embedding
-        stride = 4 * 2**stage
-        height, width = (-(-size // stride) for size in self.position_size)
-        return nn.Sequential([embedding, AbsolutePositionEncoding((height, width), self.dtype)])
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        modes = ATTENTION_MODES[self.mode]
-        return PaleBlock, {
-            "num_heads": self.num_heads[stage],
-            "pale_size": self.pale_sizes[stage],
-            "mode": modes[index % len(modes)],
-            "mask_padding": self.mask_padding,
-            "mlp_ratio": self.mlp_ratio,
-            "cpe": self.position == "cpe",
-            "dtype": self.dtype,
-            "axis_name": self.axis_name,
-        }
+        height, width = (-(-size // self.strides[stage]) for size in settings.position_size)
+        table = AbsolutePositionEncoding((height, width), settings.dtype)
+        return nn.Sequential([embedding, table])
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
         x = self.head_norm(x)
-        if self.token_head and self.is_initializing():
+        if self.settings.token_head and self.is_initializing():
             self.token_classifier(x.astype(jnp.float32))  # creates its parameters
         return x
 
@@ -147,34 +160,19 @@ class Pale(Pyramid, kw_only=True):
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
-          box: of MixToken, as ``mix_box`` in :meth:`features`; None: nothing is mixed.
+          box: as ``mix_box`` in :meth:`features` (MixToken); None: nothing is mixed.
 
         Returns:
           (B, num_classes) and (B, ceil(H / 32), ceil(W / 32), num_classes), both float32. Tokens
-          stay where they are computed: those inside the box are of the neighbour image.
+          stay where they are computed: inside the box they belong to the neighbour image.
 
         Raises:
-          UserError: the model has no token_head.
+          UserError: the model has no token head.
 
         References:
           Jiang et al. 2021, "All Tokens Matter".
         """
-        if not self.token_head:
+        if not self.settings.token_head:
             raise UserError("token_head=False: the model has no classifier of tokens; valid: True")
         tokens = self.head(self.features(images, train, box)[-1], train)
         return self.classify(tokens, train), self.token_classifier(tokens.astype(jnp.float32))
-
-
-@register
-def pale_t(**kwargs) -> Pale:
-    return Pale(**{"dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16)} | kwargs)
-
-
-@register
-def pale_s(**kwargs) -> Pale:
-    return Pale(**{"dims": (96, 192, 384, 768), "num_heads": (2, 4, 8, 16)} | kwargs)
-
-
-@register
-def pale_b(**kwargs) -> Pale:
-    return Pale(**{"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)} | kwargs)

@@ -1,65 +1,59 @@
-"""Models by name: a registered function returns the module of one published size."""
+"""The models by name, with the published sizes of every family."""
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable
-
-import flax.linen as nn
-import jax
+from collections.abc import Mapping
 
 from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.models import clustr, dgt, pale, swin, vit
+from tokenvit_jax.models.backbone import Backbone
+from tokenvit_jax.models.settings import BackboneSettings
 
-MIN_IMAGE_SIZE = 32  # the stride of the last stage
-
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_MODELS: dict[str, tuple[type[Backbone], BackboneSettings]] = {}
 
 
-def register(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Adds a function ``builder(**overrides) -> module`` under its own name."""
-    _BUILDERS[builder.__name__] = builder
-    return builder
+def register(cls: type[Backbone], sizes: Mapping[str, BackboneSettings]) -> None:
+    """Adds models of one class: their names, and the settings of each."""
+    _MODELS.update({name: (cls, settings) for name, settings in sizes.items()})
+
+
+register(clustr.ClusTR, clustr.SIZES)
+register(dgt.DGT, dgt.SIZES)
+register(pale.Pale, pale.SIZES)
+register(swin.Swin, swin.SIZES)
+register(swin.SwinV2, swin.V2_SIZES)
+register(vit.VisionTransformer, vit.SIZES)
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of all models that match a shell pattern, sorted."""
-    return sorted(fnmatch.filter(_BUILDERS, pattern))
+    return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def create_model(name: str, *, num_classes: int = 1000, **overrides) -> nn.Module:
+def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone:
     """Creates a model of a published size.
 
     Args:
       name: one of :func:`list_models`.
-      num_classes: size of the logits.
-      **overrides: attributes of the module that differ from the published ones.
+      num_classes: number of logits.
+      **overrides: settings that differ from the published ones.
 
     Returns:
       A linen module; ``model.init(rng, images, train=False)`` with images (B, H, W, 3).
 
     Raises:
-      UserError: an unknown name or override; the message lists the valid ones.
+      UserError: an unknown name or setting; the message lists the valid ones.
     """
-    if name not in _BUILDERS:
-        hint = did_you_mean(name, _BUILDERS)
+    if name not in _MODELS:
+        hint = did_you_mean(name, _MODELS)
         raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
-    model = _BUILDERS[name](num_classes=num_classes)
-    valid = sorted(f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name"))
+    cls, settings = _MODELS[name]
+    valid = sorted(field.name for field in dataclasses.fields(settings))
     for key, value in overrides.items():
         if key not in valid:
             hint = did_you_mean(key, valid)
             raise UserError(f"model {name} has no setting {key!r}{hint}; valid: {', '.join(valid)}")
-        default = getattr(model, key)
+        default = getattr(settings, key)
         if isinstance(default, tuple) and len(value) != len(default):
             raise UserError(f"{key} of model {name} is {value}; it needs {len(default)} entries")
-    return model.clone(**overrides)
-
-
-def check_images(images: jax.Array) -> None:
-    """Raises UserError unless images are (B, H, W, 3) with H, W of at least 32."""
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images have shape {images.shape}; expected (batch, height, width, 3)")
-    height, width = images.shape[1:3]
-    if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(
-            f"images are {height} x {width}; height and width must be at least {MIN_IMAGE_SIZE}"
-        )
+    return cls(dataclasses.replace(settings, num_classes=num_classes, **overrides))

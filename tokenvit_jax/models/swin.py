@@ -4,7 +4,7 @@ The parameters and the order of the operations are those of timm's models.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,15 +20,104 @@ from tokenvit_jax.layers import (
 )
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.pyramid import Pyramid
-from tokenvit_jax.models.registry import register
+from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import read_settings
 
 EPSILON = 1e-5  # of LayerNorm
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwinSettings(PyramidSettings):
+    """Settings of the Swin Transformer, beside those of :class:`PyramidSettings`.
+
+    Attributes:
+      mlp_ratio: expansion of the MLP.
+      window_size: rows and columns of a window. Maps are padded to multiples of it; a map that is
+        smaller than a window is one window.
+      expedite: clusters the tokens of every unshifted window after some blocks of the deepest
+        stage (the third one of the published sizes) and reconstructs them after others; in between,
+        windows of cluster centres attend (Liang et al. 2022). An :class:`Expedite` whose blocks
+        count within that stage and whose clusters are at most the rows and columns of a window (on
+        small maps: of the map), or its attributes by name; None: all tokens go through all blocks.
+      released_mask: where windows of centres are shifted, mask for the shift of windows of tokens,
+        as the released code of Expedite does: for parity with it only. Some centres at a border
+        then attend to centres at the opposite border, and not to all of their neighbours.
+    """
+
+    mlp_ratio: int = 4
+    window_size: int = 7
+    expedite: Any = None
+    released_mask: bool = False
+
+    def __post_init__(self):
+        # Attributes by name could not be hashed.
+        expedite = read_settings(Expedite, "expedite", self.expedite, max(self.depths))
+        object.__setattr__(self, "expedite", expedite)
+        self._check()
+
+    @property
+    def expedited_stage(self) -> int:
+        """The stage that :attr:`expedite` acts in."""
+        return self.depths.index(max(self.depths))
+
+    def _check(self):
+        if self.expedite is None:
+            if self.released_mask:
+                raise UserError("released_mask=True is valid with expedite only")
+            return
+        if self.expedite.alpha == 0:
+            raise UserError(
+                "expedite.alpha=0 is not valid in a Swin Transformer, whose first stages see all "
+                "tokens; valid: from 1"
+            )
+        if self.expedite.where != "blocks":
+            raise UserError(
+                f"expedite.where={self.expedite.where!r} is not valid in a Swin Transformer, whose "
+                "later stages need all tokens; valid: 'blocks'"
+            )
+        if self.released_mask and min(self.expedite.clusters) <= self.window_size // 2:
+            raise UserError(
+                f"expedite.clusters={self.expedite.clusters} is not valid with released_mask=True; "
+                f"valid: above the shift of windows of {self.window_size}, {self.window_size // 2}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwinV2Settings(SwinSettings):
+    """Settings of Swin Transformer V2, beside those of :class:`SwinSettings`.
+
+    Attributes:
+      pretrained_window_sizes: sides of the windows that offsets are measured by, one per stage:
+        the windows of the first training, no larger than its maps.
+    """
+
+    window_size: int = 8
+    pretrained_window_sizes: tuple[int, ...] = (8, 8, 8, 8)
+
+
+_TINY = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 6, 2)}
+_SMALL = _TINY | {"depths": (2, 2, 18, 2)}
+_BASE = _SMALL | {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
+_LARGE = _SMALL | {"dims": (192, 384, 768, 1536), "num_heads": (6, 12, 24, 48)}
+
+SIZES = {
+    "swin_t": SwinSettings(**_TINY),
+    "swin_s": SwinSettings(**_SMALL),
+    "swin_b": SwinSettings(**_BASE),
+    "swin_l": SwinSettings(**_LARGE),
+}
+V2_SIZES = {
+    "swinv2_t": SwinV2Settings(**_TINY),
+    "swinv2_s": SwinV2Settings(**_SMALL),
+    "swinv2_b": SwinV2Settings(**_BASE),
+    # Published with windows of 12 for 192 x 192 pixels, where the last map has 6 x 6 tokens, and
+    # then fine-tuned with windows of 16 for 256 x 256.
+    "swinv2_l": SwinV2Settings(**_LARGE, window_size=16, pretrained_window_sizes=(12, 12, 12, 6)),
+}
+
+
 class PatchMerging(nn.Module):
-    """Squares of 2 x 2 tokens become one: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), dim).
+    """Joins 2 x 2 tokens: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), dim).
 
     Attributes:
       dim: channels of the result.
@@ -56,12 +145,12 @@ class PatchMerging(nn.Module):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CenterWindows:
-    """Windows of the centres of clusters, in place of windows of tokens.
+    """Windows of cluster centres, in place of windows of tokens.
 
     Attributes:
       size: rows and columns of a window of centres.
       tokens: rows and columns of the window of tokens that they stand for.
-      released_mask: as in :class:`Swin`.
+      released_mask: as in :class:`SwinSettings`.
     """
 
     size: tuple[int, int]
@@ -69,7 +158,7 @@ class CenterWindows:
     released_mask: bool
 
     def attention_settings(self, shift: tuple[int, int]) -> dict[str, Any]:
-        """Returns the arguments by which attention within them differs from that of tokens."""
+        """Returns the arguments of window attention that differ from attention among tokens."""
         settings = {"table_window": self.tokens}
         if self.released_mask:
             pairs = zip(self.tokens, shift, strict=True)
@@ -80,17 +169,20 @@ class CenterWindows:
 class SwinBlock(nn.Module):
     """x + attention(LN(x)) within windows, x + MLP(LN(x)): (B, H, W, C) -> (B, H, W, C).
 
-    Attributes, beside those of :class:`Swin`:
-      shifted: whether the windows are moved by half their size, in a direction that has several.
+    Attributes:
+      settings: the architecture.
+      stage: stage of the block, from 0.
+      index: number of the block, from 0 at the first one of the network.
     """
 
-    num_heads: int
-    window_size: int
-    shifted: bool
-    mlp_ratio: int
-    drop_path: float
-    dtype: Any
-    axis_name: str | None
+    settings: SwinSettings
+    stage: int
+    index: int
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the windows move by half their size, in a direction that has several."""
+        return (self.index - sum(self.settings.depths[: self.stage])) % 2 == 1
 
     @nn.compact
     def __call__(
@@ -99,50 +191,57 @@ class SwinBlock(nn.Module):
         """Computes the block.
 
         Args:
-          x: (B, H, W, C), tokens or centres of clusters.
-          train: whether dropout behaves as in training.
-          centers: their windows; None: x are tokens.
+          x: (B, H, W, C), tokens or cluster centres.
+          train: whether stochastic depth behaves as in training.
+          centers: the windows of the centres; None: x are tokens.
         """
-        attention, mlp = self._attention(), Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        side = self.window_size if centers is None else centers.size
+        settings = self.settings
+        attention, mlp = self._attention(), Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
+        side = settings.window_size if centers is None else centers.size
         window, shift = windows_of(x.shape[1:3], side, self.shifted)
-        settings = {} if centers is None else centers.attention_settings(shift)
+        changes = {} if centers is None else centers.attention_settings(shift)
 
         def drop(y):
-            return DropPath(self.drop_path, self.axis_name)(y, train)
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
-        x = x + drop(self._normed(lambda x: attention(x, window, shift, **settings), x, "norm1"))
+        x = x + drop(self._normed(lambda x: attention(x, window, shift, **changes), x, "norm1"))
         return x + drop(self._normed(mlp, x, "norm2"))
 
     def _attention(self):
-        return WindowAttention(self.num_heads, self.window_size, self.dtype, name="attention")
+        settings = self.settings
+        return WindowAttention(
+            settings.num_heads[self.stage], settings.window_size, settings.dtype, name="attention"
+        )
 
     def _normed(self, branch, x, name):
-        return branch(nn.LayerNorm(EPSILON, dtype=self.dtype, name=name)(x))
+        return branch(nn.LayerNorm(EPSILON, dtype=self.settings.dtype, name=name)(x))
 
 
 class SwinV2Block(SwinBlock):
-    """x + LN(attention(x)) within windows, x + LN(MLP(x)); the first LayerNorms have scale 0."""
+    """x + LN(attention(x)) within windows, x + LN(MLP(x)); both LayerNorms start with scale 0."""
 
-    pretrained_window_size: int
+    settings: SwinV2Settings
 
     def _attention(self):
+        settings = self.settings
         return CosineWindowAttention(
-            self.num_heads, self.window_size, self.dtype, self.pretrained_window_size,
-            name="attention",
+            settings.num_heads[self.stage], settings.window_size, settings.dtype,
+            settings.pretrained_window_sizes[self.stage], name="attention",
         )  # fmt: skip
 
     def _normed(self, branch, x, name):
-        norm = nn.LayerNorm(EPSILON, dtype=self.dtype, scale_init=nn.initializers.zeros, name=name)
+        norm = nn.LayerNorm(
+            EPSILON, dtype=self.settings.dtype, scale_init=nn.initializers.zeros, name=name
+        )
         return norm(branch(x))
 
 
 def windows_of(
     grid: tuple[int, int], window_size: int | tuple[int, int], shifted: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the rows and columns of the windows of a map, and by how many they are shifted.
+    """Returns the rows and columns of the windows of a map, and their shift.
 
-    A window is at most as large as the map, and nothing is shifted in a direction with one window.
+    A window is at most as large as the map; a direction with one window has no shift.
 
     Args:
       grid: rows and columns of the map.
@@ -169,83 +268,35 @@ def to_map(x: jax.Array, window: tuple[int, int], count: tuple[int, int]) -> jax
     return x.reshape(x.shape[0], count[0] * window[0], count[1] * window[1], -1)
 
 
-class Swin(Pyramid, kw_only=True):
+class Swin(Pyramid):
     """Swin Transformer for images (B, H, W, 3) of any size from 32 x 32.
 
-    The maps of :meth:`features` are those that the blocks leave, as timm gives them. Those of
-    detection and segmentation models go through a LayerNorm each, which belongs to such a model.
-
-    Attributes, beside those of :class:`Pyramid`:
-      mlp_ratio: expansion of the MLP.
-      window_size: rows and columns of a window; maps are padded to multiples of it, but where they
-        are smaller than a window they are one.
-      expedite: clusters the tokens of every unshifted window after some blocks of the stage with
-        most blocks, the third one of the published sizes, and reconstructs them after others; in
-        between, centres attend within windows of as many as a window has (Liang et al. 2022). An
-        :class:`Expedite`, whose blocks are those of that stage, and whose clusters are no more than
-        the rows and columns of a window, which on small maps are those of the map; or its
-        attributes by name; None: all tokens go through all blocks.
-      released_mask: where windows of centres are shifted, mask for the shift of windows of tokens,
-        as the released code of Expedite does: for parity with it only. Some centres at a border
-        then attend to those of the opposite one, and not to all beside them.
+    The maps of :meth:`features` come straight from the blocks, as in timm. Detection and
+    segmentation models apply a LayerNorm to each, which belongs to such a model.
     """
 
-    mlp_ratio: int = 4
-    window_size: int = 7
-    expedite: Any = None
-    released_mask: bool = False
+    settings: SwinSettings
 
-    def __post_init__(self):
-        # Attributes by name would make a module that cannot be hashed.
-        self.expedite = read_settings(Expedite, "expedite", self.expedite, max(self.depths))
-        self._check()
-        super().__post_init__()
-
-    def _check(self):
-        if self.expedite is None:
-            if self.released_mask:
-                raise UserError("released_mask=True goes with expedite")
-            return
-        if self.expedite.alpha == 0:
-            raise UserError(
-                "expedite.alpha=0 is not valid in a Swin Transformer, whose first stages see all "
-                "tokens; valid: from 1"
-            )
-        if self.expedite.where != "blocks":
-            raise UserError(
-                f"expedite.where={self.expedite.where!r} is not valid in a Swin Transformer, whose "
-                "later stages need all tokens; valid: 'blocks'"
-            )
-        if self.released_mask and min(self.expedite.clusters) <= self.window_size // 2:
-            raise UserError(
-                f"expedite.clusters={self.expedite.clusters} is not valid with released_mask=True; "
-                f"valid: above the shift of windows of {self.window_size}, {self.window_size // 2}"
-            )
+    block_type = SwinBlock
+    head_modules = ("classifier", "head_norm")
+    norm_after_merging: ClassVar[bool] = False
 
     def setup(self):
         super().setup()
-        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.settings.dtype)
 
     def embedding(self, stage: int) -> nn.Module:
+        dim, dtype = self.settings.dims[stage], self.settings.dtype
         if stage == 0:
-            return PatchEmbedding(self.dims[0], 4, 4, 0, EPSILON, self.dtype)
-        return PatchMerging(self.dims[stage], isinstance(self, SwinV2), self.dtype)
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        return SwinBlock, {
-            "num_heads": self.num_heads[stage],
-            "window_size": self.window_size,
-            "shifted": (index - sum(self.depths[:stage])) % 2 == 1,
-            "mlp_ratio": self.mlp_ratio,
-            "dtype": self.dtype,
-            "axis_name": self.axis_name,
-        }
+            return PatchEmbedding(dim, 4, 4, 0, EPSILON, dtype)
+        return PatchMerging(dim, self.norm_after_merging, dtype)
 
     def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
-        if self.expedite is None or stage != self.depths.index(max(self.depths)):
+        expedite = self.settings.expedite
+        if expedite is None or stage != self.settings.expedited_stage:
             return super().run_blocks(stage, x, train)
-        blocks, first = self.stages[stage], self.expedite.alpha
-        last = first + self.expedite.beta
+        blocks, first = self.stages[stage], expedite.alpha
+        last = first + expedite.beta
         for block in blocks[:first]:
             x = block(x, train)
         x = self._run_on_centers(blocks[first:last], x, train)
@@ -254,12 +305,13 @@ class Swin(Pyramid, kw_only=True):
         return x
 
     def _run_on_centers(self, blocks, x, train):
-        """Clusters the tokens (B, H, W, C) of every window, and reconstructs them after blocks."""
-        expedite, size = self.expedite, self.expedite.clusters
+        """Runs blocks on the cluster centres of every window of x (B, H, W, C)."""
+        settings, expedite = self.settings, self.settings.expedite
+        size = expedite.clusters
         _, height, width, _ = x.shape
-        window, _ = windows_of((height, width), self.window_size, False)
+        window, _ = windows_of((height, width), settings.window_size, False)
         if any(side > most for side, most in zip(size, window, strict=True)):
-            raise UserError(  # position biases are those of the window, resized
+            raise UserError(  # the position biases of the window are resized to fewer offsets
                 f"expedite.clusters={size} is not valid; valid: rows and columns from 1 to those "
                 f"of the window, {window[0]} x {window[1]}"
             )
@@ -269,7 +321,7 @@ class Swin(Pyramid, kw_only=True):
         centers = expedite.cluster(tokens, window)
         x = to_map(centers, size, count)
         for block in blocks:
-            x = block(x, train, CenterWindows(size, window, self.released_mask))
+            x = block(x, train, CenterWindows(size, window, settings.released_mask))
         tokens = expedite.reconstruct(tokens, centers, to_windows(x, size), window)
         return to_map(tokens, window, count)[:, :height, :width]
 
@@ -277,67 +329,10 @@ class Swin(Pyramid, kw_only=True):
         return self.head_norm(x)
 
 
-class SwinV2(Swin, kw_only=True):
-    """Swin Transformer V2: norms after the branches, cosine attention, position biases of an MLP.
+class SwinV2(Swin):
+    """Swin Transformer V2: norms after the branches, cosine attention, biases from an MLP."""
 
-    Attributes, beside those of :class:`Swin`:
-      pretrained_window_sizes: sides of the windows of the four stages by which offsets are
-        measured: those of the first training, not larger than the maps were then.
-    """
+    settings: SwinV2Settings
 
-    window_size: int = 8
-    pretrained_window_sizes: tuple[int, ...] = (8, 8, 8, 8)
-
-    def block(self, stage: int, index: int) -> tuple[type[nn.Module], dict[str, Any]]:
-        _, settings = super().block(stage, index)
-        own = {"pretrained_window_size": self.pretrained_window_sizes[stage]}
-        return SwinV2Block, settings | own
-
-
-TINY = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 6, 2)}
-SMALL = TINY | {"depths": (2, 2, 18, 2)}
-BASE = SMALL | {"dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
-LARGE = SMALL | {"dims": (192, 384, 768, 1536), "num_heads": (6, 12, 24, 48)}
-
-
-@register
-def swin_t(**kwargs) -> Swin:
-    return Swin(**TINY | kwargs)
-
-
-@register
-def swin_s(**kwargs) -> Swin:
-    return Swin(**SMALL | kwargs)
-
-
-@register
-def swin_b(**kwargs) -> Swin:
-    return Swin(**BASE | kwargs)
-
-
-@register
-def swin_l(**kwargs) -> Swin:
-    return Swin(**LARGE | kwargs)
-
-
-@register
-def swinv2_t(**kwargs) -> SwinV2:
-    return SwinV2(**TINY | kwargs)
-
-
-@register
-def swinv2_s(**kwargs) -> SwinV2:
-    return SwinV2(**SMALL | kwargs)
-
-
-@register
-def swinv2_b(**kwargs) -> SwinV2:
-    return SwinV2(**BASE | kwargs)
-
-
-@register
-def swinv2_l(**kwargs) -> SwinV2:
-    # Published with windows of 12 for 192 x 192 pixels, of which the last map has 6 x 6, and then
-    # fine-tuned with windows of 16 for 256 x 256.
-    windows = {"window_size": 16, "pretrained_window_sizes": (12, 12, 12, 6)}
-    return SwinV2(**LARGE | windows | kwargs)
+    block_type = SwinV2Block
+    norm_after_merging = True

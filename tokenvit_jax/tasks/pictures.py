@@ -241,12 +241,13 @@ def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clusteri
     Returns:
         The clustering, or None for a model that has none of patches.
     """
-    if not isinstance(model, VisionTransformer) or not model.expedite or not model.expedite.alpha:
+    expedite = model.settings.expedite if isinstance(model, VisionTransformer) else None
+    if not expedite or not expedite.alpha:
         return None
-    before = model.clone(expedite=None, depth=model.expedite.alpha)
-    tokens = before.apply(variables, images, False, method="tokens")[:, 1 + model.distilled :]
-    grid = tuple(-(-side // model.patch_size) for side in images.shape[1:3])
-    centers = model.expedite.cluster(tokens, grid)
+    before = model.clone(expedite=None, depth=expedite.alpha)
+    tokens = before.apply(variables, images, False, method="tokens")[:, model.settings.num_front :]
+    grid = model.settings.grid(*images.shape[1:3])
+    centers = expedite.cluster(tokens, grid)
     numbers = jnp.broadcast_to(jnp.arange(float(centers.shape[1])), centers.shape[:2])
     nearest = ops.reconstruct_tokens(tokens, centers, numbers[..., None], mode="hard")
     return Clustering(nearest[..., 0].astype(jnp.int32), grid)

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 
 
 class Change(NamedTuple):
@@ -103,8 +104,7 @@ def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
 def parameter_shapes(model: nn.Module) -> dict[str, Any]:
     """Returns the tree of the model's parameters, as `jax.ShapeDtypeStruct`."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    init = lambda x: model.init(jax.random.key(0), x, train=False)  # noqa: E731
-    return jax.eval_shape(init, images)["params"]
+    return variable_shapes(model, images)["params"]
 
 
 def import_weights(

@@ -49,7 +49,7 @@ def model_overrides(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def image_size(model: nn.Module) -> int:
     """Returns the image size [pixels] at which the last map is one window, as published."""
-    return 32 * model.window_size
+    return 32 * model.settings.window_size
 
 
 LAYOUT = Layout(

@@ -37,7 +37,7 @@ def rules(model: nn.Module) -> list[Rule]:
         Rule("position", "pos_embed", WITHOUT_BATCH),
         *linear("patches", "patch_embed.proj", KERNEL),
         *block_rules("blocks_{}/PART"),
-        *norm("norm", "fc_norm" if model.pool == "mean" else "norm"),
+        *norm("norm", "fc_norm" if model.settings.pool == "mean" else "norm"),
         *linear("classifier", "head"),
         *linear("distillation_classifier", "head_dist"),
     ]
@@ -59,7 +59,7 @@ def model_overrides(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def image_size(model: nn.Module) -> int:
     """Returns the image size that the position embeddings were trained for [pixels]."""
-    return model.position_size[0]
+    return model.settings.position_size[0]
 
 
 LAYOUT = Layout(

@@ -1,0 +1,207 @@
+"""The contract of every backbone, and of every model that wraps one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.settings import BackboneSettings
+
+MIN_IMAGE_SIZE = 32  # the stride of the last stage of a hierarchical backbone
+
+Variables = Mapping[str, Any]
+
+
+class Encoded(NamedTuple):
+    """Tokens for a dense head, and the way back to the map of all patches.
+
+    Attributes:
+      tokens: (B, n, C); n may be smaller than the number of patches.
+      restore: maps the head's output for these tokens to the map, (B, n, D) -> (B, h, w, D).
+    """
+
+    tokens: jax.Array
+    restore: Callable[[jax.Array], jax.Array]
+
+
+class Tap(NamedTuple):
+    """Tokens after a block, before the last LayerNorm.
+
+    Attributes:
+      map: the patches (B, h, w, C).
+      front: the tokens in front of them (B, f, C): the class token, then the distillation token.
+    """
+
+    map: jax.Array
+    front: jax.Array
+
+
+class Trainable(nn.Module):
+    """What a training step asks of every model, with answers for models that need nothing.
+
+    The three methods are plain functions of variables: call them outside of ``apply``.
+    """
+
+    @nn.nowrap
+    def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
+        """Returns the variables after the model's own update, once per optimizer step.
+
+        Args:
+          variables: {"params": ..., and the model's other collections}, after the optimizer.
+          learning_rate: () learning rate of the step.
+        """
+        del learning_rate
+        return variables
+
+    @nn.nowrap
+    def learning_rate_factors(self, params: Any) -> Any:
+        """Returns a tree of floats like ``params``: the factor on each learning rate.
+
+        None stands for 1 everywhere.
+        """
+        del params
+        return None
+
+    @nn.nowrap
+    def monitor(self, params: Any) -> dict[str, jax.Array]:
+        """Returns scalars of the parameters that are worth logging, by name."""
+        del params
+        return {}
+
+
+class Backbone(Trainable):
+    """A classifier whose maps serve other tasks, too.
+
+    In training, any linen module may ``self.sow("losses", name, scalar)``; the step adds the sum of
+    the collection "losses" to the loss. Nothing is sown while the parameters are initialised.
+
+    Attributes:
+      settings: the architecture. ``clone`` takes names of single settings as well:
+        ``model.clone(drop_path=0.1)``.
+      head_modules: names of the submodules that only the classifier uses.
+      optional_parameters: ends of the paths of parameters that exist with some settings only. Runs
+        that differ in them can start from each other.
+    """
+
+    settings: BackboneSettings
+
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    optional_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @nn.nowrap
+    def clone(self, **updates) -> "Backbone":
+        """Returns a copy with other attributes or settings."""
+        names = {field.name for field in dataclasses.fields(self.settings)}
+        changed = {name: updates.pop(name) for name in names & updates.keys()}
+        if changed:
+            settings = updates.get("settings", self.settings)
+            updates["settings"] = dataclasses.replace(settings, **changed)
+        return super().clone(**updates)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the maps of :meth:`features` in pixels; :meth:`encode` has the first one."""
+        raise NotImplementedError
+
+    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+        """Returns one map (B, ceil(H / stride), ceil(W / stride), C) for every stride.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether BatchNorm, dropout and routing behave as in training.
+        """
+        raise NotImplementedError
+
+    def encode(self, images: jax.Array, train: bool) -> Encoded:
+        """Returns tokens for a dense head, and how its output becomes a map.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: as in :meth:`features`.
+        """
+        raise NotImplementedError
+
+    def taps(self, images: jax.Array, train: bool, blocks: Sequence[int]) -> list[Tap]:
+        """Returns the tokens after some blocks.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: as in :meth:`features`.
+          blocks: the blocks, counted from 0.
+
+        Raises:
+          UserError: the backbone is hierarchical.
+        """
+        del images, train, blocks
+        raise UserError(
+            f"{type(self).__name__} is hierarchical and has no taps; valid: deit and vit, or the "
+            "maps of its method features"
+        )
+
+
+class BackboneModel(Trainable):
+    """A model of any task around a backbone, which it leaves the updates of a step to.
+
+    Attributes:
+      backbone: the wrapped backbone; its variables are under "backbone" in every collection.
+    """
+
+    backbone: nn.Module
+
+    @nn.nowrap
+    def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
+        moved = self.backbone.after_step(backbone_variables(self, variables), learning_rate)
+        return {
+            name: {**tree, "backbone": moved[name]} if name in moved else tree
+            for name, tree in variables.items()
+        }
+
+    @nn.nowrap
+    def learning_rate_factors(self, params: Any) -> Any:
+        factors = self.backbone.learning_rate_factors(params["backbone"])
+        if factors is None:
+            return None
+        return {**jax.tree.map(lambda _: 1.0, dict(params)), "backbone": factors}
+
+    @nn.nowrap
+    def monitor(self, params: Any) -> dict[str, jax.Array]:
+        return self.backbone.monitor(params["backbone"])
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Returns the backbone that a model wraps, or the model itself."""
+    return model.backbone if isinstance(model, BackboneModel) else model
+
+
+def backbone_variables(model: nn.Module, variables: Variables) -> Variables:
+    """Returns the variables of :func:`backbone_of` from the variables of the model."""
+    if not isinstance(model, BackboneModel):
+        return variables
+    return {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree}
+
+
+def variable_shapes(model: nn.Module, images: Any) -> Any:
+    """Returns the shapes and types of a model's variables; nothing is computed.
+
+    Args:
+      model: called as ``model(images, train=False)``.
+      images: (B, H, W, 3), an array or a `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct` like the result of ``model.init``.
+    """
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+
+def check_images(images: jax.Array) -> None:
+    """Raises UserError unless images are (B, H, W, 3) with H and W of at least 32."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"images have shape {images.shape}; expected (batch, height, width, 3)")
+    height, width = images.shape[1:3]
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise UserError(
+            f"images are {height} x {width}; height and width must be at least {MIN_IMAGE_SIZE}"
+        )

@@ -1,0 +1,62 @@
+"""Token reducers of plain hosts, between attention and MLP of a block.
+
+Token Pooling (Marin et al. 2021) and the methods that it compares with (Section 5 and Supplement
+D), the search of PoWER-BERT (Goyal et al. 2020) for the number of tokens, Token Merging (ToMe,
+Bolya et al. 2023) and EViT (Liang, Y. et al. 2022).
+"""
+
+from tokenvit_jax.models.reducers.reductions import (
+    HalveMap,
+    Patches,
+    Reduced,
+    reduce_tokens,
+    take,
+)
+from tokenvit_jax.models.reducers.search import (
+    SoftExtract,
+    clip_retention,
+    is_retention,
+    retention_mass,
+    searched_keep,
+)
+from tokenvit_jax.models.reducers.settings import (
+    CLUSTERINGS,
+    CONVOLUTION,
+    EVIT,
+    MERGING,
+    METHODS,
+    SEARCH,
+    SELECTIONS,
+    TokenReducer,
+    evit_keep,
+    reads_keep,
+    tome_keep,
+)
+
+# Ends of the paths of the parameters that a reducer adds to a host.
+OPTIONAL_PARAMETERS = ("soft_extract/retention", "halve_map/conv/kernel", "halve_map/conv/bias")
+
+__all__ = [
+    "CLUSTERINGS",
+    "CONVOLUTION",
+    "EVIT",
+    "MERGING",
+    "METHODS",
+    "OPTIONAL_PARAMETERS",
+    "SEARCH",
+    "SELECTIONS",
+    "HalveMap",
+    "Patches",
+    "Reduced",
+    "SoftExtract",
+    "TokenReducer",
+    "clip_retention",
+    "evit_keep",
+    "is_retention",
+    "reads_keep",
+    "reduce_tokens",
+    "retention_mass",
+    "searched_keep",
+    "take",
+    "tome_keep",
+]
