@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data import dataset_info, eval_dataset, train_dataset
 from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.pictures.draw import COLORS
 from tokenvit_jax.tasks import classification
-from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.checkpoint import Checkpoint
 from tokenvit_jax.training.initial import start_from
 from tokenvit_jax.training.optimizer import make_optimizer

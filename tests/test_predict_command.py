@@ -17,7 +17,9 @@ from tokenvit_jax import cli, predict
 from tokenvit_jax.config import default_config
 from tokenvit_jax.data import dataset_info, eval_image
 from tokenvit_jax.data.dense_transforms import fit_image, pad
-from tokenvit_jax.tasks import classification, pictures, segmentation, task_of
+from tokenvit_jax.pictures.label_maps import class_shares
+from tokenvit_jax.pictures.tokens import finest_routing
+from tokenvit_jax.tasks import classification, segmentation, task_of
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import normalize
@@ -127,7 +129,7 @@ def test_numbers_are_those_of_the_model(workdir, state, images):
     config, info = tiny_config(), dataset_info("digits")
     image = eval_image(predict.read_image(images[0]), 32, 1.0)
     probabilities, intermediates = predict.make_predict(config, workdir, "last")(image)
-    routing = pictures.finest_routing(intermediates, image.shape[:2])
+    routing = finest_routing(intermediates, image.shape[:2])
 
     model = classification.make_model(config, 10)
     apply = functools.partial(model.apply, train=False, mutable=["intermediates"])
@@ -190,7 +192,7 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
         labels = np.asarray(labels)
     assert len(np.unique(labels)) > 1
     assert np.mean(labels == logits.argmax(-1)) > 0.99  # near ties may fall the other way
-    label, part = pictures.class_shares(labels)[0]
+    label, part = class_shares(labels)[0]
     name = dataset_info("scenes").class_names[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
 

@@ -27,7 +27,10 @@ from PIL import Image
 from tokenvit_jax import cli
 from tokenvit_jax.data import DatasetInfo, ImageBuffer, dataset_info, decode_image, eval_image
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import classification, pictures, segmentation
+from tokenvit_jax.pictures import tokens
+from tokenvit_jax.pictures.classes import plot_classes
+from tokenvit_jax.pictures.label_maps import class_shares, label_image, plot_segmentation
+from tokenvit_jax.tasks import classification, segmentation
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.step import normalize
 from tokenvit_jax.training.workdir import read_config
@@ -95,7 +98,7 @@ def show_classes(config: ConfigDict, workdir: Path, checkpoint: str) -> Show:
         pixels = eval_image(image, config.image_size, crop)
         probabilities, intermediates = predict(pixels)
         classes = top_classes(probabilities, info)
-        figures = {"classes": pictures.plot_classes(pixels, classes)}
+        figures = {"classes": plot_classes(pixels, classes)}
         return classes, figures | token_figures(pixels, intermediates, caption)
 
     return show
@@ -112,15 +115,15 @@ def token_figures(
         caption: names the image.
     """
     figures = {}
-    routing = pictures.finest_routing(intermediates, image.shape[:2])
+    routing = tokens.finest_routing(intermediates, image.shape[:2])
     if routing is not None:
-        figures["groups"] = pictures.plot_groups(image[None], routing, [caption])
-    clusterings = pictures.stage_clusterings(intermediates, image.shape[:2])
+        figures["groups"] = tokens.plot_groups(image[None], routing, [caption])
+    clusterings = tokens.stage_clusterings(intermediates, image.shape[:2])
     if clusterings:
-        figures["clusters"] = pictures.plot_clusters(image, clusterings, caption)
+        figures["clusters"] = tokens.plot_clusters(image, clusterings, caption)
     if "superpixels" in intermediates:
         clustering = intermediates["superpixels"]
-        figures["superpixels"] = pictures.plot_superpixels(image, clustering, caption)
+        figures["superpixels"] = tokens.plot_superpixels(image, clustering, caption)
     return figures
 
 
@@ -134,8 +137,8 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
 
     Returns:
         ``predict(image)``: from (S, S, 3) uint8 to (num_classes,) and the model's collection
-        "intermediates", of which `tasks.pictures` takes groups and clusters; where it has
-        superpixels, also "superpixels", a `pictures.Clustering`.
+        "intermediates", of which `pictures.tokens` takes groups and clusters; where it has
+        superpixels, also "superpixels", a `pictures.tokens.Clustering`.
 
     Raises:
         UserError: there is no such checkpoint, or it is of another model.
@@ -147,7 +150,7 @@ def make_predict(config: ConfigDict, workdir: Path, checkpoint: str):
         images = normalize(images, config.data.normalization)
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         intermediates = state.get("intermediates", {})
-        if (found := pictures.superpixels(model, variables, images)) is not None:
+        if (found := tokens.superpixels(model, variables, images)) is not None:
             intermediates |= {"superpixels": found}
         return jax.nn.softmax(logits), intermediates
 
@@ -187,12 +190,12 @@ def show_label_map(config: ConfigDict, workdir: Path, checkpoint: str) -> Show:
     def show(image, caption):
         labels, window, clustering = segment(image)
         drawn = {
-            "segmentation": pictures.plot_segmentation(np.asarray(image), labels, names),
-            "labels": pictures.label_image(labels, info.num_classes),
+            "segmentation": plot_segmentation(np.asarray(image), labels, names),
+            "labels": label_image(labels, info.num_classes),
         }
         if clustering is not None:
-            drawn["superpixels"] = pictures.plot_superpixels(window, clustering, caption)
-        return [(names[label], part) for label, part in pictures.class_shares(labels)], drawn
+            drawn["superpixels"] = tokens.plot_superpixels(window, clustering, caption)
+        return [(names[label], part) for label, part in class_shares(labels)], drawn
 
     return show
 
@@ -225,7 +228,7 @@ def make_segment(config: ConfigDict, workdir: Path, checkpoint: str):
     def cluster(variables, images):
         images = normalize(images, config.data.normalization)
         backbone = {kind: tree["backbone"] for kind, tree in variables.items()}
-        return pictures.superpixels(model.backbone, backbone, images)
+        return tokens.superpixels(model.backbone, backbone, images)
 
     def segment(image):
         pixels, size = resize(image)

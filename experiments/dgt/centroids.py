@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.dgt.routing_runs import PROBE_EVERY, run_all
 from experiments.short_runs import mean_and_spread
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 SEEDS = (0, 1, 2)
 RULES = {

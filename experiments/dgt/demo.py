@@ -14,9 +14,10 @@ from absl import flags
 from tokenvit_jax import cli
 from tokenvit_jax.data import eval_dataset
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.pictures import tokens
+from tokenvit_jax.pictures.curves import plot_learning_curve
 from tokenvit_jax.predict import make_predict
 from tokenvit_jax.recipes import dgt_digits_config
-from tokenvit_jax.tasks import pictures
 from tokenvit_jax.train import train
 from tokenvit_jax.training.logging import read_metrics
 
@@ -36,13 +37,13 @@ def main(workdir: Path) -> None:
     records = read_metrics(workdir)
     accuracy = max(record.get("eval/accuracy", 0.0) for record in records)
     curve, groups = workdir / "learning_curve.png", workdir / "query_groups.png"
-    pictures.plot_learning_curve(records).savefig(curve, dpi=150)
+    plot_learning_curve(records).savefig(curve, dpi=150)
 
     predict = make_predict(config, workdir, "best")
     images = first_images(config, DRAWN_DIGITS)
     probabilities, intermediates = zip(*map(predict, images), strict=True)
-    routings = [pictures.finest_routing(found, images.shape[1:3]) for found in intermediates]
-    routing = pictures.Routing(
+    routings = [tokens.finest_routing(found, images.shape[1:3]) for found in intermediates]
+    routing = tokens.Routing(
         np.concatenate([r.groups for r in routings]),
         np.concatenate([r.keys for r in routings]),
         routings[0].grid,
@@ -52,7 +53,7 @@ def main(workdir: Path) -> None:
         f"digit {digit}, predicted {found}"
         for digit, found in zip(DRAWN_DIGITS, predicted, strict=True)
     ]
-    pictures.plot_groups(images, routing, captions).savefig(groups, dpi=150)
+    tokens.plot_groups(images, routing, captions).savefig(groups, dpi=150)
 
     print(f"test accuracy {accuracy:.1%} on 360 images of digits that were not trained on")
     print(f"checkpoint:     {workdir / 'checkpoints'}")

@@ -17,7 +17,7 @@ from experiments.expedite import common
 from experiments.expedite.common import Bench, Result, Setting, expedited
 from tokenvit_jax import cli
 from tokenvit_jax.models.reducers import evit_keep, tome_keep
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 FLAGS = common.define_flags("workdir")
 SIDES = (4, 6, 8, 11, 13)  # of the map of centres

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from experiments.expedite import common
 from experiments.expedite.common import LARGE, SMALL, Bench, Scenes, expedited
 from tokenvit_jax import cli
-from tokenvit_jax.tasks.pictures import color_labels, superpixels
+from tokenvit_jax.pictures.draw import color_labels
+from tokenvit_jax.pictures.tokens import superpixels
 from tokenvit_jax.training.step import normalize
 
 FLAGS = common.define_flags("workdir")

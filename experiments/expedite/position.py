@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.expedite import common
 from experiments.expedite.common import ALPHA, LARGE, SMALL, Bench, Result, expedited
 from tokenvit_jax import cli
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 FLAGS = common.define_flags("workdir")
 DEPTH = 8

@@ -21,7 +21,7 @@ from experiments.expedite.common import ALPHA, LARGE, SMALL, Setting, Trained, e
 from experiments.expedite.swin import SWIN_ALPHA, swin_expedited
 from tokenvit_jax import cli
 from tokenvit_jax.expediting.similarity import mean_cosine
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 from tokenvit_jax.training.step import normalize
 
 FLAGS = common.define_flags("workdir", "swin_workdir")

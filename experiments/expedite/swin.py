@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.expedite import common
 from experiments.expedite.common import Bench, Result, Scenes, Setting
 from tokenvit_jax import cli
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 FLAGS = common.define_flags("workdir")
 DEPTH = 6  # blocks of the third stage

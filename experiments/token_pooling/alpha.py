@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from experiments.short_runs import Run, mean_and_spread, train
 from experiments.token_pooling import stages
 from tokenvit_jax.models.vit import QK_NORMS
+from tokenvit_jax.pictures.draw import COLORS
 from tokenvit_jax.tasks import classification
-from tokenvit_jax.tasks.pictures import COLORS
 
 SEEDS = (0, 1)
 KEEP = (16, 8, 4, 2, 1, 0)

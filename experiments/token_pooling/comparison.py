@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.short_runs import Run, mean_and_spread
 from experiments.token_pooling import stages
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 SEEDS = (0, 1, 2)
 KEEPS = ((16, 8, 4, 2, 1, 0), (8, 4, 2, 1, 0, 0))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.short_runs import Run
 from experiments.token_pooling import stages
-from tokenvit_jax.tasks.pictures import COLORS
+from tokenvit_jax.pictures.draw import COLORS
 
 SEED = 0
 NUM_STEPS = 60

@@ -22,8 +22,8 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import dataset_info, eval_dataset
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import VisionTransformer
+from tokenvit_jax.pictures.draw import COLORS
 from tokenvit_jax.tasks import classification
-from tokenvit_jax.tasks.pictures import COLORS
 from tokenvit_jax.training.checkpoint import load_variables
 from tokenvit_jax.training.parallel import make_parallel, map_batches
 from tokenvit_jax.training.step import make_eval_step

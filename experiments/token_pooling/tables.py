@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 import tokenvit_jax as tv
 from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.pictures.draw import COLORS
 from tokenvit_jax.published import TOKEN_POOLING, TOKEN_POOLING_BASES, TOKEN_POOLING_KMEANS
-from tokenvit_jax.tasks.pictures import COLORS
 
 # Table 2: 10^9 multiply-adds and top-1 of the models without reduction, trained for as long.
 PATCHES, DEPTH = 196, 12
