@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import DatasetInfo, ImageBuffer, dataset_info, decode_image, eval_image
+from tokenvit_jax.data import DatasetInfo, ImageBuffer, dataset_info, eval_image
+from tokenvit_jax.data.image_files import read_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.pictures import tokens
 from tokenvit_jax.pictures.classes import plot_classes
@@ -64,20 +65,6 @@ def main(flag_values: flags.FlagValues) -> None:
         paths = [_save(picture, out / f"{name}_{kind}.png") for kind, picture in drawn.items()]
         found = ", ".join(f"{label} {part:.1%}" for label, part in classes[:TOP_CLASSES])
         print(f"{file}: {found} -> {' '.join(map(str, paths))}")
-
-
-def read_image(file: Path) -> Image.Image:
-    """Returns the RGB image in a file.
-
-    Raises:
-        UserError: the file cannot be read, or is no image.
-    """
-    try:
-        return decode_image(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"--images: {file}: {error.strerror}") from error
-    except UserError as error:
-        raise UserError(f"--images: {file}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------
