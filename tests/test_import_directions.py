@@ -92,7 +92,7 @@ def wrong_imports(sources: Mapping[str, str]) -> list[str]:
                 wrong = package not in packages or not package  # "": a relative import
             if wrong:
                 found.append(f"{module}:{line} imports {target}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def circle(sources: Mapping[str, str]) -> list[str]:

@@ -10,4 +10,4 @@ def test_plot_classes():
     axis = figure.axes[1]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
     assert [bar.get_width() for bar in axis.patches] == [0.75, 0.125]
-    assert axis.patches[0].get_y() > axis.patches[1].get_y()  # the first one on top
+    assert axis.patches[0].get_y() > axis.patches[1].get_y()  # the first class is on top
