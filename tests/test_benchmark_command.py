@@ -35,7 +35,7 @@ cli.run(benchmark.main, benchmark.FLAGS)
 
 
 class MeanModel(nn.Module):
-    """One linear layer: 3 x width multiply-adds."""
+    """One linear layer with 3 x width multiply-adds."""
 
     width: int
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_variables import random_variables
+from tokenvit_jax.data.image_files import read_image
 
 from tokenvit_jax import cli, expedite
 from tokenvit_jax.config import default_config
 from tokenvit_jax.evaluate import evaluate
 from tokenvit_jax.expediting import candidates
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.predict import read_image
 from tokenvit_jax.tasks import classification
 from tokenvit_jax.training import expedite_run
 from tokenvit_jax.training.new_run import write_run

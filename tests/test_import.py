@@ -1,4 +1,4 @@
-"""What an import loads: heavy packages only where they are needed."""
+"""Imports load heavy packages only where they are needed."""
 
 import json
 import subprocess
@@ -7,16 +7,18 @@ import sys
 import pytest
 
 NEVER = {"tensorflow", "torch", "timm", "sklearn"}
-# Training and data need these; building a model, an operator or a benchmark does not.
+# Training and data need these; models, operators and benchmarks do not.
 NOT_FOR_MODELS = {"grain", "orbax", "tensorflow_datasets", "tensorstore", "cv2", "matplotlib"}
-# A machine for benchmarks has jax, flax and numpy.
+# A machine for benchmarks has only jax, flax and numpy.
 NOT_FOR_BENCHMARKS = NOT_FOR_MODELS | {"optax", "ml_collections", "chex", "PIL", "tqdm"}
 
 
 def loaded_by(module):
-    """Returns the top-level packages in memory after an import in a new process, and its time.
+    """Imports a module in a new process.
 
-    The time is that beyond the import of jax and flax.
+    Returns:
+      The top-level packages that are loaded then, and the seconds that the import takes after jax
+      and flax are imported.
     """
     code = (
         "import sys, time, json, jax, flax.linen; start = time.perf_counter(); "

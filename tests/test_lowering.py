@@ -1,4 +1,4 @@
-"""Operators and a training step lower for accelerators, on a host that has none."""
+"""Operators and training steps lower for accelerators on a host that has none."""
 
 import functools
 
@@ -23,7 +23,7 @@ def array(*shape, dtype=jnp.float32):
 
 
 def lowers(fn, *args):
-    """Asserts that fn lowers for every platform; each lowering is a module of its own."""
+    """Asserts that fn lowers for every platform, each in a separate lowering."""
     for platform in PLATFORMS:
         exported = export.export(jax.jit(fn), platforms=[platform])(*args)
         assert exported.platforms == (platform,)
@@ -31,7 +31,7 @@ def lowers(fn, *args):
 
 
 def gradient(fn, num_differentiated):
-    """Returns the gradient of the sum of squares of what fn returns first."""
+    """Returns the gradient of the sum of squares of the first result of fn."""
 
     def loss(*args):
         output = fn(*args)

@@ -1,4 +1,4 @@
-"""Settings of malloc: made where computing is on a CPU with glibc, nowhere else."""
+"""The allocator is configured on a CPU with glibc and nowhere else."""
 
 import ctypes
 import platform
@@ -12,7 +12,7 @@ from tokenvit_jax.memory import keep_pages
 
 
 def pretend(monkeypatch, system, backend, load):
-    """``load`` replaces the loading of C libraries."""
+    """Pretends to run on a system and backend; ``load`` replaces the loading of C libraries."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(ctypes, "CDLL", load)
@@ -29,7 +29,7 @@ def test_glibc_takes_the_settings(monkeypatch):
     assert noted == [(-4, 0, 1), (-1, -1, 1)]
 
 
-def test_another_library_than_glibc(monkeypatch):
+def test_a_c_library_without_mallopt(monkeypatch):
     pretend(monkeypatch, "linux", "cpu", lambda name: SimpleNamespace())
     keep_pages()
 

@@ -13,11 +13,11 @@ import pytest
 from make_task import make_task
 from ml_collections import ConfigDict
 from PIL import Image
-from tokenvit_jax.pictures import finest_routing
 
 from tokenvit_jax import cli, predict
 from tokenvit_jax.data import dataset_info, eval_image, read_image
 from tokenvit_jax.data.dense_transforms import fit_image, pad
+from tokenvit_jax.pictures.tokens import finest_routing
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.segmentation.inference import class_shares, predict_logits
 from tokenvit_jax.training.checkpoint import Checkpoints

@@ -16,10 +16,10 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.data import read_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.front import format_front, plot_front
 from tokenvit_jax.expediting.search import pareto_front
-from tokenvit_jax.predict import read_image
 from tokenvit_jax.training.expedite_run import search_run, write_expedited
 from tokenvit_jax.training.new_run import check_new
 

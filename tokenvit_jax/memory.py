@@ -1,21 +1,21 @@
-"""Memory of the process."""
+"""Settings of the process's memory allocator."""
 
 import ctypes
 import sys
 
 import jax
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
 def keep_pages() -> None:
-    """Lets the process keep freed memory for its next allocation, where computing is on a CPU.
+    """Makes glibc keep freed memory for later allocations when JAX computes on a CPU.
 
-    XLA allocates the temporaries of every call anew. By default glibc gives large ones back to the
-    kernel, which then has to clear every page of the next ones: in the training step of a backbone
-    that can take as long as the computation. Does nothing without glibc, or on an accelerator.
+    XLA allocates temporary arrays anew in every call. By default glibc returns large ones to the
+    kernel, which then has to clear every page of the next ones; in the training step of a backbone
+    this can take as long as the computation. Does nothing on an accelerator or without glibc.
     """
     if sys.platform != "linux" or jax.default_backend() != "cpu":
         return

@@ -30,7 +30,9 @@ ARCHITECTURE = {
     "layers": lambda model: listed(model.settings.depths),
     "channels": lambda model: listed(model.settings.dims),
     "heads": lambda model: listed(model.settings.num_heads),
-    "token reduction": lambda model: listed(f"{{{listed(scales)}}}" for scales in model.settings.ratios),
+    "token reduction": lambda model: listed(
+        f"{{{listed(scales)}}}" for scales in model.settings.ratios
+    ),
 }
 ABOUT = """
 One image of 224 x 224 pixels. GMACs count all products, including one pass over the distances

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from experiments.runs import load_run, observe, test_images
 from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.pictures import tokens
+from tokenvit_jax.pictures.curves import plot_learning_curve
 from tokenvit_jax.recipes.dgt import dgt_digits_config
-from tokenvit_jax.tasks import pictures
 from tokenvit_jax.train import train
 from tokenvit_jax.training.train_log import read_metrics
 
@@ -34,12 +35,12 @@ def draw_groups(workdir: Path) -> Figure:
     images, labels = test_images(run.config)
     images = np.stack([images[np.argmax(labels == digit)] for digit in DRAWN_DIGITS])
     logits, intermediates = observe(run.config, run.model)(run.variables, images)
-    routing = pictures.finest_routing(intermediates, images.shape[1:3])
+    routing = tokens.finest_routing(intermediates, images.shape[1:3])
     captions = [
         f"digit {digit}, predicted {predicted}"
         for digit, predicted in zip(DRAWN_DIGITS, logits.argmax(-1), strict=True)
     ]
-    return pictures.plot_groups(images, routing, captions)
+    return tokens.plot_groups(images, routing, captions)
 
 
 def main(workdir: Path) -> None:
@@ -48,7 +49,7 @@ def main(workdir: Path) -> None:
     records = read_metrics(workdir)
     accuracy = max(record.get("eval/accuracy", 0.0) for record in records)
     curve, groups = workdir / "learning_curve.png", workdir / "query_groups.png"
-    pictures.plot_learning_curve(records).savefig(curve, dpi=150)
+    plot_learning_curve(records).savefig(curve, dpi=150)
     draw_groups(workdir).savefig(groups, dpi=150)
 
     print(f"test accuracy {accuracy:.1%} on 360 images of digits that were not trained on")

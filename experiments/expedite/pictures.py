@@ -15,7 +15,8 @@ from experiments.expedite import evaluation
 from experiments.expedite.evaluation import LARGE, SMALL, Bench, Scenes, expedited
 from experiments.runs import normalize_images
 from tokenvit_jax import cli
-from tokenvit_jax.tasks.pictures import color_labels, superpixels
+from tokenvit_jax.pictures.draw import color_labels
+from tokenvit_jax.pictures.tokens import superpixels
 
 FLAGS = evaluation.define_flags("workdir")
 NUM_SCENES = 4

@@ -25,7 +25,7 @@ def test_every_model(name):
         return
     assert result.params / 1e6 == pytest.approx(paper.params_m, abs=0.8)  # some are whole millions
     if paper.gmacs is not None:
-        # Papers round, and some of their tools count normalisation.
+        # Papers round their numbers, and some of their tools count normalisation.
         assert result.macs_as_published / 1e9 == pytest.approx(paper.gmacs, abs=0.07)
 
 
@@ -79,7 +79,7 @@ def test_counts_inside_control_flow():
     assert counts == {name: expected for name, (_, expected) in cases.items()}
 
 
-def test_what_a_paper_leaves_out():
+def test_parts_that_a_paper_leaves_out():
     def fn(x):
         with jax.named_scope("rare"):
             x = x @ x

@@ -1,4 +1,4 @@
-"""Operators beside their alternatives, which compute the same."""
+"""Operators and their alternatives compute the same, and are timed together."""
 
 import chex
 import jax
@@ -24,10 +24,10 @@ def small_cases():
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
 def test_contenders_compute_the_same(case):
-    # With no more keys than are selected, attention in groups is dense attention.
+    # Where the groups select all keys, attention in groups equals dense attention.
     inputs, fns = case.inputs, case.contenders.values()
     if case.num_differentiated:
-        inputs = (inputs[0], *inputs)  # the first one as the gradient of the output, too
+        inputs = (inputs[0], *inputs)  # the first input also serves as the gradient of the output
         fns = [operators.forward_backward(fn, case.num_differentiated) for fn in fns]
     expected, *others = (jax.jit(fn)(*inputs) for fn in fns)
     for found in others:
@@ -52,7 +52,7 @@ def test_case_with_a_contender_that_does_not_fit(monkeypatch):
 
 
 def test_operations_of_equation_7():
-    # The ratios to global attention that the paper states for DGT-T, after Eq. 7.
+    # The paper states these ratios to global attention for DGT-T, below Eq. 7.
     for length, channels, ratio in ((3136, 64, 0.05), (784, 128, 0.19), (196, 256, 0.75)):
         dense = 2 * length**2 * channels
         assert round(operators.equation_6(length, channels) / dense, 2) == ratio

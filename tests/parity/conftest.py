@@ -1,4 +1,4 @@
-"""The peers to compare with; tests that ask for one are skipped where it is not installed."""
+"""Fixtures of PyTorch packages; a test that needs a missing package is skipped."""
 
 import pytest
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import NORMALIZATIONS, DatasetInfo, Examples
+from tokenvit_jax.data import NORMALIZATIONS, DatasetInfo, Examples, eval_image
 from tokenvit_jax.errors import UserError
 
 if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
@@ -164,6 +164,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         """Returns a function from an RGB image of any size to its prediction."""
+
+    @property
+    def view_size(self) -> int:
+        """Side in pixels of the square images that the model sees at a time."""
+        return self.config.image_size
+
+    def view(self, image: Image.Image) -> np.ndarray:
+        """Returns an image as one view of the model, (S, S, 3) uint8, S being `view_size`."""
+        return eval_image(image, self.view_size, crop=1.0)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns images as the model takes them.

@@ -11,14 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import dataset_info, eval_dataset, eval_image
+from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.expediting.candidates import list_candidates
 from tokenvit_jax.expediting.search import Found, check_budget, search_budget
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.tasks import task_of
-from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.new_run import write_run
-from tokenvit_jax.training.step import normalize
+from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
 
 
@@ -65,12 +64,12 @@ def search_run(
     """
     check_budget(budget)
     config = read_config(workdir)
-    model = task_of(config.dataset).make_model(config, dataset_info(config.dataset).num_classes)
-    candidates = list_candidates(model, (_side(config),) * 2)
-    batch = load_images(config, images, num_images)
-    variables = load_variables(model, config.image_size, workdir, checkpoint).variables
-    found = search_budget(candidates, budget, of, model, variables, batch)
-    return Search(config, variables, len(candidates), len(batch), found)
+    task = create_task(config)
+    candidates = list_candidates(task.make_model(), (task.view_size,) * 2)
+    batch = load_images(task, images, num_images)
+    run = load_run(workdir, checkpoint, config=config)
+    found = search_budget(candidates, budget, of, run.model, run.variables, batch)
+    return Search(config, run.variables, len(candidates), len(batch), found)
 
 
 def write_expedited(out: Path, search: Search) -> None:
@@ -84,13 +83,11 @@ def write_expedited(out: Path, search: Search) -> None:
     write_run(out, config, search.variables)
 
 
-def load_images(
-    config: ConfigDict, images: Sequence[Image.Image] | None, num_images: int
-) -> jax.Array:
+def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: int) -> jax.Array:
     """Returns images (B, S, S, 3), normalised as the model of a run sees them.
 
     Args:
-      config: configuration of the run; S is `inference.window` or `image_size` [pixels].
+      task: the run's.
       images: RGB images; None: the first images of the evaluation split, cropped to the middle
         where a model sees windows.
       num_images: number of images of the evaluation split.
@@ -99,17 +96,17 @@ def load_images(
       UserError: the dataset is missing.
     """
     if images is None:
-        arrays = _eval_images(config, num_images)
+        arrays = _eval_images(task, num_images)
     else:
-        crop = config.data.eval_crop if dataset_info(config.dataset).center_crop else 1.0
-        arrays = [eval_image(image, _side(config), crop) for image in images]
-    return normalize(jnp.asarray(np.stack(arrays)), config.data.normalization)
+        arrays = [task.view(image) for image in images]
+    return task.normalize(jnp.asarray(np.stack(arrays)))
 
 
-def _eval_images(config, num_images):
-    config, side, images = config.copy_and_resolve_references(), _side(config), []
+def _eval_images(task, num_images):
+    config, side, images = task.config.copy_and_resolve_references(), task.view_size, []
     config.data.workers = 0
-    for batch in eval_dataset(config):
+    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    for batch in eval_batches(source, task.examples(train=False), config):
         sizes = batch.get("image_size", [batch["image"].shape[1:3]] * len(batch["image"]))
         for image, size, counts in zip(batch["image"], sizes, batch["mask"], strict=True):
             top, left = (max(pixels - side, 0) // 2 for pixels in size)
@@ -118,10 +115,6 @@ def _eval_images(config, num_images):
             if len(images) == num_images:
                 return images
     return images
-
-
-def _side(config):
-    return config.inference.window or config.image_size
 
 
 def expedited_config(config: ConfigDict, expedite: Expedite) -> ConfigDict:

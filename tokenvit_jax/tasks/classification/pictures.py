@@ -1,5 +1,6 @@
 """Pictures of a classifier: the most probable classes, and what the model did with its tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -7,8 +8,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from tokenvit_jax import pictures
+from tokenvit_jax.pictures import tokens
 from tokenvit_jax.tasks.task import NUM_NAMED
+from tokenvit_jax.tokens.draw import COLORS, show_image
 
 
 def noted_by(
@@ -25,7 +27,7 @@ def noted_by(
     Returns:
       The intermediates, and where the model clusters its tokens by `expedite` "superpixels".
     """
-    found = pictures.superpixels(model, variables, images)
+    found = tokens.superpixels(model, variables, images)
     return intermediates if found is None else {**intermediates, "superpixels": found}
 
 
@@ -43,19 +45,41 @@ def draw(
     Returns:
       "classes", and "groups", "clusters" or "superpixels" where the model has them.
     """
-    figures = {"classes": pictures.plot_classes(pixels, classes[:NUM_NAMED])}
+    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED])}
     return figures | draw_tokens(pixels, jax.device_get(noted), caption)
 
 
 def draw_tokens(pixels: np.ndarray, noted: dict[str, Any], caption: str) -> dict[str, Figure]:
     """Returns the pictures of what a model did with the tokens of an image; see :func:`draw`."""
     figures, size = {}, pixels.shape[:2]
-    routing = pictures.finest_routing(noted, size)
+    routing = tokens.finest_routing(noted, size)
     if routing is not None:
-        figures["groups"] = pictures.plot_groups(pixels[None], routing, [caption])
-    clusterings = pictures.stage_clusterings(noted, size)
+        figures["groups"] = tokens.plot_groups(pixels[None], routing, [caption])
+    clusterings = tokens.stage_clusterings(noted, size)
     if clusterings:
-        figures["clusters"] = pictures.plot_clusters(pixels, clusterings, caption)
+        figures["clusters"] = tokens.plot_clusters(pixels, clusterings, caption)
     if "superpixels" in noted:
-        figures["superpixels"] = pictures.plot_superpixels(pixels, noted["superpixels"], caption)
+        figures["superpixels"] = tokens.plot_superpixels(pixels, noted["superpixels"], caption)
     return figures
+
+
+def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> Figure:
+    """Draws an image and bars of its most probable classes.
+
+    Args:
+      image: (H, W, 3) uint8.
+      classes: (name, probability) pairs, the most probable first.
+    """
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    image_axis, bar_axis = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    show_image(image_axis, image)
+    names, probabilities = zip(*classes, strict=True)
+    places = range(len(names), 0, -1)
+    colors = [COLORS[1], *("0.75" for _ in names[1:])]
+    bars = bar_axis.barh(places, probabilities, height=0.7, color=colors)
+    bar_axis.bar_label(bars, [f"{p:.1%}" for p in probabilities], padding=3, fontsize=9)
+    bar_axis.set_yticks(places, names)
+    bar_axis.tick_params(axis="y", length=0)
+    bar_axis.set(xlim=(0, 1.15), xticks=())
+    bar_axis.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure

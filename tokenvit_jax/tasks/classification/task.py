@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
+from PIL import Image
 
 from tokenvit_jax.data import Examples, eval_image
 from tokenvit_jax.data.token_labels import grid_size
@@ -143,10 +144,13 @@ class Classification(Task):
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["eval/accuracy"]
 
+    def view(self, image: Image.Image) -> np.ndarray:
+        crop = self.config.data.eval_crop if self.info.center_crop else 1.0
+        return eval_image(image, self.view_size, crop)
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
 
-        crop = self.config.data.eval_crop if self.info.center_crop else 1.0
         names = self.class_names()
 
         @jax.jit
@@ -157,7 +161,7 @@ class Classification(Task):
             return jax.nn.softmax(logits), noted
 
         def predict(image):
-            pixels = eval_image(image, self.config.image_size, crop)
+            pixels = self.view(image)
             probabilities, noted = apply(variables, pixels[None])
             probabilities = np.asarray(probabilities[0])
             order = np.argsort(-probabilities, kind="stable")

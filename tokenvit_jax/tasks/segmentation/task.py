@@ -84,10 +84,14 @@ class Segmentation(Task):
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["eval/miou"]
 
+    @property
+    def view_size(self) -> int:
+        return window_side(self.config)
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
-        names, buffer, side = self.class_names(), ImageBuffer(self.config), window_side(self.config)
+        names, buffer, side = self.class_names(), ImageBuffer(self.config), self.view_size
 
         @jax.jit
         def apply(variables, images, sizes):

@@ -1,16 +1,23 @@
-"""Pictures show what they say: the right tokens, groups, classes and metrics."""
-
-import io
+"""Pictures of tokens show the right groups, clusters and superpixels."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 import tokenvit_jax as tv
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import pictures
+from tokenvit_jax.pictures.draw import COLORS, tint
+from tokenvit_jax.pictures.tokens import (
+    Clustering,
+    Routing,
+    color_regions,
+    finest_routing,
+    plot_clusters,
+    plot_groups,
+    plot_superpixels,
+    stage_clusterings,
+    superpixels,
+)
 
 rng = np.random.default_rng(0)
 
@@ -28,7 +35,7 @@ def test_finest_routing_takes_the_last_block_that_selects():
         "stages_1_10": block(4 * 6, 5, mark=1),
         "stages_2_0": block(2 * 3, 5, mark=2),
     }
-    routing = pictures.finest_routing(intermediates, (32, 48))
+    routing = finest_routing(intermediates, (32, 48))
     assert routing.grid == (4, 6)
     assert routing.groups.shape == (1, 2, 24)
     assert np.all(routing.groups == 1)
@@ -36,22 +43,12 @@ def test_finest_routing_takes_the_last_block_that_selects():
 
 
 def test_finest_routing_of_sides_that_the_stride_does_not_divide():
-    assert pictures.finest_routing({"b": block(9 * 13, 5)}, (33, 49)).grid == (9, 13)
+    assert finest_routing({"b": block(9 * 13, 5)}, (33, 49)).grid == (9, 13)
 
 
 @pytest.mark.parametrize("intermediates", [{}, {"stages_0_0": block(64, 64)}])
 def test_finest_routing_without_selection(intermediates):
-    assert pictures.finest_routing(intermediates, (32, 32)) is None
-
-
-def test_tint_colours_the_pixels_of_its_tokens():
-    image = np.full((6, 8, 3), 100, np.uint8)
-    tinted = pictures.tint(image, np.array([1, 6]), (2, 4), "#FF0000")
-    expected = np.zeros((6, 8), bool)
-    expected[:3, 2:4] = expected[3:, 4:6] = True
-    is_red = tinted[..., 0] > tinted[..., 1]
-    np.testing.assert_array_equal(is_red, expected)
-    assert np.unique(tinted[~expected]) == [177]  # grey: halfway from 100 to white
+    assert finest_routing(intermediates, (32, 32)) is None
 
 
 def test_plot_groups_shows_the_largest_groups():
@@ -59,20 +56,20 @@ def test_plot_groups_shows_the_largest_groups():
     groups = np.zeros((2, 2, 96), int)
     groups[:, 1, :20], groups[:, 1, 20:50] = 3, 1  # head 1: sizes 46, 30, 0, 20
     keys = np.tile(np.arange(7), (2, 2, 4, 1))
-    routing = pictures.Routing(groups, keys, (8, 12))
-    figure = pictures.plot_groups(images, routing, ["a", "b"], head=1, num_groups=3)
+    routing = Routing(groups, keys, (8, 12))
+    figure = plot_groups(images, routing, ["a", "b"], head=1, num_groups=3)
     titles = [axis.get_title() for axis in figure.axes]
     pairs = [t for size in (46, 30, 20) for t in (f"{size} queries", "their 7 keys")]
     assert titles == ["a", *pairs, "b", *pairs]
     shown = figure.axes[3].images[0].get_array()
-    expected = pictures.tint(images[0], np.arange(20, 50), (8, 12), pictures.COLORS[1])
+    expected = tint(images[0], np.arange(20, 50), (8, 12), COLORS[1])
     np.testing.assert_array_equal(shown, expected)
     assert len(figure.artists) == 6  # a frame around each pair
 
 
 def test_plot_groups_with_fewer_groups_than_asked_for():
-    routing = pictures.Routing(np.zeros((1, 1, 64), int), np.zeros((1, 1, 1, 5), int), (8, 8))
-    figure = pictures.plot_groups(np.zeros((1, 32, 32, 3), np.uint8), routing, ["a"])
+    routing = Routing(np.zeros((1, 1, 64), int), np.zeros((1, 1, 1, 5), int), (8, 8))
+    figure = plot_groups(np.zeros((1, 32, 32, 3), np.uint8), routing, ["a"])
     assert [axis.get_title() for axis in figure.axes] == ["a", "64 queries", "their 5 keys"]
 
 
@@ -83,32 +80,30 @@ def test_stage_clusterings_are_those_of_the_last_blocks():
         "stages_1_10": noted(24, 10),
         "stages_0_0": noted(96, 0),
     }
-    found = pictures.stage_clusterings(intermediates, (32, 48))
+    found = stage_clusterings(intermediates, (32, 48))
     assert [clustering.grid for clustering in found] == [(8, 12), (4, 6)]
     assert [clustering.assignment[0, 0] for clustering in found] == [0, 10]
-    assert pictures.stage_clusterings({}, (32, 48)) == []
+    assert stage_clusterings({}, (32, 48)) == []
 
 
 def test_plot_clusters_shows_regions_and_the_largest_clusters():
     image = rng.integers(256, size=(32, 48, 3), dtype=np.uint8)
     assignment = np.repeat([3, 0, 7], (14, 4, 6))
-    coarser = pictures.Clustering(np.array([[1, 1, 1, 0, 0, 0]]), (2, 3))
-    clusterings = [pictures.Clustering(assignment[None], (4, 6)), coarser]
-    figure = pictures.plot_clusters(image, clusterings, "a", num_clusters=4)
+    coarser = Clustering(np.array([[1, 1, 1, 0, 0, 0]]), (2, 3))
+    clusterings = [Clustering(assignment[None], (4, 6)), coarser]
+    figure = plot_clusters(image, clusterings, "a", num_clusters=4)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [
         "a", "4 x 6 tokens, 3 clusters", "14 tokens", "6 tokens", "4 tokens",
         "", "2 x 3 tokens, 2 clusters", "3 tokens", "3 tokens", "",
     ]  # fmt: skip
     shown = figure.axes[3].images[0].get_array()
-    expected = pictures.tint(image, np.arange(18, 24), (4, 6), pictures.COLORS[0])
+    expected = tint(image, np.arange(18, 24), (4, 6), COLORS[0])
     np.testing.assert_array_equal(shown, expected)
 
 
 def test_color_regions_gives_each_cluster_one_colour():
-    colored = pictures.color_regions(
-        np.full((8, 8, 3), 100, np.uint8), np.array([0, 1, 1, 2]), (2, 2)
-    )
+    colored = color_regions(np.full((8, 8, 3), 100, np.uint8), np.array([0, 1, 1, 2]), (2, 2))
     corners = colored[[0, 0, 7, 7], [0, 7, 0, 7]]
     np.testing.assert_array_equal(corners[1], corners[2])
     assert len(np.unique(colored.reshape(-1, 3), axis=0)) == 3
@@ -127,7 +122,7 @@ def test_superpixels_are_the_nearest_centres_where_the_model_clusters():
         _, state = model.apply(variables, images, train=False, capture_intermediates=True)
         tokens, _ = state["intermediates"]["blocks_1"]["__call__"][0]
         centers = model.settings.expedite.cluster(tokens[:, 1:], (4, 6))
-        return tokens[:, 1:], centers, pictures.superpixels(model, variables, images).assignment
+        return tokens[:, 1:], centers, superpixels(model, variables, images).assignment
 
     tokens, centers, found = find(images)
     distances = np.linalg.norm(tokens[:, :, None] - centers[:, None], axis=-1)
@@ -145,14 +140,14 @@ def test_superpixels_are_the_nearest_centres_where_the_model_clusters():
 )
 def test_no_superpixels_of_a_model_that_clusters_no_patches(name, expedite):
     model = tv.create_model(name, expedite=expedite)
-    assert pictures.superpixels(model, {}, jnp.zeros((1, 64, 64, 3))) is None
+    assert superpixels(model, {}, jnp.zeros((1, 64, 64, 3))) is None
 
 
 def test_plot_superpixels_draws_borders_and_mean_colours():
     image = np.zeros((8, 12, 3), np.uint8)
     image[:, :4] = 90
-    clustering = pictures.Clustering(np.array([[0, 5, 5, 0, 0, 5]]), (2, 3))
-    figure = pictures.plot_superpixels(image, clustering, "a")
+    clustering = Clustering(np.array([[0, 5, 5, 0, 0, 5]]), (2, 3))
+    figure = plot_superpixels(image, clustering, "a")
     left, right = figure.axes
     assert [left.get_title(), right.get_title()] == ["a", "2 x 3 patches, 2 superpixels"]
     (lines,) = left.collections
@@ -161,53 +156,3 @@ def test_plot_superpixels_draws_borders_and_mean_colours():
     means = right.images[0].get_array()
     assert means[0, 0].tolist() == means[7, 7].tolist() == [60] * 3  # two patches of 90, one of 0
     assert means[0, 11].tolist() == [0] * 3
-
-
-def test_plot_segmentation_names_the_classes_that_occur():
-    image = rng.integers(256, size=(8, 10, 3), dtype=np.uint8)
-    labels = np.zeros((8, 10), int)
-    labels[:2], labels[2, :4] = 3, 1
-    assert pictures.class_shares(labels) == [(0, 0.7), (3, 0.25), (1, 0.05)]
-    figure = pictures.plot_segmentation(image, labels, ["sky", "car", "bus", "road"])
-    legend = figure.axes[2].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "sky: 70.0%", "road: 25.0%", "car: 5.0%"
-    ]  # fmt: skip
-    expected = 0.45 * image[2, 0].mean() + 0.55 * pictures.distinct_colors(4)[1]
-    np.testing.assert_allclose(figure.axes[1].images[0].get_array()[2, 0], expected, atol=1)
-
-
-def test_label_image_holds_the_labels():
-    labels = rng.integers(150, size=(8, 10))
-    file = io.BytesIO()
-    pictures.label_image(labels, 150).save(file, "png")
-    image = Image.open(file)
-    np.testing.assert_array_equal(np.asarray(image), labels)
-    colors = pictures.distinct_colors(150)
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colors[labels])
-    assert len(np.unique(colors, axis=0)) == 150
-
-
-def test_plot_classes():
-    figure = pictures.plot_classes(np.zeros((32, 32, 3), np.uint8), [("cat", 0.75), ("dog", 0.125)])
-    axis = figure.axes[1]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
-    assert [bar.get_width() for bar in axis.patches] == [0.75, 0.125]
-    assert axis.patches[0].get_y() > axis.patches[1].get_y()  # the first one on top
-
-
-def test_learning_curve():
-    records = [
-        {"step": 10, "loss": 2.0},
-        {"step": 20, "loss": 1.0},
-        {"step": 20, "eval/accuracy": 0.5, "eval/loss": 1.5},
-    ]
-    loss, accuracy = pictures.plot_learning_curve(records).axes
-    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[10, 2.0], [20, 1.0]])
-    np.testing.assert_array_equal(accuracy.lines[0].get_xydata(), [[20, 50.0]])
-    assert len(pictures.plot_learning_curve(records[:2]).axes) == 1
-
-
-def test_learning_curve_without_metrics():
-    with pytest.raises(UserError, match="neither 'loss' nor 'eval/accuracy' was logged"):
-        pictures.plot_learning_curve([{"step": 1, "data/skipped": 0}])
