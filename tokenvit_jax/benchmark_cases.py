@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from tokenvit_jax import ops
-from tokenvit_jax.ops.group_attention_paths import cheaper_path
+from tokenvit_jax.ops.group_attention import cheaper_path
 
 # Of DGT: Table 1 of the paper.
 HEAD_DIM, NUM_GROUPS, TOP_K = 32, 48, 98

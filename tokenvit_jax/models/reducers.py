@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.gather import take
 from tokenvit_jax.ops.merge_tokens import cluster_sums
 from tokenvit_jax.ops.selection import top_indices
 
@@ -250,12 +251,6 @@ def _nearest(x, chosen):
 
 def _draw(draw, rng, like):
     return jax.vmap(lambda key, row: draw(key, row.shape, row.dtype))(rng, like)
-
-
-def take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns the rows (B, K) or (B, K, C) of ``x``, (B, N) or (B, N, C), at indices (B, K)."""
-    index = index if x.ndim == 2 else index[..., None]
-    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")
 
 
 class HalveMap(nn.Module):
