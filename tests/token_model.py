@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from tokenvit_jax.models.backbone import Trainable
 
+from tokenvit_jax.models.backbone import Trainable
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.training.checkpoint import Checkpoints

@@ -14,7 +14,14 @@ from tokenvit_jax.layers.window_attention import CosineWindowAttention, resize_b
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.swin import Swin, SwinSettings, SwinV2, SwinV2Settings, to_map, to_windows
+from tokenvit_jax.models.swin import (
+    Swin,
+    SwinSettings,
+    SwinV2,
+    SwinV2Settings,
+    from_window_tokens,
+    to_window_tokens,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = sorted(GOLDEN.glob("swin_stage_*.npz"))
@@ -219,10 +226,10 @@ def test_fewer_multiply_adds():
 
 def test_windows_are_put_back():
     x = np.arange(2 * 6 * 8 * 3).reshape(2, 6, 8, 3)
-    windows = to_windows(x, (3, 2))
+    windows = to_window_tokens(x, (3, 2))
     assert windows.shape == (16, 6, 3)
     np.testing.assert_array_equal(windows[9], x[1, :3, 2:4].reshape(6, 3))
-    np.testing.assert_array_equal(to_map(windows, (3, 2), (2, 4)), x)
+    np.testing.assert_array_equal(from_window_tokens(windows, (3, 2), (2, 4)), x)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
 """Merging of tokens against plain loops, with gradients."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.kernels import cluster_sums
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
-
-merge_tokens_module = importlib.import_module("tokenvit_jax.ops.merge_tokens")
 
 NUM_CLUSTERS = 5
 
@@ -55,8 +52,8 @@ def test_sums_by_products(chunk):
     # What accelerators do.
     x, assignment, _ = example()
     by_products, by_scatter = (
-        merge_tokens_module._sums_by_products(x, assignment, NUM_CLUSTERS, chunk),
-        merge_tokens_module._sums_by_scatter(x, assignment, NUM_CLUSTERS),
+        cluster_sums.sums_by_products(x, assignment, NUM_CLUSTERS, chunk),
+        cluster_sums.sums_by_scatter(x, assignment, NUM_CLUSTERS),
     )
     np.testing.assert_allclose(by_products, by_scatter, atol=1e-12)
 

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tokenvit_jax.models.backbone import Trainable
 
 from tokenvit_jax.layers import DropPath, DynamicGroupAttention, advance_centroids, batch_norm
+from tokenvit_jax.models.backbone import Trainable
 from tokenvit_jax.tasks import default_config
 
 NUM_CLASSES = 5

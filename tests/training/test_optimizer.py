@@ -4,10 +4,10 @@ import numpy as np
 import optax
 import pytest
 from make_task import check_config
-from tokenvit_jax.models.backbone import variable_shapes
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.optimizer import (
     learning_rate_schedule,

@@ -1,4 +1,4 @@
-"""Pieces of which the blocks and stages of hierarchical backbones are made."""
+"""Building blocks of the backbones: activation, patch embedding, position encoding and MLP."""
 
 import math
 from typing import Any
@@ -8,16 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
 
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016).
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes the exact GELU: x times the normal distribution function of x.
 
-    By erf, which XLA turns into one vector loop; on CPU the erfc of `jax.nn.gelu` took 5 times as
-    long. Computed in float32 for narrower types, as 1 + erf cancels; the gradient keeps x alone.
+    Uses erf, which XLA turns into one vector loop; on CPU the erfc in `jax.nn.gelu` took 5 times as
+    long. Computed in float32 for narrower types, because 1 + erf cancels. The backward pass keeps
+    only x.
+
+    References:
+      Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
     return _gelu_and_slope(x)[0]
 
@@ -30,8 +36,8 @@ def _gelu_and_slope(x):
 
 
 def _gelu_backward(x, dy):
-    # Without the barrier XLA would keep erf of the forward pass, which costs more than doing it
-    # again.
+    # Without the barrier XLA would keep erf from the forward pass, which costs more than computing
+    # it again.
     x = lax.optimization_barrier(x)
     return ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),)
 
@@ -40,16 +46,18 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class PatchEmbedding(nn.Module):
-    """Overlapping patches: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), dim), normed.
+    """Embeds overlapping patches: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), dim).
 
     A convolution with bias, then LayerNorm.
 
     Attributes:
-      dim: channels of the result.
+      dim: output channels.
       kernel_size: side of a patch.
-      stride: distance of two patches.
-      padding: zeros above and on the left; below and on the right as many as the size needs.
-      epsilon: of LayerNorm.
+      stride: stride between patches.
+      padding: rows and columns of zeros above and on the left; below and on the right, as many as
+        the size needs are added.
+      epsilon: epsilon of LayerNorm.
+      dtype: type of the computation.
     """
 
     dim: int
@@ -60,7 +68,7 @@ class PatchEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
         padding = [(self.padding, self._padding_after(size)) for size in x.shape[1:3]]
         kernel, strides = (self.kernel_size,) * 2, (self.stride,) * 2
         x = nn.Conv(
@@ -74,24 +82,34 @@ class PatchEmbedding(nn.Module):
 
 
 class ConditionalPositionEncoding(nn.Module):
-    """x + depthwise 3x3 convolution of x: (B, H, W, C) -> (B, H, W, C) (Chu et al. 2021)."""
+    """Adds a depthwise 3x3 convolution of x to x: (B, H, W, C) -> (B, H, W, C).
+
+    References:
+      Chu et al. 2021, "Conditional Positional Encodings for Vision Transformers".
+    """
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return x + DepthwiseConv3x3(dtype=self.dtype, name="conv")(x)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear: (..., C) -> (..., C) through ``ratio`` C channels."""
+    """Linear layer, GELU, linear layer: (..., C) -> (..., C) through ``ratio`` C channels.
+
+    Attributes:
+      ratio: expansion of the channels.
+      dtype: type of the computation.
+      init: initializer of both kernels.
+    """
 
     ratio: int
     dtype: Any = jnp.float32
     init: Initializer = linear_init
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         channels = x.shape[-1]
         x = gelu(dense(self.ratio * channels, self.dtype, "fc1", self.init)(x))
         return dense(channels, self.dtype, "fc2", self.init)(x)
@@ -100,5 +118,18 @@ class Mlp(nn.Module):
 def dense(
     dim: int, dtype: Any, name: str | None = None, init: Initializer = linear_init
 ) -> nn.Dense:
-    """Returns a linear layer with the initialisation of transformers."""
+    """Returns a linear layer with the usual initialization in transformers.
+
+    Args:
+      dim: output channels.
+      dtype: type of the computation.
+      name: name of the module; None: given by linen.
+      init: initializer of the kernel.
+    """
     return nn.Dense(dim, dtype=dtype, kernel_init=init, name=name)
+
+
+def check_num_heads(num_heads: int, channels: int) -> None:
+    """Raises UserError unless the channels can be divided into heads."""
+    if channels % num_heads:
+        raise UserError(f"num_heads={num_heads} does not divide {channels} channels")

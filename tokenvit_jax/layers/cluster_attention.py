@@ -1,4 +1,4 @@
-"""Multi-head attention of all tokens with a few merged tokens, of ClusTR."""
+"""Multi-head attention of all tokens with a few merged tokens (ClusTR)."""
 
 import math
 from typing import Any
@@ -7,43 +7,49 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import conv_init
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.ops.density_peaks import RULES
+from tokenvit_jax.ops.heads import split_heads
 
-# Of the products that the published FLOPs of ClusTR leave out: `published.LEFT_OUT` names it.
+# Scope of the products that the published FLOPs of ClusTR leave out: `published.LEFT_OUT` names it.
 FINE_SCALE = "fine_scale"
 AGGREGATIONS = ("clusters", "grid")
-# Of the running threshold with an adaptive number of clusters, as of BatchNorm's statistics.
+# Momentum of the running threshold (adaptive number of clusters), as for BatchNorm's statistics.
 MOMENTUM = 0.9
 
 
 class ClusterAttention(nn.Module):
-    """Attention of N tokens with clusters of them, at one or several scales (Eqs. 5 and 8).
+    """Attends from N tokens to clusters of them, at one or several scales.
 
     (B, H, W, C) -> (B, H, W, C). The tokens are clustered by density peaks, once for all heads and
-    scales, and merged to about N / ratio tokens per scale. Every scale has keys, values and a
-    softmax of its own; the outputs are added.
+    scales, and merged to about N / ratio tokens per scale. Every scale has its own keys, values and
+    softmax; the outputs are added.
 
     Attributes:
-      num_heads: C is a multiple of it.
+      num_heads: number of heads, a divisor of C.
       ratios: token reduction of each scale, falling; 1: all tokens, nothing to merge.
-      aggregation: "clusters", or "grid": a convolution of kernel and stride sqrt(ratio), the
+      aggregation: "clusters", or "grid": a convolution with kernel and stride sqrt(ratio), the
         spatial reduction of PVT (Wang et al. 2021).
-      assign: cluster of a token that is no centre: of the "nearest" centre, or of its "parent", the
-        nearest denser token.
-      adaptive: 0: every image has all clusters. Else only centres with a high decision value are
-        used, on average this part of them: one threshold for all images, the quantile of the batch
-        in training and its running mean afterwards.
+      assign: cluster that a token joins if it is no centre: that of the "nearest" centre, or of its
+        "parent", the nearest denser token.
+      adaptive: 0: every image has all clusters. Above 0: only centres with a high decision value
+        are used, on average this part of them. One threshold holds for all images: the quantile of
+        the batch in training, its running mean in evaluation.
+      dtype: type of the computation.
       axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
 
     Raises:
       UserError: num_heads does not divide C, another setting is not valid, or there are fewer
         tokens than the coarsest ratio.
+
+    References:
+      Xie et al. 2022, "ClusTR", Eqs. 5 and 8.
     """
 
     num_heads: int
@@ -55,7 +61,7 @@ class ClusterAttention(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
         self._check(channels)
         tokens = x.reshape(x.shape[0], -1, channels)  # (B, N, C)
@@ -63,18 +69,17 @@ class ClusterAttention(nn.Module):
             scales = [(self._grid(x, scale), None) for scale in range(len(self.ratios))]
         else:
             scales = self._clusters(tokens, train)
-        q = self._heads(dense(channels, self.dtype, "q")(tokens))
+        q = split_heads(dense(channels, self.dtype, "q")(tokens), self.num_heads)
         y = 0.0
         for scale, (merged, used) in enumerate(scales):
             kv = dense(2 * channels, self.dtype, f"kv{scale}")(merged)
-            k, v = map(self._heads, jnp.split(kv, 2, axis=-1))  # (B, M, heads, D)
+            k, v = (split_heads(x, self.num_heads) for x in jnp.split(kv, 2, axis=-1))
             with jax.named_scope(FINE_SCALE if scale else "coarse_scale"):
                 y += ops.dot_product_attention(q, k, v, key_mask=used)
         return dense(channels, self.dtype, "proj")(y.reshape(x.shape))
 
     def _check(self, channels):
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        check_num_heads(self.num_heads, channels)
         for name, valid in (("aggregation", AGGREGATIONS), ("assign", RULES)):
             value = getattr(self, name)
             if value not in valid:
@@ -88,11 +93,8 @@ class ClusterAttention(nn.Module):
                 "the first, like (64, 16)"
             )
 
-    def _heads(self, x):
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
-
     def _clusters(self, tokens, train):
-        """Returns merged tokens (B, M, C) and, if not all of them count, used (B, M) per scale."""
+        """Returns for each scale merged tokens (B, M, C), and which are used (B, M), or None."""
         num_tokens = tokens.shape[1]
         numbers = cluster_numbers(num_tokens, self.ratios)
         if not min(numbers):
@@ -107,7 +109,7 @@ class ClusterAttention(nn.Module):
         scores = dense(1, self.dtype, "score")(tokens)[..., 0]  # (B, N), Eq. 3
         scales = []
         for scale, number in enumerate(numbers):
-            # Before it is known to be needed: the variables do not depend on the size of the image.
+            # Created even if not needed: the variables must not depend on the size of the image.
             threshold = self._threshold(peaks, number, scale, train) if self.adaptive else None
             if number == num_tokens:
                 scales.append((tokens, None))
@@ -125,7 +127,7 @@ class ClusterAttention(nn.Module):
         return scales
 
     def _threshold(self, peaks, number, scale, train):
-        """Returns the decision value below which a centre is not used, of all images together."""
+        """Returns the decision value below which a centre is not used, one for all images."""
         running = self.variable("batch_stats", f"threshold{scale}", jnp.zeros, ())
         if not train or self.is_initializing():
             return running.value
@@ -137,7 +139,7 @@ class ClusterAttention(nn.Module):
         return threshold
 
     def _grid(self, x, scale):
-        """Returns (B, M, C), each token the reduction of a square of the map."""
+        """Reduces each square of the map to one token: (B, H, W, C) -> (B, M, C)."""
         side = math.isqrt(self.ratios[scale])
         channels = x.shape[-1]
         if side > 1:
@@ -150,7 +152,9 @@ class ClusterAttention(nn.Module):
 
 
 def cluster_numbers(num_tokens: int, ratios: tuple[int, ...]) -> list[int]:
-    """Returns the number of clusters of each scale: N // ratio of the coarsest, multiples of it.
+    """Returns the number of clusters at each scale.
+
+    The coarsest scale has N // ratio clusters; each finer scale has a multiple of them.
 
     Args:
       num_tokens: N.

@@ -3,14 +3,14 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
 
-# Of convolutions, the usual choice with BatchNorm (He et al. 2015).
+# Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# Of linear layers.
+# Kernels of linear layers.
 linear_init = nn.initializers.truncated_normal(0.02)
 
 
@@ -18,6 +18,11 @@ class Conv3x3(nn.Module):
     """3x3 convolution with bias and padding 1: (B, H, W, C) -> (B, H / stride, W / stride, dim).
 
     Sizes that the stride does not divide are rounded up.
+
+    Attributes:
+      dim: output channels.
+      stride: stride in both directions.
+      dtype: type of the computation.
     """
 
     dim: int
@@ -25,7 +30,7 @@ class Conv3x3(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
         strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
         return nn.Conv(
             self.dim, (3, 3), strides, padding, dtype=self.dtype, kernel_init=conv_init, name="conv"
@@ -33,13 +38,18 @@ class Conv3x3(nn.Module):
 
 
 class DepthwiseConv3x3(nn.Module):
-    """3x3 depthwise convolution: (B, H, W, C) -> (B, H, W, C)."""
+    """3x3 depthwise convolution with padding 1: (B, H, W, C) -> (B, H, W, C).
+
+    Attributes:
+      dtype: type of the computation.
+      use_bias: whether a bias is added.
+    """
 
     dtype: Any = jnp.float32
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
         # The fan-out of a depthwise kernel is its nine entries.
         kernel = self.param("kernel", nn.initializers.normal((2 / 9) ** 0.5), (3, 3, channels))
@@ -50,5 +60,11 @@ class DepthwiseConv3x3(nn.Module):
 
 
 def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:
-    """Returns BatchNorm over the global batch: statistics are averaged over ``axis_name``."""
+    """Returns BatchNorm over the global batch.
+
+    Args:
+      dtype: type of the computation.
+      axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      name: name of the module; None: given by linen.
+    """
     return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name)

@@ -1,4 +1,4 @@
-"""Multi-head attention with dynamic query groups, and the step of its centroids."""
+"""Multi-head attention with dynamic query groups, and the update of its centroids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,26 +7,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import cosine_heads, logit_scale_init
+from tokenvit_jax.ops.heads import merge_heads, split_qkv
+from tokenvit_jax.ops.unit_norm import divide_by_norm
 
 
 class DynamicGroupAttention(nn.Module):
-    """Self-attention (B, L, C) -> (B, L, C) within dynamic groups, or global with no groups.
+    """Self-attention (B, L, C) -> (B, L, C) within dynamic groups, or global without groups.
 
-    Centroids live in the collection "centroids", in float32, one set per head. A forward pass with
-    ``train=True`` that may change the collection adds the group sums of its batch to it and leaves
-    the centroids as they are; :func:`advance_centroids` moves them once per step. So several
-    micro-batches add up, and a second evaluation by rematerialisation changes nothing.
+    The collection "centroids" holds one set of centroids per head, in float32. A forward pass with
+    ``train=True`` and a mutable collection adds the group sums of its batch to the collection and
+    leaves the centroids unchanged; :func:`advance_centroids` moves them once per step. So several
+    micro-batches add up, and rematerialization changes nothing.
 
     Attributes:
-      num_heads: N; C is a multiple of it.
+      num_heads: N, a divisor of C.
       num_groups: G; 0: global attention, no centroids.
       top_k: keys per group.
-      cosine: unit-norm q and k with a learned logit scale per head, instead of 1 / sqrt(D).
+      cosine: unit-norm queries and keys with a learned logit scale per head, not 1 / sqrt(D).
+      dtype: type of the computation.
+
+    Raises:
+      UserError: num_heads does not divide C.
+
+    References:
+      Liu et al. 2022, "Dynamic Group Transformer", Section 3.1.
     """
 
     num_heads: int
@@ -36,13 +45,10 @@ class DynamicGroupAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        batch, length, channels = x.shape
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
-        head_dim = channels // self.num_heads
-        qkv = dense(3 * channels, self.dtype, "qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, head_dim), 2, 0)
+    def __call__(self, x: Float[Array, "B L C"], train: bool) -> Float[Array, "B L C"]:
+        channels = x.shape[-1]
+        check_num_heads(self.num_heads, channels)
+        q, k, v = split_qkv(dense(3 * channels, self.dtype, "qkv")(x), self.num_heads)
         scale = None
         if self.cosine:
             logit_scale = self.param("logit_scale", logit_scale_init, (self.num_heads,))
@@ -52,8 +58,7 @@ class DynamicGroupAttention(nn.Module):
             y = ops.dot_product_attention(q, k, v, scale=scale)
         else:
             y = self._attend_in_groups(q, k, v, scale, train)
-        y = y.reshape(batch, length, channels)
-        return dense(channels, self.dtype, "proj")(y)
+        return dense(channels, self.dtype, "proj")(merge_heads(y))
 
     def _attend_in_groups(self, q, k, v, scale, train):
         shape = (self.num_heads, self.num_groups, q.shape[-1])
@@ -75,22 +80,22 @@ class DynamicGroupAttention(nn.Module):
 
     def _random_centroids(self, shape):
         centroids = jax.random.normal(self.make_rng("params"), shape)
-        return centroids / jnp.linalg.norm(centroids, axis=-1, keepdims=True)
+        return divide_by_norm(centroids)
 
 
 def advance_centroids(
-    collection: Mapping, old_weight: float | jax.Array, axis_name: str | None = None
+    collection: Mapping, old_weight: float | Float[Array, ""], axis_name: str | None = None
 ) -> dict:
-    """Moves every centroid of a "centroids" collection once and clears the sums (Eqs. 3 and 4).
+    """Moves every centroid in a "centroids" collection once and clears the sums (Eqs. 3 and 4).
 
     Args:
-      collection: nested dict whose leaves are groups of "centroids", "sums" and "counts", as
-        :class:`DynamicGroupAttention` fills them.
+      collection: nested dict with "centroids", "sums" and "counts" for each
+        :class:`DynamicGroupAttention`.
       old_weight: weight of the old centroid, in [0, 1].
       axis_name: mapped axis over which the sums of the devices are added first.
 
     Returns:
-      The collection after the step, of the same structure.
+      The collection after the step, with the same structure.
     """
     if "centroids" not in collection:
         return {

@@ -3,27 +3,36 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import DepthwiseConv3x3, batch_norm
+from tokenvit_jax.ops.heads import merge_heads, split_heads
 from tokenvit_jax.ops.pale_attention import HALVED
+from tokenvit_jax.ops.windows import pad_map, whole_windows
 
 
 class SeparableProjection(nn.Module):
-    """Depthwise 3x3 convolution, BatchNorm, linear: (B, H, W, C) -> (B, H, W, C).
+    """Depthwise 3x3 convolution, BatchNorm, linear layer: (B, H, W, C) -> (B, H, W, C).
 
-    As in CvT (Wu et al. 2021), without bias before BatchNorm.
+    There is no bias before BatchNorm.
+
+    Attributes:
+      dtype: type of the computation.
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+
+    References:
+      Wu et al. 2021, "CvT".
     """
 
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
         norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name="norm")
         x = DepthwiseConv3x3(self.dtype, use_bias=False, name="depthwise")(x)
         x = norm(x, use_running_average=not train)
@@ -31,19 +40,24 @@ class SeparableProjection(nn.Module):
 
 
 class PaleAttention(nn.Module):
-    """Self-attention (B, H, W, C) -> (B, H, W, C) within pales or their rows and columns.
+    """Self-attention (B, H, W, C) -> (B, H, W, C) within pales, or their rows and columns.
 
-    The map is padded with zeros below and on the right as far as its pales need it, before the
-    queries, keys and values are computed, and cropped before the output projection.
+    Before queries, keys and values are computed, the map is padded with zeros below and on the
+    right to whole pales; it is cropped before the output projection.
 
     Attributes:
-      num_heads: N; C is a multiple of it.
+      num_heads: N, a divisor of C.
       pale_size: s, rows and columns of a pale.
       mode: see :func:`tokenvit_jax.ops.pale_attention`.
-      mask_padding: whether padding is left out of the attention; it is a part of it otherwise.
+      mask_padding: True: no token attends to padding. False: padding is attended to like tokens.
+      dtype: type of the computation.
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
 
     Raises:
       UserError: num_heads does not divide C, or is odd where the mode halves it.
+
+    References:
+      Wu et al. 2022, "Pale Transformer", Section 3.
     """
 
     num_heads: int
@@ -54,39 +68,44 @@ class PaleAttention(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
         _, height, width, channels = x.shape
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        check_num_heads(self.num_heads, channels)
         if self.mode in HALVED and self.num_heads % 2:
             raise UserError(
                 f"num_heads={self.num_heads} must be even: mode {self.mode!r} halves the heads"
             )
         padded = padded_size(height, width, self.pale_size, self.mode)
-        below, right = padded[0] - height, padded[1] - width
-        x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
+        x = pad_map(x, padded)
         mask = None
-        if self.mask_padding and (below or right):
+        if self.mask_padding and padded != (height, width):
             mask = (jnp.arange(padded[0])[:, None] < height) & (jnp.arange(padded[1]) < width)
 
         def heads(name):
             y = SeparableProjection(self.dtype, self.axis_name, name=name)(x, train)
-            return y.reshape(*x.shape[:3], self.num_heads, -1)
+            return split_heads(y, self.num_heads)
 
         y = ops.pale_attention(
             heads("q"), heads("k"), heads("v"),
             pale=(self.pale_size, self.pale_size), mode=self.mode, mask=mask,
         )  # fmt: skip
-        y = y.reshape(x.shape)[:, :height, :width]
+        y = merge_heads(y)[:, :height, :width]
         return dense(channels, self.dtype, "proj")(y)
 
 
 def padded_size(height: int, width: int, pale_size: int, mode: str) -> tuple[int, int]:
-    """Returns the multiples of the pale size that hold the map; of equal sides in mode "vanilla".
+    """Returns the size of a map padded to whole pales.
 
-    Vanilla pales have one row group and one column group each, so there must be as many of both.
+    A pale in mode "vanilla" has one row group and one column group, so their numbers must be equal
+    and the padded map is square.
+
+    Args:
+      height: rows of the map.
+      width: columns of the map.
+      pale_size: rows and columns of a pale.
+      mode: see :func:`tokenvit_jax.ops.pale_attention`.
     """
-    rows, columns = -(-height // pale_size), -(-width // pale_size)
+    rows, columns = whole_windows((height, width), (pale_size, pale_size))
     if mode == "vanilla":
         rows = columns = max(rows, columns)
     return rows * pale_size, columns * pale_size

@@ -1,38 +1,43 @@
-"""Multi-head attention of all tokens with all, of plain hosts and of heads on their tokens."""
+"""Multi-head attention of all tokens with all tokens, for plain hosts and their heads."""
 
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
+from jaxtyping import Array, Float, Shaped
 
 from tokenvit_jax import ops
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import unit_length
+from tokenvit_jax.ops.heads import merge_heads, split_qkv
 
 
 class Attended(NamedTuple):
-    """What attention returns.
+    """Output of attention, and what token reducers read.
 
-    y: (B, T, C). received: attention that each token received (B, T), or None. keys: mean over the
-    heads (B, T, D).
+    Attributes:
+      y: output (B, T, C).
+      received: attention that each token received (B, T), or None.
+      keys: mean of the keys over the heads (B, T, D).
     """
 
-    y: jax.Array
-    received: jax.Array | None
-    keys: jax.Array
+    y: Float[Array, "B T C"]
+    received: Float[Array, "B T"] | None
+    keys: Float[Array, "B T D"]
 
 
 class Attention(nn.Module):
     """Multi-head attention of all tokens.
 
     Attributes:
-      num_heads: number of heads.
-      qk_norm: "none"; "fixed": queries and keys of length 1, whose products are the logits;
-        "learned": times a parameter that starts at 1 (Supplement F of Token Pooling).
-      dtype: of the computation.
+      num_heads: number of heads, a divisor of C.
+      qk_norm: "none"; "fixed": queries and keys have length 1, and their products are the logits;
+        "learned": these logits times a parameter that starts at 1 (Supplement F of Token Pooling).
+      init_std: standard deviation of the initial kernels.
+      dtype: type of the computation.
+
+    Raises:
+      UserError: num_heads does not divide C.
     """
 
     num_heads: int
@@ -43,27 +48,24 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T C"],
         scored_by: str | None = None,
         diagonal: bool = True,
-        size: jax.Array | None = None,
+        size: Shaped[Array, "B T"] | None = None,
     ) -> Attended:
         """Attends.
 
         Args:
-          x: (B, T, C).
-          scored_by: whose attention to each token to report: the sum over heads and queries of
-            "all", or the mean over the heads of the "class" token; None: none.
-          diagonal: whether that from itself is counted in the sum.
+          x: tokens (B, T, C).
+          scored_by: whose attention to each token is reported. "all": the sum over all heads and
+            queries; "class": the mean over the heads of the class token's attention; None: none.
+          diagonal: whether the sum includes the attention of a token to itself.
           size: number of patches that each token stands for (B, T); None: all 1.
         """
         channels = x.shape[-1]
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
+        check_num_heads(self.num_heads, channels)
         init = truncated_normal(self.init_std)
-        qkv = dense(3 * channels, self.dtype, "qkv", init)(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, channels // self.num_heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, heads, D)
+        q, k, v = split_qkv(dense(3 * channels, self.dtype, "qkv", init)(x), self.num_heads)
         scale, received = None, None
         if self.qk_norm != "none":
             q, k = (unit_length(part).astype(self.dtype) for part in (q, k))
@@ -77,5 +79,5 @@ class Attention(nn.Module):
         if scored_by == "class":  # one row more is cheaper than all rows kept
             row = ops.scored_attention(q[:, :1], k, v, size, scale=scale)
             received = row.received / self.num_heads
-        y = dense(channels, self.dtype, "proj", init)(y.reshape(x.shape))
+        y = dense(channels, self.dtype, "proj", init)(merge_heads(y))
         return Attended(y, received, k.mean(2))

@@ -1,16 +1,17 @@
-"""Dropout and stochastic depth that give the same numbers on any number of devices.
+"""Dropout and stochastic depth whose masks do not depend on the number of devices.
 
-Masks are drawn for the global batch from a key that all devices share. Under jit over a mesh that
-is what a plain draw does; under a mapped axis every device draws the whole mask, which is small,
-and takes its part.
+Masks are drawn for the global batch from a key that all devices share. Under jit over a mesh a
+plain draw does this; under a mapped axis every device draws the whole mask, which is small, and
+takes its part.
 """
 
 import flax.linen as nn
 import jax
 from jax import lax
+from jaxtyping import Array, Float, Key
 
 
-def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) -> jax.Array:
+def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) -> Array:
     if axis_name is None:
         return jax.random.bernoulli(rng, 1 - rate, shape)
     batch, *rest = shape
@@ -18,25 +19,36 @@ def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) 
     return _own_part(mask, batch, axis_name)
 
 
-def image_keys(rng: jax.Array, batch: int, axis_name: str | None) -> jax.Array:
-    """Returns a random key for each of the ``batch`` images of a device."""
+def image_keys(rng: Key[Array, ""], batch: int, axis_name: str | None) -> Key[Array, " B"]:
+    """Returns a random key for each of the ``batch`` images on a device.
+
+    Args:
+      rng: key that all devices share.
+      batch: images on a device.
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+    """
     if axis_name is None:
         return jax.random.split(rng, batch)
     return _own_part(jax.random.split(rng, batch * lax.axis_size(axis_name)), batch, axis_name)
 
 
-def _own_part(x: jax.Array, batch: int, axis_name: str) -> jax.Array:
+def _own_part(x: Array, batch: int, axis_name: str) -> Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * batch, batch)
 
 
 class Dropout(nn.Module):
-    """Drops single entries of x (B, ...) with probability ``rate`` and scales up the others."""
+    """Drops entries of x (B, ...) with probability ``rate`` and scales up the others.
+
+    Attributes:
+      rate: probability, in [0, 1).
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+    """
 
     rate: float
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B ..."], train: bool) -> Float[Array, "B ..."]:
         if not train or self.rate == 0:
             return x
         keep = _keep_mask(
@@ -45,12 +57,16 @@ class Dropout(nn.Module):
         return x * (keep.astype(x.dtype) / (1 - self.rate))
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of what is dropped or kept as one."""
+        """Returns the shape of the mask; entries that share a place in it are dropped together."""
         return shape
 
 
 class DropPath(Dropout):
-    """Stochastic depth: drops a residual branch for whole images (Huang et al. 2016)."""
+    """Stochastic depth: drops a residual branch for whole images.
+
+    References:
+      Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0],) + (1,) * (len(shape) - 1)

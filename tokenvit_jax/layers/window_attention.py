@@ -1,4 +1,4 @@
-"""Multi-head attention within windows, of Swin Transformers, on maps of any size."""
+"""Multi-head attention within windows of maps of any size (Swin Transformer)."""
 
 from typing import Any
 
@@ -6,26 +6,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.layers.cosine import cosine_heads, logit_scale_init
+from tokenvit_jax.ops.heads import merge_heads, split_heads
+from tokenvit_jax.ops.windows import pad_to_windows
 
-CPB_CHANNELS = 512  # of the MLP that computes position biases (Liu et al. 2022, Section 3.3)
+# Hidden channels of the MLP that computes position biases (Liu et al. 2022, Section 3.3).
+CPB_CHANNELS = 512
 
 
 class WindowAttention(nn.Module):
     """Self-attention (B, H, W, C) -> (B, H, W, C) within windows, with a table of position biases.
 
-    The map is padded with zeros below and on the right to whole windows, before queries, keys and
-    values are computed. Padding is attended to like anything else, as in the published detection
-    and segmentation models.
+    Before queries, keys and values are computed, the map is padded with zeros below and on the
+    right to whole windows. Padding is attended to like tokens, as in the published detection and
+    segmentation models.
 
     Attributes:
-      num_heads: N; C is a multiple of it.
-      window_size: rows and columns of the windows that the table is for.
+      num_heads: N, a divisor of C.
+      window_size: rows and columns of the largest window in the table.
+      dtype: type of the computation.
 
     Raises:
       UserError: num_heads does not divide C.
@@ -41,33 +45,31 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B H W C"],
         window: tuple[int, int],
         shift: tuple[int, int],
         *,
         table_window: tuple[int, int] | None = None,
         mask_shift: tuple[int, int] | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B H W C"]:
         """Attends.
 
         Args:
           x: (B, H, W, C).
           window: rows and columns of a window, at most ``window_size``.
-          shift: rows and columns that the windows are moved down and right, less than a window;
-            at the borders that leaves parts of windows.
-          table_window: rows and columns of the window whose table of position biases is resized to
-            that of ``window``, from ``window`` to ``window_size``; None: ``window``.
-          mask_shift: what the mask takes for the shift; None: ``shift``, which is right.
+          shift: rows and columns, less than a window, by which the windows are moved down and
+            right; at the borders, parts of windows remain.
+          table_window: window whose position biases are resized to ``window``, from ``window`` to
+            ``window_size`` (rows, columns); None: ``window``.
+          mask_shift: shift that the mask assumes; None: ``shift``, the correct one.
         """
         _, height, width, channels = x.shape
-        if channels % self.num_heads:
-            raise UserError(f"num_heads={self.num_heads} does not divide {channels} channels")
-        below, right = -height % window[0], -width % window[1]
-        x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
+        check_num_heads(self.num_heads, channels)
+        x = pad_to_windows(x, window)
         x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x
         # The gradient of a split is one concatenation; of slices it would be a sum of padded maps.
         qkv = jnp.split(self._qkv(x), 3, axis=-1)
-        heads = (y.reshape(*x.shape[:3], self.num_heads, -1) for y in qkv)
+        heads = (split_heads(y, self.num_heads) for y in qkv)
         q, k, v, scale = self._logits_of(*heads)
         table = self._bias_table()
         if table_window is not None:
@@ -75,7 +77,7 @@ class WindowAttention(nn.Module):
         bias = ops.relative_position_bias(table, window)
         mask_shift = shift if mask_shift is None else mask_shift
         y = ops.window_attention(q, k, v, bias, window=window, shift=mask_shift, scale=scale)
-        y = y.reshape(x.shape)
+        y = merge_heads(y)
         y = jnp.roll(y, shift, (1, 2)) if any(shift) else y
         return dense(channels, self.dtype, "proj")(y[:, :height, :width])
 
@@ -86,17 +88,17 @@ class WindowAttention(nn.Module):
         return q, k, v, None
 
     def _bias_table(self):
-        """Returns the bias of every offset (2 K - 1, 2 K - 1, N), K = ``window_size``."""
+        """Returns the bias for every offset (2 K - 1, 2 K - 1, N), K = ``window_size``."""
         side = 2 * self.window_size - 1
         return self.param("relative_position_bias", linear_init, (side, side, self.num_heads))
 
 
 class CosineWindowAttention(WindowAttention):
-    """Window attention of Swin v2: cosines of queries and keys, position biases of an MLP.
+    """Window attention of Swin v2: cosines of queries and keys, position biases from an MLP.
 
-    Attributes, beside those of :class:`WindowAttention`:
-      pretrained_window_size: side of the windows by which offsets are measured: that of the first
-        training, whatever windows there are now.
+    Attributes:
+      pretrained_window_size: side of the windows in the first training, which is the unit of the
+        offsets. The other attributes are those of :class:`WindowAttention`.
 
     References:
       Liu et al. 2022, "Swin Transformer V2", Eqs. 2 to 4.
@@ -127,22 +129,22 @@ class CosineWindowAttention(WindowAttention):
 
 
 def resize_bias_table(
-    table: jax.Array, window: tuple[int, int], smaller: tuple[int, int]
-) -> jax.Array:
-    """Returns the biases of offsets in a smaller window that takes up the room of another one.
+    table: Float[Array, "A B N"], window: tuple[int, int], smaller: tuple[int, int]
+) -> Float[Array, "a b N"]:
+    """Resizes the table of a window to a smaller window that covers the same area.
 
-    Bilinear, not antialiased; the middle stays the middle.
+    Bilinear, not antialiased; offset 0 stays in the middle.
 
     Args:
-      table: (2 a - 1, 2 b - 1, N), the bias of each offset; no offset in the middle.
+      table: (2 a - 1, 2 b - 1, N), the bias for each offset; offset 0 is in the middle.
       window: (K, L), rows and columns of a window, at most (a, b).
-      smaller: (k, l), rows and columns that take up its room, at most (K, L).
+      smaller: (k, l), rows and columns of the smaller window, at most (K, L).
 
     Returns:
       (2 k - 1, 2 l - 1, N).
 
     References:
-      Liang et al. 2022, "Expediting Large-Scale Vision Transformer", the code for Swin.
+      Liang et al. 2022, "Expediting Large-Scale Vision Transformer", the released code for Swin.
     """
     rows, columns = (
         slice(n // 2 + 1 - side, n // 2 + side)
@@ -153,12 +155,16 @@ def resize_bias_table(
 
 
 class PositionBiasMlp(nn.Module):
-    """Biases from offsets: (..., 2) -> (..., num_heads), between 0 and 16, in the softmax type."""
+    """Computes biases from offsets: (..., 2) -> (..., num_heads), between 0 and 16.
+
+    Attributes:
+      num_heads: N.
+    """
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, offsets: jax.Array) -> jax.Array:
+    def __call__(self, offsets: Float[Array, "... 2"]) -> Float[Array, "... N"]:
         x = nn.relu(nn.Dense(CPB_CHANNELS, kernel_init=linear_init, name="fc1")(offsets))
         x = nn.Dense(self.num_heads, use_bias=False, kernel_init=linear_init, name="fc2")(x)
         return 16 * nn.sigmoid(x)

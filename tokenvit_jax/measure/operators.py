@@ -20,7 +20,7 @@ from tokenvit_jax.measure.timing import (
     normal,
     time_in_turns,
 )
-from tokenvit_jax.ops.group_attention_paths import cheaper_path
+from tokenvit_jax.ops.group_attention import cheaper_path
 
 # DGT, Table 1.
 HEAD_DIM, NUM_GROUPS, TOP_K = 32, 48, 98

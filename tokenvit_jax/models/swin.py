@@ -22,6 +22,7 @@ from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import read_settings
+from tokenvit_jax.ops.windows import pad_to_windows, to_map, to_windows, whole_windows
 
 EPSILON = 1e-5  # of LayerNorm
 
@@ -255,17 +256,14 @@ def windows_of(
     return window, shift
 
 
-def to_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+def to_window_tokens(x: jax.Array, window: tuple[int, int]) -> jax.Array:
     """(B, rows h, columns w, C) -> (B rows columns, h w, C); ``window``: (h, w)."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window[0], window[0], width // window[1], window[1], channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window[0] * window[1], channels)
+    return to_windows(x, window).reshape(-1, window[0] * window[1], x.shape[-1])
 
 
-def to_map(x: jax.Array, window: tuple[int, int], count: tuple[int, int]) -> jax.Array:
+def from_window_tokens(x: jax.Array, window: tuple[int, int], count: tuple[int, int]) -> jax.Array:
     """(B rows columns, h w, C) -> (B, rows h, columns w, C); ``count``: (rows, columns)."""
-    x = x.reshape(-1, *count, *window, x.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(x.shape[0], count[0] * window[0], count[1] * window[1], -1)
+    return to_map(x.reshape(-1, *count, *window, x.shape[-1]))
 
 
 class Swin(Pyramid):
@@ -315,15 +313,14 @@ class Swin(Pyramid):
                 f"expedite.clusters={size} is not valid; valid: rows and columns from 1 to those "
                 f"of the window, {window[0]} x {window[1]}"
             )
-        count = (-(-height // window[0]), -(-width // window[1]))
-        below, right = count[0] * window[0] - height, count[1] * window[1] - width
-        tokens = to_windows(jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))), window)
+        count = whole_windows((height, width), window)
+        tokens = to_window_tokens(pad_to_windows(x, window), window)
         centers = expedite.cluster(tokens, window)
-        x = to_map(centers, size, count)
+        x = from_window_tokens(centers, size, count)
         for block in blocks:
             x = block(x, train, CenterWindows(size, window, settings.released_mask))
-        tokens = expedite.reconstruct(tokens, centers, to_windows(x, size), window)
-        return to_map(tokens, window, count)[:, :height, :width]
+        tokens = expedite.reconstruct(tokens, centers, to_window_tokens(x, size), window)
+        return from_window_tokens(tokens, window, count)[:, :height, :width]
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
         return self.head_norm(x)

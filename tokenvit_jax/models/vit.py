@@ -21,6 +21,7 @@ from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, chec
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import Patches, TokenReducer
 from tokenvit_jax.models.settings import BackboneSettings, check_choice, read_settings
+from tokenvit_jax.ops.gather import take
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
@@ -140,7 +141,7 @@ class Origin(NamedTuple):
 
     def restore(self, tokens: jax.Array) -> jax.Array:
         """Maps the tokens (B, n, D) that are left back to all patches (B, N, D)."""
-        return tokens if self.home is None else reducers.take(tokens, self.home)
+        return tokens if self.home is None else take(tokens, self.home)
 
 
 # `visit(index, x, restore)` after a block, with its tokens and their way back to all patches.
@@ -224,7 +225,7 @@ class Block(nn.Module):
                     restorable=home is not None,
                 )  # fmt: skip
                 if home is not None:
-                    home = reducers.take(new_home, home)
+                    home = take(new_home, home)
         size = jnp.concatenate([front.size, size], 1)
         return jnp.concatenate([front.x, x], 1), Origin(size, home)
 

@@ -1,21 +1,15 @@
 """Softmax attention of all queries with all keys."""
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Shaped
 
+from tokenvit_jax.kernels.attention import attend, attend_by_library, attend_heads_first
 from tokenvit_jax.ops.counted import counted
-
-# On a CPU more logits than this (16 MiB) are not held at once: they would leave the cache.
-MAX_LOGITS = 2**22
-
-
-def softmax_dtype(dtype) -> jnp.dtype:
-    """Returns the type of distances, softmax and statistics: float64 stays, all else is float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+from tokenvit_jax.ops.dtypes import softmax_dtype
 
 
 def _macs(inputs, outputs):
@@ -25,13 +19,13 @@ def _macs(inputs, outputs):
 
 @counted(_macs, static_argnames=("scale",))
 def dot_product_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
     *,
     scale: float | None = None,
-    key_mask: jax.Array | None = None,
-) -> jax.Array:
+    key_mask: Bool[Array, "B S"] | None = None,
+) -> Float[Array, "B L N D"]:
     """Computes softmax(scale q k^T) v for every head.
 
     Args:
@@ -39,7 +33,7 @@ def dot_product_attention(
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       scale: factor of the logits; None: 1 / sqrt(D).
-      key_mask: (B, S) bool, the keys that count, at least one per image; None: all.
+      key_mask: (B, S) bool, True for keys to attend to, at least one per image; None: all.
 
     Returns:
       (B, L, N, D) in the type of ``v``.
@@ -53,33 +47,31 @@ def dot_product_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, S)
 
-    def on_cpu(q, k, v):
-        # XLA's batched product is several times faster with (batch, heads) in front.
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-        y = map_queries(lambda q: attend(q, k, v, mask)[0], k.shape[2], q)
-        return jnp.swapaxes(y, 1, 2)
-
-    def elsewhere(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
-
+    on_cpu = functools.partial(attend_heads_first, scale=scale, mask=mask)
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v)
+    elsewhere = functools.partial(attend_by_library, scale=scale, mask=mask)
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
 
 
 class ScoredAttention(NamedTuple):
-    """output (B, L, N, D); received (B, S), the attention of all heads and queries to each key."""
+    """Output of attention, and how much attention each key received.
 
-    output: jax.Array
-    received: jax.Array
+    Attributes:
+      output: (B, L, N, D).
+      received: (B, S), summed over all heads and queries.
+    """
+
+    output: Float[Array, "B L N D"]
+    received: Float[Array, "B S"]
 
 
 @counted(_macs, static_argnames=("scale", "diagonal"))
 def scored_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    size: jax.Array | None = None,
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    size: Shaped[Array, "B S"] | None = None,
     *,
     scale: float | None = None,
     diagonal: bool = True,
@@ -90,10 +82,10 @@ def scored_attention(
       q: queries (B, L, N, D).
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
-      size: tokens that each key stands for (B, S), not negative: adds their logarithm to the
-        logits, which is what so many equal keys would do; None: 1.
+      size: number of tokens that each key stands for (B, S), not negative. Its logarithm is added
+        to the logits, so that a key counts like ``size`` equal keys; None: 1.
       scale: factor of the logits; None: 1 / sqrt(D).
-      diagonal: False: what a query gives to the key of its own place is not reported.
+      diagonal: False: leave out the attention of a token to itself (query i to key i).
 
     Returns:
       ScoredAttention(output in the type of ``v``, received in float32 or float64).
@@ -102,8 +94,8 @@ def scored_attention(
       ValueError: the shapes do not fit together.
 
     References:
-      Marin et al. 2021, "Token Pooling", Supplement E; without the diagonal: the code of
-      PoWER-BERT (Goyal et al. 2020).
+      Marin et al. 2021, "Token Pooling", Supplement E. Leaving out the diagonal follows the code
+      of PoWER-BERT (Goyal et al. 2020).
     """
     check_qkv(q, k, v)
     if size is not None and size.shape != k.shape[:2]:
@@ -122,69 +114,7 @@ def scored_attention(
     return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
 
 
-def map_queries(run: Callable[..., jax.Array], num_keys: int, *queries: jax.Array) -> jax.Array:
-    """Returns ``run(*queries)``, of so many queries at once that about ``MAX_LOGITS`` logits fit.
-
-    Args:
-      run: of what it takes the backward pass computes the logits of a chunk again.
-      num_keys: logits per query and head.
-      queries: arrays (B, N, L, ...) that belong together.
-
-    Returns:
-      (B, N, L, ...).
-    """
-    batch, heads, length = queries[0].shape[:3]
-    chunks = min(-(-batch * heads * length * num_keys // MAX_LOGITS), length)
-    if chunks == 1:
-        return run(*queries)
-    size = -(-length // chunks)
-    padding = -length % size
-
-    def split(x):  # (chunks, B, N, size, ...)
-        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(batch, heads, -1, size, *x.shape[3:]), 2, 0)
-
-    run = jax.checkpoint(run, prevent_cse=False)
-    output = jnp.moveaxis(lax.map(lambda chunk: run(*chunk), [split(x) for x in queries]), 0, 2)
-    return output.reshape(batch, heads, length + padding, *output.shape[4:])[:, :, :length]
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes softmax(q k^T) v for any leading axes, with its log-normaliser in two parts.
-
-    Args:
-      q: scaled queries (..., L, D).
-      k: keys (..., S, D).
-      v: values (..., S, E).
-      mask: bool, broadcastable to (..., L, S): the keys that count; None: all.
-      bias: of the logits, broadcastable to (..., L, S); None: 0.
-
-    Returns:
-      output (..., L, E) in the type of ``v``, exp(logits - max) (..., L, S) in the type of ``v``,
-      and their sum over the keys (..., L, 1) in the softmax type.
-    """
-    dtype = softmax_dtype(q.dtype)
-    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=dtype)
-    if bias is not None:
-        logits = logits + bias
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
-    logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits)
-    total = weights.sum(-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    output = jnp.einsum("...qk,...ke->...qe", weights, v, preferred_element_type=dtype)
-    # Dividing after the product touches L x E numbers instead of L x S.
-    return (output / total).astype(v.dtype), weights, total
-
-
-def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+def check_qkv(q: Array, k: Array, v: Array) -> None:
     """Raises ValueError unless q, k, v are (B, L, N, D), (B, S, N, D), (B, S, N, D)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -193,5 +123,5 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"k has shape {k.shape} and v {v.shape}; they must be equal")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
-            f"k has shape {k.shape}; batch, heads and dim must be those of q, {q.shape}"
+            f"k has shape {k.shape} and q {q.shape}; batch, heads and dim must be equal"
         )

@@ -1,10 +1,10 @@
-"""What clustering around superpixels and the way back share: tiles of centres, and their weights.
+"""Tiles of centres and their weights, for superpixel clustering and for the reconstruction.
 
-The neighbourhoods of tokens are no regular parts of the map of centres, whose sides need not divide
-those of the map of tokens. Therefore the centres are divided into tiles of a few cells. The tokens
-at home in a tile see nothing but the window of the tile and what is around it, so that a round is
-two matrix products per tile. What these compute outside of a neighbourhood is masked, and does not
-grow with the map. All indices are known when a function is traced.
+The neighbourhoods of tokens are not regular parts of the map of centres, because its sides need not
+divide the sides of the map of tokens. Therefore the centres are divided into tiles of a few cells.
+The tokens whose home cell is in a tile see only the window of this tile (the tile and the cells
+around it), so a round is two matrix products per tile. Products outside a neighbourhood are masked;
+their share does not grow with the map. All indices are known when a function is traced.
 """
 
 import functools
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-# Cells on a side of a tile, at least.
+# Cells along a side of a tile, at least.
 TILE = 4
 
 product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -23,12 +24,15 @@ product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 class Tiles(NamedTuple):
     """Division of S centres into n tiles.
 
-    tokens: those at home in a tile (n, T), and others to fill it.
-    centers: those of a window (n, K), and others to fill it.
-    near: which centres of the window a token sees (n, K, T); fillings see nothing and are not seen.
-    homes: of every token its place in the tiles (N,), flat.
-    places: of every centre its places in the windows (P, S), flat; used: which of them are any.
-    pairs: number of tokens and centres that are near.
+    Attributes:
+      tokens: tokens whose home cell is in each tile (n, T), padded with other tokens.
+      centers: centres in the window of each tile (n, K), padded with other centres.
+      near: whether a token sees a centre of the window (n, K, T); padding sees nothing and is not
+        seen.
+      homes: position of each token in the flattened tiles (N,).
+      places: positions of each centre in the flattened windows (P, S).
+      used: whether an entry of ``places`` is a position (P, S); the others are padding.
+      pairs: number of pairs of a token and a centre that it sees.
     """
 
     tokens: np.ndarray
@@ -42,10 +46,16 @@ class Tiles(NamedTuple):
 
 @functools.lru_cache
 def make_tiles(grid: tuple[int, int], clusters: tuple[int, int], window: int) -> Tiles:
-    """Divides the centres of a map; see :func:`tokenvit_jax.ops.cluster_superpixels`."""
+    """Divides the centres of a map into tiles.
+
+    Args:
+      grid: (H, W), rows and columns of tokens.
+      clusters: (h, w), rows and columns of centres.
+      window: rows and columns of a token's neighbourhood, odd.
+    """
     rows, columns = (_tile_axis(*s, window // 2) for s in zip(grid, clusters, strict=True))
 
-    def number(i, j, width):  # of places in a map, row after row
+    def number(i, j, width):  # indices in a map, row after row
         places = i[:, None, :, None] * width + j[None, :, None]
         return places.reshape(len(i) * len(j), -1)
 
@@ -59,7 +69,7 @@ def make_tiles(grid: tuple[int, int], clusters: tuple[int, int], window: int) ->
 
 
 def _tile_axis(length, cells, reach):
-    """Returns tokens (n, T), cells of windows (n, K), and which are near (n, K, T), of one axis."""
+    """Divides one axis: returns tokens (n, T), cells of windows (n, K), and near (n, K, T)."""
     size = max(TILE, 2 * reach)
     count = -(-cells // size) if cells > size + 2 * reach else 1
     size = -(-cells // count)
@@ -75,12 +85,15 @@ def _tile_axis(length, cells, reach):
 
 
 def _places(numbers, used, count):
-    """Returns where each of ``count`` numbers stands in an array, flat (P, count), and if at all.
+    """Returns the positions of each number in the flattened array, and which of them exist.
 
     Args:
-      numbers: below ``count``.
-      used: False where a number does not count.
-      count: of different numbers.
+      numbers: array of numbers below ``count``.
+      used: False where a number is padding.
+      count: how many different numbers there are.
+
+    Returns:
+      Positions and whether they exist, both (P, count); P is the most frequent number's count.
     """
     numbers = np.where(used, numbers, count).ravel()
     order = np.argsort(numbers, kind="stable")
@@ -90,26 +103,36 @@ def _places(numbers, used, count):
     return order[np.minimum(at, len(order) - 1)], i < times
 
 
-def take(x, index):
-    """Returns tokens (B, ..., C) of (B, N, C)."""
+def take_all(x: Float[Array, "B N C"], index: np.ndarray) -> Float[Array, "B ..."]:
+    """Returns the same tokens of every image: (B, N, C) at index (...) -> (B, ..., C)."""
     return jnp.take(x, index, 1, mode="clip")
 
 
-def add_windows(x, tiles):
-    """(B, n, K, C) -> (B, S, C): adds up what the windows say of a centre."""
+def add_windows(x: Float[Array, "B n K C"], tiles: Tiles) -> Float[Array, "B S C"]:
+    """Adds up the entries of all windows for each centre: (B, n, K, C) -> (B, S, C)."""
     x = x.reshape(len(x), -1, x.shape[-1])
     pairs = zip(tiles.places, tiles.used, strict=True)
-    return sum(jnp.where(used[:, None], take(x, places), 0) for places, used in pairs)
+    return sum(jnp.where(used[:, None], take_all(x, places), 0) for places, used in pairs)
 
 
-def near_weights(x, centers, tiles, temperature):
-    """Returns the weights (B, n, K, T) of the centres of every window for the tokens of its tile.
+def near_weights(
+    x: Float[Array, "B n T C"], centers: Float[Array, "B S C"], tiles: Tiles, temperature: float
+) -> Float[Array, "B n K T"]:
+    """Computes the softmax weights of the centres in each window for the tokens in its tile.
 
-    Those of a token have the sum 1. Centres lead: on CPU a reduction over them is a vector loop.
+    Args:
+      x: tokens of the tiles (B, n, T, C).
+      centers: (B, S, C).
+      tiles: the division of the centres.
+      temperature: tau, above 0.
+
+    Returns:
+      (B, n, K, T), whose sum over K is 1 for each token. Centres come before tokens: on CPU a
+      reduction over them is a vector loop.
     """
-    windows = take(centers, tiles.centers)
-    square = take(jnp.sum(centers**2, -1, keepdims=True), tiles.centers)
-    # |x|^2 is the same for all centres of a token.
+    windows = take_all(centers, tiles.centers)
+    square = take_all(jnp.sum(centers**2, -1, keepdims=True), tiles.centers)
+    # |x|^2 is the same for all centres that a token sees.
     logits = (2 * product("bnkc,bntc->bnkt", windows, x) - square) / temperature
     logits = jnp.where(tiles.near, logits, jnp.finfo(logits.dtype).min)
     exps = jnp.exp(logits - lax.stop_gradient(logits.max(2, keepdims=True)))
@@ -117,14 +140,23 @@ def near_weights(x, centers, tiles, temperature):
     return weights / jnp.maximum(weights.sum(2, keepdims=True), 1)  # the largest is 1
 
 
-def mix_rows_and_columns(x, grid, rows, columns):
-    """(B, H W, C) -> (B, h w, C): new rows are weighted sums of old ones, and columns alike.
+def mix_rows_and_columns(
+    x: Float[Array, "B N C"],
+    grid: tuple[int, int],
+    rows: tuple[np.ndarray, np.ndarray],
+    columns: tuple[np.ndarray, np.ndarray],
+) -> Float[Array, "B M C"]:
+    """Computes new rows as weighted sums of old rows, then new columns of old columns.
 
     Args:
       x: (B, H W, C).
       grid: (H, W).
-      rows: index and weights (P, h): row i is the sum over p of weights[p, i] x[index[p, i]].
-      columns: the same of columns, (Q, w).
+      rows: index and weights, both (P, h): new row i is the sum over p of weights[p, i] times old
+        row index[p, i].
+      columns: index and weights of the columns, both (Q, w).
+
+    Returns:
+      (B, h w, C).
     """
     x = x.reshape(len(x), *grid, x.shape[-1])
     for axis, (index, weights) in ((1, rows), (2, columns)):
@@ -139,14 +171,14 @@ def mix_rows_and_columns(x, grid, rows, columns):
 # ------------------------------------------------------------------------------------------------
 
 
-def check_tokens(name, x):
+def check_tokens(name: str, x: Array) -> None:
     """Raises ValueError unless an array is (B, N, C)."""
     if x.ndim != 3:
         raise ValueError(f"{name} has shape {x.shape}; expected (batch, tokens, channels)")
 
 
-def check_grid(name, x, grid_name, grid):
-    """Raises ValueError unless an array is a map of ``grid``, row after row."""
+def check_grid(name: str, x: Array, grid_name: str, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless an array (B, N, ...) is a map with ``grid`` rows and columns."""
     if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != x.shape[1]:
         raise ValueError(
             f"{grid_name} is {grid}; it must be (rows, columns) with the product {x.shape[1]} for "
@@ -154,13 +186,13 @@ def check_grid(name, x, grid_name, grid):
         )
 
 
-def check_window(window):
-    """Raises ValueError unless a window has an odd side."""
+def check_window(window: int) -> None:
+    """Raises ValueError unless the side of a window is odd."""
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window is {window}; it must be odd and at least 1")
 
 
-def check_temperature(temperature):
+def check_temperature(temperature: float) -> None:
     """Raises ValueError unless a temperature is above 0 and finite."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be above 0 and finite")

@@ -1,29 +1,31 @@
-"""Division of many tokens into chunks of a size that suits the platform."""
+"""Division of many tokens into chunks whose size suits the platform."""
 
 from collections.abc import Callable
+from typing import Any
 
-import jax
 from jax import lax
 
-# Numbers of a chunk: on CPU it stays in the cache, elsewhere it fills the machine (not measured).
+# Elements per chunk. On CPU a chunk stays in the cache; elsewhere it should fill the device (not
+# measured).
 CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
-# Tokens of a chunk come in multiples of this, and at least twice as many.
+# The tokens of a chunk are a multiple of this, and at least twice as many.
 LANES = 16
 
 
-def in_chunks(
-    run: Callable[[int], jax.Array], length: int, width: int, chunk_size: int | None
-) -> jax.Array:
-    """Returns ``run(size)`` for the number of tokens that a chunk should have.
+def in_chunks(run: Callable[[int], Any], length: int, width: int, chunk_size: int | None) -> Any:
+    """Calls ``run`` with the number of tokens per chunk that suits the platform.
 
-    A chunk begins at ``i * size`` or, if that is nearer to the front, at ``length - size``, where
-    ``lax.dynamic_slice`` puts it: the last one repeats tokens instead of having fewer.
+    Chunk i begins at ``i * size``, but not behind ``length - size``, where ``lax.dynamic_slice``
+    stops: the last chunk repeats tokens instead of having fewer.
 
     Args:
-      run: computes everything in chunks of so many tokens.
+      run: computes the whole result in chunks of so many tokens.
       length: N.
-      width: numbers that a token takes in a chunk, of all images together.
-      chunk_size: tokens of a chunk; None: what suits the platform.
+      width: elements that a token takes in a chunk, over all images.
+      chunk_size: tokens per chunk; None: chosen for the platform.
+
+    Returns:
+      The result of ``run``.
     """
     if chunk_size is not None:
         return run(min(chunk_size, length))

@@ -1,9 +1,8 @@
-"""Marks an operator as one unit whose multiply-adds are stated by a formula.
+"""Marks an operator as one unit whose multiply-adds are given by a formula.
 
-Counting the products of an operator's jaxpr would count how it is computed (padding, masked
-products, shifted sums), not what it computes. A counted operator appears in a jaxpr as one jitted
-call with a name of its own, and :mod:`tokenvit_jax.summary` asks the formula instead of looking
-inside.
+The products in an operator's jaxpr depend on how it is computed (padding, masked products, shifted
+sums), not on what it computes. A counted operator appears in a jaxpr as one jitted call with its
+own name; :func:`count_macs` asks the formula instead of looking inside.
 """
 
 from collections.abc import Callable
@@ -16,12 +15,17 @@ PREFIX = "tokenvit_jax.ops."
 MAC_FORMULAS: dict[str, Callable[[list, list], int]] = {}
 
 
-def counted(formula: Callable[[list, list], int], static_argnames: tuple[str, ...] = ()):
-    """Jits an operator under its own name and registers the formula of its multiply-adds.
+def counted(
+    formula: Callable[[list, list], int], static_argnames: tuple[str, ...] = ()
+) -> Callable[[Callable], Callable]:
+    """Jits an operator under its own name and registers the formula for its multiply-adds.
 
     Args:
-      formula: from the shapes of the flattened array inputs and outputs to multiply-adds.
+      formula: maps the shapes of the flattened array inputs and outputs to multiply-adds.
       static_argnames: arguments that are Python values.
+
+    Returns:
+      The decorator.
     """
 
     def decorate(function):
@@ -33,12 +37,16 @@ def counted(formula: Callable[[list, list], int], static_argnames: tuple[str, ..
 
 
 def counted_as(name: str, macs: int, function: Callable) -> Callable:
-    """Jits a function of arrays as one unit whose multiply-adds no shape tells.
+    """Jits a function of arrays as one unit whose multiply-adds do not follow from the shapes.
 
     Args:
-      name: of the operator.
-      macs: multiply-adds of a call.
-      function: made for the shapes and settings of one call; what calls this is jitted itself.
+      name: name of the operator.
+      macs: multiply-adds per call.
+      function: made for the shapes and settings of one call. The caller is jitted itself, so that
+        this runs once per shape.
+
+    Returns:
+      The jitted function.
     """
 
     def run(*args):

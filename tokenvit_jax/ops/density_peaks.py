@@ -4,13 +4,14 @@ A token is a good centre if its neighbourhood is dense and every denser token is
 and 2). Both need all N^2 distances of an image, which are computed in chunks of tokens and never
 held at once:
 
-* Pass 1 keeps of every token its k nearest. The k smallest distances are in the k groups of
-  smallest minima, so that all but one reduction of the chunk work on a fraction of it. Most tokens
-  find their nearest denser token here, too: if it is one of the k.
-* Pass 2 searches all tokens for the denser ones of the rest, about a fifth.
+* Pass 1 keeps the k nearest neighbours of every token. The k smallest distances are in the k groups
+  with the smallest minima, so all reductions but one work on a fraction of the chunk. Most tokens
+  find their nearest denser token here too, because it is one of the k.
+* Pass 2 searches all tokens for the nearest denser token of the rest, about a fifth.
 
-Chunks change the answer by rounding at most. A distance is |y|^2 - 2 x.y + |x|^2, of tokens less
-their mean; the last term is the same for all y, and added to what was selected only.
+Chunks change the result by rounding at most. A distance is |y|^2 - 2 x.y + |x|^2, after the mean of
+the tokens is subtracted; the last term is the same for all y and is added to selected distances
+only.
 """
 
 from typing import NamedTuple
@@ -18,66 +19,79 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
-from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.chunks import LANES, in_chunks, num_chunks
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.dtypes import softmax_dtype
+from tokenvit_jax.ops.gather import put, take
 from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups, top_indices
 
 RULES = ("nearest", "parent")
 
+# One key, or one key per image; of either form that jax knows.
+Keys = Key[Array, ""] | Key[Array, " B"] | UInt32[Array, " words"] | UInt32[Array, "B words"]
+
 
 class DensityPeaks(NamedTuple):
-    """density (B, N); delta (B, N); parent (B, N) int32: nearest denser token, a peak's is itself.
+    """Density of every token and its distance to the nearest denser token.
 
-    Density and delta are float32, or float64 for float64 tokens.
+    Attributes:
+      density: (B, N), float32, or float64 for float64 tokens.
+      delta: distance to the nearest denser token (B, N), in the same type.
+      parent: the nearest denser token (B, N); a peak is its own parent.
     """
 
-    density: jax.Array
-    delta: jax.Array
-    parent: jax.Array
+    density: Float[Array, "B N"]
+    delta: Float[Array, "B N"]
+    parent: Int32[Array, "B N"]
 
 
 class Clusters(NamedTuple):
-    """assignment (B, N) int32 in [0, M); centers (B, M) int32, tokens in order of falling score.
+    """Clusters of tokens.
 
-    Density and delta (B, N) are those of :class:`DensityPeaks`.
+    Attributes:
+      assignment: cluster of each token (B, N), in [0, M).
+      centers: token at the centre of each cluster (B, M), in order of falling density times delta.
+      density: (B, N), as in :class:`DensityPeaks`.
+      delta: (B, N), as in :class:`DensityPeaks`.
     """
 
-    assignment: jax.Array
-    centers: jax.Array
-    density: jax.Array
-    delta: jax.Array
+    assignment: Int32[Array, "B N"]
+    centers: Int32[Array, "B M"]
+    density: Float[Array, "B N"]
+    delta: Float[Array, "B N"]
 
 
 def cluster_density_peaks(
-    tokens: jax.Array,
+    tokens: Float[Array, "B N C"],
     num_clusters: int,
     *,
     neighbors: int = 5,
-    mask: jax.Array | None = None,
-    rng: jax.Array | None = None,
+    mask: Bool[Array, "B N"] | None = None,
+    rng: Keys | None = None,
     assign: str = "nearest",
     chunk_size: int | None = None,
 ) -> Clusters:
-    """Clusters the tokens of every image around those of largest density times delta.
+    """Clusters the tokens of every image around those with the largest density times delta.
 
-    :func:`density_peaks` and :func:`assign_clusters`, which have the details, in one call.
+    Calls :func:`density_peaks` and :func:`assign_clusters`; see there for the details.
 
     Args:
       tokens: (B, N, C).
       num_clusters: M, from 1 to N.
       neighbors: k of Eq. 1.
       mask: (B, N) bool, True for real tokens; None: all.
-      rng: key, or one key per image (B,), of the noise that breaks ties in density; None: no noise.
-      assign: "nearest": to the nearest centre; "parent": along denser tokens.
-      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+      rng: key, or one key per image (B,), for noise that breaks ties in density; None: no noise.
+      assign: "nearest": each token joins the nearest centre; "parent": the cluster of its nearest
+        denser token.
+      chunk_size: tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
       Clusters(assignment, centers, density, delta).
 
     Raises:
-      ValueError: shapes or values that do not fit.
+      ValueError: the shapes do not fit together, or a value is out of range.
 
     References:
       Xie et al. 2022, Section 3.1.
@@ -89,34 +103,35 @@ def cluster_density_peaks(
 
 
 def density_peaks(
-    tokens: jax.Array,
+    tokens: Float[Array, "B N C"],
     *,
     neighbors: int = 5,
-    mask: jax.Array | None = None,
-    rng: jax.Array | None = None,
+    mask: Bool[Array, "B N"] | None = None,
+    rng: Keys | None = None,
     chunk_size: int | None = None,
 ) -> DensityPeaks:
     """Computes the density of every token and its distance to the nearest denser token.
 
-    Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). Of two
-    tokens of equal density that of lower index counts as the denser. The densest token of an image
-    gets the largest of all its distances as delta. Nothing carries a gradient.
+    Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). If two
+    tokens have equal density, the one with the lower index counts as denser. The densest token of
+    an image gets the largest distance between two tokens of the image as delta. Nothing carries a
+    gradient.
 
     Args:
       tokens: (B, N, C).
-      neighbors: k of Eq. 1, the token itself included; an image of fewer tokens takes all.
-      mask: (B, N) bool, True for real tokens; None: all. The others are nobody's neighbours, and
-        their density and delta are 0.
+      neighbors: k of Eq. 1, counting the token itself; at most the number of tokens is used.
+      mask: (B, N) bool, True for real tokens; None: all. The other tokens are nobody's neighbours,
+        and their density and delta are 0.
       rng: adds uniform noise below 1e-6 to the density, which breaks ties at random. One key, or
-        one key per image (B,): then an image draws the same noise in whatever batch it comes, as
-        in the parts of a batch that is divided over devices.
-      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+        one key per image (B,): then the noise of an image does not depend on its batch, for
+        example where a batch is divided over devices.
+      chunk_size: tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
       DensityPeaks(density, delta, parent).
 
     Raises:
-      ValueError: shapes that do not fit, or ``neighbors`` or ``chunk_size`` below 1.
+      ValueError: the shapes do not fit together, or ``neighbors`` or ``chunk_size`` is below 1.
 
     References:
       Xie et al. 2022, Eqs. 1 and 2.
@@ -136,41 +151,42 @@ def density_peaks(
 
 
 def assign_clusters(
-    tokens: jax.Array,
+    tokens: Float[Array, "B N C"],
     peaks: DensityPeaks,
     num_clusters: int,
     *,
-    mask: jax.Array | None = None,
-    threshold: jax.Array | None = None,
+    mask: Bool[Array, "B N"] | None = None,
+    threshold: float | Float[Array, ""] | None = None,
     assign: str = "nearest",
     chunk_size: int | None = None,
 ) -> Clusters:
-    """Selects the tokens of largest density times delta as centres, and assigns the others.
+    """Selects the tokens with the largest density times delta as centres, and assigns the others.
 
     The densest token is always a centre, and a centre is in its own cluster. Ties go to the lowest
-    index, of centres as of clusters. "nearest" is the rule of the authors' implementation,
-    "parent", a token is in the cluster of its nearest denser token, that of the paper's text.
+    index, for centres and for clusters. "nearest" is the rule of the authors' implementation;
+    "parent", where a token joins the cluster of its nearest denser token, is the rule of the
+    paper's text.
 
     Args:
       tokens: (B, N, C).
-      peaks: of these tokens, with the same mask.
+      peaks: density, delta and parent of these tokens, computed with the same mask.
       num_clusters: M, from 1 to N.
-      mask: (B, N) bool, True for real tokens; None: all. The others are no centres; with either
-        rule they are assigned to the nearest one.
-      threshold: () density times delta below which a token is no centre, the densest excepted:
-        :func:`used_clusters` says which clusters are left, the others are empty. None: all are.
-      assign: "nearest" | "parent".
-      chunk_size: tokens whose distances are held at once; None: what suits the platform.
+      mask: (B, N) bool, True for real tokens; None: all. The other tokens are no centres; with
+        either rule they are assigned to the nearest centre.
+      threshold: () density times delta below which a token is no centre, except for the densest.
+        :func:`used_clusters` says which clusters remain; the others are empty. None: all remain.
+      assign: "nearest" or "parent".
+      chunk_size: tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
-      Clusters(assignment, centers, density, delta). An image with fewer real tokens than clusters,
-      possible where ``mask`` is traced, leaves the surplus clusters at the end empty: their
+      Clusters(assignment, centers, density, delta). Where ``mask`` is traced, an image can have
+      fewer real tokens than clusters: then the surplus clusters at the end are empty, and their
       centers are masked tokens.
 
     Raises:
-      ValueError: shapes that do not fit, ``num_clusters`` outside 1 to N or, if its values are
-        known, above the number of real tokens of an image, ``chunk_size`` below 1, an unknown
-        ``assign``.
+      ValueError: the shapes do not fit together, ``num_clusters`` is not from 1 to N or is above
+        the number of real tokens in an image (where the values of ``mask`` are known),
+        ``chunk_size`` is below 1, or ``assign`` is unknown.
 
     References:
       Xie et al. 2022, Section 3.1.
@@ -200,18 +216,20 @@ def assign_clusters(
 
 
 def used_clusters(
-    peaks: DensityPeaks, centers: jax.Array, threshold: jax.Array | None
-) -> jax.Array:
-    """Returns which centres (B, M) reach the threshold of :func:`assign_clusters`: (B, M) bool.
+    peaks: DensityPeaks,
+    centers: Int32[Array, "B M"],
+    threshold: float | Float[Array, ""] | None,
+) -> Bool[Array, "B M"]:
+    """Returns which centres reach the threshold of :func:`assign_clusters`.
 
     Args:
-      peaks: of the tokens.
-      centers: (B, M) int32 tokens in order of falling density times delta.
+      peaks: density and delta of the tokens.
+      centers: tokens (B, M) in order of falling density times delta.
       threshold: (); None: all are used.
     """
     if threshold is None:
         return jnp.ones(centers.shape, bool)
-    used = _take(peaks.density * peaks.delta, centers) >= threshold
+    used = take(peaks.density * peaks.delta, centers) >= threshold
     return used.at[:, 0].set(True)  # the densest token
 
 
@@ -233,18 +251,21 @@ def _check_tokens(tokens, mask, chunk_size):
 
 
 class _Points(NamedTuple):
-    """x (B, N, C), |x|^2 (B, N), and bias (B, N): |x|^2, or inf for a masked token.
+    """Tokens less their mean, and what their distances need.
 
-    inf makes a masked token farther from everything than all others.
+    Attributes:
+      x: (B, N, C).
+      square: |x|^2 (B, N).
+      bias: |x|^2, or inf for a masked token (B, N): it is farther from everything than all others.
     """
 
-    x: jax.Array
-    square: jax.Array
-    bias: jax.Array
+    x: Float[Array, "B N C"]
+    square: Float[Array, "B N"]
+    bias: Float[Array, "B N"]
 
 
 def _centered(tokens, mask):
-    """Returns the tokens (B, N, C), less the mean of the real ones, over sqrt(C)."""
+    """Subtracts the mean of the real tokens and divides by sqrt(C): (B, N, C) -> (B, N, C)."""
     x = lax.stop_gradient(tokens)
     x = x.astype(softmax_dtype(x.dtype))
     if mask is None:
@@ -258,7 +279,7 @@ def _centered(tokens, mask):
 
 def _points(x, mask):
     if mask is not None:
-        # To the mean: no token is farther from there than from the farthest of the others.
+        # Moved to the mean, which is never farther from a token than its farthest token.
         x = jnp.where(mask[..., None], x, 0)
     square = jnp.sum(x * x, -1)
     return _Points(x, square, square if mask is None else jnp.where(mask, square, jnp.inf))
@@ -269,16 +290,12 @@ def _products(keys, queries):
     return jnp.einsum("bkc,bqc->bkq", keys, -2 * queries, precision=lax.Precision.HIGHEST)
 
 
-def _take(x, index, axis=-1):
-    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
-
-
 def _column(length):
     return jnp.arange(length, dtype=jnp.int32)[:, None]
 
 
 def _first_smallest(values, index):
-    """Returns of values (B, K, Q) the smallest (B, Q) and its index, the lowest of a tie."""
+    """Returns the smallest of values (B, K, Q) along K and its index (B, Q), ties to the lowest."""
     smallest = values.min(1)
     index = jnp.where(values == smallest[:, None], index, values.shape[1])
     first = index.min(1)
@@ -291,16 +308,21 @@ def _first_smallest(values, index):
 
 
 class _Neighbors(NamedTuple):
-    """Squared distances (B, k, N), rising, inf where there is none; indices (B, k, N); and the
-    largest squared distance of every image (B,)."""
+    """Nearest neighbours of every token.
 
-    squares: jax.Array
-    indices: jax.Array
-    farthest: jax.Array
+    Attributes:
+      squares: squared distances (B, k, N), rising, inf where there is no neighbour.
+      indices: (B, k, N).
+      farthest: largest squared distance in each image (B,).
+    """
+
+    squares: Float[Array, "B k N"]
+    indices: Int32[Array, "B k N"]
+    farthest: Float[Array, " B"]
 
 
 def _macs(inputs, outputs):
-    """N^2 C: every distance once."""
+    """Counts N^2 C: every distance once."""
     batch, length, dim = inputs[0]
     return batch * length**2 * dim
 
@@ -319,7 +341,7 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     squares, parent = in_chunks(
         lambda size: _search_denser(points, density, squares, parent, pending, size), *chunks
     )
-    squares = jnp.where(jnp.isinf(squares), near.farthest[:, None], squares)  # of a peak: Eq. 2
+    squares = jnp.where(jnp.isinf(squares), near.farthest[:, None], squares)  # a peak (Eq. 2)
     if mask is not None:
         squares = jnp.where(mask, squares, 0)
         parent = jnp.where(mask, parent, jnp.arange(length, dtype=jnp.int32))
@@ -327,7 +349,7 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
 
 
 def _neighbors(points, k, size):
-    """Pass 1, in chunks of ``size`` tokens."""
+    """Finds the k nearest neighbours (pass 1), in chunks of ``size`` tokens."""
     batch, length, _ = points.x.shape
     padding = -length % GROUP
     keys = jnp.pad(points.x, ((0, 0), (0, padding), (0, 0)))
@@ -360,9 +382,9 @@ def _neighbors(points, k, size):
 
 
 def _group_extrema(low, high):
-    """Returns minima of ``low`` and maxima of ``high`` (B, N, Q) over every group of tokens.
+    """Returns minima of ``low`` and maxima of ``high`` (B, N, Q) in every group of tokens.
 
-    One reduction of both reads the distances once; on CPU it takes 0.8 of the time of two.
+    One reduction of both reads the distances once; on CPU it takes 0.8 times as long as two.
     """
     return lax.reduce(
         (in_groups(low), in_groups(high)),
@@ -390,11 +412,12 @@ def _is_denser(density, index, than_density, than_index):
 def _denser_neighbor(near, density):
     """Returns squared distance and index (B, N) of the nearest denser token among the neighbours.
 
-    inf and the token itself if there is none. All that is nearer than a neighbour is a neighbour.
+    Returns inf and the token itself if no neighbour is denser. A denser neighbour that is found is
+    the nearest one of all tokens, because everything nearer is a neighbour too.
     """
     batch, k, length = near.indices.shape
     index = jnp.broadcast_to(_column(length)[:, 0], density.shape)
-    neighbor_density = _take(density, near.indices.reshape(batch, -1)).reshape(near.indices.shape)
+    neighbor_density = take(density, near.indices.reshape(batch, -1)).reshape(near.indices.shape)
     denser = _is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
     denser &= near.squares < jnp.inf
     squares, parent = jnp.full_like(density, jnp.inf), index
@@ -407,7 +430,7 @@ def _denser_neighbor(near, density):
 
 
 def _search_denser(points, density, squares, parent, pending, size):
-    """Pass 2: searches all tokens for the pending ones (B, N); a peak stays as it is."""
+    """Searches all tokens for the pending ones (B, N) (pass 2); a peak stays as it is."""
     length = density.shape[1]
     size = min(size, max(size // 4, 2 * LANES))  # they are few: a last chunk should not be long
     index = _column(length)
@@ -415,22 +438,17 @@ def _search_denser(points, density, squares, parent, pending, size):
 
     def step(i, found):
         at = lax.dynamic_slice_in_dim(order, i * size, size, 1)  # (B, size)
-        scores = _products(points.x, _take(points.x, at[..., None], 1)) + points.bias[..., None]
-        denser = _is_denser(density[..., None], index, _take(density, at)[:, None], at[:, None])
+        scores = _products(points.x, take(points.x, at)) + points.bias[..., None]
+        denser = _is_denser(density[..., None], index, take(density, at)[:, None], at[:, None])
         nearest, key = _first_smallest(jnp.where(denser, scores, jnp.inf), index)
         key = jnp.where(nearest < jnp.inf, key, at)
-        nearest = jnp.maximum(nearest + _take(points.square, at), 0)
-        # What else is in the last chunk has its answer already.
-        at = jnp.where(_take(pending, at), at, length)
-        return tuple(map(_put, found, (at, at), (nearest, key)))
+        nearest = jnp.maximum(nearest + take(points.square, at), 0)
+        # The other tokens in the last chunk have their answer already.
+        at = jnp.where(take(pending, at), at, length)
+        return tuple(map(put, found, (at, at), (nearest, key)))
 
     chunks = num_chunks(pending.sum(1).max(), size)
     return lax.fori_loop(0, chunks, step, (squares, parent))
-
-
-def _put(x, index, values):
-    """Replaces entries of every row of x (B, N); those at index N are dropped."""
-    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -439,7 +457,7 @@ def _put(x, index, values):
 
 
 def _no_macs(inputs, outputs):
-    """The distances to the centres are among those that :func:`density_peaks` counts."""
+    """Counts nothing: :func:`density_peaks` counts the distances to the centres too."""
     return 0
 
 
@@ -450,10 +468,10 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
     centers = _centers(peaks, mask, num_clusters)
     used = used_clusters(peaks, centers, threshold)
     if mask is not None:
-        used &= _take(mask, centers)
+        used &= take(mask, centers)
     numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
     # Cluster of a centre, else -1.
-    own = _put(jnp.full_like(peaks.parent, -1), jnp.where(used, centers, length), numbers)
+    own = put(jnp.full_like(peaks.parent, -1), jnp.where(used, centers, length), numbers)
 
     if assign == "nearest" or mask is not None:
         x = _centered(tokens, mask)
@@ -469,7 +487,7 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
 
 
 def _centers(peaks, mask, num_clusters):
-    """Returns the tokens (B, M) of largest density times delta, the densest one first."""
+    """Returns the tokens (B, M) with the largest density times delta, the densest one first."""
     densest = peaks.parent == jnp.arange(peaks.parent.shape[1])
     score = jnp.where(densest, jnp.inf, peaks.density * peaks.delta)
     if mask is not None:
@@ -478,9 +496,9 @@ def _centers(peaks, mask, num_clusters):
 
 
 def _nearest_center(x, centers, used, size):
-    """Returns the number (B, N) of every token's nearest used centre, ``size`` tokens at a time."""
-    keys = _take(x, centers[..., None], 1)  # (B, M, C)
-    keys = jnp.where(used[..., None], keys, 0)  # whatever stands in a masked token
+    """Returns the index (B, N) of each token's nearest used centre, ``size`` tokens at a time."""
+    keys = take(x, centers)  # (B, M, C)
+    keys = jnp.where(used[..., None], keys, 0)  # a masked token may hold anything, even NaN
     bias = jnp.where(used, jnp.sum(keys * keys, -1), jnp.inf)[..., None]
     index = _column(centers.shape[1])
 
@@ -494,9 +512,9 @@ def _nearest_center(x, centers, used, size):
 
 
 def _follow_parents(parent, own):
-    """Returns the cluster of the first centre on the way along parents, in log2(N) jumps."""
+    """Returns the cluster of the first centre on the path along parents, in log2(N) jumps."""
     length = parent.shape[1]
     parent = jnp.where(own < 0, parent, jnp.arange(length, dtype=jnp.int32))
     jumps = (length - 1).bit_length()
-    parent = lax.fori_loop(0, jumps, lambda _, parent: _take(parent, parent), parent)
-    return jnp.maximum(_take(own, parent), 0)  # masked tokens lead nowhere
+    parent = lax.fori_loop(0, jumps, lambda _, parent: take(parent, parent), parent)
+    return jnp.maximum(take(own, parent), 0)  # masked tokens lead nowhere

@@ -5,36 +5,38 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.ops.attention import softmax_dtype
-from tokenvit_jax.ops.chunks import num_chunks
+from tokenvit_jax.kernels.cluster_sums import sums_by_products, sums_by_scatter
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.dtypes import softmax_dtype
+from tokenvit_jax.ops.gather import take
 
-# Added to the sum of the weights of a cluster.
+# Added to the sum of the weights in a cluster.
 EPSILON = 1e-6
 
 
 def _macs(inputs, outputs):
-    """N C: every token is multiplied by its weight and added once."""
+    """Counts N C: every token is multiplied by its weight and added once."""
     batch, length, dim = inputs[0]
     return batch * length * dim
 
 
 @counted(_macs, static_argnames=("num_clusters",))
 def merge_tokens(
-    tokens: jax.Array,
-    assignment: jax.Array,
+    tokens: Float[Array, "B N C"],
+    assignment: Int[Array, "B N"],
     num_clusters: int,
-    scores: jax.Array | None = None,
-) -> jax.Array:
-    """Computes the weighted mean of the tokens of every cluster.
+    scores: Float[Array, "B N"] | None = None,
+) -> Float[Array, "B M C"]:
+    """Computes the weighted mean of the tokens in each cluster.
 
-    The weights of a cluster are exp(score) over their sum plus 1e-6. Computed in float32 (float64
-    for float64 tokens) for any finite score; a score of -inf excludes a token.
+    A token's weight is exp(score), divided by the cluster's sum of exp(score) plus 1e-6. Computed
+    in float32 (float64 for float64 tokens) for any finite score; a score of -inf excludes a token.
 
     Args:
       tokens: (B, N, C).
-      assignment: cluster of every token (B, N), integers in [0, M).
+      assignment: cluster of each token (B, N), integers in [0, M).
       num_clusters: M, at least 1.
       scores: logarithms of the weights (B, N); None: the plain mean.
 
@@ -42,7 +44,7 @@ def merge_tokens(
       (B, M, C) in the type of ``tokens``; 0 for an empty cluster.
 
     Raises:
-      ValueError: shapes that do not fit, or ``num_clusters`` below 1.
+      ValueError: the shapes do not fit together, or ``num_clusters`` is below 1.
 
     References:
       ClusTR, Eq. 3.
@@ -56,8 +58,7 @@ def merge_tokens(
         return (sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)).astype(tokens.dtype)
     scores = scores.astype(dtype)
     shift = _largest_scores(lax.stop_gradient(scores), assignment, num_clusters)  # (B, M)
-    own_shift = jnp.take_along_axis(shift, assignment, 1, mode="promise_in_bounds")
-    weights = jnp.exp(scores - own_shift)[..., None]
+    weights = jnp.exp(scores - take(shift, assignment))[..., None]
     sums = cluster_sums(jnp.concatenate([x * weights, weights], -1), assignment, num_clusters)
     total = sums[..., -1:] + EPSILON * jnp.exp(-shift)[..., None]
     return (sums[..., :-1] / total).astype(tokens.dtype)
@@ -79,10 +80,10 @@ def _check(tokens, assignment, num_clusters, scores):
 
 
 def _largest_scores(scores, assignment, num_clusters):
-    """Returns the largest score of every cluster (B, M), or 0 if that is larger.
+    """Returns the largest score in each cluster (B, M), at least 0.
 
-    It shifts the exponents of a cluster: one for the whole image would leave nothing of clusters
-    with small scores. Never below 0, where the constant in the sum of weights would overflow.
+    The exponents in a cluster are shifted by it; with one shift for the whole image, clusters with
+    small scores would underflow. Below 0, the constant in the sum of weights could overflow.
     """
     zeros = jnp.zeros_like(scores, shape=(num_clusters,))
     largest = lambda score, at: zeros.at[at].max(score, mode="promise_in_bounds")  # noqa: E731
@@ -90,12 +91,14 @@ def _largest_scores(scores, assignment, num_clusters):
 
 
 @counted(_macs, static_argnames=("num_clusters",))
-def cluster_sums(x: jax.Array, assignment: jax.Array, num_clusters: int) -> jax.Array:
-    """Returns the sums (B, M, C) of the rows of every cluster.
+def cluster_sums(
+    x: Float[Array, "B N C"], assignment: Int[Array, "B N"], num_clusters: int
+) -> Float[Array, "B M C"]:
+    """Returns the sum of the rows in each cluster (B, M, C).
 
     Args:
       x: (B, N, C).
-      assignment: cluster of every row (B, N), integers in [0, M).
+      assignment: cluster of each row (B, N), integers in [0, M).
       num_clusters: M.
     """
     return _cluster_sums(x, assignment, num_clusters)
@@ -105,36 +108,8 @@ def cluster_sums(x: jax.Array, assignment: jax.Array, num_clusters: int) -> jax.
 def _cluster_sums(x, assignment, num_clusters):
     by = lambda sums: functools.partial(sums, num_clusters=num_clusters)  # noqa: E731
     return lax.platform_dependent(
-        x, assignment, cpu=by(_sums_by_scatter), default=by(_sums_by_products)
+        x, assignment, cpu=by(sums_by_scatter), default=by(sums_by_products)
     )
-
-
-def _sums_by_scatter(x, assignment, num_clusters):
-    """Row after row: on CPU 5 to 100 times faster than products, more for more clusters."""
-    zeros = jnp.zeros_like(x, shape=(num_clusters, x.shape[2]))
-    add = lambda rows, at: zeros.at[at].add(rows, mode="promise_in_bounds")  # noqa: E731
-    return jax.vmap(add)(x, assignment)
-
-
-def _sums_by_products(x, assignment, num_clusters, chunk=1 << 25):
-    """Products with the membership, of at most about ``chunk`` entries at once.
-
-    Deterministic on accelerators, where a scatter adds in any order.
-    """
-    batch, length, dim = x.shape
-    size = min(max(chunk // (batch * num_clusters), 1), length)
-    cluster = jnp.arange(num_clusters, dtype=assignment.dtype)[:, None]
-
-    def step(i, sums):
-        start = jnp.minimum(i * size, length - size)
-        is_new = start + jnp.arange(size) >= i * size  # the last chunk begins earlier
-        rows = lax.dynamic_slice_in_dim(x, start, size, 1)
-        at = lax.dynamic_slice_in_dim(assignment, start, size, 1)[:, None]
-        member = ((at == cluster) & is_new).astype(x.dtype)  # (B, M, size)
-        return sums + jnp.einsum("bmn,bnc->bmc", member, rows, precision=lax.Precision.HIGHEST)
-
-    sums = jnp.zeros_like(x, shape=(batch, num_clusters, dim))
-    return lax.fori_loop(0, num_chunks(length, size), step, sums)
 
 
 def _cluster_sums_forward(x, assignment, num_clusters):
@@ -143,8 +118,7 @@ def _cluster_sums_forward(x, assignment, num_clusters):
 
 def _cluster_sums_backward(num_clusters, assignment, d_sums):
     del num_clusters
-    rows = jnp.take_along_axis(d_sums, assignment[..., None], 1, mode="promise_in_bounds")
-    return rows, None
+    return take(d_sums, assignment), None
 
 
 _cluster_sums.defvjp(_cluster_sums_forward, _cluster_sums_backward)

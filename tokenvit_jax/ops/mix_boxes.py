@@ -1,15 +1,15 @@
 """Rectangles that neighbouring images of a batch exchange: CutMix and MixToken."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 
-def mix_boxes(x: jax.Array, box: jax.Array) -> jax.Array:
-    """Replaces what is inside a box by the same place of the neighbour image i ^ 1.
+def mix_boxes(x: Shaped[Array, "B H W C"], box: Int[Array, "4"]) -> Shaped[Array, "B H W C"]:
+    """Replaces the content of a box with the same box of image i ^ 1.
 
     Args:
       x: (B, H, W, C), B even.
-      box: (4,) int, top, bottom, left, right; bottom and right exclusive.
+      box: top, bottom, left, right (4,) in cells of the map; bottom and right exclusive.
 
     Returns:
       (B, H, W, C).
@@ -26,8 +26,8 @@ def mix_boxes(x: jax.Array, box: jax.Array) -> jax.Array:
     return jnp.where(inside[:, :, None], neighbors(x), x)
 
 
-def neighbors(x: jax.Array) -> jax.Array:
-    """Returns x[i ^ 1] for every i, written so that a batch that is split over devices stays there.
+def neighbors(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """Returns x[i ^ 1] for every i; a batch that is divided over devices stays where it is.
 
     Args:
       x: (B, ...), B even.

@@ -1,5 +1,6 @@
-"""From centres of superpixels back to all tokens (Liang et al. 2022, Eq. 4): a token becomes a
-weighted mean of what the centres that were nearest to it have become.
+"""Maps refined cluster centres back to the original tokens (Liang et al. 2022, Eq. 4).
+
+A token becomes a weighted mean of the refined values of its nearest centres.
 """
 
 import functools
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-from tokenvit_jax.ops.attention import map_queries, softmax_dtype
+from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.ops.center_tiles import (
     check_grid,
     check_temperature,
@@ -19,9 +21,10 @@ from tokenvit_jax.ops.center_tiles import (
     mix_rows_and_columns,
     near_weights,
     product,
-    take,
+    take_all,
 )
 from tokenvit_jax.ops.counted import counted_as
+from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.selection import smallest_k
 
 MODES = ("soft", "hard", "window", "bilinear")
@@ -35,9 +38,9 @@ NORMS = ("sum", "l2")
     ),
 )  # fmt: skip
 def reconstruct_tokens(
-    tokens: jax.Array,
-    centers: jax.Array,
-    refined: jax.Array,
+    tokens: Float[Array, "B N C"],
+    centers: Float[Array, "B S C"],
+    refined: Float[Array, "B S D"],
     *,
     neighbors: int = 20,
     temperature: float = 50.0,
@@ -46,39 +49,39 @@ def reconstruct_tokens(
     grid: tuple[int, int] | None = None,
     clusters: tuple[int, int] | None = None,
     window: int = 5,
-) -> jax.Array:
-    """Gives every token of before the clustering its part of what the centres have become.
+) -> Float[Array, "B N D"]:
+    """Maps refined cluster centres back to the original tokens.
 
     Modes:
-      * "soft": the mean of the refined values of the ``neighbors`` centres that were nearest to the
-        token, weighted by the softmax of -d^2 / temperature. Ties go to the lowest centre.
+      * "soft": the mean of the refined values of the ``neighbors`` nearest centres, weighted by the
+        softmax of -d^2 / temperature. Ties go to the lowest centre.
       * "hard": the refined value of the nearest centre.
-      * "window": like "soft", of the centres around the home cell as in
+      * "window": like "soft", with the centres around the home cell as in
         :func:`cluster_superpixels`; needs ``grid`` and ``clusters``.
-      * "bilinear": the refined values as a picture that is resized, whatever the tokens; needs
-        ``grid`` and ``clusters``.
+      * "bilinear": the map of refined values, resized without regard to the tokens; needs ``grid``
+        and ``clusters``.
 
     Computed in float32 (float64 for float64 tokens).
 
     Args:
-      tokens: (B, N, C), as they were clustered.
-      centers: (B, S, C), as the clustering made them.
-      refined: (B, S, D), what became of the centres.
-      neighbors: at least 1; more than S are S.
+      tokens: (B, N, C), the input of the clustering.
+      centers: (B, S, C), the output of the clustering.
+      refined: values of the centres after further layers (B, S, D).
+      neighbors: number of nearest centres, at least 1; at most S are used.
       temperature: tau, above 0.
-      normalize: "sum": the weights of a token have the sum 1; "l2": the sum of their squares is 1,
-        as in the released code, which makes a token up to sqrt(neighbors) times as large.
+      normalize: "sum": the weights of a token sum to 1; "l2": their squares sum to 1, as in the
+        released code, which makes a token up to sqrt(neighbors) times as large.
       mode: see above.
-      grid: (H, W) of the tokens.
-      clusters: (h, w) of the centres.
-      window: of "window", odd.
+      grid: (H, W), rows and columns of the tokens.
+      clusters: (h, w), rows and columns of the centres.
+      window: rows and columns of the neighbourhood in mode "window", odd.
 
     Returns:
       (B, N, D) in the type of ``refined``.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown mode or norm, a number that is out of range, or
-        no grids where they are needed.
+      ValueError: the shapes do not fit together, the mode or norm is unknown, a number is out of
+        range, or the mode needs ``grid`` and ``clusters``.
 
     References:
       Liang et al. 2022, Eq. 4.
@@ -117,11 +120,11 @@ def reconstruct_tokens(
 
 
 def _by_nearest(x, centers, refined, *, k, temperature, normalize):
-    """(B, N, C), (B, S, C), (B, S, D) -> (B, N, D), from the k nearest centres of all."""
+    """Reconstructs from the k nearest centres: (B, N, C), (B, S, C), (B, S, D) -> (B, N, D)."""
     square = jnp.sum(centers**2, -1)[..., None]
 
     def run(x):
-        # Less |x|^2, which is the same for all centres of a token.
+        # Without |x|^2, which is the same for all centres.
         distances = square - 2 * product("bsc,bnc->bsn", centers, x[:, 0])
         if k == centers.shape[1]:
             weights = _normalize(_exps(distances, temperature), normalize)
@@ -136,11 +139,11 @@ def _by_nearest(x, centers, refined, *, k, temperature, normalize):
 
 @jax.custom_vjp
 def _weighted_rows(rows, weights, index):
-    """Adds up rows (B, S, D) of given index and weights (B, k, N): (B, N, D).
+    """Adds up rows (B, S, D) at index (B, k, N) with weights (B, k, N): (B, N, D).
 
-    XLA makes one loop of it, which on CPU takes 1 / 7 to 1 / 30 of the time of the product with all
-    rows. What differentiates the loop adds to rows in any order, and took 1.2 to 3.5 times as long
-    as the products do that are used here.
+    XLA compiles this to one loop, which on CPU takes 1 / 7 to 1 / 30 of the time of the product
+    with all rows. The derivative of the loop would add to rows in any order, and took 1.2 to 3.5
+    times as long as the products in the backward pass here.
     """
     at = jax.vmap(lambda rows, index: jnp.take(rows, index, 0, mode="clip"))
     each = zip(weights.swapaxes(0, 1), index.swapaxes(0, 1), strict=True)
@@ -164,28 +167,28 @@ _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 def _exps(distances, temperature):
-    """Returns the weights (B, S, N) of squared distances; the largest of a token is 1."""
+    """Returns the weights (B, S, N) for squared distances; each token's largest weight is 1."""
     nearest = lax.stop_gradient(distances.min(1, keepdims=True))
     return jnp.exp((nearest - distances) / temperature)
 
 
 def _normalize(weights, normalize):
-    """Normalises weights (..., K, N) over K; the largest of a token is no less than 1 / K."""
+    """Normalises weights (..., K, N) over K; each token's largest weight is at least 1 / K."""
     if normalize == "sum":
         return weights / weights.sum(-2, keepdims=True)
     return weights / jnp.sqrt(jnp.sum(weights**2, -2, keepdims=True))
 
 
 def _by_window(x, centers, refined, *, tiles, temperature, normalize):
-    weights = near_weights(take(x, tiles.tokens), centers, tiles, temperature)
-    seen = tiles.near.any(1, keepdims=True)  # False: fills a tile
+    weights = near_weights(take_all(x, tiles.tokens), centers, tiles, temperature)
+    seen = tiles.near.any(1, keepdims=True)  # False: padding of a tile
     weights = jnp.where(seen, _normalize(jnp.where(seen, weights, 1), normalize), 0)
-    y = product("bnkt,bnkd->bntd", weights, take(refined, tiles.centers))
-    return take(y.reshape(len(y), -1, y.shape[-1]), tiles.homes)
+    y = product("bnkt,bnkd->bntd", weights, take_all(refined, tiles.centers))
+    return take_all(y.reshape(len(y), -1, y.shape[-1]), tiles.homes)
 
 
 def _bilinear(x, centers, refined, *, grid, clusters):
-    """(B, h w, D) -> (B, H W, D); what is beyond the outermost centres is constant."""
+    """Resizes (B, h w, D) to (B, H W, D); beyond the outermost centres values are constant."""
     del x, centers
 
     def mix(cells, length):

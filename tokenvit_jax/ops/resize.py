@@ -1,25 +1,29 @@
-"""Resizing of the part of an array that is image, whose size is known only when a program runs."""
+"""Resizing of an image inside a padded buffer, where its size is known only at run time."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from tokenvit_jax.ops.dtypes import softmax_dtype
 
 
-def resize_rows(x: jax.Array, size: jax.Array, new_size: jax.Array, at: jax.Array) -> jax.Array:
-    """Returns rows of an array that is resized along its first axis, bilinear.
+def resize_rows(
+    x: Shaped[Array, "H ..."], size: Int[Array, ""], new_size: Int[Array, ""], at: Int[Array, " n"]
+) -> Float[Array, "n ..."]:
+    """Resizes an array along its first axis (bilinear) and returns some of the new rows.
 
-    As `torch.nn.functional.interpolate` with align_corners=False: new row i lies at
-    (i + 1/2) size / new_size - 1/2, and beyond the outermost rows they go on.
+    As in `torch.nn.functional.interpolate` with align_corners=False, new row i lies at
+    (i + 1/2) size / new_size - 1/2; beyond the outermost rows the values are constant.
 
     Args:
-      x: (H, ...); the first ``size`` rows count.
-      size: () int, at least 1.
-      new_size: () int, at least 1.
-      at: (n,) int, the new rows wanted; those from ``new_size`` on are of no use.
+      x: (H, ...); the first ``size`` rows are the image, the others are padding.
+      size: rows of the image, at least 1.
+      new_size: rows after resizing, at least 1.
+      at: indices of the new rows to return (n,); rows from ``new_size`` on have no meaning.
 
     Returns:
       (n, ...), in float32 for narrower types.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = softmax_dtype(x.dtype)
     place = (at + 0.5) * (size / new_size).astype(dtype) - 0.5
     place = jnp.clip(place, 0, size - 1)
     low = place.astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""Clustering of the tokens of a map around a smaller map of centres (Liang et al. 2022, "Expediting
-Large-Scale Vision Transformer for Dense Prediction without Fine-tuning").
+"""Clustering of a map of tokens around a smaller map of centres (Liang et al. 2022, Expedite).
 
-A token belongs to the centres around its home cell, softly, and a centre moves to the weighted mean
-of its tokens (Eqs. 2 and 3).
+A token belongs softly to the centres around its home cell, and a centre moves to the weighted mean
+of its tokens (Eqs. 2 and 3 of "Expediting Large-Scale Vision Transformer for Dense Prediction
+without Fine-tuning").
 """
 
 import functools
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.center_tiles import (
     add_windows,
     check_grid,
@@ -23,11 +23,12 @@ from tokenvit_jax.ops.center_tiles import (
     mix_rows_and_columns,
     near_weights,
     product,
-    take,
+    take_all,
 )
 from tokenvit_jax.ops.counted import counted_as
+from tokenvit_jax.ops.dtypes import softmax_dtype
 
-# A centre whose tokens' weights have a smaller sum is drawn to 0.
+# A centre whose weights have a smaller sum than this is drawn to 0.
 EPSILON = 1e-16
 
 
@@ -35,29 +36,29 @@ EPSILON = 1e-16
     jax.jit, static_argnames=("grid", "clusters", "window", "iterations", "temperature")
 )
 def cluster_superpixels(
-    tokens: jax.Array,
+    tokens: Float[Array, "B N C"],
     grid: tuple[int, int],
     clusters: tuple[int, int],
     *,
     window: int = 5,
     iterations: int = 5,
     temperature: float = 50.0,
-) -> jax.Array:
+) -> Float[Array, "B S C"]:
     """Clusters the H x W tokens of a map around h x w centres.
 
-    The first centres are adaptive averages: centre i of h is the mean of the rows of tokens from
-    floor(i H / h) up to ceil((i + 1) H / h), exclusive, and of columns alike. Then, in every round,
-    a token weights the centres around its home cell (floor(y h / H), floor(x w / W)) by the softmax
-    of -d^2 / temperature, d being the distance of the features, and a centre becomes the weighted
-    mean of its tokens. A centre that no token sees becomes 0.
+    The initial centres are adaptive averages: centre i of h is the mean over the rows of tokens
+    from floor(i H / h) to ceil((i + 1) H / h), exclusive, and over columns in the same way. Then,
+    in every round, a token weights the centres around its home cell (floor(y h / H), floor(x w /
+    W)) by the softmax of -d^2 / temperature, where d is the distance between the features, and a
+    centre becomes the weighted mean of its tokens. A centre that no token sees becomes 0.
 
     Computed in float32 (float64 for float64 tokens).
 
     Args:
       tokens: (B, H W, C), row after row.
       grid: (H, W).
-      clusters: (h, w), at most H W cells; they need not divide H and W, one may even be larger.
-      window: rows and columns of a neighbourhood, odd; cells beyond the border do not count.
+      clusters: (h, w), at most H W cells. They need not divide H and W; one may even be larger.
+      window: rows and columns of a token's neighbourhood of cells, odd; it is cut at the border.
       iterations: rounds, at least 0; 0: the adaptive averages.
       temperature: tau, above 0.
 
@@ -65,11 +66,11 @@ def cluster_superpixels(
       The centres (B, h w, C), row after row, in the type of ``tokens``.
 
     Raises:
-      ValueError: tokens that are no map of ``grid``, or a number that is out of range.
+      ValueError: the tokens are not a map of ``grid``, or a number is out of range.
 
     References:
       Liang et al. 2022, Eqs. 2 and 3, with the division by the sum of the weights that their code
-      adds to Eq. 3; Jampani et al. 2018, "Superpixel Sampling Networks".
+      adds to Eq. 3. Jampani et al. 2018, "Superpixel Sampling Networks".
     """
     check_tokens("tokens", tokens)
     check_grid("tokens", tokens, "grid", grid)
@@ -95,7 +96,7 @@ def cluster_superpixels(
 
 
 def _adaptive_average(x, grid, clusters):
-    """(B, H W, C) -> (B, h w, C)."""
+    """Averages tokens (B, H W, C) in cells: (B, h w, C)."""
 
     def mix(length, cells):
         start = np.arange(cells) * length // cells
@@ -107,8 +108,8 @@ def _adaptive_average(x, grid, clusters):
 
 
 def _move_centers(x, centers, mean, tiles, iterations, temperature):
-    """Moves the centres (B, S, C) of tokens (B, N, C), both less their ``mean``."""
-    x = take(x, tiles.tokens)  # (B, n, T, C)
+    """Moves the centres (B, S, C) of tokens (B, N, C); ``mean`` is subtracted from both."""
+    x = take_all(x, tiles.tokens)  # (B, n, T, C)
 
     def move(_, centers):
         weights = near_weights(x, centers, tiles, temperature)

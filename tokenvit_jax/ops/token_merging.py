@@ -3,40 +3,42 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.selection import smallest, top_indices
+from tokenvit_jax.ops.unit_norm import divide_by_norm
 
 
 def _macs(inputs, outputs):
-    """N^2 D / 4: every token of one half with every token of the other."""
+    """Counts N^2 D / 4: every token of one half with every token of the other half."""
     batch, length, dim = inputs[0]
     return batch * (length // 2) * (length - length // 2) * dim
 
 
 @counted(_macs, static_argnames=("num_merged",))
-def bipartite_matching(tokens: jax.Array, num_merged: int) -> jax.Array:
-    """Pairs tokens of odd place with the most similar tokens of even place.
+def bipartite_matching(tokens: Float[Array, "B N D"], num_merged: int) -> Int32[Array, "B N"]:
+    """Merges tokens at odd positions into the most similar tokens at even positions.
 
-    Every token of odd place finds the token of even place of the largest cosine; the
-    ``num_merged`` most similar ones join theirs. Cosines are computed in float32 (float64 for
-    float64 tokens). Ties go to the lowest index. Nothing carries a gradient.
+    Each token at an odd position is matched to the token at an even position with the largest
+    cosine; the ``num_merged`` tokens with the most similar matches join them. Cosines are computed
+    in float32 (float64 for float64 tokens). Ties go to the lowest index. Nothing carries a
+    gradient.
 
     Args:
-      tokens: what is compared (B, N, D), such as the keys of attention.
-      num_merged: tokens that join another one, R, from 0 to N // 2.
+      tokens: vectors to compare (B, N, D), such as the keys of attention.
+      num_merged: R, number of tokens that join another one, from 0 to N // 2.
 
     Returns:
-      The cluster of every token (B, N) int32 in [0, N - R): first those of odd place that stay
-      alone, then those of even place, both in order.
+      The cluster of each token (B, N), in [0, N - R): first the odd positions that stay alone, then
+      the even positions, both in order.
 
     Raises:
       ValueError: ``tokens`` is not (B, N, D), or ``num_merged`` is out of range.
 
     References:
-      Bolya et al. 2023, Section 3 and Appendix D. There the class token comes first and is of
-      the odd half; it stays alone always, and is not among ``tokens`` here.
+      Bolya et al. 2023, Section 3 and Appendix D. There the class token comes first, in the half
+      that joins the other one, but always stays alone; here it is not among ``tokens``.
     """
     if tokens.ndim != 3:
         raise ValueError(f"tokens has shape {tokens.shape}; expected (batch, tokens, channels)")
@@ -47,8 +49,7 @@ def bipartite_matching(tokens: jax.Array, num_merged: int) -> jax.Array:
             f"num_merged is {num_merged}; it must be from 0 to {half} for tokens of shape "
             f"{tokens.shape}"
         )
-    x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)
+    x = divide_by_norm(lax.stop_gradient(tokens))
     odd, even = x[:, 1::2], x[:, ::2]
     cosine = jnp.einsum("bnd,bmd->bnm", odd, even, precision=lax.Precision.HIGHEST)
     most_similar, dissimilarity = smallest(-cosine)

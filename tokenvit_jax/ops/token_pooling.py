@@ -1,14 +1,13 @@
-"""K-Means and K-Medoids of tokens (Marin et al. 2021, "Token Pooling", Supplement A).
+"""K-Means and K-Medoids clustering of tokens (Marin et al. 2021, "Token Pooling", Supplement A).
 
 Both alternate between assigning every token to its nearest centre (Eqs. 14 and 16) and moving the
-centres, for a fixed number of rounds: a fixed point does not move, so further rounds change
-nothing.
+centres, for a fixed number of rounds: once nothing moves, further rounds change nothing.
 
 The medoid of a cluster is chosen among its own tokens (Eq. 17), at a cost that does not depend on
-the other clusters. While all tokens differ a medoid is nearest to itself: only the N - K other
-tokens have to be assigned, and only clusters that have some of them can move. A round then reads
-N (N - K) of the N^2 distances, which are computed once; as the equations stand it would compare
-N K of them and add up K N^2.
+the other clusters. While all tokens differ, a medoid is nearest to itself: only the N - K other
+tokens have to be assigned, and only clusters that contain some of them can move. A round then reads
+N (N - K) of the N^2 distances, which are computed once; a literal form of the equations would
+compare N K distances and add up K N^2.
 """
 
 import functools
@@ -17,52 +16,66 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from tokenvit_jax.ops.attention import softmax_dtype
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.dtypes import softmax_dtype
+from tokenvit_jax.ops.gather import put, take
 from tokenvit_jax.ops.merge_tokens import cluster_sums
 from tokenvit_jax.ops.selection import smallest
 
 
 class Means(NamedTuple):
-    """centers (B, K, C); assignment (B, N) int32 in [0, K); counts (B, K) int32, tokens of each."""
+    """Clusters around means.
 
-    centers: jax.Array
-    assignment: jax.Array
-    counts: jax.Array
+    Attributes:
+      centers: (B, K, C).
+      assignment: cluster of each token (B, N), in [0, K).
+      counts: number of tokens in each cluster (B, K).
+    """
+
+    centers: Float[Array, "B K C"]
+    assignment: Int32[Array, "B N"]
+    counts: Int32[Array, "B K"]
 
 
 class Medoids(NamedTuple):
-    """indices (B, K) int32 of tokens; assignment (B, N) int32 in [0, K); counts (B, K) int32."""
+    """Clusters around medoids.
 
-    indices: jax.Array
-    assignment: jax.Array
-    counts: jax.Array
+    Attributes:
+      indices: token that is the medoid of each cluster (B, K).
+      assignment: cluster of each token (B, N), in [0, K).
+      counts: number of tokens in each cluster (B, K).
+    """
+
+    indices: Int32[Array, "B K"]
+    assignment: Int32[Array, "B N"]
+    counts: Int32[Array, "B K"]
 
 
 def _kmedoids_macs(inputs, outputs):
-    """N^2 C: every distance once, whatever the number of rounds."""
+    """Counts N^2 C: every distance once, independent of the number of rounds."""
     batch, length, dim = inputs[0]
     return batch * length**2 * dim
 
 
 @counted(_kmedoids_macs, static_argnames=("iterations",))
 def kmedoids(
-    tokens: jax.Array,
-    initial: jax.Array,
-    weights: jax.Array | None = None,
+    tokens: Float[Array, "B N C"],
+    initial: Int[Array, "B K"],
+    weights: Shaped[Array, "B N"] | None = None,
     *,
     iterations: int = 5,
 ) -> Medoids:
-    """Chooses K tokens that are near to all others, weighted.
+    """Clusters tokens around K of them (weighted K-Medoids).
 
-    Minimises the sum over the tokens of their weight times the squared distance to the nearest
-    medoid. Ties go to the lowest index, of medoids as of tokens. Distances are computed in float32
-    (float64 for float64 tokens). Nothing carries a gradient.
+    Minimises the sum over all tokens of weight times squared distance to the nearest medoid. Ties
+    go to the lowest index, for medoids and for tokens. Distances are computed in float32 (float64
+    for float64 tokens). Nothing carries a gradient.
 
     Args:
       tokens: (B, N, C).
-      initial: tokens that are the first medoids (B, K), integers.
+      initial: indices of the tokens that are the initial medoids (B, K), integers.
       weights: (B, N), not negative; None: all 1.
       iterations: rounds, at least 0.
 
@@ -70,7 +83,7 @@ def kmedoids(
       Medoids(indices, assignment, counts).
 
     Raises:
-      ValueError: shapes that do not fit, K above N, or negative ``iterations``.
+      ValueError: the shapes do not fit together, K is above N, or ``iterations`` is negative.
 
     References:
       Marin et al. 2021, Eqs. 16 to 18, with the weights of Eq. 13 inside the sum of Eq. 17.
@@ -91,7 +104,7 @@ def kmedoids(
 
 
 def _all_differ(distances, initial):
-    """Whether no token equals another, and no medoid is named twice."""
+    """Returns whether all tokens differ and all medoids differ."""
     length = distances.shape[1]
     apart = (distances > 0) | jnp.eye(length, dtype=bool)
     return apart.all() & (_is_medoid(initial, length).sum(1) == initial.shape[1]).all()
@@ -103,7 +116,7 @@ def _is_medoid(medoids, length):
 
 
 def _over_all_tokens(distances, weights, initial, iterations):
-    """Rounds over N x N distances."""
+    """Computes the rounds over N x N distances."""
 
     def move(_, medoids):
         assignment = _nearest(distances, medoids)
@@ -120,27 +133,26 @@ def _over_all_tokens(distances, weights, initial, iterations):
 
 
 def _over_other_tokens(distances, weights, initial, iterations):
-    """Rounds over the R = N - K tokens that are no medoids: R x K and R x R distances.
+    """Computes the rounds over the R = N - K tokens that are no medoids (R x K, R x R distances).
 
-    Where all tokens differ a medoid is nearest to itself, so only the others are assigned; and a
-    cluster that has none of them does not move.
+    Where all tokens differ, a medoid is nearest to itself, so only the others are assigned, and a
+    cluster without any of them does not move.
     """
     length = distances.shape[1]
     order = jnp.argsort(_is_medoid(initial, length), axis=1, stable=True).astype(jnp.int32)
     others = order[:, : length - initial.shape[1]]
 
     def assign(medoids, others):
-        return smallest(_between(distances, others, medoids))  # of (B, R, K)
+        return smallest(_between(distances, others, medoids))  # (B, R, K) -> (B, R)
 
     def move(_, state):
         medoids, others = state
         cluster, to_medoid = assign(medoids, others)
-        medoid, weight = _at(medoids, cluster), _at(weights, others)  # (B, R)
+        medoid, weight = take(medoids, cluster), take(weights, others)  # (B, R)
         same = cluster[:, :, None] == cluster[:, None]
         apart = _between(distances, others, others)
-        cost = jnp.where(same, apart * weight[:, None], 0).sum(-1) + to_medoid * _at(
-            weights, medoid
-        )
+        cost = jnp.where(same, apart * weight[:, None], 0).sum(-1)
+        cost += to_medoid * take(weights, medoid)
         medoid_cost = jnp.where(same, (to_medoid * weight)[:, None], 0).sum(-1)
 
         def better(cost, token, other_cost, other):  # ties to the lowest token
@@ -149,23 +161,18 @@ def _over_other_tokens(distances, weights, initial, iterations):
         beaten = same & better(cost[:, None], others[:, None], cost[:, :, None], others[:, :, None])
         wins = better(cost, others, medoid_cost, medoid) & ~beaten.any(-1)
         place = jnp.where(wins, cluster, medoids.shape[1])  # out of bounds: dropped
-        put = lambda row, at, token: row.at[at].set(token, mode="drop")  # noqa: E731
-        return jax.vmap(put)(medoids, place, others), jnp.where(wins, medoid, others)
+        return put(medoids, place, others), jnp.where(wins, medoid, others)
 
     medoids, others = lax.fori_loop(0, iterations, move, (initial, others))
     cluster, _ = assign(medoids, others)
     own = jnp.broadcast_to(jnp.arange(medoids.shape[1], dtype=jnp.int32), medoids.shape)
     tokens, clusters = jnp.concatenate([medoids, others], 1), jnp.concatenate([own, cluster], 1)
-    put = lambda at, value: jnp.zeros(length, jnp.int32).at[at].set(value, unique_indices=True)  # noqa: E731
-    return Medoids(medoids, jax.vmap(put)(tokens, clusters), 1 + _counts(cluster, own.shape[1]))
-
-
-def _at(x, index):
-    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")
+    spread = lambda at, value: jnp.zeros(length, jnp.int32).at[at].set(value, unique_indices=True)  # noqa: E731
+    return Medoids(medoids, jax.vmap(spread)(tokens, clusters), 1 + _counts(cluster, own.shape[1]))
 
 
 def _between(distances, rows, columns):
-    """Returns the distances (B, R, K) of some tokens to some others."""
+    """Returns the distances (B, R, K) between some tokens and some others."""
     at = lambda d, i, j: d.at[i[:, None], j].get(mode="promise_in_bounds")  # noqa: E731
     return jax.vmap(at)(distances, rows, columns)
 
@@ -199,7 +206,10 @@ def _weights(tokens, weights):
 
 
 def _squared_distances(tokens):
-    """(B, N, C) -> (B, N, N), of tokens less their mean: far from the origin digits are lost."""
+    """Returns squared distances (B, N, C) -> (B, N, N).
+
+    The mean is subtracted first: far from the origin, digits would be lost.
+    """
     x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
     x = x - x.mean(1, keepdims=True)
     square = jnp.sum(x * x, -1)
@@ -209,8 +219,8 @@ def _squared_distances(tokens):
 
 
 def _nearest(distances, medoids):
-    """Returns the number (B, N) of every token's nearest medoid."""
-    columns = jnp.take_along_axis(distances, medoids[:, :, None], 1, mode="promise_in_bounds")
+    """Returns the index (B, N) of each token's nearest medoid."""
+    columns = take(distances, medoids)  # (B, K, N)
     return columns.argmin(1).astype(jnp.int32)
 
 
@@ -221,22 +231,22 @@ def _counts(assignment, num_clusters):
 
 @functools.partial(jax.jit, static_argnames=("iterations",))
 def kmeans(
-    tokens: jax.Array,
-    initial: jax.Array,
-    weights: jax.Array | None = None,
+    tokens: Float[Array, "B N C"],
+    initial: Int[Array, "B K"],
+    weights: Shaped[Array, "B N"] | None = None,
     *,
     iterations: int = 5,
 ) -> Means:
-    """Computes K weighted means of tokens.
+    """Clusters tokens around K means (weighted K-Means).
 
-    Minimises the sum over the tokens of their weight times the squared distance to the nearest
-    centre. Ties go to the lowest index. An empty cluster keeps its centre. Computed in float32
-    (float64 for float64 tokens). Gradients flow through the means of the last round, to tokens and
-    weights; assignments carry none.
+    Minimises the sum over all tokens of weight times squared distance to the nearest centre. Ties
+    go to the lowest index. An empty cluster keeps its centre. Computed in float32 (float64 for
+    float64 tokens). Gradients flow through the means of the last round, to tokens and weights;
+    assignments carry none.
 
     Args:
       tokens: (B, N, C).
-      initial: tokens that are the first centres (B, K), integers.
+      initial: indices of the tokens that are the initial centres (B, K), integers.
       weights: (B, N), not negative; None: all 1.
       iterations: rounds, at least 0.
 
@@ -244,7 +254,7 @@ def kmeans(
       Means(centers in the type of ``tokens``, assignment, counts).
 
     Raises:
-      ValueError: shapes that do not fit, K above N, or negative ``iterations``.
+      ValueError: the shapes do not fit together, K is above N, or ``iterations`` is negative.
 
     References:
       Marin et al. 2021, Eqs. 13 to 15.
@@ -253,7 +263,7 @@ def kmeans(
     x = tokens.astype(softmax_dtype(tokens.dtype))
     weights = _weights(tokens, weights)[..., None]
 
-    centers = jnp.take_along_axis(x, initial[..., None], 1, mode="promise_in_bounds")
+    centers = take(x, initial)
     if iterations:
         fixed_x, fixed_weights = lax.stop_gradient((x, weights))
         centers = lax.fori_loop(
@@ -267,14 +277,14 @@ def kmeans(
 
 
 def _round_macs(inputs, outputs):
-    """K N C: the distances of a round."""
+    """Counts K N C: the distances of one round."""
     batch, length, dim = inputs[0]
     return batch * length * dim * inputs[2][1]
 
 
 @counted(_round_macs)
 def _move_centers(x, weights, centers):
-    """Returns the weighted means (B, K, C) of the tokens that are nearest to each centre."""
+    """Moves each centre (B, K, C) to the weighted mean of the tokens that are nearest to it."""
     assignment = _nearest_center(x, centers)
     weighted = jnp.concatenate([x * weights, weights], -1)
     sums = cluster_sums(weighted, assignment, centers.shape[1])
@@ -284,7 +294,7 @@ def _move_centers(x, weights, centers):
 
 @counted(lambda inputs, outputs: 0)  # counted by the round
 def _nearest_center(x, centers):
-    """Returns the number (B, N) of every token's nearest centre."""
+    """Returns the index (B, N) of each token's nearest centre."""
     x, centers = lax.stop_gradient((x, centers))
     mean = x.mean(1, keepdims=True)
     x, centers = x - mean, centers - mean

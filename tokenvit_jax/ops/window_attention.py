@@ -1,15 +1,19 @@
 """Attention within windows of a map, plain or shifted (Liu et al. 2021, "Swin Transformer")."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-from tokenvit_jax.ops.attention import attend
+from tokenvit_jax.kernels.attention import attend
+from tokenvit_jax.kernels.chunked import one_by_one
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.windows import to_map, to_windows
 
-# On a CPU more logits than this (128 MiB) are not held at once. It saves memory, not time: rows of
-# windows one by one were measured 1.0 to 1.2 times slower, at up to 2**24 logits.
+# On a CPU more logits than this (128 MiB) are not held at once. This saves memory, not time: one
+# row of windows after another was measured 1.0 to 1.2 times slower, with up to 2**24 logits.
 MAX_LOGITS = 2**25
 
 
@@ -20,85 +24,81 @@ def _macs(inputs, outputs):
 
 @counted(_macs, static_argnames=("window", "shift", "scale"))
 def window_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias: jax.Array,
+    q: Float[Array, "B H W N D"],
+    k: Float[Array, "B H W N D"],
+    v: Float[Array, "B H W N D"],
+    bias: Float[Array, "N tokens tokens"],
     *,
     window: tuple[int, int],
     shift: tuple[int, int] = (0, 0),
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B H W N D"]:
     """Attends from every token to the tokens of its window.
 
     Args:
       q: queries (B, H, W, N, D).
       k: keys (B, H, W, N, D).
       v: values (B, H, W, N, D).
-      bias: of the logits (N, h w, h w), tokens of a window row by row.
+      bias: added to the logits (N, h w, h w), tokens of a window row by row.
       window: (h, w), rows and columns of a window; they divide H and W.
-      shift: rows and columns, less than a window, by which the map was rolled up and left before:
-        tokens that only rolling brought into one window do not attend to each other.
+      shift: rows and columns, less than a window, by which the map was rolled up and left before.
+        Tokens that share a window only because of the rolling do not attend to each other.
       scale: factor of the products of queries and keys; None: 1 / sqrt(D).
 
     Returns:
       (B, H, W, N, D) in the type of ``v``.
 
     Raises:
-      ValueError: shapes that do not fit, or a window that does not divide the map.
+      ValueError: the shapes do not fit together, or the window does not divide the map.
 
     References:
-      Liu et al. 2021, Sections 3.2 and Figure 4; Eq. 4 for the bias.
+      Liu et al. 2021, Section 3.2 and Figure 4; Eq. 4 for the bias.
     """
     _check(q, k, v, bias, window, shift)
     batch, height, width, heads, dim = q.shape
     rows, columns = height // window[0], width // window[1]
     scale = dim**-0.5 if scale is None else scale
 
-    def to_windows(x):  # (B, H, W, N, D) -> (rows, B, columns, N, h w, D)
-        x = x.reshape(batch, rows, window[0], columns, window[1], heads, dim)
-        return x.transpose(1, 0, 3, 5, 2, 4, 6).reshape(rows, batch, columns, heads, -1, dim)
+    def split(x):  # (B, H, W, N, D) -> (rows, B, columns, N, h w, D)
+        x = to_windows(x, window).transpose(1, 0, 2, 5, 3, 4, 6)
+        return x.reshape(rows, batch, columns, heads, -1, dim)
 
-    def within(windows):
-        q, k, v, parts = windows
+    def within(q, k, v, parts):
         mask = None if parts is None else parts[..., :, None] == parts[..., None, :]
         return attend(q, k, v, mask, bias)[0]
 
-    def row_by_row(*windows):
-        return lax.map(jax.checkpoint(within, prevent_cse=False), windows)
-
-    def at_once(*windows):
-        return within(windows)
-
-    windows = [to_windows(x) for x in (q * scale, k, v)]
+    windows = [split(x) for x in (q * scale, k, v)]
     windows.append(_parts((height, width), window, shift) if any(shift) else None)
     if batch * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
-        y = at_once(*windows)
+        y = within(*windows)
     else:
-        y = lax.platform_dependent(*windows, cpu=row_by_row, default=at_once)
+        row_by_row = functools.partial(one_by_one, within)
+        y = lax.platform_dependent(*windows, cpu=row_by_row, default=within)
     y = y.reshape(rows, batch, columns, heads, *window, dim)
-    return y.transpose(1, 0, 4, 2, 5, 3, 6).reshape(q.shape)
+    return to_map(y.transpose(1, 0, 2, 4, 5, 3, 6))
 
 
 def _parts(size, window, shift):
-    """Returns which part of its window every token is in (rows, 1, columns, 1, h w).
+    """Returns the part of its window that each token is in (rows, 1, columns, 1, h w).
 
-    Rolling puts the first ``shift`` rows behind the last ones, where they share windows with them,
-    and columns alike.
+    Rolling moves the first ``shift`` rows behind the last ones, into the same windows; the same
+    holds for columns.
     """
     rolled = [np.arange(n) >= n - s for n, s in zip(size, shift, strict=True)]
     parts = 2 * rolled[0][:, None] + rolled[1]  # (H, W)
-    rows, columns = size[0] // window[0], size[1] // window[1]
-    parts = parts.reshape(rows, window[0], columns, window[1]).transpose(0, 2, 1, 3)
+    parts = to_windows(parts[None], window)[0]  # (rows, columns, h, w)
+    rows, columns = parts.shape[:2]
     return jnp.asarray(parts.reshape(rows, 1, columns, 1, -1), jnp.int32)
 
 
-def relative_position_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """Returns the bias of every pair of tokens of a window by their offset.
+def relative_position_bias(
+    table: Float[Array, "A B N"], window: tuple[int, int]
+) -> Float[Array, "N tokens tokens"]:
+    """Looks up the position bias for every pair of tokens in a window.
 
     Args:
-      table: (2 a - 1, 2 b - 1, N), the bias of each offset of a query from its key; no offset in
-        the middle.
+      table: (2 a - 1, 2 b - 1, N), the bias for each offset of a query from its key; offset 0 is
+        in the middle.
       window: (h, w), rows and columns of a window, at most (a, b).
 
     Returns:
@@ -127,7 +127,7 @@ def _check(q, k, v, bias, window, shift):
         raise ValueError(f"q has shape {q.shape}; expected (batch, height, width, heads, dim)")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {x.shape}; it must be that of q, {q.shape}")
+            raise ValueError(f"{name} has shape {x.shape}; expected the shape of q, {q.shape}")
     height, width, heads = q.shape[1:4]
     if min(window) < 1 or height % window[0] or width % window[1]:
         raise ValueError(

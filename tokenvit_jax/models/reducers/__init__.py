@@ -10,7 +10,6 @@ from tokenvit_jax.models.reducers.reductions import (
     Patches,
     Reduced,
     reduce_tokens,
-    take,
 )
 from tokenvit_jax.models.reducers.search import (
     SoftExtract,
@@ -57,6 +56,5 @@ __all__ = [
     "reduce_tokens",
     "retention_mass",
     "searched_keep",
-    "take",
     "tome_keep",
 ]

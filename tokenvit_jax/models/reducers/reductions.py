@@ -16,6 +16,7 @@ from tokenvit_jax.models.reducers.settings import (
     TokenReducer,
 )
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.gather import take
 from tokenvit_jax.ops.merge_tokens import cluster_sums
 from tokenvit_jax.ops.selection import top_indices
 
@@ -153,12 +154,6 @@ def _nearest(x, chosen):
 
 def _draw(draw, rng, like):
     return jax.vmap(lambda key, row: draw(key, row.shape, row.dtype))(rng, like)
-
-
-def take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns the rows (B, K) or (B, K, C) of ``x``, (B, N) or (B, N, C), at indices (B, K)."""
-    index = index if x.ndim == 2 else index[..., None]
-    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")
 
 
 class HalveMap(nn.Module):

@@ -1,0 +1,109 @@
+"""Public functions and modules of the layers have the shapes that their types state."""
+
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from shape_checks import check_call, missing_annotations, public_callables, trace_checked
+
+from tokenvit_jax import layers
+
+PUBLIC = dict(public_callables(layers))
+KEY = jax.random.key(0)
+RNGS = {"params": KEY, "routing": KEY, "dropout": KEY}
+
+
+def floats(*shape):
+    return jnp.ones(shape)
+
+
+MAP, TOKENS = floats(2, 6, 4, 8), floats(2, 30, 8)
+CENTROIDS = {"centroids": floats(2, 3, 4), "sums": floats(2, 3, 4), "counts": floats(2, 3)}
+
+FUNCTIONS = {
+    "blocks.check_num_heads": ((2, 8), {}),
+    "blocks.dense": ((8, jnp.float32), {}),
+    "blocks.gelu": ((TOKENS,), {}),
+    "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
+    "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
+    "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
+    "cosine.unit_length": ((TOKENS,), {}),
+    "group_attention.advance_centroids": ((CENTROIDS, 0.9), {}),
+    "pale_attention.padded_size": ((6, 4, 3, "vanilla"), {}),
+    "stochastic.image_keys": ((KEY, 2, None), {}),
+    "window_attention.resize_bias_table": ((floats(9, 5, 2), (5, 3), (2, 3)), {}),
+}
+# A module, and the arguments of its call.
+MODULES = {
+    "blocks.ConditionalPositionEncoding": (layers.ConditionalPositionEncoding(), (MAP,), {}),
+    "blocks.Mlp": (layers.Mlp(2), (TOKENS,), {}),
+    "blocks.PatchEmbedding": (layers.PatchEmbedding(5, 3, 2), (floats(2, 6, 5, 3),), {}),
+    "cluster_attention.ClusterAttention": (layers.ClusterAttention(2, (4, 2)), (MAP, True), {}),
+    "conv.Conv3x3": (layers.Conv3x3(5, 2), (floats(2, 6, 5, 3),), {}),
+    "conv.DepthwiseConv3x3": (layers.DepthwiseConv3x3(), (MAP,), {}),
+    "group_attention.DynamicGroupAttention": (
+        layers.DynamicGroupAttention(2, 3, 5, cosine=True), (TOKENS, True), {}
+    ),
+    "pale_attention.PaleAttention": (layers.PaleAttention(2, 3), (MAP, True), {}),
+    "pale_attention.SeparableProjection": (
+        layers.pale_attention.SeparableProjection(), (MAP, True), {}
+    ),
+    "self_attention.Attention": (
+        layers.Attention(2, "learned", 0.02, jnp.float32), (TOKENS,),
+        {"scored_by": "all", "size": floats(2, 30)},
+    ),
+    "stochastic.DropPath": (layers.DropPath(0.5), (MAP, True), {}),
+    "stochastic.Dropout": (layers.Dropout(0.5), (TOKENS, True), {}),
+    "window_attention.CosineWindowAttention": (
+        layers.CosineWindowAttention(2, 3), (MAP, (3, 2), (1, 1)), {}
+    ),
+    "window_attention.PositionBiasMlp": (
+        layers.window_attention.PositionBiasMlp(3), (floats(5, 5, 2),), {}
+    ),
+    "window_attention.WindowAttention": (
+        layers.WindowAttention(2, 3), (MAP, (3, 2), (1, 1)), {"table_window": (3, 3)}
+    ),
+}  # fmt: skip
+
+
+def is_module(value):
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def test_everything_is_called_here():
+    """All but named tuples, whose types the calls that return them check."""
+    named_tuples = {name for name, value in PUBLIC.items() if hasattr(value, "_fields")}
+    assert sorted([*FUNCTIONS, *MODULES]) == sorted(set(PUBLIC) - named_tuples)
+    assert sorted(MODULES) == sorted(filter(lambda name: is_module(PUBLIC[name]), PUBLIC))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_has_a_type(name):
+    value = PUBLIC[name]
+    if is_module(value):
+        value = value.__call__
+    if inspect.isroutine(value) or name in FUNCTIONS:
+        assert not missing_annotations(value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_the_shapes_that_they_state(name):
+    args, kwargs = FUNCTIONS[name]
+    trace_checked(PUBLIC[name], *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_have_the_shapes_that_they_state(name):
+    module, args, kwargs = MODULES[name]
+    assert type(module) is PUBLIC[name]
+
+    def call(x):
+        # A scope of its own: an attribute of Mlp hides `init`.
+        y, _ = nn.apply(
+            lambda module, *args: module(*args, **kwargs), module, mutable=True
+        )({}, x, *args[1:], rngs=RNGS)  # fmt: skip
+        check_call(type(module).__call__, (module, x, *args[1:]), kwargs, y)
+
+    jax.eval_shape(call, args[0])

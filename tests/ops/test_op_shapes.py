@@ -1,0 +1,197 @@
+"""Public operators have the shapes that their types state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Float
+from shape_checks import check_call, missing_annotations, public_callables, trace_checked
+
+from tokenvit_jax import kernels, ops
+from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
+from tokenvit_jax.ops.center_tiles import make_tiles
+
+FUNCTIONS = {
+    name: function
+    for package in (ops, kernels)
+    for name, function in public_callables(package)
+    if not isinstance(function, type)
+}
+KEY = jax.random.key(0)
+
+
+def floats(*shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
+
+
+def integers(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+def masks(*shape):
+    return jnp.ones(shape, bool)
+
+
+Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
+HEADS_FIRST = floats(2, 3, 11, 8)
+MAP = floats(2, 6, 4, 2, 5)
+TOKENS = floats(2, 30, 7)
+GRID, CLUSTERS = (6, 5), (3, 2)
+TILES = make_tiles(GRID, CLUSTERS, 3)
+PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
+PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
+SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
+
+# Arguments of each function; all sizes differ that may differ.
+CALLS = {
+    "attention.dot_product_attention": [
+        ((Q, K, K), {}),
+        ((Q, K, K), {"key_mask": masks(2, 13), "scale": 1}),
+        ((Q.astype(jnp.bfloat16),) * 3, {}),
+    ],
+    "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
+    "attention.check_qkv": [((Q, K, K), {})],
+    "attention.attend": [
+        ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
+    ],
+    "attention.attend_by_library": [((Q, K, K), {"scale": 1.0, "mask": None})],
+    "attention.attend_heads_first": [((Q, K, K), {"scale": 1.0, "mask": masks(2, 1, 1, 13)})],
+    "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
+    "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
+    "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
+    "center_tiles.near_weights": [
+        ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
+    ],
+    "center_tiles.mix_rows_and_columns": [
+        ((TOKENS, GRID, (np.zeros((2, 4), int), np.ones((2, 4))),
+          (np.zeros((3, 2), int), np.ones((3, 2)))), {})
+    ],
+    "center_tiles.check_tokens": [(("tokens", TOKENS), {})],
+    "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
+    "center_tiles.check_window": [((3,), {})],
+    "center_tiles.check_temperature": [((50.0,), {})],
+    "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
+    "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
+    "chunks.in_chunks": [((lambda size: TOKENS, 30, 7, None), {})],
+    "chunks.num_chunks": [((30, 7), {})],
+    "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "counted.counted": [((lambda inputs, outputs: 0,), {})],
+    "counted.counted_as": [(("name", 1, lambda x: x), {})],
+    "density_peaks.cluster_density_peaks": [
+        ((TOKENS, 5), {}),
+        ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
+    ],
+    "density_peaks.density_peaks": [
+        ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
+        ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
+    ],
+    "density_peaks.assign_clusters": [
+        ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
+    ],
+    "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.kernel_gradient_by_entries": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
+    "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
+    "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
+    "group_attention.cheaper_path": [((30, 4, 3), {})],
+    "group_attention.group_attention": [
+        ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")
+    ],
+    "group_attention.group_sums": [((Q, integers(2, 3, 11), 4), {})],
+    "group_attention.move_centroids": [((floats(3, 4, 8), SUMS, 0.9), {})],
+    "group_attention.update_centroids": [
+        ((floats(3, 4, 8), Q, integers(2, 3, 11)), {"old_weight": floats()})
+    ],
+    "group_attention_dense.attend_dense": [
+        ((HEADS_FIRST, floats(2, 3, 13, 8), floats(2, 3, 13, 8), integers(2, 3, 11),
+          masks(2, 3, 13, 4)), {})
+    ],
+    "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
+    "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
+    "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
+    "group_attention_tiles.tile_size": [((30, 4), {})],
+    "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
+    "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
+    "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
+    "merge_tokens.merge_tokens": [
+        ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
+    ],
+    "mix_boxes.mix_boxes": [((floats(2, 6, 4, 5), integers(4)), {})],
+    "mix_boxes.neighbors": [((TOKENS,), {})],
+    "pale_attention.pale_attention": [
+        ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
+        for mode in ("parallel", "vanilla")
+    ],
+    "reconstruct_tokens.reconstruct_tokens": [
+        ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),
+         {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
+        for mode in ("soft", "hard", "window", "bilinear")
+    ],
+    "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
+    "selection.in_groups": [((floats(2, 32, 5),), {})],
+    "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
+    "selection.smallest": [((TOKENS,), {})],
+    "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],
+    "selection.smallest_of_groups": [((floats(2, 32, 5), floats(2, 4, 5), 3), {})],
+    "selection.top_indices": [((TOKENS, 3), {})],
+    "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
+    "token_merging.bipartite_matching": [((TOKENS, 5), {})],
+    "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],
+    "token_pooling.kmedoids": [((TOKENS, integers(2, 5)), {})],
+    "top_indices.by_sorting": [((TOKENS, 3), {})],
+    "top_indices.by_top_k": [((TOKENS, 3), {})],
+    "unit_norm.divide_by_norm": [((TOKENS,), {})],
+    "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
+    "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
+    "window_attention.window_attention": [
+        ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
+    ],
+    "windows.pad_map": [((floats(2, 6, 4, 5), (7, 9)), {})],
+    "windows.pad_to_windows": [((floats(2, 6, 4, 5), (4, 3)), {})],
+    "windows.to_map": [((floats(2, 3, 4, 5, 6, 7),), {})],
+    "windows.to_windows": [((MAP, (3, 2)), {"interlaced": True})],
+    "windows.whole_windows": [(((6, 4), (4, 3)), {})],
+}  # fmt: skip
+
+
+def test_every_function_is_called_here():
+    assert sorted(CALLS) == sorted(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_everything_has_a_type(name):
+    assert not missing_annotations(FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_are_as_stated(name):
+    for args, kwargs in CALLS[name]:
+        trace_checked(FUNCTIONS[name], *args, **kwargs)
+
+
+def test_wrong_shapes_are_found():
+    def stack(x: Float[Array, "B N"], y: Float[Array, "B N"]) -> Float[Array, "2 B N"]:
+        return jnp.stack([x, y])
+
+    trace_checked(stack, floats(3, 5), floats(3, 5))
+    with pytest.raises(AssertionError, match="return is"):
+        check_call(stack, (floats(3, 5), floats(3, 5)), {}, floats(2, 5, 3))
+    with pytest.raises(AssertionError, match="y is"):
+        check_call(stack, (floats(3, 5), floats(3, 6)), {}, floats(2, 3, 5))
+    with pytest.raises(AssertionError, match="x is"):
+        check_call(stack, (integers(3, 5), floats(3, 5)), {}, floats(2, 3, 5))
+    with pytest.raises(AssertionError, match="return is"):  # a field of a named tuple
+        wrong = SUMS._replace(counts=integers(3, 4))
+        check_call(ops.group_sums, (Q, integers(2, 3, 11), 4), {}, wrong)
+
+
+def test_untyped_arguments_are_found():
+    def untyped(x, y: int):
+        return x
+
+    assert missing_annotations(untyped) == ["x", "return"]

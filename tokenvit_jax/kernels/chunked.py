@@ -1,0 +1,57 @@
+"""Computations in chunks, which on CPU stay in the cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Shaped
+
+# On a CPU more logits than this (16 MiB) are not held at once: they would leave the cache.
+MAX_LOGITS = 2**22
+
+
+def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
+    """Computes ``run`` for one entry of the leading axis after another.
+
+    The backward pass computes each entry again instead of keeping what is inside.
+
+    Args:
+      run: takes one entry of each argument.
+      stacked: arrays (S, ...), or None.
+
+    Returns:
+      The results (S, ...).
+    """
+    run = jax.checkpoint(run, prevent_cse=False)
+    return lax.map(lambda entries: run(*entries), stacked)
+
+
+def map_queries(
+    run: Callable[..., Array], num_keys: int, *queries: Shaped[Array, "B N L ..."]
+) -> Shaped[Array, "B N L ..."]:
+    """Computes ``run(*queries)`` in chunks of queries with about ``MAX_LOGITS`` logits each.
+
+    Args:
+      run: takes arrays (B, N, l, ...) and returns (B, N, l, ...). With several chunks, the backward
+        pass computes the logits of each chunk again.
+      num_keys: logits per query and head.
+      queries: arrays (B, N, L, ...) that belong together.
+
+    Returns:
+      (B, N, L, ...).
+    """
+    batch, heads, length = queries[0].shape[:3]
+    chunks = min(-(-batch * heads * length * num_keys // MAX_LOGITS), length)
+    if chunks == 1:
+        return run(*queries)
+    size = -(-length // chunks)
+    padding = -length % size
+
+    def split(x):  # (chunks, B, N, size, ...)
+        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(batch, heads, -1, size, *x.shape[3:]), 2, 0)
+
+    output = jnp.moveaxis(one_by_one(run, *map(split, queries)), 0, 2)
+    return output.reshape(batch, heads, length + padding, *output.shape[4:])[:, :, :length]

@@ -1,0 +1,78 @@
+"""Forms of depthwise convolution and of the gradient of its kernel."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from tokenvit_jax.ops.dtypes import softmax_dtype
+
+
+def convolve_by_shifts(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "rows columns C"]
+) -> Float[Array, "B H W C"]:
+    """Adds up shifted maps, each times its entry of the kernel: one fused loop for XLA."""
+    dtype = softmax_dtype(x.dtype)
+    taps = _taps(x, kernel.shape)
+    total = sum(
+        tap.astype(dtype) * kernel[i, j].astype(dtype)
+        for i, row in enumerate(taps)
+        for j, tap in enumerate(row)
+    )
+    return total.astype(x.dtype)
+
+
+def kernel_gradient_by_entries(
+    x: Float[Array, "B H W C"], dy: Float[Array, "B H W C"], shape: tuple[int, int, int]
+) -> Float[Array, "rows columns C"]:
+    """Reduces once per kernel entry, which accelerators do well.
+
+    Args:
+      x: (B, H, W, C).
+      dy: gradient of the output (B, H, W, C).
+      shape: of the kernel (rows, columns, C).
+    """
+    dtype = softmax_dtype(x.dtype)
+    taps = _taps(x, shape)
+    return jnp.stack(
+        [jnp.stack([jnp.sum(t.astype(dtype) * dy, (0, 1, 2)) for t in row]) for row in taps]
+    )
+
+
+def kernel_gradient_by_lines(
+    x: Float[Array, "B H W C"], dy: Float[Array, "B H W C"], shape: tuple[int, int, int]
+) -> Float[Array, "rows columns C"]:
+    """Adds up image rows element by element and reduces once at the end.
+
+    A reduction over all but the last axis is a strided scalar loop in XLA's CPU backend; adding
+    rows is a vector loop, measured up to 10 times faster. Arguments are those of
+    :func:`kernel_gradient_by_entries`.
+    """
+    dtype = softmax_dtype(x.dtype)
+    batch, height, width, channels = x.shape
+    rows, columns, _ = shape
+    padded = _pad(x, shape)
+
+    def add_row(sums, row):
+        dy_row = lax.dynamic_index_in_dim(dy, row, 1, keepdims=False).astype(dtype)
+        for i in range(rows):
+            x_row = lax.dynamic_index_in_dim(padded, row + i, 1, keepdims=False).astype(dtype)
+            for j in range(columns):
+                sums[i][j] = sums[i][j] + x_row[:, j : j + width] * dy_row
+        return sums, None
+
+    zeros = jnp.zeros((batch, width, channels), dtype)
+    sums, _ = lax.scan(add_row, [[zeros] * columns for _ in range(rows)], jnp.arange(height))
+    return jnp.stack([jnp.stack([s.sum((0, 1)) for s in row]) for row in sums])
+
+
+def _taps(x, kernel_shape):
+    """Returns, row by row, the views of the padded ``x`` that the kernel's entries multiply."""
+    height, width = x.shape[1:3]
+    rows, columns, _ = kernel_shape
+    padded = _pad(x, kernel_shape)
+    return [[padded[:, i : i + height, j : j + width] for j in range(columns)] for i in range(rows)]
+
+
+def _pad(x, kernel_shape):
+    rows, columns, _ = kernel_shape
+    return jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
