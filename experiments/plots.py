@@ -24,8 +24,8 @@ def panels(
 
     Args:
       count: number of panels.
-      width: of the figure, inches.
-      height: of the figure, inches.
+      width: width of the figure [inches].
+      height: height of the figure [inches].
       grid: whether to draw grid lines.
       **options: arguments of `Figure.subplots`.
     """

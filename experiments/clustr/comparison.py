@@ -50,7 +50,7 @@ def clusters_used(run: ShortRun) -> dict[str, np.ndarray]:
     """Returns which clusters each test image used, (images, clusters) bool, by clustering.
 
     Args:
-      run: of an adaptive model; only clusterings with a threshold are listed.
+      run: run of an adaptive model; only its clusterings with a threshold are listed.
     """
     config = make_config()
     apply = observe(config, run.model)

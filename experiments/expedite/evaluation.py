@@ -133,7 +133,7 @@ def clustered(depth: int, side: int, default: dict[str, Any], changes: dict[str,
     """Returns a setting that clusters tokens until the last block unless `beta` is given.
 
     Args:
-      depth: number of blocks, of the expedited stage where there are stages.
+      depth: number of blocks; in a hierarchical backbone, blocks of the expedited stage.
       side: rows and columns of the centres.
       default: attributes of `Expedite`, among them `alpha`.
       changes: attributes that replace them.

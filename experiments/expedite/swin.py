@@ -30,8 +30,8 @@ SWIN_TEMPERATURE = 2.0  # the best on training scenes
 MASKS = {"mask of this shift": False, "released mask": True}
 ABOUT = f"""
 The third stage has six blocks. alpha = {SWIN_ALPHA}, beta = {SWIN_DEPTH - SWIN_ALPHA} and
-temperature {SWIN_TEMPERATURE:g} unless a row says otherwise. The similarity is that of the map
-after this stage.
+temperature {SWIN_TEMPERATURE:g} unless a row says otherwise. The features are the map after this
+stage.
 """
 
 

@@ -101,7 +101,7 @@ def table(insertions: list[Insertion], field: str) -> list[str]:
 
 
 def gains(insertions: list[Insertion]) -> list[str]:
-    """Returns the lines that say what carry adds to the accuracy of the same model."""
+    """Returns the lines of the gain in accuracy from carry, in the same model."""
     rows = []
     for name in SETTINGS:
         carried = f"{name}, carry"

@@ -56,7 +56,7 @@ def tune(
     """Trains stage 3 from the base of a seed: all methods see the same batches.
 
     Args:
-      seed: seed of the base; the batches differ from those of the base.
+      seed: seed of the base; the batches differ from the base's batches.
       reducer: attributes of `TokenReducer` by name; None: all patches stay.
       num_steps: length of training, 10 steps of it warm-up; the learning rate is half of the
         learning rate of stage 1.
