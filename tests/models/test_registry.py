@@ -9,12 +9,12 @@ import pytest
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 
 
 @functools.cache
 def abstract_variables(model, size):
-    images = jnp.zeros((1, *size, 3))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    return variable_shapes(model, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
 
 
 PLAIN = [*tv.list_models("deit_*"), *tv.list_models("vit_*")]
@@ -37,6 +37,13 @@ def test_contract_of_shapes(name, size):
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     for stride, stage in zip(model.strides, apply("features"), strict=True):
         assert stage.shape[:3] == (2, -(-size[0] // stride), -(-size[1] // stride))
+
+    def restored(model, images, train):
+        tokens, restore = model.encode(images, train)
+        return restore(tokens[..., :3])
+
+    rows, columns = (-(-side // model.strides[0]) for side in size)
+    assert apply(restored).shape == (2, rows, columns, 3)
 
 
 def test_unknown_names_list_the_valid_ones():
