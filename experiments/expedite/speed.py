@@ -22,10 +22,10 @@ from experiments import pages
 from experiments.costs import count_macs
 from tokenvit_jax import cli
 from tokenvit_jax.heads import MaskTransformer
-from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.measure.timing import compile_program, environment, time_in_turns
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models import create_model
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 FLAGS = flags.FlagValues()
