@@ -4,8 +4,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from shipped_configs import CASES, LEVELS, load_config
 
-from tokenvit_jax.config import default_config
 from tokenvit_jax.published import TOKEN_POOLING
+from tokenvit_jax.tasks import default_config
 
 IMAGENET = {
     "augment.crop_scale": (0.08, 1.0), "augment.flip": 0.5, "augment.randaugment.num_ops": 2,
@@ -40,6 +40,7 @@ PYRAMID = overrides(dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8), depths=(1, 1
 CLUSTR = overrides(
     ratios=((64, 16), (16, 4), (4, 1), (1,)), aggregation="clusters", assign="nearest", adaptive=0.0
 )
+DGT = overrides(centroid_rule="constant", centroid_old_weight=0.9)
 PALE = overrides(mode="parallel", position="cpe", mask_padding=False, token_head=False)
 DEIT = overrides(qk_norm="none")
 SWIN_DIGITS = PYRAMID | overrides(depths=(2, 2, 2, 1), window_size=4)
@@ -53,8 +54,8 @@ def search(penalty):
     return {
         "model_overrides.token_reducer.method": "soft_extract",
         "model_overrides.token_reducer.diagonal": True,
-        "retention.penalty": penalty,
-        "retention.learning_rate_factor": 10.0,
+        "model_overrides.token_reducer.penalty": penalty,
+        "model_overrides.token_reducer.learning_rate_factor": 10.0,
     }
 
 
@@ -69,7 +70,7 @@ POOLED = {
 # Family -> entries on ImageNet-1K, beside those of all families.
 PUBLISHED = {
     "dgt": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020}
-    | overrides(num_groups=48, top_k=98),
+    | overrides(num_groups=48, top_k=98) | DGT,
     "clustr": {
         "augment.erasing": 0.25, "augment.color_jitter": 0.4, "data.repeats": 3,
         "optimizer.warmup_steps": 6255,
@@ -82,7 +83,7 @@ PUBLISHED = {
 PUBLISHED["swinv2"] = PUBLISHED["swin"] | {"image_size": 256}
 # Family -> the network that shrinks to the digits.
 SHRUNK = {
-    "dgt": PYRAMID | overrides(stem_dim=16, head_dim=128, num_groups=8, top_k=24),
+    "dgt": PYRAMID | overrides(stem_dim=16, head_dim=128, num_groups=8, top_k=24) | DGT,
     "clustr": PYRAMID | overrides(mlp_ratios=(4, 4, 4, 4)) | CLUSTR,
     "pale": PYRAMID | PALE
     | overrides(num_heads=(2, 2, 4, 8), pale_sizes=(4, 2, 2, 2), position_size=(64, 64)),
@@ -170,8 +171,10 @@ def typed(value):
 
 @pytest.mark.parametrize(("name", "arg"), CASES + LEVELS)
 def test_entries(name, arg):
-    found = flatten_dict(load_config(name, arg).to_dict(), sep=".")
-    expected = flatten_dict(default_config().to_dict(), sep=".") | expected_entries(name, arg)
+    config = load_config(name, arg)
+    found = flatten_dict(config.to_dict(), sep=".")
+    default = default_config("segmentation" if name.startswith("segmenter") else "classification")
+    expected = flatten_dict(default.to_dict(), sep=".") | expected_entries(name, arg)
     assert {key: typed(found[key]) for key in found} == {
         key: typed(expected[key]) for key in expected
     }

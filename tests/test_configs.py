@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from make_task import check_config, make_task
 from ml_collections import ConfigDict
 from shipped_configs import CASES, load_config
 
-from tokenvit_jax.config import default_config
-from tokenvit_jax.data import dataset_info, pipeline, train_dataset
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.published import TOKEN_POOLING
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
-from tokenvit_jax.tasks import segmentation, task_of
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks.segmentation.inference import predict_logits
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
-from tokenvit_jax.training.validate import check_config
 
 KEYS = (
     "model", "model_overrides", "dataset", "seed", "num_steps", "batch_size", "image_size", "dtype",
@@ -57,7 +57,7 @@ ONE_STEP = ("swin", "swinv2", "segmenter")
 
 
 @pytest.mark.parametrize(("name", "arg"), CASES)
-def test_config_runs_one_step(name, arg, monkeypatch):
+def test_config_runs_one_step(name, arg):
     config = load_config(name, arg)
     assert set(KEYS) <= set(config)
     if "tokens" in arg:
@@ -65,14 +65,13 @@ def test_config_runs_one_step(name, arg, monkeypatch):
             check_config(config)
         config.token_labels.teacher = "a folder"
     check_config(config)
-    monkeypatch.setattr(pipeline, "open_source", lambda *_: range(1))
-    train_dataset(config)  # checks the entries that it reads
+    make_task(config).examples(train=True)
     family, size = name.split("_")
     assert config.model == f"{'vit' if family == 'segmenter' else family}_{size}"
     if family in ONE_STEP and arg in SMALL_DATASET.values():
         return
     shrink(config, family)
-    model = task_of(config.dataset).make_model(config, 10)
+    model = make_task(config, 10).make_model()
     metrics = run_step(model, config.to_json_best_effort(sort_keys=True).replace(config.model, ""))
     assert 0 < metrics["loss"] < 3 * math.log(10)
     assert metrics["grad_norm"] > 0
@@ -85,12 +84,12 @@ def shrink(config, family):
         config.model_overrides.token_reducer.keep = (9, 3)
     if family == "segmenter":
         config.head_overrides = {"depth": 1, "head_dim": 4}
-    config.dataset = SMALL_DATASET[dataset_info(config.dataset).task]
+    config.dataset = SMALL_DATASET[config.task]
     config.update_from_flattened_dict(SAME)
     # Entries that a step does not read.
-    default = default_config()
+    default = default_config(config.task)
     default.data.normalization = config.data.normalization
-    for key in ("data", "augment", "inference"):
+    for key in {"data", "augment", "inference"} & set(config):
         config[key] = default[key]
 
 
@@ -103,7 +102,7 @@ def run_step(model, text):
         config = ConfigDict(json.loads(text))
         optimizer = make_optimizer(config)
         state = jax.jit(functools.partial(init_state, model, optimizer, config))()
-        step = jax.jit(make_train_step(model, optimizer, config, 10))
+        step = jax.jit(make_train_step(make_task(config, 10), model, optimizer))
         rng = np.random.default_rng(0)
         batch = {
             "image": rng.integers(0, 256, (4, 64, 64, 3), np.uint8),
@@ -112,7 +111,7 @@ def run_step(model, text):
         }
         if config.dataset == "scenes":
             batch["label"] = rng.integers(0, 10, (4, 64, 64), np.uint8)
-        if config.token_labels.weight:
+        if "token_labels" in config and config.token_labels.weight:
             batch["token_labels"] = np.full((4, 2, 2, 10), 0.1, np.float32)
         state, metrics = step(state, batch)
         assert int(state.step) == 1
@@ -200,12 +199,12 @@ def test_published_recipe_of_segmenter(name, arg):
     assert max(config.data.eval_size) >= short_side * 4 / 3
     config.model_overrides.update(SMALL["segmenter"])
     config.head_overrides.head_dim = 4
-    model = segmentation.make_model(config, 3)
+    model = make_task(config, 3).make_model()
     images = jax.ShapeDtypeStruct((1, *config.data.eval_size, 3), "float32")
 
     def predict(images):
         variables = model.init(jax.random.key(0), images[:, :64, :64], train=False)
-        return segmentation.predict_logits(model, config, variables, images, np.array([[64, 64]]))
+        return predict_logits(model, config, variables, images, np.array([[64, 64]]))
 
     assert jax.eval_shape(predict, images).shape == (1, *config.data.eval_size, 3)
 
@@ -214,7 +213,8 @@ def test_published_recipe_of_segmenter(name, arg):
 def test_stages_of_token_pooling(name):
     base, search, pooled = (load_config(name, arg) for arg in ("", "search", "pooled"))
     assert search.num_steps * 10 == base.num_steps == pooled.num_steps
-    assert search.retention.penalty > 0 == pooled.retention.penalty
+    assert search.model_overrides.token_reducer.penalty > 0
+    assert "penalty" not in pooled.model_overrides.token_reducer
     for number, level in enumerate(TOKEN_POOLING[name]):
         config = load_config(name, f"level{number}")
         assert config.model_overrides.token_reducer.keep == level.keep

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert
-from tokenvit_jax.tasks.segmentation import HEADS, Segmenter
+from tokenvit_jax.tasks.segmentation.model import HEADS, Segmenter
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights, parameter_shapes
@@ -194,8 +194,14 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
     flags = {"model": "vit_ti", "layout": "segmenter", "dataset": "scenes", "source": source}
     for changes, message in (
         ({"dataset": "cityscapes"}, r"decoder.head.bias has shape \(5,\), expected \(19,\)"),
-        ({"dataset": "digits"}, "layout=segmenter is for segmentation, dataset 'digits' for class"),
-        ({"layout": "timm"}, "layout=timm is for classification, dataset 'scenes' for segment"),
+        (
+            {"dataset": "digits"},
+            "layout=segmenter is for segmentation: config.dataset='digits' has no",
+        ),
+        (
+            {"layout": "timm"},
+            "layout=timm is for classification: config.dataset='scenes' has no label",
+        ),
         ({"model": "swin_t"}, "layout=segmenter has no model 'swin_t'; valid: vit, deit"),
     ):
         status, _, err = run(monkeypatch, capsys, out=tmp_path / "run", **flags | changes)

@@ -6,25 +6,25 @@ import sys
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 from PIL import Image
 from random_variables import random_variables
-from tokenvit_jax.data.image_files import read_image
 
 from tokenvit_jax import cli, expedite
-from tokenvit_jax.config import default_config
-from tokenvit_jax.evaluate import evaluate
+from tokenvit_jax.data import read_image
 from tokenvit_jax.expediting import candidates
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.tasks import classification
+from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training import expedite_run
+from tokenvit_jax.training.evaluation import evaluate_run
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.workdir import read_config, write_config
 
 SETTINGS = {"dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "position_size": (32, 32)}
 
 
-def tiny_config(**entries):
-    config = default_config()
+def tiny_config(task="classification", **entries):
+    config = default_config(task)
     config.model, config.model_overrides = "deit_ti", dict(SETTINGS)
     config.image_size = 32
     config.data.eval_batch_size = 120
@@ -58,7 +58,7 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
     config.data.normalization = "inception"
     config.ema_decay = 0.9
     variables = random_variables(
-        classification.make_model(config, 10), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+        make_task(config).make_model(), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     )
     plain, faster, plot = tmp_path / "plain", tmp_path / "faster", tmp_path / "front.png"
     write_run(plain, config, variables)
@@ -84,7 +84,8 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
 
     by_hand = config.copy_and_resolve_references()
     by_hand.model_overrides = {**SETTINGS, "expedite": setting.to_dict()}
-    assert evaluate(found, faster) == evaluate(by_hand, plain)
+    by_hand_metrics = evaluate_run(plain, config=by_hand)
+    assert evaluate_run(faster, config=found) == by_hand_metrics
 
 
 @pytest.mark.parametrize(
@@ -138,20 +139,20 @@ def test_images_are_windows_of_the_middle(monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(2, 3, 40, 60, 3), dtype=np.uint8)
     sizes = np.array([(36, 60), (40, 48), (40, 60)])
     batches = [{"image": x, "image_size": sizes, "mask": np.array([1, 1, 0])} for x in pixels]
-    monkeypatch.setattr(expedite_run, "eval_dataset", lambda config: batches)
-    config = tiny_config(dataset="scenes")
+    monkeypatch.setattr(expedite_run, "eval_batches", lambda *args: batches)
+    config = tiny_config("segmentation", dataset="scenes")
     config.inference.window = 32
     config.data.normalization = "inception"
-    found = expedite_run.load_images(config, None, 3)
+    found = expedite_run.load_images(make_task(config), None, 3)
     wanted = [pixels[0, 0, 2:34, 14:46], pixels[0, 1, 4:36, 8:40], pixels[1, 0, 2:34, 14:46]]
     np.testing.assert_allclose(found, np.stack(wanted) / 127.5 - 1, atol=1e-6)
-    assert len(expedite_run.load_images(config, None, 9)) == 4
+    assert len(expedite_run.load_images(make_task(config), None, 9)) == 4
 
 
 def test_images_come_from_files_too(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(32, 48, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    config = tiny_config(dataset="scenes")
+    config = tiny_config("segmentation", dataset="scenes")
     config.data.normalization = "inception"
-    (found,) = expedite_run.load_images(config, [read_image(tmp_path / "a.png")], 8)
+    (found,) = expedite_run.load_images(make_task(config), [read_image(tmp_path / "a.png")], 8)
     np.testing.assert_allclose(found, pixels[:, 8:40] / 127.5 - 1, atol=1e-6)

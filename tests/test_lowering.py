@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
+from make_task import make_task
 from shipped_configs import load_config
 
 from tokenvit_jax import ops
-from tokenvit_jax.config import default_config
-from tokenvit_jax.tasks import segmentation, task_of
+from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
@@ -110,7 +111,7 @@ def test_training_step_with_a_token_reducer(method):
 
 
 def test_training_step_of_a_host_with_windows():
-    config = default_config()
+    config = default_config("classification")
     config.model = "swinv2_t"
     # The second block of a stage has shifted windows.
     config.model_overrides = {"depths": (1, 2, 1, 1), "drop_path": 0.1}
@@ -130,25 +131,25 @@ def test_training_step_and_evaluation_of_a_clustered_segmenter():
         "alpha": 1, "beta": 2, "clusters": (20, 20), "where": "logits"
     }  # fmt: skip
     step_lowers(config, 512, label=(2, 512, 512))
-    model = segmentation.make_model(config, 150)
-    images = array(1, 512, 512, 3)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    task = make_task(config)
+    model = task.make_model()
+    variables = variable_shapes(model, array(1, 512, 512, 3))
     pair = array(1, 2, dtype=jnp.int32)
     batch = {
         "image": array(1, 600, 700, 3, dtype=jnp.uint8), "image_size": pair,
         "label": array(1, 90, 80, dtype=jnp.uint8), "label_size": pair, "mask": array(1),
     }  # fmt: skip
-    lowers(make_eval_step(model, config), variables, batch)
+    lowers(make_eval_step(task, model), variables, batch)
 
 
 def step_lowers(config, side=224, label=(2,)):
     config.batch_size = 2
-    model = task_of(config.dataset).make_model(config, num_classes=1000)
-    optimizer = make_optimizer(config)
+    task = make_task(config, 1000)
+    model, optimizer = task.make_model(), make_optimizer(config)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     batch = {
         "image": array(2, side, side, 3, dtype=jnp.uint8),
         "label": array(*label, dtype=jnp.int32),
         "skipped": array(2, dtype=jnp.int32),
     }
-    lowers(make_train_step(model, optimizer, config, num_classes=1000), state, batch)
+    lowers(make_train_step(task, model, optimizer), state, batch)

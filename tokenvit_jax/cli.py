@@ -4,10 +4,15 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from tokenvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def run(
@@ -75,6 +80,22 @@ def read_config(flag_values: flags.FlagValues):
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={flag_values['config'].config_filename}: no such file")
     return config
+
+
+def read_images(names: Sequence[str]) -> "list[Image.Image]":
+    """Reads the RGB images that the flag --images names.
+
+    Raises:
+      UserError: it names no file, or a file cannot be read or is no image.
+    """
+    from tokenvit_jax.data import read_image  # few commands read images
+
+    if not names:
+        raise UserError("--images names no file")
+    try:
+        return [read_image(Path(name)) for name in names]
+    except UserError as error:
+        raise UserError(f"--images: {error}") from error
 
 
 def _parse_message(error: Exception) -> str:

@@ -16,8 +16,6 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import read_image
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.front import format_front, plot_front
 from tokenvit_jax.expediting.search import pareto_front
 from tokenvit_jax.training.expedite_run import search_run, write_expedited
@@ -51,7 +49,7 @@ def main(flag_values: flags.FlagValues) -> None:
         workdir,
         flag_values.budget,
         flag_values.of,
-        images=_read_images(flag_values.images),
+        images=None if flag_values.images is None else cli.read_images(flag_values.images),
         num_images=flag_values.num_images,
         checkpoint=flag_values.checkpoint,
     )
@@ -64,12 +62,6 @@ def main(flag_values: flags.FlagValues) -> None:
     if out:
         write_expedited(Path(out), search)
         print(f"{workdir} -> {out}")
-
-
-def _read_images(files):
-    if files == []:
-        raise UserError("--images names no file")
-    return None if files is None else [read_image(Path(name)) for name in files]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import read_image
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
 
@@ -33,15 +31,10 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the pictures and prints a line per image."""
-    if not flag_values.images:
-        raise UserError("--images names no file")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     config = read_config(workdir)
     files = [Path(name) for name in flag_values.images]
-    try:  # before the checkpoint is loaded: a mistake in a name costs no time
-        images = [read_image(file) for file in files]
-    except UserError as error:
-        raise UserError(f"--images: {error}") from error
+    images = cli.read_images(flag_values.images)  # first: a mistake in a name costs no time
     run = load_run(workdir, flag_values.checkpoint, config=config)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.backbone import variable_shapes
-from tokenvit_jax.models.registry import MIN_IMAGE_SIZE, create_model
+from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, variable_shapes
+from tokenvit_jax.models.registry import create_model
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 from tokenvit_jax.published import PUBLISHED, left_out
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tokenvit_jax.pictures import tokens
+from tokenvit_jax.pictures.draw import COLORS, show_image
 from tokenvit_jax.tasks.task import NUM_NAMED
-from tokenvit_jax.tokens.draw import COLORS, show_image
 
 
 def noted_by(

@@ -12,9 +12,9 @@ from PIL import Image
 
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.pictures import tokens
+from tokenvit_jax.pictures.draw import color_labels, distinct_colors, show_image
 from tokenvit_jax.tasks.segmentation.inference import class_shares
 from tokenvit_jax.tasks.task import Picture
-from tokenvit_jax.tokens.draw import color_labels, distinct_colors, show_image
 
 
 def superpixels_of(model: nn.Module, variables: Any, images: jax.Array) -> Any:
