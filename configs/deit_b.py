@@ -12,9 +12,9 @@ not yet trained (the paper reports 81.8 % top-1).
         --config.initial.workdir=runs/search
 
 Stages 2 and 3 of Token Pooling. The search takes 30 epochs to find how many tokens every block
-needs; a larger --config.retention.penalty keeps fewer (the paper varies it without saying how; not
-yet tried on ImageNet). Then the model trains with these numbers for the full schedule. `evaluate`
-reads them from the workdir: --workdir=runs/pooled, without --config.
+needs; a larger --config.model_overrides.token_reducer.penalty keeps fewer (the paper varies it
+without saying how; not yet tried on ImageNet). Then the model trains with these numbers for the
+full schedule. `evaluate` reads them from the workdir: --workdir=runs/pooled, without --config.
 
     python -m tokenvit_jax.train --config=configs/deit_b.py:digits --workdir=runs/digits
     python -m tokenvit_jax.train --config=configs/deit_b.py:digits_search \\

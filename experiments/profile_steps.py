@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tokenvit_jax.benchmark_cases import normal
 
 import tokenvit_jax as tv
 from experiments import pages
-from tokenvit_jax.benchmark import train_step_of
+from tokenvit_jax.measure.models import train_step_of
+from tokenvit_jax.measure.timing import normal
 from tokenvit_jax.memory import keep_pages
 
 CALLS = (

@@ -2,10 +2,11 @@
 
 import flax.linen as nn
 
-from tokenvit_jax.layers import DynamicGroupAttention
+from tokenvit_jax.layers import DynamicGroupAttention, advance_centroids
+from tokenvit_jax.models.backbone import Trainable
 
 
-class StatefulModel(nn.Module):
+class StatefulModel(Trainable):
     """Has parameters, batch statistics and centroids."""
 
     @nn.compact
@@ -14,3 +15,6 @@ class StatefulModel(nn.Module):
         tokens = DynamicGroupAttention(num_heads=1, num_groups=3, top_k=5)(tokens, train)
         tokens = nn.BatchNorm(use_running_average=not train)(tokens)
         return nn.Dense(10)(tokens.mean(1))
+
+    def after_step(self, variables, learning_rate):
+        return {**variables, "centroids": advance_centroids(variables["centroids"], 0.9)}

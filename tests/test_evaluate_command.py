@@ -7,12 +7,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 from PIL import Image
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, evaluate, predict
-from tokenvit_jax.data import eval_dataset
+from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.conversion import import_file
@@ -54,7 +55,9 @@ def imported(tmp_path_factory):
     save_file(export_weights(params, model, LAYOUTS["timm"]["deit"]), source)
     import_file(source, workdir, MODEL, "timm", "digits", "inception")
 
-    batches = list(eval_dataset(read_config(workdir)))
+    config = read_config(workdir)
+    source = open_split("digits", "test", "")
+    batches = list(eval_batches(source, make_task(config).examples(train=False), config))
     real = np.concatenate([batch["mask"] for batch in batches]) > 0
     images, labels = (
         np.concatenate([batch[name] for batch in batches])[real] for name in ("image", "label")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from experiments import pages
 from experiments.pages import mean_and_std
 from experiments.short_runs import SEEDS, describe, make_hard
-from tokenvit_jax.recipes.pale import pale_config
+from tokenvit_jax.recipes.pale import pale_digits_config
 from tokenvit_jax.train import train
 from tokenvit_jax.training.train_log import read_metrics
 
@@ -26,7 +26,7 @@ Result = tuple[float, float]  # accuracy and loss on the test images
 
 def hard_config(arg: str, seed: int) -> ConfigDict:
     """Returns the configuration of a short training; `arg` as in configs/pale_t.py."""
-    config = make_hard(pale_config("pale_t", arg, drop_path=0.1))
+    config = make_hard(pale_digits_config("pale_t", token_labels=arg == "digits_tokens"))
     config.seed = seed
     return config
 

@@ -6,10 +6,10 @@ The reference is written here in PyTorch, from timm's blocks and Section 3 of St
 import jax
 import numpy as np
 import pytest
+from make_task import make_task
 from safetensors.numpy import load_file
 
 from tokenvit_jax.data import dataset_info
-from tokenvit_jax.tasks import segmentation
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.conversion import export_run, import_file
 from tokenvit_jax.training.workdir import read_config
@@ -120,7 +120,7 @@ def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
     import_file(source, workdir, name, "segmenter", DATASET, None)
     config = read_config(workdir)
     assert config.image_size == SIDE
-    model = segmentation.make_model(config, num_classes)
+    model = make_task(config, num_classes).make_model()
     variables = load_checkpoint(workdir).variables
 
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.measure import timm_peers
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.measure.timing import (
@@ -169,8 +168,6 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, state), grads = grad_fn(variables["params"])
         params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
-        if "centroids" in state:
-            state = {**state, "centroids": advance_centroids(state["centroids"], 0.9)}
-        return {"params": params, **state}, loss
+        return model.after_step({"params": params, **state}, jnp.float32(1e-3)), loss
 
     return step
