@@ -1,4 +1,4 @@
-"""GELU and patch embedding against their formulas, with loops in float64."""
+"""GELU and patch embedding against float64 formulas and loops."""
 
 import math
 
@@ -13,12 +13,12 @@ from tokenvit_jax.layers import PatchEmbedding, gelu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_gelu_and_its_gradient(dtype):
     with jax.enable_x64(True):
-        x = np.linspace(-8, 8, 129)  # exact in bfloat16, as dy is
+        x = np.linspace(-8, 8, 129)  # exact in bfloat16, like dy
         dy = np.linspace(3, -5, 129)
         y, pull = jax.vjp(gelu, jnp.asarray(x, dtype))
         dx = pull(jnp.asarray(dy, dtype))[0]
         assert y.dtype == dx.dtype == dtype
-        # erfc does not cancel where x is far below 0.
+        # erfc does not cancel for x far below 0.
         distribution = np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in x])
         density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
         eps = float(jnp.finfo(dtype).eps)
@@ -37,7 +37,7 @@ def test_patch_embedding_equals_the_loops(kernel_size, stride, padding):
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     params = jax.tree.map(np.float64, variables["params"])
 
-    around = (padding, kernel_size)  # behind it more than any patch reaches
+    around = (padding, kernel_size)  # behind the map, more zeros than any patch reaches
     padded = np.pad(x.astype(np.float64), ((0, 0), around, around, (0, 0)))
     expected = np.zeros((2, math.ceil(13 / stride), math.ceil(10 / stride), 5))
     for i, j in np.ndindex(expected.shape[1:3]):

@@ -82,7 +82,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     mask = np.arange(k.shape[1])[None] < np.array([[9], [13]])
 
     def run(q, k, v):
-        attend = ops.dot_product_attention.__wrapped__  # not compiled yet, whatever the limit was
+        attend = ops.dot_product_attention.__wrapped__  # not compiled yet: it reads the limit
         output, pull = jax.vjp(lambda *x: attend(*x, key_mask=mask), q, k, v)
         return output, pull(output)
 
@@ -95,7 +95,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_scored_attention(sized):
-    """The attention of repeated keys, and how much of it each received."""
+    """Returns the attention to repeated keys, and how much each key received."""
     q, k, v = inputs()
     size = np.random.default_rng(5).integers(1, 4, k.shape[:2]) if sized else None
     found = ops.scored_attention(q, k, v, size)
@@ -115,10 +115,10 @@ def test_scored_attention(sized):
 
 
 def test_scored_attention_without_the_diagonal():
-    """Against the scores of another implementation, whose attention weights are given."""
+    """Compares with the scores of another implementation, given its attention weights."""
     golden = np.load(GOLDEN / "tp_ref_n49_k16.npz")
     weights = golden["attention_h_q_k_with_cls"]  # (heads, queries, keys)
-    # Orthonormal keys: the logits, up to a constant, are what the queries hold.
+    # The keys are orthonormal: up to a constant, the queries are the logits.
     q = np.log(weights).transpose(1, 0, 2)[None]
     k = np.broadcast_to(np.eye(50)[:, None], (50, 3, 50))[None]
     with jax.enable_x64(True):

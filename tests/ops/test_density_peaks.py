@@ -1,4 +1,4 @@
-"""Clustering by density peaks against plain loops, and what must hold of every clustering."""
+"""Clustering by density peaks against plain loops, and properties of every clustering."""
 
 import functools
 
@@ -18,17 +18,17 @@ def float64():
         yield
 
 
-# Most tests share one shape and number of clusters, and so what was compiled for the first.
+# Most tests share one shape and number of clusters, so that little is compiled.
 SHAPE = (2, 37, 3)
 
 
 def tokens(*shape, seed=0):
-    """Distinct distances, far from the origin."""
+    """Returns tokens with distinct distances, far from the origin."""
     return np.random.default_rng(seed).normal(size=shape) + 5
 
 
 def reference(x, num_clusters, *, neighbors=5, mask=None, assign="nearest"):
-    """One image with loops: density, delta, parent, centers, assignment."""
+    """Clusters one image with loops: density, delta, parent, centers, assignment."""
     length, channels = x.shape
     real = np.arange(length) if mask is None else np.flatnonzero(mask)
     distance = np.sqrt(((x[:, None] - x) ** 2).sum(-1) / channels)
@@ -77,7 +77,7 @@ def assert_is_reference(x, num_clusters, mask=None, assign="nearest", neighbors=
     ("length", "channels", "num_clusters", "neighbors", "chunk_size"),
     [
         (37, 3, 5, 5, None),
-        # Groups of groups, chunks and a second pass that end in the middle.
+        # Nested groups, chunks and a second pass that end in the middle.
         (300, 4, 20, 5, 72),
         (9, 3, 3, 20, 1),  # more neighbours than tokens
     ],
@@ -114,7 +114,7 @@ def test_is_a_partition_around_its_centers(assign):
     ("dtype", "shape", "chunk_sizes", "rtol"),
     [
         (np.float64, SHAPE, (37, 15), 1e-12),
-        # The distance of near tokens of few channels would show the rounding of their products.
+        # With few channels, small distances would show the rounding of the products.
         (np.float32, (1, 300, 16), (300, 100, 7), 1e-6),
     ],
     ids=["float64", "float32"],
@@ -160,7 +160,7 @@ def test_equal_tokens(assign):
     np.testing.assert_array_equal(found.density, 1)
     np.testing.assert_array_equal(found.delta, 0)
     np.testing.assert_array_equal(found.centers, [range(5)] * 2)
-    # All are as near to the first centre as to the others, and it is everybody's parent.
+    # All tokens are equally near to all centres, and the first centre is the parent of all.
     np.testing.assert_array_equal(found.assignment, [[*range(5)] + [0] * 32] * 2)
     assert not ops.density_peaks(np.ones(SHAPE)).parent.any()
 
@@ -190,7 +190,7 @@ def test_traced_mask_that_leaves_too_few_tokens():
     x = tokens(2, 10, 3)
     mask = np.zeros((2, 10), bool)
     mask[0, [2, 5, 7]] = True
-    x[~mask] = np.nan  # padding may be anything
+    x[~mask] = np.nan  # padding may hold anything
     cluster = lambda mask: ops.cluster_density_peaks(x, 5, mask=mask)  # noqa: E731
     found = jax.jit(cluster)(mask)
     assert set(np.asarray(found.assignment[0])) == {0, 1, 2}  # 3 and 4 are empty
@@ -202,7 +202,7 @@ def test_traced_mask_that_leaves_too_few_tokens():
 
 
 def test_noise_breaks_ties_only():
-    x = np.repeat(tokens(2, 10, 3), 4, axis=1)[:, :37]  # four times each
+    x = np.repeat(tokens(2, 10, 3), 4, axis=1)[:, :37]  # each token four times
     plain = ops.density_peaks(x)
     noisy = ops.density_peaks(x, rng=jax.random.key(0))
     difference = np.asarray(noisy.density - plain.density)

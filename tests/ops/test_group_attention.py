@@ -1,4 +1,4 @@
-"""Group attention against loops in float64, for values, gradients and any division into groups."""
+"""Group attention against float64 loops: values, gradients, and any division into groups."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ from tokenvit_jax.ops.group_attention import cheaper_path
 from tokenvit_jax.ops.selection import largest_mask
 from tokenvit_jax.ops.unit_norm import unit_norm
 
-# The package exports a function of the same name.
+# The package exports a function with the same name.
 module = importlib.import_module("tokenvit_jax.ops.group_attention")
 
 PATHS = ("dense", "tiles")
@@ -32,7 +32,7 @@ def inputs(batch=2, length=37, heads=2, dim=8, groups=5, dtype=np.float32, seed=
 
 
 def naive(q, k, v, centroids, top_k, scale=None):
-    """Eqs. 1 and 2, one query at a time."""
+    """Computes Eqs. 1 and 2, one query at a time."""
     q, k, v, centroids = (np.asarray(x, np.float64) for x in (q, k, v, centroids))
     batch, length, heads, dim = q.shape
     num_groups, top_k = centroids.shape[1], min(top_k, length)
@@ -114,7 +114,7 @@ def test_all_keys_selected_is_dense_attention():
 
 
 def assigned(name, length, num_groups, heads):
-    """Returns queries (1, L, N, G) that unit vectors as centroids divide into the named sizes."""
+    """Returns queries (1, L, N, G) whose groups around unit vectors have the named sizes."""
     sizes = {
         "one huge group": [length],
         "empty groups": [length // 2, 0, 0, length - length // 2],
@@ -201,7 +201,7 @@ def test_tile_plan_is_a_partition(plan_shape, data):
     groups = np.array(data.draw(st.lists(st.sampled_from(used), min_size=length, max_size=length)))
     plan = compiled_plan(num_groups, tile)(jnp.asarray(groups[None, None], jnp.int32))
     query_of_slot, slot_of_query, group_of_tile, filled = (np.asarray(x[0, 0]) for x in plan)
-    assert len(set(slot_of_query)) == length  # every query has a slot of its own
+    assert len(set(slot_of_query)) == length  # every query has its own slot
     np.testing.assert_array_equal(query_of_slot[slot_of_query], np.arange(length))
     np.testing.assert_array_equal(group_of_tile[slot_of_query // tile], groups)
     assert filled.sum() == length
@@ -209,7 +209,7 @@ def test_tile_plan_is_a_partition(plan_shape, data):
 
 
 def test_tile_bound_is_reached():
-    """g - 1 groups of one query and one that fills the rest: no smaller bound would do."""
+    """With g - 1 groups of one query and one group of the rest, no smaller bound holds."""
     length, num_groups, tile = 5 * 16 + 8, 9, 16
     sizes = np.array([1] * (num_groups - 1) + [length - num_groups + 1])
     assert np.sum(-(-sizes // tile)) == num_tiles(length, num_groups, tile)
@@ -234,8 +234,8 @@ def test_sorting_selects_what_top_k_selects():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
-    """Neither values nor gradients move a part of the batch to another device."""
-    # What runs on accelerators; top_k, which runs on CPU, cannot be divided.
+    """Neither the values nor the gradients move a part of the batch to another device."""
+    # The form for accelerators; top_k, which runs on CPU, cannot be divided.
     monkeypatch.setattr(module, "top_indices", top_indices.by_sorting)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P("data"))
@@ -256,7 +256,7 @@ def test_dense_chunks_of_queries_change_nothing(monkeypatch):
     q, k, v, centroids = inputs()
 
     def run(q, k, v):
-        attend = ops.group_attention.__wrapped__  # not compiled yet, whatever the limit was
+        attend = ops.group_attention.__wrapped__  # not compiled yet: it reads the limit
         attend = functools.partial(attend, centroids=centroids, top_k=7, path="dense")
         output, pull = jax.vjp(lambda *x: attend(*x).output, q, k, v)
         return output, pull(output)

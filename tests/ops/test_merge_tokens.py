@@ -1,4 +1,4 @@
-"""Merging of tokens against plain loops, with gradients."""
+"""Merging of tokens against plain loops, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def float64():
 
 
 def example(scale=1.0):
-    """Tokens (2, 14, 3), assignment with cluster 3 empty, scores."""
+    """Returns tokens (2, 14, 3), an assignment with cluster 3 empty, and scores."""
     rng = np.random.default_rng(0)
     assignment = rng.choice([0, 1, 2, 4], (2, 14)).astype(np.int32)
     return rng.normal(size=(2, 14, 3)), assignment, scale * rng.normal(size=(2, 14))
@@ -49,7 +49,7 @@ def test_reference(scale):
 
 @pytest.mark.parametrize("chunk", [1, 60, 10**6])
 def test_sums_by_products(chunk):
-    # What accelerators do.
+    # The form for accelerators.
     x, assignment, _ = example()
     by_products, by_scatter = (
         cluster_sums.sums_by_products(x, assignment, NUM_CLUSTERS, chunk),
@@ -59,7 +59,7 @@ def test_sums_by_products(chunk):
 
 
 def merge_plainly(x, assignment, scores):
-    """Eq. 3 with the membership as a matrix; differentiable."""
+    """Computes Eq. 3 with a membership matrix; differentiable."""
     member = jax.nn.one_hot(assignment, NUM_CLUSTERS, dtype=x.dtype)
     weights = member * jnp.exp(scores)[..., None]
     return jnp.einsum("bnm,bnc->bmc", weights / (weights.sum(1, keepdims=True) + 1e-6), x)
@@ -83,7 +83,7 @@ def test_gradient():
 
 
 def test_scores_of_any_size():
-    # In float32 exp(300) overflows, and exp(-90) is nothing beside 1e-6.
+    # In float32 exp(300) overflows, and exp(-90) is negligible beside 1e-6.
     x, assignment, _ = example()
     x = x.astype(np.float32)
     scores = np.where(assignment == 0, 300, np.where(assignment == 1, 20, -90)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pale attention against loops in float64 over the tokens that the paper's figure marks."""
+"""Pale attention against float64 loops over the tokens that the paper's figure marks."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ import pytest
 from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
 
-# The package exports a function of the same name.
+# The package exports a function with the same name.
 module = importlib.import_module("tokenvit_jax.ops.pale_attention")
 
 
@@ -24,7 +24,7 @@ def inputs(height=6, width=4, batch=2, heads=2, dim=4, dtype=np.float32):
 
 
 def regions(mode, r, c, height, width, pale, second_half):
-    """Returns the bool maps (H, W) of what token (r, c) attends to: one, or in two pales two."""
+    """Returns a bool map (H, W) of the tokens that (r, c) attends to, for each pale it lies in."""
     rows, columns = np.mgrid[:height, :width]
     num_rows, num_columns = height // pale[0], width // pale[1]
     if mode == "vanilla":
@@ -38,7 +38,7 @@ def regions(mode, r, c, height, width, pale, second_half):
 
 
 def naive(q, k, v, pale, mode, scale=None, mask=None):
-    """Eqs. 1 to 3, one token and head at a time."""
+    """Computes Eqs. 1 to 3, one token and head at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     height, width, heads, dim = q.shape[1:]
     mask = np.ones((height, width), bool) if mask is None else mask
@@ -62,7 +62,7 @@ def padding(height, width, real_height, real_width):
 
 CASES = [
     ("parallel", (3, 2), None),
-    ("parallel", (2, 4), 1.5),  # another number of row groups than of column groups
+    ("parallel", (2, 4), 1.5),  # unequal numbers of row and column groups
     ("cross", (2, 2), None),
     ("rows", (1, 1), None),  # axial
     ("columns", (3, 2), None),
@@ -76,7 +76,7 @@ CASES = [
 def test_equals_the_loops(mode, pale, scale, one_by_one, monkeypatch):
     height, width = (6, 3) if pale == (2, 1) else (6, 4)
     arrays = inputs(height, width)
-    # Nothing but padding in some of the single rows and stripes.
+    # Some rows and stripes are only padding.
     mask = padding(height, width, 4, 3)
     monkeypatch.setattr(module, "MAX_LOGITS", 0 if one_by_one else np.inf)
     attend = functools.partial(ops.pale_attention.__wrapped__, pale=pale, mode=mode, scale=scale)
@@ -115,7 +115,7 @@ def test_padding_does_not_matter_when_masked(mode):
 
 @pytest.mark.parametrize("mode", ["parallel", "vanilla"])
 def test_follows_cyclic_shifts(mode):
-    """Interlaced groups stay groups when the map is shifted, stripes do not."""
+    """Interlaced groups stay groups when the map is shifted; stripes do not."""
     arrays = inputs()
     shift = lambda x: jnp.roll(x, (1, 1), (1, 2))  # noqa: E731
     attend = functools.partial(ops.pale_attention, pale=(3, 2))
@@ -175,7 +175,7 @@ def test_a_batch_that_is_split_over_a_mesh_stays_split(one_by_one, monkeypatch):
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize(
-    ("mode", "per_channel"),  # the sum over groups of the square of their tokens
+    ("mode", "per_channel"),  # sum over the groups of (number of tokens)^2
     [
         ("parallel", (2 * 12**2 + 2 * 12**2) / 2),
         ("cross", (2 * 12**2 + 2 * 12**2) / 2),

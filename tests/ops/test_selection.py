@@ -1,4 +1,4 @@
-"""Selection against sorting."""
+"""Selection of the smallest against sorting."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Clustering around a map of centres and reconstruction against loops and the authors' arrays."""
+"""Superpixel clustering and reconstruction against loops and the authors' arrays."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
 
-# One image each, made by the released code, with three channels of what is reconstructed.
+# Written by the released code, one image each; three channels of the reconstruction.
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("expedite_*.npz"))
-# Several tiles along both axes, which do not divide them; not square.
+# Not square; several tiles along both axes, whose size does not divide the map.
 GRID, CLUSTERS, WINDOW = (13, 10), (9, 7), 3
 SETTINGS = {"window": WINDOW, "temperature": 2.0}
 
@@ -26,7 +26,7 @@ def float64():
 
 
 def normal(*shape, seed=0):
-    """Far from the origin, where squares lose digits."""
+    """Returns tokens far from the origin, where squares lose digits."""
     return np.random.default_rng(seed).normal(size=shape) + 3
 
 
@@ -35,13 +35,13 @@ def tokens(batch=2, channels=4, grid=GRID):
 
 
 def problem(batch=2):
-    """Tokens, other centres and their refined values."""
+    """Returns tokens, unrelated centres and their refined values."""
     num_centers = CLUSTERS[0] * CLUSTERS[1]
     return tokens(batch), normal(batch, num_centers, 4, seed=1), normal(batch, num_centers, 3)
 
 
 def near(y, x, grid, clusters, window):
-    """The numbers of the centres around the home cell of the token at (y, x)."""
+    """Returns the indices of the centres around the home cell of the token at (y, x)."""
     home = y * clusters[0] // grid[0], x * clusters[1] // grid[1]
     return [
         i * clusters[1] + j
@@ -58,7 +58,7 @@ def naive_weights(token, centers, temperature):
 
 
 def naive_clusters(x, grid, clusters, window, iterations, temperature):
-    """One image with loops."""
+    """Clusters one image with loops."""
     (rows, columns), (h, w) = grid, clusters
     x = x.reshape(rows, columns, -1)
     spans = lambda n, m: [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]  # noqa: E731
@@ -82,7 +82,7 @@ def naive_clusters(x, grid, clusters, window, iterations, temperature):
     [
         (GRID, CLUSTERS, WINDOW, 2),
         (GRID, CLUSTERS, 1, 3),
-        ((5, 24), (2, 19), 5, 1),  # one tile by several
+        ((5, 24), (2, 19), 5, 1),  # one tile in one direction, several in the other
         ((4, 15), (9, 3), 3, 2),  # more rows of centres than of tokens
         ((1, 10), (3, 3), 1, 2),  # centres that no token sees: 0
         ((7, 6), (1, 1), 3, 2),
@@ -186,7 +186,7 @@ def test_as_many_centers_as_tokens_change_nothing():
 
 
 def test_weights_of_a_token():
-    """Their sum is 1, in the middle of the map as at its border; l2: their squares' is."""
+    """The weights of a token sum to 1 everywhere on the map; with l2, their squares do."""
     x, centers, refined = problem()
     ones = np.ones_like(refined)
     settings = SETTINGS | {"grid": GRID, "clusters": CLUSTERS, "neighbors": 6}
@@ -200,7 +200,7 @@ def test_weights_of_a_token():
 
 
 def test_where_tokens_are_and_ties():
-    """Moving all features moves the centres; of equal centres the first ones are nearest."""
+    """Moving all features moves the centres; among equal centres, the first are nearest."""
     x = tokens()
     apart = ops.cluster_superpixels(x, GRID, CLUSTERS, **SETTINGS)
     moved = ops.cluster_superpixels(x + 100, GRID, CLUSTERS, **SETTINGS)
@@ -213,7 +213,7 @@ def test_where_tokens_are_and_ties():
 
 
 def both(x, **kwargs):
-    """Clusters, changes the centres, reconstructs in two ways."""
+    """Clusters, changes the centres and reconstructs in two ways."""
     centers = ops.cluster_superpixels(x, GRID, CLUSTERS, iterations=2, **SETTINGS)
     kwargs = SETTINGS | kwargs | {"neighbors": 6, "grid": GRID, "clusters": CLUSTERS}
     modes = ("soft", "window")

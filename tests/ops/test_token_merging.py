@@ -12,7 +12,7 @@ X = np.random.default_rng(0).normal(size=(3, 13, 5))
 
 
 def naive(x, num_merged):
-    """Appendix D of the paper for the tokens (N, D) after a class token, in loops."""
+    """Computes Appendix D of the paper with loops, for tokens (N, D) after a class token."""
     odd, even = list(range(1, len(x), 2)), list(range(0, len(x), 2))
     cosine = lambda i, j: x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])  # noqa: E731
     best = {i: max(even, key=lambda j: cosine(i, j)) for i in odd}
@@ -44,7 +44,7 @@ def test_length_does_not_matter_but_direction():
 
 
 def test_tokens_of_zeros():
-    """They have no direction; every one still belongs to some cluster."""
+    """Tokens of zeros have no direction, but each still belongs to a cluster."""
     found = ops.bipartite_matching(jnp.zeros((1, 6, 3)), 2)
     assert sorted(set(np.asarray(found[0]))) == [0, 1, 2, 3]
 

@@ -20,13 +20,13 @@ def tokens(batch, length, dim, seed=0):
 
 
 def first(num_clusters, seed=1):
-    """Different first centres for every image."""
+    """Returns different initial centres for every image."""
     draw = np.random.default_rng(seed)
     return np.stack([draw.permutation(SHAPE[1])[:num_clusters] for _ in range(SHAPE[0])])
 
 
 def nearest(x, centers):
-    """The number of every token's nearest centre, with loops."""
+    """Returns the index of each token's nearest centre, with loops."""
     return np.array([np.argmin([((t - c) ** 2).sum() for c in centers]) for t in x])
 
 
@@ -133,13 +133,13 @@ def test_equal_tokens_and_empty_clusters():
     initial = np.array([[2, 0, 5]])
     medoids, means = ops.kmedoids(x, initial), ops.kmeans(x, initial)
     np.testing.assert_array_equal(medoids.counts, [[5, 0, 1]])
-    np.testing.assert_array_equal(medoids.indices, [[0, 0, 5]])  # the first of equal ones
+    np.testing.assert_array_equal(medoids.indices, [[0, 0, 5]])  # the first among equal tokens
     np.testing.assert_array_equal(means.counts, [[5, 0, 1]])
     np.testing.assert_allclose(means.centers[0], x[0, [0, 0, 5]], atol=1e-7)
 
 
 def test_equal_tokens_in_one_image_change_nothing_in_another():
-    """K-Medoids takes another path for a batch with equal tokens."""
+    """K-Medoids takes a different path for a batch with equal tokens."""
     x, initial = tokens(*SHAPE), first(9)
     apart = ops.kmedoids(x, initial)
     equal = ops.kmedoids(np.concatenate([x, np.zeros_like(x[:1])]), initial[[0, 1, 0]])
@@ -149,7 +149,7 @@ def test_equal_tokens_in_one_image_change_nothing_in_another():
 
 
 def test_gradients():
-    """K-Means: of the means of the last round; K-Medoids: none."""
+    """K-Means differentiates the means of the last round; K-Medoids has no gradient."""
     x, initial = tokens(*SHAPE), first(4)
     weights = np.random.default_rng(2).uniform(0.5, 1.0, SHAPE[:2])
     direction = tokens(2, 4, 4, seed=5)

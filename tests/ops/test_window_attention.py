@@ -1,4 +1,4 @@
-"""Window attention against loops in float64 over the tokens of unrolled maps."""
+"""Window attention against float64 loops over the tokens of unrolled maps."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
 
-# The package exports a function of the same name.
+# The package exports a function with the same name.
 module = importlib.import_module("tokenvit_jax.ops.window_attention")
 
 WINDOW = (3, 2)
@@ -26,7 +26,7 @@ def inputs(height=6, width=4, dtype=np.float32):
 
 
 def naive(q, k, v, bias, shift, scale):
-    """Windows are moved by the shift, and cut off where the map ends."""
+    """Moves the windows by the shift and cuts them off at the border of the map."""
     q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
     place = lambda i, axis: (i - shift[axis]) // WINDOW[axis]  # noqa: E731
     index = lambda r, c: (r - shift[0]) % 3 * 2 + (c - shift[1]) % 2  # noqa: E731
@@ -49,7 +49,7 @@ def test_equals_the_loops(shift, scale, row_by_row, monkeypatch):
     monkeypatch.setattr(module, "MAX_LOGITS", 0 if row_by_row else np.inf)
     *maps, bias = inputs()
     rolled = [np.roll(x, (-shift[0], -shift[1]), (1, 2)) for x in maps]
-    attend = ops.window_attention.__wrapped__  # not compiled yet, whatever the limit was
+    attend = ops.window_attention.__wrapped__  # not compiled yet: it reads the limit
     y = jax.jit(
         functools.partial(attend, window=WINDOW, shift=shift, scale=scale)
     )(*rolled, bias)  # fmt: skip
@@ -89,7 +89,7 @@ def test_multiply_adds():
 
 
 def test_bias_of_a_pair_is_that_of_its_offset():
-    """From a table for larger windows too."""
+    """Also looks up biases in a table for larger windows."""
     table = np.random.default_rng(1).normal(size=(7, 5, 2)).astype(np.float32)
     for rows, columns in ((4, 3), (2, 3), (3, 1)):
         bias = ops.relative_position_bias(table, (rows, columns))

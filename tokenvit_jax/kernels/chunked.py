@@ -15,7 +15,7 @@ MAX_LOGITS = 2**22
 def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
     """Computes ``run`` for one entry of the leading axis after another.
 
-    The backward pass computes each entry again instead of keeping what is inside.
+    The backward pass computes each entry again instead of keeping its intermediate results.
 
     Args:
       run: takes one entry of each argument.

@@ -44,8 +44,8 @@ def kernel_gradient_by_lines(
     """Adds up image rows element by element and reduces once at the end.
 
     A reduction over all but the last axis is a strided scalar loop in XLA's CPU backend; adding
-    rows is a vector loop, measured up to 10 times faster. Arguments are those of
-    :func:`kernel_gradient_by_entries`.
+    rows is a vector loop, measured up to 10 times faster. The arguments are the same
+    as in :func:`kernel_gradient_by_entries`.
     """
     dtype = softmax_dtype(x.dtype)
     batch, height, width, channels = x.shape

@@ -1,4 +1,4 @@
-"""Group attention with all logits, those of keys that a group did not select masked."""
+"""Group attention with all logits, where keys that a group did not select are masked."""
 
 import jax
 import jax.numpy as jnp

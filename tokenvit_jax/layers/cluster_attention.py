@@ -36,8 +36,8 @@ class ClusterAttention(nn.Module):
       ratios: token reduction of each scale, falling; 1: all tokens, nothing to merge.
       aggregation: "clusters", or "grid": a convolution with kernel and stride sqrt(ratio), the
         spatial reduction of PVT (Wang et al. 2021).
-      assign: cluster that a token joins if it is no centre: that of the "nearest" centre, or of its
-        "parent", the nearest denser token.
+      assign: which cluster a token joins if it is no centre: the "nearest" centre's, or its
+        "parent"'s (the nearest denser token).
       adaptive: 0: every image has all clusters. Above 0: only centres with a high decision value
         are used, on average this part of them. One threshold holds for all images: the quantile of
         the batch in training, its running mean in evaluation.

@@ -98,7 +98,7 @@ class CosineWindowAttention(WindowAttention):
 
     Attributes:
       pretrained_window_size: side of the windows in the first training, which is the unit of the
-        offsets. The other attributes are those of :class:`WindowAttention`.
+        offsets. The other attributes are inherited from :class:`WindowAttention`.
 
     References:
       Liu et al. 2022, "Swin Transformer V2", Eqs. 2 to 4.

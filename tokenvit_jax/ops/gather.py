@@ -16,7 +16,7 @@ def take(x: Shaped[Array, "..."], index: Int[Array, "..."]) -> Shaped[Array, "..
       (B, K, ...), or (B, H, K, ...).
     """
     axis = index.ndim - 1
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
+    index = jnp.expand_dims(index, range(index.ndim, x.ndim))
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
 
 

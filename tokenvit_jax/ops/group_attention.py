@@ -5,7 +5,7 @@ with the largest dot product, and each query attends only to the keys that its g
 1 and 2). The number of queries in a group depends on the data; two forms keep the shapes static and
 give the same values and gradients for any division into groups:
 
-* dense (:mod:`tokenvit_jax.kernels.group_attention_dense`): all logits, those of other keys masked.
+* dense (:mod:`tokenvit_jax.kernels.group_attention_dense`): all logits, with a mask.
   Cheapest while L^2 is small.
 * tiles (:mod:`tokenvit_jax.kernels.group_attention_tiles`): queries sorted by group and cut into
   tiles of one group each.
