@@ -61,7 +61,7 @@ def test_middle_blocks_see_the_centers():
 
 
 def test_logits_are_reconstructed():
-    """A linear head of the centres, reconstructed, is that of the reconstructed tokens."""
+    """A linear head on the centres, then reconstruction, equals it on reconstructed tokens."""
     settings = {"alpha": 1, "beta": 3, "clusters": (2, 3), "temperature": 99.0, "neighbors": 4}
 
     def dense(where):

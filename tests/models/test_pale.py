@@ -127,7 +127,7 @@ def test_masked_padding_counts_only_where_there_is_padding():
     ],
 )
 def test_multiply_adds_of_the_ablations(overrides, gmacs):
-    """Tables 7 and 8. Elementwise work, such as that of norms, is not counted: hence 0.5 %."""
+    """Tables 7 and 8. Elementwise work, such as norms, is not counted: hence 0.5 %."""
     model, x = tv.create_model("pale_t", **overrides), jax.ShapeDtypeStruct((1, 224, 224, 3), float)
     macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables_of_pale_t(), x)
     assert macs / 1e9 == pytest.approx(gmacs, rel=5e-3)
@@ -196,7 +196,7 @@ def test_rematerialisation_changes_nothing():
 
 
 def test_mapped_devices_give_the_numbers_of_one():
-    """BatchNorm's statistics and the masks of stochastic depth are those of the whole batch."""
+    """BatchNorm and stochastic depth see the whole batch."""
     (expected, updates), _ = reference()
     model = SMALL.clone(drop_path=0.3, axis_name="devices")
     x = images().reshape(2, 2, *images().shape[1:])

@@ -151,7 +151,7 @@ def test_reduced_tokens(method):
 
 
 def test_chance_follows_the_scores():
-    """Of two tokens, one of three times the score: drawn in three of four images."""
+    """The token with three times the score of the other is drawn in three of four images."""
     images = 4000
     x = jnp.broadcast_to(jnp.array([[[0.0], [1.0]]]), (images, 2, 1))
     score = jnp.broadcast_to(jnp.array([[1.0, 3.0]]), (images, 2))

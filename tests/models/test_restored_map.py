@@ -30,7 +30,7 @@ def apply(reducer, method, **settings):
 
 
 def features_and_steps(module, images, train):
-    """The map; and block by block, what becomes of the tokens that come into it."""
+    """Returns the map, the homes after every block, and the last tokens, normed."""
     x, homes = module._embed(images, (4, 3)), []
     size = jnp.ones(x.shape[:2])
     for block in module.blocks:
@@ -60,7 +60,7 @@ def test_tokens_go_back_the_way_they_came(method):
 
 
 def test_nothing_to_restore():
-    """All patches go on: of a reducer that does nothing, and of one that only scales by 1."""
+    """All patches go on, with a reducer that does nothing and with one that scales by 1."""
     reducer = {"method": "soft_extract"}
     search = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, distilled=True))
     idle = search.clone(token_reducer={"keep": (12, 99), "method": "evit"})

@@ -23,7 +23,7 @@ from tokenvit_jax.models.swin import (
 SETTINGS = {"num_classes": 5, "dims": (8, 12), "num_heads": (2, 3), "depths": (2, 2)}
 SMALL = {
     "swin": Swin(SwinSettings(**SETTINGS, window_size=4)),
-    # Narrower windows than those that offsets are measured by.
+    # Windows narrower than the windows that offsets are measured by.
     "swinv2": SwinV2(SwinV2Settings(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4))),
 }
 MODELS = pytest.mark.parametrize("name", SMALL)
@@ -90,7 +90,7 @@ def position_bias(p, rows, columns, pretrained):
 
 
 def attention(p, x, heads, window, shift, pretrained):
-    """Of all tokens, padding too, with those of their window, which ends where the map ends."""
+    """Attention among all tokens of a window, padding too; windows end where the map ends."""
     batch, height, width, channels = x.shape
     x = np.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
     rows, columns = (i.reshape(-1) for i in np.indices(x.shape[1:3]))

@@ -76,9 +76,9 @@ def published_block(golden, index):
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_a_stage_of_the_released_code(path):
-    """With the mask of the shift that there is, and with that of the released code.
+    """With the mask for the actual shift, and with the mask of the released code.
 
-    The results are those of some tokens. They leave out 18 of 750 whose nearest centres are a tie:
+    The results cover some tokens. They leave out 18 of 750 whose nearest centres are a tie:
     where a window ends in padding, several centres are exactly 0, and any of them may be taken.
     """
     golden = np.load(path)
@@ -124,7 +124,7 @@ def test_tables_of_the_released_code(window, smaller):
 def test_swin_v2_resizes_the_table_of_its_mlp():
     """Queries and keys are 0, values and results the tokens: what is left is the position bias.
 
-    Windows of 3 x 2 in place of those of 5 x 4, which may have 6 x 6 tokens.
+    Windows of 3 x 2 centres replace windows of 5 x 4 tokens; a window may have 6 x 6.
     """
     rng = np.random.default_rng(2)
     x = rng.normal(size=(1, 3, 2, 4)).astype(np.float32)

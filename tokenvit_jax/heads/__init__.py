@@ -1,4 +1,4 @@
-"""Necks and heads for dense tasks, on the tokens or maps of a backbone."""
+"""Necks and heads for dense tasks; they read the tokens or the maps of a backbone."""
 
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
 

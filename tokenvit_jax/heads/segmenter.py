@@ -1,4 +1,4 @@
-"""The decoders of Segmenter (Strudel et al. 2021): from tokens of patches to logits of patches."""
+"""The decoders of Segmenter (Strudel et al. 2021): patch tokens to patch logits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Attention, DropPath, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
 
-EPSILON = 1e-5  # of LayerNorm, as in the published weights
+EPSILON = 1e-5  # LayerNorm's, as in the published weights
 INIT_STD = 0.02
 
 
@@ -20,9 +20,11 @@ class LinearDecoder(nn.Module):
 
     Attributes:
       num_classes: K.
-      dtype, axis_name: given to every head; a linear layer in float32 reads neither.
+      dtype: every head has it; this one computes in float32 and ignores it.
+      axis_name: every head has it; this one ignores it.
 
-    Source: Strudel et al. 2021, Section 3.2, "Linear".
+    References:
+      Strudel et al. 2021, Section 3.2, "Linear".
     """
 
     num_classes: int
@@ -36,20 +38,21 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Attention among patches and classes, whose cosines, normed over the classes, are the logits.
+    """Attends among patches and classes: tokens (B, n, C) -> logits (B, n, K) in float32.
 
-    Tokens (B, n, C) -> (B, n, num_classes) in float32.
+    The logits are the cosines of a patch and all classes, with LayerNorm over the classes.
 
     Attributes:
       num_classes: K.
       depth: blocks.
-      head_dim: channels of a head of attention; C is a multiple of it.
+      head_dim: channels of an attention head; C is a multiple of it.
       mlp_ratio: expansion of the MLP.
-      drop_path: stochastic depth of the last block, growing linearly from 0.
-      dtype: of the computation; parameters are float32.
-      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+      drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+      dtype: type of the computation; parameters are float32.
+      axis_name: mapped axis that the batch is split over, for pmap; None under jit.
 
-    Source: Strudel et al. 2021, Section 3.2, "Mask Transformer".
+    References:
+      Strudel et al. 2021, Section 3.2, "Mask Transformer".
     """
 
     num_classes: int
@@ -64,7 +67,9 @@ class MaskTransformer(nn.Module):
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
         batch, num_patches, dim = tokens.shape
         if self.head_dim < 1 or dim % self.head_dim:
-            raise UserError(f"head_dim={self.head_dim} does not divide {dim} channels")
+            raise UserError(
+                f"head_dim={self.head_dim} does not divide {dim} channels; valid: divisors of {dim}"
+            )
         x = dense(dim, self.dtype, "embedding", truncated_normal(INIT_STD))(tokens)
         shape = (self.num_classes, dim)
         classes = self.param("class_token", truncated_normal(INIT_STD), shape).astype(x.dtype)

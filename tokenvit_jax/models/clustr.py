@@ -19,7 +19,7 @@ from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusTRSettings(PyramidSettings):
-    """Settings of ClusTR, beside those of :class:`PyramidSettings`.
+    """Settings of ClusTR; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
       mlp_ratios: expansion of the feed-forward networks of the stages.

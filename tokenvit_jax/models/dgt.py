@@ -28,7 +28,7 @@ CENTROID_RULES = ("literal", "swapped", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DGTSettings(PyramidSettings):
-    """Settings of the Dynamic Group Transformer, beside those of :class:`PyramidSettings`.
+    """Settings of the Dynamic Group Transformer; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
       stem_dim: channels of the stem.

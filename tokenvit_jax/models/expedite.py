@@ -1,8 +1,8 @@
 """Token clustering and reconstruction around the middle blocks of a trained host.
 
 Expedite (Liang et al. 2022, "Expediting Large-Scale Vision Transformer for Dense Prediction without
-Fine-tuning"): the first blocks see all tokens, the next ones the centres of superpixels, the last
-ones all tokens again, put together from the refined centres. The parameters stay those of the host.
+Fine-tuning"): the first blocks see all tokens, the next ones the centres of superpixels, and the
+last ones all tokens again, reconstructed from the refined centres. The host keeps its parameters.
 """
 
 import dataclasses
@@ -20,24 +20,25 @@ WHERE = ("blocks", "logits")
 
 @dataclasses.dataclass(frozen=True)
 class Expedite:
-    """Where tokens are clustered and reconstructed, and how.
+    """Where and how tokens are clustered and reconstructed.
 
-    ``iterations=0`` (adaptive average pooling) and ``mode="bilinear"`` are the baselines of the
-    paper, each by itself or both; ``alpha=0`` with ``mode="bilinear"`` is that of a smaller image.
+    The paper's baselines are ``iterations=0`` (adaptive average pooling) and ``mode="bilinear"``,
+    alone or together; ``alpha=0`` with ``mode="bilinear"`` is its baseline of a smaller image.
 
     Attributes:
-      alpha: blocks on all tokens, before the clustering. 0: there is none, as the image is resized
-        to one whose map is that of the centres.
-      beta: blocks on the centres, after which all tokens are reconstructed; from 1.
-      clusters: rows and columns of the centres (h, w); in a Swin Transformer of those of a window.
+      alpha: blocks on all tokens, before the clustering. 0: no clustering; the image is resized so
+        that its map has the size of the map of centres.
+      beta: blocks on the centres, before all tokens are reconstructed; from 1.
+      clusters: rows and columns of the centres (h, w); in a Swin Transformer, within each window.
       where: what is reconstructed: the tokens after "blocks" alpha + beta, or the "logits" that a
-        head makes of the centres after the last block.
+        head computes from the centres after the last block.
       window: side of the neighbourhood of cells that a token can belong to, odd.
       iterations: rounds of clustering.
-      temperature: tau, of both softmaxes.
-      neighbors: nearest centres that a token is put together from; at most all of them.
-      mode: of the reconstruction, as in :func:`tokenvit_jax.ops.reconstruct_tokens`.
-      normalize: of the weights of the reconstruction: "sum", or "l2" as in the released code.
+      temperature: tau of both softmaxes, a squared distance.
+      neighbors: nearest centres that a token is reconstructed from; at most all of them.
+      mode: kind of reconstruction, as in :func:`tokenvit_jax.ops.reconstruct_tokens`.
+      normalize: normalisation of the weights of the centres: "sum", or "l2" as in the released
+        code.
     """
 
     alpha: int
@@ -83,9 +84,9 @@ class Expedite:
             )
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises UserError unless there are no more centres than tokens in ``grid``.
+        """Raises UserError if there are more centres than tokens in ``grid``.
 
-        There may be more rows of them, or columns, as in the published setting of DPT on KITTI.
+        More rows than the map has, or more columns, are valid: DPT's published setting on KITTI.
         """
         most = grid[0] * grid[1]
         if len(self.clusters) != 2 or min(self.clusters) < 1 or math.prod(self.clusters) > most:
@@ -103,13 +104,13 @@ class Expedite:
     def reconstruct(
         self, tokens: jax.Array, centers: jax.Array, refined: jax.Array, grid: tuple[int, int]
     ) -> jax.Array:
-        """Returns what becomes of all tokens (B, H W, D).
+        """Maps refined cluster centres back to the original tokens: (B, H W, D).
 
         Args:
-          tokens: (B, H W, C), as they were clustered.
-          centers: (B, h w, C), as the clustering made them.
-          refined: (B, h w, D), what became of the centres.
-          grid: (H, W).
+          tokens: (B, H W, C), the clustered tokens.
+          centers: (B, h w, C), their cluster centres.
+          refined: (B, h w, D), the centres after the middle blocks.
+          grid: (H, W), rows and columns of the map of tokens.
         """
         names = ("neighbors", "temperature", "mode", "normalize", "clusters", "window")
         settings = {name: getattr(self, name) for name in names}

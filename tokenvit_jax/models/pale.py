@@ -32,7 +32,7 @@ POSITIONS = ("none", "ape", "cpe")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaleSettings(PyramidSettings):
-    """Settings of the Pale Transformer, beside those of :class:`PyramidSettings`.
+    """Settings of the Pale Transformer; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
       mlp_ratio: expansion of the MLP.

@@ -1,6 +1,6 @@
 """Swin Transformer (Liu et al. 2021) and Swin Transformer V2 (Liu et al. 2022).
 
-The parameters and the order of the operations are those of timm's models.
+Parameters and order of operations match the timm models.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import read_settings
 from tokenvit_jax.ops.windows import pad_to_windows, to_map, to_windows, whole_windows
 
-EPSILON = 1e-5  # of LayerNorm
+EPSILON = 1e-5  # LayerNorm's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwinSettings(PyramidSettings):
-    """Settings of the Swin Transformer, beside those of :class:`PyramidSettings`.
+    """Settings of the Swin Transformer; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
       mlp_ratio: expansion of the MLP.
@@ -85,7 +85,7 @@ class SwinSettings(PyramidSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwinV2Settings(SwinSettings):
-    """Settings of Swin Transformer V2, beside those of :class:`SwinSettings`.
+    """Settings of Swin Transformer V2; the common ones are in :class:`SwinSettings`.
 
     Attributes:
       pretrained_window_sizes: sides of the windows that offsets are measured by, one per stage:

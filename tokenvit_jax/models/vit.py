@@ -1,6 +1,6 @@
 """Vision transformers with one map of tokens: ViT (Dosovitskiy et al. 2021), DeiT (Touvron 2021).
 
-The parameters and the order of the operations are those of timm's models of the same names.
+Parameters and order of operations match the timm models of the same names.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ POSITION_RESIZES = {"bicubic": True, "bilinear": False}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTSettings(BackboneSettings):
-    """Settings of a plain vision transformer, beside those of :class:`BackboneSettings`.
+    """Settings of a plain vision transformer; the common ones are in :class:`BackboneSettings`.
 
     Attributes:
       dim: C, channels.
