@@ -1,10 +1,10 @@
-"""Transforms of an image and its label map: PIL image and uint8 (H, W) in, uint8 arrays out.
+"""Transforms an image together with its label map: PIL image and uint8 (H, W) in, uint8 out.
 
-Images are resized bilinearly, with a filter that grows as they shrink; label maps take the nearest
-pixel.
+Images are resized bilinearly, with an antialiasing filter; label maps take the nearest pixel.
 
-Source: the recipes of MMSegmentation (Contributors, 2020), which Segmenter (Strudel et al., 2021)
-and the papers on backbones share.
+References:
+  MMSegmentation Contributors, "MMSegmentation" (2020): its recipes, which Segmenter (Strudel et
+  al., 2021) and the papers on backbones share.
 """
 
 import numpy as np
@@ -14,10 +14,10 @@ from PIL import Image
 from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
-_ATTEMPTS = 10  # to place a crop in which no class has too large a part
-_BRIGHTNESS = 32  # levels of 255, up or down
-_FACTORS = 0.5, 1.5  # of contrast and saturation
-_HUE = 36  # degrees, up or down
+_ATTEMPTS = 10  # at a crop that no class dominates
+_BRIGHTNESS = 32  # largest shift, up or down [levels of 255]
+_FACTORS = 0.5, 1.5  # range for contrast and saturation
+_HUE = 36  # largest shift, up or down [degrees]
 
 Pixel = tuple[int, int, int]
 
@@ -30,25 +30,25 @@ def train_scene(
     fill: Pixel,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The training transform: resizing, crop, flip, distortion of colours, padding.
+    """Resizes, crops, flips, distorts colours and pads: the training transform.
 
     Args:
-        image: RGB image of any size.
-        label: uint8 (H, W), as large as the image.
-        size: height and width of the result, pixels.
-        augment: `config.augment`; an entry that is off costs nothing.
-        fill: colour of the padding below and to the right of an image smaller than `size`.
-        rng: source of all random numbers.
+      image: RGB image of any size.
+      label: uint8 (H, W), the size of the image.
+      size: height and width of the result [pixels].
+      augment: `config.augment`; an entry that is off costs nothing.
+      fill: colour of the padding below and to the right of an image smaller than `size`.
+      rng: source of all random numbers.
 
     Returns:
-        Image uint8 (size, size, 3) and labels uint8 (size, size), `IGNORED` on the padding.
+      Image uint8 (size, size, 3) and labels uint8 (size, size), `IGNORED` on the padding.
     """
     short = (augment.short_side or size) * rng.uniform(*augment.scale_range)
     width, height = scaled_size(*image.size, short / min(image.size))
     label = resize_label(label, width, height)
     left, top = _draw_crop(label, size, augment.max_class_share, rng)
     label = label[top : top + size, left : left + size]
-    # Resizes no more than is shown, as if all were resized and then cropped.
+    # Resizes only the crop; the pixels equal a crop of the resized image.
     bottom, right = top + label.shape[0], left + label.shape[1]
     x, y = image.width / width, image.height / height
     box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
@@ -61,34 +61,34 @@ def train_scene(
 
 
 def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> np.ndarray:
-    """The evaluation transform: resizes an image, aspect kept, to a shorter side that may fit.
+    """Resizes an image, keeping its aspect ratio, so that it fits: the evaluation transform.
 
     Args:
-        image: RGB image of any size.
-        short_side: wanted shorter side, pixels.
-        height: largest height, pixels.
-        width: largest width, pixels.
+      image: RGB image of any size.
+      short_side: wanted shorter side [pixels].
+      height: largest height [pixels].
+      width: largest width [pixels].
 
     Returns:
-        uint8 (h, w, 3), the shorter side `short_side`, or less where h <= `height` and
-        w <= `width` ask for it.
+      uint8 (h, w, 3) with h <= `height` and w <= `width`; the shorter side is `short_side`, or less
+      if the image would not fit.
     """
     scale = min(short_side / min(image.size), width / image.width, height / image.height)
     return np.asarray(image.resize(scaled_size(*image.size, scale), _BILINEAR))
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
-    """Returns the width and height of a resized image, at least a pixel, rounded as mmcv does."""
+    """Returns the width and height of a resized image, at least 1, rounded as in mmcv."""
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def resize_label(label: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Returns the labels of the nearest pixels, uint8 (height, width)."""
+    """Returns a label map resized by nearest neighbour, uint8 (height, width)."""
     return np.asarray(Image.fromarray(label).resize((width, height), _NEAREST))
 
 
 def pad(array: np.ndarray, shape: tuple[int, ...], fill: int | Pixel) -> np.ndarray:
-    """Returns an array of a larger shape that has the given one at the top left."""
+    """Returns an array of a larger shape with the given array at the top left, uint8."""
     padded = np.empty(shape, np.uint8)
     padded[:] = fill
     padded[: array.shape[0], : array.shape[1]] = array
@@ -98,14 +98,15 @@ def pad(array: np.ndarray, shape: tuple[int, ...], fill: int | Pixel) -> np.ndar
 def distort_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Changes brightness, contrast, saturation and hue, each with probability 1/2.
 
-    Contrast, a factor of the levels themselves, is changed before saturation and hue or after
-    them, with probability 1/2 each.
+    Contrast scales the pixel values themselves; it is changed before or after saturation and hue,
+    with probability 1/2 each.
 
     Args:
-        image: RGB image.
-        rng: source of the random numbers.
+      image: RGB image.
+      rng: source of the random numbers.
 
-    Source: MMSegmentation, `PhotoMetricDistortion`; Liu et al., "SSD" (2016).
+    References:
+      MMSegmentation, `PhotoMetricDistortion`; Liu et al., "SSD" (2016).
     """
     brightness, contrast, saturation, hue, contrast_first = rng.random(5) < 0.5
     if brightness:
@@ -133,9 +134,9 @@ def _change_levels(image: Image.Image, factor: float, offset: float = 0.0) -> Im
 def _draw_crop(
     label: np.ndarray, size: int, max_share: float, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Draws the left and top of a crop in which no class has more than a part of what counts.
+    """Draws the left and top of a crop where no class has more than a share of the labelled pixels.
 
-    The last one drawn is taken as it is.
+    The last attempt is taken whatever its shares are.
     """
     height, width = label.shape
     for _ in range(_ATTEMPTS):

@@ -1,7 +1,7 @@
-"""Transforms of one image: PIL images in, uint8 arrays (size, size, 3) out.
+"""Decodes and transforms single images: PIL images in, uint8 arrays (size, size, 3) out.
 
-Resampling, colour arithmetic and geometry are Pillow's, as in torchvision and timm, so that images
-equal theirs pixel for pixel; the random numbers come from the generator of the record.
+Pillow resamples, changes colours and warps, as in torchvision and timm, so that images equal theirs
+pixel for pixel. All random numbers come from the generator that is passed in.
 """
 
 import io
@@ -16,10 +16,10 @@ from PIL import Image, ImageEnhance, UnidentifiedImageError
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
-# Of ImageNet's training images, RGB, for pixels in [0, 1].
+# Mean and standard deviation of ImageNet's training images, RGB, pixels in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# Mean and deviation that the step normalises with, by `config.data.normalization`.
+# `config.data.normalization` -> mean and standard deviation for normalising pixels.
 NORMALIZATIONS = {"imagenet": (MEAN, STD), "inception": ((0.5,) * 3, (0.5,) * 3)}
 
 _BICUBIC = Image.Resampling.BICUBIC
@@ -29,18 +29,18 @@ _ATTEMPTS = 10  # to place a random box before giving up, as in torchvision and 
 def decode_image(encoded: bytes) -> Image.Image:
     """Decodes a whole image file.
 
-    CMYK, grey and palette images become RGB; the file's extension does not matter, its content
-    does (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not applied, as in
-    torchvision and timm.
+    CMYK, grey and palette images become RGB. The format is read from the contents, not from the
+    file's extension (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not
+    applied, as in torchvision and timm.
 
     Args:
-        encoded: the bytes of the file.
+      encoded: the contents of the file.
 
     Returns:
-        An RGB image.
+      An RGB image.
 
     Raises:
-        UserError: if the bytes are no image, or not all of one.
+      UserError: the bytes are not an image, or the image is truncated.
     """
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -48,8 +48,8 @@ def decode_image(encoded: bytes) -> Image.Image:
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
     except Exception as error:
-        # Pillow's decoders raise errors of every kind on malformed files: OSError, SyntaxError,
-        # struct.error, ...; Pillow, unlike OpenCV, does not pass a truncated JPEG as half grey.
+        # Pillow's decoders raise all kinds of errors on malformed files: OSError, SyntaxError,
+        # struct.error, ... Unlike OpenCV, Pillow does not return a truncated JPEG as half grey.
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
 
 
@@ -68,15 +68,15 @@ def read_image(path: Path) -> Image.Image:
 
 
 def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
-    """The evaluation transform: resizes the shorter side to size / crop, crops the centre.
+    """Resizes the shorter side to size / crop and crops the centre: the evaluation transform.
 
     Args:
-        image: RGB image of any size.
-        size: height and width of the result, pixels.
-        crop: side of the centre crop as a part of the resized shorter side, in (0, 1].
+      image: RGB image of any size.
+      size: height and width of the result [pixels].
+      crop: side of the centre crop / resized shorter side, in (0, 1].
 
     Returns:
-        uint8 (size, size, 3). Equal to timm's evaluation transform with bicubic interpolation.
+      uint8 (size, size, 3), equal to timm's evaluation transform with bicubic interpolation.
     """
     short = math.floor(size / crop)
     width, height = image.size
@@ -90,11 +90,11 @@ def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
 
 
 class View(NamedTuple):
-    """The part of an image that a training example shows.
+    """The part of an image that a training example shows, and whether it is mirrored.
 
     Attributes:
-        box: (left, top, right, bottom), pixels; None: the largest centred square.
-        flip: whether it is mirrored, left to right.
+      box: (left, top, right, bottom) [pixels]; None: the largest centred square.
+      flip: whether left and right are exchanged.
     """
 
     box: tuple[int, int, int, int] | None
@@ -102,13 +102,13 @@ class View(NamedTuple):
 
 
 def draw_view(width: int, height: int, augment: ConfigDict, rng: np.random.Generator) -> View:
-    """Draws the first two steps of the training transform: crop and flip, those that are on.
+    """Draws the crop and the flip, the first steps of the training transform, if they are on.
 
     Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-        augment: `config.augment`.
-        rng: source of the random numbers.
+      width: width of the image [pixels].
+      height: height of the image [pixels].
+      augment: `config.augment`.
+      rng: source of the random numbers.
     """
     box = None
     if tuple(augment.crop_scale) != (1.0, 1.0):
@@ -117,7 +117,7 @@ def draw_view(width: int, height: int, augment: ConfigDict, rng: np.random.Gener
 
 
 def whole_image(image: Image.Image, size: int) -> np.ndarray:
-    """Returns all of an image as uint8 (size, size, 3), squeezed into a square."""
+    """Returns the whole image, squeezed into a square, uint8 (size, size, 3)."""
     return np.asarray(image.resize((size, size), _BICUBIC))
 
 
@@ -128,17 +128,17 @@ def train_image(
     rng: np.random.Generator,
     view: View | None = None,
 ) -> np.ndarray:
-    """The training transform: crop, flip, shift, RandAugment, jitter, erasing: those that are on.
+    """Applies crop, flip, shift, RandAugment, jitter and erasing where they are on, for training.
 
     Args:
-        image: RGB image of any size.
-        size: height and width of the result, pixels.
-        augment: `config.augment`; an entry that is off costs nothing.
-        rng: source of all random numbers.
-        view: what :func:`draw_view` drew from `rng`; None: drawn here.
+      image: RGB image of any size.
+      size: height and width of the result [pixels].
+      augment: `config.augment`; an entry that is off costs nothing.
+      rng: source of all random numbers.
+      view: crop and flip that :func:`draw_view` drew from `rng`; None: draws them here.
 
     Returns:
-        uint8 (size, size, 3).
+      uint8 (size, size, 3).
     """
     view = view or draw_view(*image.size, augment, rng)
     if view.box is None:
@@ -168,18 +168,18 @@ def random_crop_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """Draws the box of Inception's random resized crop, with torchvision's distribution.
+    """Draws the box of Inception's random resized crop from torchvision's distribution.
 
     Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-        scale: smallest and largest area of the box, as a part of the image.
-        ratio: smallest and largest width / height of the box.
-        rng: source of the random numbers.
+      width: width of the image [pixels].
+      height: height of the image [pixels].
+      scale: smallest and largest area of the box / area of the image.
+      ratio: smallest and largest width / height of the box.
+      rng: source of the random numbers.
 
     Returns:
-        (left, top, right, bottom), inside the image; the largest centred box whose shape is
-        allowed if no drawn one fits.
+      (left, top, right, bottom) inside the image; the largest centred box of an allowed shape if
+      no drawn box fits.
     """
     log_ratio = np.log(ratio)
     for _ in range(_ATTEMPTS):
@@ -196,12 +196,12 @@ def random_crop_box(
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Changes brightness, contrast and saturation in random order, as torchvision's ColorJitter.
+    """Changes brightness, contrast and saturation in random order, like torchvision's ColorJitter.
 
     Args:
-        image: RGB image.
-        strength: factors are drawn from [1 - strength, 1 + strength], cut at 0.
-        rng: source of the random numbers.
+      image: RGB image.
+      strength: factors are drawn from [1 - strength, 1 + strength], clipped at 0.
+      rng: source of the random numbers.
     """
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(len(enhancers)):
@@ -211,17 +211,17 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fills a random box with noise: random erasing, timm's mode "pixel".
+    """Fills a random box with noise: random erasing in timm's mode "pixel".
 
-    The box has 2 % to 1/3 of the area and an aspect of 0.3 to 10/3; the noise is standard normal
-    in units of ImageNet's normalisation, that is, N(MEAN, STD) in pixels, rounded and clipped.
+    The box covers 2 % to 1/3 of the area and has an aspect ratio of 0.3 to 10/3. The noise is
+    standard normal after ImageNet's normalisation: N(MEAN, STD) in pixels, rounded and clipped.
 
     Args:
-        pixels: uint8 (H, W, 3), left as it is.
-        rng: source of the random numbers.
+      pixels: uint8 (H, W, 3); not changed.
+      rng: source of the random numbers.
 
     Returns:
-        uint8 (H, W, 3).
+      uint8 (H, W, 3).
     """
     height, width, _ = pixels.shape
     for _ in range(_ATTEMPTS):
@@ -240,7 +240,7 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _random_shift(
     image: Image.Image, rotation: float, translation: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Rotates about the centre by up to `rotation` degrees, moves by up to `translation` sides."""
+    """Rotates about the centre by up to `rotation` degrees, shifts by up to `translation` sides."""
     angle = rng.uniform(-rotation, rotation)
     shift = rng.uniform(-translation, translation, size=2) * image.size
     # Filled with black: the background of the digits.

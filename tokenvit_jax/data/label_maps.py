@@ -1,4 +1,4 @@
-"""Label maps: files with a label for every pixel of an image."""
+"""Label maps: image files with a class for every pixel."""
 
 import io
 from collections.abc import Mapping
@@ -10,24 +10,23 @@ from tokenvit_jax.errors import UserError
 
 
 def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Decodes a label map.
+    """Decodes a label map and translates its values to labels.
 
     Args:
-        encoded: the bytes of an image file with one value of 8 bits per pixel: grey, or places in
-            a palette.
-        table: what the values stand for, as :func:`label_table` returns it.
-        image_size: width and height of its image, pixels.
+      encoded: contents of an image file with one byte per pixel: grey levels or palette indices.
+      table: value -> label, from :func:`label_table`.
+      image_size: width and height of its image [pixels].
 
     Returns:
-        Labels, uint8 (height, width).
+      Labels, uint8 (height, width).
 
     Raises:
-        UserError: if the bytes are no such file, a value is not known, or the size is another.
+      UserError: the bytes are not such a file, a value is unknown, or the size is not the image's.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # of every kind on malformed files
+    except Exception as error:  # Pillow raises all kinds on malformed files
         raise UserError(f"cannot decode {len(encoded)} bytes as a label map: {error}") from error
     if mode not in ("L", "P"):
         raise UserError(f"label map has mode {mode}; valid: L or P, one byte per pixel")
@@ -44,7 +43,7 @@ def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, i
 
 
 def label_table(labels: Mapping[int, int]) -> np.ndarray:
-    """Returns the labels of all values that a byte can have, int16 (256,); -1: not known."""
+    """Returns the label of every value of a byte, int16 (256,); -1 where it is unknown."""
     table = np.full(256, -1, np.int16)
     table[list(labels)] = list(labels.values())
     return table

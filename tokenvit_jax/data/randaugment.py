@@ -1,10 +1,11 @@
 """RandAugment with timm's operations: the policy `rand-m{magnitude}-mstd{magnitude_std}-inc1`.
 
-Every operation grows with its level from 0 (weakest) to 10 (strongest); the levels mean the same
-as in timm 1.0 (`timm.data.auto_augment`), and so do the pixels.
+Every operation grows stronger with its level, from 0 to 10. Levels and pixels equal those in timm
+1.0 (`timm.data.auto_augment`).
 
-Source: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search
-space" (2019), Section 4.
+References:
+  Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space"
+  (2019), Section 4.
 """
 
 from collections.abc import Callable
@@ -30,15 +31,15 @@ def randaugment(
     """Draws `num_ops` operations with replacement and applies each with probability 1/2.
 
     Args:
-        image: RGB image.
-        rng: source of the random numbers.
-        num_ops: operations to draw.
-        magnitude: mean level of an operation, 0 to 10.
-        magnitude_std: standard deviation of the level, which is cut at 0 and 10.
-        fill: colour of what comes in from outside of the image.
+      image: RGB image.
+      rng: source of the random numbers.
+      num_ops: number of operations to draw.
+      magnitude: mean level of an operation, 0 to 10.
+      magnitude_std: standard deviation of the level, which is clipped to [0, 10].
+      fill: colour of pixels that come from outside the image.
 
     Returns:
-        An RGB image of the same size.
+      An RGB image of the same size.
     """
     for name in rng.choice(list(OPERATIONS), num_ops):
         if rng.random() < _APPLY_PROBABILITY:
@@ -54,14 +55,14 @@ def apply_operation(
     """Applies one operation.
 
     Args:
-        image: RGB image.
-        name: a key of `OPERATIONS`.
-        level: strength, 0 to 10.
-        sign: 1 or -1, direction of the operations that have one.
-        fill: colour of what comes in from outside of the image.
+      image: RGB image.
+      name: a key of `OPERATIONS`.
+      level: strength, 0 to 10.
+      sign: 1 or -1, the direction of operations that have one.
+      fill: colour of pixels that come from outside the image.
 
     Returns:
-        An RGB image of the same size.
+      An RGB image of the same size.
     """
     return OPERATIONS[name](image, level / _MAX_LEVEL, sign, fill)
 
@@ -97,7 +98,7 @@ def _translate_y(image: Image.Image, part: float, sign: int, fill: Fill) -> Imag
 
 
 def _posterize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    # Not ImageOps.posterize, which as of Pillow 13 refuses to keep no bit at all: black.
+    # Not ImageOps.posterize: from Pillow 13 on it refuses to keep 0 bits, which gives black.
     bits = 4 - int(part * 4)
     mask = 256 - 2 ** (8 - bits)
     return image.point([value & mask for value in range(256)] * 3)
@@ -120,7 +121,7 @@ def _enhance(enhancer: type) -> Callable[[Image.Image, float, int, Fill], Image.
     return operation
 
 
-# Each takes the image, the level as a part of the strongest, the sign and the fill colour.
+# Each takes the image, the level divided by the highest level, the sign and the fill colour.
 OPERATIONS = {
     "auto_contrast": lambda image, part, sign, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, part, sign, fill: ImageOps.equalize(image),

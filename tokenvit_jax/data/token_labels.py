@@ -1,7 +1,8 @@
-"""Labels of the cells of an image, from files; see :mod:`tokenvit_jax.label`, which writes them.
+"""Reads labels for the cells of an image from files that :mod:`tokenvit_jax.label` writes.
 
-Source: Jiang et al., "All Tokens Matter", which crops precomputed maps of labels with RoIAlign, as
-Yun et al., "Re-labeling ImageNet".
+References:
+  Jiang et al., "All Tokens Matter": crops precomputed label maps with RoIAlign, following Yun et
+  al., "Re-labeling ImageNet".
 """
 
 from pathlib import Path
@@ -12,28 +13,28 @@ from tokenvit_jax.data.images import View
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 
-CELL_SIZE = 32  # pixels: the backbones reduce an image 32 times
+CELL_SIZE = 32  # pixels: stride of the last map of the backbones
 FILES = ("classes.npy", "scores.npy")
 
 
 def grid_size(image_size: int) -> int:
-    """Returns the number of cells of the last map along a side of an image, given in pixels."""
+    """Returns the number of cells along a side of the last map; `image_size` in pixels."""
     return -(-image_size // CELL_SIZE)
 
 
 class TokenLabelFiles:
-    """Maps of labels, one per record of a split, that stay on disk until they are read.
+    """Label maps, one per record of a split, which stay on disk until they are read.
 
-    `classes.npy` (records, gh, gw, K) holds integers, `scores.npy` of the same shape their
-    probabilities, float16 or float32; the grid (gh, gw) covers the whole, uncropped image.
+    `classes.npy` (records, gh, gw, K) holds integer classes, `scores.npy` of the same shape their
+    probabilities, float16 or float32. The grid (gh, gw) covers the whole, uncropped image.
 
     Args:
-        folder: that holds both files.
-        num_records: of the split.
-        num_classes: valid classes are 0 to num_classes - 1.
+      folder: folder with both files.
+      num_records: number of records in the split.
+      num_classes: valid classes are 0 to num_classes - 1.
 
     Raises:
-        UserError: a file is missing, or not of this form.
+      UserError: a file is missing, or has another shape or type.
     """
 
     def __init__(self, folder: str, num_records: int, num_classes: int):
@@ -59,28 +60,28 @@ class TokenLabelFiles:
         return TokenLabelFiles, self._args
 
     def specs(self, grid: int) -> dict[str, Spec]:
-        """Returns the shapes and types of what :meth:`read` returns for a grid of this side."""
+        """Returns the shapes and types of the arrays that :meth:`read` returns."""
         shape = grid, grid, 4 * self._classes.shape[-1]
         return {"token_classes": Spec(shape, np.int32), "token_scores": Spec(shape, np.float32)}
 
     def read(
         self, record: int, view: View, width: int, height: int, grid: int
     ) -> dict[str, np.ndarray]:
-        """Returns the labels of what a training example shows of a record.
+        """Returns the labels for the part of a record that a training example shows.
 
         Args:
-            record: index in the split.
-            view: what the example shows.
-            width: of the record's image, pixels.
-            height: of the record's image, pixels.
-            grid: height and width of the result, cells.
+          record: index in the split.
+          view: the part that the example shows.
+          width: width of the record's image [pixels].
+          height: height of the record's image [pixels].
+          grid: height and width of the result [cells].
 
         Returns:
-            `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): at every cell's
-            centre the four labels around it, K classes each, with their bilinear weights.
+          `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): at every cell's
+          centre the four labels around it, K classes each, with their bilinear weights.
 
         Raises:
-            UserError: a class is out of range.
+          UserError: a class is out of range.
         """
         classes = np.asarray(self._classes[record], np.int32)
         if classes.min() < 0 or classes.max() >= self._num_classes:
@@ -93,7 +94,7 @@ class TokenLabelFiles:
 
 
 def relative_box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, right, bottom) of a view as parts of the width and height in pixels."""
+    """Returns (left, top, right, bottom) of a view, relative to the image's width and height."""
     left, top, right, bottom = view.box or _centred_square(width, height)
     return left / width, top / height, right / width, bottom / height
 
@@ -105,21 +106,22 @@ def sample_labels(
     flip: bool,
     grid: int,
 ) -> dict[str, np.ndarray]:
-    """Samples a map of labels at the centres of the cells of a part of its image.
+    """Samples a label map bilinearly at the centres of the cells of a crop.
 
-    Bilinear, one sample per cell; beyond the outermost centres of the map its border goes on.
+    Takes one sample per cell; outside the outermost centres the map is constant.
 
     Args:
-        classes: (gh, gw, K) int.
-        scores: (gh, gw, K) float, probabilities.
-        box: left, top, right, bottom, as parts of the width and the height.
-        flip: whether the part is mirrored, left to right.
-        grid: number of cells along each side of the part.
+      classes: (gh, gw, K) int.
+      scores: (gh, gw, K) float, probabilities.
+      box: left, top, right, bottom of the crop, relative to the image's width and height.
+      flip: whether the crop is mirrored, left to right.
+      grid: number of cells along each side of the crop.
 
     Returns:
-        `token_classes`, `token_scores`, (grid, grid, 4 K), of the types of the arguments.
+      `token_classes` and `token_scores`, (grid, grid, 4 K), with the types of the arguments.
 
-    Source: He et al., "Mask R-CNN", section 3 (RoIAlign).
+    References:
+      He et al., "Mask R-CNN", section 3 (RoIAlign).
     """
     left, top, right, bottom = box
     rows, row_weights = _corners(top, bottom, grid, classes.shape[0])  # (grid, 2)
@@ -136,9 +138,9 @@ def sample_labels(
 
 
 def _corners(start: float, end: float, cells: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two places of a map beside the centre of each cell, (cells, 2), and their weights."""
+    """Returns the two map positions around each cell centre, (cells, 2), and their weights."""
     centres = start + (np.arange(cells) + 0.5) / cells * (end - start)
-    position = np.clip(centres * size - 0.5, 0, size - 1)  # of a place's centre: its index
+    position = np.clip(centres * size - 0.5, 0, size - 1)  # position i has its centre at i
     low = np.floor(position).astype(int)
     part = position - low
     return np.stack([low, np.minimum(low + 1, size - 1)], 1), np.stack([1 - part, part], 1)
