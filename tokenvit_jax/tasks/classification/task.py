@@ -109,7 +109,7 @@ class Classification(Task):
     ) -> tuple[jax.Array, Aux]:
         compute = self._token_loss if self._trains_tokens else self._class_loss
         loss, model_state, sown = compute(model, params, model_state, inputs, rngs)
-        return sum(sown, loss), Aux(model_state, {})
+        return loss + sum(sown), Aux(model_state, {})
 
     def _class_loss(self, model, params, model_state, inputs, rngs):
         logits, *rest = apply_in_training(model, params, model_state, inputs["image"], rngs)

@@ -69,7 +69,8 @@ class Segmentation(Task):
         logits, model_state, sown = apply_in_training(
             model, params, model_state, inputs["image"], rngs
         )
-        return sum(sown, pixel_cross_entropy(logits, inputs["label"])), Aux(model_state, {})
+        loss = pixel_cross_entropy(logits, inputs["label"])
+        return loss + sum(sown), Aux(model_state, {})
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         images, sizes = self.normalize(batch["image"]), batch["image_size"]
