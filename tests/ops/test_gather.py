@@ -1,4 +1,4 @@
-"""Rows at indices per image, heads and unit norms against loops."""
+"""Rows at indices per image, heads and unit norm against loops."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 from tokenvit_jax.ops.gather import put, take
 from tokenvit_jax.ops.heads import merge_heads, split_heads, split_qkv
-from tokenvit_jax.ops.unit_norm import divide_by_norm, unit_norm
+from tokenvit_jax.ops.unit_norm import unit_norm
 
 
 def test_take():
@@ -37,11 +37,11 @@ def test_heads():
         np.testing.assert_array_equal(merge_heads(heads), part)
 
 
-def test_unit_norms():
+def test_unit_norm():
     x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     x[0, 0] = 0
     expected = x / np.maximum(np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True), 1e-30)
-    for norm in (unit_norm, divide_by_norm, lambda x: unit_norm(x, 1e-12)):
+    for norm in (unit_norm, lambda x: unit_norm(x, 1e-12)):
         np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=1e-6)
         assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
     gradient = jax.grad(lambda x: unit_norm(x, 1e-12).sum())(jnp.zeros((2, 3)))

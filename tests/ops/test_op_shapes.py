@@ -145,7 +145,6 @@ CALLS = {
     "token_pooling.kmedoids": [((TOKENS, integers(2, 5)), {})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
-    "unit_norm.divide_by_norm": [((TOKENS,), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [

@@ -13,7 +13,6 @@ from tokenvit_jax import ops
 from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import cosine_heads, logit_scale_init
 from tokenvit_jax.ops.heads import merge_heads, split_qkv
-from tokenvit_jax.ops.unit_norm import divide_by_norm
 
 
 class DynamicGroupAttention(nn.Module):
@@ -80,7 +79,8 @@ class DynamicGroupAttention(nn.Module):
 
     def _random_centroids(self, shape):
         centroids = jax.random.normal(self.make_rng("params"), shape)
-        return divide_by_norm(centroids)
+        # Not `unit_norm`, which rounds differently: runs of one seed keep their first centroids.
+        return centroids / jnp.linalg.norm(centroids, axis=-1, keepdims=True)
 
 
 def advance_centroids(

@@ -6,8 +6,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.selection import smallest, top_indices
-from tokenvit_jax.ops.unit_norm import divide_by_norm
 
 
 def _macs(inputs, outputs):
@@ -49,7 +49,9 @@ def bipartite_matching(tokens: Float[Array, "B N D"], num_merged: int) -> Int32[
             f"num_merged is {num_merged}; it must be from 0 to {half} for tokens of shape "
             f"{tokens.shape}"
         )
-    x = divide_by_norm(lax.stop_gradient(tokens))
+    x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
+    # Not `unit_norm`, which rounds differently: the last digit orders nearly equal cosines.
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)
     odd, even = x[:, 1::2], x[:, ::2]
     cosine = jnp.einsum("bnd,bmd->bnm", odd, even, precision=lax.Precision.HIGHEST)
     most_similar, dissimilarity = smallest(-cosine)

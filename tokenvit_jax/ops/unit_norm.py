@@ -19,14 +19,3 @@ def unit_norm(x: Float[Array, "... D"], epsilon: float = 0.0) -> Float[Array, ".
     square = jnp.sum(x * x, -1, keepdims=True)
     square = square + epsilon if epsilon else jnp.maximum(square, jnp.finfo(x.dtype).tiny)
     return x * lax.rsqrt(square)
-
-
-def divide_by_norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Scales vectors to length 1 by a division, in float32 or float64; zeros stay zeros.
-
-    Rounds differently from :func:`unit_norm`, which multiplies. Kept where the last digit decides:
-    initial centroids, and the order of nearly equal cosines.
-    """
-    x = x.astype(softmax_dtype(x.dtype))
-    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-    return x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
