@@ -6,7 +6,7 @@ from tokenvit_jax.data.datasets import imagenet2012
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory):
-    """A small ImageNet with one truncated training image and one broken validation image."""
+    """A small ImageNet: one training image is truncated, one validation image is broken."""
     folder = tmp_path_factory.mktemp("archives")
     write_archives(folder, corrupt={TRUNCATED: encode(11)[:-200], BROKEN: b"no image"})
     return folder
@@ -14,7 +14,7 @@ def archives(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(archives, tmp_path_factory):
-    """Its data_dir."""
+    """The `data_dir` into which that ImageNet was prepared."""
     data_dir = tmp_path_factory.mktemp("prepared")
     imagenet2012.prepare(archives, data_dir)
     return data_dir

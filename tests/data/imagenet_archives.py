@@ -1,4 +1,4 @@
-"""Writes small archives in the layout of ImageNet's, with real JPEG, PNG and CMYK files."""
+"""Writes small archives in ImageNet's layout, with real JPEG, PNG and CMYK files."""
 
 import io
 import tarfile
@@ -13,13 +13,13 @@ LABELS = (65, 230, 970)
 IMAGES_PER_CLASS = 4
 VALIDATION_LABELS = (65, 970, 230)  # of ILSVRC2012_val_00000001.JPEG and its successors
 
-# Files that tests replace by unreadable ones.
+# Files that tests replace with unreadable ones.
 TRUNCATED = "n02105855_1.JPEG"
 BROKEN = "ILSVRC2012_val_00000002.JPEG"
 
 
 def encode(seed: int, *, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
-    """Returns the file of a smooth random image, 60 x 48 pixels."""
+    """Returns the contents of an image file: smooth noise, 60 x 48 pixels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((60, 48), Image.Resampling.BICUBIC).convert(mode)
     buffer = io.BytesIO()
@@ -28,7 +28,7 @@ def encode(seed: int, *, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
 
 
 def write_archives(folder: Path, corrupt: dict[str, bytes] | None = None) -> None:
-    """Writes both archives; `corrupt` replaces the content of the files it names."""
+    """Writes both archives; `corrupt` maps names of files to other contents."""
     corrupt = corrupt or {}
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:

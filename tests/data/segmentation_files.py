@@ -1,4 +1,4 @@
-"""Writes small folders in the layouts of the datasets for segmentation."""
+"""Writes small datasets with label maps in the layouts of the original archives."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 WIDTH, HEIGHT = 48, 40
 
-# Paths of images and label maps, of two training images and one for validation.
+# Paths of an image and its label map: two training images, one validation image.
 PAIRS = {
     "ade20k": [
         (
@@ -40,7 +40,7 @@ NUM_VALUES = {"ade20k": 151, "cityscapes": 34, "pascal_context": 60}
 
 
 def values(name: str, number: int) -> np.ndarray:
-    """Returns the values of a label map, uint8 (HEIGHT, WIDTH): all that the dataset has."""
+    """Returns a label map with all values of the dataset, uint8 (HEIGHT, WIDTH)."""
     places = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
     return ((places + number) % NUM_VALUES[name]).astype(np.uint8)
 

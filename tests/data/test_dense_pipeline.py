@@ -11,7 +11,7 @@ MEAN_PIXEL = (124, 116, 104)
 
 
 class NumberedSource:
-    """The labels of a record are its index, and so is its colour; sizes differ."""
+    """Records of different sizes whose labels and grey level are their index."""
 
     def __init__(self, size, corrupt=()):
         self.size = size
@@ -99,6 +99,7 @@ def test_processes_share_the_batches_of_one(config):
 
 
 def test_workers_change_neither_batches_nor_state(config):
+    config.image_size = 96  # images of a batch go through shared memory, label maps do not
     source = NumberedSource(7)
     expected = take(train_dataset(augmented(config), source), 4)
     evaluated = list(eval_dataset(config, source))

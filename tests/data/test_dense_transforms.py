@@ -27,10 +27,10 @@ def augment_with(**entries):
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.0, 1.9])
-def test_crop_is_that_of_the_resized_image(factor):
+def test_crop_equals_a_crop_of_the_resized_image(factor):
     image, size = photograph(90, 60), 32
     width, height = round(90 * 32 * factor / 60), round(60 * 32 * factor / 60)
-    # A label map that says where a pixel comes from: the columns of an image of 90 of them.
+    # Labels are the column numbers: they say where a pixel comes from.
     label = np.broadcast_to(np.arange(90, dtype=np.uint8), (60, 90)).copy()
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
     columns = resize_label(label, width, height)
@@ -90,7 +90,7 @@ def test_crops_of_one_class_are_avoided_where_others_are_near():
     shares = np.array([share(*_draw_crop(label, 32, 0.75, rng)) for _ in range(100)])
     anywhere = np.array([share(*_draw_crop(label, 32, 1.0, rng)) for _ in range(100)])
     assert (shares <= 0.75).all() and (anywhere > 0.75).mean() > 0.3
-    # Where there is nothing else, or nothing that counts, the last crop is taken.
+    # If there is one class only, or no labelled pixel, the last crop is taken.
     for only in (0, IGNORED):
         left, top = _draw_crop(np.full((40, 48), only, np.uint8), 32, 0.75, rng)
         assert 0 <= left <= 16 and 0 <= top <= 8
@@ -111,7 +111,7 @@ def test_evaluated_image_fits_its_buffer(size, short_side, buffer, expected):
 
 
 class Scripted:
-    """A generator whose numbers are given: which changes are made, then how strong they are."""
+    """A generator with given numbers: which changes are made, then how strong they are."""
 
     def __init__(self, changes, *strengths):
         self.changes = np.where(changes, 0.0, 0.9)

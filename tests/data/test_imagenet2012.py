@@ -115,7 +115,7 @@ def test_missing_archives_are_named(tmp_path, archives):
 def test_cut_archive_is_named_and_leaves_nothing_prepared(tmp_path, archives, name):
     for archive in archives.iterdir():
         content = archive.read_bytes()
-        # In the middle of the last image.
+        # Cuts the last image in its middle.
         last = content.rindex(b"\xff\xd8\xff")
         (tmp_path / archive.name).write_bytes(
             content[: last + 100] if archive.name == name else content

@@ -65,13 +65,13 @@ def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
 
 
 @pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_what_is_no_image_is_refused(encoded):
+def test_bytes_that_are_not_an_image_are_refused(encoded):
     with pytest.raises(UserError, match="cannot decode"):
         images.decode_image(encoded)
 
 
 def test_eval_image_shows_the_centre():
-    # 160 x 80: a white square of 40 in the centre, resized to 128 x 64, of which 32 are white.
+    # 160 x 80 with a white square of side 40 in the centre; its side is 32 after resizing.
     pixels = np.zeros((80, 160, 3), np.uint8)
     pixels[20:60, 60:100] = 255
     image = images.eval_image(Image.fromarray(pixels), 32, 0.5)
@@ -112,7 +112,7 @@ def test_everything_on_depends_on_the_generator_only(photo, augment):
     low=st.floats(0.01, 1.0),
     seed=st.integers(0, 1000),
 )
-def test_crop_box_is_inside_and_of_the_size_asked_for(width, height, low, seed):
+def test_crop_box_is_inside_and_has_the_requested_size(width, height, low, seed):
     scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
     rng = np.random.default_rng(seed)
     left, top, right, bottom = images.random_crop_box(width, height, scale, ratio, rng)
@@ -140,15 +140,15 @@ def test_erasing_fills_a_box_with_noise():
         values.append(erased[box].reshape(-1, 3))
         erased[box] = 128
         np.testing.assert_array_equal(erased, grey)
-    assert (grey == 128).all()  # the argument is left as it is
+    assert (grey == 128).all()  # the argument does not change
     assert 0.01 < min(areas) < 0.06 and 0.25 < max(areas) < 0.36
     noise = np.concatenate(values) / 255
-    np.testing.assert_allclose(noise.mean(0), MEAN, atol=0.02)  # clipping at 0 and 1 moves it
+    np.testing.assert_allclose(noise.mean(0), MEAN, atol=0.02)  # clipping at 0 and 1 shifts it
     np.testing.assert_allclose(noise.std(0), STD, atol=0.02)
 
 
 def test_jitter_stays_within_its_strength():
-    grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave it as it is
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation do not change it
     values = [
         np.asarray(images.color_jitter(grey, 0.4, np.random.default_rng(seed)))[0, 0, 0]
         for seed in range(200)

@@ -3,18 +3,20 @@ import os
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from batches import eval_dataset, train_dataset
 from PIL import Image
 
+from tokenvit_jax.data import Spec, train_batches
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 
 
 class NumberedSource:
-    """The label of a record is its index, and so is the colour of its image."""
+    """Records whose label and grey level are their index."""
 
     def __init__(self, size, corrupt=(), fatal=()):
         self.size = size
@@ -79,6 +81,7 @@ def test_batches_have_the_promised_types(config):
     }
     batch = next(iter(eval_dataset(config)))
     assert batch["image"].shape == (8, 32, 32, 3) and batch["mask"].dtype == np.float32
+    assert batch["index"].dtype == np.int32
 
 
 def test_every_epoch_has_every_record_once_in_another_order(config):
@@ -147,6 +150,7 @@ def test_state_resumes_in_the_middle_of_an_epoch(config):
 
 
 def test_workers_change_neither_batches_nor_state(config):
+    config.image_size = 64  # 96 KiB per batch: through shared memory
     expected = take(train_dataset(augmented(config)), 7)
     config.data.workers = 2
     iterator = iter(train_dataset(config))
@@ -175,6 +179,8 @@ def test_evaluation_counts_every_record_once(config, process_count, workers):
     masks = np.concatenate([batch["mask"] for batch in batches])
     assert masks.sum() == 21
     assert sorted(labels_of(batches)[masks == 1]) == list(range(21))
+    indices = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(indices, np.where(masks == 1, labels_of(batches), -1))
     images = np.concatenate([batch["image"] for batch in batches])
     np.testing.assert_array_equal(images[masks == 1][:, 0, 0, 0], labels_of(batches)[masks == 1])
 
@@ -202,6 +208,7 @@ def test_skipped_record_is_replaced_counted_and_logged_once(config, caplog):
     with caplog.at_level(logging.WARNING):
         batches = take(train_dataset(config, source), 4)  # 2 epochs
     labels = labels_of(batches).reshape(2, 16)
+    np.testing.assert_array_equal(labels_of(batches), [i for b in batches for i in b["index"]])
     # 3 and 4 are replaced by 5, 15 by the first one.
     for epoch in labels:
         assert sorted(epoch) == sorted([0, 0, 1, 2, 5, 5, 5, *range(6, 15)])
@@ -225,6 +232,55 @@ def test_skipped_record_does_not_count_in_evaluation(config):
     (batch,) = eval_dataset(config, source)
     np.testing.assert_array_equal(batch["mask"], np.arange(8) != 3)
     np.testing.assert_array_equal(batch["skipped"], np.arange(8) == 3)
+    np.testing.assert_array_equal(batch["index"], np.arange(8))
+
+
+class ManyArrays:
+    """Arrays of several types: five go through shared memory, two through the pipe."""
+
+    specs: ClassVar = {
+        "bytes": Spec((201, 101), np.uint8),
+        "depth": Spec((65, 67), np.float32),
+        "segments": Spec((128, 128), np.int16),
+        "mask": Spec((300, 300), np.bool_),
+        "exact": Spec((33, 64), np.float64),
+        "small": Spec((3,), np.float64),
+        "number": Spec((), np.int32),
+    }
+
+    def __call__(self, record, rng):
+        number = rng.integers(100)
+        return {
+            name: np.full(spec.shape, (record["id"] + number) % 256).astype(spec.dtype)
+            for name, spec in self.specs.items()
+        }
+
+
+class WrongType(ManyArrays):
+    specs: ClassVar = ManyArrays.specs | {"depth": Spec((65, 67), np.float64)}
+
+    def __call__(self, record, rng):
+        return super().__call__(record, rng) | {"depth": np.zeros((65, 67), np.float32)}
+
+
+def test_arrays_of_all_types_come_back_from_workers(config):
+    config.batch_size = 4
+    source = NumberedSource(9)
+    expected = take(train_batches(source, ManyArrays(), config), 7)
+    config.data.workers = 2
+    iterator = iter(train_batches(source, ManyArrays(), config))
+    batches = [next(iterator) for _ in range(7)]  # every slot of the shared memory is used again
+    assert_equal(batches, expected)
+    for name, spec in ManyArrays.specs.items():
+        assert batches[0][name].shape == (4, *spec.shape)
+        assert batches[0][name].dtype == spec.dtype
+    iterator.close()
+
+
+def test_array_of_another_type_than_its_spec_is_an_error(config):
+    config.data.workers = 1
+    with pytest.raises(TypeError, match=r"float32.*float64"):
+        next(iter(train_batches(NumberedSource(9), WrongType(), config)))
 
 
 def test_nothing_readable_is_an_error(config):

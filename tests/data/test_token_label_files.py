@@ -1,4 +1,4 @@
-"""Labels of the cells of an image from files: they follow the crop and the flip of the image."""
+"""Label files for the cells of images: labels follow the crop and the flip of the image."""
 
 import dataclasses
 import pickle
@@ -19,7 +19,7 @@ RECORDS, WIDTH, HEIGHT = 6, 120, 90
 
 
 def naive_sample(label_map, box, flip, grid):
-    """Bilinear interpolation of a dense map (gh, gw, num_classes) at the centres of the cells."""
+    """Interpolates a dense map (gh, gw, num_classes) bilinearly at the centres of the cells."""
     left, top, right, bottom = box
     height, width, num_classes = label_map.shape
     found = np.zeros((grid, grid, num_classes))
@@ -84,7 +84,7 @@ class RampSource:
 
 
 def write_files(folder, classes=None, scores=None):
-    """Of class 0, that grows to the right, of class 1, that grows downwards, and of the record."""
+    """Writes scores of class 0 (grow right), class 1 (grow down) and the record's own class."""
     grid = (9, 12)
     if classes is None:
         numbers = np.arange(RECORDS)[:, None, None]
@@ -129,7 +129,7 @@ def test_labels_show_what_the_image_shows(config):
     labels = dense(batch, 2 + RECORDS)
     centres = batch["image"][:, 16::32, 16::32, :2] / 255.0
     np.testing.assert_allclose(labels[..., :2], centres, atol=0.04)
-    # Some are mirrored, some are not; and each is of its own record.
+    # Some are mirrored, some are not, and each shows its own record.
     mirrored = labels[:, 0, 0, 0] > labels[:, 0, -1, 0]
     assert 0 < mirrored.sum() < 12
     np.testing.assert_array_equal(labels[..., 2:].argmax(-1)[:, 0, 0], batch["label"])
