@@ -372,7 +372,8 @@ class VisionTransformer(Backbone):
         Raises:
           UserError: the reducer convolves, or leaves no patch.
         """
-        tokens, restore = self._forward(images, train, restorable=self._check_map())
+        self._check_map()
+        tokens, restore = self._forward(images, train, restorable=True)
         tokens = self.norm(tokens[:, self.settings.num_front :])
         return Encoded(tokens, functools.partial(self._to_map, restore, images.shape))
 
@@ -404,15 +405,15 @@ class VisionTransformer(Backbone):
                 patches = self._to_map(restore, images.shape, x[:, num_front:])
                 found[index] = Tap(patches, x[:, :num_front])
 
-        self._forward(images, train, restorable=self._check_map(), visit=visit)
+        self._check_map()
+        self._forward(images, train, restorable=True, visit=visit)
         return [found[block] for block in blocks]
 
     @nn.nowrap
-    def _check_map(self) -> bool:
+    def _check_map(self) -> None:
         """Raises UserError where a patch may have no token that stands for it."""
         if self.settings.token_reducer is not None:
             self.settings.token_reducer.check_map()
-        return True
 
     @nn.nowrap
     def _to_map(self, restore, image_shape, tokens):
