@@ -46,7 +46,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-# A list, like that of the arguments: as objects of their own, short names would be ambiguous.
+# A list, like the arguments: as objects of their own, short names would be ambiguous.
 napoleon_custom_sections = [("Attributes", "params_style")]
 default_role = "py:obj"
 

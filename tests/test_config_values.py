@@ -67,7 +67,7 @@ POOLED = {
     }.items()
 }  # fmt: skip
 
-# Family -> entries on ImageNet-1K, beside those of all families.
+# Family -> entries on ImageNet-1K, beside the entries of all families.
 PUBLISHED = {
     "dgt": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020}
     | overrides(num_groups=48, top_k=98) | DGT,

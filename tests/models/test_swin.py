@@ -77,7 +77,7 @@ def mlp(p, x):
 
 
 def position_bias(p, rows, columns, pretrained):
-    """Of every pair of places (N, T, T)."""
+    """Biases of every pair of places (N, T, T)."""
     offsets = [x[:, None] - x for x in (rows, columns)]
     if pretrained is None:
         middle = p["relative_position_bias"].shape[0] // 2

@@ -109,7 +109,7 @@ def test_batch_stays_divided_over_the_devices():
 
 
 def row_step(axis_name):
-    """An evaluation step whose rows are the batch, and whose sum is that of the batch."""
+    """An evaluation step whose rows are the batch, and whose sums add up the batch."""
 
     def step(variables, batch):
         total = (variables["factor"] * batch["x"]).sum()

@@ -57,7 +57,7 @@ def with_dense_labels(batch):
 
 
 def naive_loss(params, batch, config, mixing):
-    """Of one micro-batch, in float64, with loops over images and cells."""
+    """Loss of one micro-batch, in float64, with loops over images and cells."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     pixels = np.asarray(normalize(batch["image"], "imagenet"), np.float64)
     targets = np.full((len(pixels), NUM_CLASSES), 0.1 / NUM_CLASSES)
@@ -164,7 +164,7 @@ def run_steps(parallel, config, num_steps=2):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    # Not that of the students.
+    # With another normalisation than the students.
     workdir = tmp_path_factory.mktemp("teacher")
     return workdir, write_run(workdir, seed=1, normalization="inception")
 

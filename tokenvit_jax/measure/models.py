@@ -66,7 +66,7 @@ def benchmark_models(
       settings; "gmacs", 10^9 multiply-adds of the forward pass of one image; "images_per_second";
       "gmacs_per_second", their product; "ratio_to_NAME", this product over the product of the timm
       model NAME; and the numbers of :func:`tokenvit_jax.measure.timing.describe_times`. If any
-      model has variants, also "speedup", images per second over those of the plain model, "saved",
+      model has variants, also "speedup", ratio of images per second to the plain model, "saved",
       multiply-adds of the plain model over its own, and "speedup_over_saved".
 
     Raises:

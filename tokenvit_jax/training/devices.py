@@ -146,7 +146,7 @@ class PmapParallel:
 
     def train_step(self, step: Callable, abstract_state: Any) -> Callable:
         """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
-        del abstract_state  # its layout is that of `out_axes`
+        del abstract_state  # `out_axes` says the layout
         axes = {"in_axes": (None, 0), "out_axes": (None, None)}
         return jax.pmap(step, axis_name=_PMAP_AXIS, donate_argnums=0, **axes)
 

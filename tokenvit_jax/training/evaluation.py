@@ -56,7 +56,7 @@ def evaluate_run(
     Args:
       workdir: folder of a training run.
       checkpoint: "last", "best" or a step.
-      config: another configuration than that of the run, for these devices; None: the run's own.
+      config: replaces the run's configuration; must suit these devices. None: the run's own.
 
     Returns:
       "step" and the metrics of the task's meter.

@@ -1,4 +1,4 @@
-"""Runs that begin with given weights: published ones, or those of another run."""
+"""Runs that begin with given weights, published or from another run."""
 
 from pathlib import Path
 from typing import Any

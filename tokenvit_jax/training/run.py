@@ -107,7 +107,7 @@ def load_run(
     Args:
       workdir: folder of a training run, or one that `convert` or `expedite` wrote.
       checkpoint: "last", "best" (highest score of the task) or a step.
-      config: another configuration than that of the run; None: the run's own.
+      config: replaces the run's configuration; None: the run's own.
       axis_name: axis of `jax.pmap` over which a batch will be split; None under `jax.jit`.
 
     Raises:

@@ -93,7 +93,7 @@ def make_train_step(
 
 
 def make_eval_step(task: Task, model: nn.Module) -> Callable[[dict, Batch], Outcome]:
-    """Returns `eval_step(variables, batch) -> Outcome`, whose sums are those of the global batch.
+    """Returns `eval_step(variables, batch) -> Outcome`, with sums over the global batch.
 
     Args:
       task: evaluates the batch.

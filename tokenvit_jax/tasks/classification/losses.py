@@ -45,7 +45,7 @@ def token_labels(entries: Mapping[str, jax.Array], num_classes: int) -> jax.Arra
     Args:
       entries: either "token_labels", which are these probabilities, or "token_classes"
         (B, h, w, n) int and "token_scores" (B, h, w, n) float: the probabilities of some classes;
-        those of a class that occurs more than once add up.
+        they add up for a class that occurs more than once.
       num_classes: number of classes.
     """
     if "token_labels" in entries:

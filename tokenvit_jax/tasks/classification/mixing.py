@@ -49,7 +49,7 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
 
     Returns:
       The kind of mixing, its ratio and, for CutMix, its rectangle. CutMix cuts the rectangle off
-      at the borders of the image; its ratio is that of the remaining area.
+      at the borders of the image; its ratio follows the remaining area.
     """
     apply_rng, switch_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 5)
     if config.mixup and config.cutmix:
