@@ -6,9 +6,9 @@ A classifier gives the most probable classes of each image; a model with dynamic
 the largest query groups with the keys that each selects, a model with clusters the clusters of its
 tokens, as coloured regions and one by one. A segmentation model gives the classes of the pixels,
 blended over the image and as a label map of its size (a PNG whose pixels are the labels). Where a
-model clusters patches by `expedite`, the borders of the superpixels are drawn; an image that is seen
-in several windows shows the superpixels of the middle window. --checkpoint=last, best (highest score of the
-task) or a step.
+model clusters patches by `expedite`, the borders of the superpixels are drawn; an image that is
+seen in several windows shows the superpixels of the middle window. --checkpoint=last, best (highest
+score of the task) or a step.
 """
 
 from collections.abc import Sequence
