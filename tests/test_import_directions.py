@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "errors": "",
 }
 # Packages that the mathematics may use, besides the standard library.
-PACKAGES = dict.fromkeys(("ops", "kernels", "arrays"), {"jax", "numpy", "jaxtyping"})
+PACKAGES = {layer: {"jax", "numpy", "jaxtyping"} for layer in ("ops", "kernels", "arrays")}
 # Modules of `ops` that the kernels may use, too: a layer below both.
 ARRAYS = {f"{PACKAGE}.ops.{name}" for name in ("dtypes", "gather")}
 

@@ -81,20 +81,6 @@ def read_entry(config: ConfigDict, key: str) -> Any:
     return config
 
 
-def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the entries of a nested configuration by their dotted keys.
-
-    Unlike `flax.traverse_util.flatten_dict` it keeps nothing of a dictionary without entries.
-    """
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def check_values(
     config: ConfigDict,
     choices: dict[str, tuple[Any, ...]],

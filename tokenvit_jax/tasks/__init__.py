@@ -1,8 +1,9 @@
 """Tasks: one folder and one line of `TASKS` each."""
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import base_config, flatten_config
+from tokenvit_jax.config import base_config
 from tokenvit_jax.data import dataset_info, list_datasets
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
@@ -64,8 +65,7 @@ def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
     Raises:
       UserError: unknown task or dataset, or a dataset without the labels that the task reads.
     """
-    own = flatten_config(default_config(config.task).to_dict())
-    missing = sorted(own.keys() - flatten_config(config.to_dict()).keys())
+    missing = sorted(_keys(default_config(config.task)) - _keys(config))
     if missing:
         raise UserError(
             f"config.task={config.task!r} needs the entry config.{missing[0]}, which this "
@@ -88,9 +88,11 @@ def tasks_with(key: str) -> list[str]:
     Args:
       key: such as "augment.crop_scale" or "mix".
     """
-    configs = {name: flatten_config(default_config(name).to_dict()) for name in TASKS}
-    return [name for name, keys in configs.items() if any(_is_in(key, other) for other in keys)]
+    keys = {name: _keys(default_config(name)) for name in TASKS}
+    return [
+        name for name in TASKS if any(f"{other}.".startswith(f"{key}.") for other in keys[name])
+    ]
 
 
-def _is_in(key: str, other: str) -> bool:
-    return f"{other}.".startswith(f"{key}.")
+def _keys(config: ConfigDict) -> set[str]:
+    return set(flatten_dict(config.to_dict(), sep="."))

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import flatten_config
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 
@@ -32,10 +32,10 @@ def read_config(workdir: Path) -> ConfigDict:
             "that version, or train anew"
         )
     config = default_config(stored["task"])
-    known = flatten_config(config.to_dict())
+    known = flatten_dict(config.to_dict(), sep=".")
     unknown = [
         key
-        for key in flatten_config(stored)
+        for key in flatten_dict(stored, sep=".")
         if key not in known and not key.split(".")[0].endswith("_overrides")
     ]
     if unknown:
@@ -88,7 +88,7 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    before, now = (flatten_config(tree) for tree in (_read_json(workdir), _plain(config)))
+    before, now = (flatten_dict(tree, sep=".") for tree in (_read_json(workdir), _plain(config)))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
