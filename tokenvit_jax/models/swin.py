@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
@@ -135,11 +134,9 @@ class PatchMerging(nn.Module):
         reduction = nn.Dense(
             self.dim, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="reduction"
         )
-        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-        batch, height, width, channels = x.shape
-        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        squares = to_windows(pad_to_windows(x, (2, 2)), (2, 2))  # (B, H / 2, W / 2, 2, 2, C)
         # Column by column within a square.
-        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        x = squares.swapaxes(3, 4).reshape(*squares.shape[:3], -1)
         return norm(reduction(x)) if self.norm_after else reduction(norm(x))
 
 

@@ -22,6 +22,7 @@ from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import Patches, TokenReducer
 from tokenvit_jax.models.settings import BackboneSettings, check_choice, read_settings
 from tokenvit_jax.ops.gather import take
+from tokenvit_jax.ops.windows import pad_to_windows
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
@@ -295,11 +296,9 @@ class VisionTransformer(Backbone):
     def _embed(self, images, grid):
         """Returns patches, the tokens in front of them, and positions added: (B, T, C)."""
         settings = self.settings
-        batch, *sizes, _ = images.shape
-        padding = [(0, n * settings.patch_size - size) for n, size in zip(grid, sizes, strict=True)]
-        x = jnp.pad(images.astype(settings.dtype), ((0, 0), *padding, (0, 0)))
-        x = self.patches(x).reshape(batch, -1, settings.dim)
-        front = [jnp.broadcast_to(token, (batch, 1, settings.dim)) for token in self.front]
+        x = pad_to_windows(images.astype(settings.dtype), (settings.patch_size,) * 2)
+        x = self.patches(x).reshape(len(images), -1, settings.dim)
+        front = [jnp.broadcast_to(token, (len(images), 1, settings.dim)) for token in self.front]
         x = jnp.concatenate([*front, x], 1).astype(settings.dtype)
         return x + self._positions(grid).astype(settings.dtype)
 
