@@ -14,6 +14,7 @@ from stateful_model import StatefulModel
 
 from tokenvit_jax import benchmark, cli
 from tokenvit_jax.measure import models, operators, timm_peers
+from tokenvit_jax.models.backbone import Trainable
 
 TINY = {
     "stem_dim": 4, "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 0, 0, 0),
@@ -34,7 +35,7 @@ cli.run(benchmark.main, benchmark.FLAGS)
 """
 
 
-class MeanModel(nn.Module):
+class MeanModel(Trainable):
     """One linear layer with 3 x width multiply-adds."""
 
     width: int

@@ -12,6 +12,7 @@ import pytest
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure import models, timm_peers
 from tokenvit_jax.measure.timing import MIN_CALLS
+from tokenvit_jax.models.backbone import Trainable
 
 pytestmark = pytest.mark.parity
 
@@ -99,7 +100,7 @@ def test_training_step_is_gradient_descent(linear):
 
 
 def test_takes_turns_with_our_models(monkeypatch):
-    class MeanModel(nn.Module):
+    class MeanModel(Trainable):
         @nn.compact
         def __call__(self, images, train):
             return nn.Dense(1000)(images.mean((1, 2)))

@@ -1,1 +1,1 @@
-"""Training: state, optimizer, step, mixing, devices, checkpoints and logs."""
+"""Training: loop, step, optimizer, devices, processes, checkpoints, runs and logs."""
