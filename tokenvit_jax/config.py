@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
 
-IMAGENET_TRAIN_IMAGES = 1_281_167
-
 
 def base_config() -> ConfigDict:
     """Returns the entries that all tasks share: no augmentation, no regularisation."""
