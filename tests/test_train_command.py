@@ -238,7 +238,7 @@ def run_here(monkeypatch, capsys, command, *arguments):
             1,
             "config.data.normalization='half' is not valid; valid: imagenet, inception",
         ),
-        (["--config.image_size=31"], 1, "image_size=31; valid: at least 32"),
+        (["--config.image_size=31"], 1, "config.image_size=31 is not valid; valid: at least 32"),
         (["--config.batch_size=20"], 1, "config.batch_size=20 is not a multiple of 8 devices"),
         (["--config.batch_size=0"], 1, "config.batch_size=0 is not valid; valid: at least 1"),
         (["--config.ema_decay=1.5"], 1, "config.ema_decay=1.5 is not valid; valid: 0 to 1"),

@@ -12,8 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import NORMALIZATIONS, DatasetInfo, Examples, eval_image
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.data import DatasetInfo, Examples, eval_image, mean_and_std
 
 if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
     from matplotlib.figure import Figure
@@ -188,13 +187,7 @@ class Task(abc.ABC):
         Raises:
           UserError: unknown normalization.
         """
-        normalization = self.config.data.normalization
-        if normalization not in NORMALIZATIONS:
-            raise UserError(
-                f"config.data.normalization={normalization!r} is not valid; valid: "
-                f"{', '.join(NORMALIZATIONS)}"
-            )
-        mean, std = NORMALIZATIONS[normalization]
+        mean, std = mean_and_std(self.config.data.normalization)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
     def class_names(self) -> Sequence[str]:

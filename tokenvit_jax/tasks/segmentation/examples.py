@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.dense_transforms import Pixel, fit_image, pad, train_scene
-from tokenvit_jax.data.images import NORMALIZATIONS
+from tokenvit_jax.data.images import mean_and_std
 from tokenvit_jax.data.record import IGNORED, Record, Spec
 from tokenvit_jax.errors import UserError
 
@@ -113,7 +113,7 @@ class SegmentationExamples:
 
 def _mean_pixel(config: ConfigDict) -> Pixel:
     """Returns the colour that normalisation turns into zeros, up to rounding."""
-    mean, _ = NORMALIZATIONS[config.data.normalization]
+    mean, _ = mean_and_std(config.data.normalization)
     return tuple(round(255 * level) for level in mean)
 
 
