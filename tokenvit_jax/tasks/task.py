@@ -140,6 +140,8 @@ class Task(abc.ABC):
     ) -> tuple[jax.Array, Aux]:
         """Returns the loss () of a part of a batch, differentiable in the parameters.
 
+        The step adds the losses that modules sow; see :class:`Aux`.
+
         Args:
           model: of :meth:`make_model`.
           params: its parameters.

@@ -56,9 +56,8 @@ class Classification(Task):
         check_entries(self.config)
 
     def check_devices(self, devices: int) -> None:
-        mix, batch_size, accumulate = (
-            self.config[key] for key in ("mix", "batch_size", "accumulate_steps")
-        )
+        mix, batch_size = self.config.mix, self.config.batch_size
+        accumulate = self.config.accumulate_steps
         if (mix.mixup or mix.cutmix) and batch_size % (2 * devices):
             raise UserError(
                 f"config.batch_size={batch_size} gives each of {devices} devices an odd number of "
