@@ -32,7 +32,7 @@ flags.DEFINE_integer(
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the command."""
     config = cli.read_config(flag_values)
-    check_task(create_task(config))
+    check_task(create_task(config))  # here too: a mistake shows before processes wait for others
     processes.connect(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
     train(config, Path(flag_values.workdir))
 
