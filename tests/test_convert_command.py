@@ -202,6 +202,10 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
             {"layout": "timm"},
             "layout=timm is for classification: config.dataset='scenes' has no label",
         ),
+        (
+            {"dataset": "scnes"},
+            r"error: no dataset 'scnes' \(did you mean 'scenes'\?\); valid: ade",
+        ),
         ({"model": "swin_t"}, "layout=segmenter has no model 'swin_t'; valid: vit, deit"),
     ):
         status, _, err = run(monkeypatch, capsys, out=tmp_path / "run", **flags | changes)

@@ -15,6 +15,7 @@ import tokenvit_jax as tv
 from tokenvit_jax import cli, evaluate, predict
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.data.images import MEAN, STD
+from tokenvit_jax.training import evaluation
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.conversion import import_file
 from tokenvit_jax.training.workdir import read_config
@@ -129,7 +130,7 @@ def test_a_run_that_does_not_name_its_normalization_has_imagenets(imported, tmp_
 @pytest.mark.parametrize("with_config", [False, True])
 def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path, with_config):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate_run", lambda *args: seen.append(args[2]) or {})
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *args: seen.append(args[2]) or {})
     file = tmp_path / "config.py"
     file.write_text(
         "from tokenvit_jax.tasks import default_config\n"

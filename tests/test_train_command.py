@@ -238,7 +238,7 @@ def run_here(monkeypatch, capsys, command, *arguments):
             1,
             "config.data.normalization='half' is not valid; valid: imagenet, inception",
         ),
-        (["--config.image_size=31"], 1, "image_size=31; valid: at least 32"),
+        (["--config.image_size=31"], 1, "config.image_size=31 is not valid; valid: at least 32"),
         (["--config.batch_size=20"], 1, "config.batch_size=20 is not a multiple of 8 devices"),
         (["--config.batch_size=0"], 1, "config.batch_size=0 is not valid; valid: at least 1"),
         (["--config.ema_decay=1.5"], 1, "config.ema_decay=1.5 is not valid; valid: 0 to 1"),
@@ -290,13 +290,38 @@ def test_missing_config(monkeypatch, capsys, command, status, message):
     assert found_status == status
 
 
-def test_workdir_of_an_earlier_version_is_named(monkeypatch, capsys, reference, tmp_path):
-    entries = json.loads((reference / "config.json").read_text())
-    del entries["task"]
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    status, line = run_here(monkeypatch, capsys, "evaluate", f"--workdir={tmp_path}")
-    assert f"{tmp_path}/config.json has no entry 'task': an earlier version" in line
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("evaluate", ["--workdir={old}"]),
+        ("evaluate", ["--workdir={old}", f"--config={CONFIG}"]),
+        ("train", ["--workdir={old}", f"--config={CONFIG}"]),
+        (
+            "train",
+            ["--workdir={new}", f"--config={CONFIG}", "--config.initial.workdir={old}"],
+        ),
+    ],
+)
+def test_workdir_of_an_earlier_version_is_named(
+    monkeypatch, capsys, reference, tmp_path, command, flags
+):
+    workdir = tmp_path / "old"
+    shutil.copytree(reference, workdir)
+    remove_entry(workdir / "config.json", "task")
+    for metrics in workdir.glob("checkpoints/*/metrics/metrics"):
+        remove_entry(metrics, "score")
+    files = sorted(workdir.rglob("*"))
+    flags = [flag.format(old=workdir, new=tmp_path / "new") for flag in flags]
+    status, line = run_here(monkeypatch, capsys, command, *flags)
+    assert f"{workdir}/config.json has no entry 'task': an earlier version" in line
     assert status == 1
+    assert sorted(workdir.rglob("*")) == files
+
+
+def remove_entry(path, key):
+    entries = json.loads(path.read_text())
+    del entries[key]
+    path.write_text(json.dumps(entries))
 
 
 def test_workdir_of_a_later_version_is_named(monkeypatch, capsys, reference, tmp_path):

@@ -29,10 +29,10 @@ def run(
     keeps its traceback.
 
     Args:
-        main: the command; takes the parsed flags, then the positional arguments.
-        flag_values: the flags that it defines.
-        required: names of flags that must be given.
-        positional: names of the arguments that have no flag; all must be given.
+      main: the command; takes the parsed flags, then the positional arguments.
+      flag_values: the flags that it defines.
+      required: names of flags that must be given.
+      positional: names of the arguments that have no flag; all must be given.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # grain and tensorflow_datasets read absl's global flags, which nobody parses here.
@@ -72,7 +72,7 @@ def read_config(flag_values: flags.FlagValues):
     """Returns the locked `ConfigDict` of the flag --config.
 
     Raises:
-        UserError: its file cannot be read.
+      UserError: its file cannot be read.
     """
     from ml_collections import ConfigDict
 

@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
 
-IMAGENET_TRAIN_IMAGES = 1_281_167
-
 
 def base_config() -> ConfigDict:
     """Returns the entries that all tasks share: no augmentation, no regularisation."""
@@ -102,3 +100,17 @@ def check_values(
         if not value >= low or (high is not None and not value <= high):
             limits = f"at least {low}" if high is None else f"{low} to {high}"
             raise UserError(f"config.{key}={value} is not valid; valid: {limits}")
+
+
+def check_interval(config: ConfigDict, key: str, highest: float | None = None) -> None:
+    """Raises UserError unless an entry is two ascending numbers above 0.
+
+    Args:
+      config: any configuration with this entry.
+      key: such as "augment.crop_scale".
+      highest: largest valid number; None: no limit.
+    """
+    value = read_entry(config, key)
+    if len(value) != 2 or not 0 < value[0] <= value[1] or (highest and value[1] > highest):
+        limit = "" if highest is None else f" and up to {highest}"
+        raise UserError(f"config.{key}={value}; valid: lowest and highest, above 0{limit}")

@@ -17,9 +17,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.expediting import insertions
-from tokenvit_jax.measure.macs import summarize_model
-from tokenvit_jax.tasks import create_task
-from tokenvit_jax.training.evaluation import evaluate_run
+from tokenvit_jax.training.evaluation import evaluate_insertions
 from tokenvit_jax.training.workdir import for_inference, read_config
 
 FLAGS = flags.FlagValues()
@@ -45,16 +43,7 @@ def main(flag_values: flags.FlagValues) -> None:
         if flag_values.data_dir is not None:
             config.data.data_dir = flag_values.data_dir
     inserted = insertions.from_flags(flag_values, config.model)
-    for label, overrides in {"none": {}, **inserted}.items():
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            for key, value in overrides.items():  # `update` would keep parts of the old value
-                changed.model_overrides[key] = value
-        metrics = evaluate_run(workdir, checkpoint, changed)
-        if inserted:
-            model, size = create_task(changed).make_model(), changed.image_size
-            macs = summarize_model(model, (size, size), changed.model).macs
-            metrics |= {"inserted": label, "gmacs": macs / 1e9}
+    for metrics in evaluate_insertions(workdir, checkpoint, config, inserted):
         print(json.dumps(metrics), flush=True)
 
 

@@ -298,25 +298,31 @@ def test_death_of_a_worker_is_an_error(config):
 
 
 @pytest.mark.parametrize(
-    "key, value, message",
+    "key, value, valid",
     [
-        ("image_size", 31, "image_size=31; valid: at least 32"),
-        ("batch_size", 9, "batch_size=9; valid: positive multiples of the number of processes, 2"),
-        ("data.eval_batch_size", 9, "data.eval_batch_size=9; valid: positive multiples"),
-        ("data.on_corrupt", "ignore", "data.on_corrupt='ignore'; valid: 'raise', 'skip'"),
-        ("seed", -1, "seed=-1; valid: 0 to 4294967295"),
-        ("data.workers", -1, "data.workers=-1; valid: 0 or more"),
-        ("data.repeats", 0, "data.repeats=0; valid: 1, or more below batch_size=8"),
-        ("data.repeats", 8, "data.repeats=8; valid: 1, or more below batch_size=8"),
-        ("dataset", "digit", "no dataset 'digit' (did you mean 'digits'?); "),
+        ("image_size", 31, "at least 32"),
+        ("batch_size", 9, "positive multiples of the number of processes, 2"),
+        ("data.eval_batch_size", 9, "positive multiples of the number of processes, 2"),
+        ("data.on_corrupt", "ignore", "raise, skip"),
+        ("data.normalization", "half", "imagenet, inception"),
+        ("seed", -1, "0 to 4294967295"),
+        ("data.workers", -1, "at least 0"),
+        ("data.repeats", 0, "1, or more below config.batch_size=8"),
+        ("data.repeats", 8, "1, or more below config.batch_size=8"),
     ],
 )
-def test_wrong_value_is_named(config, key, value, message):
+def test_wrong_value_is_named(config, key, value, valid):
     config.update_from_flattened_dict({key: value})
     make = eval_dataset if "eval" in key else train_dataset
     with pytest.raises(UserError) as error:
         make(config, process_count=2)
-    assert message in str(error.value)
+    assert str(error.value) == f"config.{key}={value!r} is not valid; valid: {valid}"
+
+
+def test_unknown_dataset_is_named(config):
+    config.dataset = "digit"
+    with pytest.raises(UserError, match=r"no dataset 'digit' \(did you mean 'digits'\?\); valid: "):
+        train_dataset(config)
 
 
 SCRIPT = """

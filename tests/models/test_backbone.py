@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict
 from random_variables import random_variables
 
 import tokenvit_jax as tv
+from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import advance_centroids
 from tokenvit_jax.models.backbone import (
+    MIN_IMAGE_SIZE,
     BackboneModel,
     Tap,
     Trainable,
@@ -108,6 +110,11 @@ def test_only_the_classifier_uses_the_head_modules(name, overrides):
     init = functools.partial(model.init, train=False, method="features")
     map_only = jax.eval_shape(init, jax.random.key(0), IMAGES[:1])["params"]
     assert whole.keys() - map_only.keys() == set(model.head_modules)
+
+
+@pytest.mark.parametrize("name", ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"])
+def test_the_smallest_image_is_one_cell_of_the_last_map(name):
+    assert tv.create_model(name).strides[-1] == CELL_SIZE == MIN_IMAGE_SIZE
 
 
 def test_tokens_of_a_hierarchical_backbone_are_its_maps_side_by_side():

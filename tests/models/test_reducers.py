@@ -15,6 +15,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Attention
 from tokenvit_jax.measure.macs import count_macs
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.models.reducers import (
     CLUSTERINGS,
     MERGING,
@@ -69,7 +70,7 @@ PHOTO = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
 @functools.cache
 def shapes_of(model):
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), PHOTO)
+    return variable_shapes(model, PHOTO)
 
 
 @functools.cache
@@ -216,7 +217,7 @@ def test_merging_alike_tokens_is_a_mean_by_size():
 
 def with_extra(model, seed=3):
     """The variables of all tests, with those that only this model has."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    shapes = variable_shapes(model, IMAGES)
     drawn = flatten_dict(variables())
     draw = np.random.default_rng(seed)
     for path, leaf in flatten_dict(shapes).items():
@@ -419,7 +420,7 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
 def test_mistakes_are_named(reducer, message):
     with pytest.raises(UserError, match=message):
         model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
-        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+        variable_shapes(model, IMAGES)
 
 
 def test_a_mean_of_reduced_tokens_is_refused():

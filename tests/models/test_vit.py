@@ -10,6 +10,7 @@ import pytest
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.models.vit import VisionTransformer, ViTSettings
 
 SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size": (48, 32)}
@@ -21,7 +22,7 @@ IMAGES = rng.normal(size=(2, 48, 32, 3)).astype(np.float32)
 def make(**overrides):
     """Returns a model and random variables, none of them 0 or 1 as at the start of a training."""
     model = VisionTransformer(ViTSettings(**SMALL | overrides))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    shapes = variable_shapes(model, IMAGES)
     draw = np.random.default_rng(1)
     return model, jax.tree.map(
         lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), shapes
@@ -193,7 +194,7 @@ def test_stochastic_depth_and_dropout_are_of_training():
 def test_parameters_with_distillation(name, number):
     model = tv.create_model(name, distilled=True)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    shapes = variable_shapes(model, images)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == number
 
 
@@ -217,4 +218,4 @@ def test_parameters_with_distillation(name, number):
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(UserError, match=message):
         model = VisionTransformer(ViTSettings(**SMALL | overrides))
-        jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+        variable_shapes(model, IMAGES)

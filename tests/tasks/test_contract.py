@@ -73,6 +73,7 @@ def tiny_config(name: str) -> ConfigDict:
     config.image_size, config.batch_size = SIZE, BATCH_SIZE
     config.data.eval_batch_size = 8
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.optimizer.weight_decay = 0.0  # a parameter moves by its gradient alone
     config.num_steps, config.log_every_steps = 4, 1
     config.eval_every_steps, config.checkpoint_every_steps = 4, 2
     for key, value in CASES[name].entries.items():

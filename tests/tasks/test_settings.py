@@ -5,12 +5,21 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config, tasks_with
 
 
-def test_wrong_value_for_classification_is_named():
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("data.eval_crop", 0.0, "data.eval_crop=0.0; valid: above 0, up to 1"),
+        ("augment.crop_scale", (3.0,), "augment.crop_scale=(3.0,); valid: lowest and highest, abo"),
+        ("augment.crop_scale", (0.5, 2.0), "crop_scale=(0.5, 2.0); valid: lowest and highest, abo"),
+        ("augment.crop_ratio", (2.0, 1.0), "crop_ratio=(2.0, 1.0); valid: lowest and highest, abo"),
+    ],
+)
+def test_wrong_value_for_classification_is_named(key, value, message):
     config = default_config("classification")
-    config.data.eval_crop = 0.0
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError) as error:
         check_config(config)
-    assert "data.eval_crop=0.0; valid: above 0, up to 1" in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,23 @@ _BICUBIC = Image.Resampling.BICUBIC
 _ATTEMPTS = 10  # to place a random box before giving up, as in torchvision and timm
 
 
+def mean_and_std(normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the standard deviation of a pixel normalisation, pixels in [0, 1].
+
+    Args:
+      normalization: `config.data.normalization`.
+
+    Raises:
+      UserError: unknown normalization.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise UserError(
+            f"config.data.normalization={normalization!r} is not valid; valid: "
+            f"{', '.join(NORMALIZATIONS)}"
+        )
+    return NORMALIZATIONS[normalization]
+
+
 def decode_image(encoded: bytes) -> Image.Image:
     """Decodes a whole image file.
 

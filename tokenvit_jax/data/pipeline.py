@@ -116,7 +116,7 @@ def _batch_specs(examples: Examples, batch: int) -> dict[str, Spec]:
 def _part(batch_size: int, name: str, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         valid = f"positive multiples of the number of processes, {process_count}"
-        raise UserError(f"{name}={batch_size}; valid: {valid}")
+        raise UserError(f"config.{name}={batch_size} is not valid; valid: {valid}")
     return batch_size // process_count
 
 

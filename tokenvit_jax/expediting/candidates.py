@@ -67,9 +67,10 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
       UserError: the backbone has no map of tokens to cluster, its tokens are reduced already, or it
         has too few tokens or blocks.
     """
-    name, settings = type(backbone).__name__, getattr(backbone, "settings", None)
+    name = type(backbone).__name__
     if not isinstance(backbone, vit.VisionTransformer | swin.Swin):
         raise UserError(f"{name} has no blocks on centres; valid: deit, vit, swin and swinv2")
+    settings = backbone.settings
     for setting in ("token_reducer", "expedite"):
         if getattr(settings, setting, None) is not None:
             raise UserError(

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Defaults of the operators.
+ROUNDS = 5  # of K-Medoids, K-Means and superpixels
+NEIGHBORS = 5  # of density peaks
+
 
 def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Computes attention on (B, L, N, D) arrays as they are, without choosing a layout."""
@@ -14,14 +18,14 @@ def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
 
 
-def cluster_unchunked(tokens: jax.Array, num_clusters: int, neighbors: int = 5) -> jax.Array:
+def cluster_unchunked(tokens: jax.Array, num_clusters: int) -> jax.Array:
     """Clusters by density peaks with all N x N distances at once: (B, N, C) -> (B, N)."""
     x = tokens.astype(jnp.float32)
     square = jnp.sum(x * x, -1)
     products = jnp.einsum("bnc,bmc->bnm", x, x)
     distance = jnp.sqrt(jnp.maximum(square[:, :, None] + square[:, None] - 2 * products, 0))
     distance /= x.shape[-1] ** 0.5
-    nearest = -lax.top_k(-distance, neighbors)[0]
+    nearest = -lax.top_k(-distance, NEIGHBORS)[0]
     density = jnp.exp(-jnp.mean(nearest**2, -1))
     is_denser = density[:, None] > density[:, :, None]
     delta = jnp.where(is_denser, distance, jnp.inf).min(-1)
@@ -32,7 +36,7 @@ def cluster_unchunked(tokens: jax.Array, num_clusters: int, neighbors: int = 5) 
     return jax.vmap(lambda row, center: row.at[center].set(own))(assignment, centers)
 
 
-def kmedoids_by_products(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+def kmedoids_by_products(x: jax.Array, medoids: jax.Array) -> jax.Array:
     """Runs K-Medoids by K x N x N products per round: (B, N, C), (B, K) -> (B, K)."""
     distances = _all_distances(x)
 
@@ -41,10 +45,10 @@ def kmedoids_by_products(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> j
         cost = jnp.einsum("bkn,bnm->bkm", member, distances)
         return jnp.where(member > 0, cost, jnp.inf).argmin(-1).astype(jnp.int32)
 
-    return lax.fori_loop(0, rounds, move, medoids)
+    return lax.fori_loop(0, ROUNDS, move, medoids)
 
 
-def kmedoids_by_masks(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.Array:
+def kmedoids_by_masks(x: jax.Array, medoids: jax.Array) -> jax.Array:
     """Runs K-Medoids by one masked sum over the N x N distances per round."""
     distances = _all_distances(x)
 
@@ -55,10 +59,10 @@ def kmedoids_by_masks(x: jax.Array, medoids: jax.Array, rounds: int = 5) -> jax.
         cost = jnp.where(same, distances, 0).sum(1)
         return jnp.where(member > 0, cost[:, None], jnp.inf).argmin(-1).astype(jnp.int32)
 
-    return lax.fori_loop(0, rounds, move, medoids)
+    return lax.fori_loop(0, ROUNDS, move, medoids)
 
 
-def kmeans_by_products(x: jax.Array, initial: jax.Array, rounds: int = 5) -> jax.Array:
+def kmeans_by_products(x: jax.Array, initial: jax.Array) -> jax.Array:
     """Runs K-Means by two K x N x C products per round: (B, N, C), (B, K) -> (B, K, C)."""
     x = x.astype(jnp.float32)
 
@@ -70,7 +74,7 @@ def kmeans_by_products(x: jax.Array, initial: jax.Array, rounds: int = 5) -> jax
         means = jnp.einsum("bkn,bnc->bkc", member, x) / jnp.maximum(count, 1)
         return jnp.where(count > 0, means, centers)
 
-    return lax.fori_loop(0, rounds, move, jnp.take_along_axis(x, initial[..., None], 1))
+    return lax.fori_loop(0, ROUNDS, move, jnp.take_along_axis(x, initial[..., None], 1))
 
 
 def _all_distances(x):
@@ -108,7 +112,7 @@ def cluster_superpixels_masked(
         weights = jax.nn.softmax(jnp.where(near, -distances / 50.0, -jnp.inf), -1)
         return jnp.einsum("bns,bnc->bsc", weights, x) / weights.sum(1)[..., None]
 
-    return lax.fori_loop(0, 5, move, centers).astype(tokens.dtype)
+    return lax.fori_loop(0, ROUNDS, move, centers).astype(tokens.dtype)
 
 
 def reconstruct_by_top_k(tokens: jax.Array, centers: jax.Array, refined: jax.Array) -> jax.Array:

@@ -9,12 +9,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)
 
 MIB = 2**20
 # Bounds on the number of timed calls; between them a time budget decides.
@@ -55,7 +57,9 @@ def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = 
     return Program(compiled, traced - start, end - traced, temp_bytes)
 
 
-def time_in_turns(calls: dict[str, Callable[[], Any]], *, seconds: float) -> dict[str, list[float]]:
+def time_in_turns(
+    calls: Mapping[Name, Callable[[], Any]], *, seconds: float
+) -> dict[Name, list[float]]:
     """Times functions that take turns, so that other load on the machine affects all alike.
 
     Args:

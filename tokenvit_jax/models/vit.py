@@ -5,7 +5,7 @@ Parameters and order of operations match the timm models of the same names.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -143,10 +143,6 @@ class Origin(NamedTuple):
     def restore(self, tokens: jax.Array) -> jax.Array:
         """Maps the tokens (B, n, D) that are left back to all patches (B, N, D)."""
         return tokens if self.home is None else take(tokens, self.home)
-
-
-# `visit(index, x, restore)` after a block, with its tokens and their way back to all patches.
-Visit = Callable[[int, jax.Array, Callable[[jax.Array], jax.Array]], None]
 
 
 class Block(nn.Module):
@@ -303,6 +299,10 @@ class VisionTransformer(Backbone):
         return x + self._positions(grid).astype(settings.dtype)
 
     def _run(self, blocks, x, grid, train, restorable=False, visit=None):
+        """Returns the tokens after some blocks, and their way back to all patches.
+
+        After every block it calls `visit(index, x, restore)`, where it is given.
+        """
         reducer, home = self.settings.token_reducer, None
         if restorable and reducer is not None:
             num_patches = x.shape[1] - self.settings.num_front

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,15 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import NORMALIZATIONS, DatasetInfo, Examples, eval_image
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.data import DatasetInfo, Examples, eval_image, mean_and_std
 
 if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
-    pass
+    from matplotlib.figure import Figure
 
 Batch = dict[str, jax.Array]
 Inputs = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
-Picture = "Figure | Image.Image"
+Picture: TypeAlias = "Figure | Image.Image"
 
 NUM_NAMED = 5  # classes that the text of a prediction names
 
@@ -30,7 +29,8 @@ class Aux(NamedTuple):
     """What a loss gives beside its value.
 
     Attributes:
-      model_state: the model's collections after the forward pass, without "params".
+      model_state: the model's collections after the forward pass, without "params". The step takes
+        out "losses", which modules sowed, and adds their sum to the loss.
       metrics: scalars to log by name, such as "loss/box".
     """
 
@@ -140,6 +140,8 @@ class Task(abc.ABC):
     ) -> tuple[jax.Array, Aux]:
         """Returns the loss () of a part of a batch, differentiable in the parameters.
 
+        The step adds the losses that modules sow; see :class:`Aux`.
+
         Args:
           model: of :meth:`make_model`.
           params: its parameters.
@@ -187,13 +189,7 @@ class Task(abc.ABC):
         Raises:
           UserError: unknown normalization.
         """
-        normalization = self.config.data.normalization
-        if normalization not in NORMALIZATIONS:
-            raise UserError(
-                f"config.data.normalization={normalization!r} is not valid; valid: "
-                f"{', '.join(NORMALIZATIONS)}"
-            )
-        mean, std = NORMALIZATIONS[normalization]
+        mean, std = mean_and_std(self.config.data.normalization)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
     def class_names(self) -> Sequence[str]:
@@ -203,7 +199,7 @@ class Task(abc.ABC):
 
 def apply_in_training(
     model: nn.Module, params: Any, model_state: Any, images: jax.Array, rngs: Rngs, **kwargs: Any
-) -> tuple[Any, Any, list[jax.Array]]:
+) -> tuple[Any, Any]:
     """Runs the forward pass of a training step.
 
     Args:
@@ -215,9 +211,9 @@ def apply_in_training(
       **kwargs: further arguments of the model, or ``method``.
 
     Returns:
-      The output, the new model state, and the losses that modules sowed, () each.
+      The output and the new model state, with the collection "losses" if modules sowed any.
     """
-    output, state = model.apply(
+    return model.apply(
         {"params": params, **model_state},
         images,
         train=True,
@@ -225,8 +221,6 @@ def apply_in_training(
         mutable=[*model_state, "losses"],
         **kwargs,
     )
-    sown = jax.tree.leaves(state.pop("losses", ()))
-    return output, state, sown
 
 
 def describe_shares(shares: Sequence[tuple[str, float]]) -> str:

@@ -23,6 +23,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.training.processes import on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
+from tokenvit_jax.training.workdir import check_version
 
 FOLDER = "checkpoints"
 # Stored with the metrics of an evaluation: the task's score, by which "best" is chosen.
@@ -30,6 +31,12 @@ _SCORE = "score"
 
 # orbax logs what it also raises, with tracebacks.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Returns the steps that have a complete checkpoint in a workdir, in order."""
+    folder = workdir / FOLDER
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 class Checkpoints:
@@ -57,7 +64,7 @@ class Checkpoints:
         self._folder = workdir.absolute() / FOLDER
         for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             logging.warning("checkpoint %s was not finished and is removed", path)
-        self._set_aside(_steps_without_metrics(self._folder))
+        self._set_aside(_steps_with_damaged_metrics(workdir))
         best = preservation_policy.BestN(
             get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
         )
@@ -187,7 +194,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and its storage raise many types
-            whole = ", ".join(map(str, _steps(self._folder))) or "none"
+            whole = ", ".join(map(str, saved_steps(self._folder.parent))) or "none"
             raise UserError(
                 f"checkpoint {self._writing} cannot be written: {_brief(error)}; "
                 f"complete checkpoints: {whole}"
@@ -216,10 +223,12 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
       which: "last", "best" (best score) or a step.
 
     Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
+      UserError: there is no such checkpoint, it cannot be read, or an earlier version of this
+        package wrote it.
     """
-    folder = Path(workdir).absolute() / FOLDER
-    steps = _steps(folder)
+    check_version(workdir)
+    folder = workdir.absolute() / FOLDER
+    steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir} holds no checkpoints")
     listed = ", ".join(map(str, steps))
@@ -316,15 +325,11 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics[_SCORE]
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-
-
-def _steps_without_metrics(folder: Path) -> list[int]:
-    """Checkpoints with damaged metrics: because of one, orbax could not open the others."""
+def _steps_with_damaged_metrics(workdir: Path) -> list[int]:
+    """Returns the checkpoints because of which orbax could not open the others."""
     damaged = []
-    for step in _steps(folder):
-        path = folder / str(step) / "metrics" / "metrics"
+    for step in saved_steps(workdir):
+        path = workdir / FOLDER / str(step) / "metrics" / "metrics"
         try:
             _score(json.loads(path.read_text()))
         except FileNotFoundError:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
 from tokenvit_jax.training.new_run import check_new, write_run
@@ -35,6 +36,7 @@ def import_file(
         is for another task than the dataset, or the folder already holds a run.
     """
     found = find_layout(layout, name)
+    dataset_info(dataset)  # raises UserError for an unknown name
     config = default_config(found.task)
     config.model, config.dataset = name, dataset
     try:

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.tasks import Outcome, Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
 from tokenvit_jax.training.run import load_run
@@ -74,7 +75,36 @@ def evaluate_run(
     batches = eval_batches(source, task.examples(train=False), config)
     eval_step = parallel.eval_step(make_eval_step(task, run.model))
     variables = parallel.put_variables(run.variables)
-    return {
-        "step": run.step,
-        **evaluate_batches(task, eval_step, variables, batches, parallel),
-    }
+    return {"step": run.step, **evaluate_batches(task, eval_step, variables, batches, parallel)}
+
+
+def evaluate_insertions(
+    workdir: Path, checkpoint: str, config: ConfigDict, inserted: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the metrics of a checkpoint without insertions, then with each of them.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: "last", "best" or a step.
+      config: configuration of the run, for these devices.
+      inserted: label of an insertion -> overrides of the model; see
+        :func:`tokenvit_jax.expediting.insertions.from_flags`.
+
+    Yields:
+      As :func:`evaluate_run`. If there are insertions, also "inserted", the label or "none", and
+      "gmacs", 10^9 multiply-adds per image.
+
+    Raises:
+      UserError: as :func:`evaluate_run`, or an insertion does not fit the model.
+    """
+    for label, overrides in {"none": {}, **inserted}.items():
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            for key, value in overrides.items():  # `update` would keep parts of the old value
+                changed.model_overrides[key] = value
+        metrics = evaluate_run(workdir, checkpoint, changed)
+        if inserted:
+            model, size = create_task(changed).make_model(), changed.image_size
+            macs = summarize_model(model, (size, size), changed.model).macs
+            metrics |= {"inserted": label, "gmacs": macs / 1e9}
+        yield metrics

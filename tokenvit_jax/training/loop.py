@@ -15,7 +15,7 @@ from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.batches import check_train_batch, prefetch
-from tokenvit_jax.training.checkpoint import Checkpoints
+from tokenvit_jax.training.checkpoint import Checkpoints, saved_steps
 from tokenvit_jax.training.evaluation import evaluate_batches
 from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -38,8 +38,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config does not fit, the loss is not finite, or the workdir
         cannot be written or read.
     """
-    check_task(create_task(config))
-    check_train_batch(create_task(config))
+    task = create_task(config)
+    check_task(task)
+    check_train_batch(task)
     keep_pages()
     parallel = devices.make_parallel(config)
     initial = load_initial(config)
@@ -70,14 +71,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
     eval_step = parallel.eval_step(make_eval_step(task, model))
 
     # ---------------------------------------------------------------- resume or start
+    if saved_steps(workdir):  # before they are opened, which sets damaged ones aside
+        check_same_run(workdir, config)
     checkpoints = Checkpoints(
         workdir,
         keep_last=config.keep_last_checkpoints,
         keep_best=config.keep_best_checkpoints,
         score=task.score,
     )
-    if checkpoints.steps():
-        check_same_run(workdir, config)
     restored = checkpoints.restore(abstract_state)
     if restored is None:
         state = parallel.init(init_fn)

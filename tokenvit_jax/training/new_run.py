@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints
 from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.state import TrainState, averaged_variables
+from tokenvit_jax.training.state import first_state
 from tokenvit_jax.training.workdir import write_config
 
 
@@ -28,16 +27,7 @@ def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
       config: configuration of the run.
       variables: as for `model.apply`.
     """
-    model_state = dict(variables)
-    params = model_state.pop("params")
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        model_state=model_state,
-        opt_state=make_optimizer(config).init(params),
-        ema=averaged_variables(params, model_state) if config.ema_decay else None,
-        skipped=jnp.zeros((), jnp.int32),
-    )
+    state = first_state(variables, make_optimizer(config), config)
     write_config(out, config)
     with Checkpoints(out, keep_last=1, keep_best=0, score=create_task(config).score) as checkpoints:
         # Training that goes on from here gets the first batch.

@@ -1,5 +1,6 @@
 """The state that a training run carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,7 +62,20 @@ def init_state(
     # Steps count from 0 upwards, so this key is never a step's.
     rng = step_rng(config.seed, jnp.uint32(2**32 - 1))
     images = jnp.zeros((1, config.image_size, config.image_size, 3))
-    model_state = dict(model.init(rng, images, train=False))
+    return first_state(model.init(rng, images, train=False), optimizer, config)
+
+
+def first_state(
+    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """Returns the state before the first step with these variables.
+
+    Args:
+      variables: of the model.
+      optimizer: optax transformation.
+      config: reads `ema_decay`.
+    """
+    model_state = dict(variables)
     params = model_state.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -49,7 +49,10 @@ def make_train_step(
 
         def loss_fn(params, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
-            return task.loss(model, params, model_state, inputs, rngs)
+            loss, aux = task.loss(model, params, model_state, inputs, rngs)
+            model_state = dict(aux.model_state)
+            sown = jax.tree.leaves(model_state.pop("losses", ()))
+            return loss + sum(sown), aux._replace(model_state=model_state)
 
         loss, logged, grads, model_state = _accumulate(
             loss_fn, config.accumulate_steps, state, inputs, model_rng

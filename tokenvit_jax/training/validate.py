@@ -5,7 +5,7 @@ import re
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import check_values
-from tokenvit_jax.data import NORMALIZATIONS, check_data
+from tokenvit_jax.data import check_data
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import Task
 
@@ -15,7 +15,6 @@ _CHOICES = {
     "parallel": ("jit", "pmap"),
     "optimizer.name": ("adamw", "sgd"),
     "optimizer.schedule": ("cosine", "polynomial"),
-    "data.normalization": tuple(NORMALIZATIONS),
 }
 # Entries with a range: lowest and highest valid value.
 _RANGES = {

@@ -26,11 +26,6 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     stored = _with_tuples(_read_json(workdir))
     path = workdir / CONFIG_FILE
-    if "task" not in stored:
-        raise UserError(
-            f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
-            "that version, or train anew"
-        )
     config = default_config(stored["task"])
     known = flatten_dict(config.to_dict(), sep=".")
     unknown = [
@@ -74,6 +69,12 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def check_version(workdir: Path) -> None:
+    """Raises UserError if an earlier version of this package wrote the run in a workdir."""
+    if (workdir / CONFIG_FILE).exists():
+        _read_json(workdir)
+
+
 def check_same_run(workdir: Path, config: ConfigDict) -> None:
     """Compares a configuration with the one that its workdir was written with.
 
@@ -84,7 +85,8 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
       config: the present configuration.
 
     Raises:
-      UserError: an entry changed that a checkpoint depends on.
+      UserError: an entry changed that a checkpoint depends on, or an earlier version of this
+        package wrote the run.
     """
     if not (workdir / CONFIG_FILE).exists():
         return
@@ -106,9 +108,15 @@ def _read_json(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no {CONFIG_FILE}: no run was started there")
     try:
-        return json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not readable: {error}") from error
+    if "task" not in stored:
+        raise UserError(
+            f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
+            "that version, or train anew in another folder"
+        )
+    return stored
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:

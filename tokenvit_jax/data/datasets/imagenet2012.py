@@ -17,14 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from tokenvit_jax.config import IMAGENET_TRAIN_IMAGES
 from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.data.tfds_files import TfdsSource, is_prepared, write_splits
 from tokenvit_jax.errors import UserError
 
 INFO = DatasetInfo(
     name="imagenet2012",
-    splits={"train": IMAGENET_TRAIN_IMAGES, "validation": 50_000},
+    splits={"train": 1_281_167, "validation": 50_000},
     train_split="train",
     eval_split="validation",
     fields=frozenset({"image", "label"}),

@@ -10,6 +10,16 @@ from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size
 Example = dict[str, np.ndarray]
 
 
+def eval_crop(config: ConfigDict, info: DatasetInfo) -> float:
+    """Returns the side of the centre crop over the resized shorter side; 1: the whole side.
+
+    Args:
+      config: reads `data.eval_crop`.
+      info: facts about the dataset; `center_crop` says whether the crop is used.
+    """
+    return config.data.eval_crop if info.center_crop else 1.0
+
+
 class ClassificationExamples:
     """Images with one class each: `image` (S, S, 3) uint8 and `label` () int32.
 
@@ -30,7 +40,7 @@ class ClassificationExamples:
     def __init__(self, config: ConfigDict, info: DatasetInfo, *, train: bool):
         self._size = config.image_size
         self._augment = config.augment
-        self._crop = config.data.eval_crop if info.center_crop else 1.0
+        self._crop = eval_crop(config, info)
         self._train = train
         self._token_labels = None
         self.specs = {

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_values, read_entry
+from tokenvit_jax.config import check_interval, check_values, read_entry
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
@@ -60,6 +60,8 @@ def check_entries(config: ConfigDict) -> None:
     check_values(config, {}, _RANGES)
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
+    check_interval(config, "augment.crop_scale", highest=1)
+    check_interval(config, "augment.crop_ratio")
     _check_mixtoken(config)
     _check_token_labels(config)
 

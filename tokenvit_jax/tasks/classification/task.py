@@ -17,7 +17,7 @@ from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
 from tokenvit_jax.models import create_model
 from tokenvit_jax.ops.mix_boxes import mix_boxes
 from tokenvit_jax.tasks.classification import losses
-from tokenvit_jax.tasks.classification.examples import ClassificationExamples
+from tokenvit_jax.tasks.classification.examples import ClassificationExamples, eval_crop
 from tokenvit_jax.tasks.classification.mixing import (
     draw_mixing,
     draw_token_mixing,
@@ -56,9 +56,8 @@ class Classification(Task):
         check_entries(self.config)
 
     def check_devices(self, devices: int) -> None:
-        mix, batch_size, accumulate = (
-            self.config[key] for key in ("mix", "batch_size", "accumulate_steps")
-        )
+        mix, batch_size = self.config.mix, self.config.batch_size
+        accumulate = self.config.accumulate_steps
         if (mix.mixup or mix.cutmix) and batch_size % (2 * devices):
             raise UserError(
                 f"config.batch_size={batch_size} gives each of {devices} devices an odd number of "
@@ -108,12 +107,12 @@ class Classification(Task):
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
         compute = self._token_loss if self._trains_tokens else self._class_loss
-        loss, model_state, sown = compute(model, params, model_state, inputs, rngs)
-        return loss + sum(sown), Aux(model_state, {})
+        loss, model_state = compute(model, params, model_state, inputs, rngs)
+        return loss, Aux(model_state, {})
 
     def _class_loss(self, model, params, model_state, inputs, rngs):
-        logits, *rest = apply_in_training(model, params, model_state, inputs["image"], rngs)
-        return losses.cross_entropy(logits, inputs["targets"]), *rest
+        logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
+        return losses.cross_entropy(logits, inputs["targets"]), model_state
 
     def _token_loss(self, model, params, model_state, inputs, rngs):
         images, targets, mixing = inputs["image"], inputs["targets"], None
@@ -122,17 +121,17 @@ class Classification(Task):
             mixing = draw_token_mixing(rngs["batch"], self.config.mix, *grid)
             targets = mix_targets(targets, mixing)
         box = None if mixing is None else mixing.box
-        (logits, dense_logits), *rest = apply_in_training(
+        (logits, dense_logits), model_state = apply_in_training(
             model, params, model_state, images, rngs, box=box, method="token_logits"
         )
         weight = self.config.token_labels.weight
         if not weight:
-            return losses.cross_entropy(logits, targets), *rest
+            return losses.cross_entropy(logits, targets), model_state
         labels = losses.token_labels(inputs, self.info.num_classes)
         if mixing is not None:
             labels = mix_boxes(labels, box)
         loss = losses.token_cross_entropy(logits, dense_logits, targets, labels, weight)
-        return loss, *rest
+        return loss, model_state
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         logits = model.apply(variables, self.normalize(batch["image"]), train=False)
@@ -145,8 +144,7 @@ class Classification(Task):
         return metrics["eval/accuracy"]
 
     def view(self, image: Image.Image) -> np.ndarray:
-        crop = self.config.data.eval_crop if self.info.center_crop else 1.0
-        return eval_image(image, self.view_size, crop)
+        return eval_image(image, self.view_size, eval_crop(self.config, self.info))
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only

@@ -5,8 +5,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.dense_transforms import Pixel, fit_image, pad, train_scene
-from tokenvit_jax.data.images import NORMALIZATIONS
-from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Spec
+from tokenvit_jax.data.images import mean_and_std
+from tokenvit_jax.data.record import IGNORED, Record, Spec
 from tokenvit_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
@@ -49,12 +49,10 @@ class SegmentationExamples:
     Args:
       config: reads `image_size` and `data.normalization`; in training `augment`, in evaluation
         `data.eval_size`, `data.eval_short_side` and `data.label_size`.
-      info: facts about the dataset.
       train: whether the examples are for training.
     """
 
-    def __init__(self, config: ConfigDict, info: DatasetInfo, *, train: bool):
-        del info
+    def __init__(self, config: ConfigDict, *, train: bool):
         self._train = train
         self._size = config.image_size
         self._augment = config.augment
@@ -115,7 +113,7 @@ class SegmentationExamples:
 
 def _mean_pixel(config: ConfigDict) -> Pixel:
     """Returns the colour that normalisation turns into zeros, up to rounding."""
-    mean, _ = NORMALIZATIONS[config.data.normalization]
+    mean, _ = mean_and_std(config.data.normalization)
     return tuple(round(255 * level) for level in mean)
 
 

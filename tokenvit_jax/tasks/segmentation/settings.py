@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_values
+from tokenvit_jax.config import check_interval, check_values
 from tokenvit_jax.data import MIN_IMAGE_SIZE
 from tokenvit_jax.errors import UserError
 
@@ -49,10 +49,7 @@ def check_entries(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.eval_size={data.eval_size}; valid: at least {MIN_IMAGE_SIZE} each"
         )
-    if len(augment.scale_range) != 2 or not 0 < augment.scale_range[0] <= augment.scale_range[1]:
-        raise UserError(
-            f"config.augment.scale_range={augment.scale_range}; valid: lowest and highest, above 0"
-        )
+    check_interval(config, "augment.scale_range")
     if not 0 < augment.max_class_share <= 1:
         raise UserError(
             f"config.augment.max_class_share={augment.max_class_share}; valid: above 0, up to 1"

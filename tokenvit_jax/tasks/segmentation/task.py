@@ -54,7 +54,7 @@ class Segmentation(Task):
         check_entries(self.config)
 
     def examples(self, *, train: bool) -> Examples:
-        return SegmentationExamples(self.config, self.info, train=train)
+        return SegmentationExamples(self.config, train=train)
 
     def make_model(self) -> nn.Module:
         return make_segmenter(self.config, self.info.num_classes, self.axis_name)
@@ -66,11 +66,8 @@ class Segmentation(Task):
     def loss(
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
-        logits, model_state, sown = apply_in_training(
-            model, params, model_state, inputs["image"], rngs
-        )
-        loss = pixel_cross_entropy(logits, inputs["label"])
-        return loss + sum(sown), Aux(model_state, {})
+        logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
+        return pixel_cross_entropy(logits, inputs["label"]), Aux(model_state, {})
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         images, sizes = self.normalize(batch["image"]), batch["image_size"]
