@@ -6,14 +6,14 @@ from tokenvit_jax.data.datasets import dataset_info
 from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
 
-MIN_IMAGE_SIZE = CELL_SIZE  # pixels: one cell of the last map
+MIN_IMAGE_SIZE = CELL_SIZE  # one cell of the last map [pixels]
 
 
 def check_data(config: ConfigDict) -> None:
     """Checks `dataset`, `seed`, `image_size`, `data.on_corrupt`, `data.workers`, `data.repeats`.
 
     Raises:
-      UserError: the first of these entries is not valid.
+      UserError: one of these entries is not valid; the message names the first one.
     """
     dataset_info(config.dataset)
     if config.image_size < MIN_IMAGE_SIZE:
