@@ -180,7 +180,7 @@ def search(
 
 
 def _overview(candidates, depth):
-    """Returns settings that cluster from 1/4 or 1/2 of the blocks to the end, on every second map."""
+    """Returns settings that cluster from 1/4 or 1/2 of the depth to the end, every second map."""
     alphas = {max(1, depth // 4), max(1, depth // 2)}
     ends = [c for c in candidates if c.expedite.alpha + c.expedite.beta == depth]
     grids = sorted({candidate.expedite.clusters for candidate in candidates})[::2]
