@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the names that need orbax and grain when they are first used."""
+    """Imports the names that need orbax and grain at their first use."""
     if name in ("Run", "load_run"):
         from tokenvit_jax.training import run
 

@@ -5,17 +5,17 @@
     python -m tokenvit_jax.benchmark --model=deit_s --keep=level1 --keep=level3
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
 
-A training step is forward, backward and plain gradient descent in one compiled call that reuses
-the memory of its parameters. Several models take turns in one run, timm models among them
-(--against). Models differ in size, so they compare by images per second times the multiply-adds
-(MACs) of the forward pass of one image: their speed at equal MACs. With --keep or --expedite every
-model takes turns with a variant that has a token reducer or clustered tokens: "speedup" is the gain
-in images per second, "saved" the gain in MACs. An operator takes turns with its obvious
-alternatives. Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy are
-enough; --against needs PyTorch and timm.
+A training step is forward, backward and plain gradient descent in one compiled call that reuses the
+memory of its parameters. Several models take turns in one run, including timm models (--against).
+Models differ in size, so they are compared by images per second times the multiply-adds (MACs) of
+the forward pass of one image: their speed at equal MACs. With --keep or --expedite, every model
+takes turns with a variant that has a token reducer or clustered tokens: "speedup" is the gain in
+images per second, "saved" the gain in MACs. An operator takes turns with its obvious alternatives.
+Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against
+needs PyTorch and timm.
 
-Temporary memory is the memory that XLA plans; allocations of the libraries that it calls are not
-included. On CPU, glibc is told to keep freed pages, as in training (see `tokenvit_jax.memory`).
+Temporary memory is the memory that XLA plans; allocations of the libraries that XLA calls are not
+included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
 """
 
 import jax.numpy as jnp

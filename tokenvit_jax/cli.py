@@ -1,4 +1,4 @@
-"""What the commands share: parsing flags and configs, and one-line errors instead of tracebacks."""
+"""Parses flags and configs for all commands, and prints one-line errors instead of tracebacks."""
 
 import logging
 import re
@@ -35,7 +35,7 @@ def run(
       positional: names of the arguments that have no flag; all must be given.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # grain and tensorflow_datasets read absl's global flags, which nobody parses here.
+    # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
     flags.FLAGS.mark_as_parsed()
     if {"--help", "-h"} & set(sys.argv):
         print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
@@ -50,7 +50,7 @@ def run(
         for name in required:
             if flag_values[name].value is None:
                 raise UserError(f"--{name} is missing; {flag_values[name].help}")
-    except Exception as error:  # a configuration file is the user's code: it may raise anything
+    except Exception as error:  # a configuration file is the user's code, which may raise any error
         _exit(2, _parse_message(error))
     try:
         main(flag_values, *rest)
@@ -86,7 +86,7 @@ def read_images(names: Sequence[str]) -> "list[Image.Image]":
     """Reads the RGB images that the flag --images names.
 
     Raises:
-      UserError: it names no file, or a file cannot be read or is no image.
+      UserError: the flag names no file, or a file cannot be read or is not an image.
     """
     from tokenvit_jax.data import read_image  # few commands read images
 
@@ -101,7 +101,7 @@ def read_images(names: Sequence[str]) -> "list[Image.Image]":
 def _parse_message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, AttributeError | KeyError | TypeError):
-        # ml_collections names the last part of a wrong key only, in quotes of quotes.
+        # ml_collections names only the last part of a wrong key, in nested quotes.
         found = re.search(r"\w+", text)
         keys = [arg.split("=")[0] for arg in sys.argv if arg.startswith("--config.")]
         wrong = next((key for key in keys if found and found[0] in key.split(".")), None)
@@ -120,7 +120,7 @@ def _parse_message(error: Exception) -> str:
 
 
 def _tasks_with(key: str) -> str:
-    """Says which tasks have an entry that this configuration lacks; "" if none has."""
+    """Names the tasks that have an entry which this configuration lacks; "" if none has."""
     from tokenvit_jax.tasks import tasks_with  # only commands with a configuration need the tasks
 
     found = ", ".join(tasks_with(key))

@@ -1,8 +1,8 @@
-"""The entries of a configuration that every task has, with their meaning and default.
+"""Entries of a configuration that every task has, with their meanings and defaults.
 
 Each task adds its own entries (see `tokenvit_jax.tasks`). The recipes in `tokenvit_jax.recipes`
 start from `tokenvit_jax.tasks.default_config`. The command line overrides an entry with
-``--config.a.b=value``; a key that does not exist fails at once.
+``--config.a.b=value``; a key that does not exist is an error.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from tokenvit_jax.errors import UserError
 
 
 def base_config() -> ConfigDict:
-    """Returns the entries that all tasks share: no augmentation, no regularisation."""
+    """Returns the entries that all tasks share, without augmentation and regularisation."""
     config = ConfigDict()
-    # The network: a name of `tokenvit_jax.list_models()` and arguments of `create_model`.
+    # The model: one of `tokenvit_jax.list_models()` and arguments of `create_model`.
     config.model = "dgt_t"
     config.model_overrides = ConfigDict()
     config.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters stay float32
@@ -23,18 +23,18 @@ def base_config() -> ConfigDict:
 
     # The run whose parameters training starts from.
     config.initial = ConfigDict()
-    config.initial.workdir = ""  # a run, or published weights that `convert` wrote; "": random
+    config.initial.workdir = ""  # a trained run, or a run that `convert` wrote; "": random
     config.initial.checkpoint = "last"  # "last", "best" or a step
 
     # The data.
-    config.dataset = "digits"  # a name of `tokenvit_jax.data.list_datasets()`
-    config.image_size = 224  # height and width, pixels
+    config.dataset = "digits"  # one of `tokenvit_jax.data.list_datasets()`
+    config.image_size = 224  # height and width [pixels]
     config.batch_size = 128  # images per step, over all devices of all processes
     config.data = ConfigDict()
     config.data.data_dir = "~/tensorflow_datasets"  # where `prepare` wrote the dataset
     config.data.workers = 0  # worker processes that read ahead; 0: read in the training process
     config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
-    config.data.repeats = 1  # repeated augmentation: how often a batch may hold an image
+    config.data.repeats = 1  # repeated augmentation: copies of an image in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, over all devices
     config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (mean 0.5, std 0.5)
     config.augment = ConfigDict()
@@ -42,7 +42,7 @@ def base_config() -> ConfigDict:
 
     # Optimisation.
     config.num_steps = 1000
-    config.accumulate_steps = 1  # micro-batches per step, one after another
+    config.accumulate_steps = 1  # micro-batches per step, computed one after another
     config.clip_norm = 0.0  # largest global norm of the gradient; 0: off
     config.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0: off
     config.optimizer = ConfigDict()
@@ -62,18 +62,18 @@ def base_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices over which parameters and optimizer state are sharded ("jit")
 
-    # What is written into the workdir, and when.
+    # Checkpoints and logs in the workdir.
     config.log_every_steps = 50
     config.eval_every_steps = 1000
     config.checkpoint_every_steps = 1000
     config.keep_last_checkpoints = 2
-    config.keep_best_checkpoints = 1  # by the task's score, such as eval/accuracy or eval/miou
+    config.keep_best_checkpoints = 1  # best by the task's score, such as eval/accuracy or eval/miou
     config.profile = ""  # steps of a profiler trace, "first:last"; "": none
     return config
 
 
 def read_entry(config: ConfigDict, key: str) -> Any:
-    """Returns the entry of a configuration that a key such as "data.workers" names."""
+    """Returns the entry of a configuration with a key such as "data.workers"."""
     for part in key.split("."):
         config = config[part]
     return config
@@ -84,7 +84,7 @@ def check_values(
     choices: dict[str, tuple[Any, ...]],
     ranges: dict[str, tuple[float, float | None]],
 ) -> None:
-    """Raises UserError for the first entry whose value is not valid.
+    """Raises UserError for the first entry with an invalid value.
 
     Args:
       config: any configuration with these entries.
@@ -96,7 +96,7 @@ def check_values(
             raise UserError(f"config.{key}={value!r} is not valid; valid: {', '.join(valid)}")
     for key, (low, high) in ranges.items():
         value = read_entry(config, key)
-        # Written so that nan is out of range.
+        # The comparison is written so that nan is out of range.
         if not value >= low or (high is not None and not value <= high):
             limits = f"at least {low}" if high is None else f"{low} to {high}"
             raise UserError(f"config.{key}={value} is not valid; valid: {limits}")

@@ -6,26 +6,26 @@
     python -m tokenvit_jax.convert --model=vit_l --layout=segmenter --dataset=ade20k \\
         --source=checkpoint.pth --out=WORKDIR
 
-FILE holds the arrays of a PyTorch model, written by safetensors or by torch.save. The latter needs
-PyTorch, which reads them without running code (weights_only). WORKDIR becomes a run at step 0:
-predict, evaluate and train take it like any other run.
+FILE holds the arrays of a PyTorch model, written by safetensors or by torch.save. A file of
+torch.save needs PyTorch, which reads it without running code (weights_only). WORKDIR becomes a run
+at step 0: predict, evaluate and train read it like any other run.
 
 The arrays determine the settings of the model, with two exceptions:
 
-- --normalization. No file says how images were normalised: imagenet (ImageNet's mean and deviation,
-  as DeiT's weights need) or inception (0.5 and 0.5, as timm's vit_*_augreg need). Default:
-  inception for Segmenter on a vit, else imagenet.
-- The windows of Swin v2: the registered model's are used.
+- The normalisation of the images (--normalization), which no file states: imagenet (ImageNet's mean
+  and deviation, which DeiT's weights need) or inception (0.5 and 0.5, which timm's vit_*_augreg
+  need). Default: inception for Segmenter on a vit, else imagenet.
+- The windows of Swin v2, which have the size of the registered model.
 
-On the way back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
+When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
 
 --layout=segmenter is the layout of github.com/rstrudel/segmenter: a vit or a deit with either
-decoder. The position embeddings fit the crops that it was trained on; images and windows of the run
-(`image_size`, `inference.window`) get their size. The file holds neither the stride of the windows
-nor the sizes of the evaluation images (`data.eval_short_side`, `eval_size`, `label_size`): give
-evaluate a --config that does. The encoder's classifiers, encoder.head and encoder.head_dist, are
-dropped, because no mask depends on them. An exported file lacks them, and needs
-load_state_dict(..., strict=False) there.
+decoder. The position embeddings fit the crops of the training, and the images and windows of the
+run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
+stride of the windows nor the sizes of the evaluation images (`data.eval_short_side`, `eval_size`,
+`label_size`): give evaluate a --config with these entries. The encoder's classifiers, encoder.head
+and encoder.head_dist, are dropped, because no mask depends on them. An exported file lacks them, so
+the authors' code must load it with load_state_dict(..., strict=False).
 """
 
 from pathlib import Path
@@ -40,16 +40,16 @@ from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
-    "model", None, "name of the model; not needed on the way back", flag_values=FLAGS
+    "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
     "layout", "timm", list(LAYOUTS), "names and shapes of the arrays in the file", flag_values=FLAGS
 )
 flags.DEFINE_string(
-    "source", None, "file of weights; on the way back, workdir of a run", flag_values=FLAGS
+    "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
 )
 flags.DEFINE_string(
-    "out", None, "workdir of the new run; on the way back, a file", flag_values=FLAGS
+    "out", None, "workdir of the new run; when converting back, a file", flag_values=FLAGS
 )
 flags.DEFINE_string(
     "dataset", "imagenet2012", "dataset whose classes the model predicts", flag_values=FLAGS

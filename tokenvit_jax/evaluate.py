@@ -1,12 +1,12 @@
 """Evaluates a checkpoint: python -m tokenvit_jax.evaluate --workdir=DIRECTORY.
 
 Prints the metrics as one line of JSON. The configuration is the run's own, or another one with
---config=CONFIG.py. --checkpoint=last, best (highest score of the task) or a step.
+--config=CONFIG.py. --checkpoint is last, best (highest score of the task) or a step.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
-inserts a token reducer into a plain host without training it: prints a line without the reducer,
-then one for every --keep and --method, with the multiply-adds per image.
+inserts a token reducer into a plain host without training. This prints a line without the reducer,
+then a line for every --keep and --method, with the multiply-adds per image.
 --expedite=ALPHA,BETA,ROWSxCOLUMNS does the same with hosts whose tokens are clustered.
 """
 
@@ -34,7 +34,7 @@ insertions.define_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Runs the command."""
+    """Evaluates the checkpoint, also with each insertion."""
     workdir, checkpoint = Path(flag_values.workdir), flag_values.checkpoint
     if flag_values["config"].value is None:
         config = for_inference(read_config(workdir), flag_values.data_dir)

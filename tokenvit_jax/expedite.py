@@ -5,10 +5,10 @@
 The model is a classifier or a segmentation model whose backbone is a plain ViT or a Swin
 Transformer. Its middle blocks run on the centres of clusters (Liang et al. 2022, "Expediting
 Large-Scale Vision Transformer for Dense Prediction without Fine-tuning"). --budget is a fraction of
-the multiply-adds (MACs) of the model as it is, or with --of=latency a fraction of its time per
-image on this machine. Among the settings within the budget, the command chooses the one whose
-features change least, on a few images; it needs no labels and no gradients. --out is the folder of
-a new run at step 0 with the same weights: evaluate, predict and train take it like any other run.
+the original model's multiply-adds (MACs), or with --of=latency a fraction of its time per image on
+this machine. Among the settings within the budget, the command chooses the one that changes the
+features least on a few images; it needs no labels and no gradients. --out is the folder of a new
+run at step 0 with the same weights: evaluate, predict and train read it like any other run.
 """
 
 from pathlib import Path

@@ -2,11 +2,11 @@
 
     python -m tokenvit_jax.label --workdir=TEACHER --out=DIR
 
-The images come from the teacher's dataset, whole, squeezed into a square of its image_size. For
-every record and every cell of the teacher's last map, DIR receives the --top_k most probable
-classes (`classes.npy`) and their probabilities, divided by their sum (`scores.npy`); a student
-reads them with --config.token_labels.files=DIR. --checkpoint=last, best (highest accuracy) or a
-step.
+The images come from the teacher's dataset; each whole image is squeezed into a square of the
+teacher's image_size. For every record and every cell of the teacher's last map, DIR receives the
+--top_k most probable classes (`classes.npy`) and their probabilities, divided by their sum
+(`scores.npy`). A student reads these files with --config.token_labels.files=DIR. --checkpoint is
+last, best (highest accuracy) or a step.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ flags.DEFINE_string(
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Writes the labels and prints how many."""
+    """Writes the labels and prints their number."""
     out = Path(flag_values.out)
     records, height, width, top_k = label_training_images(
         Path(flag_values.workdir),

@@ -1,14 +1,14 @@
-"""Predicts images with a trained model, and draws what it sees.
+"""Predicts images with a trained model, and draws the predictions and the model's tokens.
 
     python -m tokenvit_jax.predict --workdir=RUN --images=a.jpg,b.png --out=PICTURES
 
-A classifier gives the most probable classes of each image; a model with dynamic groups also shows
-the largest query groups with the keys that each selects, a model with clusters the clusters of its
-tokens, as coloured regions and one by one. A segmentation model gives the classes of the pixels,
-blended over the image and as a label map of its size (a PNG whose pixels are the labels). Where a
-model clusters patches by `expedite`, the borders of the superpixels are drawn; an image that is
-seen in several windows shows the superpixels of the middle window. --checkpoint=last, best (highest
-score of the task) or a step.
+A classifier gives the most probable classes of each image. A model with dynamic groups also shows
+the largest query groups with the keys that each group selects; a model with clusters shows the
+clusters of its tokens, as coloured regions and one by one. A segmentation model gives the classes
+of the pixels, blended over the image and as a label map of the same size (a PNG whose pixels are
+the labels). If a model clusters patches by `expedite`, the borders of the superpixels are drawn; an
+image that is predicted in several windows shows the superpixels of the middle window. --checkpoint
+is last, best (highest score of the task) or a step.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Writes the pictures and prints a line per image."""
+    """Writes the pictures and prints one line per image."""
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     config = read_config(workdir)
     files = [Path(name) for name in flag_values.images]
-    images = cli.read_images(flag_values.images)  # first: a mistake in a name costs no time
+    images = cli.read_images(flag_values.images)  # first, so that a mistake in a name costs no time
     run = load_run(workdir, flag_values.checkpoint, config=config)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):
@@ -45,7 +45,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:
-    """File names without suffix; where two are equal, with their place among the images."""
+    """Returns the file names without suffix; equal names get their position in the list."""
     stems = [file.stem for file in files]
     return [
         stem if stems.count(stem) == 1 else f"{stem}_{place}"

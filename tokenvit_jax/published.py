@@ -1,4 +1,4 @@
-"""Numbers that papers report for their models, in one place."""
+"""Numbers that papers report for their models."""
 
 from typing import NamedTuple
 
@@ -105,8 +105,8 @@ class SparsityLevel(NamedTuple):
     weighted_kmedoids_top1: float
 
 
-# Levels 0 to 7. The text lacks the last K of DeiT-S at level 0; 173 fits its cost. Table 2 tells
-# which accuracy belongs to weighted K-Medoids.
+# Levels 0 to 7. The paper lacks the last K of DeiT-S at level 0; 173 fits the reported cost. Table
+# 2 shows which accuracy belongs to weighted K-Medoids.
 TOKEN_POOLING = {
     "deit_s": (
         SparsityLevel(
@@ -212,8 +212,8 @@ TOKEN_POOLING = {
     ),
 }  # fmt: skip
 
-# Multiply-adds [10^9] and accuracy [%] of the models without reduction, after twice the schedule
-# (Table 2).
+# Multiply-adds [10^9] and accuracy [%] of the models without reduction, trained for twice the
+# schedule (Table 2).
 TOKEN_POOLING_BASES = {
     "deit_s": ("4.60", 81.2),
     "deit_e318": ("3.21", 80.0),
@@ -222,8 +222,8 @@ TOKEN_POOLING_BASES = {
 # Multiply-adds of K-Means in DeiT-S at levels 0 to 7 (Table 3) [10^9].
 TOKEN_POOLING_KMEANS = ("4.7", "3.3", "2.8", "2.5", "2.3", "1.7", "1.4", "1.1")
 
-# Family -> operators, and scopes named in layers, that a paper's multiply-adds leave out. ClusTR
-# counts neither the clustering nor the attention at the finer scale.
+# Family -> operators and named scopes that the paper's multiply-adds leave out. ClusTR counts
+# neither the clustering nor the attention at the finer scale.
 LEFT_OUT = {
     "clustr": ("_density_peaks", "merge_tokens", "fine_scale"),
 }

@@ -4,10 +4,10 @@
     python -m tokenvit_jax.summary --model=deit_s --keep=level3 --method=powerbert,kmedoids
 
 MACs are counted from shapes for the forward pass of one image: linear layers, convolutions and
-attention. An operator of this package counts what it computes (attention in groups: 2kLC + 2LGC,
-Eq. 6 of DGT), not how. The column "as published" leaves out the parts that the model's paper leaves
-out of its own figure. --keep adds a plain host with a token reducer, --expedite a host whose tokens
-are clustered.
+attention. The count of an operator of this package follows from its mathematics (attention in
+groups: 2kLC + 2LGC, Eq. 6 of DGT), not from its implementation. The column "as published" leaves
+out the parts that the model's paper does not count. --keep adds a plain host with a token reducer,
+--expedite a host whose tokens are clustered.
 """
 
 import json

@@ -23,14 +23,16 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "coordinator", None, "several processes: host:port of process 0", flag_values=FLAGS
 )
-flags.DEFINE_integer("num_processes", None, "several processes: how many", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "process_id", None, "several processes: the number of this one, from 0", flag_values=FLAGS
+    "num_processes", None, "several processes: number of processes", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "process_id", None, "several processes: number of this process, from 0", flag_values=FLAGS
 )
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Runs the command."""
+    """Connects the processes and trains the model."""
     config = cli.read_config(flag_values)
     check_task(create_task(config))  # here too: a mistake shows before processes wait for others
     processes.connect(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)

@@ -8,7 +8,7 @@ from tokenvit_jax.data.images import NORMALIZATIONS
 from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
 
-MIN_IMAGE_SIZE = CELL_SIZE  # pixels: one cell of the last map
+MIN_IMAGE_SIZE = CELL_SIZE  # one cell of the last map [pixels]
 
 _CHOICES = {
     "data.on_corrupt": ("raise", "skip"),

@@ -3,8 +3,8 @@
 Images are resized bilinearly, with an antialiasing filter; label maps take the nearest pixel.
 
 References:
-  MMSegmentation Contributors, "MMSegmentation" (2020): its recipes, which Segmenter (Strudel et
-  al., 2021) and the papers on backbones share.
+  MMSegmentation Contributors, "MMSegmentation" (2020), whose recipes Segmenter (Strudel et al.,
+  2021) and the papers on backbones use.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
-_ATTEMPTS = 10  # at a crop that no class dominates
+_ATTEMPTS = 10  # attempts to draw a crop that no class dominates
 _BRIGHTNESS = 32  # largest shift, up or down [levels of 255]
 _FACTORS = 0.5, 1.5  # range for contrast and saturation
 _HUE = 36  # largest shift, up or down [degrees]
@@ -36,7 +36,7 @@ def train_scene(
       image: RGB image of any size.
       label: uint8 (H, W), the size of the image.
       size: height and width of the result [pixels].
-      augment: `config.augment`; an entry that is off costs nothing.
+      augment: `config.augment`; a transform that is off takes no time.
       fill: colour of the padding below and to the right of an image smaller than `size`.
       rng: source of all random numbers.
 
@@ -48,7 +48,7 @@ def train_scene(
     label = resize_label(label, width, height)
     left, top = _draw_crop(label, size, augment.max_class_share, rng)
     label = label[top : top + size, left : left + size]
-    # Resizes only the crop; the pixels equal a crop of the resized image.
+    # Only the crop is resized; its pixels equal a crop of the resized image.
     bottom, right = top + label.shape[0], left + label.shape[1]
     x, y = image.width / width, image.height / height
     box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
@@ -65,7 +65,7 @@ def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> n
 
     Args:
       image: RGB image of any size.
-      short_side: wanted shorter side [pixels].
+      short_side: desired shorter side [pixels].
       height: largest height [pixels].
       width: largest width [pixels].
 
@@ -98,8 +98,8 @@ def pad(array: np.ndarray, shape: tuple[int, ...], fill: int | Pixel) -> np.ndar
 def distort_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Changes brightness, contrast, saturation and hue, each with probability 1/2.
 
-    Contrast scales the pixel values themselves; it is changed before or after saturation and hue,
-    with probability 1/2 each.
+    The change of contrast scales the pixel values themselves; it comes before or after saturation
+    and hue, with probability 1/2 each.
 
     Args:
       image: RGB image.
@@ -118,7 +118,7 @@ def distort_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if saturation:
             s = _change_levels(s, rng.uniform(*_FACTORS))
         if hue:
-            shift = round(rng.uniform(-_HUE, _HUE) / 360 * 256)  # the circle has 256 levels
+            shift = round(rng.uniform(-_HUE, _HUE) / 360 * 256)  # the hue circle has 256 levels
             h = h.point([(level + shift) % 256 for level in range(256)])
         image = Image.merge("HSV", (h, s, v)).convert("RGB")
     if contrast and not contrast_first:
@@ -134,9 +134,9 @@ def _change_levels(image: Image.Image, factor: float, offset: float = 0.0) -> Im
 def _draw_crop(
     label: np.ndarray, size: int, max_share: float, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Draws the left and top of a crop where no class has more than a share of the labelled pixels.
+    """Draws the left and top of a crop where no class exceeds a share of the labelled pixels.
 
-    The last attempt is taken whatever its shares are.
+    If all attempts fail, the last crop is used.
     """
     height, width = label.shape
     for _ in range(_ATTEMPTS):

@@ -1,7 +1,7 @@
 """Decodes and transforms single images: PIL images in, uint8 arrays (size, size, 3) out.
 
-Pillow resamples, changes colours and warps, as in torchvision and timm, so that images equal theirs
-pixel for pixel. All random numbers come from the generator that is passed in.
+Pillow does the resampling, colour changes and warps, as in torchvision and timm, so that the pixels
+equal theirs exactly. All random numbers come from the generator that is passed in.
 """
 
 import io
@@ -23,7 +23,7 @@ STD = (0.229, 0.224, 0.225)
 NORMALIZATIONS = {"imagenet": (MEAN, STD), "inception": ((0.5,) * 3, (0.5,) * 3)}
 
 _BICUBIC = Image.Resampling.BICUBIC
-_ATTEMPTS = 10  # to place a random box before giving up, as in torchvision and timm
+_ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
 def mean_and_std(normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -61,7 +61,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except UnidentifiedImageError as error:  # its message names a Python object
+    except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
     except Exception as error:
@@ -74,7 +74,7 @@ def read_image(path: Path) -> Image.Image:
     """Reads an image file as RGB; see :func:`decode_image`.
 
     Raises:
-      UserError: the file cannot be read, or is no image; names it.
+      UserError: the file cannot be read, or is not an image; the message names it.
     """
     try:
         return decode_image(path.read_bytes())
@@ -111,7 +111,7 @@ class View(NamedTuple):
 
     Attributes:
       box: (left, top, right, bottom) [pixels]; None: the largest centred square.
-      flip: whether left and right are exchanged.
+      flip: whether the image is mirrored horizontally.
     """
 
     box: tuple[int, int, int, int] | None
@@ -145,14 +145,14 @@ def train_image(
     rng: np.random.Generator,
     view: View | None = None,
 ) -> np.ndarray:
-    """Applies crop, flip, shift, RandAugment, jitter and erasing where they are on, for training.
+    """Crops, flips, shifts, changes colours and erases, as far as enabled: the training transform.
 
     Args:
       image: RGB image of any size.
       size: height and width of the result [pixels].
-      augment: `config.augment`; an entry that is off costs nothing.
+      augment: `config.augment`; a transform that is off takes no time.
       rng: source of all random numbers.
-      view: crop and flip that :func:`draw_view` drew from `rng`; None: draws them here.
+      view: crop and flip that :func:`draw_view` drew from `rng`; None: they are drawn here.
 
     Returns:
       uint8 (size, size, 3).
@@ -185,7 +185,7 @@ def random_crop_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """Draws the box of Inception's random resized crop from torchvision's distribution.
+    """Draws the box of Inception's random resized crop, with torchvision's distribution.
 
     Args:
       width: width of the image [pixels].
@@ -257,8 +257,8 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _random_shift(
     image: Image.Image, rotation: float, translation: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Rotates about the centre by up to `rotation` degrees, shifts by up to `translation` sides."""
+    """Rotates by up to `rotation` degrees and shifts by up to `translation` times each side."""
     angle = rng.uniform(-rotation, rotation)
     shift = rng.uniform(-translation, translation, size=2) * image.size
-    # Filled with black: the background of the digits.
+    # The fill is black, like the background of the digits.
     return image.rotate(angle, Image.Resampling.BILINEAR, translate=tuple(shift))

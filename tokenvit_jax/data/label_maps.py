@@ -1,4 +1,4 @@
-"""Label maps: image files with a class for every pixel."""
+"""Decodes label maps: image files with a class for every pixel."""
 
 import io
 from collections.abc import Mapping
@@ -21,12 +21,13 @@ def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, i
       Labels, uint8 (height, width).
 
     Raises:
-      UserError: the bytes are not such a file, a value is unknown, or the size is not the image's.
+      UserError: the bytes are not such a file, a value is unknown, or the size differs from the
+        image's.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow raises all kinds on malformed files
+    except Exception as error:  # Pillow raises all kinds of errors on malformed files
         raise UserError(f"cannot decode {len(encoded)} bytes as a label map: {error}") from error
     if mode not in ("L", "P"):
         raise UserError(f"label map has mode {mode}; valid: L or P, one byte per pixel")

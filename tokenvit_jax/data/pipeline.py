@@ -1,7 +1,7 @@
-"""From records to batches: order, augmentation, batching, processes, workers, iterator state.
+"""Turns records into batches: order, augmentation, processes, workers and iterator state.
 
-Everything is a function of the position in one endless global stream of records, so a batch depends
-neither on the number of processes and workers that make it nor on where a run was interrupted.
+A batch is a function of its position in one endless global stream of records. It depends neither on
+the number of processes and workers that make it, nor on where a run was interrupted.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ def train_batches(
 
     Global batch s holds the records [s B, (s + 1) B) of a stream that passes over the split again
     and again, in a new order each time; process p takes the p-th part of every batch. With
-    `data.repeats` R, a global batch holds ceil(B / R) records up to R times each, augmented anew
-    each time, in the order a b c d a b c: equal records are never neighbours, which Mixup would
-    pair.
+    `data.repeats` R, a global batch holds ceil(B / R) records up to R times each, with a new
+    augmentation each time, in the order a b c d a b c: equal records are never neighbours, because
+    Mixup would pair them.
 
     The iterator's state is the number of batches it has returned; it does not depend on the number
     of workers or processes.
@@ -46,18 +46,18 @@ def train_batches(
     Args:
       source: the records.
       examples: turns records into examples.
-      config: reads `seed`, `batch_size`, `data.repeats`, `data.workers` and `data.on_corrupt`.
-      process_index: which part of each batch to make.
-      process_count: number of parts.
+      config: provides `seed`, `batch_size`, `data.repeats`, `data.workers` and `data.on_corrupt`.
+      process_index: number of this process, which makes this part of each batch.
+      process_count: number of processes.
 
     Returns:
       A dataset of dicts, with b = batch_size / process_count: the arrays of `examples.specs`, (b,
       *shape) each; `index` int32 (b,), the records' numbers in the source; `skipped` int32 (b,),
-      how many unreadable records were passed over to fill this place.
+      the number of unreadable records that were skipped to fill this place.
 
     Raises:
-      UserError: a value of the config is not valid; when iterating: a record cannot be read and
-        `data.on_corrupt` is not "skip", or does not fit.
+      UserError: a value of the config is not valid. During iteration: a record cannot be read and
+        `data.on_corrupt` is not "skip", or a record does not fit.
     """
     check_data(config)
     batch = _part(config.batch_size, "batch_size", process_count)
@@ -86,9 +86,9 @@ def eval_batches(
     Args:
       source: the records.
       examples: turns records into examples.
-      config: reads `data.eval_batch_size`, `data.workers` and `data.on_corrupt`.
-      process_index: which part of each batch to make.
-      process_count: number of parts.
+      config: provides `data.eval_batch_size`, `data.workers` and `data.on_corrupt`.
+      process_index: number of this process, which makes this part of each batch.
+      process_count: number of processes.
 
     Returns:
       A dataset of dicts, with b = data.eval_batch_size / process_count: the arrays of
@@ -97,7 +97,7 @@ def eval_batches(
       record; `skipped` int32 (b,), 1 for an unreadable record.
 
     Raises:
-      UserError: as :func:`train_batches`.
+      UserError: as in :func:`train_batches`.
     """
     check_data(config)
     batch = _part(config.data.eval_batch_size, "data.eval_batch_size", process_count)
@@ -185,7 +185,7 @@ def _counts(index: int, mask: int, skipped: int) -> Example:
 
 @contextlib.contextmanager
 def _named(source: Source, index: int) -> Iterator[None]:
-    """Puts the record's name before the message of a UserError."""
+    """Prepends the record's name to the message of a UserError."""
     try:
         yield
     except UserError as error:

@@ -1,7 +1,7 @@
 """RandAugment with timm's operations: the policy `rand-m{magnitude}-mstd{magnitude_std}-inc1`.
 
-Every operation grows stronger with its level, from 0 to 10. Levels and pixels equal those in timm
-1.0 (`timm.data.auto_augment`).
+Every operation grows stronger with its level, from 0 to 10. Levels and pixels equal timm 1.0's
+(`timm.data.auto_augment`).
 
 References:
   Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space"
@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 Fill = tuple[int, int, int]
 
 _MAX_LEVEL = 10.0
-_APPLY_PROBABILITY = 0.5  # of each drawn operation
+_APPLY_PROBABILITY = 0.5  # probability of each drawn operation
 
 
 def randaugment(

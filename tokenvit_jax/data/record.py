@@ -1,4 +1,4 @@
-"""Types that the datasets, the examples of a task and the pipeline share.
+"""Types that datasets, tasks and the pipeline share.
 
 A source gives records, :class:`Examples` turn each record into the arrays of one example, and the
 pipeline stacks the examples into batches.
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from PIL import Image
 
-IGNORED = 255  # label of the pixels that do not count
+IGNORED = 255  # label of pixels that do not count
 
 
 class Instances(NamedTuple):
@@ -20,7 +20,7 @@ class Instances(NamedTuple):
     Attributes:
       boxes: (n, 4) float32, x1 y1 x2 y2 [pixels].
       classes: (n,) int32.
-      crowd: (n,) bool, whether it is a group of objects that evaluation ignores.
+      crowd: (n,) bool, whether an entry is a group of objects, which evaluation ignores.
       masks: n run-length encodings, decoded when they are needed.
     """
 
@@ -75,9 +75,9 @@ class Record(TypedDict, total=False):
 
     Attributes:
       id: the dataset's own identifier if its evaluation code needs one, else the record's index.
-      image: RGB.
+      image: RGB image.
       label: class of the image.
-      label_map: (H, W) uint8, class of every pixel, or IGNORED.
+      label_map: (H, W) uint8, class of every pixel, or IGNORED for pixels that do not count.
       instances: objects.
       segments: panoptic label map.
       depth: (H, W) float32 [metres], 0 where unknown.
@@ -99,14 +99,14 @@ class DatasetInfo:
     """Facts about a dataset.
 
     Attributes:
-      name: its name in configs.
+      name: name of the dataset in configs.
       splits: number of records in each split.
       train_split: the split to train on.
       eval_split: the split to evaluate on.
       fields: names of the fields of its records, besides "id".
       num_classes: classes are 0 to num_classes - 1.
       classes: names of the classes in this order; None if the dataset gives none.
-      num_things: how many of the first classes are things (countable); None if not panoptic.
+      num_things: number of leading classes that are things (countable); None if not panoptic.
       skeleton: the keypoints; None if the dataset has none.
       center_crop: whether evaluation of a classifier crops the centre; False where the subject
         fills the image.
@@ -125,7 +125,7 @@ class DatasetInfo:
 
 
 class Source(Protocol):
-    """Random access to the records of one split; can be sent to another process."""
+    """Gives random access to the records of one split; can be sent to another process."""
 
     def __len__(self) -> int:
         """Returns the number of records."""
@@ -134,7 +134,7 @@ class Source(Protocol):
         """Returns a record.
 
         Raises:
-          UserError: the record cannot be read; names dataset, split, index and file.
+          UserError: the record cannot be read; the message names dataset, split, index and file.
         """
 
     def name(self, index: int) -> str:
@@ -149,7 +149,7 @@ class Spec(NamedTuple):
 
 
 class Examples(Protocol):
-    """Turns records into examples, with numpy only; is sent to the worker processes.
+    """Turns records into examples, using only numpy; is sent to the worker processes.
 
     Attributes:
       specs: name of an array -> its shape and type; equal for all examples.

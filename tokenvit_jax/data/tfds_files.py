@@ -1,7 +1,7 @@
-"""Prepared datasets: ArrayRecord files in the layout of tensorflow_datasets, without TensorFlow.
+"""Reads and writes ArrayRecord files in the layout of tensorflow_datasets, without TensorFlow.
 
-`tensorflow_datasets` is imported only where it is used: the import takes half a second, and the
-embedded datasets do not need it.
+`tensorflow_datasets` is imported inside the functions that use it: the import takes half a second,
+and the embedded datasets do not need it.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.record import Record
 from tokenvit_jax.errors import UserError
 
-Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as tensorflow_datasets has them
+Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
 
 
 class TfdsSource:
@@ -24,13 +24,13 @@ class TfdsSource:
       undecoded: features that are read as the bytes of their files.
 
     Args:
-      name: of the dataset.
+      name: name of the dataset.
       split: one of its splits.
       data_dir: the folder that `prepare` wrote into.
       folder: the dataset's folder in `data_dir`.
 
     Raises:
-      UserError: the dataset has not been prepared there.
+      UserError: the dataset has not been prepared in `data_dir`.
     """
 
     undecoded = ("image",)
@@ -63,7 +63,7 @@ class TfdsSource:
 
         Args:
           features: the stored record.
-          image: its decoded image.
+          image: the decoded image of the record.
         """
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ def write_splits(
     Args:
       data_dir: the folder of all datasets.
       folder: NAME or, for one of several datasets under a common name, NAME/CONFIG.
-      version: three numbers.
+      version: version of the dataset, three numbers such as "1.0.0".
       features: name of a feature -> feature of `tensorflow_datasets`.
       splits: name of a split -> its keys and examples, generated while they are written.
       **info: further arguments of `tensorflow_datasets.core.DatasetInfo`.
@@ -121,7 +121,7 @@ def write_splits(
 
     dataset, _, config = folder.partition("/")
 
-    # Not registered: tensorflow_datasets has builders of its own with some of these names.
+    # The builder is not registered: tensorflow_datasets has others with some of these names.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = dataset
         VERSION = tfds.core.Version(version)

@@ -1,8 +1,8 @@
 """Reads labels for the cells of an image from files that :mod:`tokenvit_jax.label` writes.
 
 References:
-  Jiang et al., "All Tokens Matter": crops precomputed label maps with RoIAlign, following Yun et
-  al., "Re-labeling ImageNet".
+  Jiang et al., "All Tokens Matter", which crops precomputed label maps with RoIAlign, following Yun
+  et al., "Re-labeling ImageNet".
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ from tokenvit_jax.data.images import View
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 
-CELL_SIZE = 32  # pixels: stride of the last map of the backbones
+CELL_SIZE = 32  # stride of the last map of the backbones [pixels]
 FILES = ("classes.npy", "scores.npy")
 
 
 def grid_size(image_size: int) -> int:
-    """Returns the number of cells along a side of the last map; `image_size` in pixels."""
+    """Returns the number of cells along a side of the last map; `image_size` is in pixels."""
     return -(-image_size // CELL_SIZE)
 
 
@@ -56,7 +56,7 @@ class TokenLabelFiles:
             )
 
     def __reduce__(self):
-        # Another process maps the files itself: pickled, they would be copied.
+        # Another process maps the files itself; pickling the arrays would copy them.
         return TokenLabelFiles, self._args
 
     def specs(self, grid: int) -> dict[str, Spec]:
@@ -71,14 +71,14 @@ class TokenLabelFiles:
 
         Args:
           record: index in the split.
-          view: the part that the example shows.
+          view: the part of the image that the example shows.
           width: width of the record's image [pixels].
           height: height of the record's image [pixels].
           grid: height and width of the result [cells].
 
         Returns:
-          `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): at every cell's
-          centre the four labels around it, K classes each, with their bilinear weights.
+          `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): for every cell, the
+          four labels around its centre, K classes each, with their bilinear weights.
 
         Raises:
           UserError: a class is out of range.
@@ -108,7 +108,7 @@ def sample_labels(
 ) -> dict[str, np.ndarray]:
     """Samples a label map bilinearly at the centres of the cells of a crop.
 
-    Takes one sample per cell; outside the outermost centres the map is constant.
+    Takes one sample per cell; beyond the outermost centres the map is constant.
 
     Args:
       classes: (gh, gw, K) int.

@@ -1,7 +1,7 @@
 """Lists the settings of Expedite that are worth trying for a model, with their multiply-adds.
 
-For given blocks, the multiply-adds (MACs) are linear in the number of blocks on centres, so that
-few settings need to be counted.
+The multiply-adds (MACs) are linear in the number of blocks on centres, so only a few settings need
+to be counted.
 """
 
 import functools
@@ -40,8 +40,9 @@ class Host(NamedTuple):
     Attributes:
       first: number of blocks before this part.
       depth: number of blocks in this part.
-      grids: maps of centres (h, w), smallest first.
-      ends: whether settings that cluster up to the last block reconstruct "logits", not "blocks".
+      grids: possible maps of centres (h, w), smallest first.
+      ends: whether settings that cluster up to the last block reconstruct "logits" instead of
+        "blocks".
     """
 
     first: int
@@ -60,7 +61,7 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
     """Returns the part of a backbone that can be expedited for images of a size.
 
     Args:
-      backbone: of :func:`backbone_of`.
+      backbone: result of :func:`backbone_of`.
       image_size: height and width [pixels].
 
     Raises:
@@ -98,10 +99,10 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
 def list_candidates(model: nn.Module, image_size: tuple[int, int]) -> list[Candidate]:
     """Returns all settings that are worth trying for a model.
 
-    Clustering begins after any block. In a plain host the maps of centres have about 0.3 to 0.95 of
-    the rows and columns of the map of tokens; if centres go on to the last block, the output of the
-    head is reconstructed, as in the published Segmenter, otherwise blocks are. In a Swin
-    Transformer, windows have any number of centres; its later stages need all tokens.
+    Clustering begins after any block. In a plain host, the maps of centres have about 0.3 to 0.95
+    of the rows and columns of the map of tokens. If centres go on to the last block, the output of
+    the head is reconstructed, as in the published Segmenter; otherwise the output of a block is. In
+    a Swin Transformer, windows have any number of centres; its later stages need all tokens.
 
     Args:
       model: classifier or segmentation model.

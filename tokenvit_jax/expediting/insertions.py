@@ -1,4 +1,4 @@
-"""Insertions into a trained model, as command lines write them.
+"""Reads and writes insertions into a trained model in the form of command-line flags.
 
 --keep, --method and --carry insert a token reducer; --expedite clusters and reconstructs tokens.
 Several commands share these flags; :func:`describe` writes what --expedite reads.
@@ -49,12 +49,12 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 
 def from_flags(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
-    """Returns the insertions that the flags ask for, as settings of a model.
+    """Returns the insertions that the flags request, as settings of a model.
 
     Args:
       flag_values: parsed flags.
       model: name of the model. "level3" means the level that Token Pooling reports for this model,
-        or the level of DeiT-S if it reports none.
+        or the level of DeiT-S if the paper reports none.
 
     Returns:
       Label -> overrides of `create_model`: `token_reducer` for every --keep and every --method,

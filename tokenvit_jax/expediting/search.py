@@ -1,11 +1,11 @@
-"""Searches the setting of Expedite that keeps features most similar within a budget.
+"""Searches for the setting of Expedite within a budget that keeps features most similar.
 
-More centres make features more similar, so that for given blocks only the largest map of centres
-within the budget is tried. In a deep host every second to fourth block is tried first, then the
-neighbours of the best setting until none is better. A few settings that do not depend on the budget
-are added for an overview. The temperature is chosen beforehand, for a setting in the middle. A
-latency budget is searched as several budgets of multiply-adds (MACs), and the best setting of each
-is timed.
+More centres make features more similar. Therefore, for given blocks, only the largest map of
+centres within the budget is tried. In a deep host every second to fourth block is tried first, then
+the neighbours of the best setting until none is better. A few settings that do not depend on the
+budget are added for an overview. The temperature is chosen beforehand, for a setting in the middle.
+A latency budget is searched as several budgets of multiply-adds (MACs), and the best setting of
+each is timed.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.measure.timing import compile_program, time_in_turns
 from tokenvit_jax.models.expedite import Expedite
 
-# A search that starts coarsely tries at most this many places among the blocks of a host.
+# A coarse search tries at most this many positions among the blocks of a host.
 COARSE = 8
-# Divisors of squared feature distances, whose scale differs from model to model. The paper's comes
-# first, then the others by their distance from it.
+# Temperatures divide squared feature distances, whose scale differs from model to model. The
+# paper's temperature comes first, then the others by their distance from it.
 TEMPERATURES = (50.0, 20.0, 200.0, 5.0, 2.0, 0.5)
-# Features must be more similar by this margin for another temperature than the paper's: on scenes a
-# gain of 0.003 came with a loss of mIoU (experiments/expedite/settings.md).
+# Features must be more similar by this margin to justify another temperature than the paper's: on
+# scenes a gain of 0.003 came with a loss of mIoU (experiments/expedite/settings.md).
 CLEARLY = 0.01
 # Fractions of a latency budget that are searched as budgets of MACs. Clustering takes more time
-# than its MACs suggest, and so does the attention that it shortens.
+# than its MACs suggest, and so does the attention that clustering shortens.
 PLAUSIBLE = (1.1, 1.0, 0.9, 0.8, 0.7)
 SECONDS = 2.0  # time to spend on each setting that is timed
 
@@ -46,8 +46,8 @@ class Rated(NamedTuple):
     Attributes:
       expedite: the setting.
       macs: its MACs, as a fraction of the plain model's.
-      similarity: cosine of its features and the plain model's, at most 1.
-      latency: its time, as a fraction of the plain model's; None where it was not measured.
+      similarity: cosine between its features and the plain model's, at most 1.
+      latency: its time, as a fraction of the plain model's; None if it was not measured.
     """
 
     expedite: Expedite
@@ -57,7 +57,7 @@ class Rated(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Returns the latency where it was measured, otherwise the MACs."""
+        """Returns the latency if it was measured, otherwise the MACs."""
         return self.macs if self.latency is None else self.latency
 
 
@@ -87,15 +87,15 @@ def search_budget(
     variables: Any,
     images: jax.Array,
 ) -> Found:
-    """Chooses the temperature, then the setting whose features are most similar within a budget.
+    """Chooses the temperature, then the setting within a budget with the most similar features.
 
     Args:
-      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's cost, between 0 and 1.
       of: "macs" | "latency", the cost that the budget limits; latency is measured on one image.
       model: classifier or segmentation model.
       variables: variables of the model.
-      images: (B, H, W, 3), normalised; features are compared on them.
+      images: images on which features are compared, normalised (B, H, W, 3).
 
     Raises:
       UserError: no candidate is within the budget.
@@ -114,14 +114,14 @@ def tune_temperature(
 ) -> list[Candidate]:
     """Returns all candidates with the paper's temperature, or with one that is clearly better.
 
-    It takes the temperature nearest to the paper's among those whose similarity is within `CLEARLY`
-    of the best. Temperatures are compared for one setting: the median by `alpha` of the candidates
-    closest to the budget.
+    The chosen temperature is the nearest to the paper's among all whose similarity is within
+    `CLEARLY` of the best. Temperatures are compared for one setting: the median by `alpha` of the
+    candidates closest to the budget.
 
     Args:
-      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's cost.
-      similarity_of: setting -> similarity, such as :class:`Comparison`.
+      similarity_of: function from a setting to its similarity, such as :class:`Comparison`.
     """
     near = sorted(candidates, key=lambda candidate: abs(candidate.macs - budget))[:COARSE]
     middle = sorted(near, key=lambda candidate: candidate.expedite.alpha)[len(near) // 2].expedite
@@ -139,9 +139,9 @@ def search(
     """Tries the candidates that may be the most similar within a budget, and a few others.
 
     Args:
-      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's MACs.
-      similarity_of: setting -> similarity, such as :class:`Comparison`.
+      similarity_of: function from a setting to its similarity, such as :class:`Comparison`.
 
     Returns:
       The settings that were tried, each once; :func:`choose` picks the best.
@@ -156,7 +156,7 @@ def search(
             f"--budget={budget} cannot be reached; the nearest that can is "
             f"{_round_up(least.macs)}, with {describe(least.expedite)}"
         )
-    # (blocks on all tokens before the centres, and after them) -> the candidate with most centres.
+    # (blocks on all tokens before the centres, and after) -> the candidate with the most centres.
     depth = max(candidate.expedite.alpha + candidate.expedite.beta for candidate in candidates)
     most = {}
     for candidate in sorted(affordable, key=lambda candidate: candidate.macs):
@@ -180,7 +180,7 @@ def search(
 
 
 def _overview(candidates, depth):
-    """Returns settings from two blocks on up to the last one, for every second map of centres."""
+    """Returns settings that cluster from 1/4 or 1/2 of the depth to the end, every second map."""
     alphas = {max(1, depth // 4), max(1, depth // 2)}
     ends = [c for c in candidates if c.expedite.alpha + c.expedite.beta == depth]
     grids = sorted({candidate.expedite.clusters for candidate in candidates})[::2]
@@ -188,7 +188,7 @@ def _overview(candidates, depth):
 
 
 def _rate(candidates, similarity_of, rated):
-    """Rates new candidates, in the order in which :class:`Comparison` computes least."""
+    """Rates new candidates, in the order that costs :class:`Comparison` the least computation."""
     for expedite, macs in sorted(
         candidates, key=lambda c: (c.expedite.alpha, c.expedite.clusters, c.expedite.beta)
     ):
@@ -209,18 +209,18 @@ def search_latency(
     The plain model and the candidates take turns; latencies are medians.
 
     Args:
-      candidates: of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
+      candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's time.
-      similarity_of: setting -> similarity, such as :class:`Comparison`.
+      similarity_of: function from a setting to its similarity, such as :class:`Comparison`.
       model: classifier or segmentation model.
       variables: variables of the model.
-      images: (B, H, W, 3), normalised; the batch that is timed.
+      images: the batch that is timed, normalised (B, H, W, 3).
 
     Returns:
       The settings that were timed.
 
     Raises:
-      UserError: no candidate has so few MACs.
+      UserError: all candidates have too many MACs.
     """
     least, best = min(candidate.macs for candidate in candidates), {}
     similarity_of = functools.cache(similarity_of)
@@ -242,11 +242,11 @@ def search_latency(
 
 
 def choose(rated: Iterable[Rated], budget: float, of: str = "macs") -> Rated:
-    """Returns the most similar setting within a budget; if several are, the cheapest of them.
+    """Returns the most similar setting within a budget; among equals, the cheapest.
 
     Args:
       rated: settings that were tried.
-      budget: highest `Rated.cost`.
+      budget: highest allowed `Rated.cost`.
       of: "macs" | "latency", the cost that the budget limits, for the message.
 
     Raises:
@@ -264,7 +264,7 @@ def choose(rated: Iterable[Rated], budget: float, of: str = "macs") -> Rated:
 
 
 def pareto_front(rated: Iterable[Rated]) -> list[Rated]:
-    """Returns the Pareto front: no other setting is as cheap and as similar. Cheapest first."""
+    """Returns the Pareto front (no other setting is as cheap and as similar), cheapest first."""
     found = []
     for candidate in sorted(rated, key=lambda candidate: (candidate.cost, -candidate.similarity)):
         if not found or candidate.similarity > found[-1].similarity:

@@ -16,8 +16,9 @@ from tokenvit_jax.models.expedite import Expedite
 def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Expedite) -> float:
     """Returns the cosine similarity of a host's features with and without clustering.
 
-    It is computed in float32 and averaged over the positions of the map and the images. The
-    features are a plain host's after its last LayerNorm, or the last map of a hierarchical host.
+    The similarity is computed in float32 and averaged over images and positions of the map. The
+    features are the patches of a plain host after its last LayerNorm, or the last map of a
+    hierarchical host.
 
     Args:
       model: classifier or segmentation model.
@@ -26,7 +27,7 @@ def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Ex
       expedite: the setting.
 
     References:
-      Liang et al. 2022, Table 1, which compares inner layers.
+      Liang et al. 2022, Table 1, which compares intermediate layers.
     """
     return Comparison(model, variables, images)(expedite)
 
@@ -35,8 +36,8 @@ class Comparison:
     """:func:`similarity` as a function of the setting, fast for many settings.
 
     A block is compiled once for every number of tokens, not once for every setting. Blocks that
-    settings share run once: the blocks before the clustering, and the blocks on the centres where
-    successive settings differ in `beta` alone.
+    settings share run once: the blocks before the clustering and, if successive settings differ
+    only in `beta`, the blocks on the centres.
     """
 
     def __init__(self, model: nn.Module, variables: Any, images: jax.Array):
@@ -68,14 +69,14 @@ class Comparison:
 
 @jax.jit
 def mean_cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean cosine of vectors (..., C) in float32; 0 counts for a vector of zeros."""
+    """Returns the mean cosine of vectors (..., C) in float32; a vector of zeros counts as 0."""
     x, y = (a.astype(jnp.float32) for a in (x, y))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.mean(jnp.sum(x * y, -1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
 
 
 class _BlockRunner:
-    """Runs the blocks of a host that is applied outside `jax.jit`, and remembers their results."""
+    """Runs the blocks of a host that is applied outside `jax.jit`, and caches their results."""
 
     def __init__(self, before: int):
         self._before = before

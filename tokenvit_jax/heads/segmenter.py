@@ -1,4 +1,4 @@
-"""The decoders of Segmenter (Strudel et al. 2021): patch tokens to patch logits."""
+"""The decoders of Segmenter (Strudel et al. 2021), from patch tokens to patch logits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Attention, DropPath, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
 
-EPSILON = 1e-5  # LayerNorm's, as in the published weights
+EPSILON = 1e-5  # epsilon of LayerNorm, as in the published weights
 INIT_STD = 0.02
 
 
@@ -20,8 +20,8 @@ class LinearDecoder(nn.Module):
 
     Attributes:
       num_classes: K.
-      dtype: every head has it; this one computes in float32 and ignores it.
-      axis_name: every head has it; this one ignores it.
+      dtype: attribute of every head; ignored here, because this head computes in float32.
+      axis_name: attribute of every head; ignored here.
 
     References:
       Strudel et al. 2021, Section 3.2, "Linear".
@@ -44,10 +44,11 @@ class MaskTransformer(nn.Module):
 
     Attributes:
       num_classes: K.
-      depth: blocks.
-      head_dim: channels of an attention head; C is a multiple of it.
+      depth: number of blocks.
+      head_dim: channels of an attention head, a divisor of C.
       mlp_ratio: expansion of the MLP.
-      drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+      drop_path: stochastic depth rate of the last block; the rate grows linearly from 0 at the
+        first block.
       dtype: type of the computation; parameters are float32.
       axis_name: mapped axis that the batch is split over, for pmap; None under jit.
 

@@ -1,4 +1,4 @@
-"""Forms of softmax attention of all queries with all keys."""
+"""Softmax attention of all queries with all keys, in forms for different machines."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def attend_by_library(
     scale: float,
     mask: Bool[Array, "B 1 1 S"] | None,
 ) -> Float[Array, "B L N D"]:
-    """Leaves the choice to jax, which has fused attention for some accelerators."""
+    """Attends by jax's own function, which has fused attention for some accelerators."""
     return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
@@ -29,9 +29,9 @@ def attend_heads_first(
     scale: float,
     mask: Bool[Array, "B 1 1 S"] | None,
 ) -> Float[Array, "B L N D"]:
-    """Moves the heads in front and attends in chunks of queries.
+    """Moves the heads to the front and attends in chunks of queries.
 
-    On CPU XLA's batched product is several times faster with (batch, heads) in front.
+    On CPU, XLA's batched product is several times faster with (batch, heads) in front.
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     y = map_queries(lambda q: attend(q, k, v, mask)[0], k.shape[2], q)

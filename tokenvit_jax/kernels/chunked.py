@@ -1,4 +1,4 @@
-"""Computations in chunks, which on CPU stay in the cache."""
+"""Computes in chunks, which stay in the cache on CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-# On a CPU more logits than this (16 MiB) are not held at once: they would leave the cache.
+# Largest number of logits to hold at once on a CPU (16 MiB): more would not fit into the cache.
 MAX_LOGITS = 2**22
 
 
 def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
     """Computes ``run`` for one entry of the leading axis after another.
 
-    The backward pass computes each entry again instead of keeping its intermediate results.
+    The backward pass computes each entry again instead of keeping intermediate results.
 
     Args:
-      run: takes one entry of each argument.
+      run: function of one entry of each argument.
       stacked: arrays (S, ...), or None.
 
     Returns:
@@ -34,9 +34,9 @@ def map_queries(
     """Computes ``run(*queries)`` in chunks of queries with about ``MAX_LOGITS`` logits each.
 
     Args:
-      run: takes arrays (B, N, l, ...) and returns (B, N, l, ...). With several chunks, the backward
+      run: function from arrays (B, N, l, ...) to (B, N, l, ...). With several chunks, the backward
         pass computes the logits of each chunk again.
-      num_keys: logits per query and head.
+      num_keys: number of logits per query and head.
       queries: arrays (B, N, L, ...) that belong together.
 
     Returns:

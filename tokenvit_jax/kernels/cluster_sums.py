@@ -1,4 +1,4 @@
-"""Forms of the sums of the rows of every cluster."""
+"""Sums of the rows of every cluster, in forms for different machines."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 def sums_by_scatter(
     x: Float[Array, "B N C"], assignment: Int[Array, "B N"], num_clusters: int
 ) -> Float[Array, "B M C"]:
-    """Adds row after row: on CPU 5 to 100 times faster than products, more with more clusters."""
+    """Adds row by row; on CPU 5 to 100 times faster than products, more so with more clusters."""
     zeros = jnp.zeros_like(x, shape=(num_clusters, x.shape[2]))
     add = lambda rows, at: zeros.at[at].add(rows, mode="promise_in_bounds")  # noqa: E731
     return jax.vmap(add)(x, assignment)
@@ -21,7 +21,7 @@ def sums_by_products(
     num_clusters: int,
     chunk: int = 1 << 25,
 ) -> Float[Array, "B M C"]:
-    """Multiplies by the membership, of at most about ``chunk`` entries at once.
+    """Multiplies by the membership matrix, in parts with at most about ``chunk`` entries.
 
     Deterministic on accelerators, where a scatter adds in any order.
     """

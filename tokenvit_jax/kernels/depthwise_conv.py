@@ -1,4 +1,4 @@
-"""Forms of depthwise convolution and of the gradient of its kernel."""
+"""Depthwise convolution and the gradient of its kernel, in forms for different machines."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +10,7 @@ from tokenvit_jax.ops.dtypes import softmax_dtype
 def convolve_by_shifts(
     x: Float[Array, "B H W C"], kernel: Float[Array, "rows columns C"]
 ) -> Float[Array, "B H W C"]:
-    """Adds up shifted maps, each times its entry of the kernel: one fused loop for XLA."""
+    """Adds up shifted maps, each multiplied by a kernel entry, which XLA fuses into one loop."""
     dtype = softmax_dtype(x.dtype)
     taps = _taps(x, kernel.shape)
     total = sum(
@@ -24,12 +24,12 @@ def convolve_by_shifts(
 def kernel_gradient_by_entries(
     x: Float[Array, "B H W C"], dy: Float[Array, "B H W C"], shape: tuple[int, int, int]
 ) -> Float[Array, "rows columns C"]:
-    """Reduces once per kernel entry, which accelerators do well.
+    """Reduces once per kernel entry, which is fast on accelerators.
 
     Args:
       x: (B, H, W, C).
       dy: gradient of the output (B, H, W, C).
-      shape: of the kernel (rows, columns, C).
+      shape: shape of the kernel (rows, columns, C).
     """
     dtype = softmax_dtype(x.dtype)
     taps = _taps(x, shape)
@@ -44,8 +44,8 @@ def kernel_gradient_by_lines(
     """Adds up image rows element by element and reduces once at the end.
 
     A reduction over all but the last axis is a strided scalar loop in XLA's CPU backend; adding
-    rows is a vector loop, measured up to 10 times faster. The arguments are the same
-    as in :func:`kernel_gradient_by_entries`.
+    rows is a vector loop, measured up to 10 times faster. The arguments are the same as in
+    :func:`kernel_gradient_by_entries`.
     """
     dtype = softmax_dtype(x.dtype)
     batch, height, width, channels = x.shape
@@ -66,7 +66,7 @@ def kernel_gradient_by_lines(
 
 
 def _taps(x, kernel_shape):
-    """Returns, row by row, the views of the padded ``x`` that the kernel's entries multiply."""
+    """Returns the views of the padded ``x`` that the kernel's entries multiply, row by row."""
     height, width = x.shape[1:3]
     rows, columns, _ = kernel_shape
     padded = _pad(x, kernel_shape)

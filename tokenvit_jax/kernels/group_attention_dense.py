@@ -1,4 +1,4 @@
-"""Group attention with all logits, where keys that a group did not select are masked."""
+"""Group attention with all logits, which masks the keys that a group did not select."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def attend_dense(
     groups: Int32[Array, "B N l"],
     selected: Bool[Array, "B N L G"],
 ) -> Float[Array, "B N l D"]:
-    """Attends with all logits.
+    """Attends with all logits and a mask.
 
     Args:
       q: scaled queries (B, N, l, D).

@@ -1,6 +1,6 @@
 """Group attention of queries that are sorted by group and cut into tiles of one group each.
 
-``(L - g) // tile + g`` tiles with ``g = min(G, L)`` are enough for every possible division of the
+``(L - g) // tile + g`` tiles, with ``g = min(G, L)``, are enough for every possible division of the
 queries into groups, so no query is ever dropped.
 """
 
@@ -16,7 +16,7 @@ from tokenvit_jax.ops.gather import take
 
 
 def num_tiles(length: int, num_groups: int, tile: int) -> int:
-    """Returns a number of tiles that is enough for any division of the queries into groups."""
+    """Returns a number of tiles that suffices for any division of the queries into groups."""
     nonempty = min(num_groups, length)
     return (length - nonempty) // tile + nonempty
 
@@ -31,7 +31,7 @@ def tile_size(length: int, num_groups: int) -> int:
 
 
 class TilePlan(NamedTuple):
-    """Where each query goes: T tiles of t slots, each tile of one group, per image and head.
+    """Assignment of queries to T tiles of t slots, one group per tile, for each image and head.
 
     Attributes:
       query_of_slot: (B, N, T t).
@@ -71,7 +71,7 @@ def plan_tiles(groups: Int32[Array, "B N L"], num_groups: int, tile: int) -> Til
 
     tile_index = jnp.arange(total_tiles, dtype=jnp.int32)
     group_of_tile = jnp.sum(tile_index[:, None] >= end_tile[:, :, None], -1, dtype=jnp.int32)
-    group_of_tile = jnp.minimum(group_of_tile, num_groups - 1)  # tiles behind the last one
+    group_of_tile = jnp.minimum(group_of_tile, num_groups - 1)  # unused tiles at the end
     tile_of_group = tile_index - take(first_tile, group_of_tile)
     rank = tile_of_group[..., None] * tile + jnp.arange(tile, dtype=jnp.int32)
     filled = rank < take(counts, group_of_tile)[..., None]
@@ -106,7 +106,7 @@ def _select_keys(x, keys):
 
 
 def _add_keys(x, keys, plan, length):
-    """Adds the tiles' gradients (B, N, T, k, D) up to the gradient of all keys (B, N, L, D)."""
+    """Adds up the tiles' gradients (B, N, T, k, D) to the gradient of all keys (B, N, L, D)."""
     batch, heads, num_groups, top_k = keys.shape
     num_tiles, dim = x.shape[2], x.shape[-1]
     # Tiles of a group first, as a product with their membership; only G * k rows are scattered.
@@ -138,7 +138,7 @@ def attend_tiles(
       k: keys (B, N, L, D).
       v: values (B, N, L, D).
       keys: indices of the keys that each group selected (B, N, G, k).
-      plan: places of the queries in the tiles.
+      plan: assignment of the queries to tiles.
 
     Returns:
       (B, N, L, D) in the type of ``v``.
@@ -173,7 +173,7 @@ def _backward(residuals, d_output):
     weights = jnp.exp(product("bntqd,bntkd->bntqk", tile_q, tile_k) - log_total)
 
     delta = jnp.sum(d_output.astype(dtype) * output.astype(dtype), -1, keepdims=True)
-    filled = plan.filled[..., None]  # an empty slot repeats some query: it must not count twice
+    filled = plan.filled[..., None]  # an empty slot repeats some query, which must not count twice
     tile_d = jnp.where(filled, _to_tiles(d_output, plan), 0)
     tile_delta = jnp.where(filled, _to_tiles(delta, plan), 0)
     d_v = product("bntqk,bntqd->bntkd", weights.astype(group_v.dtype), tile_d)

@@ -1,4 +1,4 @@
-"""Forms of the selection of the largest scores."""
+"""Selection of the largest scores, in forms for different machines."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,12 +6,12 @@ from jaxtyping import Array, Float, Int32
 
 
 def by_top_k(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
-    """Uses XLA's own selection, which is several times faster than sorting on CPU."""
+    """Selects by XLA's own operation, which is several times faster than sorting on CPU."""
     return lax.top_k(scores, top_k)[1]
 
 
 def by_sorting(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
-    """Sorts all scores, which leaves a batch that is divided over devices where it is.
+    """Sorts all scores, which moves nothing between the devices that share a batch.
 
     XLA cannot divide ``top_k`` over devices: every device would gather the whole batch.
     """

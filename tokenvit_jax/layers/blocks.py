@@ -18,9 +18,9 @@ from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes the exact GELU: x times the normal distribution function of x.
 
-    Uses erf, which XLA turns into one vector loop; on CPU the erfc in `jax.nn.gelu` took 5 times as
-    long. Computed in float32 for narrower types, because 1 + erf cancels. The backward pass keeps
-    only x.
+    Uses erf, which XLA compiles to one vector loop; on CPU the erfc in `jax.nn.gelu` took 5 times
+    as long. Narrower types are computed in float32, because 1 + erf cancels. The backward pass
+    keeps only x.
 
     References:
       Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
@@ -48,14 +48,14 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 class PatchEmbedding(nn.Module):
     """Embeds overlapping patches: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), dim).
 
-    A convolution with bias, then LayerNorm.
+    The module applies a convolution with bias, then LayerNorm.
 
     Attributes:
       dim: output channels.
-      kernel_size: side of a patch.
-      stride: stride between patches.
-      padding: rows and columns of zeros above and on the left; below and on the right, as many as
-        the size needs are added.
+      kernel_size: side of a patch [pixels].
+      stride: stride between patches [pixels].
+      padding: rows and columns of zeros above and on the left; below and on the right, as many
+        zeros are added as the output size requires.
       epsilon: epsilon of LayerNorm.
       dtype: type of the computation.
     """
@@ -123,7 +123,7 @@ def dense(
     Args:
       dim: output channels.
       dtype: type of the computation.
-      name: name of the module; None: given by linen.
+      name: name of the module; None: linen chooses it.
       init: initializer of the kernel.
     """
     return nn.Dense(dim, dtype=dtype, kernel_init=init, name=name)

@@ -17,30 +17,30 @@ from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.ops.density_peaks import RULES
 from tokenvit_jax.ops.heads import split_heads
 
-# Scope of the products that the published FLOPs of ClusTR leave out: `published.LEFT_OUT` names it.
+# Scope of the products that ClusTR's published FLOPs leave out; `published.LEFT_OUT` lists it.
 FINE_SCALE = "fine_scale"
 AGGREGATIONS = ("clusters", "grid")
-# Momentum of the running threshold (adaptive number of clusters), as for BatchNorm's statistics.
+# Momentum of the running threshold (adaptive number of clusters), as in BatchNorm's statistics.
 MOMENTUM = 0.9
 
 
 class ClusterAttention(nn.Module):
-    """Attends from N tokens to clusters of them, at one or several scales.
+    """Attends from N tokens to clusters of these tokens, at one or several scales.
 
-    (B, H, W, C) -> (B, H, W, C). The tokens are clustered by density peaks, once for all heads and
-    scales, and merged to about N / ratio tokens per scale. Every scale has its own keys, values and
-    softmax; the outputs are added.
+    Maps (B, H, W, C) to (B, H, W, C). The tokens are clustered by density peaks, once for all heads
+    and scales, and merged to about N / ratio tokens per scale. Every scale has its own keys, values
+    and softmax; the outputs are added.
 
     Attributes:
       num_heads: number of heads, a divisor of C.
-      ratios: token reduction of each scale, falling; 1: all tokens, nothing to merge.
+      ratios: token reduction of each scale, in falling order; 1: all tokens, without merging.
       aggregation: "clusters", or "grid": a convolution with kernel and stride sqrt(ratio), the
         spatial reduction of PVT (Wang et al. 2021).
-      assign: which cluster a token joins if it is no centre: the "nearest" centre's, or its
+      assign: cluster that a token joins if it is not a centre: the "nearest" centre's, or its
         "parent"'s (the nearest denser token).
-      adaptive: 0: every image has all clusters. Above 0: only centres with a high decision value
-        are used, on average this part of them. One threshold holds for all images: the quantile of
-        the batch in training, its running mean in evaluation.
+      adaptive: 0: every image has all clusters. Above 0: on average this fraction of the centres
+        is used, the centres with a high decision value. One threshold holds for all images: the
+        quantile of the batch in training, its running mean in evaluation.
       dtype: type of the computation.
       axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
 
@@ -94,7 +94,7 @@ class ClusterAttention(nn.Module):
             )
 
     def _clusters(self, tokens, train):
-        """Returns for each scale merged tokens (B, M, C), and which are used (B, M), or None."""
+        """Returns the merged tokens (B, M, C) of each scale and which are used (B, M), or None."""
         num_tokens = tokens.shape[1]
         numbers = cluster_numbers(num_tokens, self.ratios)
         if not min(numbers):
@@ -109,7 +109,7 @@ class ClusterAttention(nn.Module):
         scores = dense(1, self.dtype, "score")(tokens)[..., 0]  # (B, N), Eq. 3
         scales = []
         for scale, number in enumerate(numbers):
-            # Created even if not needed: the variables must not depend on the size of the image.
+            # Created even if not needed, because the variables must not depend on the image size.
             threshold = self._threshold(peaks, number, scale, train) if self.adaptive else None
             if number == num_tokens:
                 scales.append((tokens, None))
@@ -127,7 +127,7 @@ class ClusterAttention(nn.Module):
         return scales
 
     def _threshold(self, peaks, number, scale, train):
-        """Returns the decision value below which a centre is not used, one for all images."""
+        """Returns the decision value below which a centre is not used, the same for all images."""
         running = self.variable("batch_stats", f"threshold{scale}", jnp.zeros, ())
         if not train or self.is_initializing():
             return running.value
@@ -154,10 +154,10 @@ class ClusterAttention(nn.Module):
 def cluster_numbers(num_tokens: int, ratios: tuple[int, ...]) -> list[int]:
     """Returns the number of clusters at each scale.
 
-    The coarsest scale has N // ratio clusters; each finer scale has a multiple of them.
+    The coarsest scale has N // ratio clusters; each finer scale has a multiple of this number.
 
     Args:
       num_tokens: N.
-      ratios: token reduction of each scale, the coarsest first; it is a multiple of the others.
+      ratios: token reduction of each scale, the coarsest first, which is a multiple of the others.
     """
     return [num_tokens // ratios[0] * (ratios[0] // ratio) for ratio in ratios]

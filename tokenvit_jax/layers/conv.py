@@ -1,4 +1,4 @@
-"""Convolutions and their normalisation."""
+"""Convolutions and BatchNorm."""
 
 from typing import Any
 
@@ -65,6 +65,6 @@ def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) ->
     Args:
       dtype: type of the computation.
       axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
-      name: name of the module; None: given by linen.
+      name: name of the module; None: linen chooses it.
     """
     return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name)

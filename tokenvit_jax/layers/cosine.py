@@ -12,7 +12,7 @@ MAX_LOGIT_SCALE = 100.0
 # Added to the squared length of queries and keys.
 EPSILON = 1e-12
 
-# Initializer of the parameter `logit_scale` (N,), which is a logarithm.
+# Initializer of the parameter `logit_scale` (N,), the logarithm of the scale.
 logit_scale_init = nn.initializers.constant(np.log(INITIAL_LOGIT_SCALE))
 
 
@@ -27,7 +27,7 @@ def cosine_heads(
       logit_scale: logarithm of the scale of each head (N,).
 
     Returns:
-      Queries whose length is the scale, at most 100, and keys of length 1, in their types.
+      Queries whose length is the scale, at most 100, and keys of length 1, in the input types.
     """
     factor = jnp.exp(jnp.minimum(logit_scale, np.log(MAX_LOGIT_SCALE)))[:, None]
     return (unit_length(q) * factor).astype(q.dtype), unit_length(k).astype(k.dtype)

@@ -1,4 +1,4 @@
-"""Multi-head attention with dynamic query groups, and the update of its centroids."""
+"""Multi-head attention with dynamic query groups, and the update of the groups' centroids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,15 @@ class DynamicGroupAttention(nn.Module):
 
     The collection "centroids" holds one set of centroids per head, in float32. A forward pass with
     ``train=True`` and a mutable collection adds the group sums of its batch to the collection and
-    leaves the centroids unchanged; :func:`advance_centroids` moves them once per step. So several
-    micro-batches add up, and rematerialization changes nothing.
+    leaves the centroids unchanged; :func:`advance_centroids` moves them once per step. Thus the
+    sums of several micro-batches add up, and rematerialization changes nothing.
 
     Attributes:
       num_heads: N, a divisor of C.
       num_groups: G; 0: global attention, no centroids.
-      top_k: keys per group.
-      cosine: unit-norm queries and keys with a learned logit scale per head, not 1 / sqrt(D).
+      top_k: number of keys per group.
+      cosine: whether queries and keys have unit norm and the logits a learned scale per head,
+        instead of 1 / sqrt(D).
       dtype: type of the computation.
 
     Raises:
@@ -79,7 +80,7 @@ class DynamicGroupAttention(nn.Module):
 
     def _random_centroids(self, shape):
         centroids = jax.random.normal(self.make_rng("params"), shape)
-        # Not `unit_norm`, which rounds differently: runs of one seed keep their first centroids.
+        # Not `unit_norm`, which rounds differently: a seed must keep giving the same centroids.
         return centroids / jnp.linalg.norm(centroids, axis=-1, keepdims=True)
 
 
@@ -92,7 +93,8 @@ def advance_centroids(
       collection: nested dict with "centroids", "sums" and "counts" for each
         :class:`DynamicGroupAttention`.
       old_weight: weight of the old centroid, in [0, 1].
-      axis_name: mapped axis over which the sums of the devices are added first.
+      axis_name: mapped axis over which the sums of all devices are added first; None: one device
+        or jit.
 
     Returns:
       The collection after the step, with the same structure.

@@ -18,7 +18,7 @@ from tokenvit_jax.ops.windows import pad_map, whole_windows
 class SeparableProjection(nn.Module):
     """Depthwise 3x3 convolution, BatchNorm, linear layer: (B, H, W, C) -> (B, H, W, C).
 
-    There is no bias before BatchNorm.
+    The convolution has no bias, because BatchNorm follows.
 
     Attributes:
       dtype: type of the computation.
@@ -42,8 +42,8 @@ class SeparableProjection(nn.Module):
 class PaleAttention(nn.Module):
     """Self-attention (B, H, W, C) -> (B, H, W, C) within pales, or their rows and columns.
 
-    Before queries, keys and values are computed, the map is padded with zeros below and on the
-    right to whole pales; it is cropped before the output projection.
+    The map is padded with zeros below and on the right to whole pales before queries, keys and
+    values are computed, and cropped before the output projection.
 
     Attributes:
       num_heads: N, a divisor of C.

@@ -13,7 +13,7 @@ from tokenvit_jax.ops.heads import merge_heads, split_qkv
 
 
 class Attended(NamedTuple):
-    """Output of attention, and what token reducers read.
+    """Output of attention, with the attention scores and keys that token reducers read.
 
     Attributes:
       y: output (B, T, C).
@@ -32,7 +32,8 @@ class Attention(nn.Module):
     Attributes:
       num_heads: number of heads, a divisor of C.
       qk_norm: "none"; "fixed": queries and keys have length 1, and their products are the logits;
-        "learned": these logits times a parameter that starts at 1 (Supplement F of Token Pooling).
+        "learned": these logits are multiplied by a parameter that starts at 1 (Supplement F of
+        Token Pooling).
       init_std: standard deviation of the initial kernels.
       dtype: type of the computation.
 
@@ -57,8 +58,9 @@ class Attention(nn.Module):
 
         Args:
           x: tokens (B, T, C).
-          scored_by: whose attention to each token is reported. "all": the sum over all heads and
-            queries; "class": the mean over the heads of the class token's attention; None: none.
+          scored_by: queries whose attention to each token is reported. "all": the sum over all
+            heads and queries; "class": the class token's attention, averaged over the heads; None:
+            nothing is reported.
           diagonal: whether the sum includes the attention of a token to itself.
           size: number of patches that each token stands for (B, T); None: all 1.
         """
@@ -76,7 +78,7 @@ class Attention(nn.Module):
             y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
             y = ops.dot_product_attention(q, k, v, scale=scale)
-        if scored_by == "class":  # one row more is cheaper than all rows kept
+        if scored_by == "class":  # computing one more row is cheaper than keeping all rows
             row = ops.scored_attention(q[:, :1], k, v, size, scale=scale)
             received = row.received / self.num_heads
         y = dense(channels, self.dtype, "proj", init)(merge_heads(y))

@@ -2,7 +2,7 @@
 
 Masks are drawn for the global batch from a key that all devices share. Under jit over a mesh a
 plain draw does this; under a mapped axis every device draws the whole mask, which is small, and
-takes its part.
+uses its own part.
 """
 
 import flax.linen as nn
@@ -57,7 +57,7 @@ class Dropout(nn.Module):
         return x * (keep.astype(x.dtype) / (1 - self.rate))
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of the mask; entries that share a place in it are dropped together."""
+        """Returns the shape of the mask; x entries that share a mask entry are dropped together."""
         return shape
 
 

@@ -22,9 +22,9 @@ CPB_CHANNELS = 512
 class WindowAttention(nn.Module):
     """Self-attention (B, H, W, C) -> (B, H, W, C) within windows, with a table of position biases.
 
-    Before queries, keys and values are computed, the map is padded with zeros below and on the
-    right to whole windows. Padding is attended to like tokens, as in the published detection and
-    segmentation models.
+    The map is padded with zeros below and on the right to whole windows before queries, keys and
+    values are computed. Tokens attend to padding as to other tokens, as in the published detection
+    and segmentation models.
 
     Attributes:
       num_heads: N, a divisor of C.
@@ -58,16 +58,16 @@ class WindowAttention(nn.Module):
           x: (B, H, W, C).
           window: rows and columns of a window, at most ``window_size``.
           shift: rows and columns, less than a window, by which the windows are moved down and
-            right; at the borders, parts of windows remain.
-          table_window: window whose position biases are resized to ``window``, from ``window`` to
-            ``window_size`` (rows, columns); None: ``window``.
-          mask_shift: shift that the mask assumes; None: ``shift``, the correct one.
+            right; parts of windows remain at the borders.
+          table_window: window (rows, columns) whose position biases are resized to ``window``; its
+            size is from ``window`` to ``window_size``. None: ``window``.
+          mask_shift: shift that the mask assumes; None: ``shift``, which is correct.
         """
         _, height, width, channels = x.shape
         check_num_heads(self.num_heads, channels)
         x = pad_to_windows(x, window)
         x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2)) if any(shift) else x
-        # The gradient of a split is one concatenation; of slices it would be a sum of padded maps.
+        # A split's gradient is one concatenation; slices would have a sum of padded maps.
         qkv = jnp.split(self._qkv(x), 3, axis=-1)
         heads = (split_heads(y, self.num_heads) for y in qkv)
         q, k, v, scale = self._logits_of(*heads)
@@ -97,8 +97,8 @@ class CosineWindowAttention(WindowAttention):
     """Window attention of Swin v2: cosines of queries and keys, position biases from an MLP.
 
     Attributes:
-      pretrained_window_size: side of the windows in the first training, which is the unit of the
-        offsets. The other attributes are inherited from :class:`WindowAttention`.
+      pretrained_window_size: side of the windows in pretraining, which is the unit of the offsets.
+        The other attributes are inherited from :class:`WindowAttention`.
 
     References:
       Liu et al. 2022, "Swin Transformer V2", Eqs. 2 to 4.
@@ -133,7 +133,7 @@ def resize_bias_table(
 ) -> Float[Array, "a b N"]:
     """Resizes the table of a window to a smaller window that covers the same area.
 
-    Bilinear, not antialiased; offset 0 stays in the middle.
+    The resizing is bilinear and not antialiased; offset 0 stays in the middle.
 
     Args:
       table: (2 a - 1, 2 b - 1, N), the bias for each offset; offset 0 is in the middle.
@@ -144,7 +144,7 @@ def resize_bias_table(
       (2 k - 1, 2 l - 1, N).
 
     References:
-      Liang et al. 2022, "Expediting Large-Scale Vision Transformer", the released code for Swin.
+      Liang et al. 2022, "Expediting Large-Scale Vision Transformer": the released code for Swin.
     """
     rows, columns = (
         slice(n // 2 + 1 - side, n // 2 + side)

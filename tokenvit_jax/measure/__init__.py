@@ -1,4 +1,4 @@
-"""Cost of models and operators: multiply-adds, and time and memory on this machine.
+"""Measures the cost of models and operators: multiply-adds, and time and memory on this machine.
 
-Needs JAX, Flax and NumPy only; PyTorch and timm to compare with timm's models.
+This needs only JAX, Flax and NumPy; a comparison with timm's models needs PyTorch and timm.
 """

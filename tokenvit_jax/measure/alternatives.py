@@ -1,4 +1,4 @@
-"""Operators written in the obvious way, to compare the operators of this package with."""
+"""Operators written in the obvious way, for comparison with the operators of this package."""
 
 import math
 
@@ -13,7 +13,7 @@ NEIGHBORS = 5  # of density peaks
 
 
 def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes attention on (B, L, N, D) arrays as they are, without choosing a layout."""
+    """Computes attention on (B, L, N, D) arrays without changing their layout."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
 

@@ -1,8 +1,8 @@
 """Counts the parameters and multiply-adds (MACs) of models from shapes alone.
 
-Linear layers, convolutions and attention count; elementwise work does not. An operator of
-:mod:`tokenvit_jax.ops` counts what it computes (attention in groups: 2kLC + 2LGC, Eq. 6 of DGT),
-not how it computes it.
+Linear layers, convolutions and attention count; elementwise work does not. The count of an operator
+of :mod:`tokenvit_jax.ops` follows from its mathematics (attention in groups: 2kLC + 2LGC, Eq. 6 of
+DGT), not from its implementation.
 """
 
 import functools
@@ -31,8 +31,8 @@ class Summary(NamedTuple):
       name: name of the model.
       params: number of its parameters.
       macs: multiply-adds of the forward pass of one image.
-      macs_as_published: the multiply-adds that its paper counts; `published.LEFT_OUT` lists the
-        parts that a paper leaves out.
+      macs_as_published: multiply-adds that its paper counts; `published.LEFT_OUT` lists the parts
+        that a paper leaves out.
     """
 
     name: str
@@ -89,7 +89,7 @@ def summarize_model(model: nn.Module, image_size: tuple[int, int], name: str) ->
     Args:
       model: a model of :func:`tokenvit_jax.create_model`, or one built on its backbone.
       image_size: height and width [pixels].
-      name: name of the model; selects the paper whose way of counting applies.
+      name: name of the model, which selects the paper whose way of counting applies.
     """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     variables = variable_shapes(model, images)
@@ -116,11 +116,11 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 
 def format_summaries(summaries: Sequence[Summary], image_size: tuple[int, int]) -> str:
-    """Formats summaries as a table, beside the published numbers.
+    """Formats summaries as a table that also shows the published numbers.
 
     Args:
       summaries: one row each.
-      image_size: height and width [pixels] of the image that was counted.
+      image_size: height and width of the image [pixels].
     """
     width = max(12, *(len(summary.name) for summary in summaries))
     lines = [
@@ -151,13 +151,13 @@ def format_known(value: float | None) -> str:
 def count_macs(fn: Callable, *args: Any, leave_out: tuple[str, ...] = ()) -> int:
     """Counts the multiply-adds of matrix products and convolutions in a forward computation.
 
-    An operator of :mod:`tokenvit_jax.ops` counts by its formula, which holds for a plain call:
-    neither differentiated nor mapped by `jax.vmap`. Elementwise work does not count.
+    An operator of :mod:`tokenvit_jax.ops` is counted by its formula, which holds for a plain call,
+    without differentiation and without `jax.vmap`. Elementwise work does not count.
 
     Args:
       fn: function of arrays.
       *args: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and types matter.
-      leave_out: names of operators and of scopes (`jax.named_scope`) that count nothing.
+      leave_out: names of operators and scopes (`jax.named_scope`) that do not count.
 
     Returns:
       The number of multiply-adds. A conditional counts its most expensive branch.
@@ -183,7 +183,7 @@ def _count_equation(equation: core.JaxprEqn, leave_out: frozenset[str]) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         return math.prod(outputs[0]) * math.prod(inputs[0][i] for i in contracted)
     if primitive == "conv_general_dilated":
-        # The kernel holds the input channels of one group already.
+        # The kernel already has the input channels of one group only.
         out_channel = params["dimension_numbers"].rhs_spec[0]
         kernel = math.prod(inputs[1]) // inputs[1][out_channel]
         return math.prod(outputs[0]) * kernel

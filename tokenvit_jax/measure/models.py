@@ -1,7 +1,7 @@
-"""Times the forward pass and the training step of models, beside variants and timm's models.
+"""Times the forward pass and the training step of models, their variants and timm's models.
 
-Models differ in size, so they compare by images per second times the multiply-adds (MACs) of one
-image: their speed at equal MACs.
+Models differ in size, so they are compared by images per second times the multiply-adds (MACs) of
+one image: their speed at equal MACs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Contender(NamedTuple):
     """A model that is ready to be timed.
 
     Attributes:
-      program: its call takes no arguments.
+      program: compiled program, whose call takes no arguments.
       macs: multiply-adds of the forward pass of one image.
     """
 
@@ -49,25 +49,26 @@ def benchmark_models(
     against: Sequence[str] = (),
     insertions: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Times models with 1000 classes that take turns.
+    """Times models with 1000 classes, in turns.
 
     Args:
       names: some of :func:`tokenvit_jax.list_models`.
       image_size: height and width [pixels].
       batch_size: images per batch.
-      dtype: dtype of the computation.
+      dtype: type of the computation.
       modes: "forward", "train" or both; "train" is forward, backward and gradient descent.
       against: names of timm models.
       insertions: model -> label of a variant -> overrides of `create_model`; each variant takes
         turns with its model.
 
     Returns:
-      For each mode a row per model, then a row per timm model, named "timm/NAME". A row holds the
+      For each mode, a row per model, then a row per timm model, named "timm/NAME". A row holds the
       settings; "gmacs", 10^9 multiply-adds of the forward pass of one image; "images_per_second";
-      "gmacs_per_second", their product; "ratio_to_NAME", this product over the product of the timm
-      model NAME; and the numbers of :func:`tokenvit_jax.measure.timing.describe_times`. If any
-      model has variants, also "speedup", ratio of images per second to the plain model, "saved",
-      multiply-adds of the plain model over its own, and "speedup_over_saved".
+      "gmacs_per_second", their product; "ratio_to_NAME", this product divided by the product of the
+      timm model NAME; and the numbers of :func:`tokenvit_jax.measure.timing.describe_times`. If any
+      model has variants, a row also holds "speedup", its images per second divided by the plain
+      model's; "saved", the plain model's multiply-adds divided by its own; and
+      "speedup_over_saved".
 
     Raises:
       UserError: a model is unknown, or the images are too small for it; see also
@@ -80,13 +81,13 @@ def benchmark_models(
 
 
 def _benchmark_mode(names, image_size, batch_size, dtype, mode, against, insertions):
-    models, plain = {}, {}  # plain: variant -> model that it is compared with
+    models, plain = {}, {}  # plain: variant -> model that the variant is compared with
     for name in names:
         models[name] = create_model(name, dtype=dtype)
         for label, overrides in insertions.get(name, {}).items():
             models[f"{name} {label}"] = create_model(name, dtype=dtype, **overrides)
             plain[f"{name} {label}"] = name
-    # Peers come before our models, which take long to compile: a missing package shows at once.
+    # Peers come before our models, which compile slowly, so that a missing package shows at once.
     peers = {f"timm/{name}": _peer(name, image_size, batch_size, dtype, mode) for name in against}
     contenders = {
         name: _contender(model, image_size, batch_size, mode) for name, model in models.items()
@@ -141,7 +142,7 @@ def _contender(model, image_size, batch_size, mode):
     program = compile_program(train_step_of(model), variables, images, labels, donate_argnums=(0,))
 
     def call():
-        nonlocal variables  # the old ones are donated
+        nonlocal variables  # the old variables are donated
         variables, loss = program.call(variables, images, labels)
         return variables, loss
 

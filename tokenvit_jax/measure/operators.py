@@ -1,4 +1,4 @@
-"""Times operators at the shapes of the models, each beside its obvious alternatives."""
+"""Times operators at the shapes of the models, each against its obvious alternatives."""
 
 import functools
 import math
@@ -51,7 +51,7 @@ class Case(NamedTuple):
       inputs: arrays.
       num_differentiated: number of leading inputs that have a gradient; unless it is 0, the result
         has the shape of the first input.
-      contenders: name -> function of the inputs; the obvious alternative first, ours last.
+      contenders: name -> function of the inputs, the obvious alternative first and ours last.
     """
 
     shape: dict[str, Any]
@@ -72,15 +72,15 @@ def benchmark_operator(
 
     Args:
       name: a key of :data:`CASES`.
-      batch_size: images per batch; None: the operator's own.
-      dtype: dtype of the computation.
+      batch_size: images per batch; None: the default of the operator.
+      dtype: type of the computation.
       modes: "forward", "train" (forward and backward) or both.
 
     Returns:
       A row for every case and mode, see :func:`benchmark_case`.
 
     Raises:
-      UserError: only "train" is asked for, and the operator has no gradient.
+      UserError: only "train" is requested, and the operator has no gradient.
     """
     rows = [
         benchmark_case(case, mode)
@@ -102,8 +102,9 @@ def benchmark_case(case: Case, mode: str, *, seconds: float = 2.0) -> dict[str, 
       seconds: approximate time to spend on each contender [s].
 
     Returns:
-      The shape; "contenders", the numbers of each; and "speedup", the time of the obvious
-      alternative over ours, None where it does not fit into memory and is only compiled.
+      The shape; "contenders", the numbers of each contender; and "speedup", the time of the obvious
+      alternative divided by ours, or None if the alternative does not fit into memory and is only
+      compiled.
     """
     inputs = case.inputs
     if mode == "train":
@@ -145,7 +146,7 @@ def group_attention_cases(
 ) -> Iterator[Case]:
     """Yields attention in dynamic groups against attention of all queries with all keys.
 
-    "eq7" is the speed-up that the operation counts of the DGT paper promise: 2L^2C over
+    "eq7" is the speed-up that the operation counts of the DGT paper promise: 2L^2C divided by
     2kLC + 2LGC + kG log L.
     """
     for length, heads in shapes:
@@ -227,8 +228,8 @@ def cluster_density_peaks_cases(
 ) -> Iterator[Case]:
     """Yields clustering by density peaks against the same with all distances at once.
 
-    Clusters have no gradient. The obvious form of the longest input is only compiled on most
-    machines: it does not fit into their memory.
+    Clusters have no gradient. On most machines, the obvious form is only compiled for the longest
+    input, because it does not fit into memory.
     """
     for length, channels in shapes:
         num_clusters = length // CLUSTER_RATIO
@@ -251,7 +252,7 @@ def kmedoids_cases(
 ) -> Iterator[Case]:
     """Yields K-Medoids against its equations as products with the membership in K clusters.
 
-    "masked", a compromise: one masked sum over N x N distances for all clusters.
+    "masked" is a compromise: one masked sum over N x N distances for all clusters.
     """
     contenders = {
         "products": alternatives.kmedoids_by_products,

@@ -10,7 +10,7 @@ def format_results(rows: list[dict[str, Any]], environment: Mapping[str, Any], f
     """Formats measurements and the environment that they hold for.
 
     Args:
-      rows: of :func:`tokenvit_jax.measure.models.benchmark_models`, or of
+      rows: result of :func:`tokenvit_jax.measure.models.benchmark_models` or
         :func:`tokenvit_jax.measure.operators.benchmark_operator`.
       environment: versions and device.
       form: "table" | "json".
@@ -47,7 +47,7 @@ def _format(value):
 
 
 def plot_cost(rows: list[dict[str, Any]]):
-    """Draws time over sequence length, and the speed-up beside the one that Eq. 7 of DGT promises.
+    """Draws time over sequence length, and the speed-up with the one that Eq. 7 of DGT promises.
 
     Args:
       rows: results of :func:`tokenvit_jax.measure.operators.group_attention_cases`.

@@ -1,7 +1,7 @@
-"""Times compiled programs that take turns, and reports what the numbers hold for.
+"""Times compiled programs in turns, and describes the environment of the measurement.
 
 Times are medians; compilation and warm-up are separate. Temporary memory is the memory that XLA
-plans; allocations of the libraries that it calls are not included.
+plans; allocations of the libraries that XLA calls are not included.
 """
 
 import importlib.metadata
@@ -19,13 +19,13 @@ import numpy as np
 Name = TypeVar("Name", bound=Hashable)
 
 MIB = 2**20
-# Bounds on the number of timed calls; between them a time budget decides.
+# Bounds on the number of timed calls; between the bounds, a time budget decides.
 MAX_CALLS = 50
 MIN_CALLS = 2
 
 
 class Program(NamedTuple):
-    """A compiled function and the cost of compiling it; None where it is unknown (timm).
+    """A compiled function and the cost of compiling it; None if the cost is unknown (timm).
 
     Attributes:
       call: the compiled function.
@@ -41,7 +41,7 @@ class Program(NamedTuple):
 
 
 def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = ()) -> Program:
-    """Compiles a function for given arguments and times tracing and compilation.
+    """Compiles a function for given arguments, and times tracing and compilation.
 
     Args:
       fn: function of arrays.
@@ -95,8 +95,8 @@ def describe_times(program: Program, times: Sequence[float]) -> dict[str, Any]:
     """Returns the numbers to print for one program.
 
     Args:
-      program: its "trace_seconds", "compile_seconds" and "temp_mib" are included.
-      times: durations of its calls [s]; "median_ms" and "min_ms" are None if it never ran.
+      program: compiled program; its "trace_seconds", "compile_seconds" and "temp_mib" are included.
+      times: durations of its calls [s]; if there are none, "median_ms" and "min_ms" are None.
     """
     return {
         "median_ms": 1e3 * statistics.median(times) if times else None,
@@ -109,18 +109,18 @@ def describe_times(program: Program, times: Sequence[float]) -> dict[str, Any]:
 
 
 def fits_memory(num_bytes: int) -> bool:
-    """Returns whether the device has this much free memory [bytes], as far as it tells."""
+    """Returns whether the device has this much free memory [bytes]; True if this is unknown."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return num_bytes < stats["bytes_limit"] - stats["bytes_in_use"]
-    # On CPU an allocation that is too large kills the process instead of raising.
+    # On CPU, an allocation that is too large kills the process instead of raising an error.
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         return num_bytes < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return True
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions and the device that a measurement holds for."""
+    """Returns the versions and the device of a measurement."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     device = jax.devices()[0]
     return {
@@ -135,5 +135,5 @@ def environment() -> dict[str, Any]:
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Returns normal random numbers, the same for the same seed."""
+    """Returns normal random numbers that depend on the seed only."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)

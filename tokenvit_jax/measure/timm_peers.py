@@ -1,4 +1,4 @@
-"""Times timm models in PyTorch as peers: the same batch size, the same work.
+"""Times timm models in PyTorch as peers, with the same batch size and the same work.
 
 On a GPU, PyTorch runs the output of `torch.compile`. On CPU it runs eagerly, with as many threads
 as JAX has. bfloat16 is autocast: the parameters stay float32, as in the models of this package.
@@ -29,7 +29,7 @@ class Peer(NamedTuple):
     Attributes:
       call: runs one forward pass or training step to its end.
       macs: multiply-adds of the forward pass of one image.
-      compile_seconds: time to compile it [s]; None where nothing is compiled.
+      compile_seconds: time to compile it [s]; None if nothing is compiled.
     """
 
     call: Callable[[], None]
@@ -49,7 +49,7 @@ def timm_peer(
       name: name of the timm architecture.
       image_size: height and width [pixels].
       batch_size: images per batch.
-      dtype: "float32" | "bfloat16", dtype of the computation.
+      dtype: "float32" | "bfloat16", type of the computation.
       mode: "forward" | "train".
 
     Raises:
@@ -135,7 +135,7 @@ def torch_device() -> str:
 
     backend = jax.default_backend()
     if backend == "cpu":
-        linux = platform.system() == "Linux"  # XLA has as many threads as CPUs it may run on
+        linux = platform.system() == "Linux"  # XLA has one thread for each CPU that it may run on
         torch.set_num_threads(len(os.sched_getaffinity(0)) if linux else os.cpu_count())
         return "cpu"
     if backend == "gpu" and torch.cuda.is_available():
@@ -169,8 +169,8 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
 def import_torchvision() -> ModuleType:
     """Imports torchvision, which timm needs, even if its wheel is for another build of PyTorch.
 
-    The compiled operators of such a wheel do not load. No model uses them, but the import of the
-    module that describes them to `torch.compile` fails because they do not exist.
+    The compiled operators of such a wheel do not load. No model uses them, but without them the
+    module that describes them to `torch.compile` cannot be imported.
     """
     try:
         return importlib.import_module("torchvision")
@@ -181,7 +181,7 @@ def import_torchvision() -> ModuleType:
 
 
 def _create(name, image_size):
-    """Creates a timm model and tries it on an image of this size."""
+    """Creates a timm model and applies it to an image of this size."""
     torch, timm = import_timm()
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models())

@@ -21,7 +21,7 @@ def accuracy_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return {
-        # Not losses * mask: padding may be anything, and infinity times 0 is not 0.
+        # Not losses * mask: padding may have any value, and infinity times 0 is not 0.
         "loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)),
         "accuracy": jnp.sum(correct * mask),
         "count": jnp.sum(mask),

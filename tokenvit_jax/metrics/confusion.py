@@ -1,4 +1,4 @@
-"""Metrics of label maps from one confusion matrix."""
+"""Computes the metrics of label maps from one confusion matrix."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def confusion_matrix(
 
 
 class ConfusionMeter:
-    """Adds up "confusion" (K, K) and "loss" () of a pass, in int64 and float64."""
+    """Adds up "confusion" (K, K) in int64 and "loss" () in float64 over a pass."""
 
     def __init__(self, num_classes: int):
         self._confusion = np.zeros((num_classes, num_classes), np.int64)
@@ -43,10 +43,10 @@ class ConfusionMeter:
         """Returns the metrics of the pass.
 
         Returns:
-          Fractions: "eval/miou", the intersection of prediction and label over their union, mean
-          over the classes that occur in either; "eval/accuracy", of the pixels;
-          "eval/class_accuracy", mean over the classes that occur in the labels. "eval/loss", nats
-          per pixel.
+          Fractions: "eval/miou", the intersection of prediction and label divided by their union,
+          averaged over the classes that occur in either; "eval/accuracy", the accuracy of the
+          pixels; "eval/class_accuracy", the accuracy averaged over the classes that occur in the
+          labels. "eval/loss" is in nats per pixel.
         """
         right, wanted, found = np.diag(self._confusion), *map(self._confusion.sum, (1, 0))
         union = wanted + found - right

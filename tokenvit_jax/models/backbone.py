@@ -10,7 +10,7 @@ import jax
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.settings import BackboneSettings
 
-MIN_IMAGE_SIZE = 32  # the stride of the last stage of a hierarchical backbone
+MIN_IMAGE_SIZE = 32  # stride of the last stage of a hierarchical backbone
 
 Variables = Mapping[str, Any]
 
@@ -20,7 +20,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       tokens: (B, n, C); n may be smaller than the number of patches.
-      restore: maps the head's output for these tokens to the map, (B, n, D) -> (B, h, w, D).
+      restore: function that maps the head's output for these tokens to the map,
+        (B, n, D) -> (B, h, w, D).
     """
 
     tokens: jax.Array
@@ -32,7 +33,8 @@ class Tap(NamedTuple):
 
     Attributes:
       map: the patches (B, h, w, C).
-      front: the tokens in front of them (B, f, C): the class token, then the distillation token.
+      front: the tokens in front of the patches (B, f, C): the class token, then the distillation
+        token.
     """
 
     map: jax.Array
@@ -40,9 +42,9 @@ class Tap(NamedTuple):
 
 
 class Trainable(nn.Module):
-    """What a training step asks of every model, with answers for models that need nothing.
+    """Methods that a training step calls on every model; these defaults do nothing.
 
-    The three methods are plain functions of variables: call them outside of ``apply``.
+    The three methods are plain functions of variables: call them outside ``apply``.
     """
 
     @nn.nowrap
@@ -51,39 +53,40 @@ class Trainable(nn.Module):
 
         Args:
           variables: {"params": ..., and the model's other collections}, after the optimizer.
-          learning_rate: () learning rate of the step.
+          learning_rate: learning rate of the step ().
         """
         del learning_rate
         return variables
 
     @nn.nowrap
     def learning_rate_factors(self, params: Any) -> Any:
-        """Returns a tree of floats like ``params``: the factor on each learning rate.
+        """Returns a tree of floats like ``params``, the factors on their learning rates.
 
-        None stands for 1 everywhere.
+        None means 1 for all parameters.
         """
         del params
         return None
 
     @nn.nowrap
     def monitor(self, params: Any) -> dict[str, jax.Array]:
-        """Returns scalars of the parameters that are worth logging, by name."""
+        """Returns scalars to log that are computed from the parameters, by name."""
         del params
         return {}
 
 
 class Backbone(Trainable):
-    """A classifier whose maps serve other tasks, too.
+    """A classifier whose maps also serve other tasks.
 
-    In training, any linen module may ``self.sow("losses", name, scalar)``; the step adds the sum of
-    the collection "losses" to the loss. Nothing is sown while the parameters are initialised.
+    In training, any linen module may call ``self.sow("losses", name, scalar)``; the step adds the
+    sum of the collection "losses" to the loss. Nothing is sown while the parameters are
+    initialised.
 
     Attributes:
-      settings: the architecture. ``clone`` takes names of single settings as well:
+      settings: the architecture. ``clone`` also accepts single settings by name:
         ``model.clone(drop_path=0.1)``.
       head_modules: names of the submodules that only the classifier uses.
-      optional_parameters: ends of the paths of parameters that exist with some settings only. Runs
-        that differ in them can start from each other.
+      optional_parameters: ends of the paths of parameters that exist only with some settings. Runs
+        that differ in these parameters can start from each other.
     """
 
     settings: BackboneSettings
@@ -103,7 +106,7 @@ class Backbone(Trainable):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Strides of the maps of :meth:`features` in pixels; :meth:`encode` has the first one."""
+        """Strides of the maps of :meth:`features` [pixels]; :meth:`encode` has the first one."""
         raise NotImplementedError
 
     def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
@@ -116,7 +119,7 @@ class Backbone(Trainable):
         raise NotImplementedError
 
     def encode(self, images: jax.Array, train: bool) -> Encoded:
-        """Returns tokens for a dense head, and how its output becomes a map.
+        """Returns tokens for a dense head, and the way from its output back to a map.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -143,10 +146,10 @@ class Backbone(Trainable):
 
 
 class BackboneModel(Trainable):
-    """A model of any task around a backbone, which it leaves the updates of a step to.
+    """A model of any task around a backbone; passes the calls of a training step to the backbone.
 
     Attributes:
-      backbone: the wrapped backbone; its variables are under "backbone" in every collection.
+      backbone: the wrapped backbone, whose variables are under "backbone" in every collection.
     """
 
     backbone: nn.Module
@@ -184,10 +187,10 @@ def backbone_variables(model: nn.Module, variables: Variables) -> Variables:
 
 
 def variable_shapes(model: nn.Module, images: Any) -> Any:
-    """Returns the shapes and types of a model's variables; nothing is computed.
+    """Returns the shapes and types of a model's variables without computing anything.
 
     Args:
-      model: called as ``model(images, train=False)``.
+      model: linen module, called as ``model(images, train=False)``.
       images: (B, H, W, 3), an array or a `jax.ShapeDtypeStruct`.
 
     Returns:

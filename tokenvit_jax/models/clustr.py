@@ -25,8 +25,8 @@ class ClusTRSettings(PyramidSettings):
       mlp_ratios: expansion of the feed-forward networks of the stages.
       ratios: token reduction of each scale of the stages; 1: attention with all tokens.
       aggregation: how keys and values are reduced: "clusters", or a "grid" of convolutions.
-      assign: cluster of a token that is no centre: the "nearest" centre's or its "parent"'s.
-      adaptive: share of the clusters that images use on average, chosen by content; 0: all.
+      assign: cluster of a token that is not a centre: the "nearest" centre's or its "parent"'s.
+      adaptive: fraction of the clusters that images use on average, chosen by content; 0: all.
     """
 
     mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
@@ -50,7 +50,7 @@ SIZES = {
 
 
 class ConvFFN(nn.Module):
-    """(B, H, W, C) -> (B, H, W, C) through ``ratio`` C channels that see their neighbours."""
+    """Feed-forward network of ``ratio`` C channels with a depthwise convolution on maps."""
 
     ratio: int
     dtype: Any
@@ -69,7 +69,7 @@ class ClusTRBlock(nn.Module):
     Attributes:
       settings: the architecture.
       stage: stage of the block, from 0.
-      index: number of the block, from 0 at the first one of the network.
+      index: index of the block in the network, from 0.
     """
 
     settings: ClusTRSettings

@@ -34,13 +34,13 @@ class DGTSettings(PyramidSettings):
       stem_dim: channels of the stem.
       mlp_ratio: expansion of the IRFFN.
       num_groups: query groups per head in stages 1 to 3; stage 4 attends globally.
-      top_k: keys that each group selects; from H * W on, attention is dense.
+      top_k: number of keys that each group selects; attention is dense if this is at least H * W.
       post_norm_cosine: residual post-norm and cosine attention, as in DGT-S and DGT-B.
       head_dim: channels of the layer before pooling.
       centroid_rule: weight of the old centroid in Eq. 4: "literal" (0.1 x learning rate, the text
         of the paper), "swapped" (1 - 0.1 x learning rate) or "constant"
-        (``centroid_old_weight``). The paper's text contradicts its purpose, stable centroids;
-        experiments/dgt measures all three.
+        (``centroid_old_weight``). The rule in the paper's text contradicts its stated purpose,
+        stable centroids; experiments/dgt measures all three rules.
       centroid_old_weight: weight of the old centroid with the rule "constant", in [0, 1].
     """
 
@@ -100,13 +100,14 @@ class InvertedResidualFFN(nn.Module):
 class DGTBlock(nn.Module):
     """Eqs. 8 to 10: conditional position encoding, dynamic group attention, IRFFN.
 
-    With ``post_norm_cosine`` both branches are ``x + LN(f(x))`` with LN starting at zero, and
-    attention is cosine attention (Swin v2; DGT-S and DGT-B), else ``x + f(LN(x))`` (DGT-T).
+    With ``post_norm_cosine``, both branches are ``x + LN(f(x))`` with a LayerNorm that starts at
+    zero, and attention is cosine attention (Swin v2; DGT-S and DGT-B). Otherwise they are
+    ``x + f(LN(x))`` (DGT-T).
 
     Attributes:
       settings: the architecture.
       stage: stage of the block, from 0.
-      index: number of the block, from 0 at the first one of the network.
+      index: index of the block in the network, from 0.
     """
 
     settings: DGTSettings
@@ -147,7 +148,7 @@ class DGTBlock(nn.Module):
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first of stride 2, each followed by GELU and BatchNorm."""
+    """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm."""
 
     dim: int
     dtype: Any
@@ -189,7 +190,7 @@ class DGT(Pyramid):
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
         """Moves the centroids by the sums of all micro-batches of the step (Eqs. 3 and 4)."""
-        if "centroids" not in variables:  # no groups, or a step that leaves them alone
+        if "centroids" not in variables:  # there are no groups, or the step leaves them unchanged
             return variables
         moved = advance_centroids(
             variables["centroids"], self._old_weight(learning_rate), self.settings.axis_name

@@ -1,4 +1,4 @@
-"""Token clustering and reconstruction around the middle blocks of a trained host.
+"""Clusters tokens before the middle blocks of a trained host and reconstructs them afterwards.
 
 Expedite (Liang et al. 2022, "Expediting Large-Scale Vision Transformer for Dense Prediction without
 Fine-tuning"): the first blocks see all tokens, the next ones the centres of superpixels, and the
@@ -23,22 +23,23 @@ class Expedite:
     """Where and how tokens are clustered and reconstructed.
 
     The paper's baselines are ``iterations=0`` (adaptive average pooling) and ``mode="bilinear"``,
-    alone or together; ``alpha=0`` with ``mode="bilinear"`` is its baseline of a smaller image.
+    alone or together; ``alpha=0`` with ``mode="bilinear"`` is the paper's baseline of a smaller
+    image.
 
     Attributes:
-      alpha: blocks on all tokens, before the clustering. 0: no clustering; the image is resized so
-        that its map has the size of the map of centres.
-      beta: blocks on the centres, before all tokens are reconstructed; from 1.
+      alpha: number of blocks on all tokens, before the clustering. 0: no clustering; the image is
+        resized so that its map has the size of the map of centres.
+      beta: number of blocks on the centres, before all tokens are reconstructed; at least 1.
       clusters: rows and columns of the centres (h, w); in a Swin Transformer, within each window.
       where: what is reconstructed: the tokens after "blocks" alpha + beta, or the "logits" that a
         head computes from the centres after the last block.
       window: side of the neighbourhood of cells that a token can belong to, odd.
-      iterations: rounds of clustering.
+      iterations: number of rounds of clustering.
       temperature: tau of both softmaxes, a squared distance.
-      neighbors: nearest centres that a token is reconstructed from; at most all of them.
+      neighbors: number of nearest centres from which a token is reconstructed; if there are fewer
+        centres, all are used.
       mode: kind of reconstruction, as in :func:`tokenvit_jax.ops.reconstruct_tokens`.
-      normalize: normalisation of the weights of the centres: "sum", or "l2" as in the released
-        code.
+      normalize: normalisation of the centres' weights: "sum", or "l2" as in the released code.
     """
 
     alpha: int
@@ -86,7 +87,8 @@ class Expedite:
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises UserError if there are more centres than tokens in ``grid``.
 
-        More rows than the map has, or more columns, are valid: DPT's published setting on KITTI.
+        More rows than the map has, or more columns, are valid: DPT's published setting on KITTI
+        needs them.
         """
         most = grid[0] * grid[1]
         if len(self.clusters) != 2 or min(self.clusters) < 1 or math.prod(self.clusters) > most:
@@ -107,9 +109,9 @@ class Expedite:
         """Maps refined cluster centres back to the original tokens: (B, H W, D).
 
         Args:
-          tokens: (B, H W, C), the clustered tokens.
-          centers: (B, h w, C), their cluster centres.
-          refined: (B, h w, D), the centres after the middle blocks.
+          tokens: the clustered tokens (B, H W, C).
+          centers: the cluster centres of these tokens (B, h w, C).
+          refined: the centres after the middle blocks (B, h w, D).
           grid: (H, W), rows and columns of the map of tokens.
         """
         names = ("neighbors", "temperature", "mode", "normalize", "clusters", "window")
@@ -117,7 +119,7 @@ class Expedite:
         return ops.reconstruct_tokens(tokens, centers, refined, grid=grid, **settings)
 
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
-        """Returns images (B, H, W, 3) of h x w patches, bilinear and antialiased."""
+        """Returns images (B, H, W, 3) resized to h x w patches, bilinear and antialiased."""
         height, width = (size * patch_size for size in self.clusters)
         return jax.image.resize(images, (len(images), height, width, 3), "bilinear")
 

@@ -20,7 +20,7 @@ from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import check_choice
 
-# Attention of the blocks, in turns from the first block of the network (Table 8).
+# Attention of the blocks, in turn from the first block of the network on (Table 8).
 ATTENTION_MODES = {
     "parallel": ("parallel",),
     "sequential": ("rows", "columns"),
@@ -36,15 +36,15 @@ class PaleSettings(PyramidSettings):
 
     Attributes:
       mlp_ratio: expansion of the MLP.
-      pale_sizes: rows and columns of a pale in the four stages; ones with mode "parallel" are axial
-        attention (Table 8).
-      mode: "parallel"; "sequential", rows in the first block of the network, columns in the second,
-        in turns; "cross", stripes as wide as a pale; or "vanilla", whole pales.
+      pale_sizes: rows and columns of a pale in the four stages; all ones with mode "parallel" give
+        axial attention (Table 8).
+      mode: "parallel"; "sequential", alternating rows and columns from the first block of the
+        network on; "cross", stripes as wide as a pale; or "vanilla", whole pales.
       mask_padding: whether attention leaves out the padding of a map to whole pales.
       position: "cpe", a conditional position encoding in every block; "ape", a learned table added
         at the start of every stage; or "none" (Table 9).
-      position_size: height and width of the images whose maps the tables of "ape" fit, in pixels.
-      token_head: adds a second classifier, of single tokens, for :meth:`Pale.token_logits`.
+      position_size: height and width of the images whose maps fit the tables of "ape" [pixels].
+      token_head: whether to add a classifier of single tokens, for :meth:`Pale.token_logits`.
     """
 
     depths: tuple[int, ...] = (2, 2, 16, 2)
@@ -69,7 +69,7 @@ SIZES = {
 
 
 class AbsolutePositionEncoding(nn.Module):
-    """x + a learned table: (B, H, W, C) -> (B, H, W, C); bilinear where the sizes differ."""
+    """Adds a learned table, resized if sizes differ (bilinear): (B, H, W, C) -> (B, H, W, C)."""
 
     size: tuple[int, int]
     dtype: Any
@@ -88,7 +88,7 @@ class PaleBlock(nn.Module):
     Attributes:
       settings: the architecture.
       stage: stage of the block, from 0.
-      index: number of the block, from 0 at the first one of the network.
+      index: index of the block in the network, from 0.
     """
 
     settings: PaleSettings
@@ -163,8 +163,9 @@ class Pale(Pyramid):
           box: as ``mix_box`` in :meth:`features` (MixToken); None: nothing is mixed.
 
         Returns:
-          (B, num_classes) and (B, ceil(H / 32), ceil(W / 32), num_classes), both float32. Tokens
-          stay where they are computed: inside the box they belong to the neighbour image.
+          (B, num_classes) and (B, ceil(H / 32), ceil(W / 32), num_classes), both float32. The
+          logits of the tokens are not moved back: inside the box they belong to the neighbour
+          image.
 
         Raises:
           UserError: the model has no token head.

@@ -18,9 +18,9 @@ class PyramidSettings(BackboneSettings):
     """Settings of every hierarchical backbone; tuples have one entry per stage.
 
     Attributes:
-      dims: channels.
-      num_heads: attention heads.
-      depths: numbers of blocks.
+      dims: number of channels.
+      num_heads: number of attention heads.
+      depths: number of blocks.
     """
 
     dims: tuple[int, ...]
@@ -33,15 +33,15 @@ class PyramidSettings(BackboneSettings):
 
 
 class Pyramid(Backbone):
-    """Stages of a patch embedding and blocks; four of them reduce an image 4 to 32 times.
+    """A backbone of stages, each a patch embedding and blocks; four stages have strides 4 to 32.
 
-    A subclass sets :attr:`block_type`, implements :meth:`embedding`, and where it needs them
+    A subclass sets :attr:`block_type` and implements :meth:`embedding`; it can also override
     :meth:`stem`, :meth:`run_blocks`, :meth:`end_stage` and :meth:`head`.
 
     Attributes:
       settings: the architecture.
-      block_type: class of the blocks, made as ``block_type(settings, stage, index)`` and called as
-        ``block(x, train)`` with x (B, H, W, C); ``index`` counts from the first block of the
+      block_type: class of the blocks, created as ``block_type(settings, stage, index)`` and called
+        as ``block(x, train)`` with x (B, H, W, C); ``index`` counts from the first block of the
         network.
     """
 
@@ -50,7 +50,7 @@ class Pyramid(Backbone):
     block_type: ClassVar[type[nn.Module]]
 
     def embedding(self, stage: int) -> nn.Module:
-        """Returns the layer at the beginning of a stage, which leaves a quarter of the tokens."""
+        """Returns the first layer of a stage, which leaves a quarter of the tokens."""
         raise NotImplementedError
 
     def stem(self, images: jax.Array, train: bool) -> jax.Array:
@@ -65,7 +65,7 @@ class Pyramid(Backbone):
         return x
 
     def end_stage(self, stage: int, x: jax.Array) -> jax.Array:
-        """Returns the map of a stage, which the next stage reads, from its last block's map."""
+        """Returns the map of a stage, the input of the next stage, from the last block's map."""
         del stage
         return x
 
@@ -92,7 +92,7 @@ class Pyramid(Backbone):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Strides of the maps in pixels: 4, 8, 16 and 32."""
+        """Strides of the maps [pixels]: 4, 8, 16 and 32."""
         return tuple(4 * 2**stage for stage in range(len(self.settings.dims)))
 
     def features(
@@ -103,8 +103,9 @@ class Pyramid(Backbone):
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether BatchNorm, dropout and routing behave as in training.
-          mix_box: (4,) int, top, bottom, left and right in cells of the last map: MixToken (Jiang
-            et al. 2021), inside of which the tokens of the first embedding come from image i ^ 1.
+          mix_box: (4,) int, the box of MixToken (Jiang et al. 2021): top, bottom, left and right in
+            cells of the last map. Inside the box, the tokens of the first embedding come from image
+            i ^ 1. None: nothing is mixed.
         """
         check_images(images)
         x = self.stem(images.astype(self.settings.dtype), train)
@@ -118,17 +119,17 @@ class Pyramid(Backbone):
         return maps
 
     def encode(self, images: jax.Array, train: bool) -> Encoded:
-        """Returns the channels of all four maps at every place of the first one.
+        """Returns the channels of all four maps at every position of the first map.
 
-        The others are resized to it, bilinear (hypercolumns, Hariharan et al. 2015).
+        The other maps are resized to the first, bilinearly (hypercolumns, Hariharan et al. 2015).
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
 
         Returns:
-          Tokens (B, ceil(H / 4) ceil(W / 4), C), C the sum of ``dims``, and the reshaping of a
-          head's output to (B, ceil(H / 4), ceil(W / 4), D).
+          Tokens (B, ceil(H / 4) ceil(W / 4), C), where C is the sum of ``dims``, and the function
+          that reshapes a head's output to (B, ceil(H / 4), ceil(W / 4), D).
         """
         maps = self.features(images, train)
         batch, height, width, _ = maps[0].shape
@@ -143,9 +144,10 @@ class Pyramid(Backbone):
         return self.classify(self.head(self.features(images, train)[-1], train), train)
 
     def dense_logits(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the classifier's logits at every place of the last map, in float32.
+        """Returns the classifier's logits at every position of the last map, in float32.
 
-        (B, ceil(H / 32), ceil(W / 32), num_classes); their mean over the places is the logits.
+        The shape is (B, ceil(H / 32), ceil(W / 32), num_classes). The mean over the positions
+        equals the logits of the image.
         """
         tokens = self.head(self.features(images, train)[-1], train)
         return self.classifier(tokens.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""The models by name, with the published sizes of every family."""
+"""Registry of the models by name, with the published sizes of every family."""
 
 import dataclasses
 import fnmatch
@@ -36,13 +36,13 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
     Args:
       name: one of :func:`list_models`.
       num_classes: number of logits.
-      **overrides: settings that differ from the published ones.
+      **overrides: settings that replace the published ones.
 
     Returns:
       A linen module; ``model.init(rng, images, train=False)`` with images (B, H, W, 3).
 
     Raises:
-      UserError: an unknown name or setting; the message lists the valid ones.
+      UserError: the name or a setting is unknown; the message lists the valid ones.
     """
     if name not in _MODELS:
         hint = did_you_mean(name, _MODELS)

@@ -1,4 +1,4 @@
-"""Settings of the backbones: what all of them share, and parts of a model given by name."""
+"""Settings that all backbones share, and checks of settings that are given by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ class BackboneSettings:
 
     Attributes:
       num_classes: number of classes of the classifier.
-      drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+      drop_path: stochastic depth rate of the last block; the rate grows linearly from 0 at the
+        first block.
       dropout: dropout rate before the classifier.
-      remat: recompute the blocks in the backward pass instead of storing their activations.
+      remat: whether to recompute the blocks in the backward pass instead of storing activations.
       dtype: type of the computation; parameters are float32.
       axis_name: mapped axis that the batch is split over, for pmap; None under jit.
     """

@@ -1,6 +1,6 @@
 """Swin Transformer (Liu et al. 2021) and Swin Transformer V2 (Liu et al. 2022).
 
-Parameters and order of operations match the timm models.
+Parameters and the order of operations match timm's models.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ class SwinSettings(PyramidSettings):
 
     Attributes:
       mlp_ratio: expansion of the MLP.
-      window_size: rows and columns of a window. Maps are padded to multiples of it; a map that is
-        smaller than a window is one window.
-      expedite: clusters the tokens of every unshifted window after some blocks of the deepest
-        stage (the third one of the published sizes) and reconstructs them after others; in between,
-        windows of cluster centres attend (Liang et al. 2022). An :class:`Expedite` whose blocks
-        count within that stage and whose clusters are at most the rows and columns of a window (on
-        small maps: of the map), or its attributes by name; None: all tokens go through all blocks.
-      released_mask: where windows of centres are shifted, mask for the shift of windows of tokens,
-        as the released code of Expedite does: for parity with it only. Some centres at a border
-        then attend to centres at the opposite border, and not to all of their neighbours.
+      window_size: rows and columns of a window. Maps are padded to multiples of the window; a map
+        that is smaller than a window is one window.
+      expedite: an :class:`Expedite` or its attributes by name; None: all tokens go through all
+        blocks. The tokens of every unshifted window are clustered after some blocks of the deepest
+        stage (the third stage of the published sizes) and reconstructed after others; in between,
+        windows of cluster centres attend (Liang et al. 2022). Blocks count within that stage;
+        clusters are at most the rows and columns of a window (on small maps: of the map).
+      released_mask: whether shifted windows of centres use the mask for the shift of windows of
+        tokens, as in the released code of Expedite; for parity with this code only. Some centres at
+        a border then attend to centres at the opposite border, and not to all of their neighbours.
     """
 
     mlp_ratio: int = 4
@@ -87,8 +87,8 @@ class SwinV2Settings(SwinSettings):
     """Settings of Swin Transformer V2; the common ones are in :class:`SwinSettings`.
 
     Attributes:
-      pretrained_window_sizes: sides of the windows that offsets are measured by, one per stage:
-        the windows of the first training, no larger than its maps.
+      pretrained_window_sizes: sides of the windows that are the units of offsets, one per stage:
+        the windows of the pretraining, which are not larger than its maps.
     """
 
     window_size: int = 8
@@ -110,8 +110,8 @@ V2_SIZES = {
     "swinv2_t": SwinV2Settings(**_TINY),
     "swinv2_s": SwinV2Settings(**_SMALL),
     "swinv2_b": SwinV2Settings(**_BASE),
-    # Published with windows of 12 for 192 x 192 pixels, where the last map has 6 x 6 tokens, and
-    # then fine-tuned with windows of 16 for 256 x 256.
+    # Pretrained with windows of 12 on 192 x 192 pixels, where the last map has 6 x 6 tokens, then
+    # fine-tuned with windows of 16 on 256 x 256 pixels.
     "swinv2_l": SwinV2Settings(**_LARGE, window_size=16, pretrained_window_sizes=(12, 12, 12, 6)),
 }
 
@@ -121,7 +121,7 @@ class PatchMerging(nn.Module):
 
     Attributes:
       dim: channels of the result.
-      norm_after: whether LayerNorm comes after the linear layer, not before it.
+      norm_after: whether LayerNorm comes after the linear layer instead of before it.
     """
 
     dim: int
@@ -135,7 +135,7 @@ class PatchMerging(nn.Module):
             self.dim, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="reduction"
         )
         squares = to_windows(pad_to_windows(x, (2, 2)), (2, 2))  # (B, H / 2, W / 2, 2, 2, C)
-        # Column by column within a square.
+        # The order within a square is column by column.
         x = squares.swapaxes(3, 4).reshape(*squares.shape[:3], -1)
         return norm(reduction(x)) if self.norm_after else reduction(norm(x))
 
@@ -147,7 +147,7 @@ class CenterWindows:
 
     Attributes:
       size: rows and columns of a window of centres.
-      tokens: rows and columns of the window of tokens that they stand for.
+      tokens: rows and columns of the window of tokens that the centres stand for.
       released_mask: as in :class:`SwinSettings`.
     """
 
@@ -170,7 +170,7 @@ class SwinBlock(nn.Module):
     Attributes:
       settings: the architecture.
       stage: stage of the block, from 0.
-      index: number of the block, from 0 at the first one of the network.
+      index: index of the block in the network, from 0.
     """
 
     settings: SwinSettings
@@ -179,7 +179,7 @@ class SwinBlock(nn.Module):
 
     @property
     def shifted(self) -> bool:
-        """Whether the windows move by half their size, in a direction that has several."""
+        """Whether windows are shifted by half their size, in directions with several windows."""
         return (self.index - sum(self.settings.depths[: self.stage])) % 2 == 1
 
     @nn.compact
@@ -191,7 +191,7 @@ class SwinBlock(nn.Module):
         Args:
           x: (B, H, W, C), tokens or cluster centres.
           train: whether stochastic depth behaves as in training.
-          centers: the windows of the centres; None: x are tokens.
+          centers: windows of the cluster centres; None: x are tokens.
         """
         settings = self.settings
         attention, mlp = self._attention(), Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
@@ -244,7 +244,7 @@ def windows_of(
     Args:
       grid: rows and columns of the map.
       window_size: side of a window on large maps, or its rows and columns.
-      shifted: whether there is a shift at all.
+      shifted: whether the windows are shifted.
     """
     sides = (window_size,) * 2 if isinstance(window_size, int) else window_size
     window = tuple(map(min, grid, sides))
@@ -254,20 +254,20 @@ def windows_of(
 
 
 def to_window_tokens(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """(B, rows h, columns w, C) -> (B rows columns, h w, C); ``window``: (h, w)."""
+    """Reshapes (B, rows h, columns w, C) to (B rows columns, h w, C); ``window``: (h, w)."""
     return to_windows(x, window).reshape(-1, window[0] * window[1], x.shape[-1])
 
 
 def from_window_tokens(x: jax.Array, window: tuple[int, int], count: tuple[int, int]) -> jax.Array:
-    """(B rows columns, h w, C) -> (B, rows h, columns w, C); ``count``: (rows, columns)."""
+    """Undoes :func:`to_window_tokens`; ``count``: (rows, columns) of windows."""
     return to_map(x.reshape(-1, *count, *window, x.shape[-1]))
 
 
 class Swin(Pyramid):
     """Swin Transformer for images (B, H, W, 3) of any size from 32 x 32.
 
-    The maps of :meth:`features` come straight from the blocks, as in timm. Detection and
-    segmentation models apply a LayerNorm to each, which belongs to such a model.
+    The maps of :meth:`features` come directly from the blocks, as in timm. Detection and
+    segmentation models apply a LayerNorm to each map; this LayerNorm belongs to those models.
     """
 
     settings: SwinSettings

@@ -1,6 +1,6 @@
 """Vision transformers with one map of tokens: ViT (Dosovitskiy et al. 2021), DeiT (Touvron 2021).
 
-Parameters and order of operations match the timm models of the same names.
+Parameters and the order of operations match timm's models of the same names.
 """
 
 import dataclasses
@@ -35,28 +35,28 @@ class ViTSettings(BackboneSettings):
     """Settings of a plain vision transformer; the common ones are in :class:`BackboneSettings`.
 
     Attributes:
-      dim: C, channels.
-      depth: blocks.
-      num_heads: heads of every block.
+      dim: C, number of channels.
+      depth: number of blocks.
+      num_heads: number of attention heads of every block.
       mlp_ratio: expansion of the MLP.
-      patch_size: side of a patch, pixels.
-      position_size: height and width of the images whose map the position embeddings fit, pixels.
-      position_resize: how they are resized: "bicubic", with antialiasing, as timm does, or
-        "bilinear" without, as Segmenter (Strudel et al. 2021).
+      patch_size: side of a patch [pixels].
+      position_size: height and width of the images whose map fits the position embeddings [pixels].
+      position_resize: how position embeddings are resized: "bicubic" with antialiasing, as in timm,
+        or "bilinear" without, as in Segmenter (Strudel et al. 2021).
       pool: what is classified: the class "token" after the last LayerNorm, or the LayerNorm of the
         "mean" of the patches.
-      distilled: adds a distillation token beside the class token, with its own classifier (DeiT);
-        the logits are the mean of both.
-      token_reducer: reduces the patches between attention and MLP of the blocks: a
-        :class:`TokenReducer` or its attributes by name; None: all patches stay.
-      expedite: clusters the patches after some blocks and reconstructs them after others: an
-        :class:`Expedite` or its attributes by name; None: all patches go through all blocks.
+      distilled: whether to add a distillation token with its own classifier (DeiT); the logits are
+        then the mean of both classifiers.
+      token_reducer: a :class:`TokenReducer` or its attributes by name, which reduces the patches
+        between attention and MLP of the blocks; None: all patches stay.
+      expedite: an :class:`Expedite` or its attributes by name, which clusters the patches after
+        some blocks and reconstructs them after others; None: all patches go through all blocks.
       qk_norm: normalisation of queries and keys: "none", "fixed" or "learned", see
         :class:`Attention`.
       norm_epsilon: epsilon of every LayerNorm: 1e-6 in the published classifiers, 1e-5 in
         Segmenter.
-      init_std: standard deviation of the initial weights: 0.02 in the published models, with which
-        narrow ones (C = 64) hardly begin to learn; 1 / sqrt(C) suits them.
+      init_std: standard deviation of the initial weights: 0.02 in the published models. Narrow
+        models (C = 64) hardly begin to learn with 0.02; 1 / sqrt(C) suits them.
     """
 
     dim: int
@@ -87,11 +87,11 @@ class ViTSettings(BackboneSettings):
 
     @property
     def num_front(self) -> int:
-        """Tokens in front of the patches: the class token, and the distillation token."""
+        """Number of tokens in front of the patches: class token and distillation token."""
         return 1 + self.distilled
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns rows and columns of the patches of an image; its size is in pixels."""
+        """Returns the rows and columns of patches of an image whose size is in pixels."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def _check(self):
@@ -129,19 +129,19 @@ SIZES = {
 
 
 class Origin(NamedTuple):
-    """What the tokens of a block stand for.
+    """Which patches the tokens of a block stand for.
 
     Attributes:
       size: number of patches that each token stands for (B, T).
-      home: for each patch of the image, the token that stands for it (B, N) int32, not counting
-        the tokens in front; None: not recorded, as no map is wanted.
+      home: the token that stands for each patch of the image (B, N) int32, counted without the
+        tokens in front; None: not recorded, because no map is needed.
     """
 
     size: jax.Array
     home: jax.Array | None
 
     def restore(self, tokens: jax.Array) -> jax.Array:
-        """Maps the tokens (B, n, D) that are left back to all patches (B, N, D)."""
+        """Maps the remaining tokens (B, n, D) back to all patches (B, N, D)."""
         return tokens if self.home is None else take(tokens, self.home)
 
 
@@ -164,12 +164,12 @@ class Block(nn.Module):
 
         Args:
           x: tokens (B, T, C).
-          origin: what they stand for.
-          grid: rows and columns of the map of patches, while they are one.
+          origin: the patches that the tokens stand for.
+          grid: rows and columns of the map of patches, as long as the patches form one.
           train: whether stochastic depth and routing behave as in training.
 
         Returns:
-          The tokens that go on, and what they stand for.
+          The remaining tokens, and the patches that they stand for.
         """
         settings, reducer = self.settings, self.settings.token_reducer
         init = truncated_normal(settings.init_std)
@@ -229,7 +229,7 @@ class Block(nn.Module):
     def _routing_keys(self, batch, train):
         if train:
             return image_keys(self.make_rng("routing"), batch, self.settings.axis_name)
-        # The result of an image depends neither on its place in the batch nor on chance.
+        # The result of an image must depend neither on its place in the batch nor on chance.
         return jnp.broadcast_to(jax.random.key(self.index), batch)
 
 
@@ -237,7 +237,7 @@ class VisionTransformer(Backbone):
     """Vision transformer for images (B, H, W, 3) of any size from 32 x 32.
 
     Images are padded with zeros below and on the right to whole patches; the position embeddings
-    are resized to maps that differ from the map of ``position_size``.
+    are resized if the map differs from the map of ``position_size``.
     """
 
     settings: ViTSettings
@@ -267,13 +267,14 @@ class VisionTransformer(Backbone):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The only stride: the side of a patch in pixels."""
+        """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
     def tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the tokens after the last block, class and distillation token in front.
+        """Returns the tokens after the last block, with class and distillation token in front.
 
-        (B, T, C): T is the number of patches that are left plus 1, or plus 2 if distilled.
+        The shape is (B, T, C), where T is the number of remaining patches plus 1, or plus 2 if
+        distilled.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -282,7 +283,7 @@ class VisionTransformer(Backbone):
         return self._forward(images, train)[0]
 
     def _forward(self, images, train, restorable=False, visit=None):
-        """Returns the tokens after the last block, and their way back to all patches."""
+        """Returns the tokens after the last block and the function back to all patches."""
         check_images(images)
         grid = self.settings.grid(*images.shape[1:3])
         if self.settings.expedite is not None:
@@ -290,7 +291,7 @@ class VisionTransformer(Backbone):
         return self._run(self.blocks, self._embed(images, grid), grid, train, restorable, visit)
 
     def _embed(self, images, grid):
-        """Returns patches, the tokens in front of them, and positions added: (B, T, C)."""
+        """Returns the patches with tokens in front, plus position embeddings: (B, T, C)."""
         settings = self.settings
         x = pad_to_windows(images.astype(settings.dtype), (settings.patch_size,) * 2)
         x = self.patches(x).reshape(len(images), -1, settings.dim)
@@ -341,7 +342,7 @@ class VisionTransformer(Backbone):
         return self._run(self.blocks[last:], x, grid, train, visit=visit)
 
     def _positions(self, grid):
-        """Returns the position embeddings (T, C) of a map of ``grid`` patches."""
+        """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
         trained = settings.grid(*settings.position_size)
         if grid == trained:
@@ -355,18 +356,19 @@ class VisionTransformer(Backbone):
         return jnp.concatenate([front, patches.reshape(-1, settings.dim)])
 
     def encode(self, images: jax.Array, train: bool) -> Encoded:
-        """Returns the normed patches after the last block, and their way back to the map.
+        """Returns the normed patches after the last block, and the function back to the map.
 
-        Where ``expedite`` reconstructs logits these are cluster centres; where ``token_reducer``
-        reduces, the tokens that are left. A patch of the map then gets the output for the token
-        that stands for it after all blocks: its cluster, or the nearest token that was kept.
+        If ``expedite`` reconstructs logits, the tokens are cluster centres. If ``token_reducer``
+        reduces, they are the remaining tokens; a patch of the map then gets the output for the
+        token that stands for it after all blocks: its cluster, or the nearest kept token.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
 
         Returns:
-          Tokens (B, n, C), and (B, n, D) -> (B, ceil(H / patch_size), ceil(W / patch_size), D).
+          Tokens (B, n, C), and a function
+          (B, n, D) -> (B, ceil(H / patch_size), ceil(W / patch_size), D).
 
         Raises:
           UserError: the reducer convolves, or leaves no patch.
@@ -379,8 +381,8 @@ class VisionTransformer(Backbone):
     def taps(self, images: jax.Array, train: bool, blocks: Sequence[int]) -> list[Tap]:
         """Returns the tokens after some blocks, before any LayerNorm.
 
-        Maps have all patches: where ``expedite`` or ``token_reducer`` leaves fewer tokens, each map
-        is restored as in :meth:`encode`.
+        Maps have all patches: if ``expedite`` or ``token_reducer`` leaves fewer tokens, each map is
+        restored as in :meth:`encode`.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -388,7 +390,7 @@ class VisionTransformer(Backbone):
           blocks: the blocks, counted from 0.
 
         Returns:
-          For each block its patches (B, ceil(H / patch_size), ceil(W / patch_size), C) and the
+          For each block, the patches (B, ceil(H / patch_size), ceil(W / patch_size), C) and the
           tokens in front of them, (B, 1, C), or (B, 2, C) if distilled.
 
         Raises:
@@ -420,7 +422,7 @@ class VisionTransformer(Backbone):
         return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
 
     def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
-        """Returns one map (B, ceil(H / patch_size), ceil(W / patch_size), C), normed.
+        """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -453,7 +455,7 @@ class VisionTransformer(Backbone):
 
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
-        """Moves the retention parameters of a search into [0, 1]."""
+        """Clips the retention parameters of a search to [0, 1]."""
         del learning_rate
         if not self._searches():
             return variables
@@ -461,7 +463,7 @@ class VisionTransformer(Backbone):
 
     @nn.nowrap
     def learning_rate_factors(self, params: Any) -> Any:
-        """Returns the factor of a search for its retention parameters, 1 for all others."""
+        """Returns a search's factor for its retention parameters, 1 for all others."""
         if not self._searches():
             return None
         factor = self.settings.token_reducer.learning_rate_factor

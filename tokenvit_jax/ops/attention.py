@@ -33,7 +33,7 @@ def dot_product_attention(
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       scale: factor of the logits; None: 1 / sqrt(D).
-      key_mask: (B, S) bool, True for keys to attend to, at least one per image; None: all.
+      key_mask: (B, S) bool, True for keys to attend to, at least one per image; None: all keys.
 
     Returns:
       (B, L, N, D) in the type of ``v``.
@@ -59,7 +59,7 @@ class ScoredAttention(NamedTuple):
 
     Attributes:
       output: (B, L, N, D).
-      received: (B, S), summed over all heads and queries.
+      received: attention of each key, summed over all heads and queries (B, S).
     """
 
     output: Float[Array, "B L N D"]
@@ -85,7 +85,7 @@ def scored_attention(
       size: number of tokens that each key stands for (B, S), not negative. Its logarithm is added
         to the logits, so that a key counts like ``size`` equal keys; None: 1.
       scale: factor of the logits; None: 1 / sqrt(D).
-      diagonal: False: leave out the attention of a token to itself (query i to key i).
+      diagonal: whether ``received`` includes the attention of a token to itself (query i to key i).
 
     Returns:
       ScoredAttention(output in the type of ``v``, received in float32 or float64).

@@ -1,10 +1,10 @@
-"""Tiles of centres and their weights, for superpixel clustering and for the reconstruction.
+"""Tiles of centres and their weights, for superpixel clustering and reconstruction.
 
-The neighbourhoods of tokens are not regular parts of the map of centres, because its sides need not
-divide the sides of the map of tokens. Therefore the centres are divided into tiles of a few cells.
-The tokens whose home cell is in a tile see only the window of this tile (the tile and the cells
-around it), so a round is two matrix products per tile. Products outside a neighbourhood are masked;
-their share does not grow with the map. All indices are known when a function is traced.
+The neighbourhoods of tokens do not form a regular pattern on the map of centres, because its sides
+need not divide the sides of the map of tokens. Therefore the centres are divided into tiles of a
+few cells. The tokens whose home cell is in a tile see only the window of this tile (the tile and
+the cells around it), so a round is two matrix products per tile. Products outside a neighbourhood
+are masked; their share does not grow with the map. All indices are known when a function is traced.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-# Cells along a side of a tile, at least.
+# Least number of cells along a side of a tile.
 TILE = 4
 
 product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -27,12 +27,11 @@ class Tiles(NamedTuple):
     Attributes:
       tokens: tokens whose home cell is in each tile (n, T), padded with other tokens.
       centers: centres in the window of each tile (n, K), padded with other centres.
-      near: whether a token sees a centre of the window (n, K, T); padding sees nothing and is not
-        seen.
+      near: whether a token sees a centre of the window (n, K, T); False for all padding.
       homes: position of each token in the flattened tiles (N,).
       places: positions of each centre in the flattened windows (P, S).
       used: whether an entry of ``places`` is a position (P, S); the others are padding.
-      pairs: number of pairs of a token and a centre that it sees.
+      pairs: number of (token, centre) pairs in which the token sees the centre.
     """
 
     tokens: np.ndarray
@@ -90,10 +89,10 @@ def _places(numbers, used, count):
     Args:
       numbers: array of numbers below ``count``.
       used: False where a number is padding.
-      count: how many different numbers there are.
+      count: number of different numbers.
 
     Returns:
-      Positions and whether they exist, both (P, count); P is the most frequent number's count.
+      Positions and whether they exist, both (P, count), where P is the largest number of positions.
     """
     numbers = np.where(used, numbers, count).ravel()
     order = np.argsort(numbers, kind="stable")
@@ -123,12 +122,12 @@ def near_weights(
     Args:
       x: tokens of the tiles (B, n, T, C).
       centers: (B, S, C).
-      tiles: the division of the centres.
+      tiles: division of the centres.
       temperature: tau, above 0.
 
     Returns:
-      (B, n, K, T), whose sum over K is 1 for each token. Centres come before tokens: on CPU a
-      reduction over them is a vector loop.
+      (B, n, K, T), whose sum over K is 1 for each token. The axis of centres precedes the axis of
+      tokens, because a reduction over centres is then a vector loop on CPU.
     """
     windows = take_all(centers, tiles.centers)
     square = take_all(jnp.sum(centers**2, -1, keepdims=True), tiles.centers)
@@ -137,7 +136,7 @@ def near_weights(
     logits = jnp.where(tiles.near, logits, jnp.finfo(logits.dtype).min)
     exps = jnp.exp(logits - lax.stop_gradient(logits.max(2, keepdims=True)))
     weights = jnp.where(tiles.near, exps, 0)
-    return weights / jnp.maximum(weights.sum(2, keepdims=True), 1)  # the largest is 1
+    return weights / jnp.maximum(weights.sum(2, keepdims=True), 1)  # the largest weight is 1
 
 
 def mix_rows_and_columns(
@@ -153,7 +152,7 @@ def mix_rows_and_columns(
       grid: (H, W).
       rows: index and weights, both (P, h): new row i is the sum over p of weights[p, i] times old
         row index[p, i].
-      columns: index and weights of the columns, both (Q, w).
+      columns: index and weights of the columns, both (Q, w), with the same meaning.
 
     Returns:
       (B, h w, C).
@@ -161,7 +160,7 @@ def mix_rows_and_columns(
     x = x.reshape(len(x), *grid, x.shape[-1])
     for axis, (index, weights) in ((1, rows), (2, columns)):
         weights = jnp.asarray(weights, x.dtype).reshape(*weights.shape, *(1,) * (3 - axis))
-        # On CPU 4 to 20 times faster than a matrix product.
+        # On CPU this is 4 to 20 times faster than a matrix product.
         x = sum(jnp.take(x, i, axis, mode="clip") * w for i, w in zip(index, weights, strict=True))
     return x.reshape(len(x), -1, x.shape[-1])
 

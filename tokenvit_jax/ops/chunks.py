@@ -1,27 +1,27 @@
-"""Division of many tokens into chunks whose size suits the platform."""
+"""Divides many tokens into chunks whose size suits the platform."""
 
 from collections.abc import Callable
 from typing import Any
 
 from jax import lax
 
-# Elements per chunk. On CPU a chunk stays in the cache; elsewhere it should fill the device (not
-# measured).
+# Elements per chunk. On CPU a chunk stays in the cache; elsewhere it should fill the device (this
+# has not been measured).
 CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
-# The tokens of a chunk are a multiple of this, and at least twice as many.
+# The number of tokens per chunk is a multiple of this, and at least twice this.
 LANES = 16
 
 
 def in_chunks(run: Callable[[int], Any], length: int, width: int, chunk_size: int | None) -> Any:
     """Calls ``run`` with the number of tokens per chunk that suits the platform.
 
-    Chunk i begins at ``i * size``, but not behind ``length - size``, where ``lax.dynamic_slice``
-    stops: the last chunk repeats tokens instead of having fewer.
+    Chunk i begins at ``i * size``, or at ``length - size`` if that is less, because
+    ``lax.dynamic_slice`` clamps the start: the last chunk repeats tokens instead of having fewer.
 
     Args:
-      run: computes the whole result in chunks of so many tokens.
-      length: N.
-      width: elements that a token takes in a chunk, over all images.
+      run: function that computes the whole result in chunks with the given number of tokens.
+      length: N, number of tokens.
+      width: number of elements per token in a chunk, over all images.
       chunk_size: tokens per chunk; None: chosen for the platform.
 
     Returns:

@@ -1,8 +1,8 @@
 """Marks an operator as one unit whose multiply-adds are given by a formula.
 
-The products in an operator's jaxpr depend on how it is computed (padding, masked products, shifted
-sums), not on what it computes. A counted operator appears in a jaxpr as one jitted call with its
-own name; :func:`count_macs` asks the formula instead of looking inside.
+The products in an operator's jaxpr depend on the implementation (padding, masked products, shifted
+sums), not only on the mathematics. A counted operator appears in a jaxpr as one jitted call with
+its own name; :func:`count_macs` uses the formula instead of looking inside.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def counted_as(name: str, macs: int, function: Callable) -> Callable:
     Args:
       name: name of the operator.
       macs: multiply-adds per call.
-      function: made for the shapes and settings of one call. The caller is jitted itself, so that
-        this runs once per shape.
+      function: function for the shapes and settings of one call. The caller is itself jitted, so
+        that this code runs once per shape.
 
     Returns:
       The jitted function.

@@ -6,12 +6,12 @@ held at once:
 
 * Pass 1 keeps the k nearest neighbours of every token. The k smallest distances are in the k groups
   with the smallest minima, so all reductions but one work on a fraction of the chunk. Most tokens
-  find their nearest denser token here too, because it is one of the k.
-* Pass 2 searches all tokens for the nearest denser token of the rest, about a fifth.
+  also find their nearest denser token here, because it is one of the k neighbours.
+* Pass 2 searches all tokens for the nearest denser token of the remaining tokens, about a fifth.
 
-Chunks change the result by rounding at most. A distance is |y|^2 - 2 x.y + |x|^2, after the mean of
-the tokens is subtracted; the last term is the same for all y and is added to selected distances
-only.
+Chunks change the result at most by rounding. A squared distance is |y|^2 - 2 x.y + |x|^2, computed
+after subtracting the mean of the tokens. The last term is the same for all y; it is added only to
+selected distances.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups, top
 
 RULES = ("nearest", "parent")
 
-# One key, or one key per image; of either form that jax knows.
+# One key, or one key per image, in either of jax's two forms.
 Keys = Key[Array, ""] | Key[Array, " B"] | UInt32[Array, " words"] | UInt32[Array, "B words"]
 
 
@@ -75,7 +75,7 @@ def cluster_density_peaks(
 ) -> Clusters:
     """Clusters the tokens of every image around those with the largest density times delta.
 
-    Calls :func:`density_peaks` and :func:`assign_clusters`; see there for the details.
+    Calls :func:`density_peaks` and :func:`assign_clusters`, which document the details.
 
     Args:
       tokens: (B, N, C).
@@ -83,9 +83,9 @@ def cluster_density_peaks(
       neighbors: k of Eq. 1.
       mask: (B, N) bool, True for real tokens; None: all.
       rng: key, or one key per image (B,), for noise that breaks ties in density; None: no noise.
-      assign: "nearest": each token joins the nearest centre; "parent": the cluster of its nearest
-        denser token.
-      chunk_size: tokens whose distances are held at once; None: chosen for the platform.
+      assign: "nearest": each token joins the nearest centre; "parent": it joins the cluster of its
+        nearest denser token.
+      chunk_size: number of tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
       Clusters(assignment, centers, density, delta).
@@ -113,18 +113,18 @@ def density_peaks(
     """Computes the density of every token and its distance to the nearest denser token.
 
     Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). If two
-    tokens have equal density, the one with the lower index counts as denser. The densest token of
-    an image gets the largest distance between two tokens of the image as delta. Nothing carries a
-    gradient.
+    tokens have equal density, the one with the lower index counts as denser. The delta of the
+    densest token of an image is the largest distance between two tokens of the image. The results
+    carry no gradient.
 
     Args:
       tokens: (B, N, C).
       neighbors: k of Eq. 1, counting the token itself; at most the number of tokens is used.
-      mask: (B, N) bool, True for real tokens; None: all. The other tokens are nobody's neighbours,
+      mask: (B, N) bool, True for real tokens; None: all. Masked tokens are neighbours of no token,
         and their density and delta are 0.
-      rng: adds uniform noise below 1e-6 to the density, which breaks ties at random. One key, or
-        one key per image (B,): then the noise of an image does not depend on its batch, for
-        example where a batch is divided over devices.
+      rng: key for uniform noise below 1e-6, which is added to the density and breaks ties at
+        random; None: no noise. With one key per image (B,), the noise of an image does not depend
+        on its batch, for example when a batch is divided over devices.
       chunk_size: tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
@@ -171,17 +171,18 @@ def assign_clusters(
       tokens: (B, N, C).
       peaks: density, delta and parent of these tokens, computed with the same mask.
       num_clusters: M, from 1 to N.
-      mask: (B, N) bool, True for real tokens; None: all. The other tokens are no centres; with
-        either rule they are assigned to the nearest centre.
-      threshold: () density times delta below which a token is no centre, except for the densest.
-        :func:`used_clusters` says which clusters remain; the others are empty. None: all remain.
+      mask: (B, N) bool, True for real tokens; None: all. Masked tokens are not centres; with either
+        rule they are assigned to the nearest centre.
+      threshold: () density times delta below which a token, except for the densest, is not a
+        centre. :func:`used_clusters` returns which clusters remain; the others are empty. None: all
+        remain.
       assign: "nearest" or "parent".
-      chunk_size: tokens whose distances are held at once; None: chosen for the platform.
+      chunk_size: number of tokens whose distances are held at once; None: chosen for the platform.
 
     Returns:
-      Clusters(assignment, centers, density, delta). Where ``mask`` is traced, an image can have
-      fewer real tokens than clusters: then the surplus clusters at the end are empty, and their
-      centers are masked tokens.
+      Clusters(assignment, centers, density, delta). If ``mask`` is traced, an image can have fewer
+      real tokens than clusters: then the surplus clusters at the end are empty, and their centres
+      are masked tokens.
 
     Raises:
       ValueError: the shapes do not fit together, ``num_clusters`` is not from 1 to N or is above
@@ -251,12 +252,12 @@ def _check_tokens(tokens, mask, chunk_size):
 
 
 class _Points(NamedTuple):
-    """Tokens less their mean, and what their distances need.
+    """Tokens minus their mean, with the terms that distances need.
 
     Attributes:
       x: (B, N, C).
       square: |x|^2 (B, N).
-      bias: |x|^2, or inf for a masked token (B, N): it is farther from everything than all others.
+      bias: |x|^2, or inf for a masked token, which is thus farthest from every token (B, N).
     """
 
     x: Float[Array, "B N C"]
@@ -279,7 +280,7 @@ def _centered(tokens, mask):
 
 def _points(x, mask):
     if mask is not None:
-        # Moved to the mean, which is never farther from a token than its farthest token.
+        # Masked tokens move to the mean, which is never farther from a token than its farthest one.
         x = jnp.where(mask[..., None], x, 0)
     square = jnp.sum(x * x, -1)
     return _Points(x, square, square if mask is None else jnp.where(mask, square, jnp.inf))
@@ -365,7 +366,7 @@ def _neighbors(points, k, size):
         minima, maxima = _group_extrema(scores, products + square)
         squares, indices = smallest_of_groups(scores, minima, k)
         squares = jnp.maximum(squares + query_square[:, None], 0)
-        indices = jnp.clip(indices, 0, length - 1)  # NaN equals nothing: keep it in range
+        indices = jnp.clip(indices, 0, length - 1)  # NaN equals nothing: keep the index in range
         return _Neighbors(
             lax.dynamic_update_slice_in_dim(near.squares, squares, start, 2),
             lax.dynamic_update_slice_in_dim(near.indices, indices, start, 2),
@@ -395,7 +396,7 @@ def _group_extrema(low, high):
 
 
 def _density(near, mask, rng):
-    found = near.squares < jnp.inf  # fewer than k, if no more tokens are there
+    found = near.squares < jnp.inf  # fewer than k if there are fewer tokens
     total = jnp.where(found, near.squares, 0).sum(1)
     density = jnp.exp(-total / jnp.maximum(found.sum(1), 1))  # Eq. 1
     if rng is not None:
@@ -412,8 +413,8 @@ def _is_denser(density, index, than_density, than_index):
 def _denser_neighbor(near, density):
     """Returns squared distance and index (B, N) of the nearest denser token among the neighbours.
 
-    Returns inf and the token itself if no neighbour is denser. A denser neighbour that is found is
-    the nearest one of all tokens, because everything nearer is a neighbour too.
+    If no neighbour is denser, returns inf and the token itself. A denser neighbour that is found is
+    the nearest denser one of all tokens, because all nearer tokens are neighbours too.
     """
     batch, k, length = near.indices.shape
     index = jnp.broadcast_to(_column(length)[:, 0], density.shape)
@@ -421,7 +422,7 @@ def _denser_neighbor(near, density):
     denser = _is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
     denser &= near.squares < jnp.inf
     squares, parent = jnp.full_like(density, jnp.inf), index
-    for i in reversed(range(k)):  # the first one stays
+    for i in reversed(range(k)):  # ties: keep the first one
         squares = jnp.where(denser[:, i], near.squares[:, i], squares)
         parent = jnp.where(
             denser[:, i] & (near.squares[:, i] < jnp.inf), near.indices[:, i], parent
@@ -430,9 +431,9 @@ def _denser_neighbor(near, density):
 
 
 def _search_denser(points, density, squares, parent, pending, size):
-    """Searches all tokens for the pending ones (B, N) (pass 2); a peak stays as it is."""
+    """Searches all tokens for the pending tokens (B, N) (pass 2); a peak does not change."""
     length = density.shape[1]
-    size = min(size, max(size // 4, 2 * LANES))  # they are few: a last chunk should not be long
+    size = min(size, max(size // 4, 2 * LANES))  # few are pending: a last chunk should be short
     index = _column(length)
     order = jnp.sort(jnp.where(pending, index[:, 0], length + index[:, 0])) % length
 
@@ -443,7 +444,7 @@ def _search_denser(points, density, squares, parent, pending, size):
         nearest, key = _first_smallest(jnp.where(denser, scores, jnp.inf), index)
         key = jnp.where(nearest < jnp.inf, key, at)
         nearest = jnp.maximum(nearest + take(points.square, at), 0)
-        # The other tokens in the last chunk have their answer already.
+        # The other tokens in the last chunk already have their results.
         at = jnp.where(take(pending, at), at, length)
         return tuple(map(put, found, (at, at), (nearest, key)))
 
@@ -470,7 +471,7 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
     if mask is not None:
         used &= take(mask, centers)
     numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
-    # Cluster of a centre, else -1.
+    # The cluster of a centre; -1 for other tokens.
     own = put(jnp.full_like(peaks.parent, -1), jnp.where(used, centers, length), numbers)
 
     if assign == "nearest" or mask is not None:
@@ -498,7 +499,7 @@ def _centers(peaks, mask, num_clusters):
 def _nearest_center(x, centers, used, size):
     """Returns the index (B, N) of each token's nearest used centre, ``size`` tokens at a time."""
     keys = take(x, centers)  # (B, M, C)
-    keys = jnp.where(used[..., None], keys, 0)  # a masked token may hold anything, even NaN
+    keys = jnp.where(used[..., None], keys, 0)  # a masked token may hold any value, even NaN
     bias = jnp.where(used, jnp.sum(keys * keys, -1), jnp.inf)[..., None]
     index = _column(centers.shape[1])
 
@@ -517,4 +518,4 @@ def _follow_parents(parent, own):
     parent = jnp.where(own < 0, parent, jnp.arange(length, dtype=jnp.int32))
     jumps = (length - 1).bit_length()
     parent = lax.fori_loop(0, jumps, lambda _, parent: take(parent, parent), parent)
-    return jnp.maximum(take(own, parent), 0)  # masked tokens lead nowhere
+    return jnp.maximum(take(own, parent), 0)  # masked tokens have no path to a centre

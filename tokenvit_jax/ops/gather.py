@@ -10,7 +10,7 @@ def take(x: Shaped[Array, "..."], index: Int[Array, "..."]) -> Shaped[Array, "..
 
     Args:
       x: rows (B, N, ...), or (B, H, N, ...) with an index per image and head.
-      index: (B, K), or (B, H, K), in [0, N); out of range the result is undefined.
+      index: (B, K), or (B, H, K), in [0, N); the result is undefined if an index is out of range.
 
     Returns:
       (B, K, ...), or (B, H, K, ...).

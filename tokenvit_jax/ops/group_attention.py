@@ -2,13 +2,13 @@
 
 Queries are divided into groups by the nearest of G centroids, every centroid selects the k keys
 with the largest dot product, and each query attends only to the keys that its group selected (Eqs.
-1 and 2). The number of queries in a group depends on the data; two forms keep the shapes static and
+1 and 2). The number of queries in a group depends on the data. Two forms keep the shapes static and
 give the same values and gradients for any division into groups:
 
-* dense (:mod:`tokenvit_jax.kernels.group_attention_dense`): all logits, with a mask.
-  Cheapest while L^2 is small.
-* tiles (:mod:`tokenvit_jax.kernels.group_attention_tiles`): queries sorted by group and cut into
-  tiles of one group each.
+* dense (:mod:`tokenvit_jax.kernels.group_attention_dense`) computes all logits, with a mask; it is
+  the cheaper form while L^2 is small.
+* tiles (:mod:`tokenvit_jax.kernels.group_attention_tiles`) sorts the queries by group and cuts them
+  into tiles of one group each.
 """
 
 from typing import NamedTuple
@@ -81,11 +81,10 @@ def group_attention(
 ) -> GroupAttention:
     """Attends from every query to the ``top_k`` keys that its group's centroid selects.
 
-    A query belongs to the centroid with the largest dot product, all centroids at unit norm. Ties
-    go to the lowest index, for groups and for keys. With ``top_k >= L`` this is exactly dense
-    attention.
-    Routing carries no gradient; distances and softmax are computed in float32 (float64 for float64
-    inputs) whatever the input type.
+    A query belongs to the centroid with the largest dot product, with all centroids at unit norm.
+    Ties go to the lowest index, for groups and for keys. With ``top_k >= L`` this is exactly dense
+    attention. Routing carries no gradient. Distances and softmax are computed in float32 (float64
+    for float64 inputs) for any input type.
 
     Args:
       q: queries (B, L, N, D).
@@ -134,8 +133,8 @@ def group_attention(
 
 def cheaper_path(length: int, num_groups: int, top_k: int) -> str:
     """Returns the path, "dense" or "tiles", that ``path="auto"`` takes for these shapes."""
-    # A tiled logit costs about three dense ones: sorting, gathers, smaller products. Measured on
-    # CPU, where the two meet near L = 1,000 at k = 98.
+    # A tiled logit costs about as much as three dense ones (sorting, gathers, smaller products).
+    # Measured on CPU, where both paths take equally long near L = 1,000 at k = 98.
     tile = tile_size(length, num_groups)
     tiled = num_tiles(length, num_groups, tile) * tile * top_k
     return "dense" if length**2 <= 3 * tiled else "tiles"
@@ -156,7 +155,7 @@ def group_sums(
     """
     q = unit_norm(lax.stop_gradient(q))
     member = (groups[:, :, None, :] == jnp.arange(num_groups)[:, None]).astype(q.dtype)
-    # A product with the membership is deterministic on every backend; a scatter-add is not.
+    # A product with the membership matrix is deterministic on every backend; a scatter-add is not.
     sums = jnp.einsum("bngl,blnd->ngd", member, q, precision=lax.Precision.HIGHEST)
     return GroupSums(sums, member.sum((0, 3)))
 
@@ -168,7 +167,7 @@ def move_centroids(
 
     Args:
       centroids: (N, G, D).
-      sums: sums and counts over the global batch.
+      sums: sums and counts of the queries of the global batch.
       old_weight: weight of the old centroid, in [0, 1].
 
     Returns:
@@ -195,8 +194,8 @@ def update_centroids(
       q: queries (B, L, N, D).
       groups: group of each query (B, N, L), from :func:`group_attention`.
       old_weight: w, the weight of the old centroid, in [0, 1].
-      axis_name: mapped axis that the batch is divided over. Sums and counts are added over it
-        before they are divided. Under jit over a mesh the batch is already the global one.
+      axis_name: mapped axis over which the batch is divided; sums and counts are added over it
+        before the division. None under jit, where the batch is the global batch.
 
     Returns:
       (N, G, D) at unit norm; an empty group keeps its centroid.
@@ -259,10 +258,10 @@ def _assign(q, centroids):
         "bngd,bnld->bngl", _per_image(centroids, q), q, preferred_element_type=dtype
     )
     num_groups = centroids.shape[1]
-    # Two reductions over a leading axis are vector loops on CPU; argmax is a scalar one.
+    # Two reductions over a leading axis are vector loops on CPU; argmax is a scalar loop.
     is_best = scores == scores.max(2, keepdims=True)
     first = jnp.where(is_best, jnp.arange(num_groups, dtype=jnp.int32)[:, None], num_groups)
-    return jnp.minimum(first.min(2), num_groups - 1)  # NaN equals nothing: keep it in range
+    return jnp.minimum(first.min(2), num_groups - 1)  # NaN equals nothing: keep the index in range
 
 
 def _key_scores(k, centroids):

@@ -1,4 +1,4 @@
-"""Division of channels into attention heads, and back."""
+"""Divides channels into attention heads, and joins them again."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

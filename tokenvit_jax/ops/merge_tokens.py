@@ -1,4 +1,4 @@
-"""Merging of tokens by cluster (ClusTR, Eq. 3)."""
+"""Merges tokens by cluster (ClusTR, Eq. 3)."""
 
 import functools
 
@@ -31,8 +31,9 @@ def merge_tokens(
 ) -> Float[Array, "B M C"]:
     """Computes the weighted mean of the tokens in each cluster.
 
-    A token's weight is exp(score), divided by the cluster's sum of exp(score) plus 1e-6. Computed
-    in float32 (float64 for float64 tokens) for any finite score; a score of -inf excludes a token.
+    A token's weight is exp(score), divided by the cluster's sum of exp(score) plus 1e-6. The mean
+    is computed in float32 (float64 for float64 tokens), for any finite scores; a score of -inf
+    excludes a token.
 
     Args:
       tokens: (B, N, C).
@@ -82,8 +83,9 @@ def _check(tokens, assignment, num_clusters, scores):
 def _largest_scores(scores, assignment, num_clusters):
     """Returns the largest score in each cluster (B, M), at least 0.
 
-    The exponents in a cluster are shifted by it; with one shift for the whole image, clusters with
-    small scores would underflow. Below 0, the constant in the sum of weights could overflow.
+    This is the shift of the exponents in a cluster. With one shift for the whole image, clusters
+    with small scores would underflow. With a shift below 0, the constant in the sum of weights
+    could overflow.
     """
     zeros = jnp.zeros_like(scores, shape=(num_clusters,))
     largest = lambda score, at: zeros.at[at].max(score, mode="promise_in_bounds")  # noqa: E731

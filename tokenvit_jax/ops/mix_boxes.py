@@ -1,4 +1,4 @@
-"""Rectangles that neighbouring images of a batch exchange: CutMix and MixToken."""
+"""Exchanges rectangles between neighbouring images of a batch: CutMix and MixToken."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -9,7 +9,7 @@ def mix_boxes(x: Shaped[Array, "B H W C"], box: Int[Array, "4"]) -> Shaped[Array
 
     Args:
       x: (B, H, W, C), B even.
-      box: top, bottom, left, right (4,) in cells of the map; bottom and right exclusive.
+      box: top, bottom, left, right (4,) in cells of the map; bottom and right are exclusive.
 
     Returns:
       (B, H, W, C).
@@ -27,7 +27,7 @@ def mix_boxes(x: Shaped[Array, "B H W C"], box: Int[Array, "4"]) -> Shaped[Array
 
 
 def neighbors(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
-    """Returns x[i ^ 1] for every i; a batch that is divided over devices stays where it is.
+    """Returns x[i ^ 1] for every i; moves nothing between the devices that share a batch.
 
     Args:
       x: (B, ...), B even.

@@ -5,9 +5,9 @@ It has W / s_c column groups, divided in the same way. A pale is the union of a 
 column group. The vanilla form attends within whole pales; the parallel form attends within row
 groups with one half of the heads and within column groups with the other (Eqs. 1 to 3).
 
-Rows at equal distances are an axis of the reshaped map, so grouping needs no index arrays: each
-form is dense attention within groups between reshapes and transposes, whose gradients are reshapes
-and transposes too.
+Rows at equal distances are an axis of the reshaped map, so grouping needs no index arrays. Each
+form is dense attention within groups, between reshapes and transposes whose gradients are also
+reshapes and transposes.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tokenvit_jax.ops.attention import dot_product_attention
 from tokenvit_jax.ops.windows import to_map, to_windows
 
 MODES = ("parallel", "rows", "columns", "cross", "vanilla")
-HALVED = ("parallel", "cross")  # one half of the heads for rows, the other for columns
+HALVED = ("parallel", "cross")  # half of the heads attends within rows, half within columns
 
 
 @functools.partial(jax.jit, static_argnames=("pale", "mode", "scale"))
@@ -51,10 +51,10 @@ def pale_attention(
       k: keys (B, H, W, N, D).
       v: values (B, H, W, N, D).
       pale: (s_r, s_c), rows and columns of a pale; they divide H and W.
-      mode: see above.
+      mode: one of the modes above.
       scale: factor of the logits; None: 1 / sqrt(D).
-      mask: (H, W) bool, False at padding; no token attends to padding, and its output is zero.
-        None: no padding.
+      mask: (H, W) bool, False at padding, to which no token attends and whose output is zero; None:
+        no padding.
 
     Returns:
       (B, H, W, N, D) in the type of ``v``.
@@ -111,7 +111,7 @@ def _attend_groups(q, k, v, mask, scale):
         return attend(*flat).reshape(q.shape)
 
     def by_groups(*groups):
-        # All images in each step, so that a batch that is split over devices stays split.
+        # Each step has all images, so that a batch that is split over devices stays split.
         groups = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), groups)
         return jnp.moveaxis(one_by_one(attend, *groups), 0, 1)
 
@@ -142,13 +142,13 @@ def _attend_pales(q, k, v, pale, mask, scale):
     in_row, in_column = jnp.split(y, [pale[0] * width], axis=2)
     in_row = in_row.reshape(batch, n, n, *pale, *rest)
     in_column = in_column.reshape(batch, n, n - 1, *pale, *rest)
-    # A block on the diagonal lies in one pale: the mean of its output with itself.
+    # A block on the diagonal is in one pale only: its output is averaged with itself.
     in_column = jnp.swapaxes(_put_diagonal(in_column, _diagonal(in_row)), 1, 2)
     return to_map((in_row + in_column) / 2, interlaced=True)
 
 
-# Without its first entry, a flat (n, n) matrix is n - 1 rows of n entries off the diagonal and one
-# on it.
+# Without its first entry, a flattened (n, n) matrix consists of n - 1 rows, each with n entries off
+# the diagonal and then one on it.
 
 
 def _diagonal(x):

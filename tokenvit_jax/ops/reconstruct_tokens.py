@@ -1,6 +1,6 @@
 """Maps refined cluster centres back to the original tokens (Liang et al. 2022, Eq. 4).
 
-A token becomes a weighted mean of the refined values of its nearest centres.
+A reconstructed token is a weighted mean of the refined values of its nearest centres.
 """
 
 import functools
@@ -58,10 +58,10 @@ def reconstruct_tokens(
       * "hard": the refined value of the nearest centre.
       * "window": like "soft", with the centres around the home cell as in
         :func:`cluster_superpixels`; needs ``grid`` and ``clusters``.
-      * "bilinear": the map of refined values, resized without regard to the tokens; needs ``grid``
-        and ``clusters``.
+      * "bilinear": the map of refined values, resized regardless of the tokens; needs ``grid`` and
+        ``clusters``.
 
-    Computed in float32 (float64 for float64 tokens).
+    The result is computed in float32 (float64 for float64 tokens).
 
     Args:
       tokens: (B, N, C), the input of the clustering.
@@ -71,7 +71,7 @@ def reconstruct_tokens(
       temperature: tau, above 0.
       normalize: "sum": the weights of a token sum to 1; "l2": their squares sum to 1, as in the
         released code, which makes a token up to sqrt(neighbors) times as large.
-      mode: see above.
+      mode: one of the modes above.
       grid: (H, W), rows and columns of the tokens.
       clusters: (h, w), rows and columns of the centres.
       window: rows and columns of the neighbourhood in mode "window", odd.
@@ -124,7 +124,7 @@ def _by_nearest(x, centers, refined, *, k, temperature, normalize):
     square = jnp.sum(centers**2, -1)[..., None]
 
     def run(x):
-        # Without |x|^2, which is the same for all centres.
+        # Squared distances without |x|^2, which is the same for all centres.
         distances = square - 2 * product("bsc,bnc->bsn", centers, x[:, 0])
         if k == centers.shape[1]:
             weights = _normalize(_exps(distances, temperature), normalize)
@@ -142,8 +142,8 @@ def _weighted_rows(rows, weights, index):
     """Adds up rows (B, S, D) at index (B, k, N) with weights (B, k, N): (B, N, D).
 
     XLA compiles this to one loop, which on CPU takes 1 / 7 to 1 / 30 of the time of the product
-    with all rows. The derivative of the loop would add to rows in any order, and took 1.2 to 3.5
-    times as long as the products in the backward pass here.
+    with all rows. The derivative of the loop would add to rows in any order; it took 1.2 to 3.5
+    times as long as the products that the backward pass uses here.
     """
     at = jax.vmap(lambda rows, index: jnp.take(rows, index, 0, mode="clip"))
     each = zip(weights.swapaxes(0, 1), index.swapaxes(0, 1), strict=True)

@@ -1,4 +1,4 @@
-"""Resizing of an image inside a padded buffer, where its size is known only at run time."""
+"""Resizes an image inside a padded buffer, when its size is known only at run time."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -16,9 +16,9 @@ def resize_rows(
 
     Args:
       x: (H, ...); the first ``size`` rows are the image, the others are padding.
-      size: rows of the image, at least 1.
-      new_size: rows after resizing, at least 1.
-      at: indices of the new rows to return (n,); rows from ``new_size`` on have no meaning.
+      size: number of rows of the image, at least 1.
+      new_size: number of rows after resizing, at least 1.
+      at: indices of the new rows to return (n,); rows from ``new_size`` on are meaningless.
 
     Returns:
       (n, ...), in float32 for narrower types.

@@ -1,4 +1,4 @@
-"""Selection of the largest or the smallest among many numbers."""
+"""Selects the largest or the smallest among many numbers."""
 
 import functools
 
@@ -23,8 +23,8 @@ def smallest(
 ) -> tuple[Int32[Array, "*batch"], Shaped[Array, "*batch"]]:
     """Returns index (...) and value (...) of the smallest along the last axis of values (..., L).
 
-    Ties go to the lowest index. Twice as fast as ``argmin`` on CPU, whose loop XLA does not
-    vectorise. With NaN among the values, the index may be any in [0, L).
+    Ties go to the lowest index. On CPU this is twice as fast as ``argmin``, whose loop XLA does not
+    vectorise. If a value is NaN, the index may be any number in [0, L).
     """
     last = values.shape[-1] - 1
     smallest = values.min(-1)
@@ -37,14 +37,14 @@ def smallest_k(
 ) -> tuple[Float[Array, "B k Q"], Int32[Array, "B k Q"]]:
     """Returns the k smallest values along the second axis and their indices, sorted by both.
 
-    Like ``lax.top_k`` along a leading axis, but does not scan all values k times.
+    This resembles ``lax.top_k`` along a leading axis, but does not scan all values k times.
 
     Args:
       values: (B, N, Q).
       k: from 1 to N.
 
     Returns:
-      values (B, k, Q), rising, and indices (B, k, Q); ties by rising index.
+      Values (B, k, Q) in rising order, and indices (B, k, Q); ties are in order of index.
     """
     length = values.shape[1]
     if length <= 4 * k * GROUP:
@@ -58,8 +58,8 @@ def smallest_of_groups(
 ) -> tuple[Float[Array, "B k Q"], Int32[Array, "B k Q"]]:
     """Computes :func:`smallest_k` of values whose groups have known minima.
 
-    The k smallest are in the k groups with the smallest (minimum, index): at least these k minima
-    come before a value in any other group.
+    The k smallest values are in the k groups with the smallest (minimum, index): at least these k
+    minima come before any value of another group.
 
     Args:
       values: (B, N, Q), N a multiple of ``GROUP``.
@@ -67,7 +67,7 @@ def smallest_of_groups(
       k: from 1 to N.
 
     Returns:
-      As :func:`smallest_k`.
+      The result of :func:`smallest_k`.
     """
     _, groups = smallest_k(minima, min(k, minima.shape[1]))
     index = groups[:, :, None] * GROUP + _column(GROUP)
@@ -84,9 +84,10 @@ def in_groups(values: Shaped[Array, "B N Q"]) -> Shaped[Array, "B groups group Q
 def largest_mask(scores: Float[Array, "B N L G"], top_k: int) -> Bool[Array, "B N L G"]:
     """Returns a mask of the ``top_k`` largest scores along L, ties to the lowest index.
 
-    Finds the k-th largest value by bisection, bit by bit, in an integer that orders like the float,
+    Finds the k-th largest value by bisection, bit by bit, on integers that order like the floats,
     then the index up to which its ties are selected. Every step counts along a leading axis, which
-    is a vector loop on CPU: faster than ``lax.top_k`` for a mask, and exactly the same set.
+    is a vector loop on CPU. For a mask this is faster than ``lax.top_k`` and selects exactly the
+    same set.
     """
     unsigned, signed, bits = {4: (jnp.uint32, jnp.int32, 32), 8: (jnp.uint64, jnp.int64, 64)}[
         scores.dtype.itemsize
@@ -113,7 +114,7 @@ def largest_mask(scores: Float[Array, "B N L G"], top_k: int) -> Bool[Array, "B 
 
 
 def _largest_integer(zero, bits, holds):
-    """Returns the largest integers of ``bits`` bits, shaped like ``zero``, for which ``holds``.
+    """Returns the largest integers of ``bits`` bits, shaped like ``zero``, that ``holds`` accepts.
 
     ``holds`` is true up to some integer and false above it. One loop compiles in half the time of
     32 copies of its body, and runs as fast.

@@ -1,4 +1,4 @@
-"""Clustering of a map of tokens around a smaller map of centres (Liang et al. 2022, Expedite).
+"""Clusters a map of tokens around a smaller map of centres (Liang et al. 2022, Expedite).
 
 A token belongs softly to the centres around its home cell, and a centre moves to the weighted mean
 of its tokens (Eqs. 2 and 3 of "Expediting Large-Scale Vision Transformer for Dense Prediction
@@ -28,7 +28,7 @@ from tokenvit_jax.ops.center_tiles import (
 from tokenvit_jax.ops.counted import counted_as
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
-# A centre whose weights have a smaller sum than this is drawn to 0.
+# A centre whose weights have a smaller sum than this is pulled towards 0.
 EPSILON = 1e-16
 
 
@@ -47,19 +47,20 @@ def cluster_superpixels(
     """Clusters the H x W tokens of a map around h x w centres.
 
     The initial centres are adaptive averages: centre i of h is the mean over the rows of tokens
-    from floor(i H / h) to ceil((i + 1) H / h), exclusive, and over columns in the same way. Then,
-    in every round, a token weights the centres around its home cell (floor(y h / H), floor(x w /
-    W)) by the softmax of -d^2 / temperature, where d is the distance between the features, and a
-    centre becomes the weighted mean of its tokens. A centre that no token sees becomes 0.
+    from floor(i H / h) to ceil((i + 1) H / h), exclusive, and likewise over columns. Then, in every
+    round, a token weights the centres around its home cell (floor(y h / H), floor(x w / W)) by the
+    softmax of -d^2 / temperature, where d is the distance between the features, and a centre
+    becomes the weighted mean of its tokens. A centre that no token sees becomes 0.
 
-    Computed in float32 (float64 for float64 tokens).
+    The result is computed in float32 (float64 for float64 tokens).
 
     Args:
       tokens: (B, H W, C), row after row.
       grid: (H, W).
       clusters: (h, w), at most H W cells. They need not divide H and W; one may even be larger.
-      window: rows and columns of a token's neighbourhood of cells, odd; it is cut at the border.
-      iterations: rounds, at least 0; 0: the adaptive averages.
+      window: rows and columns of a token's neighbourhood of cells, odd; it is clipped at the
+        border.
+      iterations: number of rounds, at least 0; 0: the adaptive averages.
       temperature: tau, above 0.
 
     Returns:
@@ -85,7 +86,7 @@ def cluster_superpixels(
     def cluster(tokens):
         x = tokens.astype(softmax_dtype(tokens.dtype))
         mean = x.mean(1, keepdims=True)
-        x = x - mean  # far from the origin digits are lost
+        x = x - mean  # far from the origin, digits are lost
         centers = _adaptive_average(x, grid, clusters)
         if iterations:
             centers = _move_centers(x, centers, mean, tiles, iterations, temperature)

@@ -1,4 +1,4 @@
-"""Bipartite soft matching of tokens (Bolya et al. 2023, "Token Merging: Your ViT But Faster")."""
+"""Matches similar tokens in pairs (Bolya et al. 2023, "Token Merging: Your ViT But Faster")."""
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,24 @@ def bipartite_matching(tokens: Float[Array, "B N D"], num_merged: int) -> Int32[
     """Merges tokens at odd positions into the most similar tokens at even positions.
 
     Each token at an odd position is matched to the token at an even position with the largest
-    cosine; the ``num_merged`` tokens with the most similar matches join them. Cosines are computed
-    in float32 (float64 for float64 tokens). Ties go to the lowest index. Nothing carries a
-    gradient.
+    cosine; the ``num_merged`` tokens with the most similar matches join their matches. Cosines are
+    computed in float32 (float64 for float64 tokens). Ties go to the lowest index. The result
+    carries no gradient.
 
     Args:
       tokens: vectors to compare (B, N, D), such as the keys of attention.
       num_merged: R, number of tokens that join another one, from 0 to N // 2.
 
     Returns:
-      The cluster of each token (B, N), in [0, N - R): first the odd positions that stay alone, then
-      the even positions, both in order.
+      The cluster of each token (B, N), in [0, N - R): first the unmerged odd positions, then the
+      even positions, both in order.
 
     Raises:
       ValueError: ``tokens`` is not (B, N, D), or ``num_merged`` is out of range.
 
     References:
-      Bolya et al. 2023, Section 3 and Appendix D. There the class token comes first, in the half
-      that joins the other one, but always stays alone; here it is not among ``tokens``.
+      Bolya et al. 2023, Section 3 and Appendix D. In the paper the class token comes first, in the
+      half that joins the other half, but is never merged; here it is not among ``tokens``.
     """
     if tokens.ndim != 3:
         raise ValueError(f"tokens has shape {tokens.shape}; expected (batch, tokens, channels)")

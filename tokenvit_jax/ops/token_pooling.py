@@ -1,12 +1,12 @@
-"""K-Means and K-Medoids clustering of tokens (Marin et al. 2021, "Token Pooling", Supplement A).
+"""Clusters tokens by K-Means and K-Medoids (Marin et al. 2021, "Token Pooling", Supplement A).
 
 Both alternate between assigning every token to its nearest centre (Eqs. 14 and 16) and moving the
 centres, for a fixed number of rounds: once nothing moves, further rounds change nothing.
 
-The medoid of a cluster is chosen among its own tokens (Eq. 17), at a cost that does not depend on
-the other clusters. While all tokens differ, a medoid is nearest to itself: only the N - K other
-tokens have to be assigned, and only clusters that contain some of them can move. A round then reads
-N (N - K) of the N^2 distances, which are computed once; a literal form of the equations would
+The medoid of a cluster is chosen among the cluster's own tokens (Eq. 17), at a cost that does not
+depend on the other clusters. If all tokens differ, a medoid is nearest to itself: only the N - K
+other tokens have to be assigned, and only clusters that contain some of them can move. A round then
+reads N (N - K) of the N^2 distances, which are computed once; a literal form of the equations would
 compare N K distances and add up K N^2.
 """
 
@@ -71,7 +71,7 @@ def kmedoids(
 
     Minimises the sum over all tokens of weight times squared distance to the nearest medoid. Ties
     go to the lowest index, for medoids and for tokens. Distances are computed in float32 (float64
-    for float64 tokens). Nothing carries a gradient.
+    for float64 tokens). The results carry no gradient.
 
     Args:
       tokens: (B, N, C).
@@ -133,10 +133,10 @@ def _over_all_tokens(distances, weights, initial, iterations):
 
 
 def _over_other_tokens(distances, weights, initial, iterations):
-    """Computes the rounds over the R = N - K tokens that are no medoids (R x K, R x R distances).
+    """Computes the rounds over the R = N - K tokens that are not medoids (R x K, R x R distances).
 
-    Where all tokens differ, a medoid is nearest to itself, so only the others are assigned, and a
-    cluster without any of them does not move.
+    If all tokens differ, a medoid is nearest to itself, so only the other tokens are assigned, and
+    a cluster without any of them does not move.
     """
     length = distances.shape[1]
     order = jnp.argsort(_is_medoid(initial, length), axis=1, stable=True).astype(jnp.int32)
@@ -240,9 +240,9 @@ def kmeans(
     """Clusters tokens around K means (weighted K-Means).
 
     Minimises the sum over all tokens of weight times squared distance to the nearest centre. Ties
-    go to the lowest index. An empty cluster keeps its centre. Computed in float32 (float64 for
-    float64 tokens). Gradients flow through the means of the last round, to tokens and weights;
-    assignments carry none.
+    go to the lowest index. An empty cluster keeps its centre. The means are computed in float32
+    (float64 for float64 tokens). Gradients flow through the means of the last round, to tokens and
+    weights; assignments carry no gradient.
 
     Args:
       tokens: (B, N, C).
@@ -292,7 +292,7 @@ def _move_centers(x, weights, centers):
     return jnp.where(total > 0, sums[..., :-1] / jnp.where(total > 0, total, 1), centers)
 
 
-@counted(lambda inputs, outputs: 0)  # counted by the round
+@counted(lambda inputs, outputs: 0)  # its multiply-adds are counted by the round
 def _nearest_center(x, centers):
     """Returns the index (B, N) of each token's nearest centre."""
     x, centers = lax.stop_gradient((x, centers))

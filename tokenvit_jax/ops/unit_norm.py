@@ -1,4 +1,4 @@
-"""Vectors scaled to length 1."""
+"""Scales vectors to length 1."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,8 +12,8 @@ def unit_norm(x: Float[Array, "... D"], epsilon: float = 0.0) -> Float[Array, ".
 
     Args:
       x: (..., D).
-      epsilon: added to the squared length. Above 0, vectors near zero come out shorter, and their
-        gradient stays finite.
+      epsilon: constant added to the squared length. If it is above 0, vectors near zero come out
+        shorter than 1, and their gradient stays finite.
     """
     x = x.astype(softmax_dtype(x.dtype))
     square = jnp.sum(x * x, -1, keepdims=True)

@@ -12,8 +12,8 @@ from tokenvit_jax.kernels.chunked import one_by_one
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.windows import to_map, to_windows
 
-# On a CPU more logits than this (128 MiB) are not held at once. This saves memory, not time: one
-# row of windows after another was measured 1.0 to 1.2 times slower, with up to 2**24 logits.
+# Largest number of logits to hold at once on a CPU (128 MiB). This saves memory, not time: one row
+# of windows after another was measured 1.0 to 1.2 times slower, with up to 2**24 logits.
 MAX_LOGITS = 2**25
 
 
@@ -39,10 +39,11 @@ def window_attention(
       q: queries (B, H, W, N, D).
       k: keys (B, H, W, N, D).
       v: values (B, H, W, N, D).
-      bias: added to the logits (N, h w, h w), tokens of a window row by row.
+      bias: summand of the logits (N, h w, h w), with the tokens of a window row by row.
       window: (h, w), rows and columns of a window; they divide H and W.
-      shift: rows and columns, less than a window, by which the map was rolled up and left before.
-        Tokens that share a window only because of the rolling do not attend to each other.
+      shift: rows and columns, less than a window, by which the map was rolled up and left
+        beforehand. Tokens that share a window only because of the rolling do not attend to each
+        other.
       scale: factor of the products of queries and keys; None: 1 / sqrt(D).
 
     Returns:
@@ -81,7 +82,7 @@ def window_attention(
 def _parts(size, window, shift):
     """Returns the part of its window that each token is in (rows, 1, columns, 1, h w).
 
-    Rolling moves the first ``shift`` rows behind the last ones, into the same windows; the same
+    Rolling moves the first ``shift`` rows behind the last rows, into the same windows; the same
     holds for columns.
     """
     rolled = [np.arange(n) >= n - s for n, s in zip(size, shift, strict=True)]
@@ -102,7 +103,7 @@ def relative_position_bias(
       window: (h, w), rows and columns of a window, at most (a, b).
 
     Returns:
-      (N, h w, h w): heads, queries, keys.
+      Biases (N, h w, h w): heads, queries, keys.
 
     Raises:
       ValueError: the window is larger than the table allows.

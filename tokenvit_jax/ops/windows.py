@@ -1,4 +1,4 @@
-"""Padding of maps, and their division into windows of adjacent or interlaced tokens."""
+"""Pads maps and divides them into windows of adjacent or interlaced tokens."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -19,7 +19,7 @@ def pad_map(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "
 
     Args:
       x: (B, H, W, C).
-      size: height and width afterwards, at least (H, W).
+      size: height and width of the padded map, at least (H, W).
     """
     below, right = size[0] - x.shape[1], size[1] - x.shape[2]
     return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))

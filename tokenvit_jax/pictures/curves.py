@@ -1,4 +1,4 @@
-"""Learning curves of a run."""
+"""Draws the learning curves of a run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ def plot_learning_curve(records: Sequence[Mapping[str, float]]) -> Figure:
       records: lines of a run's `metrics.jsonl`: "step" with "loss" or "eval/accuracy".
 
     Raises:
-      UserError: neither of them was logged.
+      UserError: neither "loss" nor "eval/accuracy" was logged.
     """
     curves = [
         ("training loss", COLORS[0], [(r["step"], r["loss"]) for r in records if "loss" in r]),

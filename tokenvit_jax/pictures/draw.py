@@ -5,12 +5,12 @@ import colorsys
 import numpy as np
 from matplotlib.axes import Axes
 
-# Okabe and Ito 2008: distinct for any colour vision, on photographs too.
+# Okabe and Ito 2008: colours that are distinct for any colour vision, also on photographs.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def show_image(axis: Axes, image: np.ndarray) -> None:
-    """Shows an image (H, W, 3) uint8 without ticks and frame."""
+    """Shows an image (H, W, 3) uint8 without ticks or frame."""
     axis.imshow(image, interpolation="nearest")
     axis.set(xticks=(), yticks=())
     axis.spines[:].set_visible(False)
@@ -18,7 +18,7 @@ def show_image(axis: Axes, image: np.ndarray) -> None:
 
 def distinct_colors(count: int) -> np.ndarray:
     """Returns colours (count, 3) uint8; successive ones differ most."""
-    # Hues step by the golden section, from blue on: the first label is often the background.
+    # Hues step by the golden ratio, starting at blue: the first label is often the background.
     colors = [
         colorsys.hsv_to_rgb((0.6 + 0.61803399 * i) % 1, 0.85, 0.6 + 0.4 * (i % 2))
         for i in range(count)
@@ -62,7 +62,7 @@ def tint(image: np.ndarray, tokens: np.ndarray, grid: tuple[int, int], color: st
 
 
 def pixels_of(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the value of the token under each pixel: (h, w) -> (H, W) = size."""
+    """Returns the value of the token at each pixel: (h, w) -> (H, W) = size."""
     rows, columns = (
         np.arange(side) * count // side for side, count in zip(size, tokens.shape, strict=True)
     )

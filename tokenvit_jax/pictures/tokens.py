@@ -1,4 +1,4 @@
-"""Pictures of tokens: query groups, clusters and superpixels."""
+"""Draws groups of tokens: query groups, clusters and superpixels."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Clustering(NamedTuple):
 
 
 def finest_routing(intermediates: Mapping[str, Any], image_size: tuple[int, int]) -> Routing | None:
-    """Returns the groups of the last, finest block whose groups select some keys only.
+    """Returns the groups of the last block on the finest map whose groups select only some keys.
 
     Args:
       intermediates: the collection "intermediates" of `model.apply`, with the "groups" and "keys"
@@ -53,7 +53,7 @@ def finest_routing(intermediates: Mapping[str, Any], image_size: tuple[int, int]
       image_size: height and width of the images [pixels].
 
     Returns:
-      The routing, or None where no block has dynamic groups or all blocks attend to every key.
+      The routing, or None if no block has dynamic groups or all blocks attend to every key.
     """
     flat = flatten_dict(intermediates)
     found = [
@@ -107,7 +107,7 @@ def plot_groups(
     Args:
       images: (B, H, W, 3) uint8.
       routing: groups of these images.
-      captions: one per image.
+      captions: one caption per image.
       head: attention head whose groups are drawn.
       num_groups: number of the largest groups to draw, at most 6.
 
@@ -116,7 +116,7 @@ def plot_groups(
     """
     num_images, height, width = images.shape[:3]
     aspect = width / height
-    # All lengths are in inches; on the left an image takes the height of two panels and a title.
+    # All lengths are in inches; the image on the left is as high as two panels and a title.
     panel, title, gap = 1.4, 0.24, 0.2
     row_height, whole = 2 * (panel + title) + gap, 2 * panel + title
     column_width = panel * aspect + gap
@@ -151,7 +151,7 @@ def plot_clusters(
 ) -> Figure:
     """Draws the clusters of an image's tokens.
 
-    Each clustering has a row: all clusters as coloured regions, then the tokens of the largest
+    Each clustering has one row: all clusters as coloured regions, then the tokens of the largest
     clusters one by one.
 
     Args:
@@ -184,7 +184,7 @@ def plot_clusters(
 
 
 def _clusters_by_size(assignment):
-    """Returns the tokens of each cluster that is not empty, the largest cluster first."""
+    """Returns the tokens of each non-empty cluster, the largest cluster first."""
     clusters, sizes = np.unique(assignment, return_counts=True)
     return [np.flatnonzero(assignment == c) for c in clusters[np.argsort(-sizes, kind="stable")]]
 
@@ -205,7 +205,7 @@ def color_regions(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, in
 
 
 def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clustering | None:
-    """Returns the superpixel that each patch of an expedited plain host is nearest to.
+    """Returns the nearest superpixel of each patch of an expedited plain host.
 
     Args:
       model: backbone; its setting `expedite` defines the superpixels.
@@ -213,7 +213,7 @@ def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clusteri
       images: (B, H, W, 3), normalised.
 
     Returns:
-      The clustering, or None where the model clusters no patches.
+      The clustering, or None if the model clusters no patches.
     """
     expedite = model.settings.expedite if isinstance(model, VisionTransformer) else None
     if not expedite or not expedite.alpha:
@@ -228,7 +228,7 @@ def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clusteri
 
 
 def plot_superpixels(image: np.ndarray, clustering: Clustering, caption: str) -> Figure:
-    """Draws the borders of superpixels over an image, and their mean colours beside it.
+    """Draws the borders of superpixels over an image and, next to it, their mean colours.
 
     Args:
       image: (H, W, 3) uint8.
@@ -252,7 +252,7 @@ def plot_superpixels(image: np.ndarray, clustering: Clustering, caption: str) ->
 
 
 def _borders(regions):
-    """Returns the lines between unlike neighbours: (n, 2, 2), x and y of both ends [cells]."""
+    """Returns the lines between different neighbours: (n, 2, 2), x and y of both ends [cells]."""
     lines = []
     y, x = np.nonzero(regions[:, 1:] != regions[:, :-1])
     lines.append(np.stack([np.stack([x + 1, y], -1), np.stack([x + 1, y + 1], -1)], 1))

@@ -1,6 +1,7 @@
-"""Training recipes: one file per family of models, beside the two recipes that families share.
+"""Training recipes: one file per family of models, and the two recipes that families share.
 
-A file in `configs/` names its model and the values it trains with, and calls one function here.
+A file in `configs/` names its model and the values that it trains with, and calls one function of
+this package.
 """
 
 from collections.abc import Callable, Mapping

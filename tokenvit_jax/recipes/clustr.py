@@ -1,4 +1,4 @@
-"""Recipes of ClusTR (its Table A2; where it is silent, the code of PVTv2, which it builds on)."""
+"""Recipes of ClusTR: its Table A2, completed by the code of PVTv2, on which ClusTR builds."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.digits import digits_config
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
-# Settings of every ClusTR here, written out so that the command line can change them.
+# Settings of every ClusTR here, listed so that the command line can change them.
 COMMON = {
     "ratios": ((64, 16), (16, 4), (4, 1), (1,)),  # Table A1
     "aggregation": "clusters", "assign": "nearest", "adaptive": 0.0, "remat": False,
@@ -18,7 +18,7 @@ def clustr_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRec
 
     Args:
       model: name of the model.
-      arg: "": on ImageNet-1K; "digits": shrunk, on the embedded digits.
+      arg: "": on ImageNet-1K; "digits": a small model on the embedded digits.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -33,7 +33,7 @@ def clustr_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRec
 
 
 def clustr_digits_config(model: str) -> ConfigDict:
-    """Returns the configuration of a ClusTR, shrunk, on the embedded digits.
+    """Returns the configuration of a small ClusTR on the embedded digits.
 
     It keeps the published token reductions: 256, 64 and 16 tokens become 4 and 16, or 4 and all.
     """

@@ -6,7 +6,7 @@ from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.digits import digits_config
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
-# Settings of every DGT here, written out so that the command line can change them.
+# Settings of every DGT here, listed so that the command line can change them.
 COMMON = {"centroid_rule": "constant", "centroid_old_weight": 0.9, "remat": False}
 
 
@@ -15,7 +15,7 @@ def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe
 
     Args:
       model: name of the model.
-      arg: "": on ImageNet-1K; "digits": shrunk, on the embedded digits.
+      arg: "": on ImageNet-1K; "digits": a small model on the embedded digits.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -33,7 +33,7 @@ def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe
 
 
 def dgt_digits_config(model: str) -> ConfigDict:
-    """Returns the configuration of a DGT, shrunk, on the embedded digits."""
+    """Returns the configuration of a small DGT on the embedded digits."""
     overrides = {
         "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
         "depths": (1, 1, 2, 1), "head_dim": 128,

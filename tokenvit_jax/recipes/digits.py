@@ -11,8 +11,8 @@ from tokenvit_jax.tasks import default_config
 def digits_config(model: str, model_overrides: Mapping[str, Any]) -> ConfigDict:
     """Returns the configuration of a model, shrunk by its overrides, on the embedded digits.
 
-    1,437 training and 360 test images of handwritten digits (scikit-learn), 8 x 8 pixels, enlarged
-    to 64 x 64, slightly rotated and shifted.
+    The dataset has 1,437 training and 360 test images of handwritten digits (scikit-learn), 8 x 8
+    pixels, enlarged to 64 x 64, slightly rotated and shifted.
     """
     config = default_config("classification")
     config.model = model

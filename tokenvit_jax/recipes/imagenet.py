@@ -1,6 +1,6 @@
 """The recipe for ImageNet-1K that DeiT, Swin, CMT and their successors share.
 
-A config lists the values that families or sizes choose differently; the rest is here.
+A config lists the values that differ between families or sizes; the other values are here.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks import default_config
 
-# Name -> entries of the configuration. References: Touvron et al. 2021 (DeiT), Table 9, except for
-# the crop and the strength of the colour jitter (timm's and PVTv2's code).
+# Name -> entries of the configuration. The values are from Touvron et al. 2021 (DeiT), Table 9,
+# except for the crop and the strength of the colour jitter (timm's and PVTv2's code).
 AUGMENTATIONS = {
     "crop": {"augment.crop_scale": (0.08, 1.0)},
     "flip": {"augment.flip": 0.5},
@@ -37,11 +37,11 @@ class ImageNetRecipe:
 
     Attributes:
       image_size: height and width [pixels].
-      batch_size: images per step, all devices together.
+      batch_size: images per step, over all devices.
       epochs: length of the training.
       warmup_epochs: length of the linear warm-up, part of `epochs`.
-      learning_rate: its peak; cosine decay per step.
-      weight_decay: of AdamW.
+      learning_rate: peak learning rate, followed by cosine decay per step.
+      weight_decay: weight decay of AdamW.
       clip_norm: largest global norm of the gradient; 0: no clipping.
       augmentations: keys of AUGMENTATIONS.
     """
@@ -87,7 +87,7 @@ class ImageNetRecipe:
         config.optimizer.weight_decay = self.weight_decay
         config.optimizer.schedule = "cosine"
         config.optimizer.warmup_steps = self.warmup_epochs * steps_per_epoch
-        config.optimizer.warmup_learning_rate = 1e-6  # DeiT's and PVTv2's code, as the next one
+        config.optimizer.warmup_learning_rate = 1e-6  # DeiT's and PVTv2's code, like the next one
         config.optimizer.end_learning_rate = 1e-5
         config.eval_every_steps = steps_per_epoch
         config.checkpoint_every_steps = steps_per_epoch

@@ -1,4 +1,4 @@
-"""Recipes of Segmenter (Strudel et al. 2021): three datasets, and the embedded scenes."""
+"""Recipes of Segmenter (Strudel et al. 2021) for three datasets and the embedded scenes."""
 
 import dataclasses
 import functools
@@ -18,13 +18,14 @@ class SegmenterRecipe:
       dataset: name of the dataset.
       epochs: length of the training.
       eval_epochs: epochs between two evaluations.
-      batch_size: images per step, all devices together.
-      learning_rate: at the first step; polynomial decay per step.
+      batch_size: images per step, over all devices.
+      learning_rate: learning rate at the first step, followed by polynomial decay per step.
       short_side: shorter side of the resized images [pixels].
       crop: side of the crops and the windows [pixels].
       stride: stride of the windows [pixels].
       decoder_depth: number of blocks of the mask transformer.
-      eval_size: height and width of the buffer for resized images [pixels]; larger images shrink.
+      eval_size: height and width of the buffer for resized images [pixels]; larger images are
+        shrunk to fit.
       label_size: height and width of the buffer for label maps [pixels].
     """
 
@@ -41,8 +42,8 @@ class SegmenterRecipe:
     label_size: tuple[int, int]
 
 
-# References: github.com/rstrudel/segmenter, segm/config.yml. The buffers of ADE20K and
-# Pascal-Context hold images whose longer side is at most twice the shorter one, as nearly all are.
+# The values are from github.com/rstrudel/segmenter, segm/config.yml. The buffers of ADE20K and
+# Pascal-Context hold images whose longer side is at most twice the shorter side: nearly all images.
 ADE20K = SegmenterRecipe(
     dataset="ade20k", epochs=64, eval_epochs=2, batch_size=8, learning_rate=1e-3,
     short_side=512, crop=512, stride=512, decoder_depth=2,
@@ -70,7 +71,7 @@ def segmenter_config(
 
     Args:
       model: name of the backbone.
-      arg: "": the first recipe; the name of another recipe's dataset; "scenes": shrunk, on the
+      arg: "": the first recipe; the dataset of another recipe; "scenes": a small model on the
         embedded scenes.
       drop_path: rate of stochastic depth of the backbone, except on the scenes.
       recipes: training on each dataset.
@@ -89,7 +90,7 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
     config.model = model
     config.model_overrides = {
         "drop_path": drop_path, "remat": False, "norm_epsilon": 1e-5,
-        # The positions of the weights that training starts from.
+        # The size of the position embeddings of the weights that training starts from.
         "position_size": (384, 384), "position_resize": "bilinear",
     }  # fmt: skip
     config.head = "mask_transformer"
@@ -127,9 +128,10 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
 
 
 def segmenter_scenes_config(model: str) -> ConfigDict:
-    """Returns the configuration of a Segmenter, shrunk, on the embedded scenes: 256 patches.
+    """Returns the configuration of a small Segmenter on the embedded scenes, with 256 patches.
 
-    2,000 training and 200 test images of 128 x 128 pixels: digits pasted on photographs.
+    The scenes are 2,000 training and 200 test images of 128 x 128 pixels: digits pasted on
+    photographs.
     """
     config = default_config("segmentation")
     config.model = model

@@ -12,7 +12,7 @@ def swin_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecip
 
     Args:
       model: name of the model.
-      arg: "": on ImageNet-1K; "digits": shrunk, on the embedded digits.
+      arg: "": on ImageNet-1K; "digits": a small model on the embedded digits.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -27,7 +27,7 @@ def swin_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecip
 
 
 def swin_digits_config(model: str) -> ConfigDict:
-    """Returns the configuration of a Swin Transformer, shrunk, on the embedded digits."""
+    """Returns the configuration of a small Swin Transformer on the embedded digits."""
     overrides = {
         "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
         # Maps of 16, 8, 4 and 2 rows and columns: 16, 4, 1 and 1 windows. Every second block of the

@@ -1,7 +1,7 @@
-"""Recipes of DeiT (Touvron et al. 2021), and of Token Pooling in it (Marin et al. 2021).
+"""Recipes of DeiT (Touvron et al. 2021), also with Token Pooling (Marin et al. 2021).
 
-Token Pooling trains in three stages: the plain model; a search for the number of tokens that every
-block needs (PoWER-BERT's); and the model that keeps this number of tokens.
+Token Pooling trains in three stages: the plain model; PoWER-BERT's search for the number of tokens
+that every block needs; and the model that keeps this number of tokens.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.digits import digits_config
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
-# Settings of every DeiT here, written out so that the command line can change them.
+# Settings of every DeiT here, listed so that the command line can change them.
 COMMON = {"remat": False, "qk_norm": "none"}
 
 SEARCH_EPOCHS = 30  # the paper's
@@ -26,8 +26,8 @@ def deit_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecip
       model: name of the model.
       arg: "": DeiT on ImageNet-1K, stage 1; "search": stage 2; "pooled": stage 3 with the number of
         tokens that a search found; "level0" to "level7": stage 3 with the paper's numbers, for the
-        models that it reports; "digits", "digits_search", "digits_pooled": the three stages,
-        shrunk, on the embedded digits.
+        models that it reports; "digits", "digits_search", "digits_pooled": the three stages of a
+        small model on the embedded digits.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -49,7 +49,7 @@ def deit_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecip
 
 
 def deit_digits_config(model: str) -> ConfigDict:
-    """Returns the configuration of a DeiT, shrunk, on the embedded digits: 64 patches."""
+    """Returns the configuration of a small DeiT on the embedded digits, with 64 patches."""
     overrides = {
         "dim": 64, "depth": 6, "num_heads": 4, "patch_size": 8, "position_size": (64, 64),
         "init_std": 0.1, "drop_path": 0.0, **COMMON,
@@ -58,7 +58,7 @@ def deit_digits_config(model: str) -> ConfigDict:
 
 
 def _search(config: ConfigDict, penalty: float) -> ConfigDict:
-    """Adds the search; a larger penalty keeps fewer tokens."""
+    """Adds the search for numbers of tokens; a larger penalty keeps fewer tokens."""
     config.model_overrides.token_reducer = {
         "method": "soft_extract", "diagonal": True, "penalty": penalty,
         "learning_rate_factor": 10.0,
@@ -67,11 +67,11 @@ def _search(config: ConfigDict, penalty: float) -> ConfigDict:
 
 
 def _pooled(config: ConfigDict, keep: tuple[int, ...] = ()) -> ConfigDict:
-    """Adds the pooling.
+    """Adds Token Pooling.
 
     Args:
       config: configuration of the plain model.
-      keep: number of tokens that every block keeps; (): the numbers that a search found.
+      keep: number of tokens that each block keeps; (): the numbers that a search found.
     """
     config.model_overrides.token_reducer = {
         "keep": keep, "method": "weighted_kmedoids", "initial": "score", "carry": False,

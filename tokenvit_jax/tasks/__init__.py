@@ -1,4 +1,4 @@
-"""Tasks: one folder and one line of `TASKS` each."""
+"""Registers the tasks: each has one folder and one line of `TASKS`."""
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -33,8 +33,8 @@ __all__ = [
 def default_config(task: str) -> ConfigDict:
     """Returns the configuration that all others of a task start from.
 
-    It is locked: an entry of another task, or a misspelt one, is refused. Only the arguments of
-    models and heads (`model_overrides`, `head_overrides`) can be added.
+    The configuration is locked: it refuses misspelt entries and entries of other tasks. Only the
+    arguments of models and heads (`model_overrides`, `head_overrides`) can be added.
 
     Args:
       task: a key of `TASKS`.
@@ -59,11 +59,12 @@ def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
     """Returns the task of a configuration.
 
     Args:
-      config: of :func:`default_config`.
+      config: configuration that starts from :func:`default_config`.
       axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
 
     Raises:
-      UserError: unknown task or dataset, or a dataset without the labels that the task reads.
+      UserError: the task or the dataset is unknown, or the dataset lacks the labels that the task
+        reads.
     """
     missing = sorted(_keys(default_config(config.task)) - _keys(config))
     if missing:
@@ -86,7 +87,7 @@ def tasks_with(key: str) -> list[str]:
     """Returns the tasks whose configuration has an entry, or a group of entries, of this name.
 
     Args:
-      key: such as "augment.crop_scale" or "mix".
+      key: name of the entry or group, such as "augment.crop_scale" or "mix".
     """
     keys = {name: _keys(default_config(name)) for name in TASKS}
     return [

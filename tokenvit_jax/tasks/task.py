@@ -1,4 +1,4 @@
-"""The contract of a task: all that training and the commands need to know of a kind of label."""
+"""The contract of a task: everything that training and the commands need from a task."""
 
 import abc
 import dataclasses
@@ -22,11 +22,11 @@ Inputs = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
 Picture: TypeAlias = "Figure | Image.Image"
 
-NUM_NAMED = 5  # classes that the text of a prediction names
+NUM_NAMED = 5  # number of classes that the text of a prediction names
 
 
 class Aux(NamedTuple):
-    """What a loss gives beside its value.
+    """Results of a loss function besides the loss.
 
     Attributes:
       model_state: the model's collections after the forward pass, without "params". The step takes
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       sums: tree of arrays that are added over devices and batches.
-      rows: tree of arrays with a leading B; they come back image by image.
+      rows: tree of arrays with a leading axis B; the host receives one row per image.
     """
 
     sums: Any
@@ -51,22 +51,22 @@ class Outcome(NamedTuple):
 
 
 class Meter(Protocol):
-    """Turns the outcomes of a pass into metrics, on the host."""
+    """Turns the outcomes of an evaluation pass into metrics, on the host."""
 
     def add(self, outcome: Outcome) -> None:
-        """Adds the outcome of a batch, as numpy arrays."""
+        """Adds the outcome of a batch, in numpy arrays."""
 
     def result(self) -> dict[str, float]:
-        """Returns the metrics by the name they are logged with, such as "eval/accuracy"."""
+        """Returns the metrics by their names in the logs, such as "eval/accuracy"."""
 
 
 class Prediction(NamedTuple):
-    """What a model says about one image.
+    """A model's prediction for one image.
 
     Attributes:
       arrays: the result by name, such as "probabilities" (num_classes,) or "labels" (H, W).
       text: the result in one line.
-      draw: takes a caption and returns pictures by kind.
+      draw: function from a caption to pictures by name.
     """
 
     arrays: dict[str, np.ndarray]
@@ -79,15 +79,15 @@ Predictor = Callable[[Image.Image], Prediction]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task(abc.ABC):
-    """A kind of label: its configuration, examples, model, loss, metrics and pictures.
+    """The configuration, examples, model, loss, metrics and pictures of one task.
 
-    A loss is a mean over images, or it is divided by a count that :meth:`prepare` knows and has
-    summed over `axis_name`. Only so do jit, pmap and any number of devices and micro-batches give
-    the same numbers.
+    A loss is a mean over images, or it is divided by a count that :meth:`prepare` computes and sums
+    over `axis_name`. Otherwise jit, pmap and different numbers of devices and micro-batches would
+    give different numbers.
 
     Attributes:
-      config: a configuration of this task, see `tokenvit_jax.tasks.default_config`.
-      info: facts about its dataset.
+      config: configuration of this task, see `tokenvit_jax.tasks.default_config`.
+      info: facts about the dataset.
       axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
     """
 
@@ -95,7 +95,7 @@ class Task(abc.ABC):
     info: DatasetInfo
     axis_name: str | None = None
 
-    reads: ClassVar[frozenset[str]]  # the fields of a Record that the examples are made from
+    reads: ClassVar[frozenset[str]]  # fields of a Record from which the examples are made
 
     @staticmethod
     @abc.abstractmethod
@@ -104,34 +104,34 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises UserError for the first entry of this task that is not valid."""
+        """Raises UserError for the first invalid entry of this task."""
 
     def check_devices(self, devices: int) -> None:
-        """Raises UserError unless a training batch can be divided over so many devices."""
+        """Raises UserError unless a training batch can be divided over this number of devices."""
         del devices  # most tasks take any batch
 
     @abc.abstractmethod
     def examples(self, *, train: bool) -> Examples:
-        """Returns what makes the examples of a batch from records."""
+        """Returns the object that turns records into examples."""
 
     @abc.abstractmethod
     def make_model(self) -> nn.Module:
         """Returns the model; ``model(images, train=False)`` touches every parameter.
 
         Raises:
-          UserError: unknown model or override.
+          UserError: the model or an override is unknown.
         """
 
     @abc.abstractmethod
     def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
-        """Returns what :meth:`loss` reads, from a whole training batch on the device.
+        """Returns the inputs of :meth:`loss` from a whole training batch, on the device.
 
         Args:
           batch: the entries of a training batch; see :meth:`examples`.
-          rng: key for what is drawn for the batch as a whole.
+          rng: random key for draws that concern the whole batch.
 
         Returns:
-          Arrays that lead with B, normalised images among them.
+          Arrays with a leading axis B, including the normalised images.
         """
 
     @abc.abstractmethod
@@ -143,12 +143,12 @@ class Task(abc.ABC):
         The step adds the losses that modules sow; see :class:`Aux`.
 
         Args:
-          model: of :meth:`make_model`.
-          params: its parameters.
-          model_state: its other collections.
-          inputs: of :meth:`prepare`, or a part of their rows.
-          rngs: keys by name: "batch" (the same for all parts of a batch, and the one that
-            :meth:`prepare` got), "dropout", "routing" and "sample".
+          model: result of :meth:`make_model`.
+          params: parameters of the model.
+          model_state: other collections of the model.
+          inputs: result of :meth:`prepare`, or some of its rows.
+          rngs: random keys by name: "batch" (the key that :meth:`prepare` received, the same for
+            all parts of a batch), "dropout", "routing" and "sample".
         """
 
     @abc.abstractmethod
@@ -157,11 +157,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def meter(self) -> Meter:
-        """Returns a meter without outcomes."""
+        """Returns an empty meter."""
 
     @abc.abstractmethod
     def score(self, metrics: dict[str, float]) -> float:
-        """Returns the number that the best checkpoint has the highest value of."""
+        """Returns the number that selects the best checkpoint: the highest is best."""
 
     @abc.abstractmethod
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
@@ -169,31 +169,31 @@ class Task(abc.ABC):
 
     @property
     def view_size(self) -> int:
-        """Side in pixels of the square images that the model sees at a time."""
+        """Side of the square images that the model sees at a time [pixels]."""
         return self.config.image_size
 
     def view(self, image: Image.Image) -> np.ndarray:
-        """Returns an image as one view of the model, (S, S, 3) uint8, S being `view_size`."""
+        """Returns the view of an image that the model sees, (S, S, 3) uint8, S = `view_size`."""
         return eval_image(image, self.view_size, crop=1.0)
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Returns images as the model takes them.
+        """Returns images normalised for the model.
 
         Args:
           images: (B, H, W, 3) uint8.
 
         Returns:
-          (B, H, W, 3) float32: with `data.normalization` "imagenet" of about zero mean and unit
-          variance, with "inception" in [-1, 1].
+          (B, H, W, 3) float32. With `data.normalization` "imagenet" they have about zero mean and
+          unit variance; with "inception" they are in [-1, 1].
 
         Raises:
-          UserError: unknown normalization.
+          UserError: the normalization is unknown.
         """
         mean, std = mean_and_std(self.config.data.normalization)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
     def class_names(self) -> Sequence[str]:
-        """Returns a name for every class; where the dataset has none, "class 0" and so on."""
+        """Returns a name for every class: "class 0" and so on if the dataset gives none."""
         return self.info.classes or [f"class {label}" for label in range(self.info.num_classes)]
 
 
@@ -204,10 +204,10 @@ def apply_in_training(
 
     Args:
       model: linen module, called as ``model(images, train=True, **kwargs)``.
-      params: its parameters.
-      model_state: its other collections.
+      params: parameters of the model.
+      model_state: other collections of the model.
       images: (B, H, W, 3), normalised.
-      rngs: as in :meth:`Task.loss`.
+      rngs: random keys by name, as in :meth:`Task.loss`.
       **kwargs: further arguments of the model, or ``method``.
 
     Returns:

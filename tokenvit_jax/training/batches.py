@@ -1,4 +1,4 @@
-"""Batches on their way to the devices."""
+"""Checks training batches and keeps them ready on the devices."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ def check_train_batch(task: Task) -> None:
     """Raises UserError unless a training batch can be divided over the devices.
 
     Args:
-      task: its configuration has `batch_size` and `accumulate_steps`.
+      task: task whose configuration has `batch_size` and `accumulate_steps`.
     """
     devices, config = jax.device_count(), task.config
     if config.batch_size % (devices * config.accumulate_steps):
@@ -29,12 +29,13 @@ def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[A
     """Keeps batches ready on the devices.
 
     Args:
-      iterator: of batches, with `get_state()`.
+      iterator: iterator over batches, with a method `get_state()`.
       put: moves a batch to the devices.
       size: number of batches to hold.
 
     Yields:
-      Each batch and the state of the iterator just after it; the iterator itself is ahead by now.
+      Each batch with the state of the iterator just after this batch. The iterator itself has
+      already read further batches.
     """
     ready = deque()
     while True:

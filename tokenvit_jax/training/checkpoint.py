@@ -1,8 +1,8 @@
 """Checkpoints of a run in `WORKDIR/checkpoints/STEP`, written by orbax in the background.
 
 A checkpoint has three items: "model" (parameters, averages, other collections), "optimizer" and
-"progress" (the state of the data iterator, in JSON). A checkpoint appears under its name only
-when it is complete.
+"progress" (the state of the data iterator, in JSON). A checkpoint gets its name only when it is
+complete.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from tokenvit_jax.training.state import TrainState, eval_variables
 from tokenvit_jax.training.workdir import check_version
 
 FOLDER = "checkpoints"
-# Stored with the metrics of an evaluation: the task's score, by which "best" is chosen.
+# The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
 _SCORE = "score"
 
-# orbax logs what it also raises, with tracebacks.
+# orbax logs the errors that it raises, with tracebacks.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
@@ -42,7 +42,7 @@ def saved_steps(workdir: Path) -> list[int]:
 class Checkpoints:
     """Saves and restores the state of a run; every process calls the same methods.
 
-    A context manager: leaving it waits until everything is written.
+    This is a context manager: leaving it waits until everything is written.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpoints:
           workdir: folder of the run.
           keep_last: number of latest checkpoints to keep.
           keep_best: number of checkpoints with the highest scores to keep.
-          score: takes the metrics of an evaluation, such as `Task.score`.
+          score: maps the metrics of an evaluation to a number, such as `Task.score`.
         """
         self._folder = workdir.absolute() / FOLDER
         for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
@@ -91,7 +91,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether a checkpoint of this evaluation would be kept for its score, if it were saved."""
+        """Returns whether a checkpoint with these metrics would be kept for its score."""
         return self._keep_best > 0 and self._score_of(metrics) > self._best
 
     def save(
@@ -104,13 +104,13 @@ class Checkpoints:
         """Starts to save the state after a step; the state may be consumed afterwards.
 
         Args:
-          step: steps done.
-          state: as `Parallel.to_global` returns it.
+          step: number of steps done.
+          state: result of `Parallel.to_global`.
           progress: JSON object, equal in all processes.
-          metrics: of the evaluation of this state, if there was one.
+          metrics: metrics of the evaluation of this state; None if it was not evaluated.
 
         Raises:
-          UserError: this checkpoint or the one before cannot be written.
+          UserError: this checkpoint or the previous one cannot be written.
         """
         items = ocp.args.Composite(
             model=ocp.args.PyTreeSave(_model_item(state)),
@@ -131,7 +131,7 @@ class Checkpoints:
         """Restores the latest readable checkpoint; sets later ones aside.
 
         Args:
-          like: shapes, types and shardings of the state.
+          like: tree with the shapes, types and shardings of the state.
 
         Returns:
           The state and its progress; None if there is no checkpoint.
@@ -261,7 +261,7 @@ def load_variables(
 
     Args:
       model: linen module, called as `model(images, train=False)`.
-      image_size: height and width, pixels.
+      image_size: height and width of the images [pixels].
       workdir: folder of the run.
       which: "last", "best" (best score) or a step.
 
@@ -304,7 +304,7 @@ def _describe(tree: Any) -> dict[str, str]:
 
 
 def _model_item(state: TrainState) -> dict[str, Any]:
-    """The state without the optimizer's, which inference does not read."""
+    """Returns the state without the optimizer's state, which inference does not read."""
     fields = {name: getattr(state, name) for name in ("params", "model_state", "step", "skipped")}
     return fields if state.ema is None else {**fields, "ema": state.ema}
 
@@ -340,12 +340,12 @@ def _steps_with_damaged_metrics(workdir: Path) -> list[int]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of a message; storage errors continue with locations in their own source."""
+    """Returns the first line of a message; storage errors go on with locations in their source."""
     return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
 def _unused(path: Path) -> Path:
-    """The path itself, or with a number appended if it exists."""
+    """Returns the path, with a number appended if the path exists."""
     number = 1
     unused = path
     while unused.exists():

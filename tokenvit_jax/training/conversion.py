@@ -1,7 +1,7 @@
-"""Makes a run of published weights, and published weights of a run.
+"""Converts published weights to a run, and a run to a file of published weights.
 
-It lives here because a run is a workdir with a configuration and a checkpoint, and its model comes
-from a task: `weights/` knows none of these.
+This module is not in `weights/`, which knows neither workdirs, configurations, checkpoints nor
+tasks.
 """
 
 from pathlib import Path
@@ -23,17 +23,17 @@ def import_file(
     """Writes a run at step 0 with the weights of a file.
 
     Args:
-      source: file of weights, as for :func:`tokenvit_jax.weights.read_arrays`.
+      source: file of weights that :func:`tokenvit_jax.weights.read_arrays` reads.
       out: folder of the new run.
       name: name of the model.
       layout: a key of LAYOUTS.
-      dataset: a dataset with as many classes as the model.
+      dataset: name of a dataset with as many classes as the model.
       normalization: pixel normalisation, a key of NORMALIZATIONS, for the run's configuration;
         None: the layout's default.
 
     Raises:
-      UserError: the file cannot be read or does not fit the model, the layout has no such model or
-        is for another task than the dataset, or the folder already holds a run.
+      UserError: the file cannot be read or does not fit the model, the layout does not cover the
+        model or is for another task than the dataset, or the folder already holds a run.
     """
     found = find_layout(layout, name)
     dataset_info(dataset)  # raises UserError for an unknown name
@@ -62,13 +62,13 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
 
     Args:
       source: folder of the run.
-      out: the new file.
+      out: path of the new file.
       layout: a key of LAYOUTS.
       checkpoint: "last", "best" or a step.
 
     Raises:
-      UserError: there is no such checkpoint, or the layout has no such model or is for another
-        task.
+      UserError: there is no such checkpoint, or the layout does not cover the model or is for
+        another task.
     """
     config = read_config(source)
     found = find_layout(layout, config.model)

@@ -1,4 +1,4 @@
-"""Devices: `jax.jit` over a mesh, or `jax.pmap`.
+"""Runs steps on all devices, with `jax.jit` over a mesh or with `jax.pmap`.
 
 `MeshParallel` runs a step under `jax.jit` over a mesh of all devices of all processes, optionally
 with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the same methods and
@@ -27,7 +27,7 @@ class MeshParallel:
 
     The batch is split over both axes. With `fsdp` above 1, matrices (parameters, their averages and
     the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once and
-    updates each shard where it lies.
+    updates each shard on its own device.
     """
 
     axis_name = None
@@ -192,7 +192,7 @@ def make_parallel(config: ConfigDict) -> Parallel:
     """Returns the way to run on the available devices.
 
     Args:
-      config: reads `parallel`, `mesh.fsdp` and `data.eval_batch_size`.
+      config: provides `parallel`, `mesh.fsdp` and `data.eval_batch_size`.
 
     Raises:
       UserError: `mesh.fsdp` or the evaluation batch does not fit the number of devices.

@@ -1,4 +1,4 @@
-"""Evaluation: one pass over the evaluation split, with a model in training or a run."""
+"""Evaluates a model in training, or a run, in one pass over the evaluation split."""
 
 import contextlib
 from collections import deque
@@ -24,11 +24,11 @@ def evaluate_batches(
     """Returns the metrics of a model over all batches.
 
     Args:
-      task: gives the meter.
-      eval_step: of `Parallel.eval_step`.
-      variables: of the model, on the devices.
+      task: task that provides the meter.
+      eval_step: result of `Parallel.eval_step`.
+      variables: variables of the model, on the devices.
       batches: this process's parts of the evaluation batches.
-      parallel: how batches lie on the devices.
+      parallel: places batches on the devices.
     """
     meter = task.meter()
     for outcome in _outcomes(eval_step, variables, batches, parallel):
@@ -57,14 +57,15 @@ def evaluate_run(
     Args:
       workdir: folder of a training run.
       checkpoint: "last", "best" or a step.
-      config: replaces the run's configuration; must suit these devices. None: the run's own.
+      config: configuration that replaces the run's own, and suits these devices; None: the run's
+        own.
 
     Returns:
       "step" and the metrics of the task's meter.
 
     Raises:
-      UserError: there is no such checkpoint, it does not fit the model, or a value of the
-        configuration is not valid.
+      UserError: there is no such checkpoint, the checkpoint does not fit the model, or a value of
+        the configuration is not valid.
     """
     config = for_inference(read_config(workdir)) if config is None else config
     check_task(create_task(config))

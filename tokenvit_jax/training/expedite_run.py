@@ -1,4 +1,4 @@
-"""Makes a trained run faster: reads it, searches its setting of Expedite, writes the faster run."""
+"""Makes a trained run faster: searches a setting of Expedite for it and writes the faster run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from tokenvit_jax.training.workdir import read_config
 
 
 class Search(NamedTuple):
-    """A search on a run.
+    """The result of a search on a run.
 
     Attributes:
       config: configuration of the run.
-      variables: variables of its model.
+      variables: variables of the run's model.
       num_candidates: number of settings that could be tried.
-      num_images: number of images that features were compared on.
+      num_images: number of images whose features were compared.
       found: the settings that were tried, and the chosen one.
     """
 
@@ -48,19 +48,19 @@ def search_run(
     num_images: int,
     checkpoint: str,
 ) -> Search:
-    """Searches the setting that keeps the features of a run most similar within a budget.
+    """Searches for the setting within a budget that changes the features of a run least.
 
     Args:
       workdir: folder of the run of a plain model.
       budget: fraction of the model's cost, between 0 and 1.
       of: "macs" | "latency", the cost that the budget limits.
-      images: RGB images to compare features on; None: images of the evaluation split.
+      images: RGB images whose features are compared; None: images of the evaluation split.
       num_images: number of images of the evaluation split.
       checkpoint: "last", "best" or a step.
 
     Raises:
-      UserError: the budget is not valid or out of reach, the model cannot be expedited, there is no
-        such checkpoint, or the dataset is missing.
+      UserError: the budget is not valid or cannot be reached, the model cannot be expedited, there
+        is no such checkpoint, or the dataset is missing.
     """
     check_budget(budget)
     config = read_config(workdir)
@@ -73,23 +73,23 @@ def search_run(
 
 
 def write_expedited(out: Path, search: Search) -> None:
-    """Writes a run at step 0 with the weights that were searched and the chosen setting.
+    """Writes a run at step 0 with the weights of the searched run and the chosen setting.
 
     Args:
-      out: folder without checkpoints.
-      search: of :func:`search_run`.
+      out: folder of the new run, without checkpoints.
+      search: result of :func:`search_run`.
     """
     config = expedited_config(search.config, search.found.chosen.expedite)
     write_run(out, config, search.variables)
 
 
 def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: int) -> jax.Array:
-    """Returns images (B, S, S, 3), normalised as the model of a run sees them.
+    """Returns images (B, S, S, 3), cropped and normalised as the model of a run sees them.
 
     Args:
-      task: the run's.
-      images: RGB images; None: the first images of the evaluation split, cropped to the middle
-        where a model sees windows.
+      task: task of the run.
+      images: RGB images; None: the first images of the evaluation split, of which a model that
+        predicts in windows gets the middle window.
       num_images: number of images of the evaluation split.
 
     Raises:
@@ -118,7 +118,7 @@ def _eval_images(task, num_images):
 
 
 def expedited_config(config: ConfigDict, expedite: Expedite) -> ConfigDict:
-    """Returns a copy of the configuration of a plain model that expedites it."""
+    """Returns a copy of a plain model's configuration with a setting of Expedite."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model_overrides.expedite = dataclasses.asdict(expedite)

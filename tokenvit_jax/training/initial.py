@@ -1,4 +1,4 @@
-"""The run that training starts from: its variables, and the token numbers that its search found."""
+"""Starts training from another run: from its variables and the token numbers its search found."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from tokenvit_jax.training.state import TrainState, averaged_variables
 
 
 def load_initial(config: ConfigDict) -> Checkpoint | None:
-    """Loads the checkpoint that a configuration starts from; None: from random parameters.
+    """Loads the checkpoint that training starts from; returns None for random parameters.
 
     Args:
-      config: reads `initial`.
+      config: configuration; `initial` is read.
 
     Raises:
       UserError: there is no such run or checkpoint.
@@ -34,14 +34,14 @@ def load_initial(config: ConfigDict) -> Checkpoint | None:
 
 
 def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> ConfigDict:
-    """Returns a configuration in which `token_reducer.keep=()` is replaced by what a search found.
+    """Returns a configuration with the token numbers of a search in place of `keep=()`.
 
     Args:
-      config: reads `model_overrides.token_reducer` and `initial`.
-      initial: of :func:`load_initial`.
+      config: configuration; `model_overrides.token_reducer` and `initial` are read.
+      initial: result of :func:`load_initial`.
 
     Raises:
-      UserError: the run that training starts from was no search.
+      UserError: the run that training starts from was not a search.
     """
     reducer = config.model_overrides.get("token_reducer")
     if not reducer or not reads_keep(reducer.to_dict()) or reducer.get("keep"):
@@ -60,20 +60,21 @@ def with_searched_keep(config: ConfigDict, initial: Checkpoint | None) -> Config
 
 
 def start_from(state: TrainState, initial: Checkpoint, model: nn.Module) -> TrainState:
-    """Returns a state before the first step that has the variables of another run.
+    """Returns a state before the first step with the variables of another run.
 
-    Some parameters may be missing from either run, because of its token reducer or its
-    normalisation of queries and keys: they keep their first values, or are left out. The backbone
-    of a model for dense tasks can start from a classifier, without the classifier's own layers; its
-    position embeddings must have the same size (`model_overrides.position_size` of that run).
+    Token reducers and the normalisation of queries and keys add parameters that either run may
+    lack. If the other run lacks them, they keep their first values; if this one does, they are left
+    out. The backbone of a model for dense tasks can start from a classifier, without the
+    classifier's own layers; both position embeddings must have the same size
+    (`model_overrides.position_size` of that run).
 
     Args:
-      state: of `Parallel.init`.
-      initial: of :func:`load_initial`.
+      state: result of `Parallel.init`.
+      initial: result of :func:`load_initial`.
       model: the model of the state.
 
     Raises:
-      UserError: the run has another model; all differences are named.
+      UserError: the run has another model; the message names all differences.
     """
     ours = {"params": state.params, **state.model_state}
     theirs, backbone = initial.variables, backbone_of(model)
@@ -107,7 +108,7 @@ def start_from(state: TrainState, initial: Checkpoint, model: nn.Module) -> Trai
 
 
 def _without(variables, modules):
-    """Variables of a classifier without some of its submodules."""
+    """Returns the variables of a classifier without some of its submodules."""
     return {
         collection: {name: inner for name, inner in tree.items() if name not in modules}
         for collection, tree in variables.items()

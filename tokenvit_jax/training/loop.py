@@ -1,4 +1,4 @@
-"""The training loop: one linear function."""
+"""The training loop, written as one linear function."""
 
 import contextlib
 import functools
@@ -31,11 +31,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Trains a model up to `config.num_steps`, from the latest checkpoint in the workdir if any.
 
     Args:
-      config: see `tokenvit_jax.config` and the settings of its task.
+      config: configuration; see `tokenvit_jax.config` and the settings of the task.
       workdir: folder for the checkpoints and logs of this run.
 
     Raises:
-      UserError: a value of the config does not fit, the loss is not finite, or the workdir
+      UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read.
     """
     task = create_task(config)
@@ -117,7 +117,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             evaluates = is_last or step % config.eval_every_steps == 0
             saves = is_last or stopping or step % config.checkpoint_every_steps == 0
 
-            # Metrics are fetched a step late, while the next one runs: the devices never wait for
+            # Metrics are fetched a step late, while the next step runs: the devices never wait for
             # the host. But nothing is evaluated or saved before it is known to be finite.
             fetched = len(pending) if evaluates or saves or step == first_step else len(pending) - 1
             done = jax.device_get([pending.popleft() for _ in range(fetched)])

@@ -1,4 +1,4 @@
-"""Runs that begin with given weights, published or from another run."""
+"""Writes runs that begin with given weights, published or from another run."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ from tokenvit_jax.training.workdir import write_config
 
 
 def check_new(out: Path) -> None:
-    """Raises UserError if a folder holds a run already."""
+    """Raises UserError if a folder already holds a run."""
     if (out / FOLDER).exists():
         raise UserError(f"--out={out} holds checkpoints already; use another folder")
 
 
 def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
-    """Writes a run at step 0, which every command takes like a training run.
+    """Writes a run at step 0, which every command reads like a training run.
 
     Args:
-      out: its folder, without checkpoints.
+      out: folder of the run, without checkpoints.
       config: configuration of the run.
-      variables: as for `model.apply`.
+      variables: variables for `model.apply`.
     """
     state = first_state(variables, make_optimizer(config), config)
     write_config(out, config)
     with Checkpoints(out, keep_last=1, keep_best=0, score=create_task(config).score) as checkpoints:
-        # Training that goes on from here gets the first batch.
+        # Training that continues from here begins with the first batch.
         checkpoints.save(0, state, {"data": {"next_index": 0}})

@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-# Arrays without weight decay although they are matrices, by the last part of their name.
+# Last parts of the names of arrays without weight decay although they are matrices.
 _NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
 # A layer without weight decay: the MLP that computes position biases, as in the code of Swin v2.
 _NO_DECAY_LAYER = "position_bias"
@@ -15,16 +15,16 @@ _NO_DECAY_LAYER = "position_bias"
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
 
-    Linear from `warmup_learning_rate` at step 0 to `learning_rate` at step `warmup_steps`; then it
-    decays to `end_learning_rate` at the last step, `num_steps - 1`: by half a cosine, or by the
-    remaining fraction of the steps to the power of `power`.
+    The rate rises linearly from `warmup_learning_rate` at step 0 to `learning_rate` at step
+    `warmup_steps`; then it decays to `end_learning_rate` at the last step, `num_steps - 1`: by half
+    a cosine, or by the remaining fraction of the steps to the power of `power`.
 
     Args:
-      config: reads `num_steps` and `optimizer`.
+      config: configuration; `num_steps` and `optimizer` are read.
     """
     optimizer = config.optimizer
     peak, end = optimizer.learning_rate, optimizer.end_learning_rate
-    # Even a run whose only step is the last one needs a decay of some length.
+    # Even in a run of one step, the decay needs a positive length.
     last = max(config.num_steps - 1, optimizer.warmup_steps + 1)
     if optimizer.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -38,7 +38,8 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
 def weight_decay_mask(params: dict) -> dict:
     """Returns a tree of bools like `params`: True where weight decay applies.
 
-    It does not apply to biases, norms and scales (vectors, or named so), positions and tokens.
+    Weight decay does not apply to biases, norms and scales (recognised as vectors or by name), nor
+    to position embeddings and learned tokens.
     """
 
     def decays(path: tuple, leaf: jax.Array) -> bool:
@@ -50,13 +51,13 @@ def weight_decay_mask(params: dict) -> dict:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer of a configuration, after optional clipping by the global norm.
+    """Returns the optimizer of a configuration, with optional clipping by the global norm.
 
     `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient, or "sgd", with
     Nesterov momentum (timm's SGD) and weight decay as a part of the gradient.
 
     Args:
-      config: reads `num_steps`, `clip_norm` and `optimizer`.
+      config: configuration; `num_steps`, `clip_norm` and `optimizer` are read.
 
     References:
       Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".

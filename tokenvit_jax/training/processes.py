@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, which one writes, and when they stop."""
+"""Connects the processes of a run, tells which one writes, and notices requests to stop."""
 
 import logging
 import os
@@ -55,8 +55,8 @@ def connect(
 
 
 def _in_cluster() -> bool:
-    """Whether jax can find the processes of this run by itself."""
-    # jax's condition for SLURM; a job of one task needs no coordinator.
+    """Returns whether jax can find the processes of this run by itself."""
+    # This is jax's condition for SLURM; a job with one task needs no coordinator.
     slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     # Set by `import jax` on a Cloud TPU machine.
     tpu = os.environ.get("TPU_ML_PLATFORM") == "JAX"
@@ -87,11 +87,11 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
         else:
-            # jax has its own handler of SIGTERM there, which tells the other processes.
+            # With several processes, jax handles SIGTERM itself and tells the other processes.
             signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
     def received(self, step: int) -> bool:
-        """Whether to stop after a step; every process must call it after every step."""
+        """Returns whether to stop; every process must call this after every step."""
         if jax.process_count() == 1:
             return self._received
         return multihost_utils.reached_preemption_sync_point(step)
@@ -103,7 +103,7 @@ class StopRequest:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes logs."""
+    """Returns whether this is the process that writes logs."""
     return jax.process_index() == 0
 
 

@@ -1,4 +1,4 @@
-"""A trained model with all that belongs to it: `load_run`."""
+"""Loads a trained model with its configuration, task and variables: `load_run`."""
 
 import dataclasses
 import functools
@@ -28,10 +28,10 @@ class Run:
 
     Attributes:
       config: configuration of the run.
-      task: its task, see `tokenvit_jax.tasks.Task`.
+      task: task of the run, see `tokenvit_jax.tasks.Task`.
       model: linen module.
-      variables: arguments of ``model.apply``, numpy arrays; averaged parameters where the run kept
-        them.
+      variables: variables for ``model.apply``, as numpy arrays; the parameters are averaged if the
+        run kept averages.
       step: training step of the checkpoint.
     """
 
@@ -51,7 +51,7 @@ class Run:
           Classification: "probabilities" (num_classes,). Segmentation: "labels" (H, W) uint8.
 
         Raises:
-          UserError: a file that cannot be read, or an array of another shape or type.
+          UserError: a file cannot be read, or an array has another shape or type.
         """
         if isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3:
             images = [images]
@@ -61,10 +61,10 @@ class Run:
         """Returns the maps of the backbone, (B, h, w, C) each, the finest first.
 
         Args:
-          images: (B, H, W, 3) uint8; height and width from 32.
+          images: (B, H, W, 3) uint8; height and width are at least 32.
 
         Raises:
-          UserError: another shape or type.
+          UserError: the images have another shape or type.
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -75,7 +75,7 @@ class Run:
 
     @functools.cached_property
     def predictor(self):
-        """A function from an RGB image to its `tasks.Prediction`: arrays, text and pictures."""
+        """Maps an RGB image to its `tasks.Prediction`: arrays, text and pictures."""
         return self.task.predictor(self.model, self._device_variables)
 
     @functools.cached_property
@@ -105,14 +105,14 @@ def load_run(
     """Loads a checkpoint of a run with its configuration, task and model.
 
     Args:
-      workdir: folder of a training run, or one that `convert` or `expedite` wrote.
+      workdir: folder of a training run, or of a run that `convert` or `expedite` wrote.
       checkpoint: "last", "best" (highest score of the task) or a step.
-      config: replaces the run's configuration; None: the run's own.
+      config: configuration that replaces the run's own; None: the run's own.
       axis_name: axis of `jax.pmap` over which a batch will be split; None under `jax.jit`.
 
     Raises:
-      UserError: there is no such run or checkpoint, it cannot be read, or it does not fit the
-        configuration.
+      UserError: there is no such run or checkpoint, the checkpoint cannot be read, or it does not
+        fit the configuration.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir) if config is None else config

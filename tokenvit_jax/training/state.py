@@ -15,13 +15,13 @@ class TrainState(struct.PyTreeNode):
     """The whole state of a run, without random keys (see :func:`step_rng`).
 
     Attributes:
-      step: () int32, steps done.
+      step: () int32, number of steps done.
       params: parameters, float32.
       model_state: the model's other collections, such as "batch_stats" and "centroids".
       opt_state: state of the optimizer.
-      ema: moving averages of "params" and, where the model has them, "batch_stats"; None: off.
-        Averaged parameters need averaged statistics: the latest statistics describe the latest
-        parameters.
+      ema: moving averages of "params" and, if the model has them, "batch_stats"; None: off.
+        Averaged parameters need averaged statistics, because the latest statistics belong to the
+        latest parameters.
       skipped: () int32, number of unreadable images passed over so far.
     """
 
@@ -39,27 +39,27 @@ def eval_variables(params: dict, model_state: dict, ema: dict | None = None) -> 
     Args:
       params: parameters.
       model_state: other collections.
-      ema: moving averages; they replace the variables that they average.
+      ema: moving averages, which replace the averaged variables; None: off.
     """
     return {"params": params, **model_state, **(ema or {})}
 
 
 def step_rng(seed: int, step: jax.Array) -> jax.Array:
-    """Returns the random key of a training step; a resumed run draws the same numbers."""
+    """Returns the random key of a training step, so that a resumed run draws the same numbers."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> TrainState:
-    """Returns the state before the first step; a pure function, to be run under `jax.jit`.
+    """Returns the state before the first step, as a pure function to run under `jax.jit`.
 
     Args:
       model: linen module, called as `model(images, train=...)`.
       optimizer: optax transformation.
-      config: reads `seed`, `image_size` and `ema_decay`.
+      config: configuration; `seed`, `image_size` and `ema_decay` are read.
     """
-    # Steps count from 0 upwards, so this key is never a step's.
+    # Steps count from 0 upwards, so no step has this key.
     rng = step_rng(config.seed, jnp.uint32(2**32 - 1))
     images = jnp.zeros((1, config.image_size, config.image_size, 3))
     return first_state(model.init(rng, images, train=False), optimizer, config)
@@ -88,7 +88,7 @@ def first_state(
 
 
 def averaged_variables(params: dict, model_state: dict) -> dict:
-    """Returns the variables whose moving averages are kept, copied."""
+    """Returns copies of the variables whose moving averages are kept."""
     variables = {"params": params}
     if "batch_stats" in model_state:
         variables["batch_stats"] = model_state["batch_stats"]

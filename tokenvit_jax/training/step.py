@@ -1,8 +1,8 @@
 """One training step and one evaluation step, as pure functions of a state and a batch.
 
-Both know nothing of devices. Under `jax.jit` over a mesh the batch is the global one; under
-`jax.pmap` it is one device's part of it and the task's `axis_name` joins the parts: the numbers
-agree.
+Both steps know nothing about devices. Under `jax.jit` over a mesh, the batch is the global batch.
+Under `jax.pmap`, it is one device's part of the global batch, and the task's `axis_name` joins the
+parts. Both give the same numbers.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def make_train_step(
 
     Args:
       task: prepares the batch and computes the loss; its configuration is read.
-      model: of the task; a `models.backbone.Backbone` or a model that wraps one.
+      model: model of the task, a `models.backbone.Backbone` or a model that wraps one.
       optimizer: optax transformation.
 
     Returns:
-      A function of the state and a training batch of the task, with "skipped" (B,) int32 in it.
-      Its metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate",
-      "data/skipped" (unreadable images passed over since the first step), and those that the task
+      A function of the state and a training batch of the task, which contains "skipped" (B,) int32.
+      The metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate",
+      "data/skipped" (unreadable images skipped since the first step), and the metrics that the task
       and the model log.
     """
     config, axis_name = task.config, task.axis_name
@@ -100,7 +100,7 @@ def make_eval_step(task: Task, model: nn.Module) -> Callable[[dict, Batch], Outc
 
     Args:
       task: evaluates the batch.
-      model: of the task.
+      model: model of the task.
     """
 
     def eval_step(variables, batch):
@@ -113,15 +113,16 @@ def make_eval_step(task: Task, model: nn.Module) -> Callable[[dict, Batch], Outc
 
 
 def _model_rngs(rng):
-    """Keys for what the model and the loss draw."""
+    """Returns the random keys of the model and the loss."""
     dropout, routing = jax.random.split(rng)
     return {"dropout": dropout, "routing": routing, "sample": jax.random.fold_in(rng, 2)}
 
 
 def _accumulate(loss_fn, num_micro_batches, state, inputs, rng):
-    """Loss, metrics, gradient and new model state of a batch that is computed in parts, in turn.
+    """Returns the loss, metrics, gradient and new model state of a batch computed part by part.
 
-    Loss, metrics and gradient are means over the parts; the model state goes from part to part.
+    Loss, metrics and gradient are means over the parts; each part passes the model state on to the
+    next.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_micro_batches == 1:
@@ -138,8 +139,8 @@ def _accumulate(loss_fn, num_micro_batches, state, inputs, rng):
         return (*sums, aux.model_state), aux.metrics
 
     def split(x):
-        # Every n-th image, not n-th slices: each device of a mesh then finds its part of a
-        # micro-batch among its own images, and so does pmap.
+        # A micro-batch holds every n-th image, not a contiguous slice: each device of a mesh then
+        # finds its part of a micro-batch among its own images, as under pmap.
         return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)

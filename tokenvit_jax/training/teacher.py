@@ -1,7 +1,7 @@
-"""A trained model that labels the cells of images.
+"""Labels the cells of training images with a trained model, the teacher.
 
 References:
-  Jiang et al. 2021, "All Tokens Matter", section "Token Labeling": there the labels are computed
+  Jiang et al. 2021, "All Tokens Matter", section "Token Labeling". The paper computes the labels
   once; here they are computed during training, from the same augmented images.
 """
 
@@ -28,8 +28,8 @@ def load_teacher(workdir: Path, checkpoint: str) -> Run:
       checkpoint: "last", "best" (highest eval/accuracy) or a step.
 
     Raises:
-      UserError: there is no such run or checkpoint, it cannot be read, or its model has no logits
-        for single cells.
+      UserError: there is no such run or checkpoint, the checkpoint cannot be read, or the model has
+        no logits for single cells.
     """
     config = read_config(workdir)
     if not hasattr(create_task(config).make_model(), "dense_logits"):
@@ -44,8 +44,8 @@ def label_cells(teacher: Run, variables: dict, images: jax.Array) -> jax.Array:
     """Returns class probabilities for every cell of a teacher's last map.
 
     Args:
-      teacher: of :func:`load_teacher`.
-      variables: its variables, on the devices.
+      teacher: result of :func:`load_teacher`.
+      variables: variables of the teacher, on the devices.
       images: (B, H, W, 3) uint8.
 
     Returns:
@@ -62,15 +62,15 @@ def labelled_batches(
     """Returns a function that moves a training batch to the devices, with a teacher's labels.
 
     Args:
-      task: the student's; its configuration may have the entry `token_labels`.
-      parallel: how the batch lies on the devices.
+      task: task of the student; its configuration may have the entry `token_labels`.
+      parallel: places batches on the devices.
 
     Returns:
-      `parallel.put_batch` if there is no teacher, else a function that adds to its batch
-      "token_labels", float32 class probabilities on the student's grid.
+      `parallel.put_batch` if there is no teacher; otherwise a function that also adds
+      "token_labels" to the batch, float32 class probabilities on the student's grid.
 
     Raises:
-      UserError: the teacher cannot be loaded, or has other classes.
+      UserError: the teacher cannot be loaded, or has other classes than the student.
     """
     settings = task.config.get("token_labels")
     if not (settings and settings.weight and settings.teacher):

@@ -1,4 +1,4 @@
-"""Files of token labels from a teacher; `data.token_labels` reads them."""
+"""Writes token labels of a teacher to files, which `data.token_labels` reads."""
 
 import contextlib
 from pathlib import Path
@@ -25,15 +25,15 @@ def label_training_images(
     Args:
       workdir: folder of the teacher's run.
       checkpoint: "last", "best" or a step.
-      out: folder that receives the files; it must not exist, or be empty.
-      top_k: classes per cell.
-      data_dir: folder of the prepared dataset; None: as in the run.
+      out: folder that receives the files; it must be empty if it exists.
+      top_k: number of classes per cell.
+      data_dir: folder of the prepared dataset; None: the folder in the run's configuration.
 
     Returns:
       (records, h, w, top_k), the shape of both files.
 
     Raises:
-      UserError: a value that is not valid, no such run, or an image that cannot be read.
+      UserError: a value is not valid, there is no such run, or an image cannot be read.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder")
@@ -42,7 +42,7 @@ def label_training_images(
     if not 1 <= top_k <= num_classes:
         raise UserError(f"--top_k={top_k}; valid: 1 to {num_classes}")
     config = for_inference(teacher.config, data_dir)
-    # Under its name only when it is complete.
+    # The folder gets its name only when it is complete.
     temporary = out.with_name(out.name + ".tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     shape = write_labels(temporary, teacher, config, top_k)
@@ -55,16 +55,17 @@ def write_labels(
 ) -> tuple[int, int, int, int]:
     """Writes `classes.npy` (integer) and `scores.npy` (float16), (records, h, w, top_k).
 
-    The images are whole, squeezed into a square.
+    The images are not cropped: the whole image is squeezed into a square.
 
     Args:
-      folder: receives the files.
-      teacher: labels the images.
-      config: the teacher's, for these devices; reads `dataset`, `image_size` and `data`.
-      top_k: classes per cell.
+      folder: folder that receives the files.
+      teacher: run that labels the images.
+      config: configuration of the teacher, for these devices; `dataset`, `image_size` and `data`
+        are read.
+      top_k: number of classes per cell.
 
     Returns:
-      The shape of both.
+      The shape of both arrays.
 
     Raises:
       UserError: the dataset is not prepared, or an image cannot be read.
@@ -98,7 +99,7 @@ def write_labels(
 
 
 def top_labels(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the most probable classes, in falling order, and their renormalised probabilities.
+    """Returns the most probable classes, most probable first, with renormalised probabilities.
 
     Args:
       probabilities: (..., num_classes).

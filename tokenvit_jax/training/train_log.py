@@ -1,6 +1,6 @@
-"""The logs of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
+"""Writes the logs of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
 
-A number has the same name in all of them, such as "loss", "grad_norm", "learning_rate",
+A number has the same name in all logs, such as "loss", "grad_norm", "learning_rate",
 "images_per_second", "data/skipped", "eval/accuracy".
 """
 
@@ -36,11 +36,11 @@ class TrainLog:
 
         Args:
           workdir: folder of the logs.
-          steps_done: the steps done; lines that an interrupted run logged for later steps are
+          steps_done: number of steps done; lines that an interrupted run logged for later steps are
             dropped.
-          num_steps: steps of the whole run.
-          batch_size: images per step.
-          every_steps: logs every so many steps.
+          num_steps: number of steps of the whole run.
+          batch_size: number of images per step.
+          every_steps: number of steps between two logged ones.
           enabled: whether this process writes.
         """
         self._enabled = enabled
@@ -69,14 +69,14 @@ class TrainLog:
             self._file.close()
 
     def restart_clock(self, step: int) -> None:
-        """Measures the throughput from here on; leaves out compiling, evaluating and saving."""
+        """Restarts the throughput clock, to leave out the time to compile, evaluate and save."""
         self._clock = step, time.monotonic()
 
     def write_steps(self, done: list[tuple[int, dict[str, float]]]) -> None:
         """Moves the progress bar and logs every n-th step.
 
         Args:
-          done: the steps since the last call, with their metrics.
+          done: steps since the last call, with their metrics.
         """
         if not self._enabled or not done:
             return
@@ -93,7 +93,7 @@ class TrainLog:
         self._bar.update(last_step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float], *, visible: bool = True) -> None:
-        """Logs the metrics of a step; prints them, too, if visible."""
+        """Logs the metrics of a step and, if `visible`, also prints them."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -111,7 +111,7 @@ class TrainLog:
             sys.stdout.flush()
 
     def _throughput(self, step: int) -> dict[str, float]:
-        """Images per second since the clock was started; empty before the first step has ended."""
+        """Returns the images per second since the clock started; empty until a step has ended."""
         if self._clock is None or self._clock[0] == step:
             return {}
         clock_step, clock = self._clock
@@ -120,7 +120,7 @@ class TrainLog:
 
 
 class Profile:
-    """A profiler trace of some steps, in `WORKDIR/profile`, for TensorBoard or Perfetto."""
+    """Writes a profiler trace of some steps to `WORKDIR/profile`, for TensorBoard or Perfetto."""
 
     def __init__(self, workdir: Path, first: int, last: int):
         """Traces the steps from `first` to `last` that this process runs."""
@@ -137,13 +137,13 @@ class Profile:
             self._running = False
 
     def before(self, step: int) -> None:
-        """Starts the trace if this is its first step; call it before each step."""
+        """Starts the trace if this is the first step to trace; call this before each step."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """Ends the trace if this was its last step; call it after each step with its results."""
+        """Ends the trace if this was its last step; call this after each step with its results."""
         if self._running and step == self._last:
             jax.block_until_ready(results)
             self.__exit__()

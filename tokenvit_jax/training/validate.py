@@ -38,7 +38,7 @@ _RANGES = {
 
 
 def check_task(task: Task) -> None:
-    """Raises UserError for the first entry of a task's configuration that is not valid."""
+    """Raises UserError for the first invalid entry of a task's configuration."""
     config = task.config
     check_values(config, _CHOICES, _RANGES)
     if config.optimizer.warmup_steps >= config.num_steps:

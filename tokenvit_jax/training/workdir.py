@@ -1,4 +1,4 @@
-"""The configuration of a run, in `config.json` of its workdir."""
+"""Reads and writes the configuration of a run, `config.json` in its workdir."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def read_config(workdir: Path) -> ConfigDict:
     """Returns the configuration that a workdir was written with.
 
     Raises:
-      UserError: there is none, or it is from another version of this package.
+      UserError: the workdir has no configuration, or another version of this package wrote it.
     """
     stored = _with_tuples(_read_json(workdir))
     path = workdir / CONFIG_FILE
@@ -44,11 +44,11 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict:
-    """Changes a run's configuration in place to the devices there are now, and returns it.
+    """Changes a run's configuration in place to suit the present devices, and returns it.
 
     Args:
-      config: of :func:`read_config`.
-      data_dir: folder of the prepared dataset; None: as in training.
+      config: result of :func:`read_config`.
+      data_dir: folder of the prepared dataset; None: the folder used in training.
     """
     config.update({"parallel": "jit", "mesh": {"fsdp": 1}})
     if data_dir is not None:
@@ -57,13 +57,13 @@ def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes the configuration into the workdir, which is made if there is none."""
+    """Writes the configuration into the workdir, which is created if necessary."""
     workdir.mkdir(parents=True, exist_ok=True)
     replace_file(workdir / CONFIG_FILE, json.dumps(_plain(config), indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step: a process that is killed leaves the old text or the new one."""
+    """Replaces a file atomically: a killed process leaves either the old text or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -76,13 +76,13 @@ def check_version(workdir: Path) -> None:
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> None:
-    """Compares a configuration with the one that its workdir was written with.
+    """Compares a configuration with the one in the workdir.
 
-    Warns of entries that changed.
+    Logs a warning for each entry that changed.
 
     Args:
       workdir: folder of the run.
-      config: the present configuration.
+      config: present configuration.
 
     Raises:
       UserError: an entry changed that a checkpoint depends on, or an earlier version of this
@@ -120,12 +120,12 @@ def _read_json(workdir: Path) -> dict[str, Any]:
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:
-    """The configuration as it is read back from JSON: tuples become lists."""
+    """Returns the configuration in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def _with_tuples(value: Any) -> Any:
-    """Undoes what JSON does to tuples; configurations have no lists."""
+    """Turns lists back into tuples, which JSON cannot hold; configurations have no lists."""
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Published weights: one file per layout, the rules that they share, and reading of files."""
+"""Reads published weights: one file per layout, and the rules and readers that layouts share."""
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model

@@ -13,21 +13,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a file of weights.
 
     Args:
-      path: a safetensors file, or one that torch.save wrote, which needs PyTorch: arrays by name,
-        possibly inside "model" or "state_dict".
+      path: a safetensors file, or a file that torch.save wrote, which needs PyTorch; it holds
+        arrays by name, possibly inside "model" or "state_dict".
 
     Returns:
       Name -> array.
 
     Raises:
-      UserError: the file does not exist, is damaged, or is a pickle that would have to run code.
+      UserError: the file does not exist, is damaged, or is a pickle that needs to run code.
     """
     try:
         with path.open("rb") as file:
             start = file.read(2)
     except OSError as error:
         raise UserError(f"--source={path}: {error.strerror}") from error
-    if start == b"PK" or start[:1] == b"\x80":  # torch.save's ZIP archive, or an older pickle
+    if start == b"PK" or start[:1] == b"\x80":  # a ZIP archive of torch.save, or an older pickle
         return _read_torch(path)
     try:
         return load_file(path)
@@ -47,7 +47,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zipfile's and torch's own types
+    except Exception as error:  # errors of pickle, zipfile and torch
         raise UserError(
             f"--source={path} is refused: it holds more than arrays, and reading it could run "
             "code. If you trust it: safetensors.torch.save_file(torch.load(FILE, "

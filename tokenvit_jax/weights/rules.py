@@ -1,8 +1,8 @@
 """Rules that map published arrays to parameters of this project, and back.
 
-A layout is a table: each rule pairs the path of a parameter here with the name of an array in the
-published file, both with the same number of fields `{}` for stages and blocks, and says how the two
-arrays differ.
+A layout is a table. Each rule pairs the path of a parameter here with the name of an array in the
+published file, both with the same number of fields `{}` for stages and blocks, and converts between
+the two arrays.
 """
 
 import math
@@ -48,8 +48,8 @@ class Layout(NamedTuple):
       task: name of the task that the models solve.
       normalization: pixel normalisation of most weights published in this layout.
       rules: model -> its rules; the first rule that matches a path applies.
-      model_overrides: arrays of a file -> settings of the model, or of the backbone, that they
-        determine; the others are absent.
+      model_overrides: arrays of a file -> the settings of the model or backbone that the arrays
+        determine.
       image_size: model -> height and width of the images it was trained on [pixels].
       config_entries: arrays of a file -> further entries of the configuration, such as the head.
       unused: prefixes of array names that have no counterpart in the models of this project.
@@ -76,12 +76,12 @@ TABLE = Change(
     lambda x: x.reshape(math.isqrt(len(x)), -1, x.shape[-1]), lambda x: x.reshape(-1, x.shape[-1])
 )
 
-# Suffixes of arrays that some files hold and the models here compute.
+# Suffixes of arrays that some files hold, but that the models here compute.
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 
 def linear(ours: str, theirs: str, change: Change = TRANSPOSED) -> list[Rule]:
-    """Returns the rules of a linear layer; with the change KERNEL, of a convolution."""
+    """Returns the rules of a linear layer, or with the change KERNEL of a convolution."""
     return [
         Rule(f"{ours}/kernel", f"{theirs}.weight", change),
         Rule(f"{ours}/bias", f"{theirs}.bias", SAME),
@@ -97,7 +97,7 @@ def norm(ours: str, theirs: str) -> list[Rule]:
 
 
 def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
-    """Returns the rules of a submodule with the names that they have in the whole model."""
+    """Returns the rules of a submodule with the parameters' names in the whole model."""
     return [Rule(f"{ours}/{rule.ours}", f"{theirs}.{rule.theirs}", rule.change) for rule in rules]
 
 
@@ -113,8 +113,8 @@ def import_weights(
     """Converts published arrays into parameters of a model.
 
     Args:
-      arrays: published name -> array. Arrays that the model computes are ignored.
-      model: the model that the parameters are for.
+      arrays: published name -> array. Arrays that the model computes itself are ignored.
+      model: model that receives the parameters.
       layout: names and shapes of the arrays.
 
     Returns:
@@ -156,7 +156,7 @@ def export_weights(
 
     Args:
       params: tree of the model's parameters.
-      model: the model that the parameters belong to.
+      model: model of the parameters.
       layout: names and shapes of the arrays.
 
     Returns:

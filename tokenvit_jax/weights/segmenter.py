@@ -1,4 +1,4 @@
-"""Layout of the authors' code of Segmenter, github.com/rstrudel/segmenter, with either decoder.
+"""Layout of the Segmenter authors' code, github.com/rstrudel/segmenter, with either decoder.
 
 The encoder is timm's vision transformer.
 """
@@ -57,7 +57,7 @@ LAYOUT_DEIT = Layout(
     model_overrides=model_overrides,
     image_size=lambda model: timm_vit.image_size(model.backbone),
     config_entries=config_entries,
-    # The encoder's classifiers: no mask depends on them.
+    # The encoder's classifiers, on which no mask depends.
     unused=("encoder.head.", "encoder.head_dist."),
 )
 LAYOUT_VIT = LAYOUT_DEIT._replace(normalization="inception")

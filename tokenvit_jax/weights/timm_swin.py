@@ -1,4 +1,4 @@
-"""timm's layout of Swin Transformer, `SwinTransformer`, and of v2, `SwinTransformerV2`."""
+"""timm's layouts of Swin Transformer v1 (`SwinTransformer`) and v2 (`SwinTransformerV2`)."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenvit_jax.weights.rules import FLAT, KERNEL, SAME, TABLE, Layout, Rule, linear, norm
 
-# Every published Swin v2 with 1000 classes and the window size of the registered models.
+# Image size of every published Swin v2 with 1000 classes and the registered window size.
 V2_IMAGE_SIZE = 256
 
 

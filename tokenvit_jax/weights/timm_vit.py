@@ -1,4 +1,4 @@
-"""timm's layout of ViT and DeiT: `VisionTransformer` and `VisionTransformerDistilled`."""
+"""timm's layouts of ViT and DeiT, `VisionTransformer` and `VisionTransformerDistilled`."""
 
 import math
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
 """The datasets: one module each.
 
 A module has `INFO`, the facts about its dataset; `open_split(split, data_dir)`, which returns a
-source; and `prepare(manual_dir, data_dir)`, which turns the original files into what `open_split`
-reads. The embedded datasets have no `prepare`: they come with an installed package. A module is
-imported when its dataset is asked for.
+source; and `prepare(manual_dir, data_dir)`, which converts the original files into files that
+`open_split` reads. The embedded datasets have no `prepare`: they come with an installed package. A
+module is imported only when its dataset is needed.
 """
 
 import importlib
@@ -49,7 +49,7 @@ def open_split(name: str, split: str, data_dir: str) -> Source:
       data_dir: the folder that `prepare` wrote into; the embedded datasets do not use it.
 
     Raises:
-      UserError: there is no such dataset, or it has not been prepared there.
+      UserError: there is no such dataset, or it has not been prepared in `data_dir`.
     """
     return _module(name).open_split(split, data_dir)
 

@@ -10,7 +10,7 @@ from tokenvit_jax.data.datasets import label_map_files
 from tokenvit_jax.data.datasets.label_map_files import LabelMapSource, Layout, parse_names
 from tokenvit_jax.data.record import IGNORED, DatasetInfo
 
-# In the short form that MMSegmentation uses.
+# The short names that MMSegmentation uses.
 CLASSES = parse_names(
     """
     wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,

@@ -35,7 +35,7 @@ VERSION = "5.1.0"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"  # one tar per class, named by WordNet id: 138 GB
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"  # 50,000 images: 6.3 GB
 
-# WordNet ids: of the classes in order, and of the validation images in the order of their numbers.
+# WordNet ids of the classes, in order, and of the validation images, in the order of their numbers.
 _CLASSES = "datasets/imagenet2012/labels.txt"
 _VALIDATION_LABELS = "datasets/imagenet2012/validation_labels.txt"
 _HOW_TO_GET = (
@@ -64,7 +64,7 @@ def open_split(split: str, data_dir: str) -> ImageNetSource:
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
     """Writes ImageNet-1K as ArrayRecord files; does nothing if they exist.
 
-    Needs about 300 GB besides the archives while it runs, half of that afterwards.
+    Needs about 300 GB besides the archives while it runs, and half as much afterwards.
 
     Args:
       manual_dir: folder with the two archives.
@@ -139,7 +139,7 @@ def _validation_examples(archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(archive) as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
             file_name = Path(member.name).name
-            # ILSVRC2012_val_00000001.JPEG is the first.
+            # The first image is ILSVRC2012_val_00000001.JPEG.
             number = file_name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG")
             if not (number.isdecimal() and 1 <= int(number) <= len(labels)):
                 raise UserError(

@@ -1,7 +1,7 @@
-"""Datasets with a label map per image, from the folders that their archives unpack into.
+"""Prepares datasets with a label map per image from their unpacked archives.
 
-Image files are stored unchanged, label maps as PNG files with the labels of training: 0 upwards,
-and 255 for pixels that do not count. Nothing is downloaded, and no TensorFlow is needed.
+Image files are stored unchanged. Label maps are stored as PNG files with the training labels: 0
+upwards, and 255 for pixels that do not count. Nothing is downloaded, and TensorFlow is not needed.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record
 from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, write_splits
 from tokenvit_jax.errors import UserError
 
-# The common folder: tensorflow_datasets uses the names of these datasets for others.
+# The datasets share this folder, as tensorflow_datasets has other datasets with their names.
 FOLDER = "segmentation"
 VERSION = "1.0.0"
 
@@ -28,8 +28,8 @@ class Layout:
 
     Attributes:
       images: split -> pattern of its image files.
-      lists: split -> file that lists what the star of the pattern stands for; None: all images
-        that match the pattern.
+      lists: split -> file that lists the strings to put in place of the pattern's star; None: all
+        images that match the pattern.
       replace: substitutions that turn the path of an image into the path of its label map.
       labels: value in the label maps -> label in training.
       how_to_get: instructions for the user.
@@ -42,7 +42,7 @@ class Layout:
     how_to_get: str
 
     def label_path(self, image_path: str) -> str:
-        """Returns the path of an image's label map; turns a pattern into a pattern."""
+        """Returns the path of an image's label map; accepts a pattern, too."""
         for image_part, label_part in self.replace:
             image_path = image_path.replace(image_part, label_part)
         return image_path
@@ -72,17 +72,17 @@ def prepare(name: str, layout: Layout, manual_dir: Path, data_dir: Path) -> Path
     """Writes a dataset as ArrayRecord files; does nothing if they exist.
 
     Args:
-      name: of the dataset.
-      layout: says which files `manual_dir` must hold.
-      manual_dir: folder with the unpacked folders.
+      name: name of the dataset.
+      layout: files that `manual_dir` must hold.
+      manual_dir: folder with the unpacked archives.
       data_dir: receives the folder `segmentation/NAME/1.0.0`.
 
     Returns:
       The folder with the files.
 
     Raises:
-      UserError: a file is missing, or a label map has a wrong size or an unknown value; names the
-        file.
+      UserError: a file is missing, or a label map has a wrong size or an unknown value; the message
+        names the file.
     """
     folder = data_dir / FOLDER / name / VERSION
     if is_prepared(folder):

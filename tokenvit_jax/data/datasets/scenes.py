@@ -1,6 +1,6 @@
 """The embedded scenes: images with label maps, drawn when they are read.
 
-A scene shows one to four handwritten digits, enlarged, rotated and coloured, on a part of a
+A scene shows one to four handwritten digits, enlarged, rotated and coloured, on a crop of a
 photograph. Digits and photographs come with scikit-learn.
 """
 
@@ -23,12 +23,12 @@ INFO = DatasetInfo(
     classes=("background", *map(str, range(DIGITS))),
 )
 
-_HEIGHTS = 32, 72  # of a digit [pixels]
-_MAX_TURN = 15.0  # degrees
-_MAX_SHIFT = 12  # from the centre of the quarter to the digit's centre [pixels]
-_BACKGROUND_SIDES = 96, 160  # of the square cut from a photograph [pixels]
-_BRIGHTNESS = 0.25, 0.6  # of the background
-_COLORS = 128, 256  # levels of a digit
+_HEIGHTS = 32, 72  # height of a digit [pixels]
+_MAX_TURN = 15.0  # largest rotation of a digit [degrees]
+_MAX_SHIFT = 12  # largest distance from the centre of the quarter to the digit's [pixels]
+_BACKGROUND_SIDES = 96, 160  # sides of the square cut from a photograph [pixels]
+_BRIGHTNESS = 0.25, 0.6  # brightness of the background
+_COLORS = 128, 256  # colour levels of a digit
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -104,5 +104,5 @@ class ScenesSource:
         height = int(rng.integers(*_HEIGHTS, endpoint=True))
         image = image.resize((height, height), _BICUBIC)
         image = image.rotate(rng.uniform(-_MAX_TURN, _MAX_TURN), _BICUBIC, expand=True)
-        # The original is eight pixels high: sharpens its edges and thickens its strokes.
+        # The original is eight pixels high: this sharpens its edges and thickens its strokes.
         return image.point(lambda level: (level - 60) * 3), digit

@@ -1,8 +1,8 @@
 """Token reducers of plain hosts, between attention and MLP of a block.
 
-Token Pooling (Marin et al. 2021) and the methods that it compares with (Section 5 and Supplement
-D), the search of PoWER-BERT (Goyal et al. 2020) for the number of tokens, Token Merging (ToMe,
-Bolya et al. 2023) and EViT (Liang, Y. et al. 2022).
+The methods are Token Pooling (Marin et al. 2021) and the methods that it compares with (Section 5
+and Supplement D), PoWER-BERT's search for the number of tokens (Goyal et al. 2020), Token Merging
+(ToMe, Bolya et al. 2023) and EViT (Liang, Y. et al. 2022).
 """
 
 from tokenvit_jax.models.reducers.reductions import (

@@ -1,4 +1,4 @@
-"""Reductions of the patches of a block to fewer tokens."""
+"""Reduces the patches of a block to fewer tokens."""
 
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ class Patches(NamedTuple):
 
     Attributes:
       x: tokens (B, N, C).
-      score: attention that they received (B, N), at least 0; None if the method reads none.
-      keys: their attention keys, mean over the heads (B, N, D).
-      size: number of patches of the image that each stands for (B, N).
+      score: attention that each token received (B, N), at least 0; None if the method reads none.
+      keys: attention keys of the tokens, averaged over the heads (B, N, D).
+      size: number of patches of the image that each token stands for (B, N).
     """
 
     x: jax.Array
@@ -42,7 +42,7 @@ class Reduced(NamedTuple):
 
     Attributes:
       x: tokens (B, K, C).
-      size: number of patches of the image that each stands for (B, K).
+      size: number of patches of the image that each token stands for (B, K).
       home: the token that stands for each patch (B, N) int32 in [0, K); None if not requested.
     """
 
@@ -61,19 +61,19 @@ def reduce_tokens(
     """Returns ``num_kept`` tokens, for the methods that read ``keep``.
 
     Args:
-      patches: N patches; keys carry no gradient, and scores only with "evit".
+      patches: N patches; keys carry no gradient, and scores carry one only with "evit".
       num_kept: K, from 1 to N.
-      reducer: its ``method`` and ``initial`` are read.
+      reducer: settings of the reducer, of which ``method`` and ``initial`` are read.
       rng: one key per image (B,), for the random methods.
-      restorable: whether to return ``home``, which takes a search for the nearest token where
-        patches are dropped.
+      restorable: whether to return ``home``. If patches are dropped, this requires a search for the
+        nearest token.
 
     Returns:
-      Reduced(x, size, home). The tokens of clusterings and selections are ordered by falling score
-      of the tokens that they come from; a selection drops sizes with the tokens. The fused token
-      of "evit" is last. The home of a patch is its cluster; the home of a dropped or fused patch
-      is the token nearest to it (squared distance; ties to the first), the fused one included: the
-      reconstruction of Expedite (Liang, W. et al. 2022) with k = 1.
+      Reduced(x, size, home). The tokens of clusterings and selections are in order of falling score
+      of the tokens that they come from; a selection drops the sizes of dropped tokens. The fused
+      token of "evit" is last. The home of a patch is its cluster. The home of a dropped or fused
+      patch is the token nearest to it (squared distance; ties to the first), including the fused
+      token: this is the reconstruction of Expedite (Liang, W. et al. 2022) with k = 1.
     """
     if reducer.method == MERGING:
         return _merge_alike(patches, num_kept)
@@ -85,7 +85,7 @@ def reduce_tokens(
     match "random" if by_chance else reducer.method:
         case "random":
             rank = _draw(jax.random.uniform, rng, score)
-        case "importance":  # Gumbel's trick: without replacement, in proportion to the scores
+        case "importance":  # Gumbel's trick: draws without replacement, in proportion to the scores
             rank = jnp.log(score) + _draw(jax.random.gumbel, rng, score)
         case _:
             rank = score
@@ -119,10 +119,10 @@ def _merge_alike(patches, num_kept):
 
 
 def _fuse_others(patches, num_kept, restorable):
-    """Keeps the best patches, and the sum of all others times their score.
+    """Keeps the best patches, and fuses all others into their sum weighted by score.
 
     As in the code of EViT (youweiliang/evit), the sum is not divided by the sum of the scores, the
-    gradient flows through the scores, and the fused token is a patch of the later blocks.
+    gradient flows through the scores, and the fused token is a patch in later blocks.
     """
     x, score, _, size = patches
     chosen = top_indices(jax.lax.stop_gradient(score), num_kept - 1)
@@ -138,14 +138,14 @@ def _fuse_others(patches, num_kept, restorable):
 
 
 def _nearest_macs(inputs, outputs):
-    """N K C: the distance of every token to every chosen one."""
+    """Counts N K C: the distance of every token to every chosen token."""
     batch, length, dim = inputs[0]
     return batch * length * inputs[1][1] * dim
 
 
 @counted(_nearest_macs)
 def _nearest(x, chosen):
-    """Returns the chosen token (B, K) nearest to each token (B, N); a chosen one is its own."""
+    """Returns the chosen token (B, K) nearest to each token (B, N); a chosen token is its own."""
     home = ops.kmeans(x, chosen, iterations=0).assignment
     own = jnp.arange(chosen.shape[1], dtype=jnp.int32)
     put = lambda row, at: row.at[at].set(own, unique_indices=True)  # noqa: E731
@@ -157,10 +157,10 @@ def _draw(draw, rng, like):
 
 
 class HalveMap(nn.Module):
-    """Convolution of 2 x 2 tokens with stride 2, as wide as before (Supplement D).
+    """Convolution of 2 x 2 tokens with stride 2, which keeps the channels (Supplement D).
 
-    (B, H W, C) -> (B, (H // 2) (W // 2), C); the last of an odd number of rows or columns is left
-    out. Starts as the mean of the four, which suits a trained host.
+    Maps (B, H W, C) to (B, (H // 2) (W // 2), C); the last one of an odd number of rows or columns
+    is left out. The initial convolution is the mean of the four tokens, which suits a trained host.
 
     Attributes:
       dtype: type of the computation.

@@ -1,4 +1,4 @@
-"""The search of PoWER-BERT (Goyal et al. 2020) for the number of tokens of every block."""
+"""PoWER-BERT's search for the number of tokens of every block (Goyal et al. 2020)."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class SoftExtract(nn.Module):
     """Scales every token by a parameter of its rank: (B, N, C), (B, N) -> (B, N, C).
 
     Tokens are ranked by falling score. The parameters start at 1; training keeps them in [0, 1] and
-    makes them small where they are not needed.
+    shrinks the parameters of ranks that are not needed.
 
     Attributes:
       num_tokens: N.
@@ -49,7 +49,7 @@ class SoftExtract(nn.Module):
 
 
 def is_retention(path: tuple) -> bool:
-    """Whether a path of `jax.tree_util` leads to retention parameters."""
+    """Returns whether a path of `jax.tree_util` leads to retention parameters."""
     return path[-1].key == _RETENTION
 
 
@@ -57,7 +57,7 @@ def retention_mass(params: Mapping[str, Any]) -> jax.Array:
     """Returns the sum of the retention parameters of every block (depth,), first block first.
 
     Args:
-      params: parameters of a model with the reducer "soft_extract"; any others give (0,).
+      params: parameters of a model with the reducer "soft_extract"; the result is empty for others.
     """
     found = {
         int(re.search(r"\d+", path)[0]): leaf.sum()
@@ -68,12 +68,12 @@ def retention_mass(params: Mapping[str, Any]) -> jax.Array:
 
 
 def clip_retention(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters with every retention parameter clipped into [0, 1]."""
+    """Returns the parameters with every retention parameter clipped to [0, 1]."""
     clip = lambda path, x: jnp.clip(x, 0, 1) if is_retention(path) else x  # noqa: E731
     return jax.tree_util.tree_map_with_path(clip, params)
 
 
 def searched_keep(params: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns K of every block as the search found it: the integer part of its retention mass."""
+    """Returns the K that a search found for every block, the integer part of its retention mass."""
     # Sums of many ones may fall short of an integer by rounding.
     return tuple(int(mass + 1e-3) for mass in retention_mass(params))

@@ -1,4 +1,4 @@
-"""Settings of a token reducer, and the numbers of tokens that other papers keep."""
+"""Settings of token reducers, and the numbers of tokens that other papers keep."""
 
 import dataclasses
 import math
@@ -21,25 +21,26 @@ INITIAL = ("score", "random")
 
 @dataclasses.dataclass(frozen=True)
 class TokenReducer:
-    """How many patches go on after every block, and which.
+    """How many patches every block passes on, and how they are chosen.
 
     Attributes:
-      keep: K of every block; a block that has no more patches than that keeps all. 0: the class
-        token (and the distillation token) go on alone. () for the methods that do not read it.
-      method: a clustering, whose centres replace the patches: "kmeans", "kmedoids" and, weighted
-        by score, "weighted_kmeans", "weighted_kmedoids"; a selection: "powerbert", the highest
-        scores, "importance", drawn by score, "random", drawn evenly; "evit": the patches with
-        the K - 1 highest scores, and one token fused from all others; "tome": means of patches
-        with similar keys, found in pairs; "convolution": of 2 x 2 patches, in some ``blocks``;
-        "soft_extract": all patches stay, scaled by how much their rank is needed.
-        The score of a patch is the attention that it receives: from all heads and queries, or with
-        "evit" from the class token, its mean over the heads.
+      keep: K of every block; a block with at most K patches keeps all. 0: only the class token (and
+        the distillation token) go on. () for the methods that do not read it.
+      method: one of these methods. Clusterings, whose centres replace the patches: "kmeans",
+        "kmedoids" and, weighted by score, "weighted_kmeans" and "weighted_kmedoids". Selections:
+        "powerbert" (the highest scores), "importance" (drawn in proportion to the scores) and
+        "random" (drawn evenly). "evit": the patches with the K - 1 highest scores, and one token
+        fused from all others. "tome": means of patches with similar keys, found in pairs.
+        "convolution": a convolution of 2 x 2 patches in some ``blocks``. "soft_extract": all
+        patches stay, scaled by a learned parameter of their rank.
+        The score of a patch is the attention that it receives from all heads and queries, or with
+        "evit" from the class token, averaged over the heads.
       initial: first centres of a clustering: the highest "score", or "random".
-      carry: whether the number of patches in a cluster weighs it in the attention of later blocks
-        (Supplement E of Token Pooling), for models that were trained without the reducer.
-      diagonal: whether the attention of a patch to itself counts in its score (not in the code of
-        PoWER-BERT).
-      blocks: the blocks of a convolution, from 1.
+      carry: whether later blocks weight a cluster in attention by its number of patches (Supplement
+        E of Token Pooling), for models that were trained without the reducer.
+      diagonal: whether the attention of a patch to itself counts in its score; it does not in the
+        code of PoWER-BERT.
+      blocks: the blocks with a convolution, counted from 1.
       penalty: weight of the loss of "soft_extract", which grows with the retained tokens: block l,
         from 1, adds penalty * l * sum(retention of block l).
       learning_rate_factor: factor on the learning rate of the retention parameters.
@@ -83,7 +84,7 @@ class TokenReducer:
         )
 
     def acts(self, block: int, num_patches: int) -> bool:
-        """Whether a block, counted from 0, changes ``num_patches`` patches."""
+        """Returns whether a block, counted from 0, changes ``num_patches`` patches."""
         if self.method == CONVOLUTION:
             return self.halves(block)
         return self.method == SEARCH or self.keep[block] < num_patches
@@ -97,13 +98,13 @@ class TokenReducer:
 
     @property
     def scored_by(self) -> str | None:
-        """Queries whose attention scores the patches: "all" or "class"; None: no scores."""
+        """Queries whose attention gives the scores: "all" or "class"; None: no scores."""
         if self.method in (MERGING, CONVOLUTION):
             return None
         return "class" if self.method == EVIT else "all"
 
     def halves(self, block: int) -> bool:
-        """Whether a block, counted from 0, halves the rows and columns of the map."""
+        """Returns whether a block, counted from 0, halves the rows and columns of the map."""
         return block + 1 in self.blocks
 
     def penalty_of(self, block: int) -> np.float32 | None:
@@ -112,7 +113,7 @@ class TokenReducer:
 
 
 def reads_keep(settings: Mapping[str, Any]) -> bool:
-    """Whether a reducer with these attributes, given by name, needs `keep`."""
+    """Returns whether a reducer with these attributes, given by name, needs `keep`."""
     return settings.get("method") not in (CONVOLUTION, SEARCH)
 
 
@@ -120,9 +121,10 @@ def tome_keep(num_patches: int, depth: int, merged: int) -> tuple[int, ...]:
     """Returns K of every block when every block merges the same number of patches.
 
     Args:
-      num_patches: N, patches of the image.
-      depth: blocks.
-      merged: r, patches that join another one in a block, at most half of the remaining ones.
+      num_patches: N, number of patches of the image.
+      depth: number of blocks.
+      merged: r, number of patches per block that join another patch; a block merges at most half of
+        its patches.
 
     References:
       Bolya et al. 2023, Section 3 ("Token Reduction").
@@ -140,15 +142,15 @@ def evit_keep(
     """Returns K of every block when some blocks keep a share of their patches and fuse the rest.
 
     Args:
-      num_patches: N, patches of the image.
-      depth: blocks.
-      rate: share, in (0, 1], of a block's patches, earlier fused tokens among them, that go on
-        beside the new fused token; rounded up.
-      blocks: the blocks that fuse, from 1; in the paper 4, 7 and 10 of 12.
+      num_patches: N, number of patches of the image.
+      depth: number of blocks.
+      rate: fraction of a block's patches, in (0, 1], that are kept besides the new fused token;
+        earlier fused tokens count as patches, and the number is rounded up.
+      blocks: the blocks that fuse, counted from 1; in the paper 4, 7 and 10 of 12.
 
     References:
-      Liang, Y. et al. 2022, EViT, Section 3, and its code (youweiliang/evit). There even a single
-      patch is fused; here it goes on as it is.
+      Liang, Y. et al. 2022, EViT, Section 3, and its code (youweiliang/evit). The code fuses even a
+      single patch; here a single patch is kept unchanged.
     """
     keep = []
     for block in range(1, depth + 1):

@@ -1,4 +1,4 @@
-"""Examples for classification: from records to crops, classes and labels of their cells."""
+"""Turns records into examples for classification: crops, classes and labels of their cells."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,12 +23,12 @@ def eval_crop(config: ConfigDict, info: DatasetInfo) -> float:
 class ClassificationExamples:
     """Images with one class each: `image` (S, S, 3) uint8 and `label` () int32.
 
-    In training the image is an augmented crop; with `token_labels.files` come `token_classes` and
-    `token_scores`, see :class:`tokenvit_jax.data.token_labels.TokenLabelFiles`. In evaluation it is
-    the centre crop, or the whole image where the dataset has `center_crop=False`.
+    In training the image is an augmented crop; `token_labels.files` adds `token_classes` and
+    `token_scores`, see :class:`tokenvit_jax.data.token_labels.TokenLabelFiles`. In evaluation the
+    image is the centre crop, or the whole image if the dataset has `center_crop=False`.
 
     Args:
-      config: reads `image_size`; in training `augment` and `token_labels`, in evaluation
+      config: provides `image_size`; in training `augment` and `token_labels`, in evaluation
         `data.eval_crop`.
       info: facts about the dataset; label files must have as many records as its training split.
       train: whether the examples are for training.

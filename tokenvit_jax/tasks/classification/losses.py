@@ -13,7 +13,7 @@ def soft_targets(labels: jax.Array, num_classes: int, label_smoothing: float) ->
     Args:
       labels: (B,) int, classes in [0, num_classes).
       num_classes: number of classes.
-      label_smoothing: probability that is spread evenly over all classes.
+      label_smoothing: probability to spread evenly over all classes.
 
     Returns:
       (B, num_classes) float32; every row sums to 1.
@@ -28,7 +28,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy () of a batch in nats, float32.
 
     Args:
-      logits: (..., num_classes), any float type; computed in float32.
+      logits: (..., num_classes), any float type; the loss is computed in float32.
       targets: (..., num_classes) class probabilities.
     """
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
@@ -43,9 +43,9 @@ def token_labels(entries: Mapping[str, jax.Array], num_classes: int) -> jax.Arra
     """Returns class probabilities for every cell of the last map, (B, h, w, num_classes).
 
     Args:
-      entries: either "token_labels", which are these probabilities, or "token_classes"
-        (B, h, w, n) int and "token_scores" (B, h, w, n) float: the probabilities of some classes;
-        they add up for a class that occurs more than once.
+      entries: either "token_labels", which holds these probabilities, or "token_classes"
+        (B, h, w, n) int and "token_scores" (B, h, w, n) float, the probabilities of some classes;
+        the probabilities of a class that occurs more than once add up.
       num_classes: number of classes.
     """
     if "token_labels" in entries:
@@ -64,10 +64,10 @@ def token_cross_entropy(
     """Returns the loss () of a batch with token labels in nats, float32.
 
     Args:
-      logits: (B, num_classes) of the images.
-      dense_logits: (B, h, w, num_classes) of the cells of the last map.
-      targets: (B, num_classes) class probabilities of the images.
-      labels: (B, h, w, num_classes) class probabilities of the cells.
+      logits: logits of the images (B, num_classes).
+      dense_logits: logits of the cells of the last map (B, h, w, num_classes).
+      targets: class probabilities of the images (B, num_classes).
+      labels: class probabilities of the cells (B, h, w, num_classes).
       weight: factor of the mean cross-entropy of the cells.
 
     References:

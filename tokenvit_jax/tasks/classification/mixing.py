@@ -1,8 +1,8 @@
-"""Mixup, CutMix and MixToken, inside the training step.
+"""Applies Mixup, CutMix and MixToken inside the training step.
 
-As in timm's batch mode, the whole batch has one ratio and one kind of mixing. timm pairs an image
-with the one at the mirrored place of the batch; here the partner is the neighbour i ^ 1, so that
-both images of a pair always lie on one device.
+As in timm's batch mode, the whole batch has one ratio and one kind of mixing. timm pairs image i
+with image B - 1 - i of the batch; here its partner is the neighbour i ^ 1, so that both images of a
+pair are always on the same device.
 
 References:
   Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
@@ -18,18 +18,17 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ops.mix_boxes import mix_boxes, neighbors
 
-MIN_MIXTOKEN_GRID = 2  # cells along a side of the last map; in a single cell every box is empty
+MIN_MIXTOKEN_GRID = 2  # cells along a side of the last map; in a single cell, every box is empty
 
 
 class Mixing(NamedTuple):
     """How to mix one batch.
 
     Attributes:
-      ratio: () float32, the fraction of an image that stays its own; 1 for a batch that is not
-        mixed.
+      ratio: () float32, the fraction of each image that is kept; 1: the batch is not mixed.
       box: (4,) int32, top, bottom, left, right of the rectangle that comes from the partner, in
         pixels (CutMix) or in cells of the last map (MixToken); bottom and right are exclusive.
-      cutmix: () bool, whether a rectangle is mixed rather than whole images (Mixup).
+      cutmix: () bool, whether to mix a rectangle rather than whole images (Mixup).
     """
 
     ratio: jax.Array
@@ -38,18 +37,18 @@ class Mixing(NamedTuple):
 
 
 def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> Mixing:
-    """Draws how to mix a batch.
+    """Draws how to mix a batch by Mixup or CutMix.
 
     Args:
       rng: key of `jax.random`.
       config: `config.mix`: mixup and cutmix (parameters of the Beta distribution, 0: off),
         probability, switch_probability.
-      height: image height, pixels.
-      width: image width, pixels.
+      height: image height [pixels].
+      width: image width [pixels].
 
     Returns:
-      The kind of mixing, its ratio and, for CutMix, its rectangle. CutMix cuts the rectangle off
-      at the borders of the image; its ratio follows the remaining area.
+      The kind of mixing, its ratio and, for CutMix, its rectangle. CutMix clips the rectangle at
+      the borders of the image; its ratio follows from the remaining area.
     """
     apply_rng, switch_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 5)
     if config.mixup and config.cutmix:
@@ -68,13 +67,13 @@ def draw_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> 
 def draw_token_mixing(rng: jax.Array, config: ConfigDict, height: int, width: int) -> Mixing:
     """Draws how MixToken mixes a batch: like CutMix, but in whole cells of the last map.
 
-    Unlike in CutMix, the sides of the box need not be even: the map has few cells.
+    Unlike in CutMix, the sides of the box may be odd, because the map has few cells.
 
     Args:
       rng: key of `jax.random`.
       config: `config.mix`: mixtoken (parameter of the Beta distribution), probability.
-      height: height of the last map, cells.
-      width: width of the last map, cells.
+      height: height of the last map [cells].
+      width: width of the last map [cells].
     """
     apply_rng, ratio_rng, row_rng, column_rng = jax.random.split(rng, 4)
     ratio = _draw_ratio(apply_rng, ratio_rng, config.mixtoken, config.probability)
@@ -90,12 +89,12 @@ def _draw_ratio(apply_rng, ratio_rng, alpha, probability):
 
 
 def _box_sides(ratio, height, width):
-    """Height and width of a box with the area 1 - ratio."""
+    """Returns the height and width of a box with the area 1 - ratio."""
     return [(side * jnp.sqrt(1.0 - ratio)).astype(jnp.int32) for side in (height, width)]
 
 
 def _draw_box(row_rng, column_rng, sides, height, width):
-    """A box around a random point, cut off at the borders, and the area fraction outside it."""
+    """Returns a box around a random point, clipped at the borders, and the share outside it."""
 
     def edges(rng, side, limit):
         low = jax.random.randint(rng, (), 0, limit) - side // 2

@@ -1,4 +1,4 @@
-"""Pictures of a classifier: the most probable classes, and what the model did with its tokens."""
+"""Draws the most probable classes of a classifier and how the model groups its tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,16 +16,16 @@ from tokenvit_jax.tasks.task import NUM_NAMED
 def noted_by(
     model: nn.Module, variables: Any, images: jax.Array, intermediates: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what the pictures of tokens show, as arrays that lead with B.
+    """Returns the arrays that the pictures of tokens show, with a leading axis B.
 
     Args:
       model: classifier.
-      variables: its variables.
+      variables: variables of the model.
       images: (B, H, W, 3), normalised.
       intermediates: the model's collection "intermediates" for these images.
 
     Returns:
-      The intermediates, and where the model clusters its tokens by `expedite` "superpixels".
+      The intermediates; also "superpixels" if the model clusters its tokens by `expedite`.
     """
     found = tokens.superpixels(model, variables, images)
     return intermediates if found is None else {**intermediates, "superpixels": found}
@@ -34,23 +34,23 @@ def noted_by(
 def draw(
     pixels: np.ndarray, classes: list[tuple[str, float]], noted: dict[str, Any], caption: str
 ) -> dict[str, Figure]:
-    """Returns the pictures of one image by kind.
+    """Returns the pictures of one image by name.
 
     Args:
-      pixels: (S, S, 3) uint8, as the model saw it.
+      pixels: (S, S, 3) uint8, the image as the model saw it.
       classes: (name, probability) pairs, the most probable first.
-      noted: of :func:`noted_by`, for this image.
-      caption: names the image.
+      noted: result of :func:`noted_by` for this image.
+      caption: name of the image.
 
     Returns:
-      "classes", and "groups", "clusters" or "superpixels" where the model has them.
+      "classes", and "groups", "clusters" or "superpixels" if the model has them.
     """
     figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED])}
     return figures | draw_tokens(pixels, jax.device_get(noted), caption)
 
 
 def draw_tokens(pixels: np.ndarray, noted: dict[str, Any], caption: str) -> dict[str, Figure]:
-    """Returns the pictures of what a model did with the tokens of an image; see :func:`draw`."""
+    """Returns the pictures of the groups or clusters of an image's tokens; see :func:`draw`."""
     figures, size = {}, pixels.shape[:2]
     routing = tokens.finest_routing(noted, size)
     if routing is not None:

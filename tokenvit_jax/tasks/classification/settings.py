@@ -21,7 +21,7 @@ _RANGES = {
 
 
 def default_entries() -> ConfigDict:
-    """Returns the entries that only this task has: everything is off."""
+    """Returns the entries that only this task has, with everything off."""
     config = ConfigDict()
     config.label_smoothing = 0.0
     config.data = ConfigDict()
@@ -38,15 +38,15 @@ def default_entries() -> ConfigDict:
     config.augment.rotation = 0.0  # largest random rotation, degrees
     config.augment.translation = 0.0  # largest random shift / side of the image
 
-    # Mixing of the images of a batch, inside the step.
+    # Mixing of the images of a batch, inside the training step.
     config.mix = ConfigDict()
     config.mix.mixup = 0.0  # alpha of the Beta distribution; 0: off
     config.mix.cutmix = 0.0  # alpha of the Beta distribution; 0: off
     config.mix.mixtoken = 0.0  # alpha of the Beta distribution; 0: off; excludes the other two
-    config.mix.probability = 1.0  # probability that a batch is mixed at all
-    config.mix.switch_probability = 0.5  # probability of CutMix where Mixup is on, too
+    config.mix.probability = 1.0  # probability that a batch is mixed
+    config.mix.switch_probability = 0.5  # probability of CutMix if Mixup is also on
 
-    # Labels for every cell of the last map, for a model with a token head.
+    # Labels for every cell of the last map; the model needs a token head.
     config.token_labels = ConfigDict()
     config.token_labels.weight = 0.0  # weight of their loss beside the class loss; 0: off
     config.token_labels.teacher = ""  # workdir of a run that labels images during training
@@ -56,7 +56,7 @@ def default_entries() -> ConfigDict:
 
 
 def check_entries(config: ConfigDict) -> None:
-    """Raises UserError for the first of these entries that is not valid."""
+    """Raises UserError for the first invalid one of these entries."""
     check_values(config, {}, _RANGES)
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
@@ -67,7 +67,7 @@ def check_entries(config: ConfigDict) -> None:
 
 
 def _check_mixtoken(config: ConfigDict) -> None:
-    """Checks that MixToken is off, or has a map to mix."""
+    """Checks that MixToken is off, or that there is a map to mix."""
     if not config.mix.mixtoken:
         return
     _refuse(config, "mix.mixtoken", ("mix.mixup", "mix.cutmix"), "takes their place")
@@ -81,7 +81,7 @@ def _check_mixtoken(config: ConfigDict) -> None:
 
 
 def _check_token_labels(config: ConfigDict) -> None:
-    """Checks that token labels are off, or come from one place and fit the images."""
+    """Checks that token labels are off, or come from one source and follow the images."""
     labels = config.token_labels
     if not labels.weight:
         return
@@ -99,7 +99,7 @@ def _check_token_labels(config: ConfigDict) -> None:
 
 
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:
-    """Raises UserError for the first other entry that is on and excludes this one."""
+    """Raises UserError if an entry is on that the entry `key` excludes."""
     for other in others:
         if read_entry(config, other):
             raise UserError(

@@ -42,8 +42,8 @@ from tokenvit_jax.tasks.task import (
 class Classification(Task):
     """One label per image: cross-entropy, accuracy, and token labels where a model has them.
 
-    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B,) int32, with
-    `token_labels.weight` also what `losses.token_labels` reads.
+    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B,) int32, and with
+    `token_labels.weight` also the entries that `losses.token_labels` reads.
     """
 
     reads = frozenset({"image", "label"})

@@ -1,4 +1,4 @@
-"""Examples for segmentation: from records to crops and buffers with label maps."""
+"""Turns records into examples for segmentation: crops or buffers, with label maps."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,14 +13,14 @@ Example = dict[str, np.ndarray]
 
 
 class ImageBuffer:
-    """Resizes images of any size into the top left corner of a buffer of one shape.
+    """Resizes images of any size into the top left corner of a buffer of fixed shape.
 
     Args:
-      config: reads `image_size`, `data.eval_size`, `data.eval_short_side` and
+      config: provides `image_size`, `data.eval_size`, `data.eval_short_side` and
         `data.normalization`.
 
     Attributes:
-      shape: (H, W, 3) of the buffer.
+      shape: shape of the buffer, (H, W, 3).
     """
 
     def __init__(self, config: ConfigDict):
@@ -31,7 +31,7 @@ class ImageBuffer:
         self.shape = (*size, 3)
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the buffer (H, W, 3) uint8 and the image's rows and columns in it (2,) int32."""
+        """Returns the buffer (H, W, 3) uint8 and the image's height and width in it (2,) int32."""
         pixels = fit_image(image, self._short_side, *self.shape[:2])
         size = np.array(pixels.shape[:2], np.int32)
         return pad(pixels, self.shape, self._fill), size
@@ -40,14 +40,14 @@ class ImageBuffer:
 class SegmentationExamples:
     """Images with label maps.
 
-    In training, an augmented crop: `image` (S, S, 3) uint8 and `label` (S, S) uint8, `IGNORED` on
-    padding. In evaluation, the resized image at the top left of a buffer of `data.eval_size`:
-    `image` (H, W, 3) uint8 and `image_size` (2,) int32, its rows and columns in the buffer; and the
-    label map at its own size at the top left of a buffer of `data.label_size`: `label` (h, w)
-    uint8, `IGNORED` beyond it, and `label_size` (2,) int32.
+    A training example is an augmented crop: `image` (S, S, 3) uint8 and `label` (S, S) uint8,
+    `IGNORED` on padding. An evaluation example holds the resized image at the top left of a buffer
+    of `data.eval_size`: `image` (H, W, 3) uint8 and `image_size` (2,) int32, its height and width
+    in the buffer. It also holds the label map, at its own size, at the top left of a buffer of
+    `data.label_size`: `label` (h, w) uint8, `IGNORED` outside the map, and `label_size` (2,) int32.
 
     Args:
-      config: reads `image_size` and `data.normalization`; in training `augment`, in evaluation
+      config: provides `image_size` and `data.normalization`; in training `augment`, in evaluation
         `data.eval_size`, `data.eval_short_side` and `data.label_size`.
       train: whether the examples are for training.
     """
@@ -89,7 +89,7 @@ class SegmentationExamples:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         example = {name: np.zeros(*spec) for name, spec in self.specs.items()}
         example["label"][:] = IGNORED
-        # The whole buffers: code that resizes by these sizes need not avoid a division by zero.
+        # The sizes of the whole buffers: with zeros, code that resizes by them would divide by 0.
         for name in ("image", "label"):
             if f"{name}_size" in example:
                 example[f"{name}_size"][:] = self.specs[name].shape[:2]
@@ -112,7 +112,7 @@ class SegmentationExamples:
 
 
 def _mean_pixel(config: ConfigDict) -> Pixel:
-    """Returns the colour that normalisation turns into zeros, up to rounding."""
+    """Returns the colour that normalisation maps to zero, up to rounding."""
     mean, _ = mean_and_std(config.data.normalization)
     return tuple(round(255 * level) for level in mean)
 

@@ -1,4 +1,4 @@
-"""Predictions for images of any size, and their comparison with label maps."""
+"""Predicts images of any size and compares the predictions with label maps."""
 
 import functools
 from typing import Any
@@ -17,15 +17,15 @@ from tokenvit_jax.metrics.confusion import confusion_matrix
 from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
 
-# Rows of a label map that are predicted at once: logits for all rows would not fit into memory.
+# Number of rows of a label map to predict at once: logits for all rows would not fit into memory.
 CHUNK = 64
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the loss () of a batch in nats, float32.
 
-    The sum over the pixels that count is divided by the number of all pixels, as in
-    mmsegmentation: so the loss is the mean of the losses of the parts of a batch.
+    The sum over the pixels that count is divided by the number of all pixels, as in mmsegmentation.
+    Thus the loss is the mean of the losses of the parts of a batch.
 
     Args:
       logits: (B, H, W, K).
@@ -35,7 +35,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _pixel_losses(logits, labels):
-    """Losses by pixel; 0 where a label is ignored."""
+    """Returns the loss of every pixel; 0 where the label is ignored."""
     counts = labels != IGNORED
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(counts, labels, 0).astype(jnp.int32)
@@ -44,27 +44,27 @@ def _pixel_losses(logits, labels):
 
 
 def window_side(config: ConfigDict) -> int:
-    """Returns the side of a window in pixels; reads `inference.window` and `image_size`."""
+    """Returns the side of a window [pixels], from `inference.window` and `image_size`."""
     return config.inference.window or config.image_size
 
 
 def predict_logits(
     model: nn.Module, config: ConfigDict, variables: Any, images: jax.Array, sizes: jax.Array
 ) -> jax.Array:
-    """Returns the logits for images in buffers, from several windows where these are smaller.
+    """Returns the logits for images in buffers, from several windows where windows are smaller.
 
     Args:
       model: segmentation model.
-      config: reads `image_size`, `inference.window` and `inference.stride`.
+      config: provides `image_size`, `inference.window` and `inference.stride`.
       variables: variables of the model.
       images: (B, H, W, 3), normalised.
-      sizes: (B, 2) int, rows and columns of each buffer that are image.
+      sizes: (B, 2) int, height and width of the image in each buffer.
 
     Returns:
       (B, H, W, K) float32.
 
     Raises:
-      UserError: windows that do not fit.
+      UserError: the windows do not fit.
     """
     window = window_side(config)
     stride = config.inference.stride or window
@@ -89,9 +89,9 @@ def compare_with_labels(
 
     Args:
       logits: (B, H, W, K).
-      sizes: (B, 2) int, rows and columns of the logits that are image.
+      sizes: (B, 2) int, height and width of the image in each map of logits.
       labels: (B, h, w) integers; IGNORED ones do not count.
-      label_sizes: (B, 2) int, rows and columns that are label map.
+      label_sizes: (B, 2) int, height and width of the label map in each buffer.
 
     Returns:
       "confusion" (K, K) int32, see `metrics.confusion`; "loss" () float32, the sum over the pixels
@@ -103,12 +103,12 @@ def compare_with_labels(
 
 
 def _compare_rows(logits, labels, size, label_size, num_classes):
-    """Confusion and loss of one image, a chunk of rows at a time."""
+    """Computes confusion and loss of one image, a chunk of rows at a time."""
     height, width = labels.shape
     chunk = min(CHUNK, height)
 
     def visit(number, carry):
-        # The last chunk may overlap the one before: rows seen already do not count again.
+        # The last chunk may overlap the previous one: rows that were counted do not count again.
         start = jnp.minimum(number * chunk, height - chunk)
         rows = start + jnp.arange(chunk)
         wanted = lax.dynamic_slice_in_dim(labels, start, chunk)
@@ -134,10 +134,10 @@ def resize_pixels(
 
     Args:
       logits: (H, W, K).
-      size: (2,) int, rows and columns that are image.
-      new_size: (2,) int, rows and columns to resize the image to.
-      rows: (n,) int, the wanted rows of the resized image.
-      width: columns of the result; those from ``new_size[1]`` on are meaningless.
+      size: (2,) int, height and width of the image in the buffer.
+      new_size: (2,) int, height and width of the resized image.
+      rows: (n,) int, rows of the resized image to return.
+      width: number of columns to return; columns from ``new_size[1]`` on are meaningless.
     """
     x = resize_rows(logits, size[0], new_size[0], rows).swapaxes(0, 1)
     return resize_rows(x, size[1], new_size[1], jnp.arange(width)).swapaxes(0, 1)
@@ -149,7 +149,7 @@ def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]
 
     Args:
       logits: (H, W, K).
-      size: (2,) int, rows and columns that are image.
+      size: (2,) int, height and width of the image in the buffer.
       new_size: height and width of the result.
     """
     height, width = new_size

@@ -14,14 +14,14 @@ HEADS = {"mask_transformer": MaskTransformer, "linear": LinearDecoder}
 
 
 class Segmenter(BackboneModel):
-    """A backbone and a head on its tokens; logits are bilinear between the tokens.
+    """Applies a head to a backbone's tokens and interpolates the logits to all pixels (bilinear).
 
-    With a plain host this is Segmenter (Strudel et al. 2021). A hierarchical backbone gives its
-    head the tokens of all its maps at once.
+    With a plain host this is Segmenter (Strudel et al. 2021). A hierarchical backbone passes the
+    tokens of all its maps to the head at once.
 
     Attributes:
-      backbone: a backbone with the method `encode`.
-      head: tokens (B, n, C) -> logits (B, n, K).
+      backbone: backbone with the method `encode`.
+      head: module that maps tokens (B, n, C) to logits (B, n, K).
     """
 
     head: nn.Module
@@ -30,7 +30,7 @@ class Segmenter(BackboneModel):
         """Returns logits (B, H, W, K) in float32 for images (B, H, W, 3)."""
         tokens, restore = self.backbone.encode(images, train)
         logits = restore(self.head(tokens, train=train))
-        # The map belongs to an image that is padded to whole patches.
+        # The map covers the image padded to whole patches.
         height, width = (cells * self.backbone.strides[0] for cells in logits.shape[1:3])
         shape = (len(images), height, width, logits.shape[-1])
         logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
@@ -41,12 +41,12 @@ def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) 
     """Returns the segmentation model of a configuration.
 
     Args:
-      config: reads `model`, `model_overrides`, `head`, `head_overrides` and `dtype`.
+      config: provides `model`, `model_overrides`, `head`, `head_overrides` and `dtype`.
       num_classes: number of classes.
       axis_name: axis of `jax.pmap` over which a batch is split; None under `jax.jit`.
 
     Raises:
-      UserError: unknown model, head or override.
+      UserError: the model, the head or an override is unknown.
     """
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     backbone = create_model(config.model, **common, **config.model_overrides.to_dict())

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation model: label maps over the image, and superpixels."""
+"""Draws the label maps of a segmentation model over the image, and its superpixels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,18 +30,18 @@ def draw(
     superpixels: Callable[[], Any],
     caption: str,
 ) -> dict[str, Picture]:
-    """Returns the pictures of one image by kind.
+    """Returns the pictures of one image by name.
 
     Args:
       image: (H, W, 3) uint8.
       labels: (H, W) uint8.
       names: names of the classes.
       window: (S, S, 3) uint8, the part of the resized image whose superpixels are shown.
-      superpixels: returns the superpixels of the window, or None.
-      caption: names the image.
+      superpixels: function that returns the superpixels of the window, or None.
+      caption: name of the image.
 
     Returns:
-      "segmentation" and "labels", and "superpixels" where the model clusters its tokens.
+      "segmentation" and "labels", and "superpixels" if the model clusters its tokens.
     """
     drawn = {
         "segmentation": plot_segmentation(image, labels, names),

@@ -19,14 +19,14 @@ _RANGES = {
 def default_entries() -> ConfigDict:
     """Returns the entries that only this task has."""
     config = ConfigDict()
-    config.head = "mask_transformer"  # a name of `segmentation.model.HEADS`
+    config.head = "mask_transformer"  # key of `segmentation.model.HEADS`
     config.head_overrides = ConfigDict()  # its arguments
     # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
     # the predictions with the label maps at their own size.
     config.data = ConfigDict()
     config.data.eval_short_side = 0  # shorter side of the resized image, pixels; 0: image_size
     config.data.eval_size = (0, 0)  # height and width of the buffer; zeros: image_size
-    config.data.label_size = (0, 0)  # buffer of the label maps; zeros: as the images
+    config.data.label_size = (0, 0)  # buffer of the label maps; zeros: size of the image buffer
     config.augment = ConfigDict()
     config.augment.short_side = 0  # of the resized image, before the factor; 0: image_size
     config.augment.scale_range = (1.0, 1.0)  # random factor of the size
@@ -35,12 +35,12 @@ def default_entries() -> ConfigDict:
     # An image that is larger than a window is predicted in several windows.
     config.inference = ConfigDict()
     config.inference.window = 0  # side, pixels; 0: image_size
-    config.inference.stride = 0  # pixels between two windows; 0: the window (no overlap)
+    config.inference.stride = 0  # stride in pixels; 0: the window size (no overlap)
     return config
 
 
 def check_entries(config: ConfigDict) -> None:
-    """Raises UserError for the first of these entries that is not valid."""
+    """Raises UserError for the first invalid one of these entries."""
     check_values(config, {}, _RANGES)
     data, augment = config.data, config.augment
     _check_pair("data.eval_size", data.eval_size)

@@ -1,6 +1,6 @@
-"""Logits for images of any size from a model for windows of one size.
+"""Computes logits for images of any size with a model for windows of one size.
 
-The images lie in buffers of one shape. Shapes are static; where the image lies inside the padded
+The images are in buffers of one shape. Shapes are static; the size of the image inside its padded
 buffer is not.
 """
 
@@ -20,14 +20,14 @@ def window_starts(
     of Segmenter (Strudel et al. 2021).
 
     Args:
-      size: () int, pixels of the buffer that are image.
-      buffer: pixels of the buffer, at least ``window``.
-      window: side of a window, pixels.
-      stride: pixels from one window to the next.
+      size: () int, length of the image along this side [pixels].
+      buffer: length of the buffer along this side [pixels], at least ``window``.
+      window: side of a window [pixels].
+      stride: distance from one window to the next [pixels].
 
     Returns:
-      First pixels (n,) int32 and whether they count (n,) bool; n suits an image as large as the
-      buffer.
+      First pixel of each window (n,) int32, and whether the window counts (n,) bool; n is the
+      number of windows of an image as large as the buffer.
     """
     number = jnp.arange(-(-(buffer - window) // stride) + 1)
     last = jnp.maximum(size - window, 0)
@@ -42,17 +42,17 @@ def sliding_logits(
     window: int,
     stride: int,
 ) -> jax.Array:
-    """Returns for each pixel the mean logits over all windows that contain it.
+    """Returns the mean logits of each pixel over all windows that contain it.
 
     Args:
-      apply: (B, window, window, 3) -> (B, window, window, K).
+      apply: function (B, window, window, 3) -> (B, window, window, K).
       images: (B, H, W, 3) float, H and W at least ``window``.
-      sizes: (B, 2) int, rows and columns that are image.
-      window: side of a window, pixels.
-      stride: pixels from one window to the next, from 1 to ``window``.
+      sizes: (B, 2) int, height and width of the image in each buffer.
+      window: side of a window [pixels].
+      stride: distance from one window to the next [pixels], from 1 to ``window``.
 
     Returns:
-      (B, H, W, K) float32; values beyond an image are meaningless.
+      (B, H, W, K) float32; values outside an image are meaningless.
     """
     batch, height, width, _ = images.shape
     if (height, width) == (window, window):
@@ -81,7 +81,7 @@ def sliding_logits(
             ones = jnp.broadcast_to(weight, (batch, window, window, 1))
             return sums, jax.vmap(add)(counts, *place, ones)
 
-        # In a buffer that is far larger than its images most windows are empty.
+        # In a buffer that is far larger than its images, most windows are empty.
         return lax.cond(used.any(), look, lambda *carry: carry, *carry)
 
     zeros = [jnp.zeros((batch, height, width, n)) for n in (shape[-1], 1)]

@@ -37,7 +37,7 @@ from tokenvit_jax.tasks.task import (
 
 
 class Segmentation(Task):
-    """One label per pixel: cross-entropy of the pixels that count, mIoU at the labels' size.
+    """One label per pixel: cross-entropy of the labelled pixels, mIoU at the labels' size.
 
     Training batches hold "image" (B, S, S, 3) uint8 and "label" (B, S, S) uint8. Evaluation
     batches hold the image at the top left of a buffer (B, H, W, 3) and its "image_size" (B, 2),
@@ -72,7 +72,7 @@ class Segmentation(Task):
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         images, sizes = self.normalize(batch["image"]), batch["image_size"]
         logits = predict_logits(model, self.config, variables, images, sizes)
-        # Records that fill up a batch are ignored like pixels beyond an image.
+        # Records that fill up a batch are ignored like pixels outside an image.
         labels = jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
         return Outcome(compare_with_labels(logits, sizes, labels, batch["label_size"]))
 
