@@ -1,7 +1,7 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
 # make test: the test suite.
 # make docs: the documentation as a site, docs/_build/index.html.
-# All make .venv with the pinned versions first.
+# All of them first create .venv with the pinned versions.
 
 PYTHON ?= python3
 RUN ?= runs/demo
@@ -19,7 +19,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Pages of modules that are gone would stay otherwise, hence without those of the last time.
+# Removes the old pages first: otherwise the pages of deleted modules would stay.
 docs: .venv/docs
 	rm -rf docs/api docs/_build
 	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build

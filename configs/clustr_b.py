@@ -2,14 +2,14 @@
 
     python -m tokenvit_jax.train --config=configs/clustr_b.py --workdir=runs/clustr_b
 
-Hardware: 8 accelerators in bfloat16; fewer, or smaller ones, with --config.accumulate_steps.
-Expected result: not yet trained (the paper reports 84.1 % top-1). The values below are the paper's
-(Table A2, whose "dropout" is read as drop path); colour jitter, repeated augmentation, and the
-learning rates at both ends come from PVTv2, on which it builds.
+Hardware: 8 accelerators in bfloat16; fewer or smaller ones need --config.accumulate_steps. Expected
+result: not yet trained (the paper reports 84.1 % top-1). The values below are the paper's (Table
+A2, whose "dropout" is read as drop path); colour jitter, repeated augmentation, and the first and
+last learning rates come from PVTv2, on which ClusTR builds.
 
     python -m tokenvit_jax.train --config=configs/clustr_b.py:digits --workdir=runs/digits
 
-A shrunk network, the same for all sizes, on the embedded handwritten digits. Hardware: 2 CPU cores,
+A small network, the same for all sizes, on the embedded handwritten digits. Hardware: 2 CPU cores,
 2 minutes. Expected result: about 98 % test accuracy (one run of clustr_t: 98.6 %).
 """
 

@@ -3,8 +3,8 @@
     python -m tokenvit_jax.train --config=configs/deit_e252.py --workdir=runs/deit_e252
 
 DeiT (Touvron et al. 2021) without distillation; the values below are from its Table 9. Hardware: 8
-accelerators in bfloat16; fewer, or smaller ones, with --config.accumulate_steps. Expected result:
-not yet trained (Token Pooling reports 77.7 % top-1 after twice the schedule).
+accelerators in bfloat16; fewer or smaller ones need --config.accumulate_steps. Expected result: not
+yet trained (Token Pooling reports 77.7 % top-1 after twice the schedule).
 
     python -m tokenvit_jax.train --config=configs/deit_e252.py:search --workdir=runs/search \\
         --config.initial.workdir=runs/deit_e252
@@ -12,9 +12,10 @@ not yet trained (Token Pooling reports 77.7 % top-1 after twice the schedule).
         --config.initial.workdir=runs/search
 
 Stages 2 and 3 of Token Pooling. The search takes 30 epochs to find how many tokens every block
-needs; a larger --config.model_overrides.token_reducer.penalty keeps fewer (the paper varies it
-without saying how; not yet tried on ImageNet). Then the model trains with these numbers for the
-full schedule. `evaluate` reads them from the workdir: --workdir=runs/pooled, without --config.
+needs; a larger --config.model_overrides.token_reducer.penalty keeps fewer tokens (the paper varies
+the penalty without saying how; this has not been tried on ImageNet yet). Then the model trains with
+these numbers of tokens for the full schedule. `evaluate` reads the numbers from the workdir:
+--workdir=runs/pooled, without --config.
 
     python -m tokenvit_jax.train --config=configs/deit_e252.py:level3 --workdir=runs/level3 \\
         --config.initial.workdir=runs/deit_e252
@@ -28,7 +29,7 @@ their costs and accuracies. --config.model_overrides.token_reducer.method select
     python -m tokenvit_jax.train --config=configs/deit_e252.py:digits_pooled \\
         --workdir=runs/digits_pooled --config.initial.workdir=runs/digits_search
 
-The three stages of a shrunk network, the same for all sizes, on the embedded handwritten digits.
+The three stages of a small network, the same for all sizes, on the embedded handwritten digits.
 Hardware: 2 CPU cores, 2 minutes each. Expected result: about 96, 98 and 97 % test accuracy (one run
 of deit_s: 96.1, 98.6 and 97.5 %, with 15, 7, 5, 5, 5 and 0 of 64 patches after the six blocks).
 """

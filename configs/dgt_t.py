@@ -2,9 +2,9 @@
 
     python -m tokenvit_jax.train --config=configs/dgt_t.py --workdir=runs/dgt_t
 
-Hardware: 8 accelerators with at least 32 GB, in bfloat16; fewer with --config.accumulate_steps.
+Hardware: 8 accelerators with at least 32 GB, in bfloat16; fewer need --config.accumulate_steps.
 Expected result: not yet trained (the paper reports 83.8 % top-1). The paper's supplement, which
-holds its training settings, is not available: the values below are CMT's and Swin's (Liu et al.
+holds its training settings, is not available; the values below are CMT's and Swin's (Liu et al.
 2021, Section 4.1).
 
     python -m tokenvit_jax.train --config=configs/dgt_t.py:digits --workdir=runs/digits

@@ -5,19 +5,19 @@
     python -m tokenvit_jax.train --config=configs/segmenter_l.py --workdir=runs/segmenter_l \\
         --config.initial.workdir=runs/vit_l
 
-FILE: timm's vit_large_patch16_384. Hardware: 8 accelerators, in bfloat16. Expected result: not yet
-trained (the authors report 51.8 % mIoU at one scale). The recipes below hold the authors' schedule
-and sizes for each dataset. Two things differ: the authors resize the position embeddings once,
-before training, here the model resizes them whenever it uses them; and the decoder has no dropout
-(theirs: 0.1).
+FILE holds timm's vit_large_patch16_384. Hardware: 8 accelerators, in bfloat16. Expected result: not
+yet trained (the authors report 51.8 % mIoU at one scale). The recipes below hold the authors'
+schedule and sizes for each dataset. Two things differ: the authors resize the position embeddings
+once, before training, whereas the model here resizes them whenever it uses them; and the decoder
+has no dropout (theirs: 0.1).
 
     python -m tokenvit_jax.train --config=configs/segmenter_l.py:pascal_context \\
         --workdir=runs/pascal_context --config.initial.workdir=runs/vit_l
     python -m tokenvit_jax.train --config=configs/segmenter_l.py:cityscapes \\
         --workdir=runs/cityscapes --config.initial.workdir=runs/vit_l
 
-The same on Pascal-Context and Cityscapes. Expected results: not yet trained (the authors report
-58.1 and 79.1 % mIoU at one scale).
+The same model on Pascal-Context and Cityscapes. Expected results: not yet trained (the authors
+report 58.1 and 79.1 % mIoU at one scale).
 
     python -m tokenvit_jax.convert --model=vit_l --layout=segmenter --dataset=ade20k \\
         --source=checkpoint.pth --out=runs/published
@@ -29,8 +29,8 @@ x 640; on Pascal-Context 480 x 480, on Cityscapes 768 x 768.
 
     python -m tokenvit_jax.train --config=configs/segmenter_l.py:scenes --workdir=runs/scenes
 
-A shrunk network, the same for all sizes, on the embedded scenes. Hardware: 2 CPU cores, 45 minutes
-beside other work. Expected result: about 69 % mIoU on the test scenes (one run of segmenter_ti:
+A small network, the same for all sizes, on the embedded scenes. Hardware: 2 CPU cores, 45 minutes
+next to other work. Expected result: about 69 % mIoU on the test scenes (one run of segmenter_ti:
 68.7 %).
 """
 

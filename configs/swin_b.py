@@ -2,13 +2,13 @@
 
     python -m tokenvit_jax.train --config=configs/swin_b.py --workdir=runs/swin_b
 
-Hardware: 8 accelerators in bfloat16; fewer, or smaller ones, with --config.accumulate_steps.
-Expected result: not yet trained (the paper reports 83.5 % top-1). The values below are the paper's
-(Section 4.1).
+Hardware: 8 accelerators in bfloat16; fewer or smaller ones need --config.accumulate_steps. Expected
+result: not yet trained (the paper reports 83.5 % top-1). The values below are the paper's (Section
+4.1).
 
     python -m tokenvit_jax.train --config=configs/swin_b.py:digits --workdir=runs/digits
 
-A shrunk network with windows of 4 x 4, the same for all sizes, on the embedded handwritten digits.
+A small network with windows of 4 x 4, the same for all sizes, on the embedded handwritten digits.
 Hardware: 2 CPU cores, a few minutes. Expected result: about 98 % test accuracy (one run of swin_t:
 98.1 %).
 """

@@ -2,13 +2,13 @@
 
     python -m tokenvit_jax.train --config=configs/swinv2_t.py --workdir=runs/swinv2_t
 
-Hardware: 8 accelerators in bfloat16; fewer, or smaller ones, with --config.accumulate_steps.
-Expected result: not yet trained. The values below are Swin's (Liu et al. 2021, Section 4.1), except
-for the image size.
+Hardware: 8 accelerators in bfloat16; fewer or smaller ones need --config.accumulate_steps. Expected
+result: not yet trained. The values below are Swin's (Liu et al. 2021, Section 4.1), except for the
+image size.
 
     python -m tokenvit_jax.train --config=configs/swinv2_t.py:digits --workdir=runs/digits
 
-A shrunk network with windows of 4 x 4, the same for all sizes, on the embedded handwritten digits.
+A small network with windows of 4 x 4, the same for all sizes, on the embedded handwritten digits.
 Hardware: 2 CPU cores, a few minutes. Expected result: about 99 % test accuracy (one run of
 swinv2_t: 98.9 %).
 """

@@ -1,7 +1,7 @@
-"""The documentation site: the README, the pages beside it, and the docstrings of the package.
+"""Builds the documentation site from the README, the pages and the docstrings (`make docs`).
 
-The sources are the repository itself (`make docs`), so that a link in a page works on the site as
-it works in the repository.
+The sources are the repository itself, so that a link in a page works both on the site and in the
+repository.
 """
 
 import re
@@ -30,7 +30,7 @@ smartquotes = False  # "--config" would become a dash
 
 myst_heading_anchors = 3
 
-# One page per module, from the files that are there.
+# One page per module, generated from the files of the package.
 apidoc_modules = [
     {
         "path": str(ROOT / "tokenvit_jax"),
@@ -46,7 +46,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-# A list, like the arguments: as objects of their own, short names would be ambiguous.
+# One list, like the arguments: as separate objects, short names would be ambiguous.
 napoleon_custom_sections = [("Attributes", "params_style")]
 default_role = "py:obj"
 
@@ -60,8 +60,8 @@ SECTION = re.compile(r"[A-Z]\w+:")
 
 
 def escape(text: str) -> str:
-    """Escapes what reST would read as markup, but for backticks and bullets."""
-    parts = CODE.split(text)  # every second one is code
+    """Escapes characters that reST would read as markup, except backticks and bullets."""
+    parts = CODE.split(text)  # every second part is code
     parts[::2] = [
         MARKUP.sub(lambda m: m["bullet"] or "\\" + m["sign"], part) for part in parts[::2]
     ]
@@ -116,7 +116,7 @@ def shorten_signature(app, what, name, obj, options, signature, annotation):
 
 
 def skip_member(app, what, name, obj, skip, options):
-    """Skips fields of named tuples, and in a package what one of its modules defines."""
+    """Skips fields of named tuples, and names in a package that one of its modules defines."""
     if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number"):
         return True
     if what == "module" and hasattr(obj, "__module__"):
@@ -126,7 +126,7 @@ def skip_member(app, what, name, obj, skip, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables of contents, which would be noise in the pages themselves.
+# Tables of contents, which only the site needs.
 # ------------------------------------------------------------------------------------------------
 
 CONTENTS = {
