@@ -26,7 +26,7 @@ K-Means counts five rounds, K N M each. A weighted clustering costs as much as a
 """
 CONVOLUTIONS = """
 One, two or three layers of 2 x 2 with stride 2 change the map from 14 to 7 to 3 to 1; three layers
-have equal distances. The table shows the GMACs of the cheapest and the most expensive placement,
+are evenly spaced. The table shows the GMACs of the cheapest and the most expensive placement,
 first for all placements, then by the block of the first layer.
 """
 
@@ -72,7 +72,7 @@ def bases() -> list[str]:
 
 
 def placements() -> dict[int, list[tuple[int, ...]]]:
-    """Returns number of layers -> their blocks in Supplement D; three have equal distances."""
+    """Returns number of layers -> their blocks in Supplement D; three are evenly spaced."""
     found = {n: list(itertools.combinations(range(1, DEPTH + 1), n)) for n in (1, 2, 3)}
     found[3] = [(a, b, c) for a, b, c in found[3] if b - a == c - b]
     return found
