@@ -95,8 +95,8 @@ def main() -> None:
     keep_pages()
     columns = [shares(*call) for call in CALLS]
     lines = [
-        "Written by `python -m experiments.profile_steps`, which explains the method. Shares of the",
-        "time of one call at 224 x 224, batch 8.",
+        "Written by `python -m experiments.profile_steps`, which explains the method. Shares of",
+        "the time of one call at 224 x 224, batch 8.",
         "",
         *pages.table(
             ["part", *(f"`{name}`, {mode}" for name, mode in CALLS)],
