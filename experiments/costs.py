@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of models beside the published ones, for the papers' tables."""
+"""Compares parameters and multiply-adds of models with the published ones, for papers' tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Cost(NamedTuple):
       label: first cell.
       counted: parameters and multiply-adds counted here.
       published: the paper's figures.
-      top1: accuracy, percent, as it is printed.
+      top1: accuracy [%] as text.
     """
 
     label: Any
@@ -34,7 +34,7 @@ def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
 
     Args:
       model: the module.
-      image_size: height and width, pixels.
+      image_size: height and width [pixels].
     """
     return summarize_model(model, image_size, "").macs
 
@@ -59,7 +59,7 @@ def cost_table(column: str, rows: Iterable[Cost], *, as_published: bool = False)
     Args:
       column: heading of the labels.
       rows: the models.
-      as_published: whether to add the multiply-adds as the paper counts them.
+      as_published: whether to add the multiply-adds that the paper counts.
     """
     counted = ["GMACs", "as published"] if as_published else ["GMACs"]
     columns = [column, "parameters, M", "published", *counted, "published", "published top-1"]
@@ -96,5 +96,5 @@ def model_table(names: Sequence[str], columns: Mapping[str, Callable]) -> list[s
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Formats values with commas."""
+    """Joins values with commas."""
     return ", ".join(map(str, values))

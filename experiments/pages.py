@@ -17,14 +17,14 @@ def heading(title: str, script: str, text: str) -> list[str]:
     Args:
       title: title of the page.
       script: `__file__` of the script that writes it.
-      text: follows the command in one paragraph.
+      text: text after the command, in the same paragraph.
     """
     module = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
     return [f"# {title}", "", *paragraph(f"Written by `python -m {module}`. {text}")]
 
 
 def paragraph(text: str) -> list[str]:
-    """Returns the lines of a paragraph; line breaks of the text do not count."""
+    """Returns the lines of a paragraph, which ignore line breaks of the text."""
     return textwrap.wrap(" ".join(text.split()), 96, break_on_hyphens=False)
 
 
@@ -52,7 +52,7 @@ def _std(values: Sequence[float]) -> str:
 
 
 def write(script: str, lines: Sequence[str], figure: Figure | None = None) -> None:
-    """Writes a page and its plot beside the script that makes them, and prints the page.
+    """Writes a page and its plot into the folder of the script, and prints the page.
 
     Args:
       script: `__file__` of NAME.py; the page is NAME.md and the plot NAME.png.

@@ -1,4 +1,4 @@
-"""Elements that the plots of the experiments share."""
+"""Draws elements that the plots of the experiments share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ GRID = "0.92"
 
 
 def color(number: int) -> str:
-    """Returns the colour of a curve by its number; the colours repeat."""
+    """Returns the colour of a curve by its number; colours repeat."""
     return COLORS[number % len(COLORS)]
 
 
@@ -50,12 +50,12 @@ def draw_seeds(axis: Axes, groups: Sequence[Sequence[float]], colors: Sequence[s
         axis.plot(values, [row] * len(values), "o", color=own, alpha=0.6)
         axis.plot(np.mean(values), row, "|", color="black", markersize=13)
     axis.grid(axis="x", color=GRID)
-    if not axis.yaxis_inverted():  # shared axes are inverted once
+    if not axis.yaxis_inverted():  # shared axes must be inverted only once
         axis.invert_yaxis()
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
-    """Writes the names of the rows of :func:`draw_seeds` beside a panel."""
+    """Writes the names of the rows of :func:`draw_seeds` next to a panel."""
     axis.set_yticks(range(len(names)), names, fontsize=8)
 
 

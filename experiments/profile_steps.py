@@ -2,8 +2,8 @@
 
     python -m experiments.profile_steps
 
-One call each at 224 x 224 pixels, batch 8, traced by `jax.profiler`. Every operation of the
-compiled program is assigned by the layer that it comes from. XLA fuses some products of attention
+`jax.profiler` traces one call each at 224 x 224 pixels, batch 8. Every operation of the compiled
+program is assigned to a part by the layer that it comes from. XLA fuses some products of attention
 with the softmax, so both are one part. Writes docs/benchmarks/cpu_profile.md.
 """
 
@@ -30,7 +30,7 @@ CALLS = (
     ("pale_t", "training"),
 )
 BATCH_SIZE = 8
-# An operation belongs to the first part whose pattern is found in the name of its origin.
+# An operation belongs to the first part whose pattern occurs in the name of the operation's origin.
 PARTS = {
     "clustering and merging": "density_peaks|assign_clusters|merge_tokens|cluster_sums",
     "depthwise convolutions": "depthwise|cpe",
@@ -62,7 +62,7 @@ def compile_call(name: str, mode: str) -> tuple[Any, Callable[[], Any]]:
 
 
 def trace(run: Callable[[], Any]) -> list[tuple[str, int]]:
-    """Returns the operations of one run, by their names in the program, and their nanoseconds."""
+    """Returns the duration [ns] of every operation of one run, by its name in the program."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
@@ -77,7 +77,7 @@ def trace(run: Callable[[], Any]) -> list[tuple[str, int]]:
 
 
 def shares(name: str, mode: str) -> dict[str, float]:
-    """Returns the share of the time that each of PARTS takes."""
+    """Returns the share of the time for each of PARTS."""
     program, run = compile_call(name, mode)
     origins = dict(re.findall(r'%?([\w.\-]+) = .*?op_name="([^"]+)"', program.as_text()))
     run()
@@ -95,8 +95,8 @@ def main() -> None:
     keep_pages()
     columns = [shares(*call) for call in CALLS]
     lines = [
-        "Written by `python -m experiments.profile_steps`, which says how. Shares of the time of",
-        "one call at 224 x 224, batch 8.",
+        "Written by `python -m experiments.profile_steps`, which explains the method. Shares of",
+        "the time of one call at 224 x 224, batch 8.",
         "",
         *pages.table(
             ["part", *(f"`{name}`, {mode}" for name, mode in CALLS)],

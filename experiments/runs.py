@@ -1,4 +1,4 @@
-"""Short trainings without a workdir, and what the scripts read from a run."""
+"""Trains for a short time without a workdir, and loads runs and test images for the scripts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +32,9 @@ class ShortRun(NamedTuple):
     Attributes:
       loss: training loss of every step (num_steps,).
       accuracy: accuracy on the test images after training.
-      test_loss: loss on the test images after training, nats.
+      test_loss: loss on the test images after training [nats].
       model: the trained module.
-      variables: its variables after training.
+      variables: variables of the module after training.
     """
 
     loss: np.ndarray
@@ -65,7 +65,7 @@ def make_model(config: ConfigDict) -> nn.Module:
 
 
 def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
-    """Returns uint8 images (B, H, W, 3) as the models of a configuration take them, float32."""
+    """Returns uint8 images (B, H, W, 3) normalised for the models of a configuration, float32."""
     return create_task(config).normalize(images)
 
 
@@ -87,7 +87,7 @@ def test_batches(config: ConfigDict) -> list[np.ndarray]:
 
 
 def observe(config: ConfigDict, model: nn.Module) -> Callable[[Variables, jax.Array], tuple]:
-    """Returns a compiled function that applies a model and keeps what its layers noted.
+    """Returns a compiled function that applies a model and keeps its intermediates.
 
     Args:
       config: configuration of the model.
@@ -131,10 +131,10 @@ def train(
     """Trains a classifier in this process, without a workdir.
 
     Args:
-      config: see `tokenvit_jax.config`.
-      watch: called with the model, the number of finished steps and the state, before every step
-        and after the last one.
-      initial: variables that training starts from; None: random ones.
+      config: configuration of the training; see `tokenvit_jax.config`.
+      watch: function that is called with the model, the number of finished steps and the state,
+        before every step and after the last one.
+      initial: variables from which training starts; None: random variables.
     """
     keep_pages()
     task = create_task(config)

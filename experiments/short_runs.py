@@ -1,4 +1,4 @@
-"""Compares settings by short trainings on the embedded digits, over several seeds."""
+"""Compares settings in short trainings on the embedded digits, over several seeds."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from experiments.runs import ShortRun, train
 
 SEEDS = (0, 1, 2)
 NUM_STEPS = 160
-LAST_STEPS = 20  # whose mean is the last training loss
-CURVE_STEPS = 10  # whose mean is a point of a curve
+LAST_STEPS = 20  # steps whose mean is the last training loss
+CURVE_STEPS = 10  # steps whose mean is a point of a curve
 
 
 def make_hard(config: ConfigDict) -> ConfigDict:
@@ -36,9 +36,9 @@ def run_all(
     """Trains with every setting and seed.
 
     Args:
-      make_config: makes the configuration that all settings start from.
+      make_config: returns the configuration from which all settings start.
       settings: name -> entries of the configuration, such as {"model_overrides.top_k": 12}.
-      run: trains with a configuration; its result has `accuracy`.
+      run: trains with a configuration; the result has the attribute `accuracy`.
 
     Returns:
       name -> one result of ``run`` per seed.
@@ -60,7 +60,7 @@ def compare(
     """Trains with every setting of the model and every seed.
 
     Args:
-      make_config: makes the configuration that all settings start from.
+      make_config: returns the configuration from which all settings start.
       settings: name -> entries of `model_overrides`.
     """
     entries = {
@@ -71,19 +71,20 @@ def compare(
 
 
 def title(network: str) -> str:
-    """Returns the words that say what was trained."""
+    """Returns the title of a plot: the network, the data, the steps and the seeds."""
     seeds = f"{len(SEEDS)} seeds"
     return f"Shrunk {network} on rotated and shifted digits, {NUM_STEPS} steps, {seeds}"
 
 
 def describe(network: str) -> str:
-    """Returns the sentence that says what was trained and how precise the results are."""
-    precision = "mean ± standard deviation; 360 test images, so one image is 0.003."
-    return f"{title(network)}, {precision}"
+    """Returns the sentences on the training and the precision of the results."""
+    training = f"A small {network} was trained for {NUM_STEPS} steps on rotated and shifted digits"
+    precision = "mean ± standard deviation; there are 360 test images, so one image is 0.003."
+    return f"{training} with {len(SEEDS)} seeds. Results are {precision}"
 
 
 def last_loss(run: NamedTuple) -> float:
-    """Returns the training loss, mean over the last steps."""
+    """Returns the training loss, averaged over the last steps."""
     return run.loss[-LAST_STEPS:].mean()
 
 
@@ -117,7 +118,7 @@ def plot_comparison(runs: dict[str, list[ShortRun]], network: str) -> Figure:
 
     Args:
       runs: result of :func:`compare`.
-      network: what was trained, for the title.
+      network: name of the trained network, for the title.
     """
     figure, (curve, accuracy, test_loss) = plots.panels(
         3, width=12, height=3.4, width_ratios=(1.3, 1, 1)

@@ -9,14 +9,14 @@ from importlib.metadata import version
 # without emitters of fusions by MLIR, which take three times as long to compile. Before jax is
 # imported: it reads this once.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they do not know
+if version("jaxlib").startswith("0.10."):  # later versions stop at an unknown flag
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def pytest_collection_finish():
-    """Lets the garbage collector pass over what was imported, and look for more less often."""
+    """Makes the garbage collector ignore the imported objects and run less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds at 224 x 224, and those counted as the paper does, of every model."""
+"""Exact counts of every model at 224 x 224: parameters, multiply-adds, and as the paper counts."""
 
 EXACT = {
     "clustr_t": (11_682_417, 3_267_521_536, 2_145_285_120),

@@ -1,4 +1,4 @@
-"""Tasks with any number of classes, for models that are small."""
+"""Makes tasks with any number of classes, so that models can be small."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from tokenvit_jax.training.validate import check_task
 
 
 def make_task(config: ConfigDict, num_classes: int = 0, axis_name: str | None = None) -> Task:
-    """Returns the task of a configuration; num_classes: 0 for the number that the dataset has."""
+    """Returns the task of a configuration; `num_classes` 0 means the dataset's own number."""
     task = create_task(config, axis_name)
     if not num_classes:
         return task
@@ -18,5 +18,5 @@ def make_task(config: ConfigDict, num_classes: int = 0, axis_name: str | None = 
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError for the first entry of a configuration that is not valid."""
+    """Raises UserError for the first invalid entry of a configuration."""
     check_task(create_task(config))

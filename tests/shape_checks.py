@@ -50,7 +50,8 @@ def trace_checked(function: Callable, *args, **kwargs) -> None:
 def check_call(function: Callable, args: tuple, kwargs: dict, result) -> None:
     """Raises AssertionError unless arguments and result have the types of the function.
 
-    After the call, so that the function's own errors come first. A size with one name is one size.
+    The check follows the call, so that the function's own errors come first. Sizes with the same
+    name must be equal.
     """
     function = inspect.unwrap(function)
     types_by_name = typing.get_type_hints(function)

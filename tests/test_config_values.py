@@ -67,7 +67,7 @@ POOLED = {
     }.items()
 }  # fmt: skip
 
-# Family -> entries on ImageNet-1K, beside the entries of all families.
+# Family -> entries on ImageNet-1K, besides the entries of all families.
 PUBLISHED = {
     "dgt": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020}
     | overrides(num_groups=48, top_k=98) | DGT,
@@ -81,7 +81,7 @@ PUBLISHED = {
     "swin": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020},
 }  # fmt: skip
 PUBLISHED["swinv2"] = PUBLISHED["swin"] | {"image_size": 256}
-# Family -> the network that shrinks to the digits.
+# Family -> the small network for the digits.
 SHRUNK = {
     "dgt": PYRAMID | overrides(stem_dim=16, head_dim=128, num_groups=8, top_k=24) | DGT,
     "clustr": PYRAMID | overrides(mlp_ratios=(4, 4, 4, 4)) | CLUSTR,
@@ -93,7 +93,7 @@ SHRUNK = {
     "swin": SWIN_DIGITS,
     "swinv2": SWIN_DIGITS | overrides(pretrained_window_sizes=(4, 4, 4, 2)),
 }  # fmt: skip
-# Argument -> entries beside the family's.
+# Argument -> entries besides the family's.
 VARIANTS = {
     "": {}, "digits": {},
     "tokens": TOKENS, "digits_tokens": TOKENS,
@@ -113,7 +113,7 @@ SIZES["clustr_b"] |= {"clip_norm": 1.0}
 
 
 def on_side(side):
-    """Entries of ADE20K for crops of a side."""
+    """Returns the entries of ADE20K for crops with this side."""
     return {
         "augment.short_side": side, "batch_size": 8, "checkpoint_every_steps": 2526,
         "data.eval_short_side": side, "data.eval_size": (2 * side, 2 * side),

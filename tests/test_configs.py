@@ -119,7 +119,7 @@ def run_step(model, text):
     return STEPS[model, text]
 
 
-# Values that the papers and the code they build on state, beside drop path and clipping.
+# Values from the papers and the code that they build on, besides drop path and clipping.
 RECIPE = {
     "batch_size": 1024, "image_size": 224, "label_smoothing": 0.1, "mix.mixup": 0.8,
     "mix.cutmix": 1.0, "augment.flip": 0.5, "optimizer.learning_rate": 1e-3,

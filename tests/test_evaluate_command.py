@@ -26,7 +26,7 @@ MODEL, SETTINGS = "deit_ti", {"patch_size": 16, "position_size": (32, 32), "dist
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command; returns its status, what it printed, and its errors."""
+    """Runs a command; returns its exit status, output and errors."""
 
     def run_command(command, *required, **flags):
         argv = [command.__name__, *(f"--{name}={value}" for name, value in flags.items())]
@@ -41,9 +41,9 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The workdir of an imported model that wants inception's pixels; its images, labels, logits.
+    """The workdir of an imported model that needs inception's pixels; images, labels, logits.
 
-    The logits are of the model itself on the digits as numpy normalises them.
+    The logits are the model's own, on digits that numpy normalised.
     """
     folder = tmp_path_factory.mktemp("imported")
     model = tv.create_model(MODEL, num_classes=10, **SETTINGS)
@@ -65,7 +65,7 @@ def imported(tmp_path_factory):
     )
     apply = jax.jit(lambda x: model.apply({"params": params}, x.astype(np.float32), train=False))
     logits = np.asarray(apply((images / 255.0 - 0.5) / 0.5), np.float64)
-    # Else the tests would not notice the wrong pixels, or none.
+    # Otherwise the tests would not notice wrong or missing pixels.
     assert np.abs(logits - apply((images / 255.0 - MEAN) / STD)).mean() > 0.1
     assert logits.std(0).mean() > 0.1
     return workdir, images, labels, logits
@@ -85,7 +85,7 @@ def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
 
 
 def test_a_reducer_is_inserted_without_training(run, imported):
-    """A line without it, and one with it, of the same weights."""
+    """The command prints a line without and a line with the reducer, for the same weights."""
     workdir, images, labels, logits = imported
     keep = (3,) + (2,) * 6 + (1,) * 4 + (0,)
     flags = {"keep": ",".join(map(str, keep)), "method": "tome", "carry": True}

@@ -34,7 +34,7 @@ def tiny_config(task="classification", **entries):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command; returns its status, what it printed, and its errors."""
+    """Runs the command; returns its exit status, output and errors."""
 
     def run_command(**flags):
         argv = ["expedite", *(f"--{name}={value}" for name, value in flags.items())]

@@ -17,8 +17,8 @@ def loaded_by(module):
     """Imports a module in a new process.
 
     Returns:
-      The top-level packages that are loaded then, and the seconds that the import takes after jax
-      and flax are imported.
+      The top-level packages that are loaded afterwards, and the seconds that the import takes once
+      jax and flax are imported.
     """
     code = (
         "import sys, time, json, jax, flax.linen; start = time.perf_counter(); "

@@ -1,4 +1,4 @@
-"""Modules import only from the layers that their own may use, and never in a circle."""
+"""Modules import only from layers that their own layer may use, and never in a circle."""
 
 import ast
 import graphlib
@@ -17,7 +17,7 @@ BELOW_TASKS = (
     "errors"
 )
 BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli"
-# Layer (a folder, or a module outside all folders) -> layers that it may import besides its own.
+# Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
 MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
@@ -83,7 +83,7 @@ def layer_of(module: str) -> str:
 
 
 def wrong_imports(sources: Mapping[str, str]) -> list[str]:
-    """Returns a line for every import that its layer may not make."""
+    """Returns a line for every import that is forbidden in its layer."""
     found = []
     for module, source in sources.items():
         layer = layer_of(module)

@@ -42,7 +42,7 @@ def run_of_teacher(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys, run_of_teacher):
-    """Runs the command; returns its status, what it printed, and its errors."""
+    """Runs the command; returns its exit status, output and errors."""
     use_token_model(monkeypatch)
 
     def run_command(source=None, **args):
@@ -89,7 +89,7 @@ def test_interrupted_run_leaves_no_labels(run, tmp_path):
     assert status == 1
     assert "unreadable" in error
     assert not out.exists()
-    assert run(out=out)[0] == 0  # over what the first left
+    assert run(out=out)[0] == 0  # over the files that the first call left
     assert np.load(out / "scores.npy").all()
 
 

@@ -1,4 +1,4 @@
-"""Operators and training steps lower for accelerators on a host that has none."""
+"""Operators and training steps lower for accelerators on a host without accelerators."""
 
 import functools
 

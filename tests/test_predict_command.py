@@ -87,7 +87,7 @@ def workdir(tmp_path_factory, state):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two image files of one name in two folders."""
+    """Two image files with the same name in two folders."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in ("one", "two"):

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.md"))
-# Between them they have the entries of all tasks and model families.
+# Together these configs have the entries of all tasks and model families.
 CONFIGS = [("dgt_t", ""), ("pale_t", "tokens"), ("deit_s", "search"), ("segmenter_ti", "")]
 
 

@@ -28,7 +28,7 @@ CONFIG = Path(tiny_config.__file__)
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Environment of the processes: one device each, compiled programs shared."""
+    """The environment of the processes: one device each, with shared compiled programs."""
     flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     return {
         **os.environ,
@@ -59,7 +59,7 @@ def start(environment):
 
 @pytest.fixture(scope="session")
 def reference(start, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("reference")
     finish(start("train", workdir))
     return workdir
@@ -87,7 +87,7 @@ def last_logged(workdir):
 
 
 def metrics_of(workdir):
-    """Everything that was logged but for the throughput, in order."""
+    """Returns everything that was logged except the throughput, in order."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)
@@ -188,7 +188,7 @@ def poison(workdir, step):
 
 
 def run_here(monkeypatch, capsys, command, *arguments):
-    """Exit status and last line on stderr of a command that fails before it computes anything."""
+    """Returns exit status and last stderr line of a command that fails before any computation."""
     monkeypatch.setattr(sys, "argv", [command, *arguments])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

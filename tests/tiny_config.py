@@ -1,4 +1,4 @@
-"""A run of seconds: a tiny DGT on the digits."""
+"""Configuration of a run that takes seconds: a tiny DGT on the digits."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""A classifier with a token head that compiles in a second, and runs whose model it is."""
+"""A classifier with a token head that compiles in a second, and runs with this model."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tokenvit_jax.training.workdir import write_config
 
 
 class TokenModel(Trainable):
-    """Patches of 32 pixels, a tanh, a classifier of their mean and one of each."""
+    """Patches of 32 pixels, a tanh, a classifier of the patches' mean and one of each patch."""
 
     num_classes: int
     token_head: bool = True
@@ -44,7 +44,7 @@ class TokenModel(Trainable):
 
 
 def use_token_model(monkeypatch):
-    """Makes it the model of every configuration."""
+    """Makes the token model the model of every configuration."""
 
     monkeypatch.setattr(
         Classification, "make_model", lambda task: TokenModel(task.info.num_classes)
@@ -52,7 +52,7 @@ def use_token_model(monkeypatch):
 
 
 def token_config():
-    """A configuration for it, with a last map of 3 x 3 cells."""
+    """Returns a configuration for the token model, with a last map of 3 x 3 cells."""
     config = default_config("classification")
     config.image_size = 96
     config.batch_size = 16
@@ -63,7 +63,7 @@ def token_config():
 
 
 def write_run(workdir: Path, seed: int = 0, normalization: str = "imagenet"):
-    """Writes a run with a checkpoint of the parameters of its start, which are returned."""
+    """Writes a run with a checkpoint of its initial parameters, and returns them."""
     config = token_config()
     config.seed = seed
     config.data.normalization = normalization

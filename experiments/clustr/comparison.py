@@ -2,11 +2,11 @@
 
     python -m experiments.clustr.comparison
 
-Clusters against grid pooling (Table 6), several scales against one (Table 7), the two rules that
-assign tokens to clusters, and a number of clusters that follows the content (left to future work in
-the paper, Section A2) at about as many clusters on average. This is NOT ImageNet: rotated and
-shifted digits of 64 x 64 pixels, a shrunk ClusTR, 160 steps. Writes comparison.md and
-comparison.png here.
+The settings compare clusters with grid pooling (Table 6), several scales with one (Table 7), the
+two rules that assign tokens to clusters, and a fixed number of clusters with a number that follows
+the content (future work in Section A2 of the paper) and is about the same on average. This is NOT
+ImageNet: rotated and shifted digits of 64 x 64 pixels, a small ClusTR, 160 steps. Writes
+comparison.md and comparison.png here.
 """
 
 import jax
@@ -28,7 +28,7 @@ from tokenvit_jax.recipes.clustr import clustr_digits_config
 
 NETWORK = "ClusTR"
 ONE_SCALE = ((64,), (16,), (4,), (1,))
-# At most twice the clusters, half of them used on average. Stage 3 keeps all tokens at one scale.
+# At most twice the clusters, half of them used on average; one scale of stage 3 has all tokens.
 TWICE = ((32, 8), (8, 2), (2, 1), (1,))
 ADAPTIVE = "two scales, adaptive"
 SETTINGS = {
@@ -42,15 +42,15 @@ SETTINGS = {
 
 
 def make_config() -> ConfigDict:
-    """Returns the configuration that all settings start from."""
+    """Returns the configuration from which all settings start."""
     return make_hard(clustr_digits_config("clustr_t"))
 
 
 def clusters_used(run: ShortRun) -> dict[str, np.ndarray]:
-    """Returns which clusters each test image used, (images, clusters) bool, by clustering.
+    """Returns for every clustering which clusters each test image used, (images, clusters) bool.
 
     Args:
-      run: run of an adaptive model; only its clusterings with a threshold are listed.
+      run: run of an adaptive model, whose clusterings with a threshold are read.
     """
     config = make_config()
     apply = observe(config, run.model)
@@ -63,10 +63,10 @@ def clusters_used(run: ShortRun) -> dict[str, np.ndarray]:
 
 
 def adaptive_table(used: list[dict[str, np.ndarray]]) -> list[str]:
-    """Returns the lines that say how many clusters the test images used.
+    """Returns the lines of the table of the numbers of clusters that the test images used.
 
     Args:
-      used: for every seed, the result of :func:`clusters_used`.
+      used: result of :func:`clusters_used` for every seed.
     """
     columns = ["seed", "block and scale", "maximum", "mean over images", "lowest and highest image"]
     rows = []

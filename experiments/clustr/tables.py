@@ -12,7 +12,7 @@ from tokenvit_jax.published import CLUSTR_ABLATIONS, PUBLISHED
 MODELS = ("clustr_t", "clustr_s", "clustr_b")
 SINGLE = {"ratios": ((64,), (16,), (4,), (1,))}
 GRID = {**SINGLE, "aggregation": "grid"}
-# Settings of ClusTR-T that the published rows stand for.
+# Settings of ClusTR-T for the published rows.
 OVERRIDES = {
     "Table 6": {
         "grid (SRA)": GRID,
@@ -35,10 +35,11 @@ ARCHITECTURE = {
     ),
 }
 ABOUT = """
-One image of 224 x 224 pixels. GMACs count all products, including one pass over the distances
-between all tokens. "As published" leaves out what the paper leaves out: the clustering and the
-attention at the finer scale. Accuracies are the paper's, on ImageNet; none is measured here. kNN
-attention is not built. It only masks logits, so its row counts the network without it.
+Costs are for one image of 224 x 224 pixels. GMACs count all products, including one pass over the
+distances between all tokens. "As published" leaves out the same parts as the paper: the clustering
+and the attention at the finer scale. Accuracies are the paper's, on ImageNet; none is measured
+here. kNN attention is not implemented. It only masks logits, so its row counts the network without
+it.
 """
 
 

@@ -1,10 +1,10 @@
-"""Varies the number of groups G and of selected keys k, as Table 4(b) of DGT, on a small scale.
+"""Varies the numbers of groups G and of selected keys k, like Table 4(b) of DGT, on a small scale.
 
     python -m experiments.dgt.ablation
 
 The paper halves G = 48 and k = 98 on ImageNet and loses 0.2 and 0.1 points. This is NOT that
-experiment: the embedded digits, a shrunk DGT-T with G = 8 and k = 24, 160 steps, 360 test images
-(one image is 0.3 points). Writes ablation.md here.
+experiment: it uses the embedded digits, a small DGT-T with G = 8 and k = 24, 160 steps and 360 test
+images (one image is 0.3 points). Writes ablation.md here.
 """
 
 from experiments import pages

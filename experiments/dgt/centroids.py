@@ -2,10 +2,10 @@
 
     python -m experiments.dgt.centroids
 
-The paper's text makes tau, 0.1 times the learning rate, the weight of the OLD centroid ("literal"),
-which replaces the centroids almost wholly at every step. The purpose that it states, stable
-training, wants the opposite ("swapped"); "constant" is a usual moving average. Small-scale: the
-embedded digits, a shrunk DGT-T, 160 steps. Writes centroids.md and centroids.png here.
+In the paper's text tau, 0.1 times the learning rate, is the weight of the OLD centroid ("literal"),
+so that every step replaces the centroids almost completely. The paper's stated purpose, stable
+training, requires the opposite ("swapped"); "constant" is a usual moving average. The experiment is
+small: the embedded digits, a small DGT-T, 160 steps. Writes centroids.md and centroids.png here.
 """
 
 import numpy as np
@@ -29,9 +29,9 @@ RULES = {
     "swapped (1 - 0.1 lr)": {"model_overrides.centroid_rule": "swapped"},
 }
 ABOUT = """
-Churn: share of the queries of fixed test images that change their group in one step. Overlap: share
-of a group's keys that it still selects a step later. Used: share of the groups with at least one
-query, at the end. Churn and overlap: mean over the second half of training.
+Churn is the share of the queries of fixed test images that change their group in one step. Overlap
+is the share of a group's keys that it still selects one step later. Both are averaged over the
+second half of training. Used is the share of the groups with at least one query, at the end.
 """
 COLUMNS = [
     "weight of the old centroid",

@@ -1,9 +1,9 @@
-"""Trains a small Dynamic Group Transformer on handwritten digits and draws what it learned.
+"""Trains a small Dynamic Group Transformer on handwritten digits and draws its query groups.
 
     python -m experiments.dgt.demo DIRECTORY
 
-Writes the checkpoint, the learning curve and a picture like Figure 3 of the DGT paper, over real
-test images. The exit status is 1 if the test accuracy stays below 95 %.
+Writes the checkpoint, the learning curve and a picture like Figure 3 of the DGT paper, on real test
+images. The exit status is 1 if the test accuracy is below 95 %.
 """
 
 from pathlib import Path
@@ -26,10 +26,10 @@ MIN_ACCURACY = 0.95
 
 
 def draw_groups(workdir: Path) -> Figure:
-    """Draws the query groups, and the keys that each selects, on the first image of some digits.
+    """Draws the query groups and the keys of each group on the first image of some digits.
 
     Args:
-      workdir: folder of the run; its checkpoint with the best accuracy is read.
+      workdir: folder of the run, whose checkpoint with the best accuracy is read.
     """
     run = load_run(workdir, "best")
     images, labels = test_images(run.config)
@@ -44,7 +44,7 @@ def draw_groups(workdir: Path) -> Figure:
 
 
 def main(workdir: Path) -> None:
-    """Trains, writes the pictures and prints where they are."""
+    """Trains the model, writes the pictures and prints their paths."""
     train(dgt_digits_config("dgt_t"), workdir)
     records = read_metrics(workdir)
     accuracy = max(record.get("eval/accuracy", 0.0) for record in records)

@@ -1,4 +1,4 @@
-"""Trains a DGT for a short time and watches how its groups and selected keys change."""
+"""Trains a DGT for a short time and records how its groups and selected keys change."""
 
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ class RoutingRun(NamedTuple):
     Attributes:
       loss: training loss of every step (num_steps,).
       accuracy: accuracy on the test images after training.
-      churn: share of the queries of fixed images that changed their group in one step, at each
-        probe (num_probes,).
+      churn: share of the queries of fixed images that change their group in one step, at each probe
+        (num_probes,).
       overlap: share of a group's keys that it still selects one step later, at each probe.
-      used: share of the groups that have a query, at each probe.
+      used: share of the groups with at least one query, at each probe.
     """
 
     loss: np.ndarray
@@ -33,7 +33,7 @@ class RoutingRun(NamedTuple):
 
 
 def run_all(settings: dict[Hashable, dict]) -> dict[Hashable, list[RoutingRun]]:
-    """Trains a shrunk DGT-T with every setting and seed: see `short_runs.run_all`."""
+    """Trains a small DGT-T with every setting and seed; see `short_runs.run_all`."""
     make_config = lambda: short_runs.make_hard(dgt_digits_config("dgt_t"))  # noqa: E731
     return short_runs.run_all(make_config, settings, run)
 
@@ -60,11 +60,11 @@ def run(config: ConfigDict) -> RoutingRun:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float]:
-    """Returns churn, overlap and used groups of two probes, averaged over the blocks that select.
+    """Returns churn, overlap and used groups of two probes, averaged over the blocks with groups.
 
     Args:
       before: collection "intermediates" of the images.
-      after: the same one step later.
+      after: the collection one step later.
     """
     observed = []
     for old, new in zip(_routings(before), _routings(after), strict=True):

@@ -1,9 +1,9 @@
-"""Compares Expedite with its rivals at equal costs: Tables 3 to 5 and Figure 6, on scenes.
+"""Compares Expedite with other methods at equal costs: Tables 3 to 5 and Figure 6, on scenes.
 
     python -m experiments.expedite.baselines --workdir=RUN [--quick]
 
-RUN is a run of configs/segmenter_ti.py:scenes. A rival that has a cost of its own gets the cheapest
-of its settings that costs at least as much as Expedite. Writes baselines.md and baselines.png here.
+RUN is a run of configs/segmenter_ti.py:scenes. Methods whose costs cannot equal Expedite's use
+their cheapest setting that costs at least as much. Writes baselines.md and baselines.png here.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.models.reducers import evit_keep, tome_keep
 
 FLAGS = evaluation.define_flags("workdir")
-SIDES = (4, 6, 8, 11, 13)  # of the map of centres
+SIDES = (4, 6, 8, 11, 13)  # sides of the map of centres
 PATCHES = 256
 # After 1/4, 1/2 and 3/4 of the blocks, as in the paper.
 EVIT_BLOCKS = (3, 5, 7)
@@ -30,7 +30,7 @@ COLUMNS = [
 
 
 def rivals() -> dict[str, list[Setting]]:
-    """Returns the settings of methods with costs of their own, from the cheapest on."""
+    """Returns the settings of methods that have their own costs, the cheapest first."""
     images = [(rows, columns) for rows in range(3, 17) for columns in (rows - 1, rows)]
     smaller = {"alpha": 0, "beta": DEPTH, "mode": "bilinear", "where": "logits"}
     evit = [evit_keep(PATCHES, DEPTH, rate, EVIT_BLOCKS) for rate in np.arange(0.02, 1, 0.01)]
@@ -75,11 +75,11 @@ def table(bench: Bench, settings: dict[str, Setting], results: dict[str, Result]
 def about(plain: Result) -> str:
     """Returns the paragraph on this page."""
     return f"""
-    The plain model costs {plain.mmacs:.1f} MMACs and has mIoU {plain.miou:.2f}. Expedite: alpha =
-    {evaluation.ALPHA} of {DEPTH} blocks, temperature {evaluation.TEMPERATURE:g}. EViT works in
-    blocks 3, 5 and 7, ToMe (Token Merging) in all blocks; both restore each patch from the token
-    that stands for it. A method with costs of its own gets the cheapest setting that costs no less
-    than Expedite.
+    The plain model costs {plain.mmacs:.1f} MMACs and has mIoU {plain.miou:.2f}. Expedite uses alpha
+    = {evaluation.ALPHA} of {DEPTH} blocks and temperature {evaluation.TEMPERATURE:g}. EViT reduces
+    tokens in blocks 3, 5 and 7, ToMe (Token Merging) in all blocks; both restore each patch from
+    the token that stands for it. Methods whose costs cannot equal Expedite's use their cheapest
+    setting that costs no less than Expedite.
     """
 
 

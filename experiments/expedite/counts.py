@@ -1,8 +1,8 @@
-"""Compares costs that Expedite reports with those that its authors' rules and this package count.
+"""Compares the costs that Expedite reports with counts by its authors' rules and by this package.
 
     python -m experiments.expedite.counts
 
-Shapes are traced, nothing is computed and no weights are needed. Writes counts.md here.
+The script only traces shapes; it computes nothing and needs no weights. Writes counts.md here.
 """
 
 import functools
@@ -21,32 +21,32 @@ TITLES = {
 }
 COLUMNS = ["setting", "published", "as published", "here", "share of plain: published", "here"]
 ABOUT = """
-10^9 multiply-adds. "As published" follows the rules of the authors' three programs, which
-`experiments.expedite.published` states. "Here" counts every product of the model that runs, and
-nothing elementwise. The differences:
+Costs are in 10^9 multiply-adds. "As published" follows the rules of the authors' three programs,
+which `experiments.expedite.published` describes. "Here" counts every product of the model that
+runs, and no elementwise work. The counts differ in these points:
 """
 DIFFERENCES = """\
 - Segmenter: the published count leaves out the products in the attention of the mask transformer,
   the products of patches and classes, and the resizing of the logits to pixels, which is a product
   of matrices here.
-- Clustering: the products here are between tiles of centres and the tokens around them, more than
-  the window of each token.
+- Clustering: the products here are between tiles of centres and the tokens around them, which is
+  more than the window of each token.
 - SWAG: the published count adds many elementwise operations, and in every round of the clustering
   the distances between all tokens and all centres.
-- DPT: its convolutions and decoder are not part of this package, and cancel in the saved cost. It
-  reconstructs two maps; the encoder here has the last one.
+- DPT: its convolutions and decoder are not part of this package, and cancel in the saved cost. DPT
+  reconstructs two maps; the encoder here has only the last one.
 """
 
 
 @functools.cache
 def gmacs(cost: ExpediteCost) -> float:
-    """Counts 10^9 multiply-adds of the model of a setting; only the encoder of DPT."""
+    """Counts 10^9 multiply-adds of the model of a setting; for DPT, only the encoder."""
     plain = tv.create_model(cost.model)
     expedite = cost.clusters and {
         "alpha": cost.alpha,
         "beta": plain.settings.depth - cost.alpha,
         "clusters": cost.clusters,
-        # A classifier reconstructs nothing: its head reads the class token alone.
+        # A classifier reconstructs nothing, because its head reads only the class token.
         "where": cost.where or "logits",
         "window": cost.window,
         "iterations": cost.iterations,
@@ -64,7 +64,7 @@ def gmacs(cost: ExpediteCost) -> float:
 
 
 def plain_of(cost: ExpediteCost) -> ExpediteCost:
-    """Returns the same network without clustering, as its row of EXPEDITE if it has one."""
+    """Returns the same network without clustering: its row of EXPEDITE, if there is one."""
     same = ("network", "model", "image_size", "classes")
     rows = (row for row in EXPEDITE if row.clusters is None)
     own = (row for row in rows if all(getattr(row, f) == getattr(cost, f) for f in same))

@@ -1,7 +1,7 @@
 """Evaluates settings of Expedite in a trained run, on scenes.
 
-A setting is the overrides of a backbone's attributes, such as {"expedite": {...}}; {} is the model
-as it was trained. Nothing is trained here.
+A setting is a dictionary of overrides of a backbone's attributes, such as {"expedite": {...}}; {}
+is the model as it was trained. Nothing is trained here.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 BATCH = 20
 NUM_TEST_SCENES = 200
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000  # samples of the bootstrap
 NOT_ADE20K = (
     f"This is NOT ADE20K: {NUM_TEST_SCENES} test scenes of 128 x 128 pixels, handwritten digits on "
     "photographs, five classes, one small network. Nothing is fine-tuned."
 )
 
-# Settings of the Segmenter, near the published ones: 10 of 24 blocks before the clustering,
-# 28 x 28 and 20 x 20 centres for 40 x 40 tokens.
+# Settings of the Segmenter, similar to the published ones (10 of 24 blocks before the clustering,
+# 28 x 28 and 20 x 20 centres for 40 x 40 tokens).
 DEPTH = 8
 ALPHA = 3
 LARGE, SMALL = 11, 8  # sides of the map of centres, for 16 x 16 tokens
-TEMPERATURE = 50.0  # settings.py chooses it on training scenes
+TEMPERATURE = 50.0  # settings.py measures it on training scenes
 BASELINES = {
     "pooling, reconstruction": {"iterations": 0},
     "clustering, bilinear": {"mode": "bilinear"},
@@ -73,7 +73,8 @@ class Result(NamedTuple):
     Attributes:
       mmacs: 10^6 multiply-adds of one image.
       confusion: confusion matrix of every image (N, K, K), labels in rows.
-      similarity: cosine between its features and the plain model's, mean over positions and images.
+      similarity: cosine between its features and the plain model's, averaged over positions and
+        images.
     """
 
     mmacs: float
@@ -82,7 +83,7 @@ class Result(NamedTuple):
 
     @property
     def miou(self) -> float:
-        """Mean intersection over union, percent, as `evaluate` computes it."""
+        """Mean intersection over union [%], as `evaluate` computes it."""
         return miou(self.confusion.sum(0))
 
 
@@ -103,8 +104,8 @@ def load(workdir: str, *, swin: bool = False) -> Run:
     """Loads the last checkpoint of a run on the scenes.
 
     Args:
-      workdir: its folder.
-      swin: whether its backbone should be a Swin Transformer instead of a plain host.
+      workdir: folder of the run.
+      swin: whether the backbone should be a Swin Transformer instead of a plain host.
     """
     run = load_run(Path(workdir))
     config = run.config
@@ -125,7 +126,7 @@ def read_scenes(split: str, number: int) -> Scenes:
 
 
 def test_scenes(quick: bool) -> Scenes:
-    """Reads all test scenes, or a few."""
+    """Reads all test scenes, or with --quick a few."""
     return read_scenes("test", BATCH if quick else NUM_TEST_SCENES)
 
 
@@ -135,8 +136,8 @@ def clustered(depth: int, side: int, default: dict[str, Any], changes: dict[str,
     Args:
       depth: number of blocks; in a hierarchical backbone, blocks of the expedited stage.
       side: rows and columns of the centres.
-      default: attributes of `Expedite`, among them `alpha`.
-      changes: attributes that replace them.
+      default: attributes of `Expedite`, including `alpha`.
+      changes: attributes that replace or extend the default ones.
     """
     changed = default | changes
     beta = {"beta": depth - changed["alpha"]}
@@ -172,8 +173,8 @@ class Bench:
 
         Args:
           trained: the run.
-          scenes: the images and labels of the evaluation.
-          read: returns the map whose similarity counts, from a backbone and images.
+          scenes: images and labels of the evaluation.
+          read: function of a backbone and images that returns the map to compare.
         """
         self.trained = trained
         self.scenes = scenes
@@ -215,7 +216,7 @@ class Bench:
         return Result(self.mmacs(setting), confusion, similarity)
 
     def evaluate_all(self, settings: dict[str, Setting]) -> dict[str, Result]:
-        """Evaluates settings by name, and prints each."""
+        """Evaluates settings by name, and prints each result."""
         results = {}
         for name, setting in settings.items():
             results[name] = self.evaluate(setting)
@@ -266,14 +267,14 @@ def confusions(classes: np.ndarray, labels: np.ndarray, num_classes: int) -> np.
 
 
 def miou(confusion: np.ndarray) -> float:
-    """Returns the mean intersection over union, percent, of a confusion matrix (K, K)."""
+    """Returns the mean intersection over union [%] of a confusion matrix (K, K)."""
     meter = ConfusionMeter(len(confusion))
     meter.add(Outcome({"confusion": confusion, "loss": 0.0}))
     return 100 * meter.result()["eval/miou"]
 
 
 def bootstrap(result: Result) -> np.ndarray:
-    """Returns the mIoU of samples of the images (DRAWS,), percent; the same samples for all."""
+    """Returns the mIoU [%] of samples of the images (DRAWS,); all results use the same samples."""
     number, classes, _ = result.confusion.shape
     counts = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), DRAWS)
     sums = (counts @ result.confusion.reshape(number, -1)).reshape(DRAWS, classes, classes)
@@ -298,15 +299,15 @@ def heading(title: str, script: str, trained: Run, about: str) -> list[str]:
     Args:
       title: title of the page.
       script: `__file__` of the script that writes it.
-      trained: the run that it is about.
-      about: paragraph on what this page alone holds.
+      trained: the run that was evaluated.
+      about: paragraph on this page's own content.
     """
     general = f"""
-    The run was trained for {trained.step} steps. {NOT_ADE20K} MMACs: 10^6 multiply-adds of one
-    image. mIoU: percent. Similarity: cosine between the features and the plain model's features. ±
-    is the standard deviation of the difference to the plain model over {DRAWS} bootstrap samples of
-    the test scenes, the same samples for all settings; it does not include the variation between
-    trainings.
+    The run was trained for {trained.step} steps. {NOT_ADE20K} MMACs are 10^6 multiply-adds of one
+    image, and mIoU is in percent. Similarity is the cosine between the features and the plain
+    model's features. ± is the standard deviation of the difference to the plain model over {DRAWS}
+    bootstrap samples of the test scenes, the same samples for all settings; it does not include the
+    variation between trainings.
     """
     return [*pages.heading(title, script, general), "", *pages.paragraph(about), ""]
 
@@ -315,7 +316,7 @@ def plot_over_cost(bench: Bench, curves: dict[str, list[Result]], features: str)
     """Draws mIoU and similarity over the cost.
 
     Args:
-      bench: its plain model is drawn too.
+      bench: bench whose plain model is also drawn.
       curves: results of each method.
       features: label of the similarity.
     """

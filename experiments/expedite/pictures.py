@@ -1,4 +1,4 @@
-"""Draws superpixels of test scenes with three digits or more, and segmentations with and without.
+"""Draws superpixels of test scenes with at least three digits, and their segmentations.
 
     python -m experiments.expedite.pictures --workdir=RUN [--quick]
 
@@ -20,7 +20,7 @@ from tokenvit_jax.pictures.tokens import superpixels
 
 FLAGS = evaluation.define_flags("workdir")
 NUM_SCENES = 4
-MIN_CLASSES = 4  # three digits and the background
+MIN_CLASSES = 4  # number of labels: three digits and the background
 SCALE = 4  # screen pixels per pixel of a scene, so that borders are thin
 
 

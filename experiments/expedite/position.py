@@ -25,7 +25,7 @@ from tokenvit_jax import cli
 
 FLAGS = evaluation.define_flags("workdir")
 SIDES = (SMALL, LARGE)
-Results = dict[tuple[int, int], Result]  # by side and block
+Results = dict[tuple[int, int], Result]  # settings by side and block
 
 
 def vary_alpha(bench: Bench) -> Results:
@@ -37,7 +37,7 @@ def vary_alpha(bench: Bench) -> Results:
 
 
 def vary_beta(bench: Bench) -> Results:
-    """Clusters after block ALPHA, and reconstructs the tokens after every later one."""
+    """Clusters after block ALPHA, and reconstructs the tokens after every later block."""
     settings = {
         (side, last): expedited(side, beta=last - ALPHA, where="blocks")
         for side in SIDES
@@ -50,9 +50,9 @@ def evaluate(bench: Bench, label: str, settings: dict[tuple[int, int], Setting])
     """Evaluates settings by side and block.
 
     Args:
-      bench: evaluates them.
+      bench: evaluates the settings.
       label: name of the block.
-      settings: by side and block.
+      settings: settings by side and block.
     """
     names = {key: f"{label} {key[1]}, {key[0]} x {key[0]}" for key in settings}
     results = bench.evaluate_all({names[key]: setting for key, setting in settings.items()})
@@ -60,7 +60,7 @@ def evaluate(bench: Bench, label: str, settings: dict[tuple[int, int], Setting])
 
 
 def named(results: Results) -> dict[str, Result]:
-    """Returns results by the names of rows."""
+    """Returns results by the names of their rows."""
     return {f"{block}, {side} x {side}": result for (side, block), result in results.items()}
 
 
@@ -70,7 +70,7 @@ def plot(bench: Bench, panels: dict[str, Results]) -> Figure:
     for axis, (label, results) in zip(axes, panels.items(), strict=True):
         for number, side in enumerate(SIDES):
             own = {block: result for (size, block), result in results.items() if size == side}
-            # Error bars: spread of the difference to the plain model.
+            # Error bars show the spread of the difference to the plain model.
             errors = [evaluation.spread(result, bench.plain) for result in own.values()]
             axis.errorbar(
                 list(own), [result.miou for result in own.values()], errors,

@@ -1,19 +1,20 @@
 """Costs that Expedite (Liang et al. 2022) reports, and the rules by which its authors count them.
 
-They count with three programs, one for each network that they expedite. A multiply-add counts one,
-and all three programs count the products of an encoder's blocks. They differ in what they add, here
-a :class:`Counter`, and in how they count clustering and reconstruction:
+The authors count with three programs, one for each network that they expedite. A multiply-add
+counts as one, and all three programs count the products of an encoder's blocks. The programs differ
+in the operations that they add, here a :class:`Counter`, and in how they count clustering and
+reconstruction:
 
-  * Segmenter: each kind of module has a formula; work outside modules counts nothing, namely the
+  * Segmenter: each kind of module has a formula. Work outside modules is not counted, namely the
     decoder's products of q, k and v and its projections of patches and classes. The clustering
     counts a window for every token, although the released code computes distances to all centres.
-  * SWAG: all operations of the traced graph, most elementwise ones included. The clustering counts
-    all centres for every token.
-  * DPT: the operations of the traced graph, but few elementwise ones. `einsum` counts nothing, nor
-    do the distances of both layers and the sum of the reconstruction.
+  * SWAG: all operations of the traced graph are counted, including most elementwise ones. The
+    clustering counts all centres for every token.
+  * DPT: the operations of the traced graph are counted, but few elementwise ones. `einsum`, the
+    distances of both layers and the sum of the reconstruction are not counted.
 
-A traced graph holds only what the result needs, so not the hard assignment at the end of the
-clustering.
+A traced graph holds only operations that the result needs, hence not the hard assignment at the end
+of the clustering.
 """
 
 import math
@@ -33,15 +34,15 @@ class ExpediteCost(NamedTuple):
       image_size: height and width [pixels].
       patch_size: side of a patch [pixels]; 16 for the convolutional stem of DPT.
       classes: number of classes of the head.
-      reported: 10^9 multiply-adds; for DPT twice the 10^9 multiply-adds that are saved. None: the
-        authors do not report it.
+      reported: 10^9 multiply-adds; for DPT, twice the 10^9 multiply-adds that are saved. None: the
+        authors do not report the cost.
       source: paper and table, or the released code.
       clusters: rows and columns of the centres; None without clustering.
-      alpha: blocks on all tokens before the clustering.
-      window: see :class:`tokenvit_jax.models.expedite.Expedite`, also for the next two.
-      iterations: rounds of clustering.
-      neighbors: nearest centres in the reconstruction.
-      decoder_layers: blocks of Segmenter's mask transformer.
+      alpha: number of blocks on all tokens before the clustering.
+      window: see :class:`tokenvit_jax.models.expedite.Expedite`, also for the next two attributes.
+      iterations: number of rounds of clustering.
+      neighbors: number of nearest centres in the reconstruction.
+      decoder_layers: number of blocks of Segmenter's mask transformer.
       where: what is reconstructed, the output of "blocks" or the "logits" of the head; None:
         nothing.
     """
@@ -87,7 +88,7 @@ def counted(cost: ExpediteCost) -> float:
     """Counts the cost of a setting by the authors' rules, in the units of `ExpediteCost.reported`.
 
     Args:
-      cost: an entry of :data:`EXPEDITE`, or one like it.
+      cost: an entry of :data:`EXPEDITE`, or a similar one.
     """
     return {"segmenter": segmenter_gmacs, "swag": swag_gmacs, "dpt": dpt_saving}[cost.network](cost)
 
@@ -95,7 +96,7 @@ def counted(cost: ExpediteCost) -> float:
 def segmenter_gmacs(cost: ExpediteCost) -> float:
     """Counts Segmenter with its mask transformer.
 
-    The reported costs belong to a decoder that runs on the centres and whose logits are
+    The reported costs are for a decoder that runs on the centres and whose logits are
     reconstructed; logits count as if they had the width of the encoder.
 
     Args:
@@ -122,10 +123,10 @@ def segmenter_gmacs(cost: ExpediteCost) -> float:
 
 
 def swag_gmacs(cost: ExpediteCost) -> float:
-    """Counts a SWAG classifier: the refined centres go to the head, nothing is reconstructed.
+    """Counts a SWAG classifier, whose head reads the refined centres without reconstruction.
 
-    A dropout counts although it does nothing; with clustering there is one before every block,
-    without clustering one before all blocks.
+    A dropout counts although it does nothing. With clustering there is one before every block;
+    without clustering there is a single one before all blocks.
 
     Args:
       cost: a setting with `network` "swag".
@@ -153,13 +154,14 @@ def swag_gmacs(cost: ExpediteCost) -> float:
 def dpt_saving(cost: ExpediteCost) -> float:
     """Counts the cost that clustering saves in DPT, whose other parts do not change.
 
-    The decoder reads blocks 9 and 12 at 1/16, and both are reconstructed.
+    The decoder reads the outputs of blocks 9 and 12 at 1/16 of the image size; both are
+    reconstructed.
 
     Args:
       cost: a setting with `network` "dpt".
 
     Returns:
-      Twice the 10^9 multiply-adds of one image: here the authors count two operations for each.
+      Twice the 10^9 multiply-adds of one image, because the authors count two operations for each.
 
     References:
       Liang et al. 2022, Table 7.
@@ -170,7 +172,7 @@ def dpt_saving(cost: ExpediteCost) -> float:
     # Squares and two factors of the distances, the product for the new centres; pooling and mask.
     one_round = (length + centers) * dim + 2 * centers * length + centers * length * dim
     clustering = cost.iterations * one_round + centers * dim + centers * length
-    # The released code reconstructs from the class token too.
+    # The released code also reconstructs from the class token.
     reconstruction = 2 * (centers + 1) * length + (length + centers + 1) * dim
     layers = clustering + 2 * reconstruction
     return 2 * (everywhere - vit_macs(cost, DPT_COUNTER) - layers) / 1e9
@@ -181,7 +183,7 @@ def vit_macs(cost: ExpediteCost, counter: Counter) -> int:
 
     Args:
       cost: the setting.
-      counter: operations that count beside products; `Counter(0, 0)` for products alone.
+      counter: operations that count besides products; `Counter(0, 0)` for products alone.
     """
     length, centers = _lengths(cost)
     vit = create_model(cost.model).settings
@@ -194,9 +196,9 @@ def block_macs(tokens: int, vit: ViTSettings, counter: Counter) -> int:
     """Counts a block whose hidden layer is four times wider than its input.
 
     Args:
-      tokens: number of tokens, with the class token.
-      vit: model that gives the width and the number of heads.
-      counter: operations that count beside products.
+      tokens: number of tokens, including the class token.
+      vit: model with the width and the number of heads.
+      counter: operations that count besides products.
     """
     products = 12 * tokens * vit.dim**2 + 2 * tokens**2 * vit.dim
     weights, elements = vit.num_heads * tokens**2, tokens * vit.dim
@@ -206,8 +208,8 @@ def block_macs(tokens: int, vit: ViTSettings, counter: Counter) -> int:
 def segmenter_clustering(cost: ExpediteCost) -> int:
     """Counts the clustering layer as in Segmenter.
 
-    Every channel of every pair counts one each for the difference, its square and the weighted sum;
-    every pair counts three for scale and softmax. Every token sees a whole window.
+    Every channel of every pair counts one operation each for the difference, its square and the
+    weighted sum; every pair counts three for scale and softmax. Every token sees a whole window.
 
     Args:
       cost: a setting with clusters.
@@ -331,9 +333,9 @@ _NYU = ExpediteCost(
 )
 _KITTI = _NYU._replace(name="DPT R50 + ViT-B/16, KITTI", image_size=(352, 1216))
 
-# Costs of plain hosts, with unique names. Two sources are missing: Table 7 does not state clusters,
-# and the README of the released code counts Segmenter with clusters in yet another way, 443.84
-# where the paper has 438.9.
+# Costs of plain hosts, with unique names. Two sources are left out: Table 7 does not state the
+# clusters, and the README of the released code counts Segmenter with clusters in yet another way,
+# 443.84 where the paper has 438.9.
 EXPEDITE = (
     _ADE,
     *_SIZES,
@@ -350,8 +352,8 @@ EXPEDITE = (
     *_squares(_SWAG_L, _SWAG_L.source, (12, 23, 275.8), (6, 23, 228.5), (8, 16, 179.0)),
     _SWAG_H,
     *_squares(_SWAG_H, _SWAG_H.source, (10, 26, 652.4), (4, 25, 514.1), (8, 18, 422.7)),
-    # Differences to 560.2 and 810.0. The authors' alpha is one less: it is the index of the block
-    # after which they cluster.
+    # The values are differences to 560.2 and 810.0. The authors' alpha is one less: it is the index
+    # of the block after which they cluster.
     *_squares(_NYU, _NYU.source, (7, 24, 56.0), (5, 16, 121.0), (3, 14, 165.2)),
     *_squares(_KITTI, _KITTI.source, (7, 28, 86.6), (5, 20, 178.2), (5, 16, 196.4)),
 )

@@ -30,7 +30,7 @@ TABLE_2 = {
     "temperature": TEMPERATURES,
     "neighbors": (1, 5, 10, 20, 50, LARGE**2),
 }
-# Alternatives to Eq. 4 that the released code and the text offer.
+# Alternatives to Eq. 4 in the released code and the paper's text.
 RECONSTRUCTIONS = {
     "normalize l2": {"normalize": "l2"},
     "mode hard": {"mode": "hard"},
@@ -41,9 +41,9 @@ RECONSTRUCTIONS = {
     "blocks, mode window": {"where": "blocks", "mode": "window"},
 }
 ABOUT = f"""
-Defaults unless a row says otherwise: alpha = {ALPHA} of {DEPTH} blocks, {LARGE} x {LARGE} centres
-for 16 x 16 tokens, window 5, 5 iterations, temperature {TEMPERATURE:g}, k = 20, the logits
-reconstructed.
+Unless a row says otherwise, alpha is {ALPHA} of {DEPTH} blocks, there are {LARGE} x {LARGE} centres
+for 16 x 16 tokens, the window is 5, there are 5 iterations, the temperature is {TEMPERATURE:g}, k
+is 20, and the logits are reconstructed.
 """
 
 
@@ -67,9 +67,9 @@ def choose_temperature(bench: Bench) -> list[str]:
         for side in SIDES
     ]
     text = f"""
-    The mean of both sizes is highest at {best:g}. Its difference to the published {TEMPERATURE:g},
-    which all experiments use, is {changes[0]} at {SMALL} x {SMALL} and {changes[1]} at {LARGE} x
-    {LARGE}.
+    The mean of both sizes is highest at {best:g}. The difference in mIoU to the published
+    {TEMPERATURE:g}, which all experiments use, is {changes[0]} at {SMALL} x {SMALL} and
+    {changes[1]} at {LARGE} x {LARGE}.
     """
     return [*bench.table(results, "temperature, centres"), "", *pages.paragraph(text)]
 

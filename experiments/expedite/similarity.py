@@ -41,12 +41,12 @@ Settings = dict[str, Callable[[int], Setting]]  # as functions of the last block
 
 
 def tokens_after(trained: Run, images: np.ndarray, last: int, setting: Setting) -> np.ndarray:
-    """Returns the tokens after some blocks, in the third stage where there are stages.
+    """Returns the tokens after some blocks; in a hierarchical backbone, blocks of the third stage.
 
     Args:
       trained: the run.
       images: (N, H, W, 3) uint8.
-      last: number of blocks; later blocks are left out.
+      last: number of blocks; later blocks do not run.
       setting: setting of the backbone.
     """
     backbone = trained.model.backbone
@@ -111,7 +111,7 @@ def settings_of(make: Callable, large: int, small: int) -> Settings:
 
 
 def table(curves: Curves) -> list[str]:
-    """Returns the lines of a table, blocks across."""
+    """Returns the lines of a table with one column per block."""
     rows = ([name, *(f"{value:.3f}" for value in curve.values())] for name, curve in curves.items())
     return pages.table(["alpha + beta", *next(iter(curves.values()))], rows)
 
@@ -140,9 +140,9 @@ def page(steps: tuple[int, int], segmenter: Curves, swin: Curves) -> list[str]:
       swin: similarity in the Swin Transformer.
     """
     about = f"""
-    The runs were trained for {steps[0]} and {steps[1]} steps. {NOT_ADE20K} Cosine between the
-    tokens after block alpha + beta, reconstructed there, and the plain model's tokens, before
-    LayerNorm; mean over positions and test scenes.
+    The runs were trained for {steps[0]} and {steps[1]} steps. {NOT_ADE20K} The tables show the
+    cosine between the tokens after block alpha + beta, reconstructed there, and the plain model's
+    tokens, before LayerNorm, averaged over positions and test scenes.
     """
     return [
         *pages.heading("Similarity of reconstructed features", __file__, about),

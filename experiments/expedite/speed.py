@@ -2,10 +2,10 @@
 
     python -m experiments.expedite.speed [--clusters=28,20] [--seconds=60]
 
-Random weights, one image; the plain model and clustered models take turns in one process. 28 x 28
-centres after block 10 with reconstructed logits is the paper's setting, which saves a third of the
-multiply-adds and reached 1.40 times the frames per second on its GPU. "operators": share of the
-time that clustering and reconstruction take by themselves.
+The plain model and clustered models, with random weights and one image, take turns in one process.
+The paper's setting is 28 x 28 centres after block 10 with reconstructed logits; it saves a third of
+the multiply-adds and reached 1.40 times the frames per second on the authors' GPU. "operators" is
+the share of the time that clustering and reconstruction take by themselves.
 """
 
 import functools
@@ -48,7 +48,7 @@ COLUMNS = [
 def make_models(
     model: str, image_size: tuple[int, int], alpha: int, sides: Sequence[int], dtype: jnp.dtype
 ) -> dict[str, Segmenter]:
-    """Returns the plain Segmenter of ADE20K and the clustered ones, by name."""
+    """Returns the plain Segmenter for ADE20K and the clustered ones, by name."""
     backbone = create_model(model, position_size=image_size, dtype=dtype)
     head = MaskTransformer(num_classes=CLASSES, dtype=dtype)
     models = {PLAIN: Segmenter(backbone, head)}
@@ -64,7 +64,7 @@ def make_models(
 
 
 def random_variables(model: Segmenter, images: jax.Array) -> dict[str, Any]:
-    """Returns variables with random values, quickly: `model.init` takes long to compile."""
+    """Returns variables with random values without `model.init`, which takes long to compile."""
     shapes = variable_shapes(model, images)
     draw = np.random.default_rng(1)
     return jax.tree.map(
@@ -73,7 +73,7 @@ def random_variables(model: Segmenter, images: jax.Array) -> dict[str, Any]:
 
 
 def operators(backbone: nn.Module) -> Callable[[], Any]:
-    """Returns a call of clustering and reconstruction alone, with logits of all classes.
+    """Returns a call that only clusters and reconstructs, with logits of all classes.
 
     Args:
       backbone: a clustered plain host.

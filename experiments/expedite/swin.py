@@ -3,8 +3,8 @@
     python -m experiments.expedite.swin --workdir=RUN_SWIN [--quick]
 
 RUN_SWIN is a run of swin_scenes.py in this folder. The map of the expedited stage is one window of
-8 x 8 tokens. To test the mask of shifted windows, four scenes make one image, of which that stage
-sees four windows. Writes swin.md and swin.png here.
+8 x 8 tokens. To test the mask of shifted windows, four scenes are joined to one image, so that this
+stage sees four windows. Writes swin.md and swin.png here.
 """
 
 from typing import Any
@@ -29,9 +29,9 @@ TEMPERATURES = (0.5, 2, 5, 20, 50)
 SWIN_TEMPERATURE = 2.0  # the best on training scenes
 MASKS = {"mask of this shift": False, "released mask": True}
 ABOUT = f"""
-The third stage has six blocks. alpha = {SWIN_ALPHA}, beta = {SWIN_DEPTH - SWIN_ALPHA} and
-temperature {SWIN_TEMPERATURE:g} unless a row says otherwise. The features are the map after this
-stage.
+The third stage has six blocks. Unless a row says otherwise, alpha is {SWIN_ALPHA}, beta is
+{SWIN_DEPTH - SWIN_ALPHA} and the temperature is {SWIN_TEMPERATURE:g}. The features are the map
+after this stage.
 """
 
 
@@ -52,7 +52,7 @@ def third_map(backbone: nn.Module, images: jax.Array) -> jax.Array:
 
 
 def mosaics(scenes: Scenes) -> Scenes:
-    """Joins every four scenes to one image of twice the height and width."""
+    """Joins each group of four scenes to one image of twice the height and width."""
 
     def join(x):
         number, height, width, *rest = x.shape
@@ -67,7 +67,7 @@ def choose_temperature(trained: Run, number: int) -> list[str]:
 
     Args:
       trained: the run.
-      number: how many scenes of the training split to evaluate.
+      number: number of scenes of the training split to evaluate.
     """
     bench = Bench(trained, evaluation.read_scenes("train", number), third_map)
     settings = {f"{value:g}": swin_expedited(6, temperature=value) for value in TEMPERATURES}
@@ -93,7 +93,7 @@ def compare_masks(trained: Run, scenes: Scenes) -> list[str]:
 
 
 def vary_alpha(bench: Bench) -> dict[str, Result]:
-    """Evaluates all sizes, clustered after each of ALPHAS."""
+    """Evaluates all sizes with clustering after each of ALPHAS."""
     return bench.evaluate_all(
         {
             f"{side} x {side}, alpha {alpha}": swin_expedited(side, alpha=alpha)

@@ -2,9 +2,9 @@
 
     python -m experiments.pale.comparison
 
-Modes of attention (Table 8) and position encodings (Table 9). This is NOT ImageNet: rotated and
-shifted digits of 64 x 64 pixels, a shrunk Pale-T, 160 steps. Writes comparison.md and
-comparison.png here.
+The settings compare modes of attention (Table 8) and position encodings (Table 9). This is NOT
+ImageNet: rotated and shifted digits of 64 x 64 pixels, a small Pale-T, 160 steps. Writes
+comparison.md and comparison.png here.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def make_config() -> ConfigDict:
-    """Returns the configuration that all settings start from."""
+    """Returns the configuration from which all settings start."""
     return make_hard(pale_digits_config("pale_t"))
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.pale.tables
 
-Tables 1, 2, 7, 8 and 9, at 224 x 224 pixels. Nothing is trained: accuracies are the paper's. Writes
-tables.md here.
+The tables are 1, 2, 7, 8 and 9, at 224 x 224 pixels. Nothing is trained: accuracies are the
+paper's. Writes tables.md here.
 """
 
 from experiments import pages
@@ -11,7 +11,7 @@ from experiments.costs import cost, cost_table, listed, model_table
 from tokenvit_jax.published import PALE_ABLATIONS, PALE_TOKEN_LABELS_TOP1, PUBLISHED
 
 MODELS = ("pale_t", "pale_s", "pale_b")
-# Settings of Pale-T that the published rows stand for.
+# Settings of Pale-T for the published rows.
 OVERRIDES = {
     "Table 7": {size: {"pale_sizes": (size,) * 4} for size in (1, 3, 5, 7, 9)},
     "Table 8": {
@@ -36,8 +36,9 @@ ARCHITECTURE = {
     "MLP ratio": lambda model: model.settings.mlp_ratio,
 }
 ABOUT = """
-One image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is measured here. In
-Table 2, the second accuracy belongs to the starred model, trained with MixToken and token labels.
+Costs are for one image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is
+measured here. In Table 2, the second accuracy belongs to the starred model, trained with MixToken
+and token labels.
 """
 
 

@@ -2,9 +2,9 @@
 
     python -m experiments.pale.token_labels
 
-The starred Pale models of Table 2 gain 0.7 to 0.9 points on ImageNet by both. This is NOT that
-experiment: a shrunk Pale-T with 2 x 2 final tokens, taught by another one, on rotated and shifted
-digits, several seeds. Writes token_labels.md here.
+With both, the starred Pale models of Table 2 gain 0.7 to 0.9 points on ImageNet. This is NOT that
+experiment: a small Pale-T with 2 x 2 final tokens learns from another one, on rotated and shifted
+digits, with several seeds. Writes token_labels.md here.
 """
 
 import tempfile
@@ -32,14 +32,14 @@ def hard_config(arg: str, seed: int) -> ConfigDict:
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> Result:
-    """Trains and returns accuracy and loss on the test images at the end."""
+    """Trains a model and returns its final accuracy and loss on the test images."""
     train(config, workdir)
     last = [record for record in read_metrics(workdir) if "eval/accuracy" in record][-1]
     return last["eval/accuracy"], last["eval/loss"]
 
 
 def train_teacher(workdir: Path) -> Result:
-    """Trains the teacher, longer than its students."""
+    """Trains the teacher, for longer than its students."""
     config = hard_config("digits", seed=100)
     config.num_steps = TEACHER_STEPS
     return train_and_evaluate(config, workdir)

@@ -3,9 +3,9 @@
     python -m experiments.token_pooling.alpha
 
 This is NOT ImageNet. A small DeiT is trained for 400 steps, and reduced models are tuned from it
-for 100 steps. Logits of attention are products of plain queries and keys, of normalised ones
-("fixed", alpha = 1), or of normalised ones times a learned alpha per layer. Writes alpha.md and
-alpha.png here.
+for 100 steps. The logits of attention are products of plain queries and keys, products of
+normalised queries and keys ("fixed", alpha = 1), or products of normalised queries and keys times a
+learned alpha per layer ("learned"). Writes alpha.md and alpha.png here.
 """
 
 import functools
@@ -85,7 +85,7 @@ def alphas(runs: Runs) -> list[str]:
 
 
 def learned(run: ShortRun) -> list[float]:
-    """Returns alpha of every block."""
+    """Returns the learned alpha of every block."""
     flat = flatten_dict(run.variables["params"], sep="/")
     return [float(flat[f"blocks_{i}/attention/alpha"]) for i in range(stages.DEPTH)]
 
@@ -104,10 +104,11 @@ def plot(runs: Runs) -> Figure:
 def page(runs: Runs) -> list[str]:
     """Returns the lines of the page."""
     about = f"""
-    {stages.ABOUT}, and reduced models that are tuned from it for {stages.TUNED_STEPS} steps
-    with {stages.format_keep(KEEP)}. Queries and keys: none (plain), fixed (length 1, alpha = 1),
-    learned (length 1, alpha starts at 1 unless the row says otherwise). {len(SEEDS)} seeds, mean ±
-    standard deviation. Minus plain: differences between runs with the same seed.
+    {stages.ABOUT}, and reduced models are tuned from it for {stages.TUNED_STEPS} steps with
+    {stages.format_keep(KEEP)}. Queries and keys are plain ("none"), have length 1 and alpha = 1
+    ("fixed"), or have length 1 and a learned alpha, which starts at 1 unless the row says otherwise
+    ("learned"). Results are mean ± standard deviation over {len(SEEDS)} seeds; "minus plain" are
+    differences between runs with the same seed.
     """
     return [
         *pages.heading("Normalised queries and keys", __file__, about),

@@ -3,7 +3,7 @@
     python -m experiments.token_pooling.comparison
 
 This is NOT ImageNet. A small DeiT is trained for 400 steps and tuned for 100 steps with every
-method at the same K of every block; paired over three seeds. Writes comparison.md and
+method at the same K of every block; runs are paired over three seeds. Writes comparison.md and
 comparison.png here.
 """
 
@@ -51,7 +51,7 @@ def test_loss(run: ShortRun) -> float:
 
 
 def results(runs: Runs) -> list[str]:
-    """Returns the lines of accuracies and losses, mean and spread over the seeds."""
+    """Returns the lines of accuracies and losses, with mean and spread over the seeds."""
     rows = [
         [
             name,
@@ -114,8 +114,9 @@ def train_all() -> dict[tuple[int, ...], Runs]:
 def page(bases: list[ShortRun], runs: dict[tuple[int, ...], Runs]) -> list[str]:
     """Returns the lines of the page."""
     about = f"""
-    {stages.ABOUT}, then for {stages.TUNED_STEPS} steps with the method, from the base of the
-    same seed; {len(SEEDS)} seeds, mean ± standard deviation. The bases reach an accuracy of
+    {stages.ABOUT}, then for {stages.TUNED_STEPS} steps with the method, from the base of the same
+    seed. Results are mean ± standard deviation over {len(SEEDS)} seeds. The bases reach an accuracy
+    of
     {mean_and_std([run.accuracy for run in bases])} and a loss of
     {mean_and_std([run.test_loss for run in bases])}. The first centres are the tokens with the
     highest scores unless the row says otherwise.
@@ -132,7 +133,7 @@ def page(bases: list[ShortRun], runs: dict[tuple[int, ...], Runs]) -> list[str]:
 
 
 def main() -> None:
-    """Trains and writes the page."""
+    """Trains the models and writes the page."""
     runs = train_all()
     bases = [stages.train_base(seed) for seed in SEEDS]
     pages.write(__file__, page(bases, runs), plot(runs))

@@ -17,7 +17,7 @@ from experiments.token_pooling import stages
 
 SEED = 0
 NUM_STEPS = 60
-LASTS = (0.5, 0.1, 0.02)  # share of the patches that leaves the last block
+LASTS = (0.5, 0.1, 0.02)  # share of the patches that leave the last block
 STEEP = (8, 4, 2, 1, 0, 0)
 METHODS = ("powerbert", "weighted_kmedoids")
 CONVOLUTION = "convolution"
@@ -75,7 +75,7 @@ def table(runs: Runs) -> list[str]:
 
 
 def plot(runs: Runs, whole: ShortRun) -> Figure:
-    """Draws accuracy and loss over the cost; lines: the settings on the front of the loss."""
+    """Draws accuracy and loss over the cost; lines join the settings on the front of the loss."""
     figure, axes = plots.panels(2, width=11, height=3.8)
     for axis, field in zip(axes, ("accuracy", "test_loss"), strict=True):
         for number, (method, group) in enumerate(runs.items()):
@@ -93,10 +93,11 @@ def plot(runs: Runs, whole: ShortRun) -> Figure:
 def page(runs: Runs, whole: ShortRun) -> list[str]:
     """Returns the lines of the page."""
     about = f"""
-    {stages.ABOUT}, then for {NUM_STEPS} steps with the method; one seed. All patches:
-    {stages.mmacs(whole):.2f} MMACs, accuracy {whole.accuracy:.3f}, loss {whole.test_loss:.3f}.
-    Convolution: all placements of one and two layers of 2 x 2 with stride 2, map 8 -> 4 -> 2.
-    Front: no cheaper setting of the method has a lower loss.
+    {stages.ABOUT}, then for {NUM_STEPS} steps with the method, with one seed. With all patches, the
+    model has {stages.mmacs(whole):.2f} MMACs, accuracy {whole.accuracy:.3f} and loss
+    {whole.test_loss:.3f}. Convolution has all placements of one and two layers of 2 x 2 with stride
+    2, which change the map from 8 to 4 to 2. A setting is on the front if no cheaper setting of the
+    method has a lower loss.
     """
     return [
         *pages.heading("Convolution downsampling", __file__, about),
@@ -108,7 +109,7 @@ def page(runs: Runs, whole: ShortRun) -> list[str]:
 
 
 def main() -> None:
-    """Trains and writes the page."""
+    """Trains the models and writes the page."""
     runs = train_all()
     whole = stages.tune(SEED, None, num_steps=NUM_STEPS)
     pages.write(__file__, page(runs, whole), plot(runs, whole))

@@ -3,10 +3,10 @@
     python -m experiments.token_pooling.insertion
     python -m experiments.token_pooling.insertion --workdir=RUN
 
-Nothing is trained after the insertion. The first form trains three small DeiT on the embedded
-digits, which is NOT ImageNet, and writes insertion.md and insertion.png here. The second form reads
-a run of a ViT or DeiT, which may have imported weights, evaluates it on its own dataset and prints
-the tables.
+Nothing is trained after the insertion. The first command trains three small DeiTs on the embedded
+digits, which is NOT ImageNet, and writes insertion.md and insertion.png here. The second command
+reads a run of a ViT or DeiT, which may have imported weights, evaluates it on its own dataset and
+prints the tables.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import VisionTransformer
 
-LASTS = (0.8, 0.6, 0.4, 0.2, 0.05)  # share of the patches that leaves the last block
+LASTS = (0.8, 0.6, 0.4, 0.2, 0.05)  # share of the patches that leave the last block
 CLUSTERING = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
-# A selection drops sizes with the tokens: every remaining size is 1, so there is nothing to carry.
+# Selections drop sizes with the tokens: all remaining sizes are 1, so there is nothing to carry.
 SETTINGS = {"PoWER-BERT": {"method": "powerbert"}}
 for method in (*CLUSTERING, "tome"):
     SETTINGS[stages.LABELS[method]] = {"method": method}
@@ -48,7 +48,7 @@ class Insertion(NamedTuple):
 
     Attributes:
       keep: K of every block.
-      accuracy: accuracy on the test images (models,), by setting; ALL: without reduction.
+      accuracy: accuracy on the test images (models,), by setting; the key ALL is no reduction.
       loss: loss on the test images (models,), by setting.
     """
 
@@ -62,7 +62,7 @@ def insert_all(config: ConfigDict, models: Sequence[Variables]) -> list[Insertio
 
     Args:
       config: configuration of the models.
-      models: variables of each.
+      models: variables of each model.
     """
     host = make_model(config)
     if not isinstance(host, VisionTransformer) or host.settings.token_reducer:
@@ -94,14 +94,14 @@ def evaluate(
 
 
 def table(insertions: list[Insertion], field: str) -> list[str]:
-    """Returns the lines of one field, "accuracy" or "loss": methods down, reductions across."""
+    """Returns the lines of one field, "accuracy" or "loss", with a row per method."""
     columns = [getattr(insertion, field) for insertion in insertions]
     rows = ([name, *(mean_and_std(column[name]) for column in columns)] for name in columns[0])
     return pages.table([field, *LASTS], rows)
 
 
 def gains(insertions: list[Insertion]) -> list[str]:
-    """Returns the lines of the gain in accuracy from carry, in the same model."""
+    """Returns the lines of the gain in accuracy from carry in the same model."""
     rows = []
     for name in SETTINGS:
         carried = f"{name}, carry"
@@ -121,7 +121,7 @@ def keeps(insertions: list[Insertion]) -> list[str]:
 
 
 def plot(insertions: list[Insertion]) -> Figure:
-    """Draws mean accuracy and loss over the share of patches that is left; dashed: carry."""
+    """Draws mean accuracy and loss over the share of remaining patches; dashed: with carry."""
     figure, axes = plots.panels(2, width=11, height=4)
     plain_names = list(dict.fromkeys(name.split(",")[0] for name in SETTINGS))
     for axis, field in zip(axes, ("accuracy", "loss"), strict=True):
@@ -141,8 +141,8 @@ def plot(insertions: list[Insertion]) -> Figure:
 def page(found: list[Insertion]) -> list[str]:
     """Returns the lines of the page."""
     about = f"""
-    {stages.ABOUT}; {len(SEEDS)} seeds, mean ± standard deviation. Every block drops the same share
-    of its patches; the columns say which share leaves the last block:
+    {stages.ABOUT}. Results are mean ± standard deviation over {len(SEEDS)} seeds. Every block drops
+    the same share of its patches; the columns give the share that leaves the last block:
     """
     return [
         *pages.heading("Token Pooling in trained models, without training", __file__, about),
@@ -176,7 +176,7 @@ def insert_into_run(workdir: Path, checkpoint: str, data_dir: str | None) -> Non
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Runs the command."""
+    """Inserts reducers into a run, or into small models trained here."""
     if flag_values.workdir is None:
         insert_into_digits()
     else:

@@ -1,6 +1,7 @@
 """Trains a small DeiT (stage 1 of Token Pooling) and tunes it with a token reducer (stage 3).
 
-64 patches, 6 blocks, the embedded digits: recipes.vit.deit_digits_config.
+The DeiT has 64 patches and 6 blocks and is trained on the embedded digits; its configuration is
+recipes.vit.deit_digits_config.
 """
 
 import functools
@@ -30,7 +31,7 @@ LABELS = {
 }
 ABOUT = (
     "This is NOT ImageNet: handwritten digits of 64 x 64 pixels, 360 test images, so one image is "
-    "0.003. A DeiT with 6 blocks and 64 patches, trained for 400 steps"
+    "0.003. A DeiT with 6 blocks and 64 patches is trained for 400 steps"
 )
 
 
@@ -53,13 +54,13 @@ def train_base(seed: int, qk_norm: str = "none") -> ShortRun:
 def tune(
     seed: int, reducer: dict | None, *, num_steps: int = TUNED_STEPS, qk_norm: str = "none"
 ) -> ShortRun:
-    """Trains stage 3 from the base of a seed: all methods see the same batches.
+    """Trains stage 3 from the base of a seed, with the same batches for all methods.
 
     Args:
       seed: seed of the base; the batches differ from the base's batches.
       reducer: attributes of `TokenReducer` by name; None: all patches stay.
-      num_steps: length of training, 10 steps of it warm-up; the learning rate is half of the
-        learning rate of stage 1.
+      num_steps: length of training, including 10 steps of warm-up; the learning rate is half of
+        stage 1's.
       qk_norm: normalisation of queries and keys in the base.
     """
     config = base_config(seed + 100, qk_norm)
@@ -69,7 +70,7 @@ def tune(
     if reducer:
         config.model_overrides.token_reducer = reducer
     run = train(config, initial=train_base(seed, qk_norm).variables)
-    # The compiled steps of earlier runs are not needed any more.
+    # The compiled steps of earlier runs are no longer needed.
     jax.clear_caches()
     print(f"{reducer}, seed {seed}: {run.accuracy:.4f}, loss {run.test_loss:.4f}", flush=True)
     return run
@@ -108,7 +109,7 @@ def draw_results(
     Args:
       axis: the panel.
       groups: runs over seeds.
-      read: takes the drawn value from a run.
+      read: function that returns the drawn value of a run.
       colors: colour of each group.
       title: title of the panel.
     """

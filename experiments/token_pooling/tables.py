@@ -19,27 +19,27 @@ from tokenvit_jax.published import TOKEN_POOLING, TOKEN_POOLING_BASES, TOKEN_POO
 
 PATCHES, DEPTH = 196, 12
 ABOUT = """
-GMACs of one image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is measured
-here. K-Medoids counts the distances between all pairs, N^2 M, in the layers that drop tokens. "As
-published" also counts them in the layers with K = N, in which nothing is done here. K-Means counts
-five rounds, K N M each. A weighted clustering costs as much as the plain one.
+GMACs are for one image of 224 x 224 pixels. Accuracies are the paper's, on ImageNet; none is
+measured here. K-Medoids counts the distances between all pairs, N^2 M, in the layers that drop
+tokens. "As published" also counts them in the layers with K = N, in which nothing is done here.
+K-Means counts five rounds, K N M each. A weighted clustering costs as much as an unweighted one.
 """
 CONVOLUTIONS = """
-One, two and three layers of 2 x 2 with stride 2, map 14 -> 7 -> 3 -> 1; three layers are equally
-far apart. GMACs from the cheapest to the most expensive placement: first for all placements, then
-by the block of the first layer.
+One, two or three layers of 2 x 2 with stride 2 change the map from 14 to 7 to 3 to 1; three layers
+are evenly spaced. The table shows the GMACs of the cheapest and the most expensive placement,
+first for all placements, then by the block of the first layer.
 """
 
 
 @functools.cache
 def gmacs(name: str, method: str = "", keep: tuple = (), blocks: tuple = ()) -> float:
-    """Counts 10^9 multiply-adds of an image of 224 x 224; method "": without reduction."""
+    """Counts 10^9 multiply-adds of an image of 224 x 224; method "" means without reduction."""
     reducer = {"method": method, "keep": keep, "blocks": blocks} if method else None
     return count_macs(tv.create_model(name, token_reducer=reducer), IMAGENET_SIZE) / 1e9
 
 
 def idle(name: str, keep: tuple[int, ...]) -> float:
-    """Counts the distances (10^9) in the layers that keep all N, where nothing is done here."""
+    """Counts the distances (10^9) in the layers with K = N, in which nothing is done here."""
     left = np.minimum.accumulate((PATCHES, *keep))
     dim = tv.create_model(name).settings.dim
     return sum(n**2 * dim for n, k in itertools.pairwise(left) if n == k) / 1e9
@@ -72,7 +72,7 @@ def bases() -> list[str]:
 
 
 def placements() -> dict[int, list[tuple[int, ...]]]:
-    """Returns number of layers -> their blocks in Supplement D; three are equally far apart."""
+    """Returns number of layers -> their blocks in Supplement D; three are evenly spaced."""
     found = {n: list(itertools.combinations(range(1, DEPTH + 1), n)) for n in (1, 2, 3)}
     found[3] = [(a, b, c) for a, b, c in found[3] if b - a == c - b]
     return found
@@ -92,7 +92,7 @@ def convolutions() -> list[str]:
 
 
 def span(costs: Iterable[float]) -> str:
-    """Formats the lowest and the highest cost; nothing if there is none."""
+    """Formats the lowest and the highest cost; "" if there is none."""
     ends = sorted({f"{cost:.2f}" for cost in costs}, key=float)
     return " - ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else ""
 
@@ -103,7 +103,7 @@ def three(cost: float) -> str:
 
 
 def plot() -> Figure:
-    """Draws the paper's accuracy over the cost that is counted here."""
+    """Draws the paper's accuracy over the cost counted here."""
     figure, axes = plots.panels(
         len(TOKEN_POOLING_BASES), width=12, height=3.8, grid=True, sharey=True
     )

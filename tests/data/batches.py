@@ -1,4 +1,4 @@
-"""Batches of a configuration, or of other records in its place."""
+"""Makes batches of a configuration's dataset, or of other records in its place."""
 
 import grain
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from tokenvit_jax.tasks import create_task
 def train_dataset(
     config: ConfigDict, source: Source | None = None, **process: int
 ) -> grain.IterDataset:
-    """Returns batches for training; `source`: read instead of the training split."""
+    """Returns batches for training; `source` replaces the training split."""
     task = create_task(config)
     source = source or open_split(config.dataset, task.info.train_split, config.data.data_dir)
     return train_batches(source, task.examples(train=True), config, **process)
@@ -19,7 +19,7 @@ def train_dataset(
 def eval_dataset(
     config: ConfigDict, source: Source | None = None, **process: int
 ) -> grain.IterDataset:
-    """Returns batches for evaluation; `source`: read instead of the evaluation split."""
+    """Returns batches for evaluation; `source` replaces the evaluation split."""
     task = create_task(config)
     source = source or open_split(config.dataset, task.info.eval_split, config.data.data_dir)
     return eval_batches(source, task.examples(train=False), config, **process)

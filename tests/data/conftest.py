@@ -14,7 +14,7 @@ def archives(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(archives, tmp_path_factory):
-    """The `data_dir` into which that ImageNet was prepared."""
+    """The `data_dir` into which the small ImageNet was prepared."""
     data_dir = tmp_path_factory.mktemp("prepared")
     imagenet2012.prepare(archives, data_dir)
     return data_dir

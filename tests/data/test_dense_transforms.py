@@ -30,7 +30,7 @@ def augment_with(**entries):
 def test_crop_equals_a_crop_of_the_resized_image(factor):
     image, size = photograph(90, 60), 32
     width, height = round(90 * 32 * factor / 60), round(60 * 32 * factor / 60)
-    # Labels are the column numbers: they say where a pixel comes from.
+    # Labels are the column numbers, so they show where a pixel comes from.
     label = np.broadcast_to(np.arange(90, dtype=np.uint8), (60, 90)).copy()
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
     columns = resize_label(label, width, height)
@@ -111,7 +111,7 @@ def test_evaluated_image_fits_its_buffer(size, short_side, buffer, expected):
 
 
 class Scripted:
-    """A generator with given numbers: which changes are made, then how strong they are."""
+    """A generator with given numbers, which choose the changes and their strengths."""
 
     def __init__(self, changes, *strengths):
         self.changes = np.where(changes, 0.0, 0.9)

@@ -160,7 +160,7 @@ def test_workers_change_neither_batches_nor_state(config):
     assert_equal([next(iterator)], expected[1:2])
     iterator.close()
 
-    config.data.workers = 0  # goes on with another number of workers
+    config.data.workers = 0  # continues with another number of workers
     resumed = iter(train_dataset(config))
     resumed.set_state(state)
     assert_equal([next(resumed) for _ in range(3)], expected[4:])

@@ -22,7 +22,7 @@ def test_operations_keep_size_and_grow_with_the_level(image, name):
         assert (result.size, result.mode) == (image.size, "RGB")
         distances.append(np.abs(np.asarray(result, int) - np.asarray(image, int)).mean())
     if name in ("auto_contrast", "equalize", "invert"):
-        assert len(set(distances)) == 1  # these have no level
+        assert len(set(distances)) == 1  # these operations have no level
     elif name == "posterize":
         assert distances[0] < distances[1] < distances[2]  # 4, 3, 1 bits kept
     else:

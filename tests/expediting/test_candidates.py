@@ -1,4 +1,4 @@
-"""Settings that are worth trying, and what they cost."""
+"""Settings that are worth trying, and their costs."""
 
 import pytest
 from small_hosts import MODELS

@@ -20,7 +20,7 @@ DEPTH = 24
 
 
 def deep_candidates():
-    """Returns candidates of a host with 24 blocks, as if a centre cost as much as a token."""
+    """Returns candidates of a host with 24 blocks in which a centre costs as much as a token."""
     return [
         Candidate(setting, (setting.alpha + gamma + setting.beta * (side / 40) ** 2) / DEPTH)
         for alpha, gamma in itertools.product(range(1, DEPTH), range(DEPTH))
@@ -79,7 +79,7 @@ def test_the_nearest_budget_is_named():
 
 
 def test_the_most_similar_candidates_are_timed(monkeypatch):
-    """Clustering takes a tenth of the plain model's time in this test."""
+    """In this test, clustering takes a tenth of the plain model's time."""
     candidates = {c.expedite: c.macs for c in deep_candidates()}
 
     def time_in_turns(calls, seconds):

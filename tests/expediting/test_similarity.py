@@ -15,7 +15,7 @@ from tokenvit_jax.models.expedite import Expedite
 
 @pytest.mark.parametrize("name", ["segmenter", "swin"])
 def test_similarity_is_the_mean_cosine_of_features(name):
-    """Successive settings share results where they can, and only there."""
+    """Successive settings share the results of equal blocks, and no others."""
     model, size = MODELS[name], (32, 40)
     backbone = backbone_of(model)
     variables = random_variables(model, images_of(size))

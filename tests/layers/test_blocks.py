@@ -37,7 +37,7 @@ def test_patch_embedding_equals_the_loops(kernel_size, stride, padding):
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     params = jax.tree.map(np.float64, variables["params"])
 
-    around = (padding, kernel_size)  # behind the map, more zeros than any patch reaches
+    around = (padding, kernel_size)  # more zeros beyond the map than any patch reaches
     padded = np.pad(x.astype(np.float64), ((0, 0), around, around, (0, 0)))
     expected = np.zeros((2, math.ceil(13 / stride), math.ceil(10 / stride), 5))
     for i, j in np.ndindex(expected.shape[1:3]):

@@ -27,7 +27,7 @@ def test_training_step_is_gradient_descent():
     assert found == pytest.approx(float(loss), rel=1e-5)
     expected = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
     chex.assert_trees_all_close(after["params"], expected, atol=1e-6)
-    # The statistics and the centroids moved too, and the sums of the centroids are cleared.
+    # The statistics and centroids also moved, and the sums for the centroids are cleared.
     for name in ("batch_stats", "centroids"):
         changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables[name], after[name])
         assert any(jax.tree.leaves(changed))

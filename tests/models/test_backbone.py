@@ -139,7 +139,7 @@ def test_tokens_of_a_hierarchical_backbone_are_its_maps_side_by_side():
 
 
 def blocks_one_by_one(module, images):
-    """Tokens and homes after every block of a plain host, from the blocks themselves."""
+    """Returns tokens and homes after every block of a plain host, calling each block directly."""
     x = module._embed(images, (4, 3))
     home = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (len(x), 12))
     origin, found = Origin(jnp.ones(x.shape[:2]), home), []
@@ -155,7 +155,7 @@ def run(model, method):
 
 @pytest.mark.parametrize("reducer", [None, {"keep": (12, 7, 3), "method": "evit"}])
 def test_taps_are_the_tokens_after_the_blocks(reducer):
-    """In the order asked for; each patch has the token that stands for it."""
+    """Taps are in the requested order; each patch has the token that stands for it."""
     model = vit(token_reducer=reducer)
     found = run(model, lambda module, x: module.taps(x, False, (2, 0, 1)))
     expected = run(model, blocks_one_by_one)
@@ -247,7 +247,7 @@ def test_the_variables_of_the_backbone():
     [("literal", 0.1 * 0.02), ("swapped", 1 - 0.1 * 0.02), ("constant", 0.7)],
 )
 def test_centroids_move_by_the_rule_inside_a_model_too(rule, old_weight):
-    """Eq. 4; all other variables stay."""
+    """The rule is Eq. 4; all other variables stay unchanged."""
     model = Wrapped(small_dgt().clone(centroid_rule=rule))
     given = variables(model)
     found = model.after_step(given, jnp.float32(0.02))
@@ -337,7 +337,7 @@ def test_a_search_learns_its_retention_faster():
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_search_sows_the_penalty_in_training(remat):
-    """Block l, from 1, adds penalty * l * sum(retention of block l), and nothing else changes."""
+    """Block l, from 1, adds penalty * l * sum(retention of block l); nothing else changes."""
     model = Wrapped(vit(token_reducer=SEARCH, remat=remat))
     given = variables(model)
 

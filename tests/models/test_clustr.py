@@ -18,8 +18,8 @@ from tokenvit_jax.layers.cluster_attention import cluster_numbers
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models.clustr import SIZES, ClusTR, ClusTRBlock, ClusTRSettings, ConvFFN
 
-# Two stages: what blocks and stages do, at half the time to compile. 12 x 8 tokens become 6 and 24,
-# 6 x 4 tokens 6 or all.
+# Two stages exercise all blocks and stages and compile in half the time. 12 x 8 tokens become 6 and
+# 24 clusters, 6 x 4 tokens become 6 or all.
 SMALL = ClusTR(ClusTRSettings(
     num_classes=5, dims=(8, 16), num_heads=(1, 2), depths=(1, 1), mlp_ratios=(2, 2),
     ratios=((16, 4), (4, 1)),
@@ -34,7 +34,7 @@ def images():
 
 @functools.cache
 def variables():
-    """Random weights that are large enough for attention and scores to matter."""
+    """Returns random weights that are large enough for attention and scores to matter."""
     initial = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), images()[:1])
     leaves, tree = jax.tree.flatten(initial)
     rng = np.random.default_rng(1)
@@ -121,7 +121,7 @@ def test_cluster_numbers(num_tokens, ratios, numbers):
 
 
 def attention(x, seed=0, **settings):
-    """Output, intermediates and variables of a layer with random weights."""
+    """Returns output, intermediates and variables of a layer with random weights."""
     layer = ClusterAttention(num_heads=2, **settings)
     state = layer.init(jax.random.key(seed), x, train=False)
     output, noted = layer.apply(state, x, train=False, mutable=["intermediates"])
@@ -179,7 +179,7 @@ def test_ffn_equals_its_formula():
 
 
 def test_block_equals_its_layers():
-    """Eq. 9: attention first, each layer on normalised tokens and added to what it reads."""
+    """Eq. 9: attention first; each layer reads normalised tokens and is added to its input."""
     x = np.random.default_rng(5).normal(size=(2, 4, 6, 8)).astype(np.float32)
     settings = {"num_heads": 2, "ratios": (4,)}
     block = ClusTRBlock(
@@ -199,7 +199,7 @@ def test_block_equals_its_layers():
 
 
 def test_adaptive_numbers_follow_the_content():
-    """Half of the clusters on average; an image with little in it gets fewer."""
+    """Images use half of the clusters on average; an image with little content uses fewer."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(6, 8, 8, 16)).astype(np.float32)
     x[:3] = 0.05 * x[:3] + rng.integers(0, 2, (3, 8, 8, 1))  # two kinds of tokens
@@ -232,7 +232,7 @@ def test_adaptive_numbers_follow_the_content():
 
 
 def test_an_adaptive_model_takes_images_of_any_size():
-    """Of 9 tokens, unlike of 16, ratio 1 leaves 8: the variables must not depend on it."""
+    """Ratio 1 leaves 8 of 9 tokens, but 16 of 16: the variables must not depend on this."""
     layer = ClusterAttention(num_heads=2, ratios=(2, 1), adaptive=0.5)
     init = functools.partial(layer.init, jax.random.key(0), train=False)
     variables = jax.eval_shape(init, jnp.ones((1, 4, 4, 8)))
@@ -259,7 +259,7 @@ def test_mistakes_are_named(channels, settings, message):
 
 
 def test_a_block_at_detection_size_fits_into_4_gib():
-    """Stage 1 of 800 x 1344 pixels, 67,200 tokens: forward and backward, as XLA plans it."""
+    """Stage 1 at 800 x 1344 pixels, 67,200 tokens, forward and backward, in XLA's memory plan."""
     block = ClusTRBlock(SIZES["clustr_t"], stage=0, index=0)
     x = jax.ShapeDtypeStruct((1, 200, 336, 64), jnp.float32)
     rngs = {"params": jax.random.key(0), "routing": jax.random.key(1)}

@@ -28,7 +28,7 @@ def images():
 def variables(name):
     model = tv.create_model(name, **SMALL)
     initial = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images())
-    if name == "dgt_s":  # post-norm branches start at zero: let them contribute
+    if name == "dgt_s":  # post-norm branches start at zero: make them contribute
         initial["params"] = jax.tree_util.tree_map_with_path(
             lambda path, x: x + 0.5 * ("scale" in jax.tree_util.keystr(path)), initial["params"]
         )
@@ -65,7 +65,7 @@ def test_gradients_are_finite_and_reach_every_parameter(name):
     chex.assert_tree_all_finite(grads)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         key = jax.tree_util.keystr(path)
-        # A constant added to every key leaves the softmax as it is.
+        # A constant added to every key does not change the softmax.
         grad = (
             np.delete(grad, slice(len(grad) // 3, 2 * len(grad) // 3))
             if "qkv']['bias" in key
@@ -100,7 +100,7 @@ def test_evaluation_freezes_the_state():
 
 
 def test_forward_passes_add_up_before_the_centroids_move():
-    """Two micro-batches and one step are one batch and one step."""
+    """Two micro-batches and one step equal one batch and one step."""
     model = tv.create_model("dgt_t", **SMALL)
     state = variables("dgt_t")
     # Frozen BatchNorm statistics make the halves independent of each other.
@@ -169,7 +169,7 @@ def test_stochastic_depth_drops_whole_images():
 
 
 def test_pmap_gives_the_numbers_of_one_device():
-    """Sums over devices are the whole batch's: BatchNorm, centroids, masks, gradients."""
+    """Sums over devices equal sums over the whole batch: BatchNorm, centroids, masks, gradients."""
     expected = reference("dgt_t")
     model = tv.create_model("dgt_t", **SMALL, **RANDOM, axis_name="devices")
     devices = min(4, jax.device_count())

@@ -1,4 +1,4 @@
-"""Clustering and reconstruction in a plain host, without a parameter of their own."""
+"""Clustering and reconstruction in a plain host, which add no parameters."""
 
 import functools
 
@@ -28,7 +28,7 @@ def apply(expedite=None, method="tokens", images=IMAGES, **settings):
 
 
 def blocks(x, first, last):
-    """Some blocks of the host, on any tokens."""
+    """Returns a function that applies some blocks of the host to any tokens."""
     params = variables()["params"]
     model = VisionTransformer(ViTSettings(**SMALL))
 
@@ -61,7 +61,7 @@ def test_middle_blocks_see_the_centers():
 
 
 def test_logits_are_reconstructed():
-    """A linear head on the centres, then reconstruction, equals it on reconstructed tokens."""
+    """A linear head before the reconstruction equals the same head on reconstructed tokens."""
     settings = {"alpha": 1, "beta": 3, "clusters": (2, 3), "temperature": 99.0, "neighbors": 4}
 
     def dense(where):

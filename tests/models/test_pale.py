@@ -15,7 +15,7 @@ from tokenvit_jax.layers.pale_attention import padded_size
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.pale import AbsolutePositionEncoding, Pale, PaleBlock, PaleSettings
 
-# Two stages: what blocks and stages do, at half the time to compile.
+# Two stages exercise all blocks and stages and compile in half the time.
 SMALL = Pale(PaleSettings(
     num_classes=5, dims=(8, 16), num_heads=(2, 4), depths=(1, 1), pale_sizes=(3, 3), token_head=True
 ))  # fmt: skip
@@ -23,13 +23,13 @@ SMALL = Pale(PaleSettings(
 
 @functools.cache
 def images():
-    """48 x 32 pixels: maps of 12 x 8 and 6 x 4 tokens, of which pales of 3 do not fit one side."""
+    """48 x 32 pixels give maps of 12 x 8 and 6 x 4 tokens; pales of 3 divide only one side."""
     return np.random.default_rng(0).normal(size=(4, 48, 32, 3)).astype(np.float32)
 
 
 @functools.cache
 def variables():
-    """Random weights at which attention is far from uniform, unlike those training starts with."""
+    """Random weights with far from uniform attention, unlike the weights training starts with."""
     rng = np.random.default_rng(1)
 
     def draw(path, shape):
@@ -67,7 +67,7 @@ def abstract_variables(model, size=(224, 224)):
 
 
 def test_attention_layer_equals_its_formula():
-    """A map smaller than a pale: zeros around it become queries, keys and values as well."""
+    """In a map smaller than a pale, the zeros around it also become queries, keys and values."""
     layer = PaleAttention(num_heads=2, pale_size=5)
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 3, 4, 6))
@@ -127,7 +127,7 @@ def test_masked_padding_counts_only_where_there_is_padding():
     ],
 )
 def test_multiply_adds_of_the_ablations(overrides, gmacs):
-    """Tables 7 and 8. Elementwise work, such as norms, is not counted: hence 0.5 %."""
+    """Tables 7 and 8 agree within 0.5 %: elementwise work, such as norms, is not counted here."""
     model, x = tv.create_model("pale_t", **overrides), jax.ShapeDtypeStruct((1, 224, 224, 3), float)
     macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables_of_pale_t(), x)
     assert macs / 1e9 == pytest.approx(gmacs, rel=5e-3)
@@ -135,7 +135,7 @@ def test_multiply_adds_of_the_ablations(overrides, gmacs):
 
 @functools.cache
 def variables_of_pale_t():
-    """Neither pale sizes nor mode change them."""
+    """Returns the variables of Pale-T, which depend neither on pale sizes nor on the mode."""
     return abstract_variables(tv.create_model("pale_t"))
 
 
@@ -186,7 +186,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
     chex.assert_tree_all_finite(grads)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         key = jax.tree_util.keystr(path)
-        # A constant added to every key leaves the softmax as it is.
+        # A constant added to every key does not change the softmax.
         if not ("['k']" in key and "bias" in key):
             assert np.abs(grad).max() > 1e-4, key
 

@@ -1,4 +1,4 @@
-"""Token reducers in a plain host: published costs, and what each does to the tokens."""
+"""Token reducers in a plain host: published costs, and the effect of each on the tokens."""
 
 import functools
 import itertools
@@ -57,7 +57,7 @@ def patches_of(x, score, size=None, keys=None):
 
 
 def nearest(x, tokens):
-    """Returns the number of the token (B, K, C) nearest to each of x (B, N, C)."""
+    """Returns the index of the token (B, K, C) nearest to each token of x (B, N, C)."""
     return ((x[:, :, None] - tokens[:, None]) ** 2).sum(-1).argmin(-1)
 
 
@@ -85,7 +85,7 @@ def gmacs(name, keep, method):
 def test_costs_of_the_published_levels(name):
     dim = tv.create_model(name).settings.dim
     for level in TOKEN_POOLING[name]:
-        # The paper clusters N tokens to N, too; here they are left as they are.
+        # The paper also clusters N tokens to N; here they are left unchanged.
         left = np.minimum.accumulate((196, *level.keep))
         idle = sum(n**2 * dim for n, k in itertools.pairwise(left) if n == k) / 1e9
         for found, paper in (
@@ -98,7 +98,7 @@ def test_costs_of_the_published_levels(name):
 
 @pytest.mark.parametrize("name", TOKEN_POOLING)
 def test_costs_to_three_digits(name):
-    """Attention costs what comes into a block, the MLP what goes on; levels 0 to 7, in 10^9."""
+    """Attention sees the tokens before the reduction, the MLP those after; levels 0 to 7, 10^9."""
     exact = {
         "deit_s": (4.282, 2.935, 2.523, 2.268, 2.061, 1.518, 1.215, 0.963),
         "deit_e318": (3.009, 2.108, 1.809, 1.619, 1.462, 1.090, 0.893, 0.752),
@@ -109,7 +109,7 @@ def test_costs_to_three_digits(name):
 
 
 def test_costs_of_token_merging_and_evit():
-    """As their papers report of DeiT-S, to one digit."""
+    """The costs agree with the papers' figures for DeiT-S to one digit."""
     assert tome_keep(196, 12, 13) == tuple(range(183, 39, -13))
     assert tome_keep(9, 4, 3) == (6, 3, 2, 1)
     assert evit_keep(9, 3, 0.9, (1, 3)) == (9, 9, 9)  # ceil(8.1) + 1
@@ -152,7 +152,7 @@ def test_reduced_tokens(method):
 
 
 def test_chance_follows_the_scores():
-    """The token with three times the score of the other is drawn in three of four images."""
+    """A token with three times the score of the other is drawn in three of four images."""
     images = 4000
     x = jnp.broadcast_to(jnp.array([[[0.0], [1.0]]]), (images, 2, 1))
     score = jnp.broadcast_to(jnp.array([[1.0, 3.0]]), (images, 2))
@@ -189,7 +189,7 @@ def test_random_first_centers_are_a_random_selection():
 
 
 def test_merging_alike_tokens_is_a_mean_by_size():
-    """Three rounds from 12 to 2: all of the image is kept, in whatever pairs."""
+    """Three rounds merge 12 tokens to 2 and keep the whole image, for any pairs."""
     x, keys = rng.normal(size=(2, 12, 4)), rng.normal(size=(2, 12, 3))
     size = rng.integers(1, 4, size=(2, 12)).astype(np.float32)
     patches = Patches(x.astype(np.float32), None, keys.astype(np.float32), size)
@@ -227,7 +227,7 @@ def with_extra(model, seed=3):
 
 
 def test_convolution_halves_the_map():
-    """4 x 3 patches become 2 x 1, then the convolution has no second row or column left."""
+    """4 x 3 patches become 2 x 1; then there is no second column for another convolution."""
     reducer = {"method": "convolution", "blocks": (2,)}
     model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
     params = model.init(jax.random.key(0), IMAGES, train=False)["params"]["blocks_1"]["halve_map"]
@@ -317,7 +317,7 @@ def test_number_of_tokens_falls_to_the_class_token():
 
 
 def test_the_first_reduction_uses_the_attention_that_patches_receive():
-    """Nothing before the first MLP depends on the reducer: the kept tokens can be followed."""
+    """Nothing before the first MLP depends on the reducer, so kept tokens can be identified."""
     params = variables()["params"]
     model = VisionTransformer(ViTSettings(**SMALL))
     _, noted = model.apply(
@@ -369,7 +369,7 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
     loss, grads = grad(params, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # Nobody reads the patches that leave the last block.
+        # Nothing reads the patches that leave the last block.
         unread = name == "blocks_2/soft_extract/retention"
         assert np.isfinite(leaf).all() and (np.abs(leaf).max() > 0) == (not unread), name
     assert grad(params, 0)[0] == loss

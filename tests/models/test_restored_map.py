@@ -42,7 +42,7 @@ def features_and_steps(module, images, train):
 
 @pytest.mark.parametrize("method", ["tome", "weighted_kmeans", "evit"])
 def test_tokens_go_back_the_way_they_came(method):
-    """What ToMe calls unmerge: a merged token is copied to all that it was merged from."""
+    """ToMe's "unmerge" copies a merged token to all tokens that it was merged from."""
     reducer = {"keep": (7, 3), "method": method, "carry": True}
     found, homes, tokens = apply(reducer, features_and_steps)
     assert [home.shape for home in homes] == [(2, 12), (2, 7)]
@@ -60,7 +60,7 @@ def test_tokens_go_back_the_way_they_came(method):
 
 
 def test_nothing_to_restore():
-    """All patches go on, with a reducer that does nothing and with one that scales by 1."""
+    """A reducer that does nothing, or scales by 1, keeps all patches."""
     reducer = {"method": "soft_extract"}
     search = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, distilled=True))
     idle = search.clone(token_reducer={"keep": (12, 99), "method": "evit"})
@@ -108,7 +108,7 @@ def embedded_and_tokens(module, images, train):
 
 
 def test_evit_equals_the_loops():
-    """Down to a single token, fused of patches and of an earlier fused one."""
+    """The reduction goes down to a single token, fused from patches and an earlier fused token."""
     embedded, found = apply({"keep": (5, 1), "method": "evit"}, embedded_and_tokens)
     params = jax.tree.map(np.float64, variables()["params"])
     for b in range(2):
@@ -146,7 +146,7 @@ def test_patches_are_at_home_in_the_nearest_token():
     [("evit", (13, 8)), ("random", (12, 7)), ("tome", ()), ("kmedoids", ())],
 )
 def test_only_a_map_pays_for_the_search(method, searched):
-    """N K C for every block that drops patches; the fused token is looked at, too."""
+    """The search costs N K C in every block that drops patches; K includes the fused token."""
     reducer = {"keep": (7, 3), "method": method}
     model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
     macs = {
@@ -160,7 +160,7 @@ def test_only_a_map_pays_for_the_search(method, searched):
 
 
 def test_gradients_of_a_map():
-    """In training, with blocks computed again: every parameter of the blocks learns from it."""
+    """In training with rematerialisation, every parameter of the blocks has a gradient."""
     reducer = {"keep": (7, 3), "method": "evit"}
     model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, remat=True))
     rngs = {"routing": jax.random.key(0), "dropout": jax.random.key(1)}

@@ -1,4 +1,4 @@
-"""Small Swin Transformers: networks against loops in float64, training state, sizes of images."""
+"""Small Swin Transformers: networks against float64 loops, training state, image sizes."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tokenvit_jax.models.swin import (
 SETTINGS = {"num_classes": 5, "dims": (8, 12), "num_heads": (2, 3), "depths": (2, 2)}
 SMALL = {
     "swin": Swin(SwinSettings(**SETTINGS, window_size=4)),
-    # Windows narrower than the windows that offsets are measured by.
+    # Windows narrower than the windows that are the units of offsets.
     "swinv2": SwinV2(SwinV2Settings(**SETTINGS, window_size=4, pretrained_window_sizes=(6, 4))),
 }
 MODELS = pytest.mark.parametrize("name", SMALL)
@@ -31,13 +31,13 @@ MODELS = pytest.mark.parametrize("name", SMALL)
 
 @functools.cache
 def images():
-    """Maps of 9 x 10 and 5 x 5: all sides are padded, for merging too; all windows are shifted."""
+    """Images with maps of 9 x 10 and 5 x 5: all sides need padding, also for merging; all shift."""
     return np.random.default_rng(0).normal(size=(2, 35, 40, 3)).astype(np.float32)
 
 
 @functools.cache
 def params(name):
-    """Random weights at which attention is far from uniform, unlike those training starts with."""
+    """Random weights with far from uniform attention, unlike the weights training starts with."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -77,7 +77,7 @@ def mlp(p, x):
 
 
 def position_bias(p, rows, columns, pretrained):
-    """Biases of every pair of places (N, T, T)."""
+    """Returns the bias of every pair of positions (N, T, T)."""
     offsets = [x[:, None] - x for x in (rows, columns)]
     if pretrained is None:
         middle = p["relative_position_bias"].shape[0] // 2
@@ -90,7 +90,7 @@ def position_bias(p, rows, columns, pretrained):
 
 
 def attention(p, x, heads, window, shift, pretrained):
-    """Attention among all tokens of a window, padding too; windows end where the map ends."""
+    """Attends among all tokens of a window, including padding; windows end at the map's border."""
     batch, height, width, channels = x.shape
     x = np.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
     rows, columns = (i.reshape(-1) for i in np.indices(x.shape[1:3]))
@@ -203,7 +203,7 @@ def test_mapped_devices_give_the_numbers_of_one():
 
 @MODELS
 def test_first_weights(name):
-    """Swin v2 begins with blocks that do nothing; position biases are there from the start."""
+    """Swin v2 begins with blocks that do nothing; position biases act from the start."""
     model, x = SMALL[name], images()[:1, :32, :32]
     p = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(x)["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(p, abstract_params(model, (64, 48)))

@@ -78,8 +78,8 @@ def published_block(golden, index):
 def test_a_stage_of_the_released_code(path):
     """With the mask for the actual shift, and with the mask of the released code.
 
-    The results cover some tokens. They leave out 18 of 750 whose nearest centres are a tie:
-    where a window ends in padding, several centres are exactly 0, and any of them may be taken.
+    The results cover some tokens. They leave out 18 of 750 tokens whose nearest centres are a tie:
+    if a window ends in padding, several centres are exactly 0, and any of them may be used.
     """
     golden = np.load(path)
     height, width, depth, alpha, k = (int(golden[n]) for n in ("H", "W", "depth", "loc", "k"))
@@ -122,7 +122,7 @@ def test_tables_of_the_released_code(window, smaller):
 
 
 def test_swin_v2_resizes_the_table_of_its_mlp():
-    """Queries and keys are 0, values and results the tokens: what is left is the position bias.
+    """Isolates the position bias: queries and keys are 0, values and results are the tokens.
 
     Windows of 3 x 2 centres replace windows of 5 x 4 tokens; a window may have 6 x 6.
     """
@@ -158,7 +158,7 @@ def test_swin_v2_resizes_the_table_of_its_mlp():
 
 @MODELS
 def test_as_many_centers_as_tokens_change_nothing(name):
-    """Every token is its own centre, on a map of which 4 rows are less than a window of 6."""
+    """Every token is its own centre, on a map whose 4 rows are less than a window of 6."""
     images = np.random.default_rng(3).normal(size=(1, 32, 96, 3)).astype(np.float32)
     plain = SMALL[name].clone(window_size=6)
     p = jax.tree.map(lambda x: x, params(name))
@@ -181,7 +181,7 @@ def test_as_many_centers_as_tokens_change_nothing(name):
 
 
 def test_gradients_with_rematerialisation():
-    """The stage with most blocks is another one; gradients are finite and reach all parameters."""
+    """Another stage has the most blocks; gradients are finite and reach all parameters."""
     plain, other = features(SMALL["swin"], "swin", IMAGES), SMALL["swin"].clone(expedite=EXPEDITE)
     maps = features(other, "swin", IMAGES)
     np.testing.assert_allclose(maps[0], plain[0], atol=1e-5)
@@ -218,7 +218,7 @@ def test_fewer_multiply_adds():
         summarize_model(m, (224, 320), "swin_t") for m in (model, model.clone(expedite=None))
     )
     assert found.params == plain.params
-    # Three blocks of the third stage, of 12 C^2 multiply-adds a token beside attention, have
+    # Three blocks of the third stage, with 12 C^2 multiply-adds per token besides attention, have
     # (4 / 7)^2 of the tokens; maps of 14 x 20 are padded to 14 x 21, which attention sees anyway.
     saved = 3 * 12 * 384**2 * 14 * (20 - 21 * (4 / 7) ** 2)
     assert 0.85 * saved < plain.macs - found.macs < 1.1 * saved

@@ -20,7 +20,7 @@ IMAGES = rng.normal(size=(2, 48, 32, 3)).astype(np.float32)
 
 @functools.cache
 def make(**overrides):
-    """Returns a model and random variables, none of them 0 or 1 as at the start of a training."""
+    """Returns a model and random variables, none of them 0 or 1 as at the start of training."""
     model = VisionTransformer(ViTSettings(**SMALL | overrides))
     shapes = variable_shapes(model, IMAGES)
     draw = np.random.default_rng(1)
@@ -40,7 +40,7 @@ def linear(x, params):
 
 
 def block(x, params, num_heads, epsilon):
-    """Blocks with loops over images and heads."""
+    """Computes a block with loops over images and heads."""
     qkv = linear(layer_norm(x, params["norm1"], epsilon), params["attention"]["qkv"])
     q, k, v = np.split(qkv, 3, axis=-1)
     y = np.empty_like(x)
@@ -118,7 +118,7 @@ def test_other_sizes_are_padded_and_their_positions_resized():
 
 
 def bilinear(old, new):
-    """Weights (new, old) of resizing without antialiasing."""
+    """Returns the weights (new, old) of resizing without antialiasing."""
     weights = np.zeros((new, old))
     for i in range(new):
         place = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
@@ -128,7 +128,7 @@ def bilinear(old, new):
 
 
 def test_positions_are_bicubic_or_bilinear():
-    """Those of 3 x 2 patches, for 2 x 5."""
+    """The positions of 3 x 2 patches are resized to 2 x 5."""
     model, variables = make(distilled=True, position_resize="bilinear")
     position = np.asarray(variables["params"]["position"])
     found, bicubic = (

@@ -115,7 +115,7 @@ def test_scored_attention(sized):
 
 
 def test_scored_attention_without_the_diagonal():
-    """Compares with the scores of another implementation, given its attention weights."""
+    """The scores equal another implementation's, for the same attention weights."""
     golden = np.load(GOLDEN / "tp_ref_n49_k16.npz")
     weights = golden["attention_h_q_k_with_cls"]  # (heads, queries, keys)
     # The keys are orthonormal: up to a constant, the queries are the logits.

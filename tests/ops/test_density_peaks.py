@@ -190,7 +190,7 @@ def test_traced_mask_that_leaves_too_few_tokens():
     x = tokens(2, 10, 3)
     mask = np.zeros((2, 10), bool)
     mask[0, [2, 5, 7]] = True
-    x[~mask] = np.nan  # padding may hold anything
+    x[~mask] = np.nan  # padding may have any values
     cluster = lambda mask: ops.cluster_density_peaks(x, 5, mask=mask)  # noqa: E731
     found = jax.jit(cluster)(mask)
     assert set(np.asarray(found.assignment[0])) == {0, 1, 2}  # 3 and 4 are empty

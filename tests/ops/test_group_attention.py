@@ -114,7 +114,7 @@ def test_all_keys_selected_is_dense_attention():
 
 
 def assigned(name, length, num_groups, heads):
-    """Returns queries (1, L, N, G) whose groups around unit vectors have the named sizes."""
+    """Returns queries (1, L, N, G) whose groups around unit vectors have the given sizes."""
     sizes = {
         "one huge group": [length],
         "empty groups": [length // 2, 0, 0, length - length // 2],
@@ -209,7 +209,7 @@ def test_tile_plan_is_a_partition(plan_shape, data):
 
 
 def test_tile_bound_is_reached():
-    """With g - 1 groups of one query and one group of the rest, no smaller bound holds."""
+    """With g - 1 groups of one query and one group with the rest, no smaller bound holds."""
     length, num_groups, tile = 5 * 16 + 8, 9, 16
     sizes = np.array([1] * (num_groups - 1) + [length - num_groups + 1])
     assert np.sum(-(-sizes // tile)) == num_tiles(length, num_groups, tile)
@@ -234,7 +234,7 @@ def test_sorting_selects_what_top_k_selects():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_batch_that_is_split_over_a_mesh_stays_split(path, monkeypatch):
-    """Neither the values nor the gradients move a part of the batch to another device."""
+    """Neither values nor gradients move a part of the batch to another device."""
     # The form for accelerators; top_k, which runs on CPU, cannot be divided.
     monkeypatch.setattr(module, "top_indices", top_indices.by_sorting)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -42,7 +42,7 @@ PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
-# Arguments of each function; all sizes differ that may differ.
+# Arguments of each function; all sizes that may differ do differ.
 CALLS = {
     "attention.dot_product_attention": [
         ((Q, K, K), {}),

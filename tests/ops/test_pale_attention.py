@@ -24,7 +24,7 @@ def inputs(height=6, width=4, batch=2, heads=2, dim=4, dtype=np.float32):
 
 
 def regions(mode, r, c, height, width, pale, second_half):
-    """Returns a bool map (H, W) of the tokens that (r, c) attends to, for each pale it lies in."""
+    """Returns a bool map (H, W) of the tokens that (r, c) attends to, for each of its pales."""
     rows, columns = np.mgrid[:height, :width]
     num_rows, num_columns = height // pale[0], width // pale[1]
     if mode == "vanilla":

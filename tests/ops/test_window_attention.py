@@ -26,7 +26,7 @@ def inputs(height=6, width=4, dtype=np.float32):
 
 
 def naive(q, k, v, bias, shift, scale):
-    """Moves the windows by the shift and cuts them off at the border of the map."""
+    """Moves the windows by the shift and clips them at the border of the map."""
     q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
     place = lambda i, axis: (i - shift[axis]) // WINDOW[axis]  # noqa: E731
     index = lambda r, c: (r - shift[0]) % 3 * 2 + (c - shift[1]) % 2  # noqa: E731

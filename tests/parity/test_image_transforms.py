@@ -1,4 +1,4 @@
-"""Transforms of images against timm's and torchvision's: same pixels, same distributions."""
+"""Image transforms equal timm's and torchvision's in pixels and distributions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""RandAugment, operation by operation, against timm's: the same pixels."""
+"""Every operation of RandAugment gives the same pixels as timm's."""
 
 import numpy as np
 import pytest

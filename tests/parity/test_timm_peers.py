@@ -1,4 +1,4 @@
-"""timm models do the same work as ours in a benchmark, and their multiply-adds count alike."""
+"""In a benchmark, timm models do the same work as ours and count multiply-adds equally."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ SIZE = (32, 40)
 
 @pytest.fixture(autouse=True)
 def one_thread(timm, monkeypatch):
-    """Runs PyTorch in one thread: waiting threads stall small models beside other processes."""
+    """Runs PyTorch in one thread: waiting threads stall small models next to other processes."""
     import torch
 
     before = torch.get_num_threads()
@@ -33,7 +33,7 @@ def one_thread(timm, monkeypatch):
 
 @pytest.fixture
 def linear(monkeypatch):
-    """Replaces timm's models by one linear layer that notes how it is called."""
+    """Replaces timm's models with one linear layer that records its calls."""
     import torch
 
     class Linear(torch.nn.Module):
@@ -94,7 +94,7 @@ def test_training_step_is_gradient_descent(linear):
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     d_logits = (probs - np.eye(1000)[labels]) / 2
     found_weight, found_bias = (p.detach().numpy() for p in linear.parameters())
-    # The change of a weight is about 1e-3: small beside the weight, so compare the changes.
+    # The change of a weight is about 1e-3, small compared to the weight: compare the changes.
     np.testing.assert_allclose(found_weight - weight, -1e-3 * d_logits.T @ inputs, atol=1e-8)
     np.testing.assert_allclose(found_bias - bias, -1e-3 * d_logits.sum(0), atol=1e-8)
 

@@ -72,7 +72,7 @@ def compare(peer, model, params, size, batch=2):
         found = noted["intermediates"][name]["__call__"][0]
         np.testing.assert_allclose(found, block.numpy(), atol=1e-4, err_msg=name)
     ends = np.cumsum(depths) - 1
-    for end, expected in zip(ends, maps, strict=True):  # what `features` returns
+    for end, expected in zip(ends, maps, strict=True):  # the maps that `features` returns
         found = noted["intermediates"][names[end]]["__call__"][0]
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
@@ -113,7 +113,7 @@ def test_small_networks(timm, family, depths, sizes):
 
 @FAMILIES
 def test_windows_larger_than_maps(timm, family):
-    """Maps of 8 x 16 and 4 x 8: shifts in one direction only, and windows of 4 x 8."""
+    """Maps of 8 x 16 and 4 x 8 have shifts in only one direction, and windows of 4 x 8."""
     settings = {"depths": (2, 2), "window_size": 8}
     if family == "swinv2":
         settings["pretrained_window_sizes"] = (8, 8)

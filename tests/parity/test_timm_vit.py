@@ -61,7 +61,7 @@ def test_blocks_and_logits(timm, theirs, ours, settings):
 
 
 def test_files_of_torch(timm, tmp_path):
-    """Reads arrays alone or inside "model"; refuses any other pickled object."""
+    """Files may hold arrays directly or inside "model"; other pickled objects are refused."""
     import torch
 
     arrays = {"cls_token": torch.randn(1, 1, 3), "half": torch.randn(2).half()}

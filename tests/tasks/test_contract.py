@@ -1,4 +1,4 @@
-"""The promises that every task keeps; a new task joins with one tiny configuration."""
+"""The contract that every task keeps; a new task needs one tiny configuration here."""
 
 import functools
 import json
@@ -33,8 +33,8 @@ class Case(NamedTuple):
     Attributes:
       entries: entries of its tiny configuration.
       foreign_key: an entry of another task.
-      ignore: replaces a part of the ground truth of an evaluation batch by what does not count, and
-        gives the same batch with other contents there; None: the task ignores nothing.
+      ignore: returns an evaluation batch with a part of the ground truth ignored, and the same
+        batch with other contents in this part; None: the task ignores nothing.
     """
 
     entries: dict
@@ -117,7 +117,7 @@ def records(name: str, train: bool):
 
 
 def example_batch(task: Task, train: bool, start: int = 0, count: int = BATCH_SIZE):
-    """A batch of the dataset's records; those beyond the last one fill it up."""
+    """Returns a batch of the dataset's records, filled up with empty examples."""
     examples, found = task.examples(train=train), []
     for index in range(start, start + count):
         is_record = index < len(records(task.config.task, train))
@@ -151,7 +151,7 @@ def test_examples_equal_their_specs_and_can_be_sent_to_a_worker(name, train):
 
 
 def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
-    """Loss and parameters after a step of plain gradient descent."""
+    """Returns loss and parameters after a step of plain gradient descent."""
     config = tiny_config(name)
     config.accumulate_steps = accumulate_steps
     task = create_task(config, parallel.axis_name)

@@ -61,7 +61,7 @@ def test_ratio_of_cutmix_is_the_area_outside_the_box():
     assert (left >= 0).all() and (right <= WIDTH).all()
     area = (bottom - top) * (right - left)
     np.testing.assert_allclose(drawn.ratio, 1 - area / (HEIGHT * WIDTH), rtol=1e-6)
-    # Some boxes are cut off at a border: they are smaller than their ratio was drawn.
+    # Some boxes are clipped at a border and thus smaller than the drawn ratio.
     assert (top == 0).any() and (right == WIDTH).any()
 
 

@@ -48,7 +48,7 @@ def model_and_variables():
 
 
 def naive_mask_transformer(x, params, head_dim):
-    """In float64, for one image: (n, C) -> (n, K)."""
+    """Computes the mask transformer in float64 for one image: (n, C) -> (n, K)."""
 
     def linear(x, p):
         return x @ p["kernel"] + p.get("bias", 0)
@@ -108,7 +108,7 @@ def test_logits_of_pixels_are_between_those_of_patches():
 
     patches = model.apply(variables, images, method=of_patches)
     assert patches.shape == (1, 4, 6, K)
-    # Pixel 12 lies 1 / 16 of a patch behind the centre of patch 1, (12 + 1/2) / 8 - 1/2.
+    # Pixel 12 is 1 / 16 of a patch beyond the centre of patch 1: (12 + 1/2) / 8 - 1/2.
     row = 15 / 16 * patches[0, 1] + 1 / 16 * patches[0, 2]
     np.testing.assert_allclose(
         logits[0, 12, 20], 15 / 16 * row[2] + 1 / 16 * row[3], rtol=1e-4, atol=1e-5
@@ -148,7 +148,7 @@ def test_a_head_sees_all_maps_of_a_hierarchical_backbone():
 
     logits, maps = run(variables, images)
     assert logits.shape == (1, 64, 48, K)
-    # Corners of a map, and of the image, are not between places.
+    # Corners of a map and of the image are not between positions.
     column = np.concatenate([x[0, 0, 0] for x in maps])
     np.testing.assert_allclose(logits[0, 0, 0], column @ kernel, rtol=1e-4, atol=1e-5)
 
@@ -176,12 +176,12 @@ def test_wrong_models_are_named(overrides, message):
 
 
 def test_windows_cover_what_is_image():
-    """Against windows cut from the images alone, as in the code of Segmenter."""
+    """The logits equal those from windows cut from single images, as in Segmenter's code."""
     window, stride = 8, 5
     images = RNG.normal(size=(2, 20, 16, 3)).astype(np.float32)
     sizes = np.array([[20, 11], [9, 16]])
 
-    def apply(x):  # depends on the place in the window
+    def apply(x):  # depends on the position in the window
         return (x[..., :2] * (1 + jnp.arange(window)[:, None, None])) ** 2
 
     found = jax.jit(functools.partial(sliding_logits, apply, window=window, stride=stride))(
@@ -238,14 +238,14 @@ class Echo:
 
 
 class Unnormalised(Segmentation):
-    """The task with the pixels as they are."""
+    """The task without normalisation of pixels."""
 
     def normalize(self, images):
         return images
 
 
 def test_metrics_equal_those_counted_by_hand():
-    """Two images of different sizes, labels at twice the resolution, and filling."""
+    """The batch has two images of different sizes, labels at twice the resolution, and filling."""
     images = RNG.normal(size=(3, 70, 32, K)).astype(np.float32)
     sizes = np.array([[70, 20], [33, 32], [70, 32]])
     labels = RNG.integers(0, K, (3, 140, 64)).astype(np.uint8)

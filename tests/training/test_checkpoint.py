@@ -106,7 +106,7 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_used(workdir, caplog, 
         assert_state(state, state_at(20))
         assert progress == {"data": {"next_index": 20}}
         assert f"checkpoint {folder} cannot be read" in caplog.text
-        checkpoints.save(30, state_at(30), {})  # its place is free again
+        checkpoints.save(30, state_at(30), {})  # its name is free again
     assert load_checkpoint(workdir).step == 30
     assert (workdir / "checkpoints" / "unreadable-30").is_dir()
 
@@ -164,7 +164,7 @@ def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
     large = state_at(2)
     noise = jax.random.normal(jax.random.key(0), (1024, 1024))  # does not compress
     large = large.replace(params={"kernel": noise})
-    # What a full disk does: writing beyond this size fails.
+    # As on a full disk, writing beyond this size fails.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     message = r"cannot be written: .*; complete checkpoints: 1$"
     try:

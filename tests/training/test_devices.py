@@ -34,7 +34,7 @@ def mixing_config():
 
 
 def run_steps(parallel, config, num_steps=3):
-    """Losses and the last state of a few steps, as numpy arrays."""
+    """Returns losses and the last state of a few steps, as numpy arrays."""
     model = SmallModel(axis_name=parallel.axis_name)
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
@@ -223,7 +223,7 @@ def test_wrong_process_flags_are_named(arguments, message):
 def test_unreachable_coordinator_is_named(monkeypatch):
     monkeypatch.setattr(processes, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))  # bound, but without a listener
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(UserError, match=f"--coordinator={address} cannot be reached"):
             processes.connect(address, 2, 1)

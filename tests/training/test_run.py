@@ -1,4 +1,4 @@
-"""A run in one line: its predictions and its maps."""
+"""Predictions and maps of a run that `load_run` loads."""
 
 import re
 

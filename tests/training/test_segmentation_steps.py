@@ -49,7 +49,7 @@ def eval_batch():
 
 
 def run(parallel, config):
-    """Loss of a step and the sums of an evaluation after it."""
+    """Returns the loss of a step and the sums of the evaluation after it."""
     task = make_task(config, K, parallel.axis_name)
     model = task.make_model()
     optimizer = make_optimizer(config)

@@ -54,7 +54,7 @@ def batch():
 
 @functools.cache
 def steps(factor, penalty=0.5, parallel=devices.MeshParallel):
-    """State, metrics and earlier state of two steps of a search on eight devices."""
+    """Returns state, metrics and earlier state of two steps of a search on eight devices."""
     config, layout = search(penalty, factor), parallel()
     task = make_task(config, axis_name=layout.axis_name)
     model, optimizer = task.make_model(), make_optimizer(config)
@@ -74,7 +74,7 @@ def retention(params):
 
 
 def test_loss_grows_with_what_is_retained():
-    """By the penalty times 1 and 2 times the sum over the 9 ranks of blocks 1 and 2."""
+    """The loss grows by penalty times l times the sum over the 9 ranks of block l = 1, 2."""
     config = search()
     for before, _, metrics in steps(100.0):
         _, model_rng = jax.random.split(step_rng(config.seed, before.step))
@@ -103,7 +103,7 @@ def test_retention_stays_between_0_and_1_and_moves_faster():
 
 
 def pooled_step(parallel):
-    """Loss and norm of the gradient of a step with a reducer that draws and clusters."""
+    """Returns loss and gradient norm of a step with a reducer that draws and clusters."""
     config = stage({"keep": (5, 3), "method": "weighted_kmedoids", "initial": "random"})
     config.model_overrides.drop_path = 0.2
     layout = parallel()
@@ -181,7 +181,7 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
 
 
 def test_a_segmentation_model_starts_from_a_classifier(runs):
-    """Its backbone; the classifier is left, the head stays."""
+    """The backbone is loaded; the classifier is dropped, and the head keeps its first values."""
     config = default_config("segmentation")
     config.model, config.model_overrides, config.image_size = "deit_s", HOST, 48
     config.dataset, config.head_overrides = "scenes", {"depth": 1, "head_dim": 8}

@@ -1,4 +1,4 @@
-"""MixToken and the labels of tokens: what a step learns from, and where it comes from."""
+"""MixToken and token labels: the targets of a step, and their sources."""
 
 import functools
 import re
@@ -31,7 +31,7 @@ def normalize(images, normalization):
 
 
 def random_batch(seed=0):
-    """A batch whose token labels are of the form that comes from files."""
+    """Returns a batch whose token labels have the form of label files."""
     rng = np.random.default_rng(seed)
     cells = (BATCH, GRID, GRID)
     return {
@@ -105,7 +105,7 @@ def test_loss_equals_loops(mixtoken, weight, dense, accumulate_steps):
     config.mix.mixtoken, config.token_labels.weight = mixtoken, weight
     config.accumulate_steps, config.label_smoothing = accumulate_steps, 0.1
     state = initial_state()
-    # A seed whose box is neither empty nor everything: no other would notice wrong mixing.
+    # A seed whose box is neither empty nor the whole map; no other would reveal wrong mixing.
     for seed in range(99):
         mix_rng, _ = jax.random.split(step_rng(seed, state.step))
         mixing = draw_token_mixing(mix_rng, config.mix, GRID, GRID) if mixtoken else None
@@ -138,14 +138,14 @@ def test_box_of_mixtoken_is_the_part_that_is_not_its_own():
     assert (left >= 0).all() and (right <= width).all() and (right == width).any()
     area = (bottom - top) * (right - left)
     np.testing.assert_allclose(drawn.ratio, 1 - area / (height * width), rtol=1e-6)
-    # Boxes of less than a cell are empty too: where the ratio is above 1 - (1 / 5)^2.
+    # Boxes smaller than a cell are also empty: the ratio is above 1 - (1 / 5)^2.
     empty = 0.25 + 0.75 * (1 / width) ** 2
     assert (area == 0).mean() == pytest.approx(empty, abs=0.03)
     assert {1, 2, 3} < set(bottom - top) and {1, 2, 3} < set(right - left)
 
 
 def run_steps(parallel, config, num_steps=2):
-    """Losses and the last parameters of a few steps on labelled batches."""
+    """Returns losses and the last parameters of a few steps on labelled batches."""
     model, optimizer = TokenModel(NUM_CLASSES), make_optimizer(config)
     task = make_task(config, axis_name=parallel.axis_name)
     put_batch = teacher.labelled_batches(task, parallel)
@@ -164,7 +164,7 @@ def run_steps(parallel, config, num_steps=2):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    # With another normalisation than the students.
+    # The teacher has another normalisation than the students.
     workdir = tmp_path_factory.mktemp("teacher")
     return workdir, write_run(workdir, seed=1, normalization="inception")
 

@@ -29,7 +29,7 @@ def metrics(loss):
 
 
 def events(path):
-    """Scalars of an event file: length (8), checksum (4), event, checksum (4), again and again."""
+    """Scalars of an event file, a series of length (8), checksum (4), event, checksum (4)."""
     data, position = path.read_bytes(), 0
     while position < len(data):
         length = int.from_bytes(data[position : position + 8], "little")
@@ -98,7 +98,7 @@ def test_profile_of_some_steps(tmp_path, last_step):
             assert (tmp_path / "profile").exists() == (step > last_step)
             profile.after(step, jnp.ones(3) * step)
     assert list((tmp_path / "profile").glob("plugins/profile/*/*"))
-    # It has ended: another one can start.
+    # The trace has ended, so another one can start.
     with jax.profiler.trace(str(tmp_path / "again")):
         pass
 

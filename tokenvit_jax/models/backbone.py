@@ -16,7 +16,7 @@ Variables = Mapping[str, Any]
 
 
 class Encoded(NamedTuple):
-    """Tokens for a dense head, and the way back to the map of all patches.
+    """Tokens for a dense head, and the function back to the map of all patches.
 
     Attributes:
       tokens: (B, n, C); n may be smaller than the number of patches.
@@ -119,7 +119,7 @@ class Backbone(Trainable):
         raise NotImplementedError
 
     def encode(self, images: jax.Array, train: bool) -> Encoded:
-        """Returns tokens for a dense head, and the way from its output back to a map.
+        """Returns tokens for a dense head, and the function from its output back to a map.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
