@@ -168,6 +168,11 @@ class Task(abc.ABC):
         """Returns a function from an RGB image of any size to its prediction."""
 
     @property
+    def teacher(self) -> tuple[str, str] | None:
+        """Workdir and checkpoint of the run that labels the training images; None: no run does."""
+        return None
+
+    @property
     def view_size(self) -> int:
         """Side of the square images that the model sees at a time [pixels]."""
         return self.config.image_size

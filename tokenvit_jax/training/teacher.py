@@ -62,7 +62,7 @@ def labelled_batches(
     """Returns a function that moves a training batch to the devices, with a teacher's labels.
 
     Args:
-      task: task of the student; its configuration may have the entry `token_labels`.
+      task: task of the student; its `teacher` is the run, if there is one.
       parallel: places batches on the devices.
 
     Returns:
@@ -72,17 +72,17 @@ def labelled_batches(
     Raises:
       UserError: the teacher cannot be loaded, or has other classes than the student.
     """
-    settings = task.config.get("token_labels")
-    if not (settings and settings.weight and settings.teacher):
+    if task.teacher is None:
         return parallel.put_batch
+    workdir, checkpoint = task.teacher
     try:
-        teacher = load_teacher(Path(settings.teacher).expanduser(), settings.teacher_checkpoint)
+        teacher = load_teacher(Path(workdir).expanduser(), checkpoint)
     except UserError as error:
-        raise UserError(f"config.token_labels.teacher={settings.teacher}: {error}") from error
+        raise UserError(f"config.token_labels.teacher={workdir}: {error}") from error
     theirs, ours = teacher.task.info, task.info
     if theirs.num_classes != ours.num_classes:
         raise UserError(
-            f"config.token_labels.teacher={settings.teacher} has {theirs.num_classes} classes "
+            f"config.token_labels.teacher={workdir} has {theirs.num_classes} classes "
             f"({theirs.name}), the student has {ours.num_classes} ({ours.name})"
         )
 

@@ -94,6 +94,13 @@ class Classification(Task):
     def _trains_tokens(self):
         return bool(self.config.token_labels.weight or self.config.mix.mixtoken)
 
+    @property
+    def teacher(self) -> tuple[str, str] | None:
+        labels = self.config.token_labels
+        if not (labels.weight and labels.teacher):
+            return None
+        return labels.teacher, labels.teacher_checkpoint
+
     def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
         images = self.normalize(batch["image"])
         smoothing = self.config.label_smoothing
