@@ -112,6 +112,62 @@ def test_only_the_classifier_uses_the_head_modules(name, overrides):
     assert whole.keys() - map_only.keys() == set(model.head_modules)
 
 
+@pytest.mark.parametrize(
+    ("model", "classifiers"),
+    [
+        (tv.create_model("clustr_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (tv.create_model("dgt_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (
+            tv.create_model("pale_t", depths=(1, 0, 0, 0), token_head=True),
+            {"classifier", "token_classifier"},
+        ),
+        (tv.create_model("swin_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (tv.create_model("swinv2_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (vit(), {"classifier", "distillation_classifier"}),
+        (vit(distilled=False, pool="mean"), {"classifier"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_without_classes_returns_what_the_classifier_reads(model, classifiers):
+    images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)
+    rest = model.clone(num_classes=0)
+    whole, without = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, rest))
+    assert whole["params"].keys() - without["params"].keys() == classifiers
+    channels = whole["params"]["classifier"]["kernel"].shape[0]
+    pooled = jax.eval_shape(functools.partial(model.apply, method="pooled"), whole, images)
+    assert pooled == jax.eval_shape(rest.apply, without, images)
+    assert (pooled.shape, pooled.dtype) == ((2, channels), jnp.float32)
+
+
+def test_the_classifiers_read_the_pooled_features():
+    model, params = vit(), dict(variables(vit())["params"])
+    params["distillation_classifier"] = one = params["classifier"]
+    rest = model.clone(num_classes=0, dropout=0.5)
+
+    @jax.jit
+    def apply(params, images):
+        rngs = {"dropout": jax.random.key(0)}
+        return (
+            model.apply({"params": params}, images),
+            model.apply({"params": params}, images, method="pooled"),
+            rest.apply({"params": params}, images, True, rngs=rngs),
+        )
+
+    logits, pooled, alone = apply(params, IMAGES)
+    np.testing.assert_allclose(alone, pooled, atol=1e-6)
+    # Both classifiers are equal here, so the mean of the logits belongs to the mean of the tokens.
+    np.testing.assert_allclose(logits, pooled @ one["kernel"] + one["bias"], atol=1e-5)
+
+
+def test_models_without_classes_have_no_logits():
+    model = tv.create_model("pale_t", num_classes=0, token_head=True)
+    for method in ("dense_logits", "token_logits"):
+        with pytest.raises(UserError, match="num_classes=0"):
+            jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), IMAGES)
+    with pytest.raises(UserError, match="num_classes=-1 is not valid; valid: at least 0"):
+        tv.create_model("swin_t", num_classes=-1)
+
+
 @pytest.mark.parametrize("name", ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"])
 def test_the_smallest_image_is_one_cell_of_the_last_map(name):
     assert tv.create_model(name).strides[-1] == CELL_SIZE == MIN_IMAGE_SIZE
