@@ -265,6 +265,54 @@ def test_taps_that_are_not_there(model, blocks, message):
 
 
 # ------------------------------------------------------------------------------------------------
+# Attention
+# ------------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(module, images):
+    """Returns the attention of the blocks of a plain host from their own layers."""
+    x = module._embed(images, (4, 3))
+    origin, found = Origin(jnp.ones(x.shape[:2]), None), []
+    for block in module.blocks:
+        given = block.variables["params"]
+        y = nn.LayerNorm(1e-6).apply({"params": given["norm1"]}, x)
+        qkv = y @ given["attention"]["qkv"]["kernel"] + given["attention"]["qkv"]["bias"]
+        q, k, _ = qkv.reshape(2, 14, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+        found.append(jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2))
+        x, _ = block(x, origin, (4, 3), False)
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_attention_of_a_plain_host(remat):
+    found = jax.jit(vit(remat=remat).attention)(variables(vit()), IMAGES)
+    for weights, expected in zip(found, run(vit(), attention_by_hand), strict=True):
+        assert weights.shape == (2, 2, 14, 14)
+        np.testing.assert_allclose(weights, expected, atol=1e-5)
+
+
+def test_attention_is_only_computed_on_demand():
+    model, given = vit(), variables(vit())
+    assert "attention_weights" not in jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    plain, noted = (
+        str(jax.make_jaxpr(function)(given, IMAGES)).count("exp ")
+        for function in (model.apply, model.attention)
+    )
+    assert 0 < plain < noted
+
+
+def test_attention_of_fewer_tokens():
+    """Blocks attend among the tokens that are left, or among the cluster centres."""
+    expedited = vit(expedite={"alpha": 1, "beta": 1, "clusters": (2, 2), "neighbors": 3})
+    reduced = vit(token_reducer={"keep": (12, 7, 3), "method": "evit", "carry": True})
+    for model, sides in ((expedited, (14, 6, 14)), (reduced, (14, 14, 9))):
+        found = jax.eval_shape(model.attention, variables(vit()), IMAGES)
+        assert [x.shape for x in found] == [(2, 2, side, side) for side in sides]
+    with pytest.raises(UserError, match="DGT is hierarchical and has no attention among all tok"):
+        small_dgt().attention({}, IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------
 # Steps
 # ------------------------------------------------------------------------------------------------
 
