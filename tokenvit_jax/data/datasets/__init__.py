@@ -27,6 +27,7 @@ NAMES = (
     "ade20k",
     "cityscapes",
     "digits",
+    "fashion_mnist",
     "imagenet2012",
     "pascal_context",
     "scenes",
