@@ -45,18 +45,18 @@ class TfdsSource:
 
     def name(self, index: int) -> str:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        return self._name_with(index, self._records[index]["file_name"].decode())
+        return self._name_with(index, _file_of(self._records[index]))
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        file_name = "file unknown"
+        file = "file unknown"
         try:
             features = self._records[index]
-            file_name = features["file_name"].decode()
+            file = _file_of(features)
             image = decode_image(features["image"])
             return Record(id=index, image=image) | self.ground_truth(features, image)
         except Exception as error:
-            raise UserError(f"{self._name_with(index, file_name)}: {error}") from error
+            raise UserError(f"{self._name_with(index, file)}: {error}") from error
 
     def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
         """Returns the fields of a record besides "id" and "image".
@@ -67,8 +67,21 @@ class TfdsSource:
         """
         raise NotImplementedError
 
-    def _name_with(self, index: int, file_name: str) -> str:
-        return f"{self._name} split {self._split!r}, record {index} ({file_name})"
+    def _name_with(self, index: int, file: str) -> str:
+        return f"{self._name} split {self._split!r}, record {index}{f' ({file})' if file else ''}"
+
+
+class LabelSource(TfdsSource):
+    """Images with one class each, in the feature "label"."""
+
+    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
+        """See :class:`TfdsSource`."""
+        return Record(label=int(features["label"]))
+
+
+def _file_of(features: dict[str, Any]) -> str:
+    """Returns the name of a record's file; "" if the dataset does not store it."""
+    return features.get("file_name", b"").decode()
 
 
 def _open_records(

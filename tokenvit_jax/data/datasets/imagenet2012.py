@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from ml_collections import ConfigDict
 
-from tokenvit_jax.data.record import DatasetInfo, Record
-from tokenvit_jax.data.tfds_files import TfdsSource, is_prepared, write_splits
+from tokenvit_jax.data.record import DatasetInfo
+from tokenvit_jax.data.tfds_files import LabelSource, is_prepared, write_splits
 from tokenvit_jax.errors import UserError
 
 INFO = DatasetInfo(
@@ -44,21 +44,13 @@ _HOW_TO_GET = (
 )
 
 
-class ImageNetSource(TfdsSource):
-    """Images with one class each."""
-
-    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
-        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
-        return Record(label=int(features["label"]))
-
-
-def open_split(split: str, data_dir: str) -> ImageNetSource:
+def open_split(config: ConfigDict, split: str) -> LabelSource:
     """Opens a split for reading.
 
     Raises:
-      UserError: the dataset has not been prepared in `data_dir`.
+      UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
-    return ImageNetSource(INFO.name, split, data_dir, folder=INFO.name)
+    return LabelSource(INFO.name, split, config.data.data_dir, folder=INFO.name)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
