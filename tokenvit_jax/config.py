@@ -5,11 +5,14 @@ start from `tokenvit_jax.tasks.default_config`. The command line overrides an en
 ``--config.a.b=value``; a key that does not exist is an error.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from tokenvit_jax.errors import UserError
+
+MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
 
 
 def base_config() -> ConfigDict:
@@ -28,7 +31,8 @@ def base_config() -> ConfigDict:
 
     # The data.
     config.dataset = "digits"  # see `tokenvit_jax.data.datasets`
-    config.image_size = 224  # height and width [pixels]
+    config.image_size = size_entry(224)  # pixels: one number for a square, or (height, width)
+    config.in_channels = 3  # of the images: 1 (grey) | 3 (RGB) | 4 (RGB and alpha)
     config.batch_size = 128  # images per step, over all devices of all processes
     config.data = ConfigDict()
     config.data.data_dir = "~/tensorflow_datasets"  # where `prepare` wrote the dataset
@@ -74,6 +78,26 @@ def base_config() -> ConfigDict:
     return config
 
 
+def size_entry(value: int) -> FieldReference:
+    """Returns an entry that holds one number or (height, width), also from the command line."""
+    return FieldReference(value, field_type=object)
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns the two numbers of an entry such as `image_size`, which may be one number."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def input_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Returns the shape of the images that a model is trained on, (H, W, C).
+
+    Args:
+      config: reads `image_size` and `in_channels`.
+    """
+    return *height_and_width(config.image_size), config.in_channels
+
+
 def read_entry(config: ConfigDict, key: str) -> Any:
     """Returns the entry of a configuration with a key such as "data.workers"."""
     for part in key.split("."):
@@ -95,13 +119,34 @@ def check_values(
     """
     for key, valid in choices.items():
         if (value := read_entry(config, key)) not in valid:
-            raise UserError(f"config.{key}={value!r} is not valid; valid: {', '.join(valid)}")
+            raise UserError(
+                f"config.{key}={value!r} is not valid; valid: {', '.join(map(str, valid))}"
+            )
     for key, (low, high) in ranges.items():
         value = read_entry(config, key)
         # The comparison is written so that nan is out of range.
         if not value >= low or (high is not None and not value <= high):
             limits = f"at least {low}" if high is None else f"{low} to {high}"
             raise UserError(f"config.{key}={value} is not valid; valid: {limits}")
+
+
+def check_size(config: ConfigDict, key: str, lowest: int) -> None:
+    """Raises UserError unless an entry is one valid number of pixels, or two.
+
+    Args:
+      config: any configuration with this entry, see :func:`size_entry`.
+      key: such as "image_size".
+      lowest: smallest valid number.
+    """
+    value = read_entry(config, key)
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(
+        type(side) is int and lowest <= side <= MAX_IMAGE_SIZE for side in sides
+    ):
+        raise UserError(
+            f"config.{key}={value!r} is not valid; valid: at least {lowest}, up to "
+            f"{MAX_IMAGE_SIZE}; one number, or (height, width)"
+        )
 
 
 def check_interval(config: ConfigDict, key: str, highest: float | None = None) -> None:

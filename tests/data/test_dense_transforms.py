@@ -87,12 +87,12 @@ def test_crops_of_one_class_are_avoided_where_others_are_near():
         return counts.max() / counts.sum()
 
     rng = np.random.default_rng(0)
-    shares = np.array([share(*_draw_crop(label, 32, 0.75, rng)) for _ in range(100)])
-    anywhere = np.array([share(*_draw_crop(label, 32, 1.0, rng)) for _ in range(100)])
+    shares = np.array([share(*_draw_crop(label, (32, 32), 0.75, rng)) for _ in range(100)])
+    anywhere = np.array([share(*_draw_crop(label, (32, 32), 1.0, rng)) for _ in range(100)])
     assert (shares <= 0.75).all() and (anywhere > 0.75).mean() > 0.3
     # If there is one class only, or no labelled pixel, the last crop is taken.
     for only in (0, IGNORED):
-        left, top = _draw_crop(np.full((40, 48), only, np.uint8), 32, 0.75, rng)
+        left, top = _draw_crop(np.full((40, 48), only, np.uint8), (32, 32), 0.75, rng)
         assert 0 <= left <= 16 and 0 <= top <= 8
 
 

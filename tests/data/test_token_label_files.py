@@ -22,12 +22,12 @@ def naive_sample(label_map, box, flip, grid):
     """Interpolates a dense map (gh, gw, num_classes) bilinearly at the centres of the cells."""
     left, top, right, bottom = box
     height, width, num_classes = label_map.shape
-    found = np.zeros((grid, grid, num_classes))
-    for row in range(grid):
-        for column in range(grid):
-            place = grid - 1 - column if flip else column
-            y = (top + (row + 0.5) / grid * (bottom - top)) * height - 0.5
-            x = (left + (place + 0.5) / grid * (right - left)) * width - 0.5
+    found = np.zeros((*grid, num_classes))
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            place = grid[1] - 1 - column if flip else column
+            y = (top + (row + 0.5) / grid[0] * (bottom - top)) * height - 0.5
+            x = (left + (place + 0.5) / grid[1] * (right - left)) * width - 0.5
             y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
             for i in range(height):
                 for j in range(width):
@@ -48,22 +48,28 @@ def test_sampling_equals_loops(box, flip):
     classes = rng.integers(0, 9, (5, 7, 2))
     scores = rng.dirichlet(np.ones(2), (5, 7))
     label_map = (np.eye(9)[classes] * scores[..., None]).sum(-2)
-    found = sample_labels(classes, scores, box, flip, 4)
-    assert found["token_classes"].shape == found["token_scores"].shape == (4, 4, 8)
-    np.testing.assert_allclose(dense(found, 9), naive_sample(label_map, box, flip, 4), atol=1e-12)
+    grid = 4, 3
+    found = sample_labels(classes, scores, box, flip, grid)
+    assert found["token_classes"].shape == found["token_scores"].shape == (4, 3, 8)
+    expected = naive_sample(label_map, box, flip, grid)
+    np.testing.assert_allclose(dense(found, 9), expected, atol=1e-12)
     np.testing.assert_allclose(found["token_scores"].sum(-1), 1, atol=1e-12)
 
 
 def test_same_grid_is_the_map_itself():
     classes = np.random.default_rng(0).integers(0, 9, (3, 3, 1))
-    found = sample_labels(classes, np.ones((3, 3, 1)), (0, 0, 1, 1), True, 3)
+    found = sample_labels(classes, np.ones((3, 3, 1)), (0, 0, 1, 1), True, (3, 3))
     np.testing.assert_allclose(dense(found, 9), np.eye(9)[classes[:, ::-1, 0]], atol=1e-12)
 
 
 def test_view_as_part_of_the_image():
-    assert relative_box(View((10, 20, 60, 50), False), 100, 200) == (0.1, 0.1, 0.6, 0.25)
-    assert relative_box(View(None, False), 200, 100) == (0.25, 0, 0.75, 1)
-    assert relative_box(View(None, False), 100, 400) == (0, 0.375, 1, 0.625)
+    whole = View(None, False)
+    box = relative_box(View((10, 20, 60, 50), False), (100, 200), (96, 64))
+    assert box == (0.1, 0.1, 0.6, 0.25)
+    assert relative_box(whole, (200, 100), (96, 96)) == (0.25, 0, 0.75, 1)
+    assert relative_box(whole, (100, 400), (96, 96)) == (0, 0.375, 1, 0.625)
+    assert relative_box(whole, (200, 100), (64, 32)) == (0.375, 0, 0.625, 1)
+    assert relative_box(whole, (100, 400), (32, 64)) == (0, 0.4375, 1, 0.5625)
 
 
 class RampSource:
@@ -122,7 +128,7 @@ def config(tmp_path):
 
 def test_labels_show_what_the_image_shows(config):
     batch = next(iter(train_dataset(config)))
-    assert grid_size(96) == 3 and grid_size(97) == 4
+    assert grid_size(96) == (3, 3) and grid_size((97, 32)) == (4, 1)
     assert batch["token_classes"].shape == batch["token_scores"].shape == (12, 3, 3, 12)
     assert batch["token_classes"].dtype == np.int32
     assert batch["token_scores"].dtype == np.float32
@@ -145,8 +151,8 @@ def test_other_processes_map_the_files_themselves(config):
     pickled = pickle.dumps(files)
     assert len(pickled) < 1000
     view = View((3, 4, 100, 80), True)
-    expected = files.read(2, view, WIDTH, HEIGHT, 3)
-    found = pickle.loads(pickled).read(2, view, WIDTH, HEIGHT, 3)
+    expected = files.read(2, view, (WIDTH, HEIGHT), (96, 96))
+    found = pickle.loads(pickled).read(2, view, (WIDTH, HEIGHT), (96, 96))
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
 

@@ -61,8 +61,7 @@ def test_unknown_names_list_the_valid_ones():
     ("shape", "message"),
     [
         ((1, 31, 64, 3), "images are 31 x 64; height and width must be at least 32"),
-        ((1, 64, 64, 1), r"images have shape \(1, 64, 64, 1\)"),
-        ((64, 64, 3), r"expected \(batch, height, width, 3\)"),
+        ((64, 64, 3), r"images have shape .* expected \(batch, height, width, channels\)"),
     ],
 )
 def test_bad_images_are_named(shape, message):

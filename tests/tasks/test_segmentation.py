@@ -1,6 +1,7 @@
 """Segmenter: logits of pixels, windows, loss and the confusion matrix."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -177,24 +178,21 @@ def test_wrong_models_are_named(overrides, message):
 
 def test_windows_cover_what_is_image():
     """The logits equal those from windows cut from single images, as in Segmenter's code."""
-    window, stride = 8, 5
+    (tall, wide), (down, right) = window, stride = (8, 10), (5, 6)
     images = RNG.normal(size=(2, 20, 16, 3)).astype(np.float32)
     sizes = np.array([[20, 11], [9, 16]])
 
     def apply(x):  # depends on the position in the window
-        return (x[..., :2] * (1 + jnp.arange(window)[:, None, None])) ** 2
+        return (x[..., :2] * (1 + jnp.arange(tall)[:, None, None])) ** 2
 
     found = jax.jit(functools.partial(sliding_logits, apply, window=window, stride=stride))(
         images, sizes
     )
     for image, (height, width), logits in zip(images, sizes, found, strict=True):
         sums, counts = np.zeros((height, width, 2)), np.zeros((height, width, 1))
-        for top in [*(i for i in range(0, height, stride) if i < height - window), height - window]:
-            for left in [
-                *(i for i in range(0, width, stride) if i < width - window),
-                width - window,
-            ]:
-                here = (slice(top, top + window), slice(left, left + window))
+        for top in [*(i for i in range(0, height, down) if i < height - tall), height - tall]:
+            for left in [*(i for i in range(0, width, right) if i < width - wide), width - wide]:
+                here = (slice(top, top + tall), slice(left, left + wide))
                 sums[here] += apply(image[here])
                 counts[here] += 1
         np.testing.assert_allclose(logits[:height, :width], sums / counts, rtol=1e-5)
@@ -208,10 +206,18 @@ def test_resize_of_a_part_equals_resize(size, new_size):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", 40), ("stride", 33)])
-def test_windows_that_do_not_fit_are_named(name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("window", 40, "40 is not valid: windows of 40 x 40 pixels do not fit into config.data.ev"),
+        ("window", (32, 49), "(32, 49) is not valid: windows of 32 x 49 pixels do not fit into"),
+        ("stride", 33, "33 is not valid; valid: up to the windows' 32 x 32 pixels"),
+        ("stride", (0, 33), "(0, 33) is not valid; valid: up to the windows' 32 x 32 pixels"),
+    ],
+)
+def test_windows_that_do_not_fit_are_named(name, value, message):
     changed = config(**{f"inference.{name}": value})
-    with pytest.raises(UserError, match=f"config.inference.{name}={value} is not valid; valid: "):
+    with pytest.raises(UserError, match=re.escape(f"config.inference.{name}={message}")):
         predict_logits(None, changed, {}, jnp.zeros((1, 32, 48, 3)), None)
 
 

@@ -10,13 +10,22 @@ from tokenvit_jax.data.datasets import (
     open_split,
     with_class_names,
 )
-from tokenvit_jax.data.images import NORMALIZATIONS, eval_image, mean_and_std, read_image
+from tokenvit_jax.data.images import (
+    MODES,
+    NORMALIZATIONS,
+    eval_image,
+    from_array,
+    mean_and_std,
+    read_image,
+    with_channels,
+)
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [
     "IGNORED",
     "MIN_IMAGE_SIZE",
+    "MODES",
     "NORMALIZATIONS",
     "DatasetInfo",
     "Examples",
@@ -30,10 +39,12 @@ __all__ = [
     "different_names",
     "eval_batches",
     "eval_image",
+    "from_array",
     "list_datasets",
     "mean_and_std",
     "open_split",
     "read_image",
     "train_batches",
+    "with_channels",
     "with_class_names",
 ]

@@ -2,20 +2,20 @@
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_values
+from tokenvit_jax.config import check_size, check_values
 from tokenvit_jax.data.datasets import dataset_info
-from tokenvit_jax.data.images import NORMALIZATIONS
+from tokenvit_jax.data.images import MODES, NORMALIZATIONS
 from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
 
 MIN_IMAGE_SIZE = CELL_SIZE  # one cell of the last map [pixels]
 
 _CHOICES = {
+    "in_channels": tuple(MODES),
     "data.on_corrupt": ("raise", "skip"),
     "data.normalization": tuple(NORMALIZATIONS),
 }
 _RANGES = {
-    "image_size": (MIN_IMAGE_SIZE, None),
     "seed": (0, 2**32 - 1),
     "data.workers": (0, None),
 }
@@ -25,11 +25,12 @@ def check_data(config: ConfigDict) -> None:
     """Raises UserError for the first entry of the data pipeline that is not valid.
 
     Args:
-      config: reads `dataset`, `seed`, `image_size`, `batch_size`, and `data.on_corrupt`,
-        `data.normalization`, `data.workers` and `data.repeats`.
+      config: reads `dataset`, `seed`, `image_size`, `in_channels`, `batch_size`, and
+        `data.on_corrupt`, `data.normalization`, `data.workers` and `data.repeats`.
     """
     dataset_info(config)
     check_values(config, _CHOICES, _RANGES)
+    check_size(config, "image_size", MIN_IMAGE_SIZE)
     repeats = config.data.repeats
     if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):
         raise UserError(

@@ -7,10 +7,14 @@ References:
   2021) and the papers on backbones use.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tokenvit_jax.config import height_and_width
+from tokenvit_jax.data.images import strip_length, to_array
 from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
@@ -19,13 +23,13 @@ _BRIGHTNESS = 32  # largest shift, up or down [levels of 255]
 _FACTORS = 0.5, 1.5  # range for contrast and saturation
 _HUE = 36  # largest shift, up or down [degrees]
 
-Pixel = tuple[int, int, int]
+Pixel = tuple[int, ...]
 
 
 def train_scene(
     image: Image.Image,
     label: np.ndarray,
-    size: int,
+    size: int | Sequence[int],
     augment: ConfigDict,
     fill: Pixel,
     rng: np.random.Generator,
@@ -33,21 +37,25 @@ def train_scene(
     """Resizes, crops, flips, distorts colours and pads: the training transform.
 
     Args:
-      image: RGB image of any size.
-      label: uint8 (H, W), the size of the image.
+      image: image of any size.
+      label: uint8, the height and width of the image.
       size: height and width of the result [pixels].
       augment: `config.augment`; a transform that is off takes no time.
-      fill: colour of the padding below and to the right of an image smaller than `size`.
+      fill: colour of the padding below and to the right of an image smaller than the result.
       rng: source of all random numbers.
 
     Returns:
-      Image uint8 (size, size, 3) and labels uint8 (size, size), `IGNORED` on the padding.
+      Image uint8 (H, W, C) and labels uint8 (H, W), `IGNORED` on the padding.
     """
-    short = (augment.short_side or size) * rng.uniform(*augment.scale_range)
+    size = height_and_width(size)
+    image, label = _piece_of_strip(image, label, size, rng)
+    short = (augment.short_side or _covering_side(*image.size, size)) * rng.uniform(
+        *augment.scale_range
+    )
     width, height = scaled_size(*image.size, short / min(image.size))
     label = resize_label(label, width, height)
     left, top = _draw_crop(label, size, augment.max_class_share, rng)
-    label = label[top : top + size, left : left + size]
+    label = label[top : top + size[0], left : left + size[1]]
     # Only the crop is resized; its pixels equal a crop of the resized image.
     bottom, right = top + label.shape[0], left + label.shape[1]
     x, y = image.width / width, image.height / height
@@ -57,24 +65,45 @@ def train_scene(
         image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label[:, ::-1]
     if augment.photometric:
         image = distort_colors(image, rng)
-    return pad(np.asarray(image), (size, size, 3), fill), pad(label, (size, size), IGNORED)
+    pixels = to_array(image)
+    return pad(pixels, (*size, pixels.shape[-1]), fill), pad(label, size, IGNORED)
+
+
+def _covering_side(width, height, size):
+    """Returns the shorter side of an image that is just large enough for a crop [pixels]."""
+    short = min(width, height)
+    return max(size[0] * short / height, size[1] * short / width)
+
+
+def _piece_of_strip(image, label, size, rng):
+    """Returns a random piece of a strip; any other image and its labels as they are."""
+    most = strip_length(min(image.size), *size)
+    if max(image.size) <= most:
+        return image, label
+    start = int(rng.integers(max(image.size) - most + 1))
+    if image.width > image.height:
+        box = start, 0, start + most, image.height
+    else:
+        box = 0, start, image.width, start + most
+    left, top, right, bottom = box
+    return image.crop(box), label[top:bottom, left:right]
 
 
 def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> np.ndarray:
     """Resizes an image, keeping its aspect ratio, so that it fits: the evaluation transform.
 
     Args:
-      image: RGB image of any size.
+      image: image of any size.
       short_side: desired shorter side [pixels].
       height: largest height [pixels].
       width: largest width [pixels].
 
     Returns:
-      uint8 (h, w, 3) with h <= `height` and w <= `width`; the shorter side is `short_side`, or less
+      uint8 (h, w, C) with h <= `height` and w <= `width`; the shorter side is `short_side`, or less
       if the image would not fit.
     """
     scale = min(short_side / min(image.size), width / image.width, height / image.height)
-    return np.asarray(image.resize(scaled_size(*image.size, scale), _BILINEAR))
+    return to_array(image.resize(scaled_size(*image.size, scale), _BILINEAR))
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
@@ -102,18 +131,22 @@ def distort_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     and hue, with probability 1/2 each.
 
     Args:
-      image: RGB image.
+      image: grey images have neither saturation nor hue, and alpha does not change.
       rng: source of the random numbers.
 
     References:
       MMSegmentation, `PhotoMetricDistortion`; Liu et al., "SSD" (2016).
     """
+    if image.mode == "RGBA":
+        distorted = distort_colors(image.convert("RGB"), rng)
+        distorted.putalpha(image.getchannel("A"))
+        return distorted
     brightness, contrast, saturation, hue, contrast_first = rng.random(5) < 0.5
     if brightness:
         image = _change_levels(image, 1.0, rng.uniform(-_BRIGHTNESS, _BRIGHTNESS))
     if contrast and contrast_first:
         image = _change_levels(image, rng.uniform(*_FACTORS))
-    if saturation or hue:
+    if image.mode == "RGB" and (saturation or hue):
         h, s, v = image.convert("HSV").split()
         if saturation:
             s = _change_levels(s, rng.uniform(*_FACTORS))
@@ -132,7 +165,7 @@ def _change_levels(image: Image.Image, factor: float, offset: float = 0.0) -> Im
 
 
 def _draw_crop(
-    label: np.ndarray, size: int, max_share: float, rng: np.random.Generator
+    label: np.ndarray, size: tuple[int, int], max_share: float, rng: np.random.Generator
 ) -> tuple[int, int]:
     """Draws the left and top of a crop where no class exceeds a share of the labelled pixels.
 
@@ -140,11 +173,11 @@ def _draw_crop(
     """
     height, width = label.shape
     for _ in range(_ATTEMPTS):
-        top = int(rng.integers(max(height - size, 0) + 1))
-        left = int(rng.integers(max(width - size, 0) + 1))
+        top = int(rng.integers(max(height - size[0], 0) + 1))
+        left = int(rng.integers(max(width - size[1], 0) + 1))
         if max_share == 1.0:
             break
-        crop = label[top : top + size, left : left + size]
+        crop = label[top : top + size[0], left : left + size[1]]
         counts = np.bincount(crop.ravel(), minlength=IGNORED + 1)[:IGNORED]
         if 0 < counts.max() <= max_share * counts.sum():
             break

@@ -1,11 +1,13 @@
-"""Decodes and transforms single images: PIL images in, uint8 arrays (size, size, 3) out.
+"""Decodes and transforms single images: PIL images in, uint8 arrays (H, W, C) out.
 
 Pillow does the resampling, colour changes and warps, as in torchvision and timm, so that the pixels
-equal theirs exactly. All random numbers come from the generator that is passed in.
+equal theirs exactly. All random numbers come from the generator that is passed in. Images are grey,
+RGB, or RGB with alpha; sizes are one number or (height, width) [pixels].
 """
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
+from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
@@ -21,16 +24,27 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 # `config.data.normalization` -> mean and standard deviation for normalising pixels.
 NORMALIZATIONS = {"imagenet": (MEAN, STD), "inception": ((0.5,) * 3, (0.5,) * 3)}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # `config.in_channels` -> Pillow's mode
 
 _BICUBIC = Image.Resampling.BICUBIC
+_STRIP = 16  # longer side / shorter side from which an image is a strip
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
-def mean_and_std(normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_std(
+    normalization: str, channels: int = 3
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and the standard deviation of a pixel normalisation, pixels in [0, 1].
+
+    Grey images have the means over the three colours, as in timm. Alpha is reduced by 1, so that a
+    network for RGB images sees no difference at opaque pixels.
 
     Args:
       normalization: `config.data.normalization`.
+      channels: `config.in_channels`, a key of MODES.
+
+    Returns:
+      Means and standard deviations, `channels` numbers each.
 
     Raises:
       UserError: unknown normalization.
@@ -40,27 +54,36 @@ def mean_and_std(normalization: str) -> tuple[tuple[float, ...], tuple[float, ..
             f"config.data.normalization={normalization!r} is not valid; valid: "
             f"{', '.join(NORMALIZATIONS)}"
         )
-    return NORMALIZATIONS[normalization]
+    statistics = NORMALIZATIONS[normalization]
+    if channels == 1:
+        mean, std = ((sum(values) / len(values),) for values in statistics)
+    else:
+        mean, std = (values + (1.0,) * (channels - 3) for values in statistics)
+    return mean, std
 
 
-def decode_image(encoded: bytes) -> Image.Image:
+def mean_pixel(normalization: str, channels: int) -> tuple[int, ...]:
+    """Returns the colour that a normalisation maps to zero, up to rounding."""
+    mean, _ = mean_and_std(normalization, channels)
+    return tuple(round(255 * level) for level in mean)
+
+
+def decode_image(encoded: bytes, mode: str = "RGB") -> Image.Image:
     """Decodes a whole image file.
 
-    CMYK, grey and palette images become RGB. The format is read from the contents, not from the
+    All images get the same mode. The format is read from the contents, not from the
     file's extension (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not
     applied, as in torchvision and timm.
 
     Args:
       encoded: the contents of the file.
-
-    Returns:
-      An RGB image.
+      mode: Pillow's mode of the result, a value of MODES.
 
     Raises:
       UserError: the bytes are not an image, or the image is truncated.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        return Image.open(io.BytesIO(encoded)).convert(mode)
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
@@ -70,47 +93,97 @@ def decode_image(encoded: bytes) -> Image.Image:
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
 
 
-def read_image(path: Path) -> Image.Image:
-    """Reads an image file as RGB; see :func:`decode_image`.
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Reads an image file; see :func:`decode_image`.
 
     Raises:
       UserError: the file cannot be read, or is not an image; the message names it.
     """
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(path.read_bytes(), mode)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
-    """Resizes the shorter side to size / crop and crops the centre: the evaluation transform.
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Returns an image with 1, 3 or 4 channels; grey loses nothing by a detour through RGB."""
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Returns the pixels of an image, uint8 (H, W, C), also for one channel."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """Returns an image with the given pixels, uint8 (H, W, C) with 1, 3 or 4 channels.
+
+    Raises:
+      UserError: the array has another shape or type.
+    """
+    if pixels.ndim != 3 or pixels.shape[-1] not in MODES or pixels.dtype != np.uint8:
+        raise UserError(
+            f"image is {pixels.dtype}{pixels.shape}; valid: uint8 (height, width, channels) with "
+            f"{', '.join(map(str, MODES))} channels"
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def eval_image(image: Image.Image, size: int | Sequence[int], crop: float) -> np.ndarray:
+    """Resizes an image to cover size / crop and crops the centre: the evaluation transform.
 
     Args:
-      image: RGB image of any size.
+      image: image of any size.
       size: height and width of the result [pixels].
-      crop: side of the centre crop / resized shorter side, in (0, 1].
+      crop: height of the centre crop / height that the resized image covers, in (0, 1].
 
     Returns:
-      uint8 (size, size, 3), equal to timm's evaluation transform with bicubic interpolation.
+      uint8 (H, W, C); if H = W, equal to timm's evaluation transform with bicubic interpolation.
     """
-    short = math.floor(size / crop)
-    width, height = image.size
-    if width <= height:
-        width, height = short, int(short * height / width)
+    height, width = height_and_width(size)
+    image = _middle_of_strip(image, height, width)
+    tall, wide = math.floor(height / crop), math.floor(width / crop)
+    if image.width * tall <= image.height * wide:
+        tall = int(wide * image.height / image.width)
     else:
-        width, height = int(short * width / height), short
-    image = image.resize((width, height), _BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+        wide = int(tall * image.width / image.height)
+    image = image.resize((wide, tall), _BICUBIC)
+    left, top = round((wide - width) / 2), round((tall - height) / 2)
+    return to_array(image.crop((left, top, left + width, top + height)))
+
+
+def strip_length(short: int, height: int, width: int) -> int:
+    """Returns the length of a strip that is worth resizing to cover height x width [pixels].
+
+    A picture of 30000 x 1 pixels would otherwise become gigabytes of which a crop shows little.
+
+    Args:
+      short: shorter side of the image [pixels].
+      height: height to cover, in any unit.
+      width: width to cover, in the same unit.
+    """
+    return math.ceil(_STRIP * short * max(height, width) / min(height, width))
+
+
+def _middle_of_strip(image, height, width):
+    """Returns the middle of a strip, and any other image as it is."""
+    most = strip_length(min(image.size), height, width)
+    # An even number of pixels is cut off, so that the centre stays where it is.
+    left, top = (max(side - most, 0) // 2 for side in image.size)
+    if not (left or top):
+        return image
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 class View(NamedTuple):
     """The part of an image that a training example shows, and whether it is mirrored.
 
     Attributes:
-      box: (left, top, right, bottom) [pixels]; None: the largest centred square.
+      box: (left, top, right, bottom) [pixels]; None: the largest centred box of the shape of the
+        example.
       flip: whether the image is mirrored horizontally.
     """
 
@@ -118,29 +191,38 @@ class View(NamedTuple):
     flip: bool
 
 
-def draw_view(width: int, height: int, augment: ConfigDict, rng: np.random.Generator) -> View:
+def draw_view(
+    image_size: tuple[int, int],
+    size: int | Sequence[int],
+    augment: ConfigDict,
+    rng: np.random.Generator,
+) -> View:
     """Draws the crop and the flip, the first steps of the training transform, if they are on.
 
     Args:
-      width: width of the image [pixels].
-      height: height of the image [pixels].
+      image_size: width and height of the image [pixels], as Pillow gives them.
+      size: height and width of the example [pixels].
       augment: `config.augment`.
       rng: source of the random numbers.
     """
     box = None
     if tuple(augment.crop_scale) != (1.0, 1.0):
-        box = random_crop_box(width, height, augment.crop_scale, augment.crop_ratio, rng)
+        height, width = height_and_width(size)
+        # A ratio of 1 is the example's own shape, which is not distorted.
+        ratio = [width / height * limit for limit in augment.crop_ratio]
+        box = random_crop_box(*image_size, augment.crop_scale, ratio, rng)
     return View(box, flip=bool(augment.flip and rng.random() < augment.flip))
 
 
-def whole_image(image: Image.Image, size: int) -> np.ndarray:
-    """Returns the whole image, squeezed into a square, uint8 (size, size, 3)."""
-    return np.asarray(image.resize((size, size), _BICUBIC))
+def whole_image(image: Image.Image, size: int | Sequence[int]) -> np.ndarray:
+    """Returns the whole image, squeezed into height x width, uint8 (H, W, C)."""
+    height, width = height_and_width(size)
+    return to_array(image.resize((width, height), _BICUBIC))
 
 
 def train_image(
     image: Image.Image,
-    size: int,
+    size: int | Sequence[int],
     augment: ConfigDict,
     rng: np.random.Generator,
     view: View | None = None,
@@ -148,31 +230,32 @@ def train_image(
     """Crops, flips, shifts, changes colours and erases, as far as enabled: the training transform.
 
     Args:
-      image: RGB image of any size.
+      image: image of any size.
       size: height and width of the result [pixels].
       augment: `config.augment`; a transform that is off takes no time.
       rng: source of all random numbers.
       view: crop and flip that :func:`draw_view` drew from `rng`; None: they are drawn here.
 
     Returns:
-      uint8 (size, size, 3).
+      uint8 (H, W, C).
     """
-    view = view or draw_view(*image.size, augment, rng)
+    view = view or draw_view(image.size, size, augment, rng)
     if view.box is None:
-        image = Image.fromarray(eval_image(image, size, crop=1.0))
+        image = from_array(eval_image(image, size, crop=1.0))
     else:
         # Not `resize(box=...)`, whose filter would reach beyond the box.
-        image = image.crop(view.box).resize((size, size), _BICUBIC)
+        height, width = height_and_width(size)
+        image = image.crop(view.box).resize((width, height), _BICUBIC)
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if augment.rotation or augment.translation:
         image = _random_shift(image, augment.rotation, augment.translation, rng)
     if augment.randaugment.num_ops:
-        fill = tuple(round(255 * mean) for mean in MEAN)
+        fill = mean_pixel("imagenet", len(image.getbands()))
         image = randaugment(image, rng, fill=fill, **augment.randaugment)
     if augment.color_jitter:
         image = color_jitter(image, augment.color_jitter, rng)
-    pixels = np.asarray(image)
+    pixels = to_array(image)
     if augment.erasing and rng.random() < augment.erasing:
         pixels = erase(pixels, rng)
     return pixels
@@ -216,7 +299,7 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
     """Changes brightness, contrast and saturation in random order, like torchvision's ColorJitter.
 
     Args:
-      image: RGB image.
+      image: grey images have no saturation, and alpha does not change.
       strength: factors are drawn from [1 - strength, 1 + strength], clipped at 0.
       rng: source of the random numbers.
     """
@@ -234,20 +317,21 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     standard normal after ImageNet's normalisation: N(MEAN, STD) in pixels, rounded and clipped.
 
     Args:
-      pixels: uint8 (H, W, 3); not changed.
+      pixels: uint8 (H, W, C); not changed.
       rng: source of the random numbers.
 
     Returns:
-      uint8 (H, W, 3).
+      uint8 (H, W, C).
     """
-    height, width, _ = pixels.shape
+    height, width, channels = pixels.shape
+    mean, std = mean_and_std("imagenet", channels)
     for _ in range(_ATTEMPTS):
         area = height * width * rng.uniform(0.02, 1 / 3)
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            noise = rng.standard_normal((h, w, 3), dtype=np.float32) * STD + MEAN
+            noise = rng.standard_normal((h, w, channels), dtype=np.float32) * std + mean
             pixels = pixels.copy()
             pixels[top : top + h, left : left + w] = np.rint(noise * 255).clip(0, 255)
             break

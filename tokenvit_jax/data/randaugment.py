@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-Fill = tuple[int, int, int]
+Fill = tuple[int, ...]
 
 _MAX_LEVEL = 10.0
 _APPLY_PROBABILITY = 0.5  # probability of each drawn operation
@@ -31,7 +31,7 @@ def randaugment(
     """Draws `num_ops` operations with replacement and applies each with probability 1/2.
 
     Args:
-      image: RGB image.
+      image: grey or RGB image, with or without alpha.
       rng: source of the random numbers.
       num_ops: number of operations to draw.
       magnitude: mean level of an operation, 0 to 10.
@@ -39,7 +39,7 @@ def randaugment(
       fill: colour of pixels that come from outside the image.
 
     Returns:
-      An RGB image of the same size.
+      An image of the same size and mode.
     """
     for name in rng.choice(list(OPERATIONS), num_ops):
         if rng.random() < _APPLY_PROBABILITY:
@@ -55,16 +55,20 @@ def apply_operation(
     """Applies one operation.
 
     Args:
-      image: RGB image.
+      image: grey or RGB image, with or without alpha.
       name: a key of `OPERATIONS`.
       level: strength, 0 to 10.
       sign: 1 or -1, the direction of operations that have one.
       fill: colour of pixels that come from outside the image.
 
     Returns:
-      An RGB image of the same size.
+      An image of the same size and mode. Changes of colours leave alpha as it is.
     """
-    return OPERATIONS[name](image, level / _MAX_LEVEL, sign, fill)
+    colors = image.convert("RGB") if image.mode == "RGBA" and name not in _MOVES else image
+    changed = OPERATIONS[name](colors, level / _MAX_LEVEL, sign, fill)
+    if colors is not image:
+        changed.putalpha(image.getchannel("A"))
+    return changed
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
@@ -101,7 +105,7 @@ def _posterize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.
     # Not ImageOps.posterize: from Pillow 13 on it refuses to keep 0 bits, which gives black.
     bits = 4 - int(part * 4)
     mask = 256 - 2 ** (8 - bits)
-    return image.point([value & mask for value in range(256)] * 3)
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
 
 
 def _solarize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
@@ -111,7 +115,7 @@ def _solarize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.I
 def _solarize_add(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
     add = int(part * 110)
     table = [min(255, value + add) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
+    return image.point(table * len(image.getbands()))
 
 
 def _enhance(enhancer: type) -> Callable[[Image.Image, float, int, Fill], Image.Image]:
@@ -121,6 +125,7 @@ def _enhance(enhancer: type) -> Callable[[Image.Image, float, int, Fill], Image.
     return operation
 
 
+_MOVES = frozenset({"rotate", "shear_x", "shear_y", "translate_x", "translate_y"})
 # Each takes the image, the level divided by the highest level, the sign and the fill colour.
 OPERATIONS = {
     "auto_contrast": lambda image, part, sign, fill: ImageOps.autocontrast(image),

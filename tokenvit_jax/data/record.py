@@ -75,7 +75,7 @@ class Record(TypedDict, total=False):
 
     Attributes:
       id: the dataset's own identifier if its evaluation code needs one, else the record's index.
-      image: RGB image.
+      image: RGB image, or RGBA where the dataset has alpha.
       label: class of the image.
       label_map: (H, W) uint8, class of every pixel, or IGNORED for pixels that do not count.
       instances: objects.

@@ -5,10 +5,12 @@ References:
   et al., "Re-labeling ImageNet".
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data.images import View
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
@@ -17,9 +19,10 @@ CELL_SIZE = 32  # stride of the last map of the backbones [pixels]
 FILES = ("classes.npy", "scores.npy")
 
 
-def grid_size(image_size: int) -> int:
-    """Returns the number of cells along a side of the last map; `image_size` is in pixels."""
-    return -(-image_size // CELL_SIZE)
+def grid_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns rows and columns of the last map for images of a height and width [pixels]."""
+    rows, columns = (-(-side // CELL_SIZE) for side in height_and_width(size))
+    return rows, columns
 
 
 class TokenLabelFiles:
@@ -59,26 +62,25 @@ class TokenLabelFiles:
         # Another process maps the files itself; pickling the arrays would copy them.
         return TokenLabelFiles, self._args
 
-    def specs(self, grid: int) -> dict[str, Spec]:
+    def specs(self, size: tuple[int, int]) -> dict[str, Spec]:
         """Returns the shapes and types of the arrays that :meth:`read` returns."""
-        shape = grid, grid, 4 * self._classes.shape[-1]
+        shape = *grid_size(size), 4 * self._classes.shape[-1]
         return {"token_classes": Spec(shape, np.int32), "token_scores": Spec(shape, np.float32)}
 
     def read(
-        self, record: int, view: View, width: int, height: int, grid: int
+        self, record: int, view: View, image_size: tuple[int, int], size: tuple[int, int]
     ) -> dict[str, np.ndarray]:
         """Returns the labels for the part of a record that a training example shows.
 
         Args:
           record: index in the split.
           view: the part of the image that the example shows.
-          width: width of the record's image [pixels].
-          height: height of the record's image [pixels].
-          grid: height and width of the result [cells].
+          image_size: width and height of the record's image [pixels], as Pillow gives them.
+          size: height and width of the example [pixels].
 
         Returns:
-          `token_classes` int32 and `token_scores` float32, (grid, grid, 4 K): for every cell, the
-          four labels around its centre, K classes each, with their bilinear weights.
+          `token_classes` int32 and `token_scores` float32, (h, w, 4 K): for every cell, the four
+          labels around its centre, K classes each, with their bilinear weights.
 
         Raises:
           UserError: a class is out of range.
@@ -90,12 +92,22 @@ class TokenLabelFiles:
                 f"{classes.max()}; valid: 0 to {self._num_classes - 1}"
             )
         scores = np.asarray(self._scores[record], np.float32)
-        return sample_labels(classes, scores, relative_box(view, width, height), view.flip, grid)
+        box = relative_box(view, image_size, size)
+        return sample_labels(classes, scores, box, view.flip, grid_size(size))
 
 
-def relative_box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, right, bottom) of a view, relative to the image's width and height."""
-    left, top, right, bottom = view.box or _centred_square(width, height)
+def relative_box(
+    view: View, image_size: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Returns (left, top, right, bottom) of a view, relative to the image's width and height.
+
+    Args:
+      view: the part of the image that an example shows.
+      image_size: width and height of the image [pixels], as Pillow gives them.
+      size: height and width of the example [pixels].
+    """
+    width, height = image_size
+    left, top, right, bottom = view.box or _centred_box(width, height, size)
     return left / width, top / height, right / width, bottom / height
 
 
@@ -104,7 +116,7 @@ def sample_labels(
     scores: np.ndarray,
     box: tuple[float, float, float, float],
     flip: bool,
-    grid: int,
+    grid: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     """Samples a label map bilinearly at the centres of the cells of a crop.
 
@@ -115,25 +127,25 @@ def sample_labels(
       scores: (gh, gw, K) float, probabilities.
       box: left, top, right, bottom of the crop, relative to the image's width and height.
       flip: whether the crop is mirrored, left to right.
-      grid: number of cells along each side of the crop.
+      grid: rows and columns of cells of the crop.
 
     Returns:
-      `token_classes` and `token_scores`, (grid, grid, 4 K), with the types of the arguments.
+      `token_classes` and `token_scores`, (h, w, 4 K), with the types of the arguments.
 
     References:
       He et al., "Mask R-CNN", section 3 (RoIAlign).
     """
     left, top, right, bottom = box
-    rows, row_weights = _corners(top, bottom, grid, classes.shape[0])  # (grid, 2)
-    columns, column_weights = _corners(left, right, grid, classes.shape[1])
+    rows, row_weights = _corners(top, bottom, grid[0], classes.shape[0])  # (h, 2)
+    columns, column_weights = _corners(left, right, grid[1], classes.shape[1])  # (w, 2)
     if flip:
         columns, column_weights = columns[::-1], column_weights[::-1]
-    corners = rows[:, None, :, None], columns[None, :, None, :]  # (grid, grid, 2, 2)
+    corners = rows[:, None, :, None], columns[None, :, None, :]  # (h, w, 2, 2)
     weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
-    weighted = scores[corners] * weights[..., None].astype(scores.dtype)  # (grid, grid, 2, 2, K)
+    weighted = scores[corners] * weights[..., None].astype(scores.dtype)  # (h, w, 2, 2, K)
     return {
-        "token_classes": classes[corners].reshape(grid, grid, -1),
-        "token_scores": weighted.reshape(grid, grid, -1),
+        "token_classes": classes[corners].reshape(*grid, -1),
+        "token_scores": weighted.reshape(*grid, -1),
     }
 
 
@@ -146,10 +158,14 @@ def _corners(start: float, end: float, cells: int, size: int) -> tuple[np.ndarra
     return np.stack([low, np.minimum(low + 1, size - 1)], 1), np.stack([1 - part, part], 1)
 
 
-def _centred_square(width: int, height: int) -> tuple[float, float, float, float]:
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def _centred_box(
+    width: int, height: int, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Returns the largest centred box of the shape of an example."""
+    tall, wide = size
+    shown = min(width, height * wide / tall), min(height, width * tall / wide)
+    left, top = (width - shown[0]) / 2, (height - shown[1]) / 2
+    return left, top, left + shown[0], top + shown[1]
 
 
 def _open(path: Path) -> np.ndarray:

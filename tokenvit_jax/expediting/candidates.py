@@ -96,7 +96,9 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
     return host
 
 
-def list_candidates(model: nn.Module, image_size: tuple[int, int]) -> list[Candidate]:
+def list_candidates(
+    model: nn.Module, image_size: tuple[int, int], channels: int = 3
+) -> list[Candidate]:
     """Returns all settings that are worth trying for a model.
 
     Clustering begins after any block. In a plain host, the maps of centres have about 0.3 to 0.95
@@ -107,12 +109,13 @@ def list_candidates(model: nn.Module, image_size: tuple[int, int]) -> list[Candi
     Args:
       model: classifier or segmentation model.
       image_size: height and width [pixels].
+      channels: number of channels of the images.
 
     Raises:
       UserError: the model cannot be expedited, see :func:`describe_host`.
     """
     host = describe_host(backbone_of(model), image_size)
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     variables = variable_shapes(model, images)
 
     @functools.cache

@@ -83,15 +83,18 @@ def summarize(name: str, image_size: tuple[int, int]) -> Summary:
     return summarize_model(create_model(name), image_size, name)
 
 
-def summarize_model(model: nn.Module, image_size: tuple[int, int], name: str) -> Summary:
+def summarize_model(
+    model: nn.Module, image_size: tuple[int, int], name: str, channels: int = 3
+) -> Summary:
     """Counts the parameters and the multiply-adds of a model with any settings.
 
     Args:
       model: a model of :func:`tokenvit_jax.create_model`, or one built on its backbone.
       image_size: height and width [pixels].
       name: name of the model, which selects the paper whose way of counting applies.
+      channels: number of channels of the images.
     """
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     variables = variable_shapes(model, images)
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
     apply = functools.partial(model.apply, train=False)

@@ -260,9 +260,11 @@ def variable_shapes(model: nn.Module, images: Any) -> Any:
 
 
 def check_images(images: jax.Array) -> None:
-    """Raises UserError unless images are (B, H, W, 3) with H and W of at least 32."""
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images have shape {images.shape}; expected (batch, height, width, 3)")
+    """Raises UserError unless images are (B, H, W, C) with H and W of at least 32."""
+    if images.ndim != 4:
+        raise UserError(
+            f"images have shape {images.shape}; expected (batch, height, width, channels)"
+        )
     height, width = images.shape[1:3]
     if min(height, width) < MIN_IMAGE_SIZE:
         raise UserError(

@@ -119,9 +119,9 @@ class Expedite:
         return ops.reconstruct_tokens(tokens, centers, refined, grid=grid, **settings)
 
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
-        """Returns images (B, H, W, 3) resized to h x w patches, bilinear and antialiased."""
+        """Returns images (B, H, W, C) resized to h x w patches, bilinear and antialiased."""
         height, width = (size * patch_size for size in self.clusters)
-        return jax.image.resize(images, (len(images), height, width, 3), "bilinear")
+        return jax.image.resize(images, (len(images), height, width, images.shape[-1]), "bilinear")
 
     def enlarge(self, refined: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Returns the map (B, h w, D) of a smaller image resized to (B, H W, D), bilinear."""

@@ -12,7 +12,15 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import DatasetInfo, Examples, eval_image, mean_and_std
+from tokenvit_jax.config import input_shape
+from tokenvit_jax.data import (
+    MODES,
+    DatasetInfo,
+    Examples,
+    eval_image,
+    mean_and_std,
+    with_channels,
+)
 
 if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
     from matplotlib.figure import Figure
@@ -165,7 +173,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
-        """Returns a function from an RGB image of any size to its prediction."""
+        """Returns a function from an image of any size to its prediction."""
 
     @property
     def teacher(self) -> tuple[str, str] | None:
@@ -173,33 +181,64 @@ class Task(abc.ABC):
         return None
 
     @property
-    def view_size(self) -> int:
-        """Side of the square images that the model sees at a time [pixels]."""
-        return self.config.image_size
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of the images that the model is trained on, (H, W, C), from the configuration."""
+        return input_shape(self.config)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model is trained on [pixels]."""
+        return self.input_shape[:2]
+
+    @property
+    def image_mode(self) -> str:
+        """Pillow's mode of the images that the model takes: "L", "RGB" or "RGBA"."""
+        return MODES[self.config.in_channels]
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model sees at a time [pixels]."""
+        return self.input_size
 
     def view(self, image: Image.Image) -> np.ndarray:
-        """Returns the view of an image that the model sees, (S, S, 3) uint8, S = `view_size`."""
+        """Returns the view of an image that the model sees, (*view_size, C) uint8."""
+        image = with_channels(image, self.config.in_channels)
         return eval_image(image, self.view_size, crop=1.0)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns images normalised for the model.
 
         Args:
-          images: (B, H, W, 3) uint8.
+          images: (B, H, W, C) uint8.
 
         Returns:
-          (B, H, W, 3) float32. With `data.normalization` "imagenet" they have about zero mean and
-          unit variance; with "inception" they are in [-1, 1].
+          (B, H, W, C) float32. With `data.normalization` "imagenet" they have about zero mean and
+          unit variance; with "inception" they are in [-1, 1]. Alpha is in [-1, 0].
 
         Raises:
           UserError: the normalization is unknown.
         """
-        mean, std = mean_and_std(self.config.data.normalization)
+        mean, std = mean_and_std(self.config.data.normalization, self.config.in_channels)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
     def class_names(self) -> Sequence[str]:
         """Returns a name for every class: "class 0" and so on if the dataset gives none."""
         return self.info.classes or [f"class {label}" for label in range(self.info.num_classes)]
+
+
+def middle_window(image: np.ndarray, size: Sequence[int], window: tuple[int, int]) -> np.ndarray:
+    """Returns the window in the middle of an image that lies at the top left of a buffer.
+
+    Args:
+      image: the buffer (H, W, C), at least as large as a window.
+      size: height and width of the image in the buffer.
+      window: height h and width w of the window.
+
+    Returns:
+      (h, w, C); a window larger than the image also shows the buffer's padding.
+    """
+    top, left = (max(side - room, 0) // 2 for side, room in zip(size, window, strict=True))
+    return image[top : top + window[0], left : left + window[1]]
 
 
 def apply_in_training(
@@ -211,7 +250,7 @@ def apply_in_training(
       model: linen module, called as ``model(images, train=True, **kwargs)``.
       params: parameters of the model.
       model_state: other collections of the model.
-      images: (B, H, W, 3), normalised.
+      images: (B, H, W, C), normalised.
       rngs: random keys by name, as in :meth:`Task.loss`.
       **kwargs: further arguments of the model, or ``method``.
 

@@ -255,13 +255,13 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
 
 
 def load_variables(
-    model: nn.Module, image_size: int, workdir: Path, which: str = "last"
+    model: nn.Module, input_shape: tuple[int, int, int], workdir: Path, which: str = "last"
 ) -> Checkpoint:
     """Reads a checkpoint like :func:`load_checkpoint`, and checks that it fits this model.
 
     Args:
       model: linen module, called as `model(images, train=False)`.
-      image_size: height and width of the images [pixels].
+      input_shape: shape of the images, (H, W, C).
       workdir: folder of the run.
       which: "last", "best" (best score) or a step.
 
@@ -269,7 +269,7 @@ def load_variables(
       UserError: there is no such checkpoint, it cannot be read, or it belongs to another model.
     """
     loaded = load_checkpoint(workdir, which)
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
+    images = jax.ShapeDtypeStruct((1, *input_shape), "float32")
     check_same_variables(loaded.variables, variable_shapes(model, images), loaded.path)
     return loaded
 

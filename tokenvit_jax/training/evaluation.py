@@ -105,7 +105,9 @@ def evaluate_insertions(
                 changed.model_overrides[key] = value
         metrics = evaluate_run(workdir, checkpoint, changed)
         if inserted:
-            model, size = create_task(changed).make_model(), changed.image_size
-            macs = summarize_model(model, (size, size), changed.model).macs
+            task = create_task(changed)
+            macs = summarize_model(
+                task.make_model(), task.input_size, changed.model, task.input_shape[-1]
+            ).macs
             metrics |= {"inserted": label, "gmacs": macs / 1e9}
         yield metrics

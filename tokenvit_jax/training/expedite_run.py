@@ -16,6 +16,7 @@ from tokenvit_jax.expediting.candidates import list_candidates
 from tokenvit_jax.expediting.search import Found, check_budget, search_budget
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.tasks import Task, create_task
+from tokenvit_jax.tasks.task import middle_window
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
@@ -65,7 +66,7 @@ def search_run(
     check_budget(budget)
     config = read_config(workdir)
     task = create_task(config)
-    candidates = list_candidates(task.make_model(), (task.view_size,) * 2)
+    candidates = list_candidates(task.make_model(), task.view_size, task.input_shape[-1])
     batch = load_images(task, images, num_images)
     run = load_run(workdir, checkpoint, config=config)
     found = search_budget(candidates, budget, of, run.model, run.variables, batch)
@@ -84,7 +85,7 @@ def write_expedited(out: Path, search: Search) -> None:
 
 
 def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: int) -> jax.Array:
-    """Returns images (B, S, S, 3), cropped and normalised as the model of a run sees them.
+    """Returns images (B, H, W, C), cropped and normalised as the model of a run sees them.
 
     Args:
       task: task of the run.
@@ -103,15 +104,14 @@ def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: in
 
 
 def _eval_images(task, num_images):
-    config, side, images = task.config.copy_and_resolve_references(), task.view_size, []
+    config, window, images = task.config.copy_and_resolve_references(), task.view_size, []
     config.data.workers = 0
     source = open_split(config, task.info.eval_split)
     for batch in eval_batches(source, task.examples(train=False), config):
         sizes = batch.get("image_size", [batch["image"].shape[1:3]] * len(batch["image"]))
         for image, size, counts in zip(batch["image"], sizes, batch["mask"], strict=True):
-            top, left = (max(pixels - side, 0) // 2 for pixels in size)
             if counts:
-                images.append(image[top : top + side, left : left + side])
+                images.append(middle_window(image, size, window))
             if len(images) == num_images:
                 return images
     return images

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import read_image
+from tokenvit_jax.data import from_array, read_image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.tasks import Task, create_task
@@ -45,7 +45,8 @@ class Run:
         """Returns the predictions for images of any size, one dictionary of arrays per image.
 
         Args:
-          images: paths, PIL images or uint8 arrays (H, W, 3), or a single one of these.
+          images: paths, PIL images or uint8 arrays (H, W, C) with 1, 3 or 4 channels, or a single
+            one of these.
 
         Returns:
           Classification: "probabilities" (num_classes,). Segmentation: "labels" (H, W) uint8.
@@ -55,27 +56,29 @@ class Run:
         """
         if isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3:
             images = [images]
-        return [self.predictor(_as_image(image)).arrays for image in images]
+        mode = self.task.image_mode
+        return [self.predictor(_as_image(image, mode)).arrays for image in images]
 
     def features(self, images: np.ndarray) -> list[jax.Array]:
         """Returns the maps of the backbone, (B, h, w, C) each, the finest first.
 
         Args:
-          images: (B, H, W, 3) uint8; height and width are at least 32.
+          images: (B, H, W, C) uint8, C = `config.in_channels`; height and width are at least 32.
 
         Raises:
           UserError: the images have another shape or type.
         """
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        images, channels = np.asarray(images), self.task.input_shape[-1]
+        if images.ndim != 4 or images.shape[-1] != channels or images.dtype != np.uint8:
             raise UserError(
-                f"images are {images.dtype}{images.shape}; valid: uint8 (batch, height, width, 3)"
+                f"images are {images.dtype}{images.shape}; valid: uint8 (batch, height, width, "
+                f"{channels})"
             )
         return self._features(self._device_variables, images)
 
     @functools.cached_property
     def predictor(self):
-        """Maps an RGB image to its `tasks.Prediction`: arrays, text and pictures."""
+        """Maps an image to its `tasks.Prediction`: arrays, text and pictures."""
         return self.task.predictor(self.model, self._device_variables)
 
     @functools.cached_property
@@ -118,16 +121,11 @@ def load_run(
     config = read_config(workdir) if config is None else config
     task = create_task(config, axis_name)
     model = task.make_model()
-    found = load_variables(model, config.image_size, workdir, str(checkpoint))
+    found = load_variables(model, task.input_shape, workdir, str(checkpoint))
     return Run(config, task, model, found.variables, found.step)
 
 
-def _as_image(image: ImageLike) -> Image.Image:
+def _as_image(image: ImageLike, mode: str) -> Image.Image:
     if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise UserError(f"image is {array.dtype}{array.shape}; valid: uint8 (height, width, 3)")
-    return Image.fromarray(array)
+        return read_image(Path(image), mode)
+    return image.convert(mode) if isinstance(image, Image.Image) else from_array(np.asarray(image))

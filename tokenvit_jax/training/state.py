@@ -10,6 +10,8 @@ from flax import linen as nn
 from flax import struct
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import input_shape
+
 
 class TrainState(struct.PyTreeNode):
     """The whole state of a run, without random keys (see :func:`step_rng`).
@@ -57,11 +59,11 @@ def init_state(
     Args:
       model: linen module, called as `model(images, train=...)`.
       optimizer: optax transformation.
-      config: configuration; `seed`, `image_size` and `ema_decay` are read.
+      config: configuration; reads `seed`, `image_size`, `in_channels` and `ema_decay`.
     """
     # Steps count from 0 upwards, so no step has this key.
     rng = step_rng(config.seed, jnp.uint32(2**32 - 1))
-    images = jnp.zeros((1, config.image_size, config.image_size, 3))
+    images = jnp.zeros((1, *input_shape(config)))
     return first_state(model.init(rng, images, train=False), optimizer, config)
 
 

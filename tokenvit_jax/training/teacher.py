@@ -88,7 +88,7 @@ def labelled_batches(
 
     def label(variables, images):
         labels = label_cells(teacher, variables, images)
-        return resize_labels(labels, *map(grid_size, images.shape[1:3]))
+        return resize_labels(labels, *grid_size(images.shape[1:3]))
 
     label = parallel.batch_step(label)
     variables = parallel.put_variables(teacher.variables)

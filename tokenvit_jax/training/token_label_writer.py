@@ -55,7 +55,7 @@ def write_labels(
 ) -> tuple[int, int, int, int]:
     """Writes `classes.npy` (integer) and `scores.npy` (float16), (records, h, w, top_k).
 
-    The images are not cropped: the whole image is squeezed into a square.
+    The images are not cropped: the whole image is squeezed into the shape of the teacher's input.
 
     Args:
       folder: folder that receives the files.

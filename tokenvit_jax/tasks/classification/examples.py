@@ -2,16 +2,24 @@
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
-from tokenvit_jax.data.images import draw_view, eval_image, train_image, whole_image
+from tokenvit_jax.config import input_shape
+from tokenvit_jax.data.images import (
+    draw_view,
+    eval_image,
+    train_image,
+    whole_image,
+    with_channels,
+)
 from tokenvit_jax.data.record import DatasetInfo, Record, Spec
-from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size
+from tokenvit_jax.data.token_labels import TokenLabelFiles
 
 Example = dict[str, np.ndarray]
 
 
 def eval_crop(config: ConfigDict, info: DatasetInfo) -> float:
-    """Returns the side of the centre crop over the resized shorter side; 1: the whole side.
+    """Returns the height of the centre crop over the height that the resized image covers.
 
     Args:
       config: reads `data.eval_crop`.
@@ -21,15 +29,15 @@ def eval_crop(config: ConfigDict, info: DatasetInfo) -> float:
 
 
 class ClassificationExamples:
-    """Images with one class each: `image` (S, S, 3) uint8 and `label` () int32.
+    """Images with one class each: `image` (H, W, C) uint8 and `label` () int32.
 
     In training the image is an augmented crop; `token_labels.files` adds `token_classes` and
     `token_scores`, see :class:`tokenvit_jax.data.token_labels.TokenLabelFiles`. In evaluation the
     image is the centre crop, or the whole image if the dataset has `center_crop=False`.
 
     Args:
-      config: provides `image_size`; in training `augment` and `token_labels`, in evaluation
-        `data.eval_crop`.
+      config: provides `image_size` and `in_channels`; in training `augment` and `token_labels`, in
+        evaluation `data.eval_crop`.
       info: facts about the dataset; label files must have as many records as its training split.
       train: whether the examples are for training.
 
@@ -38,45 +46,47 @@ class ClassificationExamples:
     """
 
     def __init__(self, config: ConfigDict, info: DatasetInfo, *, train: bool):
-        self._size = config.image_size
+        self._shape = input_shape(config)
         self._augment = config.augment
         self._crop = eval_crop(config, info)
         self._train = train
         self._token_labels = None
         self.specs = {
-            "image": Spec((self._size, self._size, 3), np.uint8),
+            "image": Spec(self._shape, np.uint8),
             "label": Spec((), np.int32),
         }
         labels = config.token_labels
         if train and labels.weight and labels.files:
             num_records = info.splits[info.train_split]
             self._token_labels = TokenLabelFiles(labels.files, num_records, info.num_classes)
-            self.specs |= self._token_labels.specs(grid_size(self._size))
+            self.specs |= self._token_labels.specs(self._shape[:2])
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         if self._train:
             return self._train_example(record, rng)
-        pixels = eval_image(record["image"], self._size, self._crop)
+        pixels = eval_image(self._image(record), self._shape[:2], self._crop)
         return {"image": pixels, "label": np.int32(record["label"])}
 
     def empty(self) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         return {name: np.zeros(*spec) for name, spec in self.specs.items()}
 
+    def _image(self, record: Record) -> Image.Image:
+        return with_channels(record["image"], self._shape[-1])
+
     def _train_example(self, record: Record, rng: np.random.Generator) -> Example:
-        image = record["image"]
-        view = draw_view(*image.size, self._augment, rng)
-        pixels = train_image(image, self._size, self._augment, rng, view)
+        image, size = self._image(record), self._shape[:2]
+        view = draw_view(image.size, size, self._augment, rng)
+        pixels = train_image(image, size, self._augment, rng, view)
         example = {"image": pixels, "label": np.int32(record["label"])}
         if self._token_labels:
-            grid = grid_size(self._size)
-            example |= self._token_labels.read(record["id"], view, *image.size, grid)
+            example |= self._token_labels.read(record["id"], view, image.size, size)
         return example
 
 
 class WholeImages(ClassificationExamples):
-    """Whole images, squeezed into squares, for `label`."""
+    """Whole images, squeezed into the shape of the input, for `label`."""
 
     def __init__(self, config: ConfigDict, info: DatasetInfo):
         super().__init__(config, info, train=False)
@@ -84,5 +94,5 @@ class WholeImages(ClassificationExamples):
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         del rng
-        pixels = whole_image(record["image"], self._size)
+        pixels = whole_image(self._image(record), self._shape[:2])
         return {"image": pixels, "label": np.int32(record["label"])}

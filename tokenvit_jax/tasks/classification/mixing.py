@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ops.mix_boxes import mix_boxes, neighbors
 
-MIN_MIXTOKEN_GRID = 2  # cells along a side of the last map; in a single cell, every box is empty
+MIN_MIXTOKEN_GRID = 2  # cells along a side of the last map; in a single row, every box is empty
 
 
 class Mixing(NamedTuple):

@@ -25,10 +25,10 @@ def default_entries() -> ConfigDict:
     config = ConfigDict()
     config.label_smoothing = 0.0
     config.data = ConfigDict()
-    config.data.eval_crop = 0.875  # side of the centre crop / resized shorter side
+    config.data.eval_crop = 0.875  # height of the centre crop / height the resized image covers
     config.augment = ConfigDict()
     config.augment.crop_scale = (1.0, 1.0)  # random resized crop: area; (1, 1): no crop
-    config.augment.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height
+    config.augment.crop_ratio = (3 / 4, 4 / 3)  # its width / height, relative to the image_size's
     config.augment.color_jitter = 0.0  # strength of brightness, contrast, saturation
     config.augment.randaugment = ConfigDict()
     config.augment.randaugment.num_ops = 0  # operations per image; 0: none
@@ -71,11 +71,11 @@ def _check_mixtoken(config: ConfigDict) -> None:
     if not config.mix.mixtoken:
         return
     _refuse(config, "mix.mixtoken", ("mix.mixup", "mix.cutmix"), "takes their place")
-    grid = grid_size(config.image_size)
-    if grid < MIN_MIXTOKEN_GRID:
+    rows, columns = grid_size(config.image_size)
+    if min(rows, columns) < MIN_MIXTOKEN_GRID:
         raise UserError(
-            f"config.mix.mixtoken={config.mix.mixtoken} mixes nothing on the {grid} x {grid} cells "
-            f"of the last map at config.image_size={config.image_size}; valid: at least "
+            f"config.mix.mixtoken={config.mix.mixtoken} mixes nothing on the {rows} x {columns} "
+            f"cells of the last map at config.image_size={config.image_size}; valid: at least "
             f"{MIN_MIXTOKEN_GRID} x {MIN_MIXTOKEN_GRID} cells"
         )
 

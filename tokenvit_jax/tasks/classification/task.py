@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import Examples, eval_image
+from tokenvit_jax.data import Examples, eval_image, with_channels
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
@@ -42,7 +42,7 @@ from tokenvit_jax.tasks.task import (
 class Classification(Task):
     """One label per image: cross-entropy, accuracy, and token labels where a model has them.
 
-    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B,) int32, and with
+    Training batches hold "image" (B, H, W, C) uint8 and "label" (B,) int32, and with
     `token_labels.weight` also the entries that `losses.token_labels` reads.
     """
 
@@ -124,7 +124,7 @@ class Classification(Task):
     def _token_loss(self, model, params, model_state, inputs, rngs):
         images, targets, mixing = inputs["image"], inputs["targets"], None
         if self.config.mix.mixtoken:  # inside the model: among the images of a micro-batch
-            grid = map(grid_size, images.shape[1:3])
+            grid = grid_size(images.shape[1:3])
             mixing = draw_token_mixing(rngs["batch"], self.config.mix, *grid)
             targets = mix_targets(targets, mixing)
         box = None if mixing is None else mixing.box
@@ -151,6 +151,7 @@ class Classification(Task):
         return metrics["eval/accuracy"]
 
     def view(self, image: Image.Image) -> np.ndarray:
+        image = with_channels(image, self.config.in_channels)
         return eval_image(image, self.view_size, eval_crop(self.config, self.info))
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:

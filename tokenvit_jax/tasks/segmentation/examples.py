@@ -4,8 +4,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tokenvit_jax.config import input_shape
 from tokenvit_jax.data.dense_transforms import Pixel, fit_image, pad, train_scene
-from tokenvit_jax.data.images import mean_and_std
+from tokenvit_jax.data.images import mean_pixel, with_channels
 from tokenvit_jax.data.record import IGNORED, Record, Spec
 from tokenvit_jax.errors import UserError
 
@@ -16,22 +17,22 @@ class ImageBuffer:
     """Resizes images of any size into the top left corner of a buffer of fixed shape.
 
     Args:
-      config: provides `image_size`, `data.eval_size`, `data.eval_short_side` and
+      config: provides `image_size`, `in_channels`, `data.eval_size`, `data.eval_short_side` and
         `data.normalization`.
 
     Attributes:
-      shape: shape of the buffer, (H, W, 3).
+      shape: shape of the buffer, (H, W, C).
     """
 
     def __init__(self, config: ConfigDict):
-        square = (config.image_size, config.image_size)
-        size = tuple(config.data.eval_size) if any(config.data.eval_size) else square
-        self._short_side = config.data.eval_short_side or config.image_size
+        *size, channels = input_shape(config)
+        self._short_side = config.data.eval_short_side or min(size)
         self._fill = _mean_pixel(config)
-        self.shape = (*size, 3)
+        self.shape = (*(config.data.eval_size if any(config.data.eval_size) else size), channels)
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the buffer (H, W, 3) uint8 and the image's height and width in it (2,) int32."""
+        """Returns the buffer (H, W, C) uint8 and the image's height and width in it (2,) int32."""
+        image = with_channels(image, self.shape[-1])
         pixels = fit_image(image, self._short_side, *self.shape[:2])
         size = np.array(pixels.shape[:2], np.int32)
         return pad(pixels, self.shape, self._fill), size
@@ -40,28 +41,28 @@ class ImageBuffer:
 class SegmentationExamples:
     """Images with label maps.
 
-    A training example is an augmented crop: `image` (S, S, 3) uint8 and `label` (S, S) uint8,
+    A training example is an augmented crop: `image` (H, W, C) uint8 and `label` (H, W) uint8,
     `IGNORED` on padding. An evaluation example holds the resized image at the top left of a buffer
-    of `data.eval_size`: `image` (H, W, 3) uint8 and `image_size` (2,) int32, its height and width
+    of `data.eval_size`: `image` (H, W, C) uint8 and `image_size` (2,) int32, its height and width
     in the buffer. It also holds the label map, at its own size, at the top left of a buffer of
     `data.label_size`: `label` (h, w) uint8, `IGNORED` outside the map, and `label_size` (2,) int32.
 
     Args:
-      config: provides `image_size` and `data.normalization`; in training `augment`, in evaluation
-        `data.eval_size`, `data.eval_short_side` and `data.label_size`.
+      config: provides `image_size`, `in_channels` and `data.normalization`; in training
+        `augment`, in evaluation `data.eval_size`, `data.eval_short_side` and `data.label_size`.
       train: whether the examples are for training.
     """
 
     def __init__(self, config: ConfigDict, *, train: bool):
         self._train = train
-        self._size = config.image_size
+        self._shape = input_shape(config)
         self._augment = config.augment
         self._fill = _mean_pixel(config)
         self._buffer = ImageBuffer(config)
         if train:
             self.specs = {
-                "image": Spec((self._size, self._size, 3), np.uint8),
-                "label": Spec((self._size, self._size), np.uint8),
+                "image": Spec(self._shape, np.uint8),
+                "label": Spec(self._shape[:2], np.uint8),
             }
         else:
             image_size = self._buffer.shape[:2]
@@ -80,8 +81,10 @@ class SegmentationExamples:
           UserError: the label map is larger than its buffer.
         """
         if self._train:
-            image, label = record["image"], record["label_map"]
-            image, label = train_scene(image, label, self._size, self._augment, self._fill, rng)
+            image = with_channels(record["image"], self._shape[-1])
+            image, label = train_scene(
+                image, record["label_map"], self._shape[:2], self._augment, self._fill, rng
+            )
             return {"image": image, "label": label}
         return self._eval_example(record)
 
@@ -112,9 +115,7 @@ class SegmentationExamples:
 
 
 def _mean_pixel(config: ConfigDict) -> Pixel:
-    """Returns the colour that normalisation maps to zero, up to rounding."""
-    mean, _ = mean_and_std(config.data.normalization)
-    return tuple(round(255 * level) for level in mean)
+    return mean_pixel(config.data.normalization, config.in_channels)
 
 
 def _by(shape: tuple[int, ...]) -> str:

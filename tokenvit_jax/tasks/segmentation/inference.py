@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.confusion import confusion_matrix
@@ -43,9 +44,16 @@ def _pixel_losses(logits, labels):
     return jnp.where(counts, losses, 0.0)
 
 
-def window_side(config: ConfigDict) -> int:
-    """Returns the side of a window [pixels], from `inference.window` and `image_size`."""
-    return config.inference.window or config.image_size
+def window_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns height and width of a window [pixels], from `inference.window` and `image_size`."""
+    return _or_default(config.inference.window, config.image_size)
+
+
+def _or_default(size, default):
+    """Returns height and width, those of the default where they are 0."""
+    pairs = zip(height_and_width(size), height_and_width(default), strict=True)
+    height, width = (side or other for side, other in pairs)
+    return height, width
 
 
 def predict_logits(
@@ -57,7 +65,7 @@ def predict_logits(
       model: segmentation model.
       config: provides `image_size`, `inference.window` and `inference.stride`.
       variables: variables of the model.
-      images: (B, H, W, 3), normalised.
+      images: (B, H, W, C), normalised.
       sizes: (B, 2) int, height and width of the image in each buffer.
 
     Returns:
@@ -66,17 +74,25 @@ def predict_logits(
     Raises:
       UserError: the windows do not fit.
     """
-    window = window_side(config)
-    stride = config.inference.stride or window
-    if window > min(images.shape[1:3]):
+    window, buffer = window_size(config), images.shape[1:3]
+    stride = _or_default(config.inference.stride, window)
+    if any(side > room for side, room in zip(window, buffer, strict=True)):
         raise UserError(
-            f"config.inference.window={window} is not valid; valid: up to the shorter side of "
-            f"config.data.eval_size, {min(images.shape[1:3])}"
+            f"config.inference.window={config.inference.window} is not valid: windows of "
+            f"{_by(window)} pixels do not fit into config.data.eval_size={buffer}; valid: up to "
+            "its height and width"
         )
-    if not 1 <= stride <= window:
-        raise UserError(f"config.inference.stride={stride} is not valid; valid: 1 to {window}")
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise UserError(
+            f"config.inference.stride={config.inference.stride} is not valid; valid: up to the "
+            f"windows' {_by(window)} pixels"
+        )
     apply = functools.partial(model.apply, variables, train=False)
     return sliding_logits(apply, images, sizes, window, stride)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def compare_with_labels(
@@ -153,13 +169,14 @@ def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]
       new_size: height and width of the result.
     """
     height, width = new_size
+    chunk = min(CHUNK, height)
 
     def predict(start):  # a chunk of rows at a time: logits for all would not fit into memory
-        rows = start + jnp.arange(CHUNK)
+        rows = start + jnp.arange(chunk)
         found = resize_pixels(logits, size, jnp.array(new_size), rows, width)
         return jnp.argmax(found, -1).astype(jnp.uint8)
 
-    labels = lax.map(predict, jnp.arange(0, height, CHUNK))
+    labels = lax.map(predict, jnp.arange(0, height, chunk))
     return labels.reshape(-1, width)[:height]
 
 

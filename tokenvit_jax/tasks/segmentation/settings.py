@@ -4,15 +4,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_interval, check_values
+from tokenvit_jax.config import check_interval, check_size, check_values, size_entry
 from tokenvit_jax.data import MIN_IMAGE_SIZE
 from tokenvit_jax.errors import UserError
 
 _RANGES = {
     "data.eval_short_side": (0, None),
     "augment.short_side": (0, None),
-    "inference.window": (0, None),
-    "inference.stride": (0, None),
 }
 
 
@@ -24,24 +22,27 @@ def default_entries() -> ConfigDict:
     # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
     # the predictions with the label maps at their own size.
     config.data = ConfigDict()
-    config.data.eval_short_side = 0  # shorter side of the resized image, pixels; 0: image_size
+    config.data.eval_short_side = 0  # shorter side of the resized image, pixels; 0: of image_size
     config.data.eval_size = (0, 0)  # height and width of the buffer; zeros: image_size
     config.data.label_size = (0, 0)  # buffer of the label maps; zeros: size of the image buffer
     config.augment = ConfigDict()
-    config.augment.short_side = 0  # of the resized image, before the factor; 0: image_size
+    config.augment.short_side = 0  # of the resized image, before the factor; 0: covers image_size
     config.augment.scale_range = (1.0, 1.0)  # random factor of the size
     config.augment.max_class_share = 1.0  # largest share of one class in a crop; 1: any crop
     config.augment.photometric = False  # brightness, contrast, saturation and hue, 1/2 each
     # An image that is larger than a window is predicted in several windows.
     config.inference = ConfigDict()
-    config.inference.window = 0  # side, pixels; 0: image_size
-    config.inference.stride = 0  # stride in pixels; 0: the window size (no overlap)
+    # Both in pixels: one number, or one for each direction, (down, right).
+    config.inference.window = size_entry(0)  # 0: image_size
+    config.inference.stride = size_entry(0)  # 0: the window size (no overlap)
     return config
 
 
 def check_entries(config: ConfigDict) -> None:
     """Raises UserError for the first invalid one of these entries."""
     check_values(config, {}, _RANGES)
+    check_size(config, "inference.window", 0)
+    check_size(config, "inference.stride", 0)
     data, augment = config.data, config.augment
     _check_pair("data.eval_size", data.eval_size)
     _check_pair("data.label_size", data.label_size)

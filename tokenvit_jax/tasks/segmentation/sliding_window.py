@@ -22,7 +22,7 @@ def window_starts(
     Args:
       size: () int, length of the image along this side [pixels].
       buffer: length of the buffer along this side [pixels], at least ``window``.
-      window: side of a window [pixels].
+      window: length of a window along this side [pixels].
       stride: distance from one window to the next [pixels].
 
     Returns:
@@ -39,32 +39,37 @@ def sliding_logits(
     apply: Callable[[jax.Array], jax.Array],
     images: jax.Array,
     sizes: jax.Array,
-    window: int,
-    stride: int,
+    window: tuple[int, int],
+    stride: tuple[int, int],
 ) -> jax.Array:
     """Returns the mean logits of each pixel over all windows that contain it.
 
     Args:
-      apply: function (B, window, window, 3) -> (B, window, window, K).
-      images: (B, H, W, 3) float, H and W at least ``window``.
+      apply: function (B, h, w, C) -> (B, h, w, K), for windows.
+      images: (B, H, W, C) float, at least as large as a window.
       sizes: (B, 2) int, height and width of the image in each buffer.
-      window: side of a window [pixels].
-      stride: distance from one window to the next [pixels], from 1 to ``window``.
+      window: height h and width w of a window [pixels].
+      stride: distances from one window to the next, down and to the right [pixels], from 1 to the
+        sides of a window.
 
     Returns:
       (B, H, W, K) float32; values outside an image are meaningless.
     """
     batch, height, width, _ = images.shape
-    if (height, width) == (window, window):
+    if (height, width) == tuple(window):
         return apply(images)
-    rows, row_counts = jax.vmap(lambda n: window_starts(n, height, window, stride))(sizes[:, 0])
-    columns, column_counts = jax.vmap(lambda n: window_starts(n, width, window, stride))(
-        sizes[:, 1]
-    )
-    shape = jax.eval_shape(apply, images[:, :window, :window]).shape
+
+    def starts(axis):
+        buffer = images.shape[1 + axis]
+        return jax.vmap(lambda n: window_starts(n, buffer, window[axis], stride[axis]))(
+            sizes[:, axis]
+        )
+
+    (rows, row_counts), (columns, column_counts) = starts(0), starts(1)
+    shape = jax.eval_shape(apply, images[:, : window[0], : window[1]]).shape
 
     def cut(x, row, column):
-        return lax.dynamic_slice(x, (row, column, 0), (window, window, x.shape[-1]))
+        return lax.dynamic_slice(x, (row, column, 0), (*window, x.shape[-1]))
 
     def add(x, row, column, y):
         return lax.dynamic_update_slice(x, cut(x, row, column) + y, (row, column, 0))
@@ -78,7 +83,7 @@ def sliding_logits(
             weight = used.astype(jnp.float32)[:, None, None, None]
             logits = apply(jax.vmap(cut)(images, *place))
             sums = jax.vmap(add)(sums, *place, logits * weight)
-            ones = jnp.broadcast_to(weight, (batch, window, window, 1))
+            ones = jnp.broadcast_to(weight, (batch, *window, 1))
             return sums, jax.vmap(add)(counts, *place, ones)
 
         # In a buffer that is far larger than its images, most windows are empty.

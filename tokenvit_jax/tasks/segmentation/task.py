@@ -18,7 +18,7 @@ from tokenvit_jax.tasks.segmentation.inference import (
     largest_labels,
     pixel_cross_entropy,
     predict_logits,
-    window_side,
+    window_size,
 )
 from tokenvit_jax.tasks.segmentation.model import make_segmenter
 from tokenvit_jax.tasks.segmentation.settings import check_entries, default_entries
@@ -33,14 +33,15 @@ from tokenvit_jax.tasks.task import (
     Task,
     apply_in_training,
     describe_shares,
+    middle_window,
 )
 
 
 class Segmentation(Task):
     """One label per pixel: cross-entropy of the labelled pixels, mIoU at the labels' size.
 
-    Training batches hold "image" (B, S, S, 3) uint8 and "label" (B, S, S) uint8. Evaluation
-    batches hold the image at the top left of a buffer (B, H, W, 3) and its "image_size" (B, 2),
+    Training batches hold "image" (B, H, W, C) uint8 and "label" (B, H, W) uint8. Evaluation
+    batches hold the image at the top left of a buffer (B, H, W, C) and its "image_size" (B, 2),
     the label map in a buffer (B, h, w) and its "label_size" (B, 2).
     """
 
@@ -83,13 +84,13 @@ class Segmentation(Task):
         return metrics["eval/miou"]
 
     @property
-    def view_size(self) -> int:
-        return window_side(self.config)
+    def view_size(self) -> tuple[int, int]:
+        return window_size(self.config)
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
-        names, buffer, side = self.class_names(), ImageBuffer(self.config), self.view_size
+        names, buffer = self.class_names(), ImageBuffer(self.config)
 
         @jax.jit
         def apply(variables, images, sizes):
@@ -103,13 +104,11 @@ class Segmentation(Task):
             pixels, size = buffer(image)
             logits = apply(variables, pixels[None], size[None])
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
-            top, left = np.maximum(size - side, 0) // 2  # the window in the middle
-            window = pixels[top : top + side, left : left + side]
+            window = middle_window(pixels, size, self.view_size)
             shares = [(names[label], share) for label, share in class_shares(labels)]
             superpixels = functools.partial(cluster, variables, window[None])
-            draw = functools.partial(
-                pictures.draw, np.asarray(image), labels, names, window, superpixels
-            )
+            shown = window[: size[0], : size[1]]  # without padding
+            draw = functools.partial(pictures.draw, image, labels, names, shown, superpixels)
             return Prediction({"labels": labels}, describe_shares(shares), draw)
 
         return predict
