@@ -11,12 +11,12 @@ import pytest
 PACKAGE = "tokenvit_jax"
 FOLDER = Path(__file__).parent.parent / PACKAGE
 
-COMMANDS = "train evaluate predict label convert expedite prepare summary benchmark"
+COMMANDS = "train evaluate predict label convert expedite prepare summary benchmark list __main__"
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "errors"
 )
-BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli"
+BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
 MAY_IMPORT = {
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "kernels": "arrays errors",
     "arrays": "",
     "config": "errors",
-    "cli": "tasks data errors",
+    "cli": "config_flag data errors",
+    "config_flag": "tasks config errors",
     "memory": "",
     "published": "",
     "errors": "",

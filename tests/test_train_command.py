@@ -215,7 +215,12 @@ def run_here(monkeypatch, capsys, command, *arguments):
             ["--config.optimizer.lerning_rate=1"],
             2,
             "--config.optimizer.lerning_rate is not a key of the configuration; did you mean "
-            "'learning_rate'",
+            "'optimizer.learning_rate'?",
+        ),
+        (
+            ["--config.model_overrides.num_group=3"],
+            2,
+            "is not a key of the configuration; did you mean 'model_overrides.num_groups'?",
         ),
         (["--config.seed=abc"], 2, "--config.seed=abc"),
         (["rest"], 2, "unexpected argument 'rest'"),

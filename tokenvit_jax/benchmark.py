@@ -72,14 +72,15 @@ insertions.define_flags(FLAGS)
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the measurements."""
     _check_flags(flag_values)
+    out = cli.picture_path(flag_values, "out")
     if flag_values.against:
         timm_peers.share_memory()
     keep_pages()
     rows = _measure(flag_values)
     environment = timing.environment() | (timm_peers.environment() if flag_values.against else {})
     print(report.format_results(rows, environment, flag_values.format))
-    if flag_values.out:
-        report.plot_cost(rows).savefig(flag_values.out, dpi=150)
+    if out:
+        report.plot_cost(rows).savefig(out, dpi=150)
 
 
 def _measure(flag_values):
@@ -101,7 +102,7 @@ def _measure(flag_values):
 
 
 def _check_flags(flag_values):
-    if (flag_values.model is None) == (flag_values.op is None):
+    if bool(flag_values.model) == bool(flag_values.op):
         raise UserError("one of --model=NAME and --op=NAME is needed")
     if flag_values.op and flag_values.image_size:
         raise UserError("--image_size goes with --model; operators have their own shapes")

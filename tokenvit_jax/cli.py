@@ -1,8 +1,9 @@
 """Parses flags and configs for all commands, and prints one-line errors instead of tracebacks."""
 
 import logging
-import re
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,11 @@ from absl import flags
 from tokenvit_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
     from PIL import Image
+
+HELP = ("--help", "-h")
+COLUMN = 44  # where the meanings begin in the text of --help
 
 
 def run(
@@ -35,13 +40,15 @@ def run(
       positional: names of the arguments that have no flag; all must be given.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)  # progress bars make room for log messages only
     # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
     flags.FLAGS.mark_as_parsed()
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
-        sys.exit(0)
+    arguments = [argument for argument in sys.argv if argument not in HELP]
     try:
-        rest = flag_values(sys.argv)[1:]
+        if len(arguments) < len(sys.argv):
+            print(_help(flag_values, arguments))
+            sys.exit(0)
+        rest = flag_values(arguments)[1:]
         if len(rest) > len(positional):
             unexpected = rest[len(positional)]
             raise UserError(f"unexpected argument {unexpected!r}; flags have the form --name=value")
@@ -50,36 +57,55 @@ def run(
         for name in required:
             if flag_values[name].value is None:
                 raise UserError(f"--{name} is missing; {flag_values[name].help}")
+        _check_texts(flag_values)
     except Exception as error:  # a configuration file is the user's code, which may raise any error
         _exit(2, _parse_message(error))
     try:
         main(flag_values, *rest)
     except (UserError, OSError) as error:
         _exit(1, str(error))
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
     sys.exit(0)
 
 
 def define_config(flag_values: flags.FlagValues) -> None:
     """Defines the flag --config=FILE.py[:ARGUMENT] and its overrides --config.key=value."""
-    from ml_collections import config_flags  # not every command has a config
+    from tokenvit_jax import config_flag  # not every command has a config
 
-    config_flags.DEFINE_config_file(
-        "config", None, "configuration: --config=FILE.py or FILE.py:ARGUMENT", flag_values
-    )
+    config_flag.define(flag_values)
 
 
-def read_config(flag_values: flags.FlagValues):
-    """Returns the locked `ConfigDict` of the flag --config.
+def read_config(flag_values: flags.FlagValues) -> "ConfigDict":
+    """Returns the locked `ConfigDict` of the flag --config."""
+    return flag_values["config"].value
+
+
+def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
+    """Returns the path of a flag for a picture, and makes its folder; None if it is not given.
+
+    Call this before the work: a picture that cannot be written would lose its result.
+
+    Args:
+      flag_values: parsed flags.
+      name: name of the flag.
 
     Raises:
-      UserError: its file cannot be read.
+      UserError: the picture cannot be written there, or not in this format.
     """
-    from ml_collections import ConfigDict
+    from matplotlib.backend_bases import FigureCanvasBase  # few commands draw
 
-    config = flag_values["config"].value
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={flag_values['config'].config_filename}: no such file")
-    return config
+    if flag_values[name].value is None:
+        return None
+    path, formats = Path(flag_values[name].value), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"--{name}={path} is not valid; valid suffixes: .{', .'.join(formats)}")
+    if path.is_dir():
+        raise UserError(f"--{name}={path} is a folder; valid: a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--{name}={path} cannot be written")
+    return path
 
 
 def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
@@ -98,33 +124,55 @@ def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
         raise UserError(f"--images: {error}") from error
 
 
+def _help(flag_values: flags.FlagValues, arguments: Sequence[str]) -> str:
+    """Returns the description of a command, its flags and the entries of its configuration."""
+    lines = [sys.modules["__main__"].__doc__ or "", "Flags:", ""]
+    for name in sorted(set(flag_values) - {"flagfile", "undefok"}):
+        flag = flag_values[name]
+        default = "" if flag.default in (None, []) else f"={flag.default_as_str.strip(chr(39))}"
+        lines.append(_line(f"--{name}{default}", flag.help))
+    if "config" in flag_values:
+        from tokenvit_jax import config_flag
+
+        flag_values(arguments)
+        config = flag_values["config"].value
+        more = "; with --config=..., --help lists those of that configuration" * (config is None)
+        lines += ["", f"Entries of the configuration, changed by --config.KEY=VALUE{more}:", ""]
+        entries = config_flag.list_entries(config)
+        lines += [_line(f"{key}={value!r}", meaning) for key, value, meaning in entries]
+    return "\n".join(lines)
+
+
+def _line(start: str, meaning: str) -> str:
+    """Returns a name and its wrapped meaning, in two columns."""
+    first, *others = textwrap.wrap(meaning, 100 - COLUMN) or [""]
+    below = "\n" + " " * COLUMN
+    start = f"  {start}"
+    start = start.ljust(COLUMN) if len(start) < COLUMN - 1 else start + below
+    return start + below.join([first, *others])
+
+
+def _check_texts(flag_values: flags.FlagValues) -> None:
+    """Expands "~" to the home folder, and refuses empty values, which unset variables leave.
+
+    This covers all flags that name files: no other flag has values that begin with "~".
+    """
+    for name in flag_values:
+        flag = flag_values[name]
+        if name.split(".")[0] == "config":  # an empty entry of a configuration has a meaning
+            continue
+        texts = flag.value if isinstance(flag.value, list) else [flag.value]
+        texts = [os.path.expanduser(text) if isinstance(text, str) else text for text in texts]
+        if flag.present and (not texts or "" in texts):
+            raise UserError(f"--{name}= is empty; {flag.help}")
+        flag.value = texts if isinstance(flag.value, list) else texts[0]
+
+
 def _parse_message(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, AttributeError | KeyError | TypeError):
-        # ml_collections names only the last part of a wrong key, in nested quotes.
-        found = re.search(r"\w+", text)
-        keys = [arg.split("=")[0] for arg in sys.argv if arg.startswith("--config.")]
-        wrong = next((key for key in keys if found and found[0] in key.split(".")), None)
-        hint = re.search(r'Did you mean "(\w+)"', text)
-        if wrong or keys:
-            key = wrong or keys[0]
-            near = f"; did you mean {hint[1]!r}?" if hint else ""
-            near = _tasks_with(key.removeprefix("--config.")) or near
-            return f"{key} is not a key of the configuration{near}"
-    if "Traceback (most recent call last)" in text:
-        # ml_collections puts the traceback of a configuration file into its message.
-        reason = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
-        text = text.split("Error whilst parsing", 1)[0] + reason
+    if isinstance(error, flags.Error) and isinstance(error.__context__, UserError):
+        error = error.__context__
     known = isinstance(error, UserError | flags.Error | OSError)
-    return text if known else f"--config: {type(error).__name__}: {text}"
-
-
-def _tasks_with(key: str) -> str:
-    """Names the tasks that have an entry which this configuration lacks; "" if none has."""
-    from tokenvit_jax.tasks import tasks_with  # only commands with a configuration need the tasks
-
-    found = ", ".join(tasks_with(key))
-    return f"; config.{key} is an entry of the tasks: {found}" if found else ""
+    return str(error) if known else f"--config: {type(error).__name__}: {error}"
 
 
 def _exit(status: int, message: str) -> None:

@@ -1,12 +1,13 @@
-"""Entries of a configuration that every task has, with their meanings and defaults.
+"""Entries of a configuration that every task has, each with its default and its meaning.
 
 Each task adds its own entries (see `tokenvit_jax.tasks`). The recipes in `tokenvit_jax.recipes`
 start from `tokenvit_jax.tasks.default_config`. The command line overrides an entry with
-``--config.a.b=value``; a key that does not exist is an error.
+``--config.a.b=value``; a key that does not exist is an error. ``train --help`` and the
+documentation list `ENTRIES`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -15,66 +16,85 @@ from tokenvit_jax.errors import UserError
 MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
 
 
-def base_config() -> ConfigDict:
-    """Returns the entries that all tasks share, without augmentation and regularisation."""
-    config = ConfigDict()
-    # The model: one of `tokenvit_jax.list_models()` and arguments of `create_model`.
-    config.model = "dgt_t"
-    config.model_overrides = ConfigDict()
-    config.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters stay float32
-    config.seed = 0
+class Entry(NamedTuple):
+    """An entry of a configuration.
 
+    Attributes:
+      default: its default, without augmentation and regularisation; {}: a group whose keys the
+        model or the head determines.
+      meaning: what it means, with its unit or its valid values.
+      is_size: whether it is a size: one number, or one for each direction.
+    """
+
+    default: Any
+    meaning: str
+    is_size: bool = False
+
+
+ENTRIES: dict[str, Entry] = {
+    # The model.
+    "model": Entry("dgt_t", "name of the model (tokenvit list models)"),
+    "model_overrides": Entry({}, "settings of the model that replace the published ones"),
+    "dtype": Entry("float32", "compute: float32 | bfloat16; parameters stay float32"),
+    "seed": Entry(0, "seed of the parameters, the order of the images and the augmentation"),
     # The run whose parameters training starts from.
-    config.initial = ConfigDict()
-    config.initial.workdir = ""  # a trained run, or a run that `convert` wrote; "": random
-    config.initial.checkpoint = "last"  # "last", "best" or a step
-
+    "initial.workdir": Entry("", "a trained run, or a run that convert wrote; empty: random"),
+    "initial.checkpoint": Entry("last", "last, best or a step"),
     # The data.
-    config.dataset = "digits"  # see `tokenvit_jax.data.datasets`
-    config.image_size = size_entry(224)  # pixels: one number for a square, or (height, width)
-    config.in_channels = 3  # of the images: 1 (grey) | 3 (RGB) | 4 (RGB and alpha)
-    config.batch_size = 128  # images per step, over all devices of all processes
-    config.data = ConfigDict()
-    config.data.data_dir = "~/tensorflow_datasets"  # where `prepare` wrote the dataset
-    config.data.classes = ()  # names of the classes; (): the dataset's own
-    config.data.split = 0.0  # share of the images kept for evaluation; 0: the dataset's own splits
-    config.data.workers = 0  # worker processes that read ahead; 0: read in the training process
-    config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
-    config.data.repeats = 1  # repeated augmentation: copies of an image in a batch
-    config.data.eval_batch_size = 128  # images per evaluation step, over all devices
-    config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (mean 0.5, std 0.5)
-    config.augment = ConfigDict()
-    config.augment.flip = 0.0  # probability of a horizontal flip
-
+    "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)"),
+    "image_size": Entry(224, "one number for a square, or (height, width) [pixels]", is_size=True),
+    "in_channels": Entry(3, "channels of the images: 1 (grey) | 3 (RGB) | 4 (RGB and alpha)"),
+    "batch_size": Entry(128, "images per step, over all devices of all processes"),
+    "data.data_dir": Entry("~/tensorflow_datasets", "folder that prepare wrote the dataset into"),
+    "data.classes": Entry((), "names of the classes; (): the dataset's own"),
+    "data.split": Entry(
+        0.0, "share of the images kept for evaluation; 0: the dataset's own splits"
+    ),
+    "data.workers": Entry(0, "worker processes that read ahead; 0: read in the training process"),
+    "data.on_corrupt": Entry("raise", "unreadable image: raise | skip (counted and logged)"),
+    "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch"),
+    "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices"),
+    "data.normalization": Entry("imagenet", "pixels: imagenet | inception (mean 0.5, std 0.5)"),
+    "augment.flip": Entry(0.0, "probability of a horizontal flip"),
     # Optimisation.
-    config.num_steps = 1000
-    config.accumulate_steps = 1  # micro-batches per step, computed one after another
-    config.clip_norm = 0.0  # largest global norm of the gradient; 0: off
-    config.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0: off
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # "adamw" | "sgd" (with Nesterov momentum)
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.weight_decay = 0.05  # not applied to norms, biases, scales and positions
-    config.optimizer.b1 = 0.9  # adamw: decay of the mean of gradients; sgd: momentum
-    config.optimizer.b2 = 0.999  # adamw: decay of the mean of squared gradients
-    config.optimizer.schedule = "cosine"  # "cosine" | "polynomial", per step, after the warm-up
-    config.optimizer.power = 1.0  # exponent of the polynomial schedule; 1: linear
-    config.optimizer.warmup_steps = 0  # linear
-    config.optimizer.warmup_learning_rate = 1e-6  # at step 0
-    config.optimizer.end_learning_rate = 1e-5  # at the last step
-
+    "num_steps": Entry(1000, "length of the training"),
+    "accumulate_steps": Entry(1, "micro-batches per step, computed one after another"),
+    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off"),
+    "ema_decay": Entry(0.0, "moving average of the parameters, used for evaluation; 0: off"),
+    "optimizer.name": Entry("adamw", "adamw | sgd (with Nesterov momentum)"),
+    "optimizer.learning_rate": Entry(1e-3, "after the warm-up"),
+    "optimizer.weight_decay": Entry(0.05, "not applied to norms, biases, scales and positions"),
+    "optimizer.b1": Entry(0.9, "adamw: decay of the mean of gradients; sgd: momentum"),
+    "optimizer.b2": Entry(0.999, "adamw: decay of the mean of squared gradients"),
+    "optimizer.schedule": Entry("cosine", "cosine | polynomial, per step, after the warm-up"),
+    "optimizer.power": Entry(1.0, "exponent of the polynomial schedule; 1: linear"),
+    "optimizer.warmup_steps": Entry(0, "length of the linear warm-up"),
+    "optimizer.warmup_learning_rate": Entry(1e-6, "learning rate at step 0"),
+    "optimizer.end_learning_rate": Entry(1e-5, "learning rate at the last step"),
     # Devices.
-    config.parallel = "jit"  # "jit" (over a mesh of all devices) | "pmap"
-    config.mesh = ConfigDict()
-    config.mesh.fsdp = 1  # devices over which parameters and optimizer state are sharded ("jit")
-
+    "parallel": Entry("jit", "jit (over a mesh of all devices) | pmap"),
+    "mesh.fsdp": Entry(1, "devices over which parameters and optimizer state are sharded (jit)"),
     # Checkpoints and logs in the workdir.
-    config.log_every_steps = 50
-    config.eval_every_steps = 1000
-    config.checkpoint_every_steps = 1000
-    config.keep_last_checkpoints = 2
-    config.keep_best_checkpoints = 1  # best by the task's score, such as eval/accuracy or eval/miou
-    config.profile = ""  # steps of a profiler trace, "first:last"; "": none
+    "log_every_steps": Entry(50, "steps between two logged ones"),
+    "eval_every_steps": Entry(1000, "steps between two evaluations"),
+    "checkpoint_every_steps": Entry(1000, "steps between two checkpoints"),
+    "keep_last_checkpoints": Entry(2, "number of latest checkpoints that are kept"),
+    "keep_best_checkpoints": Entry(1, "number of checkpoints kept by score (accuracy or mIoU)"),
+    "profile": Entry("", "steps of a profiler trace, first:last; empty: none"),
+}
+
+
+def make_config(entries: Mapping[str, Entry]) -> ConfigDict:
+    """Returns a new configuration with the defaults of entries such as `ENTRIES`."""
+    config = ConfigDict()
+    for key, entry in entries.items():
+        *groups, name = key.split(".")
+        group = config
+        for part in groups:
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        group[name] = size_entry(entry.default) if entry.is_size else entry.default
     return config
 
 

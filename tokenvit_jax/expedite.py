@@ -16,10 +16,6 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.expediting.front import format_front, plot_front
-from tokenvit_jax.expediting.search import pareto_front
-from tokenvit_jax.training.expedite_run import search_run, write_expedited
-from tokenvit_jax.training.new_run import check_new
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -42,7 +38,13 @@ flags.DEFINE_string("out", None, "new folder for the faster run", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints and draws the front, and writes the faster run."""
+    from tokenvit_jax.expediting.front import format_front, plot_front
+    from tokenvit_jax.expediting.search import pareto_front
+    from tokenvit_jax.training.expedite_run import search_run, write_expedited
+    from tokenvit_jax.training.new_run import check_new
+
     workdir, out = Path(flag_values.workdir), flag_values.out
+    plot = cli.picture_path(flag_values, "plot")
     if out:
         check_new(Path(out))
     search = search_run(
@@ -57,11 +59,11 @@ def main(flag_values: flags.FlagValues) -> None:
     tried = f"{len(rated)} of {search.num_candidates} settings tried on {search.num_images} images"
     print(f"{tried}, temperature {chosen.expedite.temperature:g}; the front:")
     print(format_front(pareto_front(rated), chosen))
-    if flag_values.plot:
-        plot_front(rated, chosen, flag_values.budget).savefig(flag_values.plot, dpi=150)
     if out:
         write_expedited(Path(out), search)
         print(f"{workdir} -> {out}")
+    if plot:
+        plot_front(rated, chosen, flag_values.budget).savefig(plot, dpi=150)
 
 
 if __name__ == "__main__":

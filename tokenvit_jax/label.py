@@ -14,7 +14,6 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.training.token_label_writer import label_training_images
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of the teacher's run", flag_values=FLAGS)
@@ -28,6 +27,8 @@ flags.DEFINE_string(
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the labels and prints their number."""
+    from tokenvit_jax.training.token_label_writer import label_training_images
+
     out = Path(flag_values.out)
     records, height, width, top_k = label_training_images(
         Path(flag_values.workdir),

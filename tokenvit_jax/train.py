@@ -6,14 +6,14 @@ SLURM these are found automatically.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.tasks import create_task
-from tokenvit_jax.training import processes
-from tokenvit_jax.training.loop import train
-from tokenvit_jax.training.validate import check_task
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 FLAGS = flags.FlagValues()
 cli.define_config(FLAGS)
@@ -33,10 +33,21 @@ flags.DEFINE_integer(
 
 def main(flag_values: flags.FlagValues) -> None:
     """Connects the processes and trains the model."""
+    from tokenvit_jax.tasks import create_task
+    from tokenvit_jax.training import processes
+    from tokenvit_jax.training.validate import check_task
+
     config = cli.read_config(flag_values)
     check_task(create_task(config))  # here too: a mistake shows before processes wait for others
     processes.connect(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
     train(config, Path(flag_values.workdir))
+
+
+def train(config: "ConfigDict", workdir: Path) -> None:
+    """Trains a model, also in a notebook; see `tokenvit_jax.training.loop.train`."""
+    from tokenvit_jax.training import loop
+
+    loop.train(config, workdir)
 
 
 if __name__ == "__main__":

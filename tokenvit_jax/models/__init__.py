@@ -1,5 +1,5 @@
 """Backbones and their registry."""
 
-from tokenvit_jax.models.registry import create_model, list_models
+from tokenvit_jax.models.registry import create_model, list_models, model_settings
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "model_settings"]

@@ -30,6 +30,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
+def model_settings(name: str) -> BackboneSettings:
+    """Returns the published settings of a model.
+
+    Args:
+      name: one of :func:`list_models`.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    if name not in _MODELS:
+        hint = did_you_mean(name, _MODELS)
+        raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
+    return _MODELS[name][1]
+
+
 def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone:
     """Creates a model of a published size.
 
@@ -44,12 +59,9 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
     Raises:
       UserError: the name or a setting is unknown, or num_classes is negative.
     """
-    if name not in _MODELS:
-        hint = did_you_mean(name, _MODELS)
-        raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
     if num_classes < 0:
         raise UserError(f"num_classes={num_classes} is not valid; valid: at least 0")
-    cls, settings = _MODELS[name]
+    settings = model_settings(name)
     valid = sorted(field.name for field in dataclasses.fields(settings))
     for key, value in overrides.items():
         if key not in valid:
@@ -58,4 +70,5 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
         default = getattr(settings, key)
         if isinstance(default, tuple) and len(value) != len(default):
             raise UserError(f"{key} of model {name} is {value}; it needs {len(default)} entries")
+    cls, _ = _MODELS[name]
     return cls(dataclasses.replace(settings, num_classes=num_classes, **overrides))

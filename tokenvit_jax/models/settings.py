@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -22,7 +22,10 @@ class BackboneSettings:
       remat: whether to recompute the blocks in the backward pass instead of storing activations.
       dtype: type of the computation; parameters are float32.
       axis_name: mapped axis that the batch is split over, for pmap; None under jit.
+      parts: settings that have attributes of their own: name -> their class.
     """
+
+    parts: ClassVar[Mapping[str, type]] = {}
 
     num_classes: int = 1000
     drop_path: float = 0.0

@@ -4,6 +4,7 @@ Parameters and the order of operations match timm's models.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -43,6 +44,8 @@ class SwinSettings(PyramidSettings):
         tokens, as in the released code of Expedite; for parity with this code only. Some centres at
         a border then attend to centres at the opposite border, and not to all of their neighbours.
     """
+
+    parts: ClassVar[Mapping[str, type]] = {"expedite": Expedite}
 
     mlp_ratio: int = 4
     window_size: int = 7

@@ -5,8 +5,8 @@ Parameters and the order of operations match timm's models of the same names.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,8 @@ class ViTSettings(BackboneSettings):
         models (C = 64) hardly begin to learn with 0.02; 1 / sqrt(C) suits them.
     """
 
+    parts: ClassVar[Mapping[str, type]] = {"token_reducer": TokenReducer, "expedite": Expedite}
+
     dim: int
     depth: int = 12
     num_heads: int
@@ -77,7 +79,7 @@ class ViTSettings(BackboneSettings):
 
     def __post_init__(self):
         # Attributes by name could not be hashed.
-        for cls, name in ((TokenReducer, "token_reducer"), (Expedite, "expedite")):
+        for name, cls in self.parts.items():
             part = read_settings(cls, name, getattr(self, name), self.depth)
             object.__setattr__(self, name, part)
         self._check()

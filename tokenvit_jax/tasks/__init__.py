@@ -3,7 +3,7 @@
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import base_config
+from tokenvit_jax.config import ENTRIES, Entry, make_config
 from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
@@ -26,6 +26,7 @@ __all__ = [
     "Task",
     "create_task",
     "default_config",
+    "entries_of",
     "tasks_with",
 ]
 
@@ -42,17 +43,27 @@ def default_config(task: str) -> ConfigDict:
     Raises:
       UserError: there is no such task.
     """
-    if task not in TASKS:
-        hint = did_you_mean(task, TASKS)
-        raise UserError(f"config.task={task!r} is not valid{hint}; valid: {', '.join(TASKS)}")
-    config = base_config()
-    config.task = task
-    config.update(TASKS[task].defaults())
+    config = make_config(entries_of(task))
     config.lock()
     for key in config:
         if key.endswith("_overrides"):
             config[key].unlock()
     return config
+
+
+def entries_of(task: str) -> dict[str, Entry]:
+    """Returns all entries of a task's configuration by key, such as "data.workers".
+
+    Args:
+      task: a key of `TASKS`.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    if task not in TASKS:
+        hint = did_you_mean(task, TASKS)
+        raise UserError(f"config.task={task!r} is not valid{hint}; valid: {', '.join(TASKS)}")
+    return {"task": Entry(task, f"one of: {', '.join(TASKS)}"), **ENTRIES, **TASKS[task].entries}
 
 
 def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:

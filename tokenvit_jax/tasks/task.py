@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.config import input_shape
+from tokenvit_jax.config import Entry, input_shape
 from tokenvit_jax.data import (
     MODES,
     DatasetInfo,
@@ -21,6 +21,7 @@ from tokenvit_jax.data import (
     mean_and_std,
     with_channels,
 )
+from tokenvit_jax.models import model_settings
 
 if TYPE_CHECKING:  # matplotlib takes long to import; training draws nothing
     from matplotlib.figure import Figure
@@ -104,11 +105,22 @@ class Task(abc.ABC):
     axis_name: str | None = None
 
     reads: ClassVar[frozenset[str]]  # fields of a Record from which the examples are made
+    entries: ClassVar[Mapping[str, Entry]]  # the entries of a configuration that only this task has
 
     @staticmethod
-    @abc.abstractmethod
-    def defaults() -> ConfigDict:
-        """Returns the entries that only this task has, with their defaults."""
+    def overridable(config: ConfigDict) -> dict[str, Any]:
+        """Returns the dataclasses, or instances of them, whose fields the overrides replace.
+
+        Args:
+          config: configuration of this task.
+
+        Returns:
+          By group, such as "model_overrides".
+
+        Raises:
+          UserError: there is no such model or head.
+        """
+        return {"model_overrides": model_settings(config.model)}
 
     @abc.abstractmethod
     def check(self) -> None:

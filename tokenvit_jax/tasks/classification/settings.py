@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_interval, check_values, read_entry
+from tokenvit_jax.config import Entry, check_interval, check_values, read_entry
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
@@ -20,39 +20,30 @@ _RANGES = {
 }
 
 
-def default_entries() -> ConfigDict:
-    """Returns the entries that only this task has, with everything off."""
-    config = ConfigDict()
-    config.label_smoothing = 0.0
-    config.data = ConfigDict()
-    config.data.eval_crop = 0.875  # height of the centre crop / height the resized image covers
-    config.augment = ConfigDict()
-    config.augment.crop_scale = (1.0, 1.0)  # random resized crop: area; (1, 1): no crop
-    config.augment.crop_ratio = (3 / 4, 4 / 3)  # its width / height, relative to the image_size's
-    config.augment.color_jitter = 0.0  # strength of brightness, contrast, saturation
-    config.augment.randaugment = ConfigDict()
-    config.augment.randaugment.num_ops = 0  # operations per image; 0: none
-    config.augment.randaugment.magnitude = 9.0  # 0 to 10
-    config.augment.randaugment.magnitude_std = 0.5  # standard deviation of the magnitude
-    config.augment.erasing = 0.0  # probability of random erasing; the box is filled with noise
-    config.augment.rotation = 0.0  # largest random rotation, degrees
-    config.augment.translation = 0.0  # largest random shift / side of the image
-
+ENTRIES: dict[str, Entry] = {
+    "label_smoothing": Entry(0.0, "weight of the uniform distribution in the targets"),
+    "data.eval_crop": Entry(0.875, "height of the centre crop / height the resized image covers"),
+    "augment.crop_scale": Entry((1.0, 1.0), "random resized crop: area; (1, 1): no crop"),
+    "augment.crop_ratio": Entry((3 / 4, 4 / 3), "its width / height, relative to the image_size's"),
+    "augment.color_jitter": Entry(0.0, "strength of brightness, contrast, saturation"),
+    "augment.randaugment.num_ops": Entry(0, "operations per image; 0: none"),
+    "augment.randaugment.magnitude": Entry(9.0, "0 to 10"),
+    "augment.randaugment.magnitude_std": Entry(0.5, "standard deviation of the magnitude"),
+    "augment.erasing": Entry(0.0, "probability of random erasing; the box is filled with noise"),
+    "augment.rotation": Entry(0.0, "largest random rotation [degrees]"),
+    "augment.translation": Entry(0.0, "largest random shift / side of the image"),
     # Mixing of the images of a batch, inside the training step.
-    config.mix = ConfigDict()
-    config.mix.mixup = 0.0  # alpha of the Beta distribution; 0: off
-    config.mix.cutmix = 0.0  # alpha of the Beta distribution; 0: off
-    config.mix.mixtoken = 0.0  # alpha of the Beta distribution; 0: off; excludes the other two
-    config.mix.probability = 1.0  # probability that a batch is mixed
-    config.mix.switch_probability = 0.5  # probability of CutMix if Mixup is also on
-
+    "mix.mixup": Entry(0.0, "alpha of the Beta distribution; 0: off"),
+    "mix.cutmix": Entry(0.0, "alpha of the Beta distribution; 0: off"),
+    "mix.mixtoken": Entry(0.0, "alpha of the Beta distribution; 0: off; excludes mixup and cutmix"),
+    "mix.probability": Entry(1.0, "probability that a batch is mixed"),
+    "mix.switch_probability": Entry(0.5, "probability of CutMix if Mixup is also on"),
     # Labels for every cell of the last map; the model needs a token head.
-    config.token_labels = ConfigDict()
-    config.token_labels.weight = 0.0  # weight of their loss beside the class loss; 0: off
-    config.token_labels.teacher = ""  # workdir of a run that labels images during training
-    config.token_labels.teacher_checkpoint = "best"  # "last", "best" or a step
-    config.token_labels.files = ""  # folder that `label` wrote, instead of a teacher
-    return config
+    "token_labels.weight": Entry(0.0, "weight of their loss beside the class loss; 0: off"),
+    "token_labels.teacher": Entry("", "workdir of a run that labels images during training"),
+    "token_labels.teacher_checkpoint": Entry("best", "last, best or a step"),
+    "token_labels.files": Entry("", "folder that label wrote, instead of a teacher"),
+}
 
 
 def check_entries(config: ConfigDict) -> None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data import Examples, eval_image, with_channels
@@ -24,7 +23,7 @@ from tokenvit_jax.tasks.classification.mixing import (
     mix_batch,
     mix_targets,
 )
-from tokenvit_jax.tasks.classification.settings import check_entries, default_entries
+from tokenvit_jax.tasks.classification.settings import ENTRIES, check_entries
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -47,10 +46,7 @@ class Classification(Task):
     """
 
     reads = frozenset({"image", "label"})
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        return default_entries()
+    entries = ENTRIES
 
     def check(self) -> None:
         check_entries(self.config)

@@ -37,6 +37,18 @@ class Segmenter(BackboneModel):
         return logits[:, : images.shape[1], : images.shape[2]]
 
 
+def head_class(name: str) -> type[nn.Module]:
+    """Returns the class of a head.
+
+    Raises:
+      UserError: there is no such head.
+    """
+    if name not in HEADS:
+        hint = did_you_mean(name, HEADS)
+        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(HEADS)}")
+    return HEADS[name]
+
+
 def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) -> Segmenter:
     """Returns the segmentation model of a configuration.
 
@@ -50,14 +62,9 @@ def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) 
     """
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     backbone = create_model(config.model, **common, **config.model_overrides.to_dict())
-    if config.head not in HEADS:
-        hint = did_you_mean(config.head, HEADS)
-        raise UserError(
-            f"config.head={config.head!r} is not valid{hint}; valid: {', '.join(HEADS)}"
-        )
-    overrides = config.head_overrides.to_dict()
+    cls, overrides = head_class(config.head), config.head_overrides.to_dict()
     try:
-        head = HEADS[config.head](num_classes=num_classes, **common, **overrides)
+        head = cls(num_classes=num_classes, **common, **overrides)
     except TypeError as error:
         raise UserError(f"config.head_overrides={overrides} of {config.head}: {error}") from error
     return Segmenter(backbone=backbone, head=head)

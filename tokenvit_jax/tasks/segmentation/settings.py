@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_interval, check_size, check_values, size_entry
+from tokenvit_jax.config import Entry, check_interval, check_size, check_values
 from tokenvit_jax.data import MIN_IMAGE_SIZE
 from tokenvit_jax.errors import UserError
 
@@ -14,28 +14,31 @@ _RANGES = {
 }
 
 
-def default_entries() -> ConfigDict:
-    """Returns the entries that only this task has."""
-    config = ConfigDict()
-    config.head = "mask_transformer"  # key of `segmentation.model.HEADS`
-    config.head_overrides = ConfigDict()  # its arguments
+ENTRIES: dict[str, Entry] = {
+    "head": Entry("mask_transformer", "head on the tokens: mask_transformer | linear"),
+    "head_overrides": Entry({}, "settings of the head"),
     # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
     # the predictions with the label maps at their own size.
-    config.data = ConfigDict()
-    config.data.eval_short_side = 0  # shorter side of the resized image, pixels; 0: of image_size
-    config.data.eval_size = (0, 0)  # height and width of the buffer; zeros: image_size
-    config.data.label_size = (0, 0)  # buffer of the label maps; zeros: size of the image buffer
-    config.augment = ConfigDict()
-    config.augment.short_side = 0  # of the resized image, before the factor; 0: covers image_size
-    config.augment.scale_range = (1.0, 1.0)  # random factor of the size
-    config.augment.max_class_share = 1.0  # largest share of one class in a crop; 1: any crop
-    config.augment.photometric = False  # brightness, contrast, saturation and hue, 1/2 each
+    "data.eval_short_side": Entry(
+        0, "shorter side of the resized image in evaluation [pixels]; 0: of image_size"
+    ),
+    "data.eval_size": Entry((0, 0), "height and width of the buffer [pixels]; zeros: image_size"),
+    "data.label_size": Entry(
+        (0, 0), "buffer of the label maps [pixels]; zeros: size of the image buffer"
+    ),
+    "augment.short_side": Entry(
+        0, "of the resized image, before the factor [pixels]; 0: covers image_size"
+    ),
+    "augment.scale_range": Entry((1.0, 1.0), "random factor of the size"),
+    "augment.max_class_share": Entry(1.0, "largest share of one class in a crop; 1: any crop"),
+    "augment.photometric": Entry(False, "brightness, contrast, saturation and hue, 1/2 each"),
     # An image that is larger than a window is predicted in several windows.
-    config.inference = ConfigDict()
-    # Both in pixels: one number, or one for each direction, (down, right).
-    config.inference.window = size_entry(0)  # 0: image_size
-    config.inference.stride = size_entry(0)  # 0: the window size (no overlap)
-    return config
+    # Both are one number, or one for each direction, (down, right).
+    "inference.window": Entry(0, "size of a window [pixels]; 0: image_size", is_size=True),
+    "inference.stride": Entry(
+        0, "stride of the windows [pixels]; 0: the window size (no overlap)", is_size=True
+    ),
+}
 
 
 def check_entries(config: ConfigDict) -> None:

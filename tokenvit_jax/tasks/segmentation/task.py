@@ -20,8 +20,8 @@ from tokenvit_jax.tasks.segmentation.inference import (
     predict_logits,
     window_size,
 )
-from tokenvit_jax.tasks.segmentation.model import make_segmenter
-from tokenvit_jax.tasks.segmentation.settings import check_entries, default_entries
+from tokenvit_jax.tasks.segmentation.model import head_class, make_segmenter
+from tokenvit_jax.tasks.segmentation.settings import ENTRIES, check_entries
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -46,10 +46,11 @@ class Segmentation(Task):
     """
 
     reads = frozenset({"image", "label_map"})
+    entries = ENTRIES
 
     @staticmethod
-    def defaults() -> ConfigDict:
-        return default_entries()
+    def overridable(config: ConfigDict) -> dict[str, Any]:
+        return Task.overridable(config) | {"head_overrides": head_class(config.head)}
 
     def check(self) -> None:
         check_entries(self.config)
