@@ -47,9 +47,7 @@ ENTRIES: dict[str, Entry] = {
     "batch_size": Entry(128, "images per step, over all devices of all processes"),
     "data.data_dir": Entry("~/tensorflow_datasets", "folder that prepare wrote the dataset into"),
     "data.classes": Entry((), "names of the classes; (): the dataset's own"),
-    "data.split": Entry(
-        0.0, "share of the images kept for evaluation; 0: the dataset's own splits"
-    ),
+    "data.split": Entry(0.0, "share of the images kept for evaluation; 0: own splits"),
     "data.workers": Entry(0, "worker processes that read ahead; 0: read in the training process"),
     "data.on_corrupt": Entry("raise", "unreadable image: raise | skip (counted and logged)"),
     "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch"),

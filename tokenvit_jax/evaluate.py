@@ -7,7 +7,8 @@ Prints the metrics as one line of JSON. The configuration is the run's own, or a
 
 inserts a token reducer into a plain host without training. This prints a line without the reducer,
 then a line for every --keep and --method, with the multiply-adds per image.
---expedite=ALPHA,BETA,ROWSxCOLUMNS does the same with hosts whose tokens are clustered.
+--expedite=ALPHA,BETA,ROWSxCOLUMNS does the same with hosts whose tokens are clustered; it measures
+the temperature on the first images of the evaluation split.
 """
 
 import json

@@ -15,6 +15,7 @@ from tokenvit_jax.models.expedite import Expedite
         Expedite(3, 9, (4, 5), "logits"),
         Expedite(3, 9, (4, 5), temperature=0.5),
         Expedite(3, 9, (4, 5), "logits", temperature=200.0),
+        Expedite(3, 9, (4, 5), temperature=2.5e-07),
     ],
 )
 def test_settings_are_written_as_other_commands_read_them(setting):

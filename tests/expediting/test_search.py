@@ -1,5 +1,6 @@
 """The search for the most similar setting within a budget."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -53,18 +54,28 @@ def test_the_choice_is_within_the_budget_and_most_similar(budget):
     assert chosen.similarity > best - 0.005
 
 
-@pytest.mark.parametrize(("steepness", "chosen"), [(1.0, 5.0), (0.003, 50.0)])
-def test_the_temperature_fits_the_features(steepness, chosen):
+@pytest.mark.parametrize("scale", [0.003, 40.0])
+@pytest.mark.parametrize(
+    ("steepness", "best", "chosen"), [(1.0, 0.006, 0.005), (1.0, 4.0, 5.0), (0.003, 0.006, 0.05)]
+)
+def test_temperatures_follow_the_tokens(scale, steepness, best, chosen):
     candidates, tried = deep_candidates(), []
+
+    def distance(alpha):
+        return scale * alpha
 
     def similarity(setting):
         tried.append(setting)
-        return smooth_similarity(setting) - steepness * abs(np.log(setting.temperature / 6.0))
+        factor = setting.temperature / distance(setting.alpha)
+        return smooth_similarity(setting) - steepness * abs(np.log(factor / best))
 
-    tuned = search.tune_temperature(candidates, 0.66, similarity)
-    assert {candidate.expedite.temperature for candidate in tuned} == {chosen}
-    assert [c.macs for c in tuned] == [c.macs for c in candidates]
-    assert len(tried) == len(search.TEMPERATURES)
+    tuned = search.set_temperatures(candidates, 0.66, similarity, distance)
+    for before, after in zip(candidates, tuned, strict=True):
+        wanted = chosen * distance(after.expedite.alpha)
+        assert after.expedite.temperature == pytest.approx(wanted, rel=0.005)
+        assert dataclasses.replace(after.expedite, temperature="auto") == before.expedite
+        assert after.macs == before.macs
+    assert len(tried) == len(search.FACTORS)
     assert len({(s.alpha, s.beta, s.clusters) for s in tried}) == 1
 
 

@@ -1,5 +1,6 @@
 """Clustering and reconstruction in a plain host, which add no parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -106,6 +107,43 @@ def test_as_many_centers_as_tokens_change_nothing():
     np.testing.assert_allclose(apply(expedite, "__call__"), apply(method="__call__"), atol=1e-5)
 
 
+def test_the_temperature_follows_the_tokens_of_each_image():
+    """0.05 times the median squared distance of neighbours, found with loops."""
+    scale = np.array([0.01, 1, 30], np.float32)[:, None, None, None]
+    maps = scale * np.random.default_rng(1).normal(size=(3, 5, 7, 4)).astype(np.float32)
+    wanted = []
+    for x in maps.astype(np.float64):
+        pairs = [(x[i, j], x[i + 1, j]) for i in range(4) for j in range(7)]
+        pairs += [(x[i, j], x[i, j + 1]) for i in range(5) for j in range(6)]
+        wanted.append(0.05 * np.median([np.sum((a - b) ** 2) for a, b in pairs]))
+    setting = Expedite(alpha=1, beta=2, clusters=(3, 3))
+    np.testing.assert_allclose(setting.temperature_for(maps), wanted, rtol=1e-5)
+
+    tokens = maps.reshape(3, 35, 4)
+    centers = setting.cluster(tokens, (5, 7))
+    found = setting.reconstruct(tokens, centers, centers, (5, 7))
+    for i in range(3):
+        fixed, x = dataclasses.replace(setting, temperature=wanted[i]), tokens[i : i + 1]
+        by_number = fixed.cluster(x, (5, 7))
+        tolerance = 1e-4 * scale[i].item()
+        np.testing.assert_allclose(centers[i], by_number[0], atol=tolerance)
+        by_number = fixed.reconstruct(x, by_number, by_number, (5, 7))
+        np.testing.assert_allclose(found[i], by_number[0], atol=tolerance)
+
+
+def test_equal_tokens_and_single_tokens_have_a_temperature():
+    for maps in (np.full((2, 4, 4, 3), 7.0), np.zeros((2, 4, 4, 3)), np.ones((2, 1, 1, 3))):
+        tokens = maps.astype(np.float32).reshape(2, -1, 3)
+        setting = Expedite(alpha=1, beta=1, clusters=maps.shape[1:3])
+        centers = setting.cluster(tokens, maps.shape[1:3])
+        found = setting.reconstruct(tokens, centers, centers, maps.shape[1:3])
+        np.testing.assert_allclose(found, tokens, atol=1e-5)
+    setting = Expedite(alpha=1, beta=1, clusters=(2, 2))
+    one = np.zeros((1, 16, 3), np.float32)
+    one[0, 5] = 9  # most neighbours are equal
+    assert np.isfinite(setting.cluster(one, (4, 4))).all()
+
+
 def test_there_may_be_more_rows_of_centers_than_of_tokens():
     found = apply({"alpha": 1, "beta": 3, "clusters": (6, 2), "temperature": 5.0}, "features")[0]
     assert found.shape == (2, 4, 6, 8) and np.isfinite(found).all()
@@ -136,6 +174,10 @@ def test_the_parameters_are_those_of_the_host():
             "expedite.window=4 is not valid; valid: odd numbers",
         ),
         ({"alpha": 1, "beta": 1, "temperature": 0.0}, "expedite.temperature=0.0 is not valid"),
+        (
+            {"alpha": 1, "beta": 1, "temperature": "Auto"},
+            "expedite.temperature='Auto' is not valid; valid: numbers above 0, or 'auto'",
+        ),
         (
             {"alpha": 1, "beta": 1, "clusters": (5, 6)},
             r"clusters=\(5, 6\) is not valid; .*24 .* 4 x 6",

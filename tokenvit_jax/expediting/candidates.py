@@ -57,6 +57,13 @@ def with_expedite(model: nn.Module, expedite: Expedite | None) -> nn.Module:
     return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
 
 
+def macs_of(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> int:
+    """Counts the MACs of a model for one image of (height, width) pixels."""
+    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
+    variables = variable_shapes(model, images)
+    return count_macs(lambda *args: model.apply(*args, False), variables, images)
+
+
 def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
     """Returns the part of a backbone that can be expedited for images of a size.
 
@@ -115,13 +122,10 @@ def list_candidates(
       UserError: the model cannot be expedited, see :func:`describe_host`.
     """
     host = describe_host(backbone_of(model), image_size)
-    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
-    variables = variable_shapes(model, images)
 
     @functools.cache
     def count(expedite):
-        expedited = with_expedite(model, expedite)
-        return count_macs(lambda *args: expedited.apply(*args, False), variables, images)
+        return macs_of(with_expedite(model, expedite), image_size, channels)
 
     plain, found = count(None), []
     for clusters in host.grids:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from tokenvit_jax.expediting.insertions import describe
+from tokenvit_jax.expediting.rivals import Rival
 from tokenvit_jax.expediting.search import Rated, pareto_front
 
 
@@ -27,6 +28,27 @@ def format_front(rated: Sequence[Rated], chosen: Rated) -> str:
             + f"{row.macs:5.3f}{expedite.alpha:7}{expedite.beta:6}{clusters:>10}"
             f"{expedite.where:>14}{row.similarity:12.4f}" + "  <- chosen" * (row == chosen)
         )
+    return "\n".join(lines)
+
+
+def format_rivals(rivals: Sequence[Rival], chosen: Rated) -> str:
+    """Formats rivals below the chosen setting, and names the better ones in the last line.
+
+    Args:
+      rivals: result of :func:`tokenvit_jax.expediting.rivals.rate_rivals`.
+      chosen: the setting that they are compared with.
+    """
+    own = Rival("expedite", describe(chosen.expedite), chosen.macs, chosen.similarity)
+    lines = [f"{'MACs':>5}{'similarity':>12}  method"]
+    for row in (own, *rivals):
+        lines.append(f"{row.macs:5.3f}{row.similarity:12.4f}  {row.name}: {row.setting}")
+    better = sorted(
+        (row for row in rivals if row.similarity > chosen.similarity),
+        key=lambda row: -row.similarity,
+    )
+    named = ", ".join(f"{row.name} ({row.similarity:.4f})" for row in better)
+    own = f"expedite ({chosen.similarity:.4f})"
+    lines.append(f"better than {own} at no higher cost: {named or 'none of these'}")
     return "\n".join(lines)
 
 

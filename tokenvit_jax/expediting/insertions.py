@@ -14,6 +14,9 @@ from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import METHODS, reads_keep
 from tokenvit_jax.published import TOKEN_POOLING
 
+EXPEDITE = re.compile(
+    r"(\d+),(\d+),(\d+)x(\d+)(,logits)?(?:,temperature=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?))?"
+)
 KEPT_METHODS = [method for method in METHODS if reads_keep({"method": method})]
 
 
@@ -43,7 +46,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         [],
         "also with clustered tokens: blocks before the clustering, blocks on the centres, and map "
         "of centres (10,14,28x28); append ,logits to reconstruct the logits of a head, and "
-        ",temperature=20 for another temperature; repeat the flag for several settings",
+        ",temperature=20 for a temperature that does not follow the scale of the tokens; repeat "
+        "the flag for several settings",
         flag_values=flag_values,
     )
 
@@ -109,7 +113,7 @@ def parse_expedite(text: str) -> dict[str, Any]:
     Raises:
       UserError: the text has another form.
     """
-    found = re.fullmatch(r"(\d+),(\d+),(\d+)x(\d+)(,logits)?(,temperature=([\d.]+))?", text)
+    found = EXPEDITE.fullmatch(text)
     if not found:
         raise UserError(
             f"--expedite={text} is not valid; valid: ALPHA,BETA,ROWSxCOLUMNS, such as 10,14,28x28, "
@@ -118,7 +122,7 @@ def parse_expedite(text: str) -> dict[str, Any]:
     alpha, beta, *clusters = map(int, found.groups()[:4])
     where = "logits" if found[5] else "blocks"
     settings = {"alpha": alpha, "beta": beta, "clusters": tuple(clusters), "where": where}
-    return settings | ({"temperature": float(found[7])} if found[7] else {})
+    return settings | ({"temperature": float(found[6])} if found[6] else {})
 
 
 def describe(expedite: Expedite) -> str:

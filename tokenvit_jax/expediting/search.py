@@ -3,12 +3,11 @@
 More centres make features more similar. Therefore, for given blocks, only the largest map of
 centres within the budget is tried. In a deep host every second to fourth block is tried first, then
 the neighbours of the best setting until none is better. A few settings that do not depend on the
-budget are added for an overview. The temperature is chosen beforehand, for a setting in the middle.
-A latency budget is searched as several budgets of multiply-adds (MACs), and the best setting of
-each is timed.
+budget are added for an overview. The factor of the temperature is chosen beforehand, for a setting
+in the middle. A latency budget is searched as several budgets of multiply-adds (MACs), and the best
+setting of each is timed.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -22,16 +21,19 @@ import jax
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.candidates import Candidate, with_expedite
 from tokenvit_jax.expediting.insertions import describe
-from tokenvit_jax.expediting.similarity import Comparison
+from tokenvit_jax.expediting.rivals import Rival, rate_rivals
+from tokenvit_jax.expediting.similarity import Comparison, measured
 from tokenvit_jax.measure.timing import compile_program, time_in_turns
-from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.expedite import FACTOR, Expedite
 
 # A coarse search tries at most this many positions among the blocks of a host.
 COARSE = 8
-# Temperatures divide squared feature distances, whose scale differs from model to model. The
-# paper's temperature comes first, then the others by their distance from it.
-TEMPERATURES = (50.0, 20.0, 200.0, 5.0, 2.0, 0.5)
-# Features must be more similar by this margin to justify another temperature than the paper's: on
+# Temperatures that are tried, divided by the distance of neighbouring tokens: the default one, then
+# the others by their distance from it. They span a factor of 10^4.
+FACTORS = (
+    FACTOR, 0.02, 0.1, 0.01, 0.2, 0.005, 0.5, 0.002, 1.0, 0.001, 2.0, 0.0005, 5.0,
+)  # fmt: skip
+# Features must be more similar by this margin to justify another factor than the default one: on
 # scenes a gain of 0.003 came with a loss of mIoU (experiments/expedite/settings.md).
 CLEARLY = 0.01
 # Fractions of a latency budget that are searched as budgets of MACs. Clustering takes more time
@@ -67,10 +69,12 @@ class Found(NamedTuple):
     Attributes:
       rated: the settings that were tried.
       chosen: the most similar one within the budget.
+      rivals: other methods at most at the cost of the chosen setting.
     """
 
     rated: list[Rated]
     chosen: Rated
+    rivals: list[Rival]
 
 
 def check_budget(budget: float) -> None:
@@ -87,7 +91,7 @@ def search_budget(
     variables: Any,
     images: jax.Array,
 ) -> Found:
-    """Chooses the temperature, then the setting within a budget with the most similar features.
+    """Chooses the setting within a budget with the most similar features, and rates its rivals.
 
     Args:
       candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
@@ -101,35 +105,46 @@ def search_budget(
       UserError: no candidate is within the budget.
     """
     similarity_of = Comparison(model, variables, images)
-    candidates = tune_temperature(candidates, budget, similarity_of)
+    candidates = set_temperatures(candidates, budget, similarity_of, similarity_of.distance)
     if of == "macs":
         rated = search(candidates, budget, similarity_of)
     else:
         rated = search_latency(candidates, budget, similarity_of, model, variables, images[:1])
-    return Found(rated, choose(rated, budget, of))
+    chosen = choose(rated, budget, of)
+    rivals = rate_rivals(model, variables, images, chosen, similarity_of.of_features)
+    return Found(rated, chosen, rivals)
 
 
-def tune_temperature(
-    candidates: Sequence[Candidate], budget: float, similarity_of: Callable[[Expedite], float]
+def set_temperatures(
+    candidates: Sequence[Candidate],
+    budget: float,
+    similarity_of: Callable[[Expedite], float],
+    distance_of: Callable[[int], float],
 ) -> list[Candidate]:
-    """Returns all candidates with the paper's temperature, or with one that is clearly better.
+    """Returns all candidates with temperatures that follow the scale of their tokens.
 
-    The chosen temperature is the nearest to the paper's among all whose similarity is within
-    `CLEARLY` of the best. Temperatures are compared for one setting: the median by `alpha` of the
+    A temperature is a factor times the distance of neighbouring tokens after `alpha` blocks. The
+    factor is the nearest to the default one among all of `FACTORS` whose similarity is within
+    `CLEARLY` of the best. Factors are compared for one setting: the median by `alpha` of the
     candidates closest to the budget.
 
     Args:
       candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's cost.
       similarity_of: function from a setting to its similarity, such as :class:`Comparison`.
+      distance_of: function from `alpha` to a distance, such as :meth:`Comparison.distance`.
     """
     near = sorted(candidates, key=lambda candidate: abs(candidate.macs - budget))[:COARSE]
     middle = sorted(near, key=lambda candidate: candidate.expedite.alpha)[len(near) // 2].expedite
-    found = {t: similarity_of(dataclasses.replace(middle, temperature=t)) for t in TEMPERATURES}
+    distance_of = functools.cache(distance_of)
+    found = {f: similarity_of(measured(middle, distance_of(middle.alpha), f)) for f in FACTORS}
     least = max(found.values()) - CLEARLY
-    chosen = next(temperature for temperature in TEMPERATURES if found[temperature] >= least)
+    factor = next(factor for factor in FACTORS if found[factor] >= least)
     return [
-        c._replace(expedite=dataclasses.replace(c.expedite, temperature=chosen)) for c in candidates
+        candidate._replace(
+            expedite=measured(candidate.expedite, distance_of(candidate.expedite.alpha), factor)
+        )
+        for candidate in candidates
     ]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tokenvit_jax.expediting.candidates import describe_host
 from tokenvit_jax.models import swin, vit
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
-from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.expedite import FACTOR, Expedite, neighbor_distance
 
 
 def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Expedite) -> float:
@@ -57,7 +57,27 @@ class Comparison:
         self._plain = self._features(None)
 
     def __call__(self, expedite: Expedite) -> float:
-        return float(mean_cosine(self._features(expedite), self._plain))
+        return self.of_features(self._features(expedite))
+
+    def of_features(self, features: jax.Array) -> float:
+        """Returns the similarity of another last map of the same images (B, h, w, C)."""
+        return float(mean_cosine(features, self._plain))
+
+    def distance(self, alpha: int) -> float:
+        """Returns the median squared distance of neighbouring tokens after ``alpha`` blocks.
+
+        Args:
+          alpha: number of blocks of the part that :func:`describe_host` describes, from 1.
+
+        Returns:
+          The median over the images of :func:`neighbor_distance`.
+        """
+        tokens = self._blocks.plain_output(alpha - 1)
+        if isinstance(self._backbone, vit.VisionTransformer):
+            settings, x = self._backbone.settings, tokens[0]
+            grid = settings.grid(*self._images.shape[1:3])
+            tokens = x[:, settings.num_front :].reshape(len(x), *grid, x.shape[-1])
+        return float(jnp.median(neighbor_distance(tokens)))
 
     def _features(self, expedite):
         backbone = self._backbone.clone(expedite=expedite)
@@ -65,6 +85,21 @@ class Comparison:
         with nn.intercept_methods(self._blocks):
             maps = backbone.apply(self._variables, self._images, False, method="features")
         return maps[-1]
+
+
+def measured(expedite: Expedite, distance: float, factor: float = FACTOR) -> Expedite:
+    """Returns a setting whose temperature is a number.
+
+    Args:
+      expedite: the setting.
+      distance: result of :meth:`Comparison.distance` for its `alpha`.
+      factor: temperature divided by distance.
+
+    Returns:
+      The setting with the temperature rounded to three digits, so that it can be written down.
+    """
+    temperature = float(f"{max(factor * distance, jnp.finfo(jnp.float32).tiny):.3g}")
+    return dataclasses.replace(expedite, temperature=temperature)
 
 
 @jax.jit
@@ -101,6 +136,10 @@ class _BlockRunner:
         if number not in results:
             results[number] = self._run(block, *args)
         return results[number]
+
+    def plain_output(self, number):
+        """Returns the output of a block, counted from 0, without clustering."""
+        return self._plain[number]
 
     def _known(self):
         """Returns the results {block number: output} that are valid for the next block."""

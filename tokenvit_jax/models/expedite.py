@@ -7,6 +7,7 @@ last ones all tokens again, reconstructed from the refined centres. The host kee
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
 
 WHERE = ("blocks", "logits")
+AUTO = "auto"
+# Temperature over the median squared distance of neighbouring tokens. 0.05 was among the best for
+# three trained networks whose distances differ by a factor of 760 (experiments/real_networks).
+FACTOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,13 @@ class Expedite:
         head computes from the centres after the last block.
       window: side of the neighbourhood of cells that a token can belong to, odd.
       iterations: number of rounds of clustering.
-      temperature: tau of both softmaxes, a squared distance.
+      temperature: tau of both softmaxes, a squared distance; or "auto", which is `FACTOR` times
+        the :func:`neighbor_distance` of the tokens to be clustered, because the scale of features
+        differs by orders of magnitude from network to network. The commands measure the distance
+        once, on images, and write the number. A model that is applied with "auto" measures it on
+        each image: a module cannot read data beforehand, and a refusal would also stop what needs
+        no data, such as `init` and the counting of operations. The result for an image does not
+        depend on the rest of its batch, but the median costs a sort of 2 H W numbers.
       neighbors: number of nearest centres from which a token is reconstructed; if there are fewer
         centres, all are used.
       mode: kind of reconstruction, as in :func:`tokenvit_jax.ops.reconstruct_tokens`.
@@ -48,7 +59,7 @@ class Expedite:
     where: str = "blocks"
     window: int = 5
     iterations: int = 5
-    temperature: float = 50.0
+    temperature: float | str = AUTO
     neighbors: int = 20
     mode: str = "soft"
     normalize: str = "sum"
@@ -65,7 +76,7 @@ class Expedite:
             ("where", self.where in WHERE, ", ".join(WHERE)),
             ("window", self.window >= 1 and self.window % 2 == 1, "odd numbers from 1"),
             ("iterations", self.iterations >= 0, "numbers from 0"),
-            ("temperature", self.temperature > 0, "above 0"),
+            ("temperature", _is_temperature(self.temperature), f"numbers above 0, or {AUTO!r}"),
             ("neighbors", self.neighbors >= 1, "numbers from 1"),
             ("mode", self.mode in MODES, ", ".join(MODES)),
             ("normalize", self.normalize in NORMS, ", ".join(NORMS)),
@@ -97,14 +108,33 @@ class Expedite:
                 f"at most {most} centres for a map of {grid[0]} x {grid[1]}"
             )
 
-    def cluster(self, tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Returns the centres (B, h w, C) of tokens (B, H W, C)."""
+    def cluster(
+        self,
+        tokens: jax.Array,
+        grid: tuple[int, int],
+        temperature: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the centres (B, h w, C) of tokens (B, H W, C).
+
+        Args:
+          tokens: (B, H W, C).
+          grid: (H, W), rows and columns of the map of tokens.
+          temperature: result of :meth:`temperature_for` if ``tokens`` are parts of a map; None: it
+            is computed from ``tokens``.
+        """
         self.check_grid(grid)
-        settings = {name: getattr(self, name) for name in ("window", "iterations", "temperature")}
-        return ops.cluster_superpixels(tokens, grid, self.clusters, **settings)
+        return ops.cluster_superpixels(
+            tokens, grid, self.clusters, window=self.window, iterations=self.iterations,
+            temperature=self._given(temperature, tokens, grid),
+        )  # fmt: skip
 
     def reconstruct(
-        self, tokens: jax.Array, centers: jax.Array, refined: jax.Array, grid: tuple[int, int]
+        self,
+        tokens: jax.Array,
+        centers: jax.Array,
+        refined: jax.Array,
+        grid: tuple[int, int],
+        temperature: float | jax.Array | None = None,
     ) -> jax.Array:
         """Maps refined cluster centres back to the original tokens: (B, H W, D).
 
@@ -113,10 +143,25 @@ class Expedite:
           centers: the cluster centres of these tokens (B, h w, C).
           refined: the centres after the middle blocks (B, h w, D).
           grid: (H, W), rows and columns of the map of tokens.
+          temperature: as in :meth:`cluster`.
         """
-        names = ("neighbors", "temperature", "mode", "normalize", "clusters", "window")
+        names = ("neighbors", "mode", "normalize", "clusters", "window")
         settings = {name: getattr(self, name) for name in names}
-        return ops.reconstruct_tokens(tokens, centers, refined, grid=grid, **settings)
+        temperature = self._given(temperature, tokens, grid)
+        return ops.reconstruct_tokens(
+            tokens, centers, refined, grid=grid, temperature=temperature, **settings
+        )
+
+    def temperature_for(self, tokens: jax.Array) -> float | jax.Array:
+        """Returns the temperature for maps of tokens (B, H, W, C): a number, or numbers (B,)."""
+        if self.temperature != AUTO:
+            return self.temperature
+        return auto_temperature(tokens)
+
+    def _given(self, temperature, tokens, grid):
+        if temperature is not None:
+            return temperature
+        return self.temperature_for(tokens.reshape(len(tokens), *grid, tokens.shape[-1]))
 
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
         """Returns images (B, H, W, C) resized to h x w patches, bilinear and antialiased."""
@@ -127,3 +172,36 @@ class Expedite:
         """Returns the map (B, h w, D) of a smaller image resized to (B, H W, D), bilinear."""
         tokens = jnp.zeros((len(refined), grid[0] * grid[1], 1), refined.dtype)
         return self.reconstruct(tokens, tokens[:, : refined.shape[1]], refined, grid)
+
+
+@jax.jit
+def neighbor_distance(tokens: jax.Array) -> jax.Array:
+    """Returns the median squared distance of neighbouring tokens of each map, in float32.
+
+    Neighbours are next to each other in a row or in a column.
+
+    Args:
+      tokens: maps of tokens (B, H, W, C).
+
+    Returns:
+      (B,); 1 for maps of a single token, whose temperature has no effect.
+    """
+    x = tokens.astype(jnp.float32)
+    pairs = (x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1])
+    distances = [jnp.sum(pair**2, -1) for pair in pairs]
+    distances = jnp.concatenate([d.reshape(len(x), d.shape[1] * d.shape[2]) for d in distances], 1)
+    return jnp.median(distances, 1) if distances.shape[1] else jnp.ones(len(x))
+
+
+@jax.jit
+def auto_temperature(tokens: jax.Array) -> jax.Array:
+    """Returns the temperature "auto" of each map (B, H, W, C) -> (B,), without a gradient."""
+    x = jax.lax.stop_gradient(tokens.astype(jnp.float32))
+    spread = jnp.mean(jnp.sum((x - x.mean((1, 2), keepdims=True)) ** 2, -1), (1, 2))
+    # The median of a map is 0 if most of its neighbours are equal.
+    info = jnp.finfo(jnp.float32)
+    return jnp.maximum(FACTOR * neighbor_distance(x), info.eps * spread) + info.tiny
+
+
+def _is_temperature(value):
+    return value == AUTO or (isinstance(value, numbers.Real) and 0 < value < float("inf"))

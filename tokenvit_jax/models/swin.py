@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
@@ -315,11 +316,16 @@ class Swin(Pyramid):
             )
         count = whole_windows((height, width), window)
         tokens = to_window_tokens(pad_to_windows(x, window), window)
-        centers = expedite.cluster(tokens, window)
+        # One temperature for the map: the distances within a single window vary more.
+        temperature = expedite.temperature_for(x)
+        if isinstance(temperature, jax.Array):
+            temperature = jnp.repeat(temperature, count[0] * count[1])
+        centers = expedite.cluster(tokens, window, temperature)
         x = from_window_tokens(centers, size, count)
         for block in blocks:
             x = block(x, train, CenterWindows(size, window, settings.released_mask))
-        tokens = expedite.reconstruct(tokens, centers, to_window_tokens(x, size), window)
+        refined = to_window_tokens(x, size)
+        tokens = expedite.reconstruct(tokens, centers, refined, window, temperature)
         return from_window_tokens(tokens, window, count)[:, :height, :width]
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:

@@ -115,7 +115,10 @@ def add_windows(x: Float[Array, "B n K C"], tiles: Tiles) -> Float[Array, "B S C
 
 
 def near_weights(
-    x: Float[Array, "B n T C"], centers: Float[Array, "B S C"], tiles: Tiles, temperature: float
+    x: Float[Array, "B n T C"],
+    centers: Float[Array, "B S C"],
+    tiles: Tiles,
+    temperature: float | Float[Array, " B"],
 ) -> Float[Array, "B n K T"]:
     """Computes the softmax weights of the centres in each window for the tokens in its tile.
 
@@ -123,7 +126,7 @@ def near_weights(
       x: tokens of the tiles (B, n, T, C).
       centers: (B, S, C).
       tiles: division of the centres.
-      temperature: tau, above 0.
+      temperature: tau, above 0; one number, or one for each map (B,).
 
     Returns:
       (B, n, K, T), whose sum over K is 1 for each token. The axis of centres precedes the axis of
@@ -132,11 +135,17 @@ def near_weights(
     windows = take_all(centers, tiles.centers)
     square = take_all(jnp.sum(centers**2, -1, keepdims=True), tiles.centers)
     # |x|^2 is the same for all centres that a token sees.
-    logits = (2 * product("bnkc,bntc->bnkt", windows, x) - square) / temperature
+    logits = 2 * product("bnkc,bntc->bnkt", windows, x) - square
+    logits = logits / per_map(temperature, logits)
     logits = jnp.where(tiles.near, logits, jnp.finfo(logits.dtype).min)
     exps = jnp.exp(logits - lax.stop_gradient(logits.max(2, keepdims=True)))
     weights = jnp.where(tiles.near, exps, 0)
     return weights / jnp.maximum(weights.sum(2, keepdims=True), 1)  # the largest weight is 1
+
+
+def per_map(value: float | Float[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array, "..."]:
+    """Returns a number, or one number for each map (B,), in a shape and type that fit ``x``."""
+    return jnp.reshape(jnp.asarray(value, x.dtype), (-1,) + (1,) * (x.ndim - 1))
 
 
 def mix_rows_and_columns(
@@ -191,7 +200,7 @@ def check_window(window: int) -> None:
         raise ValueError(f"window is {window}; it must be odd and at least 1")
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless a temperature is above 0 and finite."""
-    if not 0 < temperature < float("inf"):
+def check_temperature(temperature: float | Float[Array, " B"]) -> None:
+    """Raises ValueError unless a temperature is above 0 and finite; arrays are not checked."""
+    if not isinstance(temperature, Array) and not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be above 0 and finite")

@@ -20,6 +20,7 @@ from tokenvit_jax.ops.center_tiles import (
     make_tiles,
     mix_rows_and_columns,
     near_weights,
+    per_map,
     product,
     take_all,
 )
@@ -31,19 +32,13 @@ MODES = ("soft", "hard", "window", "bilinear")
 NORMS = ("sum", "l2")
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "neighbors", "temperature", "normalize", "mode", "grid", "clusters", "window",
-    ),
-)  # fmt: skip
 def reconstruct_tokens(
     tokens: Float[Array, "B N C"],
     centers: Float[Array, "B S C"],
     refined: Float[Array, "B S D"],
     *,
     neighbors: int = 20,
-    temperature: float = 50.0,
+    temperature: float | Float[Array, " B"] = 50.0,
     normalize: str = "sum",
     mode: str = "soft",
     grid: tuple[int, int] | None = None,
@@ -68,7 +63,7 @@ def reconstruct_tokens(
       centers: (B, S, C), the output of the clustering.
       refined: values of the centres after further layers (B, S, D).
       neighbors: number of nearest centres, at least 1; at most S are used.
-      temperature: tau, above 0.
+      temperature: tau, above 0; one number, or one for each map (B,).
       normalize: "sum": the weights of a token sum to 1; "l2": their squares sum to 1, as in the
         released code, which makes a token up to sqrt(neighbors) times as large.
       mode: one of the modes above.
@@ -87,11 +82,21 @@ def reconstruct_tokens(
       Liang et al. 2022, Eq. 4.
     """
     _check_reconstruction(tokens, centers, refined, neighbors, temperature, normalize, mode)
-    batch, length, dim = tokens.shape
-    num_centers, out_dim = refined.shape[1:]
     if mode in ("window", "bilinear"):
         _check_grids(tokens, centers, grid, clusters, mode)
         check_window(window)
+    return _reconstruct(
+        tokens, centers, refined, temperature, neighbors, normalize, mode, grid, clusters, window
+    )
+
+
+# The temperature is traced: a search tries many, and compiles once.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
+def _reconstruct(
+    tokens, centers, refined, temperature, neighbors, normalize, mode, grid, clusters, window
+):
+    batch, length, dim = tokens.shape
+    num_centers, out_dim = refined.shape[1:]
     match mode:
         case "soft":
             k = min(neighbors, num_centers)
@@ -169,7 +174,7 @@ _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 def _exps(distances, temperature):
     """Returns the weights (B, S, N) for squared distances; each token's largest weight is 1."""
     nearest = lax.stop_gradient(distances.min(1, keepdims=True))
-    return jnp.exp((nearest - distances) / temperature)
+    return jnp.exp((nearest - distances) / per_map(temperature, distances))
 
 
 def _normalize(weights, normalize):

@@ -32,9 +32,6 @@ from tokenvit_jax.ops.dtypes import softmax_dtype
 EPSILON = 1e-16
 
 
-@functools.partial(
-    jax.jit, static_argnames=("grid", "clusters", "window", "iterations", "temperature")
-)
 def cluster_superpixels(
     tokens: Float[Array, "B N C"],
     grid: tuple[int, int],
@@ -42,7 +39,7 @@ def cluster_superpixels(
     *,
     window: int = 5,
     iterations: int = 5,
-    temperature: float = 50.0,
+    temperature: float | Float[Array, " B"] = 50.0,
 ) -> Float[Array, "B S C"]:
     """Clusters the H x W tokens of a map around h x w centres.
 
@@ -61,7 +58,7 @@ def cluster_superpixels(
       window: rows and columns of a token's neighbourhood of cells, odd; it is clipped at the
         border.
       iterations: number of rounds, at least 0; 0: the adaptive averages.
-      temperature: tau, above 0.
+      temperature: tau, above 0; one number, or one for each map (B,).
 
     Returns:
       The centres (B, h w, C), row after row, in the type of ``tokens``.
@@ -80,6 +77,12 @@ def cluster_superpixels(
     check_temperature(temperature)
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}; it must be at least 0")
+    return _cluster(tokens, temperature, grid, clusters, window, iterations)
+
+
+# The temperature is traced: a search tries many, and compiles once.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _cluster(tokens, temperature, grid, clusters, window, iterations):
     batch, length, dim = tokens.shape
     tiles = make_tiles(grid, clusters, window)
 

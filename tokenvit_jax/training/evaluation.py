@@ -12,6 +12,7 @@ from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.tasks import Outcome, Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
+from tokenvit_jax.training.expedite_run import with_measured_temperature
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_task
@@ -92,8 +93,8 @@ def evaluate_insertions(
         :func:`tokenvit_jax.expediting.insertions.from_flags`.
 
     Yields:
-      As :func:`evaluate_run`. If there are insertions, also "inserted", the label or "none", and
-      "gmacs", 10^9 multiply-adds per image.
+      As :func:`evaluate_run`. If there are insertions, also "inserted", the label or "none",
+      "gmacs", 10^9 multiply-adds per image, and with Expedite its "temperature".
 
     Raises:
       UserError: as :func:`evaluate_run`, or an insertion does not fit the model.
@@ -103,6 +104,8 @@ def evaluate_insertions(
         with changed.unlocked():
             for key, value in overrides.items():  # `update` would keep parts of the old value
                 changed.model_overrides[key] = value
+        if "expedite" in overrides:
+            changed = with_measured_temperature(workdir, checkpoint, changed)
         metrics = evaluate_run(workdir, checkpoint, changed)
         if inserted:
             task = create_task(changed)
@@ -110,4 +113,6 @@ def evaluate_insertions(
                 task.make_model(), task.input_size, changed.model, task.input_shape[-1]
             ).macs
             metrics |= {"inserted": label, "gmacs": macs / 1e9}
+            if "expedite" in overrides:
+                metrics["temperature"] = changed.model_overrides.expedite.temperature
         yield metrics

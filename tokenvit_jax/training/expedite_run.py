@@ -14,12 +14,16 @@ from PIL import Image
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.expediting.candidates import list_candidates
 from tokenvit_jax.expediting.search import Found, check_budget, search_budget
-from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.expediting.similarity import Comparison, measured
+from tokenvit_jax.models.backbone import backbone_of
+from tokenvit_jax.models.expedite import AUTO, Expedite
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.tasks.task import middle_window
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
+
+NUM_IMAGES = 8  # images on which features are compared and distances are measured
 
 
 class Search(NamedTuple):
@@ -84,6 +88,30 @@ def write_expedited(out: Path, search: Search) -> None:
     write_run(out, config, search.variables)
 
 
+def with_measured_temperature(workdir: Path, checkpoint: str, config: ConfigDict) -> ConfigDict:
+    """Returns a configuration whose temperature of Expedite is a number instead of "auto".
+
+    The distances of tokens are measured on the first images of the evaluation split.
+
+    Args:
+      workdir: folder of the run whose weights are used.
+      checkpoint: "last", "best" or a step.
+      config: configuration of the run, with or without a setting of Expedite.
+
+    Raises:
+      UserError: the setting does not fit the model, there is no such checkpoint, or the dataset is
+        missing.
+    """
+    task = create_task(config)
+    expedite = getattr(backbone_of(task.make_model()).settings, "expedite", None)
+    if not expedite or expedite.temperature != AUTO or not expedite.alpha:
+        return config
+    run = load_run(workdir, checkpoint, config=config)
+    images = load_images(task, None, NUM_IMAGES)
+    distance = Comparison(run.model, run.variables, images).distance(expedite.alpha)
+    return expedited_config(config, measured(expedite, distance))
+
+
 def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: int) -> jax.Array:
     """Returns images (B, H, W, C), cropped and normalised as the model of a run sees them.
 
@@ -118,7 +146,7 @@ def _eval_images(task, num_images):
 
 
 def expedited_config(config: ConfigDict, expedite: Expedite) -> ConfigDict:
-    """Returns a copy of a plain model's configuration with a setting of Expedite."""
+    """Returns a copy of a configuration with a setting of Expedite."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model_overrides.expedite = dataclasses.asdict(expedite)

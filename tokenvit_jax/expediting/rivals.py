@@ -1,0 +1,188 @@
+"""Rates other ways to make a model cheaper, at most at the cost of a setting of Expedite.
+
+The rivals are a smaller image, adaptive average pooling in place of clustering, Token Merging, and
+weighted K-Medoids. All keep the weights of the model. Pooling keeps the blocks and the map of the
+setting; the others use the most pixels or tokens whose cost does not exceed the setting's.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from tokenvit_jax.expediting.candidates import Candidate, macs_of, with_expedite
+from tokenvit_jax.models import swin, vit
+from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, backbone_of, backbone_variables
+
+REDUCERS = ("tome", "weighted_kmedoids")
+
+
+class Rival(NamedTuple):
+    """Another method, and what it does to a model.
+
+    Attributes:
+      name: name of the method.
+      setting: its setting; for a reducer in the form of command-line flags.
+      macs: its MACs, as a fraction of the plain model's.
+      similarity: cosine between its features and the plain model's, at most 1.
+    """
+
+    name: str
+    setting: str
+    macs: float
+    similarity: float
+
+
+def rate_rivals(
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    chosen: Candidate,
+    similarity_of: Callable[[jax.Array], float],
+) -> list[Rival]:
+    """Returns the rivals that the model allows and that the cost of a setting suffices for.
+
+    Args:
+      model: classifier or segmentation model without clustering.
+      variables: variables of the model.
+      images: (B, H, W, 3), normalised.
+      chosen: the setting and its MACs, as a fraction of the plain model's.
+      similarity_of: function from a last map (B, h, w, C) to its similarity, such as
+        :meth:`tokenvit_jax.expediting.similarity.Comparison.of_features`.
+    """
+    size = images.shape[1:3]
+    plain, budget = macs_of(model, size), chosen.macs
+    host = backbone_of(model).clone(remat=False)
+    variables = jax.device_put(backbone_variables(model, variables))
+
+    def rate(name, setting, backbone, images, macs):
+        similarity = similarity_of(last_map(backbone, variables, images, size))
+        return Rival(name, setting, macs, similarity)
+
+    rivals = []
+    smaller = smaller_image(model, size, budget * plain)
+    if smaller:
+        height, width = smaller
+        resized = jax.image.resize(images, (len(images), *smaller, images.shape[3]), "bilinear")
+        macs = macs_of(model, smaller) / plain
+        rivals.append(rate("smaller image", f"{height}x{width} pixels", host, resized, macs))
+    pooled = adaptive_pooling(chosen.expedite)
+    macs = macs_of(with_expedite(model, pooled), size) / plain
+    setting = "{}x{} centres".format(*pooled.clusters)
+    rivals.append(rate("adaptive pooling", setting, with_expedite(host, pooled), images, macs))
+    for method in REDUCERS if allows_reducers(host) else ():
+        keep = reduced_tokens(model, size, method, budget * plain)
+        if keep:
+            reducer = {"method": method, "keep": keep, "carry": True}
+            macs = macs_of(with_reducer(model, reducer), size) / plain
+            setting = f"--method={method} --carry --keep={','.join(map(str, keep))}"
+            name = f"{method}, carry"
+            rivals.append(rate(name, setting, with_reducer(host, reducer), images, macs))
+    return rivals
+
+
+def last_map(
+    backbone: nn.Module, variables: Any, images: jax.Array, image_size: tuple[int, int]
+) -> jax.Array:
+    """Returns the last map of a backbone, resized bilinearly to the map of another image size.
+
+    Args:
+      backbone: result of :func:`tokenvit_jax.models.backbone.backbone_of`.
+      variables: variables of the backbone.
+      images: (B, H, W, 3), normalised.
+      image_size: height and width [pixels] whose map the result fits.
+    """
+
+    @jax.jit
+    def compute(variables, images):
+        y = backbone.apply(variables, images, False, method="features")[-1]
+        grid = tuple(-(-side // backbone.strides[-1]) for side in image_size)
+        return jax.image.resize(y, (len(y), *grid, y.shape[-1]), "bilinear")
+
+    return compute(variables, images)
+
+
+def smaller_image(
+    model: nn.Module, image_size: tuple[int, int], budget: float
+) -> tuple[int, int] | None:
+    """Returns the largest image of nearly the same shape within a budget; None: there is none.
+
+    Args:
+      model: the model.
+      image_size: height and width [pixels] of the full image.
+      budget: highest allowed number of MACs.
+    """
+    backbone = backbone_of(model)
+    stage = backbone.settings.expedited_stage if isinstance(backbone, swin.Swin) else 0
+    stride = backbone.strides[stage]
+    grid = np.array(image_size) / stride
+    # Sides change one by one, so that the steps are fine.
+    maps = {tuple(np.round(grid * part + (0.25, -0.25))) for part in np.arange(1, 0, -0.01)}
+    sizes = [tuple(int(side) * stride for side in sides) for sides in maps]
+    sizes = [s for s in sizes if min(s) >= MIN_IMAGE_SIZE and s[0] <= image_size[0]]
+    return largest_within(sorted(sizes, reverse=True), budget, functools.partial(macs_of, model))
+
+
+def adaptive_pooling(expedite: Any) -> Any:
+    """Returns a setting with average pooling and bilinear upsampling in place of clustering."""
+    return dataclasses.replace(expedite, iterations=0, mode="bilinear")
+
+
+def allows_reducers(backbone: nn.Module) -> bool:
+    """Returns whether token reducers can be inserted into a backbone."""
+    return isinstance(backbone, vit.VisionTransformer) and backbone.settings.pool == "token"
+
+
+def with_reducer(model: nn.Module, reducer: dict[str, Any]) -> nn.Module:
+    """Returns a copy of a model whose plain backbone has a token reducer."""
+    backbone = backbone_of(model).clone(token_reducer=reducer)
+    return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
+
+
+def reduced_tokens(
+    model: nn.Module, image_size: tuple[int, int], method: str, budget: float
+) -> tuple[int, ...] | None:
+    """Returns the most patches after each block within a budget; None: there are none.
+
+    Every block removes the same number of patches, up to rounding.
+
+    Args:
+      model: the model.
+      image_size: height and width [pixels].
+      method: method of the reducer.
+      budget: highest allowed number of MACs.
+    """
+    settings = backbone_of(model).settings
+    num_patches = int(np.prod(settings.grid(*image_size)))
+    keeps = [
+        linear_keep(num_patches, settings.depth, last) for last in range(num_patches - 1, 0, -1)
+    ]
+
+    def count(keep):
+        reducer = {"method": method, "keep": keep, "carry": True}
+        return macs_of(with_reducer(model, reducer), image_size)
+
+    return largest_within(keeps, budget, count)
+
+
+def linear_keep(num_patches: int, depth: int, last: int) -> tuple[int, ...]:
+    """Returns K of every block if it falls linearly to ``last`` after the last block.
+
+    A block keeps at least half of its patches, as Token Merging must.
+    """
+    keep = []
+    for block in range(1, depth + 1):
+        wanted = num_patches - round((num_patches - last) * block / depth)
+        keep.append(max(wanted, -(-(keep[-1] if keep else num_patches) // 2)))
+    return tuple(keep)
+
+
+def largest_within(options: Sequence, budget: float, cost: Callable[[Any], float]) -> Any:
+    """Returns the first option, ordered by falling cost, within a budget; None if none is."""
+    at = bisect.bisect_left(options, True, key=lambda option: cost(option) <= budget)
+    return options[at] if at < len(options) else None
