@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Attention, Dropout, DropPath, Mlp, dense
+from tokenvit_jax.layers import Attention, Dropout, DropPath, Mlp
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, check_images
@@ -261,16 +261,16 @@ class VisionTransformer(Backbone):
         self.blocks = [cls(settings, index) for index in range(settings.depth)]
         self.norm = nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype)
         self.head_dropout = Dropout(settings.dropout, settings.axis_name)
-        self.classifier = dense(settings.num_classes, jnp.float32, init=init)
+        self.classifier = self.make_classifier(init)
         if settings.distilled:
-            self.distillation_classifier = dense(settings.num_classes, jnp.float32, init=init)
+            self.distillation_classifier = self.make_classifier(init)
 
     @property
     def strides(self) -> tuple[int, ...]:
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
-    def tokens(self, images: jax.Array, train: bool) -> jax.Array:
+    def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the tokens after the last block, with class and distillation token in front.
 
         The shape is (B, T, C), where T is the number of remaining patches plus 1, or plus 2 if
@@ -355,7 +355,7 @@ class VisionTransformer(Backbone):
         )
         return jnp.concatenate([front, patches.reshape(-1, settings.dim)])
 
-    def encode(self, images: jax.Array, train: bool) -> Encoded:
+    def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
 
         If ``expedite`` reconstructs logits, the tokens are cluster centres. If ``token_reducer``
@@ -378,7 +378,9 @@ class VisionTransformer(Backbone):
         tokens = self.norm(tokens[:, self.settings.num_front :])
         return Encoded(tokens, functools.partial(self._to_map, restore, images.shape))
 
-    def taps(self, images: jax.Array, train: bool, blocks: Sequence[int]) -> list[Tap]:
+    def taps(
+        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+    ) -> list[Tap]:
         """Returns the tokens after some blocks, before any LayerNorm.
 
         Maps have all patches: if ``expedite`` or ``token_reducer`` leaves fewer tokens, each map is
@@ -387,7 +389,7 @@ class VisionTransformer(Backbone):
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
-          blocks: the blocks, counted from 0.
+          blocks: the blocks, counted from 0; None: all.
 
         Returns:
           For each block, the patches (B, ceil(H / patch_size), ceil(W / patch_size), C) and the
@@ -396,6 +398,7 @@ class VisionTransformer(Backbone):
         Raises:
           UserError: there is no such block, the reducer convolves, or it leaves no patch.
         """
+        blocks = range(self.settings.depth) if blocks is None else blocks
         for block in blocks:
             if not 0 <= block < self.settings.depth:
                 raise UserError(f"block={block} has no tap; valid: 0 to {self.settings.depth - 1}")
@@ -421,7 +424,7 @@ class VisionTransformer(Backbone):
         y = restore(tokens)
         return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
 
-    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).
 
         Args:
@@ -434,19 +437,34 @@ class VisionTransformer(Backbone):
         tokens, restore = self.encode(images, train)
         return [restore(tokens)]
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits (B, num_classes) in float32."""
-        x = self.tokens(images, train)
-        if self.settings.pool == "mean":
-            return self._classify(self.classifier, self.norm(x[:, 1:].mean(1)), train)
-        x = self.norm(x[:, : self.settings.num_front])
-        logits = self._classify(self.classifier, x[:, 0], train)
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
+        pooled = self._pooled(images, train)
+        logits = self.classify(pooled[0], train)
         if not self.settings.distilled:
             return logits
-        return (logits + self._classify(self.distillation_classifier, x[:, 1], train)) / 2
+        return (logits + self.classify(pooled[1], train, self.distillation_classifier)) / 2
 
-    def _classify(self, classifier, x, train):
-        return classifier(self.head_dropout(x, train).astype(jnp.float32))
+    def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the features that the classifier reads, (B, C) in float32.
+
+        Two classifiers (``distilled``) read one token each; the result is the mean of both.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether dropout behaves as in training.
+        """
+        pooled = self._pooled(images, train)
+        return sum(pooled) / len(pooled)
+
+    def _pooled(self, images, train):
+        """Returns the features (B, C) that each classifier reads."""
+        x = self.tokens(images, train)
+        if self.settings.pool == "mean":
+            x = self.norm(x[:, 1:].mean(1))[:, None]
+        else:
+            x = self.norm(x[:, : self.settings.num_front])
+        return list(x.astype(jnp.float32).swapaxes(0, 1))
 
     @nn.nowrap
     def _searches(self) -> bool:
