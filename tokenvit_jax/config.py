@@ -36,7 +36,7 @@ def base_config() -> ConfigDict:
     config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
     config.data.repeats = 1  # repeated augmentation: copies of an image in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, over all devices
-    config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (mean 0.5, std 0.5)
+    config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (0.5, 0.5) | "clip"
     config.augment = ConfigDict()
     config.augment.flip = 0.0  # probability of a horizontal flip
 
