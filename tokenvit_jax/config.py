@@ -52,7 +52,9 @@ ENTRIES: dict[str, Entry] = {
     "data.on_corrupt": Entry("raise", "unreadable image: raise | skip (counted and logged)"),
     "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch"),
     "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices"),
-    "data.normalization": Entry("imagenet", "pixels: imagenet | inception (mean 0.5, std 0.5)"),
+    "data.normalization": Entry(
+        "imagenet", "pixels: imagenet | inception (mean 0.5, std 0.5) | clip"
+    ),
     "augment.flip": Entry(0.0, "probability of a horizontal flip"),
     # Optimisation.
     "num_steps": Entry(1000, "length of the training"),

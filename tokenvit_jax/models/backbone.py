@@ -38,7 +38,7 @@ class Tap(NamedTuple):
     Attributes:
       map: the patches (B, h, w, C).
       front: the tokens in front of the patches (B, f, C): the class token, then the distillation
-        token.
+        token, then registers.
     """
 
     map: jax.Array

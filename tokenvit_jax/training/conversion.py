@@ -49,7 +49,7 @@ def import_file(
     config.data.normalization = normalization or found.normalization
     config.update(found.config_entries(arrays))
     model = task.make_model()
-    config.image_size = found.image_size(model)
+    config.image_size = found.image_size(model, arrays)
     try:
         params = import_weights(arrays, model, found)
     except UserError as error:
