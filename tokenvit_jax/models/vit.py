@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
@@ -126,6 +127,34 @@ SIZES = {
     "vit_l": ViTSettings(dim=1024, depth=24, num_heads=16),
     "vit_h": ViTSettings(dim=1280, depth=32, num_heads=16, patch_size=14),
 }
+
+
+def resize_positions(
+    table: jax.Array,
+    num_front: int,
+    trained: tuple[int, int],
+    grid: tuple[int, int],
+    method: str,
+) -> jax.Array:
+    """Returns position embeddings for a map of another size.
+
+    Args:
+      table: (num_front + rows * columns, C) for a map of ``trained`` (rows, columns).
+      num_front: number of tokens in front of the patches, whose embeddings stay as they are.
+      trained: rows and columns of the map that the table is for.
+      grid: rows and columns of the new map.
+      method: a key of :data:`POSITION_RESIZES`.
+
+    Returns:
+      (num_front + grid[0] * grid[1], C).
+    """
+    if grid == trained:
+        return table
+    front, patches = jnp.split(table, [num_front])
+    patches = patches.reshape(*trained, -1)
+    shape = (*grid, patches.shape[-1])
+    patches = jax.image.resize(patches, shape, method, antialias=POSITION_RESIZES[method])
+    return jnp.concatenate([front, patches.reshape(-1, shape[-1])])
 
 
 class Origin(NamedTuple):
@@ -270,6 +299,26 @@ class VisionTransformer(Backbone):
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns 0 for patches, positions and front tokens, then the blocks from 1 (MAE, BEiT)."""
+        module, _, number = path.split("/")[0].partition("_")
+        if module == "blocks":
+            return int(number) + 1
+        in_front = ("patches", "position", "class_token", "distillation_token")
+        return 0 if path.split("/")[0] in in_front else self.num_layers - 1
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Backbone) -> np.ndarray:
+        if path != "position":
+            return value
+        settings, other = self.settings, theirs.settings
+        grid = settings.grid(*settings.position_size)
+        trained = other.grid(*other.position_size)
+        return np.asarray(
+            resize_positions(value, other.num_front, trained, grid, settings.position_resize)
+        )
+
     def tokens(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the tokens after the last block, with class and distillation token in front.
 
@@ -345,15 +394,8 @@ class VisionTransformer(Backbone):
         """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
         trained = settings.grid(*settings.position_size)
-        if grid == trained:
-            return self.position
-        front, patches = jnp.split(self.position, [settings.num_front])
-        patches = patches.reshape(*trained, settings.dim)
         method = settings.position_resize
-        patches = jax.image.resize(
-            patches, (*grid, settings.dim), method, antialias=POSITION_RESIZES[method]
-        )
-        return jnp.concatenate([front, patches.reshape(-1, settings.dim)])
+        return resize_positions(self.position, settings.num_front, trained, grid, method)
 
     def encode(self, images: jax.Array, train: bool) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
@@ -436,14 +478,26 @@ class VisionTransformer(Backbone):
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the logits (B, num_classes) in float32."""
+        if self.settings.distilled:
+            return sum(self.distillation_logits(images, train)) / 2
         x = self.tokens(images, train)
-        if self.settings.pool == "mean":
-            return self._classify(self.classifier, self.norm(x[:, 1:].mean(1)), train)
-        x = self.norm(x[:, : self.settings.num_front])
-        logits = self._classify(self.classifier, x[:, 0], train)
-        if not self.settings.distilled:
-            return logits
-        return (logits + self._classify(self.distillation_classifier, x[:, 1], train)) / 2
+        x = x[:, 1:].mean(1, keepdims=True) if self.settings.pool == "mean" else x[:, :1]
+        return self._classify(self.classifier, self.norm(x)[:, 0], train)
+
+    def distillation_logits(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of both classifiers of a distilled model, (B, num_classes) each.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether dropout behaves as in training.
+
+        Returns:
+          The logits of the class token, which learns from labels, and of the distillation token,
+          which learns from a teacher (Touvron et al. 2021, Section 4).
+        """
+        x = self.norm(self.tokens(images, train)[:, :2])
+        classifiers = (self.classifier, self.distillation_classifier)
+        return tuple(self._classify(layer, x[:, i], train) for i, layer in enumerate(classifiers))
 
     def _classify(self, classifier, x, train):
         return classifier(self.head_dropout(x, train).astype(jnp.float32))
