@@ -52,9 +52,7 @@ ENTRIES: dict[str, Entry] = {
     "data.on_corrupt": Entry("raise", "unreadable image: raise | skip (counted and logged)"),
     "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch"),
     "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices"),
-    "data.normalization": Entry(
-        "imagenet", "pixels: imagenet | inception (mean 0.5, std 0.5) | clip"
-    ),
+    "data.normalization": Entry("imagenet", "imagenet | inception (mean 0.5, std 0.5) | clip"),
     "augment.flip": Entry(0.0, "probability of a horizontal flip"),
     # Optimisation.
     "num_steps": Entry(1000, "length of the training"),
@@ -71,6 +69,14 @@ ENTRIES: dict[str, Entry] = {
     "optimizer.warmup_steps": Entry(0, "length of the linear warm-up"),
     "optimizer.warmup_learning_rate": Entry(1e-6, "learning rate at step 0"),
     "optimizer.end_learning_rate": Entry(1e-5, "learning rate at the last step"),
+    "optimizer.layer_decay": Entry(
+        1.0, "factor of the learning rate from each layer to the layer below it; 1: off"
+    ),
+    "optimizer.freeze": Entry(
+        "",
+        "variables that stay as they are: backbone (all but the classifier or head), or patterns "
+        "of their paths, such as patches,position,blocks_[0-3]; empty: none",
+    ),
     # Devices.
     "parallel": Entry("jit", "jit (over a mesh of all devices) | pmap"),
     "mesh.fsdp": Entry(1, "devices over which parameters and optimizer state are sharded (jit)"),

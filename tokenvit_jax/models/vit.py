@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
@@ -352,6 +353,26 @@ class VisionTransformer(Backbone):
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns 0 for patches, positions and front tokens, then the blocks from 1 (MAE, BEiT)."""
+        module, _, number = path.split("/")[0].partition("_")
+        if module == "blocks":
+            return int(number) + 1
+        in_front = (
+            "patches", "position", "class_token", "distillation_token", "registers", "pre_norm"
+        )  # fmt: skip
+        return 0 if path.split("/")[0] in in_front else self.num_layers - 1
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Backbone) -> np.ndarray:
+        if path != "position":
+            return value
+        settings, other = self.settings, theirs.settings
+        grid = settings.grid(*settings.position_size)
+        trained = other.grid(*other.position_size)
+        return np.asarray(resize_positions(value, trained, grid, settings.position_resize))
+
     def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the tokens after the last block, with ``settings.num_front`` before the patches.
 
@@ -520,11 +541,27 @@ class VisionTransformer(Backbone):
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
+        if self.settings.distilled:
+            return sum(self.distillation_logits(images, train)) / 2
+        return self.classify(self._pooled(images, train)[0], train)
+
+    def distillation_logits(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of both classifiers of a distilled model, (B, num_classes) each.
+
+        Args:
+          images: (B, H, W, C) float, H and W from 32.
+          train: whether dropout behaves as in training.
+
+        Returns:
+          The logits of the class token, which learns from labels, and of the distillation token,
+          which learns from a teacher (Touvron et al. 2021, Section 4).
+        """
         pooled = self._pooled(images, train)
-        logits = self.classify(pooled[0], train)
-        if not self.settings.distilled:
-            return logits
-        return (logits + self.classify(pooled[1], train, self.distillation_classifier)) / 2
+        return self.classify(pooled[0], train), self.classify(
+            pooled[1], train, self.distillation_classifier
+        )
 
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.

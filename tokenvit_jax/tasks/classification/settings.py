@@ -17,7 +17,9 @@ _RANGES = {
     "mix.probability": (0, 1),
     "mix.switch_probability": (0, 1),
     "token_labels.weight": (0, None),
+    "distillation.weight": (0, 1),
 }
+_CHOICES = {"distillation.kind": ("hard", "soft")}
 
 
 ENTRIES: dict[str, Entry] = {
@@ -43,18 +45,25 @@ ENTRIES: dict[str, Entry] = {
     "token_labels.teacher": Entry("", "workdir of a run that labels images during training"),
     "token_labels.teacher_checkpoint": Entry("best", "last, best or a step"),
     "token_labels.files": Entry("", "folder that label wrote, instead of a teacher"),
+    # A teacher from whose predictions the model also learns (DeiT).
+    "distillation.weight": Entry(0.0, "weight of its loss, 1 - weight for the labels; 0: off"),
+    "distillation.teacher": Entry("", "workdir of a run, also of one that convert wrote"),
+    "distillation.teacher_checkpoint": Entry("last", "last, best or a step"),
+    "distillation.kind": Entry("hard", "hard: its most probable class | soft: its probabilities"),
+    "distillation.temperature": Entry(1.0, "divides the logits of soft"),
 }
 
 
 def check_entries(config: ConfigDict) -> None:
     """Raises UserError for the first invalid one of these entries."""
-    check_values(config, {}, _RANGES)
+    check_values(config, _CHOICES, _RANGES)
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
     check_interval(config, "augment.crop_scale", highest=1)
     check_interval(config, "augment.crop_ratio")
     _check_mixtoken(config)
     _check_token_labels(config)
+    _check_distillation(config)
 
 
 def _check_mixtoken(config: ConfigDict) -> None:
@@ -87,6 +96,24 @@ def _check_token_labels(config: ConfigDict) -> None:
     if labels.files:
         moving = ("augment.rotation", "augment.translation")
         _refuse(config, "token_labels.files", moving, "moves images away from their labels")
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    """Checks that distillation is off, or has a teacher that sees what the model sees."""
+    weight, teacher = config.distillation.weight, config.distillation.teacher
+    if bool(weight) != bool(teacher):
+        missing = "teacher, the workdir of a run" if weight else "weight above 0"
+        raise UserError(
+            f"config.distillation.weight={weight} and config.distillation.teacher={teacher!r} go "
+            f"together; missing: config.distillation.{missing}"
+        )
+    if not config.distillation.temperature > 0:
+        raise UserError(
+            f"config.distillation.temperature={config.distillation.temperature}; valid: above 0"
+        )
+    if weight:
+        others = ("token_labels.weight", "mix.mixtoken")
+        _refuse(config, "distillation.weight", others, "the teacher labels whole images")
 
 
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:

@@ -15,7 +15,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
 from tokenvit_jax.models import create_model
 from tokenvit_jax.ops.mix_boxes import mix_boxes
-from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples, eval_crop
 from tokenvit_jax.tasks.classification.mixing import (
     draw_mixing,
@@ -33,6 +33,7 @@ from tokenvit_jax.tasks.task import (
     Predictor,
     Rngs,
     Task,
+    Teacher,
     apply_in_training,
     describe_shares,
 )
@@ -91,11 +92,28 @@ class Classification(Task):
         return bool(self.config.token_labels.weight or self.config.mix.mixtoken)
 
     @property
-    def teacher(self) -> tuple[str, str] | None:
-        labels = self.config.token_labels
-        if not (labels.weight and labels.teacher):
-            return None
-        return labels.teacher, labels.teacher_checkpoint
+    def teacher(self) -> Teacher | None:
+        for name in ("token_labels", "distillation"):
+            entries = self.config[name]
+            if entries.weight and entries.teacher:
+                return Teacher(entries.teacher, entries.teacher_checkpoint, f"{name}.teacher")
+        return None
+
+    def misfit(self, teacher: Task, model: nn.Module) -> str:
+        if self.config.token_labels.weight:
+            return teaching.cell_misfit(model)
+        return "" if isinstance(teacher, Classification) else teaching.NO_CLASSIFIER
+
+    def teach(
+        self, teacher: Task, model: nn.Module, variables: Any, batch: Batch, rng: jax.Array
+    ) -> Batch:
+        if self.config.token_labels.weight:
+            labels = teaching.label_cells(teacher, model, variables, batch["image"])
+            grid = grid_size(batch["image"].shape[1:3])
+            return {"token_labels": teaching.resize_labels(labels, *grid)}
+        images = self.pixels(self.prepare(batch, rng)["image"])  # mixed like the student's
+        logits = model.apply(variables, teacher.normalize(images), train=False)
+        return {"teacher_logits": logits.astype(jnp.float32)}
 
     def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
         images = self.normalize(batch["image"])
@@ -104,18 +122,32 @@ class Classification(Task):
         if self.config.mix.mixup or self.config.mix.cutmix:
             mixing = draw_mixing(rng, self.config.mix, *images.shape[1:3])
             images, targets = mix_batch(images, targets, mixing)
-        return {"image": images, "targets": targets, **losses.token_label_entries(batch)}
+        return {"image": images, "targets": targets, **losses.taught_entries(batch)}
 
     def loss(
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
         compute = self._token_loss if self._trains_tokens else self._class_loss
+        if self.config.distillation.weight:
+            compute = self._distillation_loss
         loss, model_state = compute(model, params, model_state, inputs, rngs)
         return loss, Aux(model_state, {})
 
     def _class_loss(self, model, params, model_state, inputs, rngs):
         logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
         return losses.cross_entropy(logits, inputs["targets"]), model_state
+
+    def _distillation_loss(self, model, params, model_state, inputs, rngs):
+        has_token = getattr(model.settings, "distilled", False)
+        method = {"method": "distillation_logits"} if has_token else {}
+        found, model_state = apply_in_training(
+            model, params, model_state, inputs["image"], rngs, **method
+        )
+        logits, taught = found if has_token else (found, found)
+        loss = losses.distillation_loss(
+            logits, taught, inputs["targets"], inputs["teacher_logits"], self.config.distillation
+        )
+        return loss, model_state
 
     def _token_loss(self, model, params, model_state, inputs, rngs):
         images, targets, mixing = inputs["image"], inputs["targets"], None
