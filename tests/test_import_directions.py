@@ -178,7 +178,7 @@ def test_what_is_allowed():
         ("models.vit", "import tokenvit_jax.data.record", "tokenvit_jax.data.record"),
         ("models.vit", "from .registry import register", ".registry"),
         ("heads.fpn", "import tokenvit_jax.tasks.task", "tokenvit_jax.tasks.task"),
-        ("heads.fpn", "from tokenvit_jax.config import base_config", "tokenvit_jax.config"),
+        ("heads.fpn", "from tokenvit_jax.config import ENTRIES", "tokenvit_jax.config"),
         ("data.pipeline", "from tokenvit_jax.tasks import task", "tokenvit_jax.tasks.task"),
         ("tasks.task", "def f():\n    import tokenvit_jax.training", "tokenvit_jax.training"),
         ("measure.macs", "from tokenvit_jax.data import record", "tokenvit_jax.data.record"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.config import base_config
+from tokenvit_jax.config import ENTRIES
 from tokenvit_jax.data import datasets
 
 FLAGS = flags.FlagValues()
@@ -24,7 +24,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string(
     "data_dir",
-    base_config().data.data_dir,
+    ENTRIES["data.data_dir"].default,
     "folder that receives the prepared dataset",
     flag_values=FLAGS,
 )
