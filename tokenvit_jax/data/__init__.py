@@ -1,16 +1,22 @@
 """Records of datasets, transforms of images and batches for training and evaluation."""
 
 from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
+from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import (
     builtin_info,
     dataset_info,
     datasets_with,
-    different_names,
     list_datasets,
     open_split,
     with_class_names,
 )
-from tokenvit_jax.data.images import NORMALIZATIONS, eval_image, mean_and_std, read_image
+from tokenvit_jax.data.images import (
+    NORMALIZATIONS,
+    decode_image,
+    eval_image,
+    mean_and_std,
+    read_image,
+)
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
@@ -27,6 +33,7 @@ __all__ = [
     "check_data",
     "dataset_info",
     "datasets_with",
+    "decode_image",
     "different_names",
     "eval_batches",
     "eval_image",

@@ -91,14 +91,16 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    before, now = (flatten_dict(tree, sep=".") for tree in (_read_json(workdir), _plain(config)))
+    stored, defaults = _read_json(workdir), _plain(default_config(config.task))
+    trees = (stored, _plain(config), defaults)
+    before, now, defaults = (flatten_dict(tree, sep=".") for tree in trees)
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+        old, new = before.get(key, defaults.get(key)), now.get(key)
         if old == new:
             continue
         if key == "data.classes":
             raise UserError(
-                f"{workdir} holds a run with other classes: {different_names(old or [], new)}; use "
+                f"the classes differ from the run in {workdir}: {different_names(old, new)}; use "
                 "another --workdir, or the old classes to go on with that run"
             )
         if key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:

@@ -14,7 +14,6 @@ needed.
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +32,7 @@ NAMES = (
     "scenes",
 )
 # Names of modules with `read_info`, and how they are written in `config.dataset`.
-_READERS = {"none": "none"}
+_READERS = {"folder": "folder", "none": "none", "tfds": "tfds:NAME"}
 
 
 def list_datasets() -> list[str]:
@@ -114,18 +113,6 @@ def with_class_names(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.classes = names
     return config
-
-
-def different_names(before: Sequence[str], now: Sequence[str]) -> str:
-    """Describes in one line how two sequences of class names differ."""
-    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
-    parts = [
-        f"{sign}{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for sign, names in (("without ", gone), ("with ", new))
-        if names
-    ]
-    order = "" if parts else " in another order"
-    return f"{len(before)} before, now {len(now)}{order} {', '.join(parts)}".rstrip()
 
 
 def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
