@@ -10,7 +10,7 @@ from make_task import open_dataset
 from PIL import ExifTags, Image
 
 from tokenvit_jax.data import check_data, dataset_info, open_split, read_image
-from tokenvit_jax.data.datasets.folder import held_out
+from tokenvit_jax.data.held_out import held_out
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
 

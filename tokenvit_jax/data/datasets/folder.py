@@ -13,7 +13,6 @@ Everything that Pillow reads is an image; hidden files and folders are passed ov
 
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,9 +22,10 @@ from PIL import Image
 
 from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import none
+from tokenvit_jax.data.held_out import held_out
 from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
-from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Source
+from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Source, label_field
 from tokenvit_jax.errors import UserError
 
 CLASSES_FILE = "classes.txt"
@@ -71,7 +71,7 @@ def open_split(config: ConfigDict, split: str) -> Source:
 
 
 def _has_label_maps(config: ConfigDict) -> bool:
-    return config.get("task") == "segmentation"
+    return label_field(config) == "label_map"
 
 
 def _read_classes(config: ConfigDict) -> tuple[str, ...]:
@@ -275,22 +275,6 @@ class LabelMapFiles(_Files):
 # ------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------
-
-
-def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
-    """Draws the names that are kept for evaluation.
-
-    The draw follows a hash of the seed and the name: it does not depend on the order of the names,
-    and names that are added later change it little.
-
-    Args:
-      names: distinct names of records.
-      share: share of the names; the number is rounded, and at least one of two or more is drawn.
-      seed: seed of the draw.
-    """
-    number = max(round(share * len(names)), 1) if len(names) > 1 else 0
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    return set(order[:number])
 
 
 def _part(paths: Sequence[str], split: str, config: ConfigDict) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.record import DatasetInfo
-from tokenvit_jax.data.tfds_files import LabelSource, is_prepared, write_splits
+from tokenvit_jax.data.tfds_files import LabelSource, is_prepared, open_records, write_splits
 from tokenvit_jax.errors import UserError
 
 INFO = DatasetInfo(
@@ -50,7 +50,8 @@ def open_split(config: ConfigDict, split: str) -> LabelSource:
     Raises:
       UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
-    return LabelSource(INFO.name, split, config.data.data_dir, folder=INFO.name)
+    records = open_records(INFO.name, split, config.data.data_dir, folder=INFO.name)
+    return LabelSource(INFO.name, split, records)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record
-from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, write_splits
+from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, open_records, write_splits
 from tokenvit_jax.errors import UserError
 
 # The datasets share this folder, as tensorflow_datasets has other datasets with their names.
@@ -51,10 +51,10 @@ class Layout:
 class LabelMapSource(TfdsSource):
     """Images with a label map each."""
 
-    undecoded = ("image", "label")
-
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
-        super().__init__(info.name, split, data_dir, folder=f"{FOLDER}/{info.name}")
+        folder, undecoded = f"{FOLDER}/{info.name}", ("image", "label")
+        records = open_records(info.name, split, data_dir, folder, undecoded)
+        super().__init__(info.name, split, records)
         labels = (*range(info.num_classes), IGNORED)
         self._table = label_table({label: label for label in labels})
 
