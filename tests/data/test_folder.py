@@ -150,6 +150,8 @@ def test_folders_that_do_not_fit(classes, change, data, message):
     config = config_of(classes, **data)
     with pytest.raises(UserError, match=re.escape(message.format(f=classes))):
         check_data(config)
+        for split in ("train", "val"):
+            open_split(config, split)
 
 
 def test_files_that_do_not_fit(classes, tmp_path):

@@ -9,6 +9,7 @@ from tokenvit_jax.data.datasets import (
     list_datasets,
     open_split,
     with_class_names,
+    with_dataset,
 )
 from tokenvit_jax.data.images import (
     NORMALIZATIONS,
@@ -43,4 +44,5 @@ __all__ = [
     "read_image",
     "train_batches",
     "with_class_names",
+    "with_dataset",
 ]

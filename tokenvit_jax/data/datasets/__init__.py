@@ -73,6 +73,11 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
     module, classes = _module(config.dataset), tuple(config.data.classes)
     if hasattr(module, "read_info"):
         return module.read_info(config)
+    if config.data.split:
+        raise UserError(
+            f"config.data.split={config.data.split} is for folders and tfds:NAME; "
+            f"config.dataset={config.dataset!r} has splits of its own"
+        )
     if not classes:
         return module.INFO
     if len(classes) != module.INFO.num_classes:
@@ -112,6 +117,31 @@ def with_class_names(config: ConfigDict) -> ConfigDict:
     names = info.classes or tuple(f"class {label}" for label in range(info.num_classes))
     config = config.copy_and_resolve_references()
     config.data.classes = names
+    return config
+
+
+def with_dataset(config: ConfigDict, dataset: str) -> ConfigDict:
+    """Returns the configuration of a run with another dataset, which has the same classes.
+
+    If the names are the same, the labels follow the names of the run. Otherwise the number of
+    classes must be the same, and the names become the dataset's.
+
+    Raises:
+      UserError: there is no such dataset, or it has another number of classes.
+    """
+    before = dataset_info(config)
+    config = config.copy_and_resolve_references()
+    config.dataset, config.data.classes, config.data.split = dataset, (), 0.0
+    now = dataset_info(config)
+    if now.num_classes != before.num_classes:
+        raise UserError(
+            f"dataset {dataset!r} has {now.num_classes} classes, the run has {before.num_classes} "
+            f"({before.name})"
+        )
+    if set(now.classes or ()) == set(before.classes or ()) and now.classes != before.classes:
+        if hasattr(_module(dataset), "INFO"):
+            raise UserError(f"dataset {dataset!r} has the classes of the run in another order")
+        config.data.classes = before.classes
     return config
 
 

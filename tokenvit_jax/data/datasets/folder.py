@@ -80,10 +80,11 @@ def _read_classes(config: ConfigDict) -> tuple[str, ...]:
         return _names_in(root / CLASSES_FILE)
     if config.data.split:
         return _class_folders(_split_folder(config, "train"))
-    train, val = (_class_folders(_split_folder(config, split)) for split in ("train", "val"))
-    if train != val:
-        raise UserError(f"the classes of {root / 'val'} differ: {different_names(train, val)}")
-    return train
+    splits = [split for split in ("train", "val") if (root / split).is_dir()] or ["train"]
+    found = [_class_folders(_split_folder(config, split)) for split in splits]
+    if found[0] != found[-1]:  # a folder for evaluation need not have both
+        raise UserError(f"the classes of {root / 'val'} differ: {different_names(*found)}")
+    return found[0]
 
 
 def _root(config: ConfigDict) -> Path:

@@ -28,7 +28,7 @@ INFO = DatasetInfo(
     eval_split="validation",
     fields=frozenset({"image", "label"}),
     num_classes=1000,
-    classes=None,
+    classes=tuple(Path(__file__).with_name("imagenet2012_classes.txt").read_text().splitlines()),
     center_crop=True,
 )
 VERSION = "5.1.0"
