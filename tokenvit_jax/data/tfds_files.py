@@ -4,6 +4,7 @@
 and the embedded datasets do not need it.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,12 @@ def read_split(builder: Any, split: str, undecoded: Sequence[str]) -> Sequence[d
 def is_prepared(folder: Path) -> bool:
     """Returns whether :func:`write_splits` has written a dataset into this folder."""
     return (folder / "dataset_info.json").is_file()
+
+
+def count_records(folder: Path) -> dict[str, int]:
+    """Returns the number of records in each split of a prepared dataset."""
+    splits = json.loads((folder / "dataset_info.json").read_text())["splits"]
+    return {split["name"]: sum(map(int, split.get("shardLengths", ()))) for split in splits}
 
 
 def write_splits(

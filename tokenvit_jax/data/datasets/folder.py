@@ -12,16 +12,14 @@ Everything that Pillow reads is an image; hidden files and folders are passed ov
 """
 
 import dataclasses
-import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
-from PIL import Image
 
 from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import none
+from tokenvit_jax.data.files import list_folders, list_images
 from tokenvit_jax.data.held_out import held_out
 from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
@@ -29,10 +27,6 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Source, label
 from tokenvit_jax.errors import UserError
 
 CLASSES_FILE = "classes.txt"
-
-# Formats that Pillow only names, or reads with the help of another program.
-_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
 
 # ------------------------------------------------------------------------------------------------
 # The dataset
@@ -79,9 +73,9 @@ def _read_classes(config: ConfigDict) -> tuple[str, ...]:
     if _has_label_maps(config):
         return _names_in(root / CLASSES_FILE)
     if config.data.split:
-        return _class_folders(_split_folder(config, "train"))
+        return _classlist_folders(_split_folder(config, "train"))
     splits = [split for split in ("train", "val") if (root / split).is_dir()] or ["train"]
-    found = [_class_folders(_split_folder(config, split)) for split in splits]
+    found = [_classlist_folders(_split_folder(config, split)) for split in splits]
     if found[0] != found[-1]:  # a folder for evaluation need not have both
         raise UserError(f"the classes of {root / 'val'} differ: {different_names(*found)}")
     return found[0]
@@ -101,7 +95,7 @@ def _root(config: ConfigDict) -> Path:
 
 def _open_classes(config: ConfigDict, split: str, classes: Sequence[str]) -> "ClassFiles":
     folder = _split_folder(config, split)
-    found = _class_folders(folder)
+    found = _classlist_folders(folder)
     if set(found) != set(classes):
         raise UserError(
             f"the classes of {folder} differ from config.data.classes: "
@@ -109,7 +103,7 @@ def _open_classes(config: ConfigDict, split: str, classes: Sequence[str]) -> "Cl
         )
     files = []
     for label, name in enumerate(classes):
-        paths = [f"{name}/{path}" for path in _list_images(folder / name)]
+        paths = [f"{name}/{path}" for path in list_images(folder / name)]
         if not paths:
             raise UserError(f"{folder / name} holds no image that Pillow reads, such as a .jpg")
         files += [(path, label) for path in _part(paths, split, config)]
@@ -122,10 +116,10 @@ def _split_folder(config: ConfigDict, split: str) -> Path:
     root, share = _root(config), config.data.split
     if not share and not (root / split).is_dir():
         raise UserError(
-            f"{root} has no folder {split!r}, it has {_listed(_folders(root))}; valid: "
+            f"{root} has no folder {split!r}, it has {_listed(list_folders(root))}; valid: "
             "train/CLASS/* and val/CLASS/*, or CLASS/* with --config.data.split=0.1"
         )
-    if share and {"train", "val"} <= set(_folders(root)):
+    if share and {"train", "val"} <= set(list_folders(root)):
         raise UserError(
             f"config.data.split={share} is for one folder of classes, {root} has train and val; "
             f"valid: 0, or --config.data.data_dir={root / 'train'}"
@@ -133,8 +127,8 @@ def _split_folder(config: ConfigDict, split: str) -> Path:
     return root if share else root / split
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = _folders(folder)
+def _classlist_folders(folder: Path) -> tuple[str, ...]:
+    names = list_folders(folder)
     if not names:
         raise UserError(f"{folder} has no classes; valid: one folder per class, with its images")
     return names
@@ -194,9 +188,9 @@ class ClassFiles(_Files):
 def _open_label_maps(config: ConfigDict, split: str, classes: Sequence[str]) -> "LabelMapFiles":
     if len(classes) > IGNORED:
         raise UserError(f"{len(classes)} classes; valid: up to {IGNORED}, one byte per pixel")
-    images, labels = _image_folders(config, split)
-    by_stem = {_stem(path): path for path in _list_images(labels)}
-    paths = list(_list_images(images))
+    images, labels = _imagelist_folders(config, split)
+    by_stem = {_stem(path): path for path in list_images(labels)}
+    paths = list_images(images)
     missing = [path for path in paths if _stem(path) not in by_stem]
     if missing:
         raise UserError(
@@ -210,7 +204,7 @@ def _open_label_maps(config: ConfigDict, split: str, classes: Sequence[str]) -> 
     return LabelMapFiles(images, labels, split, files, len(classes))
 
 
-def _image_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
+def _imagelist_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
     """Returns the folders with the images and with the label maps of a split."""
     root = _root(config)
     if config.data.split:
@@ -228,7 +222,7 @@ def _image_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
     for images, labels in pairs:
         if images.is_dir() and labels.is_dir():
             return images, labels
-    raise UserError(f"{root} has the folders {_listed(_folders(root))}; valid: {valid}")
+    raise UserError(f"{root} has the folders {_listed(list_folders(root))}; valid: {valid}")
 
 
 def _names_in(file: Path) -> tuple[str, ...]:
@@ -292,39 +286,6 @@ def _check_not_empty(files: Sequence[object], split: str, config: ConfigDict) ->
         if config.data.split:
             message += f"; config.data.split={config.data.split} needs at least one for each part"
         raise UserError(message)
-
-
-def _folders(folder: Path) -> tuple[str, ...]:
-    """Returns the sorted names of the visible folders in a folder."""
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name)))
-
-
-def _list_images(folder: Path) -> Iterator[str]:
-    """Yields the sorted paths of the images at any depth, relative to a folder, with "/"."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        inside = Path(parent).relative_to(folder)
-        found += [
-            (inside / name).as_posix()
-            for name in files
-            if not _is_hidden(name) and Path(name).suffix.lower() in image_suffixes()
-        ]
-    return iter(sorted(found))
-
-
-def _is_hidden(name: str) -> bool:
-    """Tells hidden files, with macOS's AppleDouble files ("._a.jpg"), from others."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes of all files that Pillow reads by itself, in lower case."""
-    Image.init()
-    formats = Image.OPEN.keys() - _NOT_READ
-    return frozenset(s for s, name in Image.registered_extensions().items() if name in formats)
 
 
 def _listed(names: Sequence[str]) -> str:
