@@ -1,5 +1,6 @@
 """Folders of images: one folder per class, or label maps beside the images."""
 
+import json
 import pickle
 import re
 import shutil
@@ -9,10 +10,17 @@ import pytest
 from make_task import open_dataset
 from PIL import ExifTags, Image
 
-from tokenvit_jax.data import check_data, dataset_info, open_split, read_image
+from tokenvit_jax.data import (
+    check_data,
+    dataset_info,
+    open_split,
+    read_image,
+    with_class_names,
+)
 from tokenvit_jax.data.held_out import held_out
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
+from tokenvit_jax.training.workdir import check_same_run, read_config, write_config
 
 
 def config_of(folder, task="classification", **data):
@@ -67,6 +75,25 @@ def test_recorded_classes_need_no_files(classes):
     source = open_dataset("folder", "val", str(classes), classes=("dog", "cat"))
     levels = {source.read(i)["label"]: np.asarray(source.read(i)["image"]).mean() for i in (0, 1)}
     assert levels == {0: 200, 1: 0}
+
+
+def test_a_run_keeps_its_classes(classes, tmp_path):
+    config = with_class_names(config_of(classes))
+    write_config(tmp_path / "run", config)
+    assert read_config(tmp_path / "run").data.classes == ("cat", "dog")
+    check_same_run(tmp_path / "run", with_class_names(config_of(classes)))
+    for split in ("train", "val"):
+        write_image(classes / split / "bird" / "1.png")
+    with pytest.raises(
+        UserError, match=r"the classes differ from the run in .*: 3 instead of 2 na"
+    ):
+        check_same_run(tmp_path / "run", with_class_names(config_of(classes)))
+    # A run that was written before there were names of classes has the built-in ones.
+    config = default_config("classification")
+    entries = config.to_dict()
+    del entries["data"]["classes"], entries["data"]["split"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(entries))
+    check_same_run(tmp_path / "run", config)
 
 
 def test_one_folder_is_split_by_the_seed(tmp_path):
