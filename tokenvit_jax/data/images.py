@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 
 from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data.randaugment import randaugment
@@ -30,6 +30,22 @@ NORMALIZATIONS = {
 }
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # `config.in_channels` -> Pillow's mode
 
+# Orientation in EXIF -> transposition that brings the image upright; 1: it is upright.
+_UPRIGHT = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
@@ -72,22 +88,31 @@ def mean_pixel(normalization: str, channels: int) -> tuple[int, ...]:
     return tuple(round(255 * level) for level in mean)
 
 
-def decode_image(encoded: bytes, mode: str = "RGB") -> Image.Image:
+def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
     """Decodes a whole image file.
 
-    All images get the same mode. The format is read from the contents, not from the
-    file's extension (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not
-    applied, as in torchvision and timm.
+    CMYK, grey and palette images become RGB; alpha stays, for models that take it. Grey levels of 16
+    bits are divided by 257. The format is read from the contents, not from the file's extension
+    (one of ImageNet's .JPEG files is a PNG).
 
     Args:
       encoded: the contents of the file.
-      mode: Pillow's mode of the result, a value of MODES.
+      upright: whether a rotation noted in EXIF is applied. Prepared datasets are read as they are
+        stored, as in torchvision and timm, and images stay aligned with their label maps.
+
+    Returns:
+      An RGB image, or RGBA where the file has alpha.
 
     Raises:
-      UserError: the bytes are not an image, or the image is truncated.
+      UserError: the bytes are not an image, the image is truncated, or its pixels are floats.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert(mode)
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            rotation = _rotation(image) if upright else None
+            image = _to_eight_bits(image)
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image if rotation is None else image.transpose(rotation)
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
@@ -97,14 +122,36 @@ def decode_image(encoded: bytes, mode: str = "RGB") -> Image.Image:
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
 
 
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """Reads an image file; see :func:`decode_image`.
+def _rotation(image: Image.Image) -> Image.Transpose | None:
+    """Returns the transposition that brings an image upright, as noted in EXIF; None if none is."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels are fine even if the note beside them is malformed
+        return None
+    return _UPRIGHT.get(orientation)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Pillow's own conversion would clip everything above 255 to white.
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                f"grey levels are {levels.dtype} from {levels.min()} to {levels.max()}; valid: "
+                "integers of 8 or 16 bits"
+            )
+        return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads an image file, upright; see :func:`decode_image`.
 
     Raises:
       UserError: the file cannot be read, or is not an image; the message names it.
     """
     try:
-        return decode_image(path.read_bytes(), mode)
+        return decode_image(path.read_bytes(), upright=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:

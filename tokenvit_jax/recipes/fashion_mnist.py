@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.tasks import default_config
 
-EPOCHS = 10
+EPOCHS = 5
 BATCH_SIZE = 128
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.record import DatasetInfo
-from tokenvit_jax.data.tfds_files import LabelSource, Pairs, is_prepared, write_splits
+from tokenvit_jax.data.tfds_files import LabelSource, Pairs, is_prepared, open_records, write_splits
 from tokenvit_jax.errors import UserError
 
 CLASSES = (
@@ -52,7 +52,8 @@ def open_split(config: ConfigDict, split: str) -> LabelSource:
     Raises:
       UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
-    return LabelSource(INFO.name, split, config.data.data_dir, folder=INFO.name)
+    records = open_records(INFO.name, split, config.data.data_dir, folder=INFO.name)
+    return LabelSource(INFO.name, split, records)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:

@@ -1,0 +1,20 @@
+"""Draws the records that are kept for evaluation."""
+
+import hashlib
+from collections.abc import Sequence
+
+
+def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
+    """Draws the names that are kept for evaluation.
+
+    The draw follows a hash of the seed and the name: it does not depend on the order of the names,
+    and names that are added later change it little.
+
+    Args:
+      names: distinct names of records.
+      share: share of the names; the number is rounded, and at least one of two or more is drawn.
+      seed: seed of the draw.
+    """
+    number = max(round(share * len(names)), 1) if len(names) > 1 else 0
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    return set(order[:number])
