@@ -251,7 +251,7 @@ LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
         ({"token_labels.weight": 0.5}, "token_labels.files, and none is given"),
         (LABELLED | {"token_labels.teacher": "run"}, "token_labels.files, and both are given"),
         ({"mix.mixtoken": 1.0, "mix.cutmix": 0.8}, "config.mix.cutmix=0.8 does not go with config"),
-        ({"mix.mixtoken": 1.0, "image_size": 32}, "mixes nothing on the 1 x 1 cells"),
+        ({"mix.mixtoken": 1.0, "image_size": (64, 32)}, "mixes nothing on the 2 x 1 cells"),
         (
             LABELLED | {"mix.mixup": 0.8},
             "config.mix.mixup=0.8 does not go with config.token_labels",

@@ -9,6 +9,7 @@ from tokenvit_jax.data.images import (
     from_array,
     mean_and_std,
     read_image,
+    to_array,
     with_channels,
 )
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
@@ -33,6 +34,7 @@ __all__ = [
     "mean_and_std",
     "open_split",
     "read_image",
+    "to_array",
     "train_batches",
     "with_channels",
 ]
