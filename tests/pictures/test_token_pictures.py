@@ -166,5 +166,5 @@ def test_superpixels_of_padding_are_not_drawn():
     assert len(left.get_title()) < 120 and left.get_title()[-1] == "x"
     assert right.get_title() == "2 x 3 patches, 2 superpixels"
     ends = np.concatenate(left.collections[0].get_segments()) + 0.5
-    assert ends.max(0).tolist() == [12, 8] and left.get_ylim() == (4.5, -0.5)
+    assert ends.max(0).tolist() == [8, 8] and left.get_ylim() == (4.5, -0.5)
     assert right.images[0].get_array().shape == (5, 12, 3)
