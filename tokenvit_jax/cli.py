@@ -82,8 +82,8 @@ def read_config(flag_values: flags.FlagValues):
     return config
 
 
-def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
-    """Reads the images that the flag --images names, in a mode of Pillow.
+def read_images(names: Sequence[str]) -> "list[Image.Image]":
+    """Reads the RGB images that the flag --images names.
 
     Raises:
       UserError: the flag names no file, or a file cannot be read or is not an image.
@@ -93,7 +93,7 @@ def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
     if not names:
         raise UserError("--images names no file")
     try:
-        return [read_image(Path(name), mode) for name in names]
+        return [read_image(Path(name)) for name in names]
     except UserError as error:
         raise UserError(f"--images: {error}") from error
 

@@ -3,7 +3,6 @@
 from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
 from tokenvit_jax.data.datasets import dataset_info, list_datasets, open_split
 from tokenvit_jax.data.images import (
-    MODES,
     NORMALIZATIONS,
     eval_image,
     from_array,
@@ -18,7 +17,6 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Sou
 __all__ = [
     "IGNORED",
     "MIN_IMAGE_SIZE",
-    "MODES",
     "NORMALIZATIONS",
     "DatasetInfo",
     "Examples",

@@ -68,22 +68,25 @@ def mean_pixel(normalization: str, channels: int) -> tuple[int, ...]:
     return tuple(round(255 * level) for level in mean)
 
 
-def decode_image(encoded: bytes, mode: str = "RGB") -> Image.Image:
+def decode_image(encoded: bytes) -> Image.Image:
     """Decodes a whole image file.
 
-    All images get the same mode. The format is read from the contents, not from the
-    file's extension (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not
-    applied, as in torchvision and timm.
+    CMYK, grey and palette images become RGB; alpha stays, for models that take it. The format is
+    read from the contents, not from the file's extension (one of ImageNet's .JPEG files is a PNG).
+    A rotation noted in EXIF is not applied, as in torchvision and timm.
 
     Args:
       encoded: the contents of the file.
-      mode: Pillow's mode of the result, a value of MODES.
+
+    Returns:
+      An RGB image, or RGBA where the file has alpha.
 
     Raises:
       UserError: the bytes are not an image, or the image is truncated.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert(mode)
+        image = Image.open(io.BytesIO(encoded))
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
@@ -93,14 +96,14 @@ def decode_image(encoded: bytes, mode: str = "RGB") -> Image.Image:
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
 
 
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Reads an image file; see :func:`decode_image`.
 
     Raises:
       UserError: the file cannot be read, or is not an image; the message names it.
     """
     try:
-        return decode_image(path.read_bytes(), mode)
+        return decode_image(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:

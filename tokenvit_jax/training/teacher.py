@@ -46,7 +46,7 @@ def label_cells(teacher: Run, variables: dict, images: jax.Array) -> jax.Array:
     Args:
       teacher: result of :func:`load_teacher`.
       variables: variables of the teacher, on the devices.
-      images: (B, H, W, 3) uint8.
+      images: (B, H, W, C) uint8.
 
     Returns:
       (B, h, w, num_classes) float32.
@@ -70,7 +70,7 @@ def labelled_batches(
       "token_labels" to the batch, float32 class probabilities on the student's grid.
 
     Raises:
-      UserError: the teacher cannot be loaded, or has other classes than the student.
+      UserError: the teacher cannot be loaded, or has other classes or channels than the student.
     """
     if task.teacher is None:
         return parallel.put_batch
@@ -84,6 +84,12 @@ def labelled_batches(
         raise UserError(
             f"config.token_labels.teacher={workdir} has {theirs.num_classes} classes "
             f"({theirs.name}), the student has {ours.num_classes} ({ours.name})"
+        )
+
+    if teacher.config.in_channels != task.config.in_channels:
+        raise UserError(
+            f"config.token_labels.teacher={workdir} sees images with {teacher.config.in_channels} "
+            f"channels, the student sees config.in_channels={task.config.in_channels}"
         )
 
     def label(variables, images):
