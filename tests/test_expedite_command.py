@@ -141,10 +141,10 @@ def test_images_are_windows_of_the_middle(monkeypatch):
     batches = [{"image": x, "image_size": sizes, "mask": np.array([1, 1, 0])} for x in pixels]
     monkeypatch.setattr(expedite_run, "eval_batches", lambda *args: batches)
     config = tiny_config("segmentation", dataset="scenes")
-    config.inference.window = 32
+    config.inference.window = (32, 24)
     config.data.normalization = "inception"
     found = expedite_run.load_images(make_task(config), None, 3)
-    wanted = [pixels[0, 0, 2:34, 14:46], pixels[0, 1, 4:36, 8:40], pixels[1, 0, 2:34, 14:46]]
+    wanted = [pixels[0, 0, 2:34, 18:42], pixels[0, 1, 4:36, 12:36], pixels[1, 0, 2:34, 18:42]]
     np.testing.assert_allclose(found, np.stack(wanted) / 127.5 - 1, atol=1e-6)
     assert len(expedite_run.load_images(make_task(config), None, 9)) == 4
 

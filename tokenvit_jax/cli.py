@@ -108,8 +108,8 @@ def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
     return path
 
 
-def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
-    """Reads the images that the flag --images names, in a mode of Pillow.
+def read_images(names: Sequence[str]) -> "list[Image.Image]":
+    """Reads the RGB images that the flag --images names.
 
     Raises:
       UserError: the flag names no file, or a file cannot be read or is not an image.
@@ -119,7 +119,7 @@ def read_images(names: Sequence[str], mode: str = "RGB") -> "list[Image.Image]":
     if not names:
         raise UserError("--images names no file")
     try:
-        return [read_image(Path(name), mode) for name in names]
+        return [read_image(Path(name)) for name in names]
     except UserError as error:
         raise UserError(f"--images: {error}") from error
 

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import MODES
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
 
@@ -35,8 +34,7 @@ def main(flag_values: flags.FlagValues) -> None:
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     config = read_config(workdir)
     files = [Path(name) for name in flag_values.images]
-    # First, so that a mistake in a name costs no time.
-    images = cli.read_images(flag_values.images, MODES[config.in_channels])
+    images = cli.read_images(flag_values.images)  # first, so that a mistake in a name costs no time
     run = load_run(workdir, flag_values.checkpoint, config=config)
     out.mkdir(parents=True, exist_ok=True)
     for file, name, image in zip(files, _picture_names(files), images, strict=True):

@@ -57,6 +57,23 @@ def test_crop_equals_a_crop_of_the_resized_image(factor):
     assert factor < 1 or len(places) > 1
 
 
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_rectangular_crops_are_covered_and_no_larger(size, mode):
+    image, label = photograph(90, 60).convert(mode), np.zeros((60, 90), np.uint8)
+    channels = len(image.getbands())
+    augment = augment_with(photometric=True)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        found, labels = train_scene(image, label, size, augment, (9,) * channels, rng)
+        assert found.shape == (*size, channels) and not labels.any()  # no padding
+        assert mode == "L" or (found[..., 3] == 255).all()
+    if size == (32, 48):  # the shape of the image: all of it is seen
+        plain, _ = train_scene(image, label, size, augment_with(), (9,) * channels, rng)
+        whole = np.asarray(image.resize((48, 32), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(plain, whole.reshape(plain.shape))
+
+
 def test_image_and_labels_are_mirrored_together():
     image, label = photograph(32, 32), np.arange(32, dtype=np.uint8) + np.zeros((32, 1), np.uint8)
     plain = train_scene(image, label, 32, augment_with(), FILL, np.random.default_rng(0))

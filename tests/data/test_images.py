@@ -1,4 +1,5 @@
 import io
+import time
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from tokenvit_jax.data import images
+from tokenvit_jax.data.dense_transforms import train_scene
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
@@ -40,9 +42,10 @@ def encode(image, file_format, **options):
         ("RGBA", "PNG"),
     ],
 )
-def test_decode_gives_rgb(photo, mode, file_format):
+def test_decode_gives_rgb_and_keeps_alpha(photo, mode, file_format):
     image = images.decode_image(encode(photo.convert(mode), file_format))
-    assert (image.mode, image.size) == ("RGB", photo.size)
+    assert (image.mode, image.size) == ("RGBA" if mode == "RGBA" else "RGB", photo.size)
+    image = images.with_channels(image, 3)
     reference = photo.convert("L").convert("RGB") if mode == "L" else photo
     error = np.abs(np.asarray(image, int) - np.asarray(reference, int)).mean()
     assert error < (25 if mode in ("P", "CMYK") else 5)  # a palette has 256 colours; ink is not RGB
@@ -107,6 +110,100 @@ def test_eval_image_shows_the_centre():
     image = images.eval_image(Image.fromarray(pixels), 32, 0.5)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     assert image[2:-2, 2:-2].min() > 250
+
+
+@pytest.mark.parametrize("size", [(24, 48), (48, 24)])
+def test_rectangles_show_the_centre_undistorted(size, augment):
+    # A white square of side 40 in the centre of 160 x 80; its side is 24 after resizing by 0.6,
+    # for which the larger of 48 / 80 and 24 / 80, or 24 / 160 and 48 / 160, is decisive.
+    pixels = np.zeros((160, 80, 3) if size[0] < size[1] else (80, 160, 3), np.uint8)
+    top, left = (side // 2 - 20 for side in pixels.shape[:2])
+    pixels[top : top + 40, left : left + 40] = 255
+    image = images.eval_image(Image.fromarray(pixels), size, 1.0)
+    white = np.argwhere(image[..., 0] > 127)
+    assert image.shape == (*size, 3)
+    centre = (np.array(size) - 1) / 2
+    np.testing.assert_allclose(white.mean(0), centre, atol=0.51)
+    assert (np.ptp(white, 0) + 1).tolist() == [24, 24]
+    whole = images.train_image(Image.fromarray(pixels), size, augment, np.random.default_rng(0))
+    np.testing.assert_array_equal(whole, image)
+
+
+def test_crops_have_the_shape_of_the_example(augment):
+    augment.update(crop_scale=(0.05, 0.05), crop_ratio=(1.0, 1.0))
+    left, top, right, bottom = images.draw_view(
+        (400, 400), (32, 64), augment, np.random.default_rng(0)
+    ).box
+    assert abs((right - left) / (bottom - top) - 2) < 0.05
+
+
+@pytest.mark.parametrize("size", [(4000, 2), (2, 4000)])
+@pytest.mark.parametrize("crop", [0.875, 1.0])
+def test_a_strip_is_resized_only_where_it_is_seen(size, crop):
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    side = 32 if crop == 1.0 else 36
+    tall, wide = (s * side // 2 for s in size[::-1])
+    resized = np.asarray(strip.resize((wide, tall), Image.Resampling.BICUBIC))
+    top, left = (tall - 32) // 2, (wide - 32) // 2
+    found = images.eval_image(strip, 32, crop)
+    np.testing.assert_array_equal(found, resized[top : top + 32, left : left + 32])
+
+
+def test_the_longest_strips_take_no_gigabytes(augment):
+    before = time.process_time()
+    for size in ((30000, 1), (1, 30000)):
+        strip, label = Image.new("RGB", size), np.zeros(size[::-1], np.uint8)
+        images.eval_image(strip, 224, 0.875)
+        images.train_image(strip, (256, 192), augment, np.random.default_rng(0))
+        segmentation = default_config("segmentation").augment
+        train_scene(strip, label, 224, segmentation, (0, 0, 0), np.random.default_rng(0))
+    assert time.process_time() - before < 1  # 6 GiB of pixels take longer
+
+
+def test_grey_loses_nothing_by_a_detour_through_rgb():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    found = images.with_channels(grey.convert("RGB"), 1)
+    np.testing.assert_array_equal(images.to_array(found)[..., 0], np.asarray(grey))
+    opaque = images.with_channels(grey, 4)
+    assert opaque.mode == "RGBA" and set(opaque.getchannel("A").tobytes()) == {255}
+
+
+def test_statistics_of_grey_and_of_alpha():
+    assert images.mean_and_std("imagenet", 1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
+    assert images.mean_and_std("imagenet", 4) == ((*MEAN, 1.0), (*STD, 1.0))
+    assert images.mean_pixel("inception", 4) == (128, 128, 128, 255)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_augmentation_of_grey_images_and_of_alpha(photo, augment, channels):
+    """Colours of an opaque image change as those of an RGB image, and grey images stay grey."""
+    augment.update(crop_scale=(0.1, 1.0), flip=0.5, color_jitter=0.4)
+    rgb = images.with_channels(images.with_channels(photo, 1), 3)
+    image = images.with_channels(rgb, channels)
+    changed = 0
+    for seed in range(20):
+        found, expected = (
+            images.train_image(x, (32, 24), augment, np.random.default_rng(seed))
+            for x in (image, rgb)
+        )
+        assert found.shape == (32, 24, channels)
+        shown = found if channels == 1 else found[..., :3]
+        np.testing.assert_allclose(shown.astype(int), expected[..., : shown.shape[-1]], atol=2)
+        assert channels == 1 or (found[..., 3] == 255).all()
+        changed += np.abs(found[..., 0].astype(int) - found[0, 0, 0]).max() > 0
+    assert changed == 20
+    augment.update(erasing=1.0, rotation=10.0, translation=0.1)
+    augment.randaugment.num_ops = 3
+    for seed in range(20):
+        found = images.train_image(image, (32, 24), augment, np.random.default_rng(seed))
+        assert found.shape == (32, 24, channels) and found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 2), (1, 4, 5, 3)])
+def test_arrays_that_are_no_images_are_named(shape):
+    with pytest.raises(UserError, match=r"valid: uint8 \(height, width, channels\) with 1, 3, 4"):
+        images.from_array(np.zeros(shape, np.uint8))
 
 
 def test_training_without_augmentation_is_the_whole_image(photo, augment):

@@ -29,6 +29,20 @@ def test_operations_keep_size_and_grow_with_the_level(image, name):
         assert distances[0] == 0 and 0 < distances[1] < distances[2]
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_of_grey_images_and_of_alpha(image, name):
+    grey = apply_operation(image.convert("L"), name, 7.0, 1, (110,))
+    assert (grey.size, grey.mode) == (image.size, "L")
+    colors = apply_operation(image, name, 7.0, 1, FILL)
+    shown, alpha = image.copy(), 255 if name in module._MOVES else 90
+    shown.putalpha(alpha)
+    found = apply_operation(shown, name, 7.0, 1, (*FILL, 255))
+    assert (found.size, found.mode) == (image.size, "RGBA")
+    assert set(found.getchannel("A").tobytes()) == {alpha}
+    difference = np.asarray(found, int)[..., :3] - np.asarray(colors, int)
+    assert np.abs(difference).max() <= 1
+
+
 def test_strongest_posterize_is_black(image):
     assert not np.asarray(apply_operation(image, "posterize", 10.0, 1, FILL)).any()
 

@@ -117,7 +117,7 @@ def train_dataset(config):
 @pytest.fixture
 def config(tmp_path):
     config = default_config("classification")
-    config.image_size = 96
+    config.image_size = (96, 64)
     config.batch_size = 12
     config.augment.crop_scale = (0.1, 0.6)
     config.augment.flip = 0.5
@@ -129,7 +129,7 @@ def config(tmp_path):
 def test_labels_show_what_the_image_shows(config):
     batch = next(iter(train_dataset(config)))
     assert grid_size(96) == (3, 3) and grid_size((97, 32)) == (4, 1)
-    assert batch["token_classes"].shape == batch["token_scores"].shape == (12, 3, 3, 12)
+    assert batch["token_classes"].shape == batch["token_scores"].shape == (12, 3, 2, 12)
     assert batch["token_classes"].dtype == np.int32
     assert batch["token_scores"].dtype == np.float32
     labels = dense(batch, 2 + RECORDS)

@@ -37,6 +37,24 @@ def test_eval_image_equals_timms(timm, width, height, size, crop):
     np.testing.assert_array_equal(ours, np.asarray(reference(image)).transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("width, height", [(100, 80), (75, 150), (60, 40)])
+def test_rectangles_are_timms(timm, width, height):
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    size = (64, 48)
+    reference = transforms_imagenet_eval(size, 1.0, interpolation="bicubic", use_prefetcher=True)
+    image = noise_image(width, height)
+    ours = images.eval_image(image, size, 1.0)
+    np.testing.assert_array_equal(ours, np.asarray(reference(image)).transpose(1, 2, 0))
+
+
+def test_grey_statistics_are_timms(timm):
+    from timm.data.loader import adapt_to_chs
+
+    found = tuple(adapt_to_chs(values, 1) for values in NORMALIZATIONS["imagenet"])
+    np.testing.assert_allclose(found, images.mean_and_std("imagenet", 1))
+
+
 def test_random_crop_boxes_have_torchvisions_distribution(torchvision):
     from torchvision.transforms import RandomResizedCrop
 

@@ -53,12 +53,17 @@ def ignore_pixels(batch):
 
 
 CASES = {
-    "classification": Case({"dataset": "digits"}, "inference.stride"),
+    "classification": Case(
+        {"dataset": "digits", "image_size": (SIZE, 40), "in_channels": 1}, "inference.stride"
+    ),
     "segmentation": Case(
         {
             "dataset": "scenes",
             "head_overrides": {"depth": 1, "head_dim": 8},
-            "data.eval_size": (SIZE, 2 * SIZE),
+            "image_size": (SIZE, 40),
+            "in_channels": 4,
+            "data.eval_size": (48, 64),
+            "data.eval_short_side": 40,  # a window sees no padding
             "data.label_size": (128, 128),
         },
         "mix.mixup",

@@ -32,6 +32,16 @@ def test_wrong_value_for_classification_is_named(key, value, message):
         ("data.label_size", (-1, 8), "data.label_size=(-1, 8); valid: height and width, or"),
         ("augment.scale_range", (2.0, 1.0), "augment.scale_range=(2.0, 1.0); valid: lowest and"),
         ("augment.scale_range", (0.0, 1.0), "augment.scale_range=(0.0, 1.0); valid: lowest and"),
+        ("inference.window", -1, "inference.window=-1 is not valid; valid: at least 0"),
+        ("inference.stride", (8, 2, 1), "inference.stride=(8, 2, 1) is not valid; valid: at least"),
+        (
+            "image_size",
+            (31, 64),
+            "image_size=(31, 64) is not valid; valid: at least 32, up to 32768",
+        ),
+        ("image_size", "64", "image_size='64' is not valid; valid: at least 32"),
+        ("image_size", 10**12, "image_size=1000000000000 is not valid; valid: at least 32"),
+        ("in_channels", 2, "in_channels=2 is not valid; valid: 1, 3, 4"),
         ("augment.max_class_share", 0.0, "augment.max_class_share=0.0; valid: above 0, up to 1"),
     ],
 )

@@ -24,7 +24,7 @@ def write(workdir, task):
     """Writes a run of a task with random variables."""
     config = default_config(task)
     config.model, config.model_overrides, config.dataset = "vit_ti", HOST, DATASETS[task]
-    config.image_size = 32
+    config.image_size = (32, 40)
     if task == "segmentation":
         config.head, config.data.eval_size = "linear", (32, 48)
     model = make_task(config).make_model()
@@ -44,7 +44,7 @@ def test_a_classifier_gives_probabilities(runs, tmp_path):
     workdir, model, variables = runs["classification"]
     run = tv.load_run(workdir)
     assert (run.config.task, run.step) == ("classification", 0)
-    image = eval_image(Image.fromarray(PIXELS), 32, 1.0)
+    image = eval_image(Image.fromarray(PIXELS), (32, 40), 1.0)
     logits = model.apply(variables, run.task.normalize(image[None]), train=False)
     expected = jax.nn.softmax(logits)[0]
     Image.fromarray(PIXELS).save(tmp_path / "a.png")

@@ -213,6 +213,7 @@ def test_labels_are_resized_to_the_grid_of_the_student():
     ("changes", "num_classes", "message"),
     [
         ({}, 1000, "has 10 classes (digits), the student has 1000 (digits)"),
+        ({"in_channels": 1}, 10, "sees images with 3 channels, the student sees config.in_channel"),
         ({"token_labels.teacher": "/nowhere"}, 10, "config.token_labels.teacher=/nowhere: "),
         ({"token_labels.teacher_checkpoint": "7"}, 10, "no checkpoint '7'"),
     ],
@@ -251,7 +252,7 @@ LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
         ({"token_labels.weight": 0.5}, "token_labels.files, and none is given"),
         (LABELLED | {"token_labels.teacher": "run"}, "token_labels.files, and both are given"),
         ({"mix.mixtoken": 1.0, "mix.cutmix": 0.8}, "config.mix.cutmix=0.8 does not go with config"),
-        ({"mix.mixtoken": 1.0, "image_size": 32}, "mixes nothing on the 1 x 1 cells"),
+        ({"mix.mixtoken": 1.0, "image_size": (64, 32)}, "mixes nothing on the 2 x 1 cells"),
         (
             LABELLED | {"mix.mixup": 0.8},
             "config.mix.mixup=0.8 does not go with config.token_labels",

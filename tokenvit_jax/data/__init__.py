@@ -12,13 +12,13 @@ from tokenvit_jax.data.datasets import (
     with_dataset,
 )
 from tokenvit_jax.data.images import (
-    MODES,
     NORMALIZATIONS,
     decode_image,
     eval_image,
     from_array,
     mean_and_std,
     read_image,
+    to_array,
     with_channels,
 )
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
@@ -27,7 +27,6 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Sou
 __all__ = [
     "IGNORED",
     "MIN_IMAGE_SIZE",
-    "MODES",
     "NORMALIZATIONS",
     "DatasetInfo",
     "Examples",
@@ -47,6 +46,7 @@ __all__ = [
     "mean_and_std",
     "open_split",
     "read_image",
+    "to_array",
     "train_batches",
     "with_channels",
     "with_class_names",

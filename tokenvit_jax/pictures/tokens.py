@@ -15,7 +15,16 @@ from matplotlib.patches import Rectangle
 
 from tokenvit_jax import ops
 from tokenvit_jax.models.vit import VisionTransformer
-from tokenvit_jax.pictures.draw import COLORS, color_labels, pixels_of, show_image, tint
+from tokenvit_jax.pictures.draw import (
+    COLORS,
+    color_labels,
+    distinct_colors,
+    panel_aspect,
+    pixels_of,
+    show_image,
+    tint,
+    write_title,
+)
 
 
 class Routing(NamedTuple):
@@ -127,7 +136,7 @@ def plot_groups(
         position = (left / size[0], bottom / size[1], side * aspect / size[0], side / size[1])
         axis = figure.add_axes(position)
         show_image(axis, pixels)
-        axis.set_title(text, fontsize=8, pad=3)
+        write_title(axis, text, side * aspect)
 
     rows = zip(images, routing.groups[:, head], routing.keys[:, head], captions, strict=True)
     for row, (image, groups, keys, caption) in enumerate(rows):
@@ -152,7 +161,7 @@ def plot_clusters(
     """Draws the clusters of an image's tokens.
 
     Each clustering has one row: all clusters as coloured regions, then the tokens of the largest
-    clusters one by one.
+    clusters one by one, in their colours.
 
     Args:
       image: (H, W, 3) uint8.
@@ -165,28 +174,30 @@ def plot_clusters(
     """
     by_size = [_clusters_by_size(assignment[0]) for assignment, _ in clusterings]
     columns = 2 + min(max(map(len, by_size)), num_clusters)
-    aspect = image.shape[1] / image.shape[0]
-    figure = Figure(figsize=(1.6 * aspect * columns, 1.85 * len(clusterings)), layout="constrained")
+    width = 1.6 * panel_aspect(image)
+    figure = Figure(figsize=(width * columns, 2 * len(clusterings)), layout="constrained")
     rows = figure.subplots(len(clusterings), columns, squeeze=False)
     for row, (axes, clusters, (assignment, grid)) in enumerate(
         zip(rows, by_size, clusterings, strict=True)
     ):
         show_image(axes[0], image)
-        axes[0].set_title("" if row else caption, fontsize=8)
+        write_title(axes[0], "" if row else caption, width)
         show_image(axes[1], color_regions(image, assignment[0], grid))
-        axes[1].set_title(f"{grid[0]} x {grid[1]} tokens, {len(clusters)} clusters", fontsize=8)
+        axes[1].set_title(f"{grid[0]} x {grid[1]} tokens\n{len(clusters)} clusters", fontsize=8)
         for axis in axes[2 + len(clusters) :]:
             axis.axis("off")
-        for axis, members in zip(axes[2:], clusters, strict=False):
-            show_image(axis, tint(image, members, grid, COLORS[0]))
+        colors = distinct_colors(assignment.max() + 1) / 255
+        for axis, (number, members) in zip(axes[2:], clusters, strict=False):
+            show_image(axis, tint(image, members, grid, colors[number]))
             axis.set_title(f"{len(members)} tokens", fontsize=8)
     return figure
 
 
 def _clusters_by_size(assignment):
-    """Returns the tokens of each non-empty cluster, the largest cluster first."""
+    """Returns the number and the tokens of each non-empty cluster, the largest cluster first."""
     clusters, sizes = np.unique(assignment, return_counts=True)
-    return [np.flatnonzero(assignment == c) for c in clusters[np.argsort(-sizes, kind="stable")]]
+    by_size = clusters[np.argsort(-sizes, kind="stable")]
+    return [(number, np.flatnonzero(assignment == number)) for number in by_size]
 
 
 def color_regions(image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -227,27 +238,38 @@ def superpixels(model: nn.Module, variables: Any, images: jax.Array) -> Clusteri
     return Clustering(nearest[..., 0].astype(jnp.int32), grid)
 
 
-def plot_superpixels(image: np.ndarray, clustering: Clustering, caption: str) -> Figure:
+def plot_superpixels(
+    image: np.ndarray,
+    clustering: Clustering,
+    caption: str,
+    padded_size: tuple[int, int] | None = None,
+) -> Figure:
     """Draws the borders of superpixels over an image and, next to it, their mean colours.
 
     Args:
-      image: (H, W, 3) uint8.
+      image: (H, W, 3) uint8, without padding.
       clustering: superpixels of this image alone, (1, N).
       caption: title of the image.
+      padded_size: height and width that the patches cover, if the model saw the image at the top
+        left of a larger one [pixels].
     """
-    (assignment,), (rows, columns) = clustering
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(6.4 * width / height + 0.2, 3.5), layout="constrained")
+    (assignment,), grid = clustering
+    size, padded_size = image.shape[:2], padded_size or image.shape[:2]
+    panel = 3.2 * panel_aspect(image)
+    figure = Figure(figsize=(2 * panel + 0.2, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     show_image(left, image)
-    left.set_title(caption, fontsize=8)
-    regions = assignment.reshape(rows, columns)
-    scale = np.array([width / columns, height / rows])
-    borders = _borders(regions) * scale - 0.5  # pixels begin at -1/2
-    left.add_collection(LineCollection(borders, colors="white", linewidths=0.7))
-    show_image(right, _mean_colors(image, pixels_of(regions, (height, width))))
-    count = len(np.unique(assignment))
-    right.set_title(f"{rows} x {columns} patches, {count} superpixels", fontsize=8)
+    write_title(left, caption, panel)
+    patch = np.array(padded_size) / grid  # height and width
+    rows, columns = np.ceil(size / patch).astype(int)
+    regions = assignment.reshape(grid)
+    borders = _borders(regions[:rows, :columns]) * patch[::-1] - 0.5  # pixels begin at -1/2
+    lines = LineCollection(borders, colors="white", linewidths=0.7)
+    left.add_collection(lines, autolim=False)
+    shown = pixels_of(regions, padded_size)[: size[0], : size[1]]
+    show_image(right, _mean_colors(image, shown))
+    count = len(np.unique(shown))
+    write_title(right, f"{rows} x {columns} patches, {count} superpixels", panel)
     return figure
 
 

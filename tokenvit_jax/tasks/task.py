@@ -14,7 +14,6 @@ from PIL import Image
 
 from tokenvit_jax.config import Entry, input_shape
 from tokenvit_jax.data import (
-    MODES,
     DatasetInfo,
     Examples,
     eval_image,
@@ -242,11 +241,6 @@ class Task(abc.ABC):
     def input_size(self) -> tuple[int, int]:
         """Height and width of the images that the model is trained on [pixels]."""
         return self.input_shape[:2]
-
-    @property
-    def image_mode(self) -> str:
-        """Pillow's mode of the images that the model takes: "L", "RGB" or "RGBA"."""
-        return MODES[self.config.in_channels]
 
     @property
     def view_size(self) -> tuple[int, int]:

@@ -56,8 +56,7 @@ class Run:
         """
         if isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3:
             images = [images]
-        mode = self.task.image_mode
-        return [self.predictor(_as_image(image, mode)).arrays for image in images]
+        return [self.predictor(_as_image(image)).arrays for image in images]
 
     def features(self, images: np.ndarray) -> list[jax.Array]:
         """Returns the maps of the backbone, (B, h, w, C) each, the finest first.
@@ -125,7 +124,7 @@ def load_run(
     return Run(config, task, model, found.variables, found.step)
 
 
-def _as_image(image: ImageLike, mode: str) -> Image.Image:
+def _as_image(image: ImageLike) -> Image.Image:
     if isinstance(image, str | Path):
-        return read_image(Path(image), mode)
-    return image.convert(mode) if isinstance(image, Image.Image) else from_array(np.asarray(image))
+        return read_image(Path(image))
+    return image if isinstance(image, Image.Image) else from_array(np.asarray(image))

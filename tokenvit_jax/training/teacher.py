@@ -60,7 +60,7 @@ def taught_batches(
       A function of a batch and its step, from 0, which adds the entries of `task.teach`.
 
     Raises:
-      UserError: the teacher cannot be loaded, or has other classes than the student.
+      UserError: the teacher cannot be loaded, or has other classes or channels than the student.
     """
     if task.teacher is None:
         return lambda batch, step: parallel.put_batch(batch)
@@ -74,6 +74,12 @@ def taught_batches(
         raise UserError(
             f"config.{key}={workdir} has {theirs.num_classes} classes ({theirs.name}), the student "
             f"has {ours.num_classes} ({ours.name}); valid: a teacher with the same classes"
+        )
+
+    if teacher.config.in_channels != task.config.in_channels:
+        raise UserError(
+            f"config.{key}={workdir} sees images with {teacher.config.in_channels} channels, the "
+            f"student sees config.in_channels={task.config.in_channels}"
         )
 
     def teach(given, batch):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tokenvit_jax.pictures import tokens
-from tokenvit_jax.pictures.draw import COLORS, show_image
+from tokenvit_jax.pictures.draw import COLORS, PLAIN, as_rgb, panel_aspect, show_image, write_title
 from tokenvit_jax.tasks.task import NUM_NAMED
 
 
@@ -37,7 +37,7 @@ def draw(
     """Returns the pictures of one image by name.
 
     Args:
-      pixels: (S, S, 3) uint8, the image as the model saw it.
+      pixels: (H, W, C) uint8, the image as the model saw it.
       classes: (name, probability) pairs, the most probable first.
       noted: result of :func:`noted_by` for this image.
       caption: name of the image.
@@ -45,7 +45,8 @@ def draw(
     Returns:
       "classes", and "groups", "clusters" or "superpixels" if the model has them.
     """
-    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED])}
+    pixels = as_rgb(pixels)
+    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED], caption)}
     return figures | draw_tokens(pixels, jax.device_get(noted), caption)
 
 
@@ -63,22 +64,26 @@ def draw_tokens(pixels: np.ndarray, noted: dict[str, Any], caption: str) -> dict
     return figures
 
 
-def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> Figure:
+def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]], caption: str) -> Figure:
     """Draws an image and bars of its most probable classes.
 
     Args:
       image: (H, W, 3) uint8.
       classes: (name, probability) pairs, the most probable first.
+      caption: title of the image.
     """
-    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
-    image_axis, bar_axis = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    panel = 2.4 * panel_aspect(image)
+    figure = Figure(figsize=(panel + 4, 2.7), layout="constrained")
+    image_axis, bar_axis = figure.subplots(1, 2, width_ratios=(panel, 4))
     show_image(image_axis, image)
+    write_title(image_axis, caption, panel)
+    bar_axis.set_title("probability", fontsize=8, loc="left")
     names, probabilities = zip(*classes, strict=True)
     places = range(len(names), 0, -1)
     colors = [COLORS[1], *("0.75" for _ in names[1:])]
     bars = bar_axis.barh(places, probabilities, height=0.7, color=colors)
     bar_axis.bar_label(bars, [f"{p:.1%}" for p in probabilities], padding=3, fontsize=9)
-    bar_axis.set_yticks(places, names)
+    bar_axis.set_yticks(places, names, **PLAIN)
     bar_axis.tick_params(axis="y", length=0)
     bar_axis.set(xlim=(0, 1.15), xticks=())
     bar_axis.spines[["top", "right", "bottom"]].set_visible(False)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import IGNORED, Examples
+from tokenvit_jax.data import IGNORED, Examples, to_array, with_channels
 from tokenvit_jax.metrics.confusion import ConfusionMeter
 from tokenvit_jax.tasks.segmentation.examples import ImageBuffer, SegmentationExamples
 from tokenvit_jax.tasks.segmentation.inference import (
@@ -102,6 +102,7 @@ class Segmentation(Task):
             return pictures.superpixels_of(model, variables, self.normalize(images))
 
         def predict(image):
+            image = with_channels(image, self.config.in_channels)
             pixels, size = buffer(image)
             logits = apply(variables, pixels[None], size[None])
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
@@ -109,7 +110,9 @@ class Segmentation(Task):
             shares = [(names[label], share) for label, share in class_shares(labels)]
             superpixels = functools.partial(cluster, variables, window[None])
             shown = window[: size[0], : size[1]]  # without padding
-            draw = functools.partial(pictures.draw, image, labels, names, shown, superpixels)
+            draw = functools.partial(
+                pictures.draw, to_array(image), labels, names, shown, self.view_size, superpixels
+            )
             return Prediction({"labels": labels}, describe_shares(shares), draw)
 
         return predict
