@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import ViTSettings
-from tokenvit_jax.pictures.draw import pixels_of, show_image
+from tokenvit_jax.pictures.draw import show_image
 
 _COLUMNS = 4  # panels side by side
 
@@ -48,10 +48,11 @@ def draw(
     rollout = np.asarray(ops.attention_rollout(stacked))[0]
     heads = to_patches(blocks[-1], settings.num_front, grid, by_class_token)
     combined = to_patches(rollout, settings.num_front, grid, by_class_token)
-    names = [f"head {number}" for number in range(len(heads))]
+    side, names = settings.patch_size, [f"head {number}" for number in range(len(heads))]
+    title = f"rollout of {len(blocks)} blocks"
     return {
-        "attention": plot_maps(image, heads, names, caption),
-        "rollout": plot_maps(image, combined[None], [f"rollout of {len(blocks)} blocks"], caption),
+        "attention": plot_maps(image, heads, side, names, caption),
+        "rollout": plot_maps(image, combined[None], side, [title], caption),
     }
 
 
@@ -74,12 +75,15 @@ def to_patches(
     return patches.reshape(*patches.shape[:-1], *grid)
 
 
-def plot_maps(image: np.ndarray, maps: np.ndarray, names: Sequence[str], caption: str) -> Figure:
+def plot_maps(
+    image: np.ndarray, maps: np.ndarray, patch_size: int, names: Sequence[str], caption: str
+) -> Figure:
     """Draws an image, and maps of attention over it, all with the same colour scale.
 
     Args:
       image: (H, W, 3) uint8.
       maps: results of :func:`to_patches` (n, rows, columns).
+      patch_size: side of a patch [pixels]; the last ones may reach beyond the image.
       names: titles of the maps.
       caption: title of the image.
     """
@@ -95,13 +99,15 @@ def plot_maps(image: np.ndarray, maps: np.ndarray, names: Sequence[str], caption
     grey = image.mean(-1)
     for axis, values, name in zip(axes[1:], maps, names, strict=False):
         axis.imshow(grey, cmap="gray", interpolation="nearest")
+        shown = values.repeat(patch_size, 0).repeat(patch_size, 1)[: len(grey), : grey.shape[1]]
         drawn = axis.imshow(
-            pixels_of(values, image.shape[:2]), cmap="inferno", alpha=0.7, vmin=0, vmax=maps.max(),
+            shown, cmap="inferno", alpha=0.7, vmin=0, vmax=maps.max(),
             interpolation="nearest",
         )  # fmt: skip
         axis.set(xticks=(), yticks=())
         axis.spines[:].set_visible(False)
         axis.set_title(name, fontsize=8)
-    label = "attention to a patch / equal attention to all tokens"
-    figure.colorbar(drawn, ax=axes, shrink=0.9, aspect=30).set_label(label, fontsize=7)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.9, aspect=30)
+    bar.set_label("attention (1: equal to all tokens)", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
     return figure
