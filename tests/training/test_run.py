@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -168,6 +169,22 @@ def test_files_are_predicted_one_after_another(classifier, tmp_path):
         assert row["class"] == str(expected["probabilities"].argmax())
         assert row["probability"] == max(row["probabilities"].values())
         assert row["pictures"] == {kind: f"../out/{name}_{kind}.png" for kind in kinds}
+
+
+def test_the_code_of_the_documentation_runs(runs, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page.split("## Models and operators")[0], re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(runs["classification"][0])
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(PIXELS).save(name)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["results"][0]["probabilities"].shape == (10,)
+    assert names["vectors"].shape == (2, 8) and names["maps"][0].shape == (2, 4, 4, 8)
+    assert names["seen"].shape == (2, 4, 4)
 
 
 def test_attention_that_cannot_be_drawn(classifier, tmp_path):
