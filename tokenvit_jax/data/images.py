@@ -7,6 +7,7 @@ RGB, or RGB with alpha; sizes are one number or (height, width) [pixels].
 
 import io
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ _UPRIGHT = dict(
 )
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
+_SIZE_LIMIT = threading.Lock()  # held while Pillow's limit is off
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
@@ -91,8 +93,8 @@ def mean_pixel(normalization: str, channels: int) -> tuple[int, ...]:
 def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
     """Decodes a whole image file.
 
-    CMYK, grey and palette images become RGB; alpha stays, for models that take it. Grey levels of 16
-    bits are divided by 257. The format is read from the contents, not from the file's extension
+    CMYK, grey and palette images become RGB; alpha stays, for models that take it. Grey levels of
+    16 bits are divided by 257. The format is read from the contents, not from the file's extension
     (one of ImageNet's .JPEG files is a PNG).
 
     Args:
@@ -107,7 +109,7 @@ def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
       UserError: the bytes are not an image, the image is truncated, or its pixels are floats.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _open(encoded) as image:
             image.load()
             rotation = _rotation(image) if upright else None
             image = _to_eight_bits(image)
@@ -142,6 +144,20 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             )
         return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image
+
+
+def _open(encoded: bytes) -> Image.Image:
+    """Opens an image of any size: Pillow refuses very large ones, though a panorama is no attack.
+
+    The limit is a global of Pillow and is read only while an image is opened, not while its pixels
+    are decoded.
+    """
+    with _SIZE_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(encoded))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: Path) -> Image.Image:

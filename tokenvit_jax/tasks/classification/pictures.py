@@ -32,21 +32,22 @@ def noted_by(
 
 
 def draw(
-    pixels: np.ndarray, classes: list[tuple[str, float]], noted: dict[str, Any], caption: str
+    pixels: np.ndarray, classes: Sequence[tuple[str, float]], noted: dict[str, Any], caption: str
 ) -> dict[str, Figure]:
     """Returns the pictures of one image by name.
 
     Args:
       pixels: (H, W, C) uint8, the image as the model saw it.
-      classes: (name, probability) pairs, the most probable first.
+      classes: (name, probability) pairs, the most probable first; empty: the model has no classes.
       noted: result of :func:`noted_by` for this image.
       caption: name of the image.
 
     Returns:
-      "classes", and "groups", "clusters" or "superpixels" if the model has them.
+      "classes" if there are any, and "groups", "clusters" or "superpixels" if the model has them.
     """
-    pixels = as_rgb(pixels)
-    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED], caption)}
+    pixels, figures = as_rgb(pixels), {}
+    if classes:
+        figures["classes"] = plot_classes(pixels, classes[:NUM_NAMED], caption)
     return figures | draw_tokens(pixels, jax.device_get(noted), caption)
 
 
@@ -69,7 +70,7 @@ def plot_classes(image: np.ndarray, classes: Sequence[tuple[str, float]], captio
 
     Args:
       image: (H, W, 3) uint8.
-      classes: (name, probability) pairs, the most probable first.
+      classes: (name, probability) pairs, the most probable first; empty: the model has no classes.
       caption: title of the image.
     """
     panel = 2.4 * panel_aspect(image)

@@ -32,6 +32,7 @@ from tokenvit_jax.tasks.task import (
     Rngs,
     Task,
     apply_in_training,
+    by_class,
     describe_shares,
     middle_window,
 )
@@ -107,12 +108,15 @@ class Segmentation(Task):
             logits = apply(variables, pixels[None], size[None])
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
             window = middle_window(pixels, size, self.view_size)
-            shares = [(names[label], share) for label, share in class_shares(labels)]
+            found = dict(class_shares(labels))
+            shares = [(names[label], share) for label, share in found.items()]
+            values = [found.get(label, 0.0) for label in range(len(names))]
+            row = {"shares": by_class(names, values)}
             superpixels = functools.partial(cluster, variables, window[None])
             shown = window[: size[0], : size[1]]  # without padding
             draw = functools.partial(
                 pictures.draw, to_array(image), labels, names, shown, self.view_size, superpixels
             )
-            return Prediction({"labels": labels}, describe_shares(shares), draw)
+            return Prediction({"labels": labels}, row, describe_shares(shares), draw)
 
         return predict
