@@ -1,6 +1,7 @@
 """Reads files of published weights without running code from them."""
 
 import argparse
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,8 +58,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(
-            f"--source={path} is neither a safetensors file, a NumPy archive, nor a file that "
-            f"torch.save wrote: {error}"
+            f"--source={path} is neither a safetensors file, a NumPy archive, nor a file of "
+            f"torch.save: {error}"
         ) from error
 
 
@@ -88,7 +89,8 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
         ) from error
     try:
         # timm's and DeiT's checkpoints hold the flags of the training, which run no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about versions of pickle
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of pickle, zipfile and torch
         raise UserError(
