@@ -79,7 +79,7 @@ CASES = {
         "huggingface", "vit_ti", 0, DINO | REGISTERS, {"embeddings.register_tokens": (1, 3, 16)},
     ),
     "Hugging Face's CLIP": (
-        "huggingface", "vit_ti", 0, QUICK,
+        "huggingface", "vit_ti", 0, QUICK | {"position_resize": "bicubic"},
         {"vision_model.pre_layrnorm.weight": (16,), "visual_projection.weight": (12, 16),
          "vision_model.encoder.layers.0.self_attn.v_proj.bias": (16,),
          "vision_model.embeddings.position_embedding.weight": (17, 16)},

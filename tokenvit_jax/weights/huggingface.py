@@ -141,7 +141,7 @@ def _is_dinov2(arrays):
 
 
 def _clip_overrides(arrays):
-    overrides = clip.OVERRIDES | clip.ACTIVATION
+    overrides = clip.OVERRIDES | clip.ACTIVATION | {"position_resize": "bicubic"}
     if "visual_projection.weight" in arrays:
         overrides["projection"] = len(arrays["visual_projection.weight"])
     patches = arrays.get("vision_model.embeddings.patch_embedding.weight")
