@@ -13,6 +13,7 @@ from tokenvit_jax.data.datasets import (
 )
 from tokenvit_jax.data.image_files import list_images
 from tokenvit_jax.data.images import (
+    INTERPOLATIONS,
     NORMALIZATIONS,
     decode_image,
     eval_image,
@@ -27,6 +28,7 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Sou
 
 __all__ = [
     "IGNORED",
+    "INTERPOLATIONS",
     "MIN_IMAGE_SIZE",
     "NORMALIZATIONS",
     "DatasetInfo",

@@ -50,6 +50,8 @@ _UPRIGHT = dict(
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
 _SIZE_LIMIT = threading.Lock()  # held while Pillow's limit is off
+# `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
+INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
@@ -199,16 +201,19 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def eval_image(image: Image.Image, size: int | Sequence[int], crop: float) -> np.ndarray:
+def eval_image(
+    image: Image.Image, size: int | Sequence[int], crop: float, interpolation: str = "bicubic"
+) -> np.ndarray:
     """Resizes an image to cover size / crop and crops the centre: the evaluation transform.
 
     Args:
       image: image of any size.
       size: height and width of the result [pixels].
       crop: height of the centre crop / height that the resized image covers, in (0, 1].
+      interpolation: a key of INTERPOLATIONS.
 
     Returns:
-      uint8 (H, W, C); if H = W, equal to timm's evaluation transform with bicubic interpolation.
+      uint8 (H, W, C); if H = W, equal to timm's evaluation transform.
     """
     height, width = height_and_width(size)
     image = _middle_of_strip(image, height, width)
@@ -217,7 +222,7 @@ def eval_image(image: Image.Image, size: int | Sequence[int], crop: float) -> np
         tall = int(wide * image.height / image.width)
     else:
         wide = int(tall * image.width / image.height)
-    image = image.resize((wide, tall), _BICUBIC)
+    image = image.resize((wide, tall), INTERPOLATIONS[interpolation])
     left, top = round((wide - width) / 2), round((tall - height) / 2)
     return to_array(image.crop((left, top, left + width, top + height)))
 

@@ -65,7 +65,7 @@ LAYOUT = Layout(
     num_classes=lambda arrays: 0,
     model_overrides=model_overrides,
     image_size=timm_vit.image_size,
-    eval_crop=lambda image_size: 1.0,
+    eval_crop=lambda image_size, arrays: 1.0,
     assumed=lambda arrays: ("activation",),
     # The text tower, and numbers about the model in OpenAI's files.
     unused=(

@@ -50,8 +50,9 @@ class Rule(NamedTuple):
 Arrays = Mapping[str, np.ndarray]
 
 
-def timm_crop(image_size: int) -> float:
+def timm_crop(image_size: int, arrays: Arrays) -> float:
     """Returns the side of the centre crop over the shorter side in timm's evaluation."""
+    del arrays
     return 0.9 if image_size < 384 else 1.0
 
 
@@ -69,8 +70,8 @@ class Layout(NamedTuple):
         determine.
       image_size: model and arrays of a file -> height and width of the images that the model was
         trained on [pixels].
-      eval_crop: image size -> side of the centre crop over the shorter side in the evaluation of
-        the published models; None: the task has no crop.
+      eval_crop: image size and arrays of a file -> side of the centre crop over the shorter side
+        in the evaluation of the published models; None: the task has no crop.
       config_entries: arrays of a file -> further entries of the configuration, such as the head.
       assumed: arrays of a file -> names of settings on which the outputs depend, and which the
         arrays do not determine; the importer states their values.
@@ -86,11 +87,17 @@ class Layout(NamedTuple):
     num_classes: Callable[[Arrays], int]
     model_overrides: Callable[[Arrays], dict[str, Any]]
     image_size: Callable[[nn.Module, Arrays], int]
-    eval_crop: Callable[[int], float] | None = timm_crop
+    eval_crop: Callable[[int, Arrays], float] | None = timm_crop
     config_entries: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     assumed: Callable[[Arrays], tuple[str, ...]] = lambda arrays: ()
     unused: tuple[str, ...] = ()
     prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
+
+    def missing_marks(self, arrays: Arrays) -> list[str]:
+        """Returns the marks that no name of a file matches, without the regular expression."""
+        names = self.prepare(arrays)
+        lacking = [mark for mark in self.marks if not any(re.match(mark, name) for name in names)]
+        return [mark.split("|")[0].replace("\\", "") for mark in lacking]
 
 
 SAME = Change(lambda x: x, lambda x: x)
@@ -162,7 +169,8 @@ def import_weights(
     """Converts published arrays into parameters of a model.
 
     Args:
-      arrays: published name -> array. Arrays that the model computes itself are ignored.
+      arrays: published name -> array. Arrays that the model computes itself are ignored, and a
+        classifier if the model has none.
       model: model that receives the parameters.
       layout: names and shapes of the arrays.
 
@@ -179,8 +187,14 @@ def import_weights(
         for name, array in arrays.items()
         if not name.endswith(COMPUTED) and not any(re.match(x, name) for x in layout.unused)
     }
+    shapes = flatten_dict(parameter_shapes(model), sep="/")
+    if not any(_is_classifier(path) for path in shapes):
+        for name in [
+            name for rule in rules if _is_classifier(rule.ours) for name in _tuple(rule.theirs)
+        ]:
+            left.pop(name, None)
     params, wrong = {}, []
-    for path, leaf in flatten_dict(parameter_shapes(model), sep="/").items():
+    for path, leaf in shapes.items():
         names, change = _theirs(path, rules)
         expected = _tuple(change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)))
         pairs = zip(names, expected, strict=True)
@@ -201,6 +215,10 @@ def import_weights(
             f"{len(wrong)} entries do not fit the model: {'; '.join(wrong[:_NAMED])}{more}"
         )
     return unflatten_dict(params, sep="/")
+
+
+def _is_classifier(path: str) -> bool:
+    return path.split("/")[0] in ("classifier", "distillation_classifier")
 
 
 def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:

@@ -182,6 +182,6 @@ OFFICIAL = TIMM._replace(
     marks=(*_MARKS, r"layers\.0\.downsample\.norm\.weight"),
     rules=functools.partial(rules, merging_first=False, classifier="head"),
     num_classes=rows_of("head.weight"),
-    eval_crop=lambda image_size: 0.875 if image_size < 384 else 1.0,
+    eval_crop=lambda image_size, arrays: 0.875 if image_size < 384 else 1.0,
 )
 OFFICIAL_V2 = version2(OFFICIAL, _ATTENTION)

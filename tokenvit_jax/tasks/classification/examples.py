@@ -37,7 +37,7 @@ class ClassificationExamples:
 
     Args:
       config: provides `image_size` and `in_channels`; in training `augment` and `token_labels`, in
-        evaluation `data.eval_crop`.
+        evaluation `data.eval_crop` and `data.eval_interpolation`.
       info: facts about the dataset; label files must have as many records as its training split.
       train: whether the examples are for training.
 
@@ -49,6 +49,7 @@ class ClassificationExamples:
         self._shape = input_shape(config)
         self._augment = config.augment
         self._crop = eval_crop(config, info)
+        self._interpolation = config.data.eval_interpolation
         self._train = train
         self._token_labels = None
         self.specs = {
@@ -65,7 +66,7 @@ class ClassificationExamples:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         if self._train:
             return self._train_example(record, rng)
-        pixels = eval_image(self._image(record), self._shape[:2], self._crop)
+        pixels = eval_image(self._image(record), self._shape[:2], self._crop, self._interpolation)
         return {"image": pixels, "label": np.int32(record["label"])}
 
     def empty(self) -> Example:

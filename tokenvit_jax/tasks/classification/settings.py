@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import Entry, check_interval, check_values, read_entry
+from tokenvit_jax.data.images import INTERPOLATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
@@ -19,12 +20,16 @@ _RANGES = {
     "token_labels.weight": (0, None),
     "distillation.weight": (0, 1),
 }
-_CHOICES = {"distillation.kind": ("hard", "soft")}
+_CHOICES = {
+    "data.eval_interpolation": tuple(INTERPOLATIONS),
+    "distillation.kind": ("hard", "soft"),
+}
 
 
 ENTRIES: dict[str, Entry] = {
     "label_smoothing": Entry(0.0, "weight of the uniform distribution in the targets"),
     "data.eval_crop": Entry(0.875, "height of the centre crop / height the resized image covers"),
+    "data.eval_interpolation": Entry("bicubic", "of the resized image: bicubic | bilinear"),
     "augment.crop_scale": Entry((1.0, 1.0), "random resized crop: area; (1, 1): no crop"),
     "augment.crop_ratio": Entry((3 / 4, 4 / 3), "its width / height, relative to the image_size's"),
     "augment.color_jitter": Entry(0.0, "strength of brightness, contrast, saturation"),
