@@ -11,7 +11,7 @@ from token_model import TokenModel, token_config, use_token_model, write_run
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
-from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.mixing import draw_token_mixing
 from tokenvit_jax.training import devices, teacher
 from tokenvit_jax.training.batches import check_train_batch
@@ -148,16 +148,15 @@ def run_steps(parallel, config, num_steps=2):
     """Returns losses and the last parameters of a few steps on labelled batches."""
     model, optimizer = TokenModel(NUM_CLASSES), make_optimizer(config)
     task = make_task(config, axis_name=parallel.axis_name)
-    put_batch = teacher.labelled_batches(task, parallel)
+    put_batch = teacher.taught_batches(task, parallel)
     init_fn = functools.partial(init_state, model, optimizer, config)
     step = make_train_step(task, model, optimizer)
     step = parallel.train_step(step, parallel.abstract(init_fn))
     state, losses = parallel.init(init_fn), []
     for seed in range(num_steps):
         batch = random_batch(seed)
-        state, metrics = step(
-            state, put_batch({k: batch[k] for k in ("image", "label", "skipped")})
-        )
+        batch = {k: batch[k] for k in ("image", "label", "skipped")}
+        state, metrics = step(state, put_batch(batch, seed))
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
 
@@ -190,19 +189,22 @@ def test_teacher_labels_the_images_it_is_given(monkeypatch, workdir):
     config.token_labels.weight, config.token_labels.teacher = 0.5, str(workdir[0])
     images = random_batch()["image"]
     parallel = devices.MeshParallel()
-    put_batch = teacher.labelled_batches(make_task(config), parallel)
-    found = put_batch({"image": images, "label": np.zeros(BATCH, np.int32)})["token_labels"]
+    put_batch = teacher.taught_batches(make_task(config), parallel)
+    batch = {"image": images, "label": np.zeros(BATCH, np.int32)}
+    found = put_batch(batch, 0)["token_labels"]
     dense = TokenModel(NUM_CLASSES).apply(
         {"params": workdir[1]}, normalize(images, "inception"), method="dense_logits"
     )
     np.testing.assert_allclose(found, jax.nn.softmax(dense), rtol=1e-4, atol=1e-6)
     assert not found.sharding.is_fully_replicated
-    assert teacher.labelled_batches(make_task(token_config()), parallel) == parallel.put_batch
+    assert (
+        teacher.taught_batches(make_task(token_config()), parallel)(batch, 0).keys() == batch.keys()
+    )
 
 
 def test_labels_are_resized_to_the_grid_of_the_student():
     ramp = np.broadcast_to(np.arange(6.0)[:, None, None], (2, 6, 4, 1))
-    found = teacher.resize_labels(np.concatenate([ramp, 1 - ramp], -1), 3, 2)
+    found = teaching.resize_labels(np.concatenate([ramp, 1 - ramp], -1), 3, 2)
     assert found.shape == (2, 3, 2, 2)
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[:, 1, :, 0], 2.5, rtol=1e-5)
@@ -224,7 +226,7 @@ def test_teachers_that_do_not_fit(monkeypatch, workdir, changes, num_classes, me
         {"token_labels.weight": 0.5, "token_labels.teacher": str(workdir[0])} | changes
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        teacher.labelled_batches(make_task(config, num_classes), devices.MeshParallel())
+        teacher.taught_batches(make_task(config, num_classes), devices.MeshParallel())
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_teacher_without_logits_of_cells_is_named(tmp_path, task, dataset, model
     write_config(tmp_path, config)
     message = f"is a run of {model} for {task}, which does not classify single cells"
     with pytest.raises(UserError, match=message):
-        teacher.load_teacher(tmp_path, "last")
+        teacher.load_teacher(tmp_path, "last", lambda task, model: teaching.cell_misfit(model))
 
 
 LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
