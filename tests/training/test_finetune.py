@@ -299,6 +299,41 @@ def test_patterns_that_are_refused(freeze, message):
 
 
 # ------------------------------------------------------------------------------------------------
+# Distillation
+# ------------------------------------------------------------------------------------------------
+
+
+def test_both_classifiers_of_a_distilled_model_learn_from_their_own_side():
+    config = config_of("vit_ti", distilled=True, depth=1)
+    config.distillation.weight, config.distillation.teacher = 1.0, "RUN"
+    task = make_task(config)
+    model, (initial, _) = task.make_model(), run_of(task)
+    draw = np.random.default_rng(0)
+    images = draw.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    inputs = {
+        "image": images,
+        "targets": np.eye(10, dtype=np.float32)[[1, 2, 3, 4]],
+        "teacher_logits": draw.normal(size=(4, 10)).astype(np.float32),
+    }
+    rngs = dict.fromkeys(("batch", "dropout", "routing", "sample"), jax.random.key(0))
+
+    @jax.jit
+    def both(params):
+        loss, grads = jax.value_and_grad(
+            lambda params: task.loss(model, params, {}, inputs, rngs)[0]
+        )(params)
+        pair = model.apply({"params": params}, images, train=False, method="distillation_logits")
+        return loss, grads, pair, model.apply({"params": params}, images, train=False)
+
+    loss, grads, (ours, taught), mean = both(initial.variables["params"])
+    np.testing.assert_allclose((ours + taught) / 2, mean, rtol=1e-5, atol=1e-6)
+    labels = np.eye(10)[inputs["teacher_logits"].argmax(-1)]
+    assert float(loss) == pytest.approx(float(losses.cross_entropy(taught, labels)), rel=1e-5)
+    assert np.abs(grads["classifier"]["kernel"]).max() == 0
+    assert np.abs(grads["distillation_classifier"]["kernel"]).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------
 # A run
 # ------------------------------------------------------------------------------------------------
 
