@@ -98,8 +98,8 @@ def finetune_config(arg: str) -> ConfigDict:
     model, *numbers = arg.split(",")
     if len(numbers) > 2 or not all(map(_is_positive, numbers)):
         raise UserError(
-            f"config argument {arg!r} is not valid; valid: MODEL,IMAGES,BATCH_SIZE with numbers from "
-            "1, such as 'vit_b,3680,128', or MODEL alone"
+            f"config argument {arg!r} is not valid; valid: MODEL, or MODEL,IMAGES,BATCH_SIZE with "
+            "numbers from 1, such as 'vit_b,3680,128'"
         )
     counts = {"images": IMAGENET_IMAGES, "batch_size": 1024}
     counts |= zip(counts, map(int, numbers), strict=False)
