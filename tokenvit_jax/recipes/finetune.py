@@ -1,6 +1,7 @@
 """Recipes that fine-tune a trained classifier on another dataset or at another image size."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,9 @@ class FinetuneRecipe:
     warmup_learning_rate: float
     end_learning_rate: float
 
-    def make_config(self, model: str, model_overrides: Mapping[str, Any], images: int):
+    def make_config(
+        self, model: str, model_overrides: Mapping[str, Any], images: int, batch_size: int
+    ) -> ConfigDict:
         """Returns the configuration of a model.
 
         Args:
@@ -39,18 +42,22 @@ class FinetuneRecipe:
           model_overrides: settings of the training, such as drop path. Those that describe the
             network come from the run that training starts from.
           images: number of training images, from which the number of steps follows.
+          batch_size: images per step; the learning rates are proportional to it.
         """
         config = self.base.make_config(model, model_overrides)
         config.initial.workdir = f"runs/{model}"
-        batches = images / config.batch_size  # per epoch
+        config.batch_size = batch_size
+        batches = images / batch_size  # per epoch
         config.num_steps = max(round(self.base.epochs * batches), 1)
         warmup = round(self.base.warmup_epochs * batches)
-        config.optimizer.warmup_steps = min(warmup, config.num_steps - 1)
         config.eval_every_steps = max(round(batches), _MIN_EVAL_STEPS)
         config.checkpoint_every_steps = config.eval_every_steps
-        config.optimizer.layer_decay = self.layer_decay
-        config.optimizer.warmup_learning_rate = self.warmup_learning_rate
-        config.optimizer.end_learning_rate = self.end_learning_rate
+        optimizer, scale = config.optimizer, batch_size / self.base.batch_size
+        optimizer.warmup_steps = min(warmup, config.num_steps - 1)
+        optimizer.layer_decay = self.layer_decay
+        optimizer.learning_rate = self.base.learning_rate * scale
+        optimizer.warmup_learning_rate = self.warmup_learning_rate * scale
+        optimizer.end_learning_rate = self.end_learning_rate * scale
         return config
 
 
@@ -79,23 +86,30 @@ _MODELS = {"vit_b": MAE, "swin_t": SWIN, "clustr_s": SWIN}
 
 
 def finetune_config(arg: str) -> ConfigDict:
-    """Returns the configuration for an argument "MODEL" or "MODEL,IMAGES".
+    """Returns the configuration for an argument "MODEL[,IMAGES[,BATCH_SIZE]]".
 
     Args:
-      arg: name of the model, and the number of training images if the dataset is not ImageNet-1K.
+      arg: name of the model; the number of training images, unless it is ImageNet-1K's; and the
+        number of images per step, unless it is the recipe's.
 
     Raises:
-      UserError: the model has no recipe, or the number is not valid.
+      UserError: the model has no recipe, or a number is not valid.
     """
-    model, comma, text = arg.partition(",")
-    if comma and not (text.isdecimal() and int(text)):
-        raise UserError(f"config argument {arg!r}: {text!r} is no number of images; valid: from 1")
-    images = int(text) if comma else IMAGENET_IMAGES
+    model, *numbers = arg.split(",")
+    if len(numbers) > 2 or not all(map(_is_positive, numbers)):
+        raise UserError(
+            f"config argument {arg!r} is not valid; valid: MODEL, or MODEL,IMAGES,BATCH_SIZE with "
+            "numbers from 1, such as 'vit_b,3680,128'"
+        )
+    counts = {"images": IMAGENET_IMAGES, "batch_size": 1024}
+    counts |= zip(counts, map(int, numbers), strict=False)
     overrides = {"drop_path": 0.1, "remat": False}  # of all three
-    return choose_config(
-        model,
-        {
-            name: lambda name=name, recipe=recipe: recipe.make_config(name, overrides, images)
-            for name, recipe in _MODELS.items()
-        },
-    )
+    configs = {
+        name: functools.partial(recipe.make_config, name, overrides, **counts)
+        for name, recipe in _MODELS.items()
+    }
+    return choose_config(model, configs)
+
+
+def _is_positive(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) > 0

@@ -69,7 +69,7 @@ def with_initial_settings(config: ConfigDict, source: ConfigDict | None) -> Conf
       source: configuration of the run that training starts from, or of the run that goes on; only
         one of the same model is used. None: there is no such run.
     """
-    if source is None or source.model != config.model:
+    if not config.initial.workdir or source is None or source.model != config.model:
         return config
     named, found = config.model_overrides, source.model_overrides.to_dict()
     left = {key: found[key] for key in found if key not in named and key not in _OWN_SETTINGS}

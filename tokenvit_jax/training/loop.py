@@ -30,7 +30,7 @@ from tokenvit_jax.training.step import make_eval_step, make_train_step
 from tokenvit_jax.training.teacher import taught_batches
 from tokenvit_jax.training.train_log import Profile, TrainLog
 from tokenvit_jax.training.validate import check_task, profiled_steps
-from tokenvit_jax.training.workdir import check_same_run, read_config, write_config
+from tokenvit_jax.training.workdir import check_same_run, has_config, read_config, write_config
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     keep_pages()
     parallel = devices.make_parallel(config)
     # A run that goes on does not need the run that it once started from.
-    resumed = read_config(workdir) if saved_steps(workdir) else None
+    resumed = read_config(workdir) if has_config(workdir) and saved_steps(workdir) else None
     initial = None if resumed else load_initial(config)
     config = with_initial_settings(config, resumed or (initial and initial.task.config))
     config = with_searched_keep(config, initial, resumed)

@@ -74,9 +74,14 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def has_config(workdir: Path) -> bool:
+    """Returns whether a workdir holds the configuration of a run."""
+    return (workdir / CONFIG_FILE).exists()
+
+
 def check_version(workdir: Path) -> None:
     """Raises UserError if an earlier version of this package wrote the run in a workdir."""
-    if (workdir / CONFIG_FILE).exists():
+    if has_config(workdir):
         _read_json(workdir)
 
 
@@ -95,7 +100,7 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
       UserError: an entry changed that a checkpoint depends on, the run has more steps than it
         should have, or an earlier version of this package wrote it.
     """
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_config(workdir):
         return
     stored = _read_json(workdir)
     before, now, default = (

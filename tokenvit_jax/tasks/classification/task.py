@@ -94,11 +94,7 @@ class Classification(Task):
 
     @property
     def teacher(self) -> Teacher | None:
-        for name in ("token_labels", "distillation"):
-            entries = self.config[name]
-            if entries.weight and entries.teacher:
-                return Teacher(entries.teacher, entries.teacher_checkpoint, f"{name}.teacher")
-        return None
+        return teaching.teacher_of(self.config)
 
     def misfit(self, teacher: Task, model: nn.Module) -> str:
         if self.config.token_labels.weight:
@@ -110,11 +106,9 @@ class Classification(Task):
     ) -> Batch:
         if self.config.token_labels.weight:
             labels = teaching.label_cells(teacher, model, variables, batch["image"])
-            grid = grid_size(batch["image"].shape[1:3])
-            return {"token_labels": teaching.resize_labels(labels, *grid)}
+            return {"token_labels": teaching.resize_labels(labels, *batch["image"].shape[1:3])}
         images = self.pixels(self.prepare(batch, rng)["image"])  # mixed like the student's
-        logits = model.apply(variables, teacher.normalize(images), train=False)
-        return {"teacher_logits": logits.astype(jnp.float32)}
+        return {"teacher_logits": teaching.label_images(teacher, model, variables, images)}
 
     def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
         images = self.normalize(batch["image"])
@@ -129,8 +123,7 @@ class Classification(Task):
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
         compute = self._token_loss if self._trains_tokens else self._class_loss
-        if self.config.distillation.weight:
-            compute = self._distillation_loss
+        compute = self._distillation_loss if self.config.distillation.weight else compute
         loss, model_state = compute(model, params, model_state, inputs, rngs)
         return loss, Aux(model_state, {})
 
@@ -139,16 +132,14 @@ class Classification(Task):
         return losses.cross_entropy(logits, inputs["targets"]), model_state
 
     def _distillation_loss(self, model, params, model_state, inputs, rngs):
-        has_token = getattr(model.settings, "distilled", False)
-        method = {"method": "distillation_logits"} if has_token else {}
+        distilled = self.config.model_overrides.get("distilled", False)
+        method = {"method": "distillation_logits"} if distilled else {}
         found, model_state = apply_in_training(
             model, params, model_state, inputs["image"], rngs, **method
         )
-        logits, taught = found if has_token else (found, found)
-        loss = losses.distillation_loss(
-            logits, taught, inputs["targets"], inputs["teacher_logits"], self.config.distillation
-        )
-        return loss, model_state
+        pair = found if distilled else (found, found)
+        entries = inputs["targets"], inputs["teacher_logits"], self.config.distillation
+        return losses.distillation_loss(*pair, *entries), model_state
 
     def _token_loss(self, model, params, model_state, inputs, rngs):
         images, targets, mixing = inputs["image"], inputs["targets"], None
