@@ -9,7 +9,7 @@ documentation list `ENTRIES`.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from tokenvit_jax.errors import UserError
 
@@ -85,7 +85,10 @@ def make_config(entries: Mapping[str, Entry]) -> ConfigDict:
             if part not in group:
                 group[part] = ConfigDict()
             group = group[part]
-        group[name] = entry.default
+        default = entry.default
+        if isinstance(default, FieldReference):  # it also fixes the type; no two may share it
+            default = FieldReference(default.get(), field_type=default.get_type())
+        group[name] = default
     return config
 
 

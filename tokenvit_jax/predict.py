@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenvit_jax import cli
+from tokenvit_jax.progress import note, progress
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
 
@@ -37,11 +38,12 @@ def main(flag_values: flags.FlagValues) -> None:
     images = cli.read_images(flag_values.images)  # first, so that a mistake in a name costs no time
     run = load_run(workdir, flag_values.checkpoint, config=config)
     out.mkdir(parents=True, exist_ok=True)
-    for file, name, image in zip(files, _picture_names(files), images, strict=True):
+    named = list(zip(files, _picture_names(files), images, strict=True))
+    for file, name, image in progress(named, "predicting", "image"):
         prediction = run.predictor(image)
         drawn = prediction.draw(file.name)
         paths = [_save(picture, out / f"{name}_{kind}.png") for kind, picture in drawn.items()]
-        print(f"{file}: {prediction.text} -> {' '.join(map(str, paths))}")
+        note(f"{file}: {prediction.text} -> {' '.join(map(str, paths))}")
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:

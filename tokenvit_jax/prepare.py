@@ -12,8 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.config import base_config
-from tokenvit_jax.data import datasets
+from tokenvit_jax.config import ENTRIES
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -24,7 +23,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string(
     "data_dir",
-    base_config().data.data_dir,
+    ENTRIES["data.data_dir"].default,
     "folder that receives the prepared dataset",
     flag_values=FLAGS,
 )
@@ -32,8 +31,10 @@ flags.DEFINE_string(
 
 def main(flag_values: flags.FlagValues, dataset: str) -> None:
     """Prepares one dataset."""
-    data_dir, manual_dir = Path(flag_values.data_dir).expanduser(), flag_values.manual_dir
-    manual_dir = Path(manual_dir).expanduser() if manual_dir is not None else None
+    from tokenvit_jax.data import datasets
+
+    data_dir, manual_dir = Path(flag_values.data_dir), flag_values.manual_dir
+    manual_dir = Path(manual_dir) if manual_dir is not None else None
     folder = datasets.prepare(dataset, manual_dir, data_dir)
     if folder is None:
         print(f"{dataset} comes with an installed package: there is nothing to prepare")

@@ -25,6 +25,7 @@ from tokenvit_jax.expediting.insertions import describe
 from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.measure.timing import compile_program, time_in_turns
 from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.progress import progress
 
 # A coarse search tries at most this many positions among the blocks of a host.
 COARSE = 8
@@ -125,7 +126,10 @@ def tune_temperature(
     """
     near = sorted(candidates, key=lambda candidate: abs(candidate.macs - budget))[:COARSE]
     middle = sorted(near, key=lambda candidate: candidate.expedite.alpha)[len(near) // 2].expedite
-    found = {t: similarity_of(dataclasses.replace(middle, temperature=t)) for t in TEMPERATURES}
+    found = {
+        t: similarity_of(dataclasses.replace(middle, temperature=t))
+        for t in progress(TEMPERATURES, "trying temperatures", "temperature")
+    }
     least = max(found.values()) - CLEARLY
     chosen = next(temperature for temperature in TEMPERATURES if found[temperature] >= least)
     return [
@@ -189,9 +193,10 @@ def _overview(candidates, depth):
 
 def _rate(candidates, similarity_of, rated):
     """Rates new candidates, in the order that costs :class:`Comparison` the least computation."""
-    for expedite, macs in sorted(
+    candidates = sorted(
         candidates, key=lambda c: (c.expedite.alpha, c.expedite.clusters, c.expedite.beta)
-    ):
+    )
+    for expedite, macs in progress(candidates, "trying settings", "setting"):
         if expedite not in rated:
             rated[expedite] = Rated(expedite, macs, similarity_of(expedite))
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
 from tokenvit_jax.training.teacher import labelled_batches
-from tokenvit_jax.training.train_log import Profile, TrainLog
+from tokenvit_jax.training.train_log import Profile, TrainLog, announce, timed
 from tokenvit_jax.training.validate import check_task, profiled_steps
 from tokenvit_jax.training.workdir import check_same_run, write_config
 
@@ -38,15 +39,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read.
     """
+    with processes.StopRequest() as stop:
+        _train(config, workdir, stop)
+
+
+def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> None:
     task = create_task(config)
     check_task(task)
     check_train_batch(task)
     keep_pages()
     parallel = devices.make_parallel(config)
+    announce(f"model    {config.model}, {config.task}, {config.dtype}")
+    kind = jax.devices()[0].device_kind
+    announce(f"devices  {jax.device_count()} x {kind}, {config.parallel}")
     initial = load_initial(config)
     config = with_searched_keep(config, initial)
     task = create_task(config, parallel.axis_name)
-    stop = processes.StopRequest()
 
     # ---------------------------------------------------------------- data
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -54,6 +62,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         split: open_split(config.dataset, split, config.data.data_dir)
         for split in (task.info.train_split, task.info.eval_split)
     }
+    sizes = (f"{len(source):,} images of the split {name}" for name, source in splits.items())
+    announce(f"data     {config.dataset}: {', '.join(sizes)}")
     training = iter(
         train_batches(splits[task.info.train_split], task.examples(train=True), config, **process)
     )
@@ -67,6 +77,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     abstract_state = parallel.abstract(init_fn)
+    announce(f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_state.params)):,} parameters")
     train_step = parallel.train_step(make_train_step(task, model, optimizer), abstract_state)
     eval_step = parallel.eval_step(make_eval_step(task, model))
 
@@ -81,7 +92,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     )
     restored = checkpoints.restore(abstract_state)
     if restored is None:
-        state = parallel.init(init_fn)
+        with timed("initialising the parameters"):
+            state = parallel.init(init_fn)
         if initial is not None:
             state = start_from(state, initial, model)
     else:
@@ -108,7 +120,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for step in range(first_step, config.num_steps + 1):
             batch, data_state = next(batches)
             profile.before(step)
-            state, step_metrics = train_step(state, batch)
+            # The first call returns when the step is compiled.
+            with timed("compiling the training step") if step == first_step else nullcontext():
+                state, step_metrics = train_step(state, batch)
             profile.after(step, step_metrics)
             pending.append((step, step_metrics))
 
