@@ -124,7 +124,7 @@ class Setting(NamedTuple):
     meaning: str
 
 
-def _settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Setting]:
+def list_settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Setting]:
     """Returns all settings that the overrides of a configuration can replace, by key."""
     from tokenvit_jax.tasks import TASKS, entries_of  # imports jax
 
@@ -171,7 +171,7 @@ def _add(config: ConfigDict, key: str, given: Mapping[str, str]) -> None:
     Raises:
       flags.Error: the model or head has no such setting.
     """
-    settings = _settings(config, given) if key.split(".")[0].endswith("_overrides") else {}
+    settings = list_settings(config, given) if key.split(".")[0].endswith("_overrides") else {}
     if key not in settings:
         raise flags.Error(_unknown(config, key, settings))
     *groups, name = key.split(".")
@@ -222,7 +222,7 @@ def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
         return [(key, values[key], entry.meaning) for key, entry in ENTRIES.items()]
     from tokenvit_jax.tasks import entries_of
 
-    found, values, settings = [], _values(config), _settings(config, {})
+    found, values, settings = [], _values(config), list_settings(config, {})
     for key, entry in entries_of(config.task).items():
         inner = [name for name in settings if name.startswith(f"{key}.")]
         if not inner:
