@@ -1,13 +1,14 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
 # make test: the test suite.
 # make docs: the documentation as a site, docs/_build/index.html.
+# make tutorial: runs docs/tutorial.ipynb (jupyter-execute --inplace also stores its outputs).
 # All of them first create .venv with the pinned versions.
 
 PYTHON ?= python3
 RUN ?= runs/demo
 INSTALL = PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs tutorial clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.dgt.demo $(RUN)
@@ -23,6 +24,9 @@ lint: .venv/installed
 docs: .venv/docs
 	rm -rf docs/api docs/_build
 	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build
+
+tutorial: .venv/docs
+	JAX_PLATFORMS=cpu .venv/bin/jupyter-execute docs/tutorial.ipynb
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 project = "tokenvit_jax"
 author = "the authors of tokenvit_jax"
 root_doc = "README"
-include_patterns = ["README.md", "docs/**.md", "docs/**.rst", "experiments/**.md"]
+include_patterns = ["README.md", "docs/**.md", "docs/**.ipynb", "docs/**.rst", "experiments/**.md"]
 exclude_patterns = ["docs/_build", "docs/api/modules.rst"]
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.apidoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
@@ -29,6 +29,8 @@ templates_path = ["templates"]
 smartquotes = False  # "--config" would become a dash
 
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the tutorial is shown with the outputs that it is stored with
+nb_output_stderr = "remove"
 
 # One page per module, generated from the files of the package.
 apidoc_modules = [
@@ -101,10 +103,25 @@ def list_public(package) -> list[str]:
     return ["", "Public names:", "", *lines, ""] if lines else []
 
 
+# The modules that define entries; others import them.
+ENTRIES_PAGES = re.compile(r"tokenvit_jax\.(config|tasks\.\w+\.settings)")
+
+
+def list_entries(entries) -> list[str]:
+    """Lists the entries of a configuration, with their defaults and meanings."""
+    rows = [
+        f"* ``{key} = {entry.default!r}``: {escape(entry.meaning)}"
+        for key, entry in entries.items()
+    ]
+    return ["", "Entries and their defaults:", "", *rows, ""]
+
+
 def process_docstring(app, what, name, obj, options, lines):
     lines[:] = to_rest(lines)
     if what == "module" and hasattr(obj, "__path__"):
         lines += list_public(obj)
+    if what == "module" and ENTRIES_PAGES.fullmatch(name):
+        lines += list_entries(obj.ENTRIES)
 
 
 def shorten_signature(app, what, name, obj, options, signature, annotation):

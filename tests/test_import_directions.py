@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 COMMANDS = "train evaluate predict label convert expedite prepare summary benchmark list __main__"
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
-    "errors"
+    "progress errors"
 )
 BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
@@ -25,14 +25,14 @@ MAY_IMPORT = {
     "training": f"tasks memory {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,
-    "expediting": "measure heads models layers ops published errors",
+    "expediting": "measure heads models layers ops published progress errors",
     "measure": "heads models layers ops published errors",
     "pictures": "models layers ops errors",
     "weights": "heads models layers ops errors",
     "heads": "models layers ops errors",
     "metrics": "errors",
     "models": "layers ops published errors",
-    "data": "config errors",
+    "data": "config progress errors",
     "layers": "ops errors",
     "ops": "kernels arrays errors",
     "kernels": "arrays errors",
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "config_flag": "tasks config errors",
     "memory": "",
     "published": "",
+    "progress": "",
     "errors": "",
 }
 # Packages that the mathematics may use, besides the standard library.

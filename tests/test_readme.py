@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from shipped_configs import load_config
 
 import tokenvit_jax as tv
+from tokenvit_jax.config_flag import list_settings
 from tokenvit_jax.measure.macs import format_known
 from tokenvit_jax.published import PUBLISHED
 
@@ -29,10 +30,11 @@ def test_length():
 def test_configuration_keys_exist():
     known = set()
     for name, arg in CONFIGS:
-        known |= set(flatten_dict(load_config(name, arg).to_dict(), sep="."))
+        config = load_config(name, arg)
+        known |= {*flatten_dict(config.to_dict(), sep="."), *list_settings(config, {})}
     groups = {key.split(".")[0] for key in known if "." in key} - {"model_overrides"}
     text = "\n".join(page.read_text() for page in PAGES)
-    flags = set(re.findall(r"--config\.([\w.]+)=", text))
+    flags = set(re.findall(r"--config\.([a-z_.\d]+)=", text))
     named = set(re.findall(rf"`((?:{'|'.join(groups)})\.[\w.]+)`", text))
     assert len(flags) > 4 and len(named) > 4
     assert flags | named <= known
@@ -43,12 +45,13 @@ def test_flags_exist():
         command
         for page in PAGES
         for command in re.findall(
-            r"python -m tokenvit_jax\.(\w+)((?:[^\n]*\\\n)*[^\n#]*)", page.read_text()
+            r"(?:python -m tokenvit_jax\.|tokenvit )([a-z]+)\b((?:[^\n`]*\\\n)*[^\n`#]*)",
+            page.read_text(),
         )
     ]
     assert len(commands) > 20
     for name, arguments in commands:
-        known = set(importlib.import_module(f"tokenvit_jax.{name}").FLAGS)
+        known = {*importlib.import_module(f"tokenvit_jax.{name}").FLAGS, "help"}
         for flag in re.findall(r"--([a-z]\w*)", arguments):
             assert flag in known, (name, flag)
 

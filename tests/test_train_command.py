@@ -116,7 +116,7 @@ def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp
 
     run = start("train", tmp_path)
     # The resumed run drops what the killed one logged after its last checkpoint.
-    assert "resumed" in run.stdout.readline()
+    next(line for line in run.stdout if "resumed" in line)
     first_step = last_logged(tmp_path)
     assert 5 <= first_step < 40
     wait_for(run, lambda: last_logged(tmp_path) > first_step)

@@ -157,8 +157,10 @@ def read_images(files: Sequence[Path]) -> "Iterator[Image.Image]":
 
 def _help(flag_values: flags.FlagValues, arguments: Sequence[str]) -> str:
     """Returns the description of a command, its flags and the entries of its configuration."""
-    lines = [sys.modules["__main__"].__doc__ or "", "Flags:", ""]
-    for name in sorted(set(flag_values) - {"flagfile", "undefok"}):
+    lines = [sys.modules["__main__"].__doc__ or ""]
+    names = sorted(set(flag_values) - {"flagfile", "undefok"})
+    lines += ["Flags:", ""] if names else []
+    for name in names:
         flag = flag_values[name]
         default = "" if flag.default in (None, []) else f"={flag.default_as_str.strip(chr(39))}"
         lines.append(_line(f"--{name}{default}", flag.help))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from tokenvit_jax.config import ENTRIES
+from tokenvit_jax.config import ENTRIES, make_config
 from tokenvit_jax.errors import did_you_mean
 
 # Fields of models and heads that the task or Flax sets.
@@ -124,7 +124,7 @@ class Setting(NamedTuple):
     meaning: str
 
 
-def _settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Setting]:
+def list_settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Setting]:
     """Returns all settings that the overrides of a configuration can replace, by key."""
     from tokenvit_jax.tasks import TASKS, entries_of  # imports jax
 
@@ -171,7 +171,7 @@ def _add(config: ConfigDict, key: str, given: Mapping[str, str]) -> None:
     Raises:
       flags.Error: the model or head has no such setting.
     """
-    settings = _settings(config, given) if key.split(".")[0].endswith("_overrides") else {}
+    settings = list_settings(config, given) if key.split(".")[0].endswith("_overrides") else {}
     if key not in settings:
         raise flags.Error(_unknown(config, key, settings))
     *groups, name = key.split(".")
@@ -200,7 +200,8 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in config.items():
         inner = isinstance(value, ConfigDict) and len(value)
-        found |= _values(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+        empty = {} if isinstance(value, ConfigDict) else value
+        found |= _values(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": empty}
     return found
 
 
@@ -217,10 +218,11 @@ def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
         entries that all tasks have, with their defaults.
     """
     if config is None:
-        return [(key, entry.default, entry.meaning) for key, entry in ENTRIES.items()]
+        values = _values(make_config(ENTRIES))
+        return [(key, values[key], entry.meaning) for key, entry in ENTRIES.items()]
     from tokenvit_jax.tasks import entries_of
 
-    found, values, settings = [], _values(config), _settings(config, {})
+    found, values, settings = [], _values(config), list_settings(config, {})
     for key, entry in entries_of(config.task).items():
         inner = [name for name in settings if name.startswith(f"{key}.")]
         if not inner:

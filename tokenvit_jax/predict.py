@@ -24,6 +24,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import note, progress
 from tokenvit_jax.training.prediction import Table, predict_files
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
@@ -48,8 +49,9 @@ def main(flag_values: flags.FlagValues) -> None:
     config = read_config(workdir)
     files = cli.image_files(flag_values.images)  # first: a mistake in a name costs no time
     run = load_run(workdir, flag_values.checkpoint, config=config)
-    for line in predict_files(run, files, out, table, attention=flag_values.attention):
-        print(line)
+    lines = predict_files(run, files, out, table, attention=flag_values.attention)
+    for line in progress(lines, "predicting", "image", total=len(files)):
+        note(line)
 
 
 def _results_path(results: str | None, out: Path) -> Path:

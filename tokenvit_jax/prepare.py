@@ -14,8 +14,6 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.config import ENTRIES, make_config
-from tokenvit_jax.data import datasets
-from tokenvit_jax.data.tfds_files import count_records
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -34,8 +32,11 @@ flags.DEFINE_string(
 
 def main(flag_values: flags.FlagValues, dataset: str) -> None:
     """Prepares one dataset."""
-    data_dir, manual_dir = Path(flag_values.data_dir).expanduser(), flag_values.manual_dir
-    manual_dir = Path(manual_dir).expanduser() if manual_dir is not None else None
+    from tokenvit_jax.data import datasets
+    from tokenvit_jax.data.tfds_files import count_records
+
+    data_dir, manual_dir = Path(flag_values.data_dir), flag_values.manual_dir
+    manual_dir = Path(manual_dir) if manual_dir is not None else None
     folder = datasets.prepare(dataset, manual_dir, data_dir)
     if folder is None:
         builtin = dataset in datasets.list_datasets()

@@ -14,6 +14,7 @@ from PIL import Image
 from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.record import Record
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import progress
 
 Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
 
@@ -166,6 +167,7 @@ def write_splits(
     """
     import tensorflow_datasets as tfds
 
+    tfds.disable_progress_bar()  # it also writes where there is no terminal
     dataset, _, config = folder.partition("/")
 
     # The builder is not registered: tensorflow_datasets has others with some of these names.
@@ -182,7 +184,10 @@ def write_splits(
             return tfds.core.DatasetInfo(builder=self, features=all_features, **info)
 
         def _split_generators(self, dl_manager):
-            return splits
+            return {
+                split: progress(pairs, f"preparing {dataset} {split}", "example")
+                for split, pairs in splits.items()
+            }
 
         def _generate_examples(self):
             raise NotImplementedError  # `_split_generators` returns the generators themselves

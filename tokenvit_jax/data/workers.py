@@ -52,6 +52,9 @@ class Batches(grain.IterDataset):
         self._specs = specs
         self._workers = workers
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self._batches, self._specs, self._workers)
 

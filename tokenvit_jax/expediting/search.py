@@ -25,6 +25,7 @@ from tokenvit_jax.expediting.rivals import Rival, rate_rivals
 from tokenvit_jax.expediting.similarity import Comparison, measured
 from tokenvit_jax.measure.timing import compile_program, time_in_turns
 from tokenvit_jax.models.expedite import FACTOR, Expedite
+from tokenvit_jax.progress import progress
 
 # A coarse search tries at most this many positions among the blocks of a host.
 COARSE = 8
@@ -137,7 +138,10 @@ def set_temperatures(
     near = sorted(candidates, key=lambda candidate: abs(candidate.macs - budget))[:COARSE]
     middle = sorted(near, key=lambda candidate: candidate.expedite.alpha)[len(near) // 2].expedite
     distance_of = functools.cache(distance_of)
-    found = {f: similarity_of(measured(middle, distance_of(middle.alpha), f)) for f in FACTORS}
+    found = {
+        factor: similarity_of(measured(middle, distance_of(middle.alpha), factor))
+        for factor in progress(FACTORS, "trying temperatures", "temperature")
+    }
     least = max(found.values()) - CLEARLY
     factor = next(factor for factor in FACTORS if found[factor] >= least)
     return [
@@ -204,9 +208,10 @@ def _overview(candidates, depth):
 
 def _rate(candidates, similarity_of, rated):
     """Rates new candidates, in the order that costs :class:`Comparison` the least computation."""
-    for expedite, macs in sorted(
+    candidates = sorted(
         candidates, key=lambda c: (c.expedite.alpha, c.expedite.clusters, c.expedite.beta)
-    ):
+    )
+    for expedite, macs in progress(candidates, "trying settings", "setting"):
         if expedite not in rated:
             rated[expedite] = Rated(expedite, macs, similarity_of(expedite))
 

@@ -23,6 +23,8 @@ from tokenvit_jax.models.registry import create_model
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 from tokenvit_jax.published import PUBLISHED, left_out
 
+MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
+
 
 class Summary(NamedTuple):
     """Size and cost of a model.
@@ -107,14 +109,17 @@ def parse_image_size(text: str) -> tuple[int, int]:
     """Reads "224" or "HEIGHTxWIDTH" as height and width [pixels].
 
     Raises:
-      UserError: the text has another form, or a side is too small for every model.
+      UserError: the text has another form, or a side is too small or too large for every model.
     """
     sizes = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not sizes:
         raise UserError(f"--image_size={text} is neither a number nor HEIGHTxWIDTH, like 224x320")
     height, width = int(sizes[1]), int(sizes[2] or sizes[1])
-    if min(height, width) < MIN_IMAGE_SIZE:
-        raise UserError(f"--image_size={text}: both sides must be at least {MIN_IMAGE_SIZE}")
+    if not MIN_IMAGE_SIZE <= min(height, width) <= max(height, width) <= MAX_IMAGE_SIZE:
+        raise UserError(
+            f"--image_size={text}: both sides must be at least {MIN_IMAGE_SIZE} and at most "
+            f"{MAX_IMAGE_SIZE}"
+        )
     return height, width
 
 

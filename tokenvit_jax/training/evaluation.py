@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks import Outcome, Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
 from tokenvit_jax.training.expedite_run import with_measured_temperature
@@ -54,7 +56,7 @@ def _outcomes(eval_step, variables, batches, parallel) -> Iterator[Outcome]:
     """Yields the outcome of every batch, on the host."""
     pending = deque()
     with contextlib.closing(iter(batches)) as iterator:
-        for batch in iterator:
+        for batch in progress(iterator, "evaluating", "batch", length_hint(batches)):
             pending.append(eval_step(variables, parallel.put_batch(batch)))
             # Two batches in flight keep the devices busy without filling their memory.
             if len(pending) > 2:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
 from tokenvit_jax.training.teacher import taught_batches
-from tokenvit_jax.training.train_log import Profile, TrainLog
+from tokenvit_jax.training.train_log import Profile, TrainLog, announce, timed
 from tokenvit_jax.training.validate import check_task, profiled_steps
 from tokenvit_jax.training.workdir import check_same_run, has_config, read_config, write_config
 
@@ -44,7 +45,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read.
     """
-    config = with_class_names(config)
+    with processes.StopRequest() as stop:
+        _train(with_class_names(config), workdir, stop)
+
+
+def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> None:
     task = create_task(config)
     check_task(task)
     check_train_batch(task)
@@ -55,14 +60,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
     initial = None if resumed else load_initial(config)
     config = with_initial_settings(config, resumed or (initial and initial.task.config))
     config = with_searched_keep(config, initial, resumed)
+    announce(f"model    {config.model}, {config.task}, {config.dtype}")
+    kind = jax.devices()[0].device_kind
+    announce(f"devices  {jax.device_count()} x {kind}, {config.parallel}")
     task = create_task(config, parallel.axis_name)
-    stop = processes.StopRequest()
 
     # ---------------------------------------------------------------- data
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     splits = {
         split: open_split(config, split) for split in (task.info.train_split, task.info.eval_split)
     }
+    sizes = (f"{len(source):,} images of the split {name}" for name, source in splits.items())
+    announce(f"data     {config.dataset}: {', '.join(sizes)}")
     training = iter(
         train_batches(splits[task.info.train_split], task.examples(train=True), config, **process)
     )
@@ -76,6 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     optimizer = make_optimizer(config, model)
     init_fn = functools.partial(init_state, model, optimizer, config)
     abstract_state = parallel.abstract(init_fn)
+    announce(f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_state.params)):,} parameters")
     train_step = parallel.train_step(make_train_step(task, model, optimizer), abstract_state)
     eval_step = parallel.eval_step(make_eval_step(task, model))
 
@@ -91,7 +101,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     )
     restored = checkpoints.restore(abstract_state)
     if restored is None:
-        state = parallel.init(init_fn)
+        with timed("initialising the parameters"):
+            state = parallel.init(init_fn)
         initial = initial or load_initial(config)  # all checkpoints of this run were damaged
         if initial is not None:
             state, notes = start_from(state, initial, task)
@@ -123,7 +134,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for step in range(first_step, config.num_steps + 1):
             batch, data_state = next(batches)
             profile.before(step)
-            state, step_metrics = train_step(state, batch)
+            # The first call returns when the step is compiled.
+            with timed("compiling the training step") if step == first_step else nullcontext():
+                state, step_metrics = train_step(state, batch)
             profile.after(step, step_metrics)
             pending.append((step, step_metrics))
 

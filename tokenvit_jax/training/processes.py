@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,16 +80,30 @@ def _wait_for(host: str, port: int) -> None:
 
 
 class StopRequest:
-    """Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C)."""
+    """Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C) in its context.
+
+    Afterwards the signals have their former effect again: training may run in a notebook. Python
+    allows handlers in the main thread only; in another thread nothing is noticed.
+    """
 
     def __init__(self):
         self._received = False
+        self._former = {}  # signal -> handler
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._receive)
-            signal.signal(signal.SIGINT, self._receive)
+            handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
         else:
             # With several processes, jax handles SIGTERM itself and tells the other processes.
-            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def received(self, step: int) -> bool:
         """Returns whether to stop; every process must call this after every step."""

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.data.token_labels import FILES
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks.classification.examples import WholeImages
 from tokenvit_jax.tasks.classification.teaching import cell_misfit, label_cells
 from tokenvit_jax.training.devices import make_parallel
@@ -82,10 +83,9 @@ def write_labels(
     label = parallel.batch_step(label)
     types = np.min_scalar_type(info.num_classes - 1), np.float16
     files, start = None, 0
-    with contextlib.closing(
-        iter(eval_batches(source, WholeImages(config, info), config))
-    ) as batches:
-        for batch in batches:
+    batches = eval_batches(source, WholeImages(config, info), config)
+    with contextlib.closing(iter(batches)) as iterator:
+        for batch in progress(iterator, "labelling", "batch", len(batches)):
             images = parallel.put_batch({"image": batch["image"]})["image"]
             labels = jax.device_get(label(variables, images))
             if files is None:

@@ -4,16 +4,20 @@ A number has the same name in all logs, such as "loss", "grad_norm", "learning_r
 "images_per_second", "data/skipped", "eval/accuracy".
 """
 
+import contextlib
 import json
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tokenvit_jax import progress
+from tokenvit_jax.training.processes import is_main_process
 from tokenvit_jax.training.workdir import replace_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,16 +58,20 @@ class TrainLog:
         self._file = path.open("a", buffering=1)  # line by line
         self._events = SummaryWriter(str(workdir), purge_step=steps_done + 1)
         self._bar = tqdm(
-            total=num_steps, initial=steps_done, unit="step", disable=not sys.stderr.isatty()
+            total=num_steps, initial=steps_done, unit="step", disable=not progress.on_terminal()
         )
+        self._redirected = contextlib.ExitStack()  # of warnings, which would tear the bar
         if steps_done:
             self.note(f"resumed {workdir} after step {steps_done}")
 
     def __enter__(self) -> "TrainLog":
+        if self._enabled and not self._bar.disable:
+            self._redirected.enter_context(logging_redirect_tqdm())
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._enabled:
+            self._redirected.close()
             self._bar.close()
             self._events.close()
             self._file.close()
@@ -107,8 +115,7 @@ class TrainLog:
     def note(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if self._enabled:
-            tqdm.write(text)
-            sys.stdout.flush()
+            progress.note(text)
 
     def _throughput(self, step: int) -> dict[str, float]:
         """Returns the images per second since the clock started; empty until a step has ended."""
@@ -117,6 +124,21 @@ class TrainLog:
         clock_step, clock = self._clock
         images = (step - clock_step) * self._batch_size
         return {"images_per_second": images / (time.monotonic() - clock)}
+
+
+def announce(text: str) -> None:
+    """Prints a line, in the main process only."""
+    if is_main_process():
+        progress.note(text)
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Prints what begins, such as "compiling the training step", and afterwards its time."""
+    announce(f"{what} ...")
+    start = time.monotonic()
+    yield
+    announce(f"{what}: {time.monotonic() - start:.1f} s")
 
 
 class Profile:
