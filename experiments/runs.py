@@ -71,7 +71,7 @@ def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
 
 def _test_data(config: ConfigDict):
     task = create_task(config)
-    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    source = open_split(config, task.info.eval_split)
     return eval_batches(source, task.examples(train=False), config)
 
 
@@ -150,7 +150,7 @@ def train(
         state = start_from(state, Checkpoint(0, Path("memory"), initial), model)
     train_step = make_train_step(task, model, optimizer)
     train_step = parallel.train_step(train_step, parallel.abstract(init_fn))
-    source = open_split(config.dataset, task.info.train_split, config.data.data_dir)
+    source = open_split(config, task.info.train_split)
     batches = iter(train_batches(source, task.examples(train=True), config))
     loss = []
     for step, batch in zip(range(config.num_steps), batches, strict=False):

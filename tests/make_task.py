@@ -4,6 +4,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import base_config
+from tokenvit_jax.data import Source, open_split
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.validate import check_task
 
@@ -20,3 +22,11 @@ def make_task(config: ConfigDict, num_classes: int = 0, axis_name: str | None = 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for the first invalid entry of a configuration."""
     check_task(create_task(config))
+
+
+def open_dataset(name: str, split: str, data_dir: str = "", **data: object) -> Source:
+    """Returns a split of a dataset; `data` holds further entries of `config.data`."""
+    config = base_config()
+    config.dataset = name
+    config.data.update({"data_dir": data_dir, **data})
+    return open_split(config, split)

@@ -12,7 +12,7 @@ from make_task import check_config, make_task
 from ml_collections import ConfigDict
 from shipped_configs import CASES, load_config
 
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import builtin_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.published import TOKEN_POOLING
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
@@ -181,7 +181,7 @@ def test_published_recipe_of_segmenter(name, arg):
     config = load_config(name, arg)
     epochs, batch_size, learning_rate, short_side, crop, stride, depth = SEGMENTER[name][arg]
     assert config.dataset == (arg or "ade20k")
-    images = dataset_info(config.dataset).splits["train"]
+    images = builtin_info(config.dataset).splits["train"]
     assert abs(config.num_steps * batch_size / images - epochs) < 0.01
     found = flatten_dict(config.to_dict(), sep=".")
     expected = {

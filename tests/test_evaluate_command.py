@@ -7,13 +7,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from make_task import make_task
+from make_task import make_task, open_dataset
 from PIL import Image
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, evaluate, predict
-from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.data import eval_batches
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training import evaluation
 from tokenvit_jax.training.checkpoint import load_checkpoint
@@ -57,7 +57,7 @@ def imported(tmp_path_factory):
     import_file(source, workdir, MODEL, "timm", "digits", "inception")
 
     config = read_config(workdir)
-    source = open_split("digits", "test", "")
+    source = open_dataset("digits", "test")
     batches = list(eval_batches(source, make_task(config).examples(train=False), config))
     real = np.concatenate([batch["mask"] for batch in batches]) > 0
     images, labels = (
@@ -74,7 +74,7 @@ def imported(tmp_path_factory):
 def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
     workdir, _, labels, logits = imported
     status, printed, err = run(evaluate, "workdir", workdir=workdir)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0)
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
     accuracy = (logits.argmax(-1) == labels).mean()
     assert json.loads(printed) == {
@@ -90,7 +90,7 @@ def test_a_reducer_is_inserted_without_training(run, imported):
     keep = (3,) + (2,) * 6 + (1,) * 4 + (0,)
     flags = {"keep": ",".join(map(str, keep)), "method": "tome", "carry": True}
     status, printed, err = run(evaluate, "workdir", workdir=workdir, **flags)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0)
     plain, reduced = map(json.loads, printed.splitlines())
     assert plain["inserted"] == "none"
     assert plain["eval/accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean(), abs=0.01)
@@ -113,7 +113,7 @@ def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):
     status, printed, err = run(
         predict, workdir=workdir, images=tmp_path / "seven.png", out=tmp_path / "pictures"
     )
-    assert (status, err) == (0, "")
+    assert (status, err) == (0)
     probabilities = np.exp(logits[7]) / np.exp(logits[7]).sum()
     best = np.argsort(-probabilities)[:5]
     classes = ", ".join(f"{label} {probabilities[label]:.1%}" for label in best)

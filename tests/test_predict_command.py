@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax import cli, predict
-from tokenvit_jax.data import dataset_info, eval_image, read_image
+from tokenvit_jax.data import builtin_info, eval_image, read_image
 from tokenvit_jax.data.dense_transforms import fit_image, pad
 from tokenvit_jax.pictures.tokens import finest_routing
 from tokenvit_jax.tasks import default_config
@@ -196,7 +196,7 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     assert len(np.unique(labels)) > 1
     assert np.mean(labels == logits.argmax(-1)) > 0.99  # near ties may fall the other way
     label, part = class_shares(labels)[0]
-    name = dataset_info("scenes").classes[label]
+    name = builtin_info("scenes").classes[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
 
 

@@ -27,16 +27,18 @@ def base_config() -> ConfigDict:
     config.initial.checkpoint = "last"  # "last", "best" or a step
 
     # The data.
-    config.dataset = "digits"  # one of `tokenvit_jax.data.list_datasets()`
+    config.dataset = "digits"  # see `tokenvit_jax.data.datasets`
     config.image_size = 224  # height and width [pixels]
     config.batch_size = 128  # images per step, over all devices of all processes
     config.data = ConfigDict()
     config.data.data_dir = "~/tensorflow_datasets"  # where `prepare` wrote the dataset
+    config.data.classes = ()  # names of the classes; (): the dataset's own
+    config.data.split = 0.0  # share of the images kept for evaluation; 0: the dataset's own splits
     config.data.workers = 0  # worker processes that read ahead; 0: read in the training process
     config.data.on_corrupt = "raise"  # unreadable image: "raise" | "skip" (counted and logged)
     config.data.repeats = 1  # repeated augmentation: copies of an image in a batch
     config.data.eval_batch_size = 128  # images per evaluation step, over all devices
-    config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (mean 0.5, std 0.5)
+    config.data.normalization = "imagenet"  # pixels: "imagenet" | "inception" (0.5, 0.5) | "clip"
     config.augment = ConfigDict()
     config.augment.flip = 0.0  # probability of a horizontal flip
 

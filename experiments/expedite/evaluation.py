@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments import pages, plots
 from experiments.costs import count_macs
 from experiments.runs import Run, load_run, normalize_images
-from tokenvit_jax.data import open_split
+from tokenvit_jax.data.datasets.scenes import ScenesSource
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.similarity import mean_cosine
 from tokenvit_jax.metrics.confusion import ConfusionMeter
@@ -119,7 +119,7 @@ def load(workdir: str, *, swin: bool = False) -> Run:
 
 def read_scenes(split: str, number: int) -> Scenes:
     """Reads the first scenes of a split, "train" or "test"."""
-    source = open_split("scenes", split, "")
+    source = ScenesSource(split)
     records = [source.read(index) for index in range(number)]
     images = np.stack([np.asarray(record["image"]) for record in records])
     return Scenes(images, np.stack([record["label_map"] for record in records]))

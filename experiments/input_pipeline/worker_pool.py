@@ -25,7 +25,7 @@ from PIL import Image
 
 from experiments import pages
 from tokenvit_jax import cli
-from tokenvit_jax.data import Record, Spec, dataset_info, open_split, train_batches
+from tokenvit_jax.data import Record, Spec, builtin_info, open_split, train_batches
 from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.workers import Batches, BatchIterator
 from tokenvit_jax.tasks import default_config
@@ -93,11 +93,11 @@ def make_batches(case: str, batch_size: int) -> Batches:
     config.update(image_size=SIDE, batch_size=batch_size)
     config.augment.update(crop_scale=(0.08, 1.0), flip=0.5, erasing=0.25)
     config.augment.randaugment.num_ops = 2
-    source = JpegSource() if case == "jpeg" else open_split("digits", "train", "")
+    source = JpegSource() if case == "jpeg" else open_split(config, "train")
     if case == "transport":
         examples = OneImage()
     else:
-        examples = ClassificationExamples(config, dataset_info("digits"), train=True)
+        examples = ClassificationExamples(config, builtin_info("digits"), train=True)
     return train_batches(source, examples, config)
 
 

@@ -12,7 +12,7 @@ def train_dataset(
 ) -> grain.IterDataset:
     """Returns batches for training; `source` replaces the training split."""
     task = create_task(config)
-    source = source or open_split(config.dataset, task.info.train_split, config.data.data_dir)
+    source = source or open_split(config, task.info.train_split)
     return train_batches(source, task.examples(train=True), config, **process)
 
 
@@ -21,5 +21,5 @@ def eval_dataset(
 ) -> grain.IterDataset:
     """Returns batches for evaluation; `source` replaces the evaluation split."""
     task = create_task(config)
-    source = source or open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    source = source or open_split(config, task.info.eval_split)
     return eval_batches(source, task.examples(train=False), config, **process)

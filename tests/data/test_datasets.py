@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
+from make_task import open_dataset
 from sklearn.datasets import load_digits
 
-from tokenvit_jax.data import dataset_info, list_datasets, open_split
+from tokenvit_jax.data import builtin_info, list_datasets
 from tokenvit_jax.data.record import Record
 from tokenvit_jax.errors import UserError
 
 
 @pytest.mark.parametrize("name", list_datasets())
 def test_info_is_consistent(name):
-    info = dataset_info(name)
+    info = builtin_info(name)
     assert info.name == name
     assert info.train_split in info.splits and info.eval_split in info.splits
     assert info.classes is None or len(info.classes) == info.num_classes
@@ -22,18 +23,18 @@ def test_unknown_dataset_names_the_nearest():
         UserError,
         match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, digits, imagenet2012",
     ):
-        dataset_info("digitz")
+        builtin_info("digitz")
     with pytest.raises(
         UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, digits, imagenet2012"
     ):
-        dataset_info("zzz")
+        builtin_info("zzz")
 
 
 def test_digits_splits_partition_the_images_by_class():
-    info = dataset_info("digits")
+    info = builtin_info("digits")
     found, labels = [], {}
     for split, size in info.splits.items():
-        source = open_split("digits", split, data_dir="")
+        source = open_dataset("digits", split)
         records = [source.read(i) for i in range(len(source))]
         assert len(records) == size
         assert [record["id"] for record in records] == list(range(size))
@@ -56,7 +57,7 @@ def test_digits_splits_partition_the_images_by_class():
 
 def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError) as error:
-        open_split("imagenet2012", "train", str(tmp_path))
+        open_dataset("imagenet2012", "train", str(tmp_path))
     assert str(error.value) == (
         f"dataset imagenet2012 not found in data.data_dir={tmp_path}; prepare it with: "
         f"python -m tokenvit_jax.prepare imagenet2012 --manual_dir=DOWNLOADS --data_dir={tmp_path}"

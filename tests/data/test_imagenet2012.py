@@ -15,10 +15,10 @@ from imagenet_archives import (
     VALIDATION_LABELS,
     encode,
 )
+from make_task import open_dataset
 from shipped_configs import load_config
 
 from tokenvit_jax import cli, prepare
-from tokenvit_jax.data import open_split
 from tokenvit_jax.data.datasets import imagenet2012
 from tokenvit_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def config(prepared):
 
 def records(prepared, split):
     """Returns {file name: (index, label, encoded image)}."""
-    source = open_split("imagenet2012", split, str(prepared))
+    source = open_dataset("imagenet2012", split, str(prepared))
     raw = [source._records[i] for i in range(len(source))]
     return {r["file_name"].decode(): (i, r["label"], r["image"]) for i, r in enumerate(raw)}
 
@@ -90,7 +90,7 @@ def test_damaged_record_file_names_the_record(prepared, tmp_path):
         if "train.array_record" in file.name:
             content[2000] ^= 255
         (target_dir / file.name).write_bytes(content)
-    source = open_split("imagenet2012", "train", str(tmp_path))
+    source = open_dataset("imagenet2012", "train", str(tmp_path))
     messages = []
     for index in range(len(source)):
         try:
@@ -123,7 +123,7 @@ def test_cut_archive_is_named_and_leaves_nothing_prepared(tmp_path, archives, na
     with pytest.raises(UserError, match=f"{name} is damaged or not downloaded completely"):
         imagenet2012.prepare(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="not found in"):
-        open_split("imagenet2012", "train", str(tmp_path / "out"))
+        open_dataset("imagenet2012", "train", str(tmp_path / "out"))
 
 
 def test_foreign_archive_is_refused(tmp_path, archives):

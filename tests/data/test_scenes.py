@@ -1,19 +1,20 @@
 import numpy as np
 import pytest
+from make_task import open_dataset
 from sklearn.datasets import load_sample_images
 
-from tokenvit_jax.data import dataset_info, open_split
+from tokenvit_jax.data import builtin_info
 from tokenvit_jax.data.datasets import scenes
 from tokenvit_jax.data.datasets.digits import DigitsSource
 
 
 @pytest.fixture(scope="module")
 def sources():
-    return {split: open_split("scenes", split, "") for split in ("train", "test")}
+    return {split: open_dataset("scenes", split) for split in ("train", "test")}
 
 
 def test_scenes_are_the_same_each_time(sources):
-    again = open_split("scenes", "train", "")
+    again = open_dataset("scenes", "train")
     record, same = sources["train"].read(7), again.read(7)
     np.testing.assert_array_equal(np.asarray(same["image"]), np.asarray(record["image"]))
     np.testing.assert_array_equal(same["label_map"], record["label_map"])
@@ -23,7 +24,7 @@ def test_scenes_are_the_same_each_time(sources):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_scenes_have_all_classes_in_fair_parts(sources, split):
-    source, info = sources[split], dataset_info("scenes")
+    source, info = sources[split], builtin_info("scenes")
     assert len(source) == info.splits[split]
     maps = []
     for index in range(100):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import segmentation_files
 from batches import eval_dataset
+from make_task import open_dataset
 from PIL import Image
 from segmentation_files import HEIGHT, PAIRS, WIDTH, values
 
 from tokenvit_jax import prepare
-from tokenvit_jax.data import dataset_info, datasets, open_split
+from tokenvit_jax.data import builtin_info, datasets
 from tokenvit_jax.data.datasets import cityscapes
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.errors import UserError
@@ -32,7 +33,7 @@ def expected_labels(name, number):
         return np.where(found == 0, 255, found - 1)
     if name == "pascal_context":
         return found
-    names = dataset_info(name).classes
+    names = builtin_info(name).classes
     labels = np.full((HEIGHT, WIDTH), 255)
     for class_name, value in CITYSCAPES.items():
         labels[found == value] = names.index(class_name)
@@ -46,7 +47,7 @@ def test_images_are_stored_as_they_are_with_their_label_maps(name, tmp_path):
     assert folder == tmp_path / "segmentation" / name / "1.0.0"
     found = {}
     for split, size in (("train", 2), ("validation", 1)):
-        source = open_split(name, split, str(tmp_path))
+        source = open_dataset(name, split, str(tmp_path))
         assert len(source) == size
         for index in range(size):
             record = source._records[index]
@@ -72,7 +73,7 @@ def test_command_prepares_a_dataset(tmp_path, capsys):
     flag_values(["prepare", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path / 'out'}"])
     prepare.main(flag_values, "ade20k")
     assert f"ade20k is prepared in {tmp_path / 'out'}" in capsys.readouterr().out
-    assert len(open_split("ade20k", "train", str(tmp_path / "out"))) == 2
+    assert len(open_dataset("ade20k", "train", str(tmp_path / "out"))) == 2
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -84,7 +85,7 @@ def test_missing_folders_are_named_with_instructions(name, tmp_path):
     expected = f"{where} not found in --manual_dir={tmp_path}; {layout.how_to_get}"
     assert str(error.value) == expected
     with pytest.raises(UserError, match=f"python -m tokenvit_jax.prepare {name} --manual_dir="):
-        open_split(name, "train", str(tmp_path / "out"))
+        open_dataset(name, "train", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_unknown_value_is_found_when_preparing(name, value, valid, tmp_path):
         datasets.prepare(name, tmp_path, tmp_path / "out")
     assert str(error.value) == f"{label}: label map has the value {value}; valid: {valid}"
     with pytest.raises(UserError, match="not found in"):  # nothing half prepared is left
-        open_split(name, "train", str(tmp_path / "out"))
+        open_dataset(name, "train", str(tmp_path / "out"))
 
 
 def test_unknown_value_is_found_when_reading(tmp_path, monkeypatch):

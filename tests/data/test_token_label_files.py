@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax.data import dataset_info, train_batches
+from tokenvit_jax.data import builtin_info, train_batches
 from tokenvit_jax.data.images import View
 from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size, relative_box, sample_labels
 from tokenvit_jax.errors import UserError
@@ -103,7 +103,7 @@ def write_files(folder, classes=None, scores=None):
 
 
 def train_dataset(config):
-    info = dataclasses.replace(dataset_info("digits"), splits={"train": RECORDS})
+    info = dataclasses.replace(builtin_info("digits"), splits={"train": RECORDS})
     examples = ClassificationExamples(config, info, train=True)
     return train_batches(RampSource(), examples, config)
 

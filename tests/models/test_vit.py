@@ -211,7 +211,7 @@ def test_parameters_with_distillation(name, number):
         ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 is not valid; valid: above 0"),
         (
             {"position_resize": "nearest"},
-            "position_resize='nearest' is not valid; valid: bicubic, bilinear",
+            "position_resize='nearest' is not valid; valid: bicubic_antialias, bicubic, bilinear",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from make_task import make_task
 from safetensors.numpy import load_file
 
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import builtin_info
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.conversion import export_run, import_file
 from tokenvit_jax.training.workdir import read_config
@@ -113,7 +113,7 @@ def torch_segmenter(timm, distilled, decoder_depth, num_classes):
 def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
     import torch
 
-    num_classes = dataset_info(DATASET).num_classes
+    num_classes = builtin_info(DATASET).num_classes
     peer = torch_segmenter(timm, distilled, decoder_depth, num_classes)
     source, workdir, back = tmp_path / "checkpoint.pth", tmp_path / "run", tmp_path / "back"
     torch.save({"model": peer.state_dict(), "optimizer": {"lr": 0.1}, "epoch": 3}, source)

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from make_task import open_dataset
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import IGNORED, open_split
+from tokenvit_jax.data import IGNORED
 from tokenvit_jax.tasks import TASKS, Task, create_task, default_config, tasks_with
 from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.checkpoint import load_checkpoint
@@ -112,7 +113,7 @@ def test_entries_of_another_task_are_refused(name):
 @functools.cache
 def records(name: str, train: bool):
     info = create_task(tiny_config(name)).info
-    source = open_split(info.name, info.train_split if train else info.eval_split, "")
+    source = open_dataset(info.name, info.train_split if train else info.eval_split)
     return [source.read(index) for index in range(24)]
 
 

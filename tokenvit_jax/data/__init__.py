@@ -1,7 +1,15 @@
 """Records of datasets, transforms of images and batches for training and evaluation."""
 
 from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
-from tokenvit_jax.data.datasets import dataset_info, list_datasets, open_split
+from tokenvit_jax.data.datasets import (
+    builtin_info,
+    dataset_info,
+    datasets_with,
+    different_names,
+    list_datasets,
+    open_split,
+    with_class_names,
+)
 from tokenvit_jax.data.images import NORMALIZATIONS, eval_image, mean_and_std, read_image
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
@@ -15,8 +23,11 @@ __all__ = [
     "Record",
     "Source",
     "Spec",
+    "builtin_info",
     "check_data",
     "dataset_info",
+    "datasets_with",
+    "different_names",
     "eval_batches",
     "eval_image",
     "list_datasets",
@@ -24,4 +35,5 @@ __all__ = [
     "open_split",
     "read_image",
     "train_batches",
+    "with_class_names",
 ]

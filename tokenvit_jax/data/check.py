@@ -28,7 +28,7 @@ def check_data(config: ConfigDict) -> None:
       config: reads `dataset`, `seed`, `image_size`, `batch_size`, and `data.on_corrupt`,
         `data.normalization`, `data.workers` and `data.repeats`.
     """
-    dataset_info(config.dataset)
+    dataset_info(config)
     check_values(config, _CHOICES, _RANGES)
     repeats = config.data.repeats
     if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):

@@ -20,7 +20,11 @@ from tokenvit_jax.errors import UserError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 # `config.data.normalization` -> mean and standard deviation for normalising pixels.
-NORMALIZATIONS = {"imagenet": (MEAN, STD), "inception": ((0.5,) * 3, (0.5,) * 3)}
+NORMALIZATIONS = {
+    "imagenet": (MEAN, STD),
+    "inception": ((0.5,) * 3, (0.5,) * 3),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 _BICUBIC = Image.Resampling.BICUBIC
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm

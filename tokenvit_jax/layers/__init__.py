@@ -1,6 +1,7 @@
 """Linen modules that several backbones or heads share."""
 
 from tokenvit_jax.layers.blocks import (
+    ACTIVATIONS,
     ConditionalPositionEncoding,
     Mlp,
     PatchEmbedding,
@@ -16,6 +17,7 @@ from tokenvit_jax.layers.stochastic import Dropout, DropPath
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 
 __all__ = [
+    "ACTIVATIONS",
     "Attended",
     "Attention",
     "ClusterAttention",

@@ -45,6 +45,14 @@ def _gelu_backward(x, dy):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes x times the logistic function of 1.702 x, OpenAI's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
 class PatchEmbedding(nn.Module):
     """Embeds overlapping patches: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), dim).
 
@@ -96,22 +104,25 @@ class ConditionalPositionEncoding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear layer, GELU, linear layer: (..., C) -> (..., C) through ``ratio`` C channels.
+    """Linear layer, activation, linear layer: (..., C) -> (..., C) through ``ratio`` C channels.
 
     Attributes:
       ratio: expansion of the channels.
       dtype: type of the computation.
       init: initializer of both kernels.
+      activation: a key of ACTIVATIONS.
     """
 
     ratio: int
     dtype: Any = jnp.float32
     init: Initializer = linear_init
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         channels = x.shape[-1]
-        x = gelu(dense(self.ratio * channels, self.dtype, "fc1", self.init)(x))
+        x = dense(self.ratio * channels, self.dtype, "fc1", self.init)(x)
+        x = ACTIVATIONS[self.activation](x)
         return dense(channels, self.dtype, "fc2", self.init)(x)
 
 

@@ -6,8 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers.blocks import dense
+from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.settings import BackboneSettings
 
 MIN_IMAGE_SIZE = 32  # stride of the last stage of a hierarchical backbone
@@ -34,7 +38,7 @@ class Tap(NamedTuple):
     Attributes:
       map: the patches (B, h, w, C).
       front: the tokens in front of the patches (B, f, C): the class token, then the distillation
-        token.
+        token, then registers.
     """
 
     map: jax.Array
@@ -109,7 +113,7 @@ class Backbone(Trainable):
         """Strides of the maps of :meth:`features` [pixels]; :meth:`encode` has the first one."""
         raise NotImplementedError
 
-    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one map (B, ceil(H / stride), ceil(W / stride), C) for every stride.
 
         Args:
@@ -118,7 +122,7 @@ class Backbone(Trainable):
         """
         raise NotImplementedError
 
-    def encode(self, images: jax.Array, train: bool) -> Encoded:
+    def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns tokens for a dense head, and the function from its output back to a map.
 
         Args:
@@ -127,13 +131,26 @@ class Backbone(Trainable):
         """
         raise NotImplementedError
 
-    def taps(self, images: jax.Array, train: bool, blocks: Sequence[int]) -> list[Tap]:
+    def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the features that the classifier reads, (B, C) in float32.
+
+        A model with ``num_classes=0`` has no classifier and returns them in place of logits.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: as in :meth:`features`.
+        """
+        raise NotImplementedError
+
+    def taps(
+        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+    ) -> list[Tap]:
         """Returns the tokens after some blocks.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
-          blocks: the blocks, counted from 0.
+          blocks: the blocks, counted from 0; None: all.
 
         Raises:
           UserError: the backbone is hierarchical.
@@ -143,6 +160,28 @@ class Backbone(Trainable):
             f"{type(self).__name__} is hierarchical and has no taps; valid: deit and vit, or the "
             "maps of its method features"
         )
+
+    @nn.nowrap
+    def make_classifier(self, init: Initializer = linear_init) -> nn.Dense | None:
+        """Returns a classifier of ``num_classes`` logits; None if there are no classes."""
+        num_classes = self.settings.num_classes
+        return dense(num_classes, jnp.float32, init=init) if num_classes else None
+
+    def classify(
+        self, pooled: jax.Array, train: bool, classifier: nn.Dense | None = None
+    ) -> jax.Array:
+        """Returns the logits (B, num_classes) of pooled features (B, C), both float32.
+
+        Without classes it returns the pooled features.
+
+        Args:
+          pooled: result of :meth:`pooled`.
+          train: whether dropout behaves as in training.
+          classifier: result of :meth:`make_classifier`; None: the model's own.
+        """
+        if not self.settings.num_classes:
+            return pooled
+        return (classifier or self.classifier)(self.head_dropout(pooled, train))
 
 
 class BackboneModel(Trainable):

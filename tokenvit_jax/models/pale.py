@@ -14,10 +14,9 @@ from tokenvit_jax.layers import (
     Mlp,
     PaleAttention,
     PatchEmbedding,
-    dense,
 )
 from tokenvit_jax.layers.conv import linear_init
-from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
+from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings, pool_tokens
 from tokenvit_jax.models.settings import check_choice
 
 # Attention of the blocks, in turn from the first block of the network on (Table 8).
@@ -133,8 +132,8 @@ class Pale(Pyramid):
     def setup(self):
         super().setup()
         self.head_norm = nn.LayerNorm(1e-6, dtype=self.settings.dtype)
-        if self.settings.token_head:
-            self.token_classifier = dense(self.settings.num_classes, jnp.float32)
+        if self._has_token_classifier:
+            self.token_classifier = self.make_classifier()
 
     def embedding(self, stage: int) -> nn.Module:
         settings = self.settings
@@ -148,12 +147,16 @@ class Pale(Pyramid):
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:
         x = self.head_norm(x)
-        if self.settings.token_head and self.is_initializing():
+        if self._has_token_classifier and self.is_initializing():
             self.token_classifier(x.astype(jnp.float32))  # creates its parameters
         return x
 
+    @property
+    def _has_token_classifier(self):
+        return self.settings.token_head and self.settings.num_classes > 0
+
     def token_logits(
-        self, images: jax.Array, train: bool, box: jax.Array | None = None
+        self, images: jax.Array, train: bool = False, box: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the logits of the image and of every token, for token labelling.
 
@@ -168,12 +171,18 @@ class Pale(Pyramid):
           image.
 
         Raises:
-          UserError: the model has no token head.
+          UserError: the model has no token head or no classes.
 
         References:
           Jiang et al. 2021, "All Tokens Matter".
         """
-        if not self.settings.token_head:
-            raise UserError("token_head=False: the model has no classifier of tokens; valid: True")
+        if not self._has_token_classifier:
+            settings = self.settings
+            raise UserError(
+                f"token_head={settings.token_head}, num_classes={settings.num_classes}: the model "
+                "has no classifier of tokens; valid: True and at least 1"
+            )
         tokens = self.head(self.features(images, train, box)[-1], train)
-        return self.classify(tokens, train), self.token_classifier(tokens.astype(jnp.float32))
+        return self.classify(pool_tokens(tokens), train), self.token_classifier(
+            tokens.astype(jnp.float32)
+        )

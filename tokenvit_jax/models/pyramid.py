@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenvit_jax.layers import Dropout, dense
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import Dropout
 from tokenvit_jax.models.backbone import Backbone, Encoded, check_images
 from tokenvit_jax.models.settings import BackboneSettings
 from tokenvit_jax.ops.mix_boxes import mix_boxes
@@ -79,7 +80,7 @@ class Pyramid(Backbone):
         self.embeddings = [self.embedding(stage) for stage in range(len(settings.dims))]
         self.stages = self._stages()
         self.head_dropout = Dropout(settings.dropout, settings.axis_name)
-        self.classifier = dense(settings.num_classes, jnp.float32)
+        self.classifier = self.make_classifier()
 
     def _stages(self):
         cls, settings = self.block_type, self.settings
@@ -96,7 +97,7 @@ class Pyramid(Backbone):
         return tuple(4 * 2**stage for stage in range(len(self.settings.dims)))
 
     def features(
-        self, images: jax.Array, train: bool, mix_box: jax.Array | None = None
+        self, images: jax.Array, train: bool = False, mix_box: jax.Array | None = None
     ) -> list[jax.Array]:
         """Returns four maps, (B, H / 4, W / 4, C1) to (B, H / 32, W / 32, C4), rounded up.
 
@@ -118,7 +119,7 @@ class Pyramid(Backbone):
             maps.append(x)
         return maps
 
-    def encode(self, images: jax.Array, train: bool) -> Encoded:
+    def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the channels of all four maps at every position of the first map.
 
         The other maps are resized to the first, bilinearly (hypercolumns, Hariharan et al. 2015).
@@ -139,20 +140,28 @@ class Pyramid(Backbone):
         tokens = jnp.concatenate(columns, -1).reshape(batch, height * width, -1)
         return Encoded(tokens, lambda y: y.reshape(batch, height, width, -1))
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits (B, num_classes) in float32."""
-        return self.classify(self.head(self.features(images, train)[-1], train), train)
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
+        return self.classify(self.pooled(images, train), train)
+
+    def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
+        return pool_tokens(self.head(self.features(images, train)[-1], train))
 
     def dense_logits(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the classifier's logits at every position of the last map, in float32.
 
         The shape is (B, ceil(H / 32), ceil(W / 32), num_classes). The mean over the positions
         equals the logits of the image.
+
+        Raises:
+          UserError: the model has no classes.
         """
+        if not self.settings.num_classes:
+            raise UserError("num_classes=0: the model has no logits; valid: at least 1")
         tokens = self.head(self.features(images, train)[-1], train)
         return self.classifier(tokens.astype(jnp.float32))
 
-    def classify(self, tokens: jax.Array, train: bool) -> jax.Array:
-        """Returns logits (B, num_classes) from the tokens (B, h, w, C) of the head."""
-        x = self.head_dropout(tokens.mean((1, 2)), train)
-        return self.classifier(x.astype(jnp.float32))
+
+def pool_tokens(tokens: jax.Array) -> jax.Array:
+    """Returns the mean over the positions of a map: (B, h, w, C) -> (B, C) in float32."""
+    return tokens.mean((1, 2)).astype(jnp.float32)

@@ -35,18 +35,20 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
 
     Args:
       name: one of :func:`list_models`.
-      num_classes: number of logits.
+      num_classes: number of logits; 0: no classifier, the model returns the pooled features (B, C).
       **overrides: settings that replace the published ones.
 
     Returns:
-      A linen module; ``model.init(rng, images, train=False)`` with images (B, H, W, 3).
+      A linen module; ``model.init(rng, images)`` with images (B, H, W, 3).
 
     Raises:
-      UserError: the name or a setting is unknown; the message lists the valid ones.
+      UserError: the name or a setting is unknown, or num_classes is negative.
     """
     if name not in _MODELS:
         hint = did_you_mean(name, _MODELS)
         raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
+    if num_classes < 0:
+        raise UserError(f"num_classes={num_classes} is not valid; valid: at least 0")
     cls, settings = _MODELS[name]
     valid = sorted(field.name for field in dataclasses.fields(settings))
     for key, value in overrides.items():

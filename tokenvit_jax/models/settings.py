@@ -14,7 +14,8 @@ class BackboneSettings:
     """Settings that every backbone has.
 
     Attributes:
-      num_classes: number of classes of the classifier.
+      num_classes: number of classes of the classifier; 0: there is none, and the model returns
+        the pooled features.
       drop_path: stochastic depth rate of the last block; the rate grows linearly from 0 at the
         first block.
       dropout: dropout rate before the classifier.

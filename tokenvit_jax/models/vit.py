@@ -1,6 +1,8 @@
 """Vision transformers with one map of tokens: ViT (Dosovitskiy et al. 2021), DeiT (Touvron 2021).
 
-Parameters and the order of operations match timm's models of the same names.
+Parameters and the order of operations match timm's models of the same names. Settings add what
+DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2024) and the image towers of CLIP (Radford et
+al. 2021) have in addition.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Attention, Dropout, DropPath, Mlp, dense
+from tokenvit_jax.layers import ACTIVATIONS, Attention, Dropout, DropPath, Mlp
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, check_images
@@ -22,12 +24,12 @@ from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import Patches, TokenReducer
 from tokenvit_jax.models.settings import BackboneSettings, check_choice, read_settings
 from tokenvit_jax.ops.gather import take
+from tokenvit_jax.ops.resize import resize_bicubic
 from tokenvit_jax.ops.windows import pad_to_windows
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
-# Method of `jax.image.resize` -> whether it is antialiased.
-POSITION_RESIZES = {"bicubic": True, "bilinear": False}
+POSITION_RESIZES = ("bicubic_antialias", "bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,19 @@ class ViTSettings(BackboneSettings):
       mlp_ratio: expansion of the MLP.
       patch_size: side of a patch [pixels].
       position_size: height and width of the images whose map fits the position embeddings [pixels].
-      position_resize: how position embeddings are resized: "bicubic" with antialiasing, as in timm,
-        or "bilinear" without, as in Segmenter (Strudel et al. 2021).
+      position_resize: how position embeddings are resized: "bicubic_antialias" as in timm;
+        "bicubic" without antialiasing as in DINOv2; "bilinear" without antialiasing as in Segmenter
+        (Strudel et al. 2021).
+      front_position: whether the tokens in front of the patches have position embeddings, too.
+        Registers never have.
+      num_registers: number of registers, learnt tokens between the class token and the patches.
+      pre_norm: whether a LayerNorm precedes the blocks.
+      patch_bias: whether the patch embedding has a bias.
+      layer_scale: initial value of a factor per channel on the output of attention and MLP
+        (Touvron et al. 2021, "Going deeper with Image Transformers"); 0: no factors.
+      activation: activation of the MLP, "gelu" or "quick_gelu" (x times sigmoid of 1.702 x).
+      projection: channels of a linear layer without bias between the last LayerNorm and the
+        classifier; 0: no such layer.
       pool: what is classified: the class "token" after the last LayerNorm, or the LayerNorm of the
         "mean" of the patches.
       distilled: whether to add a distillation token with its own classifier (DeiT); the logits are
@@ -65,7 +78,14 @@ class ViTSettings(BackboneSettings):
     mlp_ratio: int = 4
     patch_size: int = 16
     position_size: tuple[int, int] = (224, 224)
-    position_resize: str = "bicubic"
+    position_resize: str = "bicubic_antialias"
+    front_position: bool = True
+    num_registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True
+    layer_scale: float = 0.0
+    activation: str = "gelu"
+    projection: int = 0
     pool: str = "token"
     distilled: bool = False
     token_reducer: Any = None
@@ -87,15 +107,28 @@ class ViTSettings(BackboneSettings):
 
     @property
     def num_front(self) -> int:
-        """Number of tokens in front of the patches: class token and distillation token."""
+        """Number of tokens before the patches: class token, distillation token and registers."""
+        return self.num_classified + self.num_registers
+
+    @property
+    def num_classified(self) -> int:
+        """Number of tokens that have a classifier: class token and distillation token."""
         return 1 + self.distilled
+
+    @property
+    def num_positioned(self) -> int:
+        """Number of position embeddings before the patches'."""
+        return self.num_classified if self.front_position else 0
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the rows and columns of patches of an image whose size is in pixels."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def _check(self):
-        choices = {"pool": POOLS, "qk_norm": QK_NORMS, "position_resize": POSITION_RESIZES}
+        choices = {
+            "pool": POOLS, "qk_norm": QK_NORMS, "position_resize": POSITION_RESIZES,
+            "activation": ACTIVATIONS,
+        }  # fmt: skip
         for name, valid in choices.items():
             check_choice(name, getattr(self, name), valid)
         if self.distilled and self.pool != "token":
@@ -106,6 +139,9 @@ class ViTSettings(BackboneSettings):
             raise UserError("expedite is not valid with a token_reducer; valid: one of the two")
         if self.patch_size < 1:
             raise UserError(f"patch_size={self.patch_size} is not valid; valid: at least 1 pixel")
+        for name in ("num_registers", "layer_scale", "projection"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)} is not valid; valid: at least 0")
         if not self.norm_epsilon > 0:
             raise UserError(f"norm_epsilon={self.norm_epsilon} is not valid; valid: above 0")
 
@@ -148,6 +184,8 @@ class Origin(NamedTuple):
 class Block(nn.Module):
     """x + attention(LN(x)), the reducer, x + MLP(LN(x)): (B, T, C) -> (B, T', C).
 
+    Layer scale multiplies the outputs of attention and MLP.
+
     Attributes:
       settings: the architecture.
       index: number of the block, from 0.
@@ -177,7 +215,10 @@ class Block(nn.Module):
         def norm(x, name):
             return nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype, name=name)(x)
 
-        def drop(y):
+        def drop(y, name):
+            if settings.layer_scale:
+                scale = nn.initializers.constant(settings.layer_scale)
+                y = y * self.param(name, scale, (settings.dim,)).astype(y.dtype)
             return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
         attention = Attention(
@@ -191,11 +232,11 @@ class Block(nn.Module):
             diagonal=reducer is None or reducer.diagonal,
             size=origin.size if reducer is not None and reducer.carry else None,
         )
-        x = x + drop(attended.y)
+        x = x + drop(attended.y, "scale1")
         if acts:
             x, origin = self._reduce(x, attended, origin, grid, train)
-        mlp = Mlp(settings.mlp_ratio, settings.dtype, init, name="mlp")
-        return x + drop(mlp(norm(x, "norm2"))), origin
+        mlp = Mlp(settings.mlp_ratio, settings.dtype, init, settings.activation, name="mlp")
+        return x + drop(mlp(norm(x, "norm2")), "scale2"), origin
 
     def _reduce(self, x, attended, origin, grid, train):
         settings, reducer = self.settings, self.settings.token_reducer
@@ -233,6 +274,34 @@ class Block(nn.Module):
         return jnp.broadcast_to(jax.random.key(self.index), batch)
 
 
+def resize_positions(
+    position: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str
+) -> jax.Array:
+    """Resizes the position embeddings of the patches.
+
+    Args:
+      position: (T, C), the tokens in front, then the patches row by row.
+      old: rows and columns of the map of patches.
+      new: rows and columns of the map after resizing.
+      method: one of POSITION_RESIZES.
+
+    Returns:
+      (T', C): the tokens in front, which stay as they are, then the resized map.
+    """
+    if tuple(old) == tuple(new):
+        return position
+    dim = position.shape[-1]
+    front, patches = jnp.split(position, [len(position) - old[0] * old[1]])
+    patches = patches.reshape(*old, dim)
+    if method == "bicubic":
+        patches = resize_bicubic(patches, new)
+    else:
+        antialias = method.endswith("_antialias")
+        kind = method.removesuffix("_antialias")
+        patches = jax.image.resize(patches, (*new, dim), kind, antialias=antialias)
+    return jnp.concatenate([front, patches.reshape(-1, dim)])
+
+
 class VisionTransformer(Backbone):
     """Vision transformer for images (B, H, W, 3) of any size from 32 x 32.
 
@@ -249,32 +318,42 @@ class VisionTransformer(Backbone):
         settings = self.settings
         side, init = (settings.patch_size, settings.patch_size), truncated_normal(settings.init_std)
         self.patches = nn.Conv(
-            settings.dim, side, side, "VALID", dtype=settings.dtype, kernel_init=init
-        )
-        names = ["class_token", "distillation_token"][: settings.num_front]
+            settings.dim, side, side, "VALID", dtype=settings.dtype, kernel_init=init,
+            use_bias=settings.patch_bias,
+        )  # fmt: skip
+        names = ["class_token", "distillation_token"][: settings.num_classified]
         self.front = [self.param(name, init, (1, settings.dim)) for name in names]
+        if settings.num_registers:
+            shape = (settings.num_registers, settings.dim)
+            self.registers = self.param("register_token", init, shape)
         rows, columns = settings.grid(*settings.position_size)
         # The tokens in front, then the patches row by row.
-        shape = (settings.num_front + rows * columns, settings.dim)
+        shape = (settings.num_positioned + rows * columns, settings.dim)
         self.position = self.param("position", init, shape)
+        if settings.pre_norm:
+            self.pre_norm = nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype)
         cls = nn.remat(Block, static_argnums=(3, 4)) if settings.remat else Block
         self.blocks = [cls(settings, index) for index in range(settings.depth)]
         self.norm = nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype)
+        if settings.projection:
+            self.projection = nn.Dense(
+                settings.projection, use_bias=False, dtype=settings.dtype, kernel_init=init
+            )
         self.head_dropout = Dropout(settings.dropout, settings.axis_name)
-        self.classifier = dense(settings.num_classes, jnp.float32, init=init)
+        self.classifier = self.make_classifier(init)
         if settings.distilled:
-            self.distillation_classifier = dense(settings.num_classes, jnp.float32, init=init)
+            self.distillation_classifier = self.make_classifier(init)
 
     @property
     def strides(self) -> tuple[int, ...]:
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
-    def tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the tokens after the last block, with class and distillation token in front.
+    def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the tokens after the last block, with ``settings.num_front`` before the patches.
 
-        The shape is (B, T, C), where T is the number of remaining patches plus 1, or plus 2 if
-        distilled.
+        The shape is (B, T, C), where T is the number of remaining patches plus ``num_front``: class
+        token, distillation token and registers.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
@@ -292,12 +371,18 @@ class VisionTransformer(Backbone):
 
     def _embed(self, images, grid):
         """Returns the patches with tokens in front, plus position embeddings: (B, T, C)."""
-        settings = self.settings
-        x = pad_to_windows(images.astype(settings.dtype), (settings.patch_size,) * 2)
-        x = self.patches(x).reshape(len(images), -1, settings.dim)
-        front = [jnp.broadcast_to(token, (len(images), 1, settings.dim)) for token in self.front]
-        x = jnp.concatenate([*front, x], 1).astype(settings.dtype)
-        return x + self._positions(grid).astype(settings.dtype)
+        settings, dtype = self.settings, self.settings.dtype
+        x = pad_to_windows(images.astype(dtype), (settings.patch_size,) * 2)
+        x = self.patches(x).reshape(len(images), -1, settings.dim).astype(dtype)
+        position = self._positions(grid).astype(dtype)
+        front = jnp.concatenate(self.front).astype(dtype)
+        if settings.front_position:
+            front = front + position[: settings.num_classified]
+        if settings.num_registers:
+            front = jnp.concatenate([front, self.registers.astype(dtype)])
+        front = jnp.broadcast_to(front, (len(images), *front.shape))
+        x = jnp.concatenate([front, x + position[settings.num_positioned :]], 1)
+        return self.pre_norm(x) if settings.pre_norm else x
 
     def _run(self, blocks, x, grid, train, restorable=False, visit=None):
         """Returns the tokens after some blocks, and their way back to all patches.
@@ -344,18 +429,11 @@ class VisionTransformer(Backbone):
     def _positions(self, grid):
         """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
-        trained = settings.grid(*settings.position_size)
-        if grid == trained:
-            return self.position
-        front, patches = jnp.split(self.position, [settings.num_front])
-        patches = patches.reshape(*trained, settings.dim)
-        method = settings.position_resize
-        patches = jax.image.resize(
-            patches, (*grid, settings.dim), method, antialias=POSITION_RESIZES[method]
+        return resize_positions(
+            self.position, settings.grid(*settings.position_size), grid, settings.position_resize
         )
-        return jnp.concatenate([front, patches.reshape(-1, settings.dim)])
 
-    def encode(self, images: jax.Array, train: bool) -> Encoded:
+    def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
 
         If ``expedite`` reconstructs logits, the tokens are cluster centres. If ``token_reducer``
@@ -378,7 +456,9 @@ class VisionTransformer(Backbone):
         tokens = self.norm(tokens[:, self.settings.num_front :])
         return Encoded(tokens, functools.partial(self._to_map, restore, images.shape))
 
-    def taps(self, images: jax.Array, train: bool, blocks: Sequence[int]) -> list[Tap]:
+    def taps(
+        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+    ) -> list[Tap]:
         """Returns the tokens after some blocks, before any LayerNorm.
 
         Maps have all patches: if ``expedite`` or ``token_reducer`` leaves fewer tokens, each map is
@@ -387,15 +467,16 @@ class VisionTransformer(Backbone):
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: whether dropout behaves as in training.
-          blocks: the blocks, counted from 0.
+          blocks: the blocks, counted from 0; None: all.
 
         Returns:
           For each block, the patches (B, ceil(H / patch_size), ceil(W / patch_size), C) and the
-          tokens in front of them, (B, 1, C), or (B, 2, C) if distilled.
+          ``settings.num_front`` tokens in front of them (B, num_front, C).
 
         Raises:
           UserError: there is no such block, the reducer convolves, or it leaves no patch.
         """
+        blocks = range(self.settings.depth) if blocks is None else blocks
         for block in blocks:
             if not 0 <= block < self.settings.depth:
                 raise UserError(f"block={block} has no tap; valid: 0 to {self.settings.depth - 1}")
@@ -421,7 +502,7 @@ class VisionTransformer(Backbone):
         y = restore(tokens)
         return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
 
-    def features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).
 
         Args:
@@ -434,19 +515,35 @@ class VisionTransformer(Backbone):
         tokens, restore = self.encode(images, train)
         return [restore(tokens)]
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits (B, num_classes) in float32."""
-        x = self.tokens(images, train)
-        if self.settings.pool == "mean":
-            return self._classify(self.classifier, self.norm(x[:, 1:].mean(1)), train)
-        x = self.norm(x[:, : self.settings.num_front])
-        logits = self._classify(self.classifier, x[:, 0], train)
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
+        pooled = self._pooled(images, train)
+        logits = self.classify(pooled[0], train)
         if not self.settings.distilled:
             return logits
-        return (logits + self._classify(self.distillation_classifier, x[:, 1], train)) / 2
+        return (logits + self.classify(pooled[1], train, self.distillation_classifier)) / 2
 
-    def _classify(self, classifier, x, train):
-        return classifier(self.head_dropout(x, train).astype(jnp.float32))
+    def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the features that the classifier reads, (B, C) in float32.
+
+        Two classifiers (``distilled``) read one token each; the result is the mean of both.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether dropout behaves as in training.
+        """
+        pooled = self._pooled(images, train)
+        return sum(pooled) / len(pooled)
+
+    def _pooled(self, images, train):
+        """Returns the features (B, C) that each classifier reads."""
+        x = self.tokens(images, train)
+        if self.settings.pool == "mean":
+            x = self.norm(x[:, self.settings.num_front :].mean(1))[:, None]
+        else:
+            x = self.norm(x[:, : self.settings.num_classified])
+        x = self.projection(x) if self.settings.projection else x
+        return list(x.astype(jnp.float32).swapaxes(0, 1))
 
     @nn.nowrap
     def _searches(self) -> bool:

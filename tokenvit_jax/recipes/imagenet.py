@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import builtin_info
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks import default_config
 
@@ -79,7 +79,7 @@ class ImageNetRecipe:
             config.update_from_flattened_dict(AUGMENTATIONS[name])
         config.label_smoothing = 0.1  # DeiT, Table 9
 
-        steps_per_epoch = dataset_info(config.dataset).splits["train"] // self.batch_size
+        steps_per_epoch = builtin_info(config.dataset).splits["train"] // self.batch_size
         config.num_steps = self.epochs * steps_per_epoch
         config.clip_norm = self.clip_norm
         config.optimizer.name = "adamw"

@@ -5,7 +5,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import dataset_info
+from tokenvit_jax.data import builtin_info
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.tasks import default_config
 
@@ -114,7 +114,7 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
     config.data.label_size = recipe.label_size
     config.inference.stride = recipe.stride
 
-    images = dataset_info(recipe.dataset).splits["train"]
+    images = builtin_info(recipe.dataset).splits["train"]
     steps_per_epoch = images // recipe.batch_size
     config.num_steps = recipe.epochs * images // recipe.batch_size
     config.optimizer.name = "sgd"

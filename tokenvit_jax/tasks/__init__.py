@@ -4,7 +4,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import base_config
-from tokenvit_jax.data import dataset_info, list_datasets
+from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.segmentation import Segmentation
@@ -72,13 +72,12 @@ def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
             f"config.task={config.task!r} needs the entry config.{missing[0]}, which this "
             f"configuration does not have; start from tasks.default_config({config.task!r})"
         )
-    cls, info = TASKS[config.task], dataset_info(config.dataset)
+    cls, info = TASKS[config.task], dataset_info(config)
     if not cls.reads <= info.fields:
-        fitting = [name for name in list_datasets() if cls.reads <= dataset_info(name).fields]
         missing = ", ".join(sorted(cls.reads - info.fields))
         raise UserError(
             f"config.dataset={config.dataset!r} has no {missing}, which config.task="
-            f"{config.task!r} reads; valid: {', '.join(fitting)}"
+            f"{config.task!r} reads; valid: {', '.join(datasets_with(cls.reads))}"
         )
     return cls(config, info, axis_name)
 

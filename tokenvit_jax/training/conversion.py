@@ -36,9 +36,9 @@ def import_file(
         model or is for another task than the dataset, or the folder already holds a run.
     """
     found = find_layout(layout, name)
-    dataset_info(dataset)  # raises UserError for an unknown name
     config = default_config(found.task)
     config.model, config.dataset = name, dataset
+    dataset_info(config)  # raises UserError for an unknown name
     try:
         task = create_task(config)
     except UserError as error:
@@ -49,7 +49,7 @@ def import_file(
     config.data.normalization = normalization or found.normalization
     config.update(found.config_entries(arrays))
     model = task.make_model()
-    config.image_size = found.image_size(model)
+    config.image_size = found.image_size(model, arrays)
     try:
         params = import_weights(arrays, model, found)
     except UserError as error:

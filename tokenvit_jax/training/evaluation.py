@@ -73,7 +73,7 @@ def evaluate_run(
     parallel = make_parallel(config)
     run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
     task = run.task
-    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    source = open_split(config, task.info.eval_split)
     batches = eval_batches(source, task.examples(train=False), config)
     eval_step = parallel.eval_step(make_eval_step(task, run.model))
     variables = parallel.put_variables(run.variables)

@@ -133,7 +133,7 @@ def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: in
 def _eval_images(task, num_images):
     config, side, images = task.config.copy_and_resolve_references(), task.view_size, []
     config.data.workers = 0
-    source = open_split(config.dataset, task.info.eval_split, config.data.data_dir)
+    source = open_split(config, task.info.eval_split)
     for batch in eval_batches(source, task.examples(train=False), config):
         sizes = batch.get("image_size", [batch["image"].shape[1:3]] * len(batch["image"]))
         for image, size, counts in zip(batch["image"], sizes, batch["mask"], strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import eval_batches, open_split, train_batches
+from tokenvit_jax.data import eval_batches, open_split, train_batches, with_class_names
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import create_task
@@ -38,6 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read.
     """
+    config = with_class_names(config)
     task = create_task(config)
     check_task(task)
     check_train_batch(task)
@@ -51,8 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # ---------------------------------------------------------------- data
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     splits = {
-        split: open_split(config.dataset, split, config.data.data_dir)
-        for split in (task.info.train_split, task.info.eval_split)
+        split: open_split(config, split) for split in (task.info.train_split, task.info.eval_split)
     }
     training = iter(
         train_batches(splits[task.info.train_split], task.examples(train=True), config, **process)

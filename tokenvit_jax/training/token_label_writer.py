@@ -71,7 +71,7 @@ def write_labels(
       UserError: the dataset is not prepared, or an image cannot be read.
     """
     parallel, info = make_parallel(config), teacher.task.info
-    source = open_split(config.dataset, info.train_split, config.data.data_dir)
+    source = open_split(config, info.train_split)
     variables = parallel.put_variables(teacher.variables)
     label = parallel.batch_step(
         lambda variables, images: top_labels(label_cells(teacher, variables, images), top_k)

@@ -9,13 +9,14 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from tokenvit_jax.data import different_names
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 
 CONFIG_FILE = "config.json"
 
 # A checkpoint depends on these: they determine its parameters and the images it has seen.
-_FIXED_KEYS = ("task", "model", "model_overrides", "dataset", "seed", "batch_size")
+_FIXED_KEYS = ("task", "model", "model_overrides", "dataset", "seed", "batch_size", "data.split")
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -95,7 +96,12 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        if key.split(".")[0] in _FIXED_KEYS:
+        if key == "data.classes":
+            raise UserError(
+                f"{workdir} holds a run with other classes: {different_names(old or [], new)}; use "
+                "another --workdir, or the old classes to go on with that run"
+            )
+        if key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
             raise UserError(
                 f"{workdir} holds a run with config.{key}={old!r}, now it is {new!r}; use another "
                 "--workdir, or the old value to go on with that run"

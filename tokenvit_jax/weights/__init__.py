@@ -2,16 +2,26 @@
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
-from tokenvit_jax.weights import segmenter, timm_swin, timm_vit
+from tokenvit_jax.weights import clip, dinov2, google, huggingface, segmenter, swin, timm_vit
 from tokenvit_jax.weights.files import read_arrays
 from tokenvit_jax.weights.rules import Layout, export_weights, import_weights, parameter_shapes
 
 LAYOUTS = {  # name of a layout -> family of models -> its layout
     "timm": {
-        "vit": timm_vit.LAYOUT,
-        "deit": timm_vit.LAYOUT,
-        "swin": timm_swin.LAYOUT,
-        "swinv2": timm_swin.LAYOUT_V2,
+        "vit": timm_vit.LAYOUT_VIT,
+        "deit": timm_vit.LAYOUT_DEIT,
+        "swin": swin.TIMM,
+        "swinv2": swin.TIMM_V2,
+    },
+    "swin": {"swin": swin.OFFICIAL, "swinv2": swin.OFFICIAL_V2},
+    "google": {"vit": google.LAYOUT},
+    "dinov2": {"vit": dinov2.LAYOUT},
+    "clip": {"vit": clip.LAYOUT},
+    "huggingface": {
+        "vit": huggingface.LAYOUT_VIT,
+        "deit": huggingface.LAYOUT_DEIT,
+        "swin": huggingface.LAYOUT_SWIN,
+        "swinv2": huggingface.LAYOUT_SWINV2,
     },
     "segmenter": {
         "vit": segmenter.LAYOUT_VIT,

@@ -2,7 +2,8 @@
 
 A layout is a table. Each rule pairs the path of a parameter here with the name of an array in the
 published file, both with the same number of fields `{}` for stages and blocks, and converts between
-the two arrays.
+the two arrays. A parameter may also come from several arrays, such as those of queries, keys and
+values.
 """
 
 import math
@@ -21,24 +22,37 @@ from tokenvit_jax.models.backbone import variable_shapes
 
 
 class Change(NamedTuple):
-    """Converts a published array into a parameter of this project, and back."""
+    """Converts published arrays into a parameter of this project, and back.
 
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
+    Attributes:
+      to_ours: takes the published arrays of a rule, one argument each.
+      to_theirs: returns the published array; a tuple for rules with several of them.
+    """
+
+    to_ours: Callable[..., np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]]
 
 
 class Rule(NamedTuple):
-    """Pairs a parameter with a published array.
+    """Pairs a parameter with one or more published arrays.
 
     Attributes:
       ours: path of the parameter, such as "blocks_{}/norm1/scale".
-      theirs: name of the array in the file, such as "blocks.{}.norm1.weight".
-      change: conversion between the two arrays.
+      theirs: name of the array in the file, such as "blocks.{}.norm1.weight", or several names.
+      change: conversion between the arrays.
     """
 
     ours: str
-    theirs: str
+    theirs: str | tuple[str, ...]
     change: Change
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def timm_crop(image_size: int) -> float:
+    """Returns the side of the centre crop over the shorter side in timm's evaluation."""
+    return 0.9 if image_size < 384 else 1.0
 
 
 class Layout(NamedTuple):
@@ -46,22 +60,37 @@ class Layout(NamedTuple):
 
     Attributes:
       task: name of the task that the models solve.
+      marks: regular expressions for names; a file has this layout if each of them matches the start
+        of a name.
       normalization: pixel normalisation of most weights published in this layout.
       rules: model -> its rules; the first rule that matches a path applies.
+      num_classes: arrays of a file -> number of classes; 0: the file has no classifier.
       model_overrides: arrays of a file -> the settings of the model or backbone that the arrays
         determine.
-      image_size: model -> height and width of the images it was trained on [pixels].
+      image_size: model and arrays of a file -> height and width of the images that the model was
+        trained on [pixels].
+      eval_crop: image size -> side of the centre crop over the shorter side in the evaluation of
+        the published models; None: the task has no crop.
       config_entries: arrays of a file -> further entries of the configuration, such as the head.
-      unused: prefixes of array names that have no counterpart in the models of this project.
+      assumed: arrays of a file -> names of settings on which the outputs depend, and which the
+        arrays do not determine; the importer states their values.
+      unused: regular expressions for the start of the names of arrays that have no counterpart in
+        the models of this project.
+      prepare: changes the arrays of a file before all else, such as their names.
     """
 
     task: str
+    marks: tuple[str, ...]
     normalization: str
     rules: Callable[[nn.Module], list[Rule]]
-    model_overrides: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
-    image_size: Callable[[nn.Module], int]
-    config_entries: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = lambda arrays: {}
+    num_classes: Callable[[Arrays], int]
+    model_overrides: Callable[[Arrays], dict[str, Any]]
+    image_size: Callable[[nn.Module, Arrays], int]
+    eval_crop: Callable[[int], float] | None = timm_crop
+    config_entries: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
+    assumed: Callable[[Arrays], tuple[str, ...]] = lambda arrays: ()
     unused: tuple[str, ...] = ()
+    prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
 
 
 SAME = Change(lambda x: x, lambda x: x)
@@ -76,8 +105,15 @@ TABLE = Change(
     lambda x: x.reshape(math.isqrt(len(x)), -1, x.shape[-1]), lambda x: x.reshape(-1, x.shape[-1])
 )
 
+# Three times (C, C) -> (C, 3 C), queries, keys, values; and the same for biases.
+JOINED = Change(
+    lambda *x: np.concatenate(x).transpose(), lambda x: tuple(np.split(x.transpose(), 3))
+)
+JOINED_BIAS = Change(lambda *x: np.concatenate(x), lambda x: tuple(np.split(x, 3)))
+
 # Suffixes of arrays that some files hold, but that the models here compute.
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+_NAMED = 8  # entries that an error message names; the others are counted
 
 
 def linear(ours: str, theirs: str, change: Change = TRANSPOSED) -> list[Rule]:
@@ -94,6 +130,19 @@ def norm(ours: str, theirs: str) -> list[Rule]:
         Rule(f"{ours}/scale", f"{theirs}.weight", SAME),
         Rule(f"{ours}/bias", f"{theirs}.bias", SAME),
     ]
+
+
+def joined(ours: str, *theirs: str) -> list[Rule]:
+    """Returns the rules of one linear layer for queries, keys and values from three layers."""
+    return [
+        Rule(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), JOINED),
+        Rule(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), JOINED_BIAS),
+    ]
+
+
+def rows_of(*names: str) -> Callable[[Arrays], int]:
+    """Returns a function from arrays to the rows of the first of some arrays; 0: none is there."""
+    return lambda arrays: next((len(arrays[name]) for name in names if name in arrays), 0)
 
 
 def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
@@ -121,32 +170,50 @@ def import_weights(
       The tree of parameters [float32].
 
     Raises:
-      UserError: arrays are missing, have another shape, or have no counterpart in the model; the
-        message lists all of them.
+      UserError: arrays are missing, have another shape, are not finite floating-point numbers, or
+        have no counterpart in the model; the message counts all and names the first of them.
     """
     rules = layout.rules(model)
     left = {
         name: array
         for name, array in arrays.items()
-        if not name.endswith(COMPUTED) and not name.startswith(layout.unused)
+        if not name.endswith(COMPUTED) and not any(re.match(x, name) for x in layout.unused)
     }
     params, wrong = {}, []
     for path, leaf in flatten_dict(parameter_shapes(model), sep="/").items():
-        name, change = _theirs(path, rules)
-        shape = change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape
-        array = left.pop(name, None)
-        if array is None:
-            wrong.append(f"{name} is missing")
-        elif array.shape != shape:
-            wrong.append(f"{name} has shape {array.shape}, expected {shape}")
-        else:
-            params[path] = np.ascontiguousarray(change.to_ours(array), np.float32)
+        names, change = _theirs(path, rules)
+        expected = _tuple(change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)))
+        pairs = zip(names, expected, strict=True)
+        found = [left.pop(name, None) for name in names]
+        problems = [
+            _problem(name, array, like.shape)
+            for (name, like), array in zip(pairs, found, strict=True)
+        ]
+        wrong += filter(None, problems)
+        if not any(problems):
+            params[path] = np.ascontiguousarray(change.to_ours(*found), np.float32)
     wrong += [
         f"{name} {array.shape} has no counterpart in the model" for name, array in left.items()
     ]
     if wrong:
-        raise UserError(f"{len(wrong)} entries do not fit the model: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise UserError(
+            f"{len(wrong)} entries do not fit the model: {'; '.join(wrong[:_NAMED])}{more}"
+        )
     return unflatten_dict(params, sep="/")
+
+
+def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
+    """Returns why an array cannot become a parameter; None: it can."""
+    if array is None:
+        return f"{name} is missing"
+    if array.shape != shape:
+        return f"{name} has shape {array.shape}, expected {shape}"
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # numpy's does not know bfloat16
+        return f"{name} has the type {array.dtype}, expected floating-point numbers"
+    if not np.isfinite(array).all():
+        return f"{name} has values that are not finite"
+    return None
 
 
 def export_weights(
@@ -164,13 +231,19 @@ def export_weights(
     """
     rules, arrays = layout.rules(model), {}
     for path, leaf in flatten_dict(params, sep="/").items():
-        name, change = _theirs(path, rules)
-        arrays[name] = np.ascontiguousarray(change.to_theirs(np.asarray(leaf)))
+        names, change = _theirs(path, rules)
+        for name, array in zip(names, _tuple(change.to_theirs(np.asarray(leaf))), strict=True):
+            arrays[name] = np.ascontiguousarray(array)
     return arrays
 
 
-def _theirs(path: str, rules: list[Rule]) -> tuple[str, Change]:
+def _theirs(path: str, rules: list[Rule]) -> tuple[tuple[str, ...], Change]:
     for rule in rules:
         if numbers := re.fullmatch(rule.ours.replace("{}", r"(\d+)"), path):
-            return rule.theirs.format(*numbers.groups()), rule.change
+            names = (name.format(*numbers.groups()) for name in _tuple(rule.theirs))
+            return tuple(names), rule.change
     raise LookupError(f"no rule of the layout matches the parameter {path}")
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -3,14 +3,21 @@
 The encoder is timm's vision transformer.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from tokenvit_jax.weights import timm_vit
-from tokenvit_jax.weights.rules import SAME, WITHOUT_BATCH, Layout, Rule, linear, norm, within
+from tokenvit_jax.weights.rules import (
+    SAME,
+    WITHOUT_BATCH,
+    Arrays,
+    Layout,
+    Rule,
+    linear,
+    norm,
+    within,
+)
 
 _DECODER = [
     *linear("classifier", "head"),
@@ -32,7 +39,7 @@ def rules(model: nn.Module) -> list[Rule]:
     ]
 
 
-def model_overrides(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def model_overrides(arrays: Arrays) -> dict[str, Any]:
     """Returns the settings of the backbone; assumes square maps of positions."""
     encoder = {
         name.removeprefix("encoder."): array
@@ -42,7 +49,7 @@ def model_overrides(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return timm_vit.model_overrides(encoder) | {"norm_epsilon": 1e-5, "position_resize": "bilinear"}
 
 
-def config_entries(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def config_entries(arrays: Arrays) -> dict[str, Any]:
     """Returns the decoder and its number of blocks as entries of a configuration."""
     if "decoder.cls_emb" not in arrays:
         return {"head": "linear"}
@@ -50,14 +57,25 @@ def config_entries(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"head": "mask_transformer", "head_overrides": {"depth": len(blocks)}}
 
 
+def num_classes(arrays: Arrays) -> int:
+    """Returns the number of classes of the decoder."""
+    tokens, classifier = arrays.get("decoder.cls_emb"), arrays.get("decoder.head.weight")
+    if tokens is not None:
+        return tokens.shape[1]
+    return 0 if classifier is None else len(classifier)
+
+
 LAYOUT_DEIT = Layout(
     task="segmentation",
+    marks=(r"encoder\.blocks\.0\.attn\.qkv\.weight", r"decoder\."),
     normalization="imagenet",
     rules=rules,
     model_overrides=model_overrides,
-    image_size=lambda model: timm_vit.image_size(model.backbone),
+    num_classes=num_classes,
+    image_size=lambda model, arrays: timm_vit.image_size(model.backbone, arrays),
+    eval_crop=None,
     config_entries=config_entries,
     # The encoder's classifiers, on which no mask depends.
-    unused=("encoder.head.", "encoder.head_dist."),
+    unused=(r"encoder\.head\.", r"encoder\.head_dist\."),
 )
 LAYOUT_VIT = LAYOUT_DEIT._replace(normalization="inception")

@@ -1,14 +1,23 @@
 """The datasets: one module each.
 
-A module has `INFO`, the facts about its dataset; `open_split(split, data_dir)`, which returns a
+A module has `INFO`, the facts about its dataset; `open_split(config, split)`, which returns a
 source; and `prepare(manual_dir, data_dir)`, which converts the original files into files that
-`open_split` reads. The embedded datasets have no `prepare`: they come with an installed package. A
-module is imported only when its dataset is needed.
+`open_split` reads. The embedded datasets have no `prepare`: they come with an installed package.
+
+A module whose facts depend on the configuration, such as the classes of a folder of images, has
+`read_info(config)` in place of `INFO`.
+
+`config.dataset` is the name of one of these modules, `tfds:NAME`, or the full name of a module
+outside this package, such as "my_package.my_dataset". A module is imported only when its dataset is
+needed.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
+
+from ml_collections import ConfigDict
 
 from tokenvit_jax.data.record import DatasetInfo, Source
 from tokenvit_jax.errors import UserError, did_you_mean
@@ -21,15 +30,23 @@ NAMES = (
     "pascal_context",
     "scenes",
 )
+# Names of modules with `read_info`, and how they are written in `config.dataset`.
+_READERS = {"none": "none"}
 
 
 def list_datasets() -> list[str]:
-    """Returns the names that `config.dataset` can have."""
+    """Returns the names of the built-in datasets."""
     return sorted(NAMES)
 
 
-def dataset_info(name: str) -> DatasetInfo:
-    """Returns the facts about a dataset, without reading it.
+def datasets_with(fields: frozenset[str]) -> list[str]:
+    """Returns the values of `config.dataset` whose records have all these fields."""
+    fitting = [name for name in list_datasets() if fields <= builtin_info(name).fields]
+    return fitting + sorted(form for form in _READERS.values() if form != "none")
+
+
+def builtin_info(name: str) -> DatasetInfo:
+    """Returns the facts about a built-in dataset, without reading it.
 
     Args:
       name: one of :func:`list_datasets`.
@@ -37,33 +54,76 @@ def dataset_info(name: str) -> DatasetInfo:
     Raises:
       UserError: there is no such dataset.
     """
+    if name not in NAMES:
+        raise _unknown(name)
     return _module(name).INFO
 
 
-def open_split(name: str, split: str, data_dir: str) -> Source:
+def dataset_info(config: ConfigDict) -> DatasetInfo:
+    """Returns the facts about the dataset of a configuration.
+
+    Args:
+      config: reads `dataset` and `data.classes`, names that replace the dataset's own; for a
+        dataset that is not built in also `data.data_dir` and `data.split`.
+
+    Raises:
+      UserError: there is no such dataset, it cannot be read, or it has another number of classes.
+    """
+    module, classes = _module(config.dataset), tuple(config.data.classes)
+    if hasattr(module, "read_info"):
+        return module.read_info(config)
+    if not classes:
+        return module.INFO
+    if len(classes) != module.INFO.num_classes:
+        raise UserError(
+            f"config.data.classes has {len(classes)} names; valid: one for each of the "
+            f"{module.INFO.num_classes} classes of config.dataset={config.dataset!r}, or ()"
+        )
+    return dataclasses.replace(module.INFO, classes=classes)
+
+
+def open_split(config: ConfigDict, split: str) -> Source:
     """Opens a split for reading.
 
     Args:
-      name: one of :func:`list_datasets`.
-      split: one of `dataset_info(name).splits`.
-      data_dir: the folder that `prepare` wrote into; the embedded datasets do not use it.
+      config: reads `dataset` and the entries of `data` that its module reads, such as `data_dir`,
+        the folder that `prepare` wrote into.
+      split: the `train_split` or `eval_split` of :func:`dataset_info`.
 
     Raises:
       UserError: there is no such dataset, or it has not been prepared in `data_dir`.
     """
-    return _module(name).open_split(split, data_dir)
+    return _module(config.dataset).open_split(config, split)
+
+
+def with_class_names(config: ConfigDict) -> ConfigDict:
+    """Returns a configuration that holds the names of the classes of its dataset.
+
+    A run with this configuration can be used where the dataset is not. The classes of a built-in
+    dataset are known everywhere and are left out.
+
+    Raises:
+      UserError: as :func:`dataset_info`.
+    """
+    if config.dataset in NAMES:
+        return config
+    info = dataset_info(config)
+    names = info.classes or tuple(f"class {label}" for label in range(info.num_classes))
+    config = config.copy_and_resolve_references()
+    config.data.classes = names
+    return config
 
 
 def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
     """Turns the original files of a dataset into ArrayRecord files; does nothing if they exist.
 
     Args:
-      name: one of :func:`list_datasets`.
+      name: a value of `config.dataset`.
       manual_dir: folder with the original files; None: `data_dir/downloads/manual`.
       data_dir: the folder of all prepared datasets.
 
     Returns:
-      The folder with the files; None for an embedded dataset, which has no files.
+      The folder with the files; None for a dataset that needs no preparation.
 
     Raises:
       UserError: there is no such dataset, an original file is missing or damaged, or a folder
@@ -79,7 +139,26 @@ def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
 
 
 def _module(name: str) -> ModuleType:
-    if name not in NAMES:
-        hint = did_you_mean(name, NAMES)
-        raise UserError(f"no dataset {name!r}{hint}; valid: {', '.join(list_datasets())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    """Imports the module of a dataset."""
+    if (kind := name.split(":")[0]) in (*NAMES, *_READERS):
+        return importlib.import_module(f"{__name__}.{kind}")
+    if "." not in name:
+        raise _unknown(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"config.dataset={name!r}: cannot import this module: {error}") from error
+    if not (hasattr(module, "INFO") or hasattr(module, "read_info")):
+        raise UserError(
+            f"config.dataset={name!r}: the module has neither INFO nor read_info(config)"
+        )
+    return module
+
+
+def _unknown(name: str) -> UserError:
+    hint = did_you_mean(name, (*NAMES, *_READERS))
+    forms = ", ".join(_READERS.values())
+    return UserError(
+        f"no dataset {name!r}{hint}; valid: {', '.join(list_datasets())}, {forms}, or a module "
+        "such as my_package.my_dataset"
+    )

@@ -6,6 +6,8 @@ References:
 
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from tokenvit_jax.data.datasets import label_map_files
 from tokenvit_jax.data.datasets.label_map_files import LabelMapSource, Layout, parse_names
 from tokenvit_jax.data.record import IGNORED, DatasetInfo
@@ -56,13 +58,13 @@ LAYOUT = Layout(
 )
 
 
-def open_split(split: str, data_dir: str) -> LabelMapSource:
+def open_split(config: ConfigDict, split: str) -> LabelMapSource:
     """Opens a split for reading.
 
     Raises:
-      UserError: the dataset has not been prepared in `data_dir`.
+      UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
-    return LabelMapSource(INFO, split, data_dir)
+    return LabelMapSource(INFO, split, config.data.data_dir)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:

@@ -1,6 +1,7 @@
 """The embedded digits: one class per image, from scikit-learn's package."""
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.record import DatasetInfo, Record
@@ -16,9 +17,9 @@ INFO = DatasetInfo(
 )
 
 
-def open_split(split: str, data_dir: str) -> "DigitsSource":
-    """Opens a split for reading; `data_dir` is not used."""
-    del data_dir
+def open_split(config: ConfigDict, split: str) -> "DigitsSource":
+    """Opens a split for reading; `config` is not used."""
+    del config
     return DigitsSource(split)
 
 

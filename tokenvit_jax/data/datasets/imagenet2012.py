@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.record import DatasetInfo, Record
@@ -52,13 +53,13 @@ class ImageNetSource(TfdsSource):
         return Record(label=int(features["label"]))
 
 
-def open_split(split: str, data_dir: str) -> ImageNetSource:
+def open_split(config: ConfigDict, split: str) -> ImageNetSource:
     """Opens a split for reading.
 
     Raises:
-      UserError: the dataset has not been prepared in `data_dir`.
+      UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
-    return ImageNetSource(INFO.name, split, data_dir, folder=INFO.name)
+    return ImageNetSource(INFO.name, split, config.data.data_dir, folder=INFO.name)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:

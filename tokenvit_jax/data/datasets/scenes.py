@@ -5,6 +5,7 @@ photograph. Digits and photographs come with scikit-learn.
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data.datasets.digits import DigitsSource
@@ -32,9 +33,9 @@ _COLORS = 128, 256  # colour levels of a digit
 _BICUBIC = Image.Resampling.BICUBIC
 
 
-def open_split(split: str, data_dir: str) -> "ScenesSource":
-    """Opens a split for reading; `data_dir` is not used."""
-    del data_dir
+def open_split(config: ConfigDict, split: str) -> "ScenesSource":
+    """Opens a split for reading; `config` is not used."""
+    del config
     return ScenesSource(split)
 
 

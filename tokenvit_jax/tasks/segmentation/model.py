@@ -26,7 +26,7 @@ class Segmenter(BackboneModel):
 
     head: nn.Module
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits (B, H, W, K) in float32 for images (B, H, W, 3)."""
         tokens, restore = self.backbone.encode(images, train)
         logits = restore(self.head(tokens, train=train))
