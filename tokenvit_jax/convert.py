@@ -1,26 +1,33 @@
 """Converts published weights to a run of this project, and back.
 
-    python -m tokenvit_jax.convert --model=deit_s --layout=timm --source=FILE --out=WORKDIR
-    python -m tokenvit_jax.convert --layout=timm --source=WORKDIR --out=FILE.safetensors
+    python -m tokenvit_jax.convert --model=deit_s --source=FILE --out=WORKDIR
+    python -m tokenvit_jax.convert --source=WORKDIR --out=FILE.safetensors
 
-    python -m tokenvit_jax.convert --model=vit_l --layout=segmenter --dataset=ade20k \\
-        --source=checkpoint.pth --out=WORKDIR
+FILE is a safetensors file, a file of torch.save (read without running code; needs PyTorch) or a
+NumPy archive of Google's ViT. WORKDIR becomes a run at step 0: predict, evaluate and train read it
+like any other run.
 
-FILE holds the arrays of a PyTorch model, written by safetensors or by torch.save. A file of
-torch.save needs PyTorch, which reads it without running code (weights_only). WORKDIR becomes a run
-at step 0: predict, evaluate and train read it like any other run.
+--layout names the code base whose names the arrays have; by default the names decide:
 
-The arrays determine the settings of the model, with two exceptions:
+    timm         vit, deit, swin, swinv2 of timm, also its DINOv2 and CLIP
+    swin         Swin and Swin v2 of microsoft/Swin-Transformer
+    google       vit of google-research/vision_transformer (.npz)
+    dinov2       vit of facebookresearch/dinov2
+    clip         image towers (ViT) of openai/CLIP and open_clip
+    huggingface  ViT, DeiT, DINOv2, CLIP, Swin and Swin v2 of transformers
+    segmenter    vit and deit of rstrudel/segmenter, with either decoder
 
-- The normalisation of the images (--normalization), which no file states: imagenet (ImageNet's mean
-  and deviation, which DeiT's weights need) or inception (0.5 and 0.5, which timm's vit_*_augreg
-  need). Default: inception for Segmenter on a vit, else imagenet.
-- The windows of Swin v2, which have the size of the registered model.
+The arrays determine the settings of the model and the number of classes. A file without a
+classifier becomes a run without one, from which training can start. 1000 classes are ImageNet's;
+--dataset names others, and without it they have numbers. --num_classes=0 leaves the classifier out.
+--ema reads the moving average of a training checkpoint in place of its last weights.
+
+The command prints what the file does not determine, and the flags that set it: --normalization,
+--eval_crop, --eval_interpolation, and settings of the model, as --override=NAME=VALUE.
 
 When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
 
---layout=segmenter is the layout of github.com/rstrudel/segmenter: a vit or a deit with either
-decoder. The position embeddings fit the crops of the training, and the images and windows of the
+Segmenter: The position embeddings fit the crops of the training, and the images and windows of the
 run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
 stride of the windows nor the sizes of the evaluation images (`data.eval_short_side`, `eval_size`,
 `label_size`): give evaluate a --config with these entries. The encoder's classifiers, encoder.head
@@ -28,14 +35,17 @@ and encoder.head_dist, are dropped, because no mask depends on them. An exported
 the authors' code must load it with load_state_dict(..., strict=False).
 """
 
+import ast
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import NORMALIZATIONS
+from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.training.conversion import export_run, import_file
+from tokenvit_jax.training.conversion import AUTO, Choices, export_run, import_file
 from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
@@ -43,8 +53,9 @@ flags.DEFINE_string(
     "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
-    "layout", "timm", list(LAYOUTS), "names and shapes of the arrays in the file", flag_values=FLAGS
-)
+    "layout", AUTO, [AUTO, *LAYOUTS], "names and shapes of the arrays in the file; auto: the names "
+    "decide", flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_string(
     "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
 )
@@ -52,8 +63,19 @@ flags.DEFINE_string(
     "out", None, "workdir of the new run; when converting back, a file", flag_values=FLAGS
 )
 flags.DEFINE_string(
-    "dataset", "imagenet2012", "dataset whose classes the model predicts", flag_values=FLAGS
-)
+    "dataset", None, "dataset with the names of the classes; default: imagenet2012 for 1000 "
+    "classes, else none", flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_string("data_dir", None, "folder of a dataset that is not built in", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "num_classes", None, "number of classes; 0: leave the classifier out; default: the file's",
+    lower_bound=0, flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_bool("ema", False, "read the moving average of the weights", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "override", [], "NAME=VALUE, a setting of the model that the file does not tell; may be given "
+    "several times", flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_enum(
     "normalization",
     None,
@@ -61,26 +83,52 @@ flags.DEFINE_enum(
     "pixel normalisation that the weights were trained with; default: the layout's most common one",
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "eval_crop", None, "side of the centre crop / resized shorter side in evaluation; default: "
+    "that of the published models", flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_enum(
+    "eval_interpolation", None, list(INTERPOLATIONS), "how evaluation resizes images; default: "
+    "that of the published models", flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = Path(flag_values.source), Path(flag_values.out)
+    lines = []
     if source.is_dir():
         export_run(source, out, flag_values.layout, flag_values.checkpoint)
+    elif not source.exists():
+        raise UserError(f"--source={source}: No such file or directory")
     elif flag_values.model is None:
         raise UserError("--model is missing: the file does not name its model")
     else:
-        import_file(
-            source,
-            out,
-            flag_values.model,
-            flag_values.layout,
-            flag_values.dataset,
-            flag_values.normalization,
-        )
-    print(f"{source} -> {out}")
+        names = [name for name in Choices._fields if name != "model_overrides"]
+        choices = {name: flag_values[name].value for name in names}
+        overrides = parse_overrides(flag_values.override)
+        choices = Choices(**choices, model_overrides=overrides)
+        lines = import_file(source, out, flag_values.model, flag_values.layout, choices)
+    print(*lines, f"{source} -> {out}", sep="\n")
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns settings by name from texts "NAME=VALUE"; a value that is no literal is a string.
+
+    Raises:
+      UserError: a text has another form.
+    """
+    overrides = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals):
+            raise UserError(f"--override={text} is not valid; valid: NAME=VALUE")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name] = value
+    return overrides
 
 
 if __name__ == "__main__":

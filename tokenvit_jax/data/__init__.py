@@ -10,12 +10,19 @@ from tokenvit_jax.data.datasets import (
     open_split,
     with_class_names,
 )
-from tokenvit_jax.data.images import NORMALIZATIONS, eval_image, mean_and_std, read_image
+from tokenvit_jax.data.images import (
+    INTERPOLATIONS,
+    NORMALIZATIONS,
+    eval_image,
+    mean_and_std,
+    read_image,
+)
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [
     "IGNORED",
+    "INTERPOLATIONS",
     "MIN_IMAGE_SIZE",
     "NORMALIZATIONS",
     "DatasetInfo",

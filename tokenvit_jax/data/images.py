@@ -27,6 +27,8 @@ NORMALIZATIONS = {
 }
 
 _BICUBIC = Image.Resampling.BICUBIC
+# `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
+INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
@@ -88,16 +90,19 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: {error}") from error
 
 
-def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
+def eval_image(
+    image: Image.Image, size: int, crop: float, interpolation: str = "bicubic"
+) -> np.ndarray:
     """Resizes the shorter side to size / crop and crops the centre: the evaluation transform.
 
     Args:
       image: RGB image of any size.
       size: height and width of the result [pixels].
       crop: side of the centre crop / resized shorter side, in (0, 1].
+      interpolation: a key of INTERPOLATIONS.
 
     Returns:
-      uint8 (size, size, 3), equal to timm's evaluation transform with bicubic interpolation.
+      uint8 (size, size, 3), equal to timm's evaluation transform.
     """
     short = math.floor(size / crop)
     width, height = image.size
@@ -105,7 +110,7 @@ def eval_image(image: Image.Image, size: int, crop: float) -> np.ndarray:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short
-    image = image.resize((width, height), _BICUBIC)
+    image = image.resize((width, height), INTERPOLATIONS[interpolation])
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

@@ -4,7 +4,13 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.weights import clip, dinov2, google, huggingface, segmenter, swin, timm_vit
 from tokenvit_jax.weights.files import read_arrays
-from tokenvit_jax.weights.rules import Layout, export_weights, import_weights, parameter_shapes
+from tokenvit_jax.weights.rules import (
+    Arrays,
+    Layout,
+    export_weights,
+    import_weights,
+    parameter_shapes,
+)
 
 LAYOUTS = {  # name of a layout -> family of models -> its layout
     "timm": {
@@ -47,7 +53,54 @@ def find_layout(name: str, model: str) -> Layout:
     return families[family]
 
 
+def layouts_of(model: str, task: str | None = None) -> list[str]:
+    """Returns the names of the layouts that cover a model's family, and a task if it is given.
+
+    Raises:
+      UserError: there is no such model, or no layout covers its family.
+    """
+    create_model(model)
+    family = model.split("_")[0]
+    found = [
+        name
+        for name, families in LAYOUTS.items()
+        if family in families and task in (None, families[family].task)
+    ]
+    if not found:
+        known = dict.fromkeys(family for families in LAYOUTS.values() for family in families)
+        raise UserError(f"no layout has the model {model!r}; valid: {', '.join(known)}")
+    return found
+
+
+def recognise_layout(arrays: Arrays, model: str) -> str:
+    """Returns the name of the layout that a file of weights of some model has.
+
+    Args:
+      arrays: published name -> array.
+      model: name of a registered model.
+
+    Raises:
+      UserError: the names of the arrays fit no layout; the message names the nearest one.
+    """
+
+    def missing(name):
+        return find_layout(name, model).missing_marks(arrays)
+
+    # Of the layouts that fit, the one with the most marks: timm's are among DINOv2's.
+    names = layouts_of(model)
+    names.sort(key=lambda name: -len(find_layout(name, model).marks))
+    best = min(names, key=lambda name: len(missing(name)))
+    if lacking := missing(best):
+        have = ", ".join(sorted(arrays)[:3])
+        raise UserError(
+            f"the names of its {len(arrays)} arrays ({have}, ...) fit no layout of {model}; the "
+            f"nearest is --layout={best}, which has {lacking[0]}; valid: "
+            f"{', '.join(layouts_of(model))}"
+        )
+    return best
+
+
 __all__ = [
-    "LAYOUTS", "Layout", "export_weights", "find_layout", "import_weights", "parameter_shapes",
-    "read_arrays",
+    "LAYOUTS", "Layout", "export_weights", "find_layout", "import_weights", "layouts_of",
+    "parameter_shapes", "read_arrays", "recognise_layout",
 ]  # fmt: skip

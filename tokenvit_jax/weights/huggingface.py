@@ -139,7 +139,7 @@ def vit_overrides(arrays: Arrays) -> dict[str, Any]:
 def vit_entries(arrays: Arrays) -> dict[str, Any]:
     """Returns the normalisation of CLIP and DINOv2."""
     if "vision_model.pre_layrnorm.weight" in arrays:
-        return {"data": {"normalization": "clip", "eval_crop": 1.0}}
+        return {"data": {"normalization": "clip"}}
     if "encoder.layer.0.layer_scale1.lambda1" in arrays:
         return {"data": {"normalization": "imagenet"}}
     return {}

@@ -92,6 +92,12 @@ class Layout(NamedTuple):
     unused: tuple[str, ...] = ()
     prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
 
+    def missing_marks(self, arrays: Arrays) -> list[str]:
+        """Returns the marks that no name of a file matches, without the regular expression."""
+        names = self.prepare(arrays)
+        lacking = [mark for mark in self.marks if not any(re.match(mark, name) for name in names)]
+        return [mark.split("|")[0].replace("\\", "") for mark in lacking]
+
 
 SAME = Change(lambda x: x, lambda x: x)
 TRANSPOSED = Change(lambda x: x.transpose(), lambda x: x.transpose())
@@ -162,7 +168,8 @@ def import_weights(
     """Converts published arrays into parameters of a model.
 
     Args:
-      arrays: published name -> array. Arrays that the model computes itself are ignored.
+      arrays: published name -> array. Arrays that the model computes itself are ignored, and a
+        classifier if the model has none.
       model: model that receives the parameters.
       layout: names and shapes of the arrays.
 
@@ -179,8 +186,14 @@ def import_weights(
         for name, array in arrays.items()
         if not name.endswith(COMPUTED) and not any(re.match(x, name) for x in layout.unused)
     }
+    shapes = flatten_dict(parameter_shapes(model), sep="/")
+    if not any(_is_classifier(path) for path in shapes):
+        for name in [
+            name for rule in rules if _is_classifier(rule.ours) for name in _tuple(rule.theirs)
+        ]:
+            left.pop(name, None)
     params, wrong = {}, []
-    for path, leaf in flatten_dict(parameter_shapes(model), sep="/").items():
+    for path, leaf in shapes.items():
         names, change = _theirs(path, rules)
         expected = _tuple(change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)))
         pairs = zip(names, expected, strict=True)
@@ -201,6 +214,10 @@ def import_weights(
             f"{len(wrong)} entries do not fit the model: {'; '.join(wrong[:_NAMED])}{more}"
         )
     return unflatten_dict(params, sep="/")
+
+
+def _is_classifier(path: str) -> bool:
+    return path.split("/")[0] in ("classifier", "distillation_classifier")
 
 
 def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:

@@ -14,6 +14,7 @@ needed.
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -114,6 +115,18 @@ def with_class_names(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def different_names(before: Sequence[str], now: Sequence[str]) -> str:
+    """Describes in one line how two sequences of class names differ."""
+    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    parts = [
+        f"{sign}{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for sign, names in (("without ", gone), ("with ", new))
+        if names
+    ]
+    order = "" if parts else " in another order"
+    return f"{len(before)} before, now {len(now)}{order} {', '.join(parts)}".rstrip()
+
+
 def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
     """Turns the original files of a dataset into ArrayRecord files; does nothing if they exist.
 
@@ -149,9 +162,7 @@ def _module(name: str) -> ModuleType:
     except ImportError as error:
         raise UserError(f"config.dataset={name!r}: cannot import this module: {error}") from error
     if not (hasattr(module, "INFO") or hasattr(module, "read_info")):
-        raise UserError(
-            f"config.dataset={name!r}: the module has neither INFO nor read_info(config)"
-        )
+        raise UserError(f"config.dataset={name!r}: this module has neither INFO nor read_info")
     return module
 
 

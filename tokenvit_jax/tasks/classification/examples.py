@@ -29,7 +29,7 @@ class ClassificationExamples:
 
     Args:
       config: provides `image_size`; in training `augment` and `token_labels`, in evaluation
-        `data.eval_crop`.
+        `data.eval_crop` and `data.eval_interpolation`.
       info: facts about the dataset; label files must have as many records as its training split.
       train: whether the examples are for training.
 
@@ -41,6 +41,7 @@ class ClassificationExamples:
         self._size = config.image_size
         self._augment = config.augment
         self._crop = eval_crop(config, info)
+        self._interpolation = config.data.eval_interpolation
         self._train = train
         self._token_labels = None
         self.specs = {
@@ -57,7 +58,7 @@ class ClassificationExamples:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         if self._train:
             return self._train_example(record, rng)
-        pixels = eval_image(record["image"], self._size, self._crop)
+        pixels = eval_image(record["image"], self._size, self._crop, self._interpolation)
         return {"image": pixels, "label": np.int32(record["label"])}
 
     def empty(self) -> Example:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import check_interval, check_values, read_entry
+from tokenvit_jax.data.images import INTERPOLATIONS
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
@@ -26,6 +27,7 @@ def default_entries() -> ConfigDict:
     config.label_smoothing = 0.0
     config.data = ConfigDict()
     config.data.eval_crop = 0.875  # side of the centre crop / resized shorter side
+    config.data.eval_interpolation = "bicubic"  # of the resized image: "bicubic" | "bilinear"
     config.augment = ConfigDict()
     config.augment.crop_scale = (1.0, 1.0)  # random resized crop: area; (1, 1): no crop
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height
@@ -57,7 +59,7 @@ def default_entries() -> ConfigDict:
 
 def check_entries(config: ConfigDict) -> None:
     """Raises UserError for the first invalid one of these entries."""
-    check_values(config, {}, _RANGES)
+    check_values(config, {"data.eval_interpolation": tuple(INTERPOLATIONS)}, _RANGES)
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
     check_interval(config, "augment.crop_scale", highest=1)

@@ -151,7 +151,8 @@ class Classification(Task):
         return metrics["eval/accuracy"]
 
     def view(self, image: Image.Image) -> np.ndarray:
-        return eval_image(image, self.view_size, eval_crop(self.config, self.info))
+        crop = eval_crop(self.config, self.info)
+        return eval_image(image, self.view_size, crop, self.config.data.eval_interpolation)
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
