@@ -12,7 +12,7 @@ from random_variables import random_variables
 
 from tokenvit_jax import cli, expedite
 from tokenvit_jax.data import read_image
-from tokenvit_jax.expediting import candidates
+from tokenvit_jax.expediting import candidates, rivals
 from tokenvit_jax.expediting.search import FACTORS
 from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
@@ -56,6 +56,7 @@ def run(monkeypatch, capsys):
 
 def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "FRACTIONS", (0.4, 0.7))
+    monkeypatch.setattr(rivals, "REDUCERS", ())  # test_rivals.py has them
     config = tiny_config()
     config.data.normalization = "inception"
     config.ema_decay = 0.9

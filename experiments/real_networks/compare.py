@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +29,9 @@ from tokenvit_jax.expediting.similarity import Comparison, measured
 from tokenvit_jax.models.expedite import FACTOR, Expedite
 from tokenvit_jax.models.vit import VisionTransformer
 
-CROPS = 3
 BATCH = 8
 DRAWS = 10000  # samples of the bootstrap
+PER_IMAGE = ("cosine", "second", "nearest")
 
 
 class Plan(NamedTuple):
@@ -39,50 +40,37 @@ class Plan(NamedTuple):
     Attributes:
       title: name of the network.
       second: name of the second figure.
-      settings: (side of the image [pixels], number of crops of every photograph, setting of
-        Expedite, reducers) of every table.
-      sweep: setting whose temperature is varied, on one crop of every photograph.
+      settings: (side of the image [pixels], setting of Expedite, reducers) of every table; the
+        temperature of the first one is varied.
     """
 
     title: str
     second: str
-    settings: list[tuple[int, int, Expedite, list[str]]]
-    sweep: Expedite
+    settings: list[tuple[int, Expedite, list[str]]]
 
 
-MAIN = [
-    "ToMe, carry", "ToMe", "weighted K-Medoids, carry", "weighted K-Medoids", "EViT", "random",
-]  # fmt: skip
-MORE = [*MAIN, "weighted K-Means, carry", "PoWER-BERT", "importance"]
-CARRY = ["ToMe, carry", "weighted K-Medoids, carry", "EViT"]
+CARRY = ["ToMe, carry", "weighted K-Medoids, carry"]
+ALL = [*CARRY, "ToMe", "weighted K-Medoids", "EViT", "random"]
 PLANS = {
     "vit_s14_dinov2": Plan(
         "ViT-S/14 (DINOv2, fine-tuned for saliency)",
         "saliency",
         [
-            (224, CROPS, Expedite(4, 8, (11, 11)), MORE),
-            (224, CROPS, Expedite(6, 6, (11, 11)), MAIN),
-            (448, 1, Expedite(4, 8, (22, 22)), CARRY),
+            (224, Expedite(4, 8, (11, 11)), ALL),
+            (224, Expedite(6, 6, (11, 11)), CARRY),
+            (448, Expedite(4, 8, (22, 22)), CARRY),
         ],
-        Expedite(4, 8, (11, 11)),
     ),
-    "clip_vit_b16": Plan(
-        "CLIP ViT-B/16",
-        "embedding",
-        [(224, 2, Expedite(4, 8, (10, 10)), MAIN)],
-        Expedite(4, 8, (10, 10)),
-    ),
-    "swin_b": Plan(
-        "Swin-B",
-        "pooled features",
-        [(224, 1, Expedite(4, 14, (5, 5)), [])],
-        Expedite(4, 14, (5, 5)),
-    ),
+    "clip_vit_b16": Plan("CLIP ViT-B/16", "embedding", [(224, Expedite(4, 8, (10, 10)), ALL)]),
+    "swin_b": Plan("Swin-B", "pooled features", [(224, Expedite(4, 14, (5, 5)), [])]),
 }
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("network", None, list(PLANS), "network", flag_values=FLAGS)
 flags.DEFINE_string("cache", None, "folder that keeps the results", flag_values=FLAGS)
-flags.DEFINE_bool("sweep", True, "also vary the temperature", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "crops", 1, "crops of every photograph", lower_bound=1, upper_bound=3, flag_values=FLAGS
+)
+flags.DEFINE_list("sides", ["224", "448"], "sides of the images [pixels]", flag_values=FLAGS)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,12 +100,30 @@ class Bench:
         self.second = SECOND[name]()
         cache.mkdir(parents=True, exist_ok=True)
 
-    def images(self, side: int, crops: int) -> np.ndarray:
-        """Returns normalised crops of all photographs (P * crops, side, side, 3)."""
+    @functools.cache  # noqa: B019 - one bench per process
+    def images(self, side: int, crop: int) -> np.ndarray:
+        """Returns normalised crops of all photographs (P, side, side, 3)."""
         found = photographs.read_photographs().values()
-        pixels = [photographs.crop(image, i, side) for image in found for i in range(crops)]
+        pixels = [photographs.crop(image, crop, side) for image in found]
         mean, std = NORMALIZATIONS[networks.NORMALIZATION[self.name]]
         return ((np.stack(pixels) / 255 - mean) / std).astype(np.float32)
+
+    @functools.cache  # noqa: B019 - one bench per process
+    def plain(self, side: int, crop: int) -> Features:
+        """Returns the features of the plain network."""
+        return self.features(Method(self.model, (side, side), ""), self.images(side, crop))
+
+    @functools.cache  # noqa: B019 - one bench per process
+    def comparison(self, side: int) -> Comparison:
+        """Returns the comparison of patch features on the first crops."""
+        return Comparison(self.model, self.variables, self.images(side, 0))
+
+    def distance(self, side: int, alpha: int) -> float:
+        """Returns the distance of neighbouring tokens; cached."""
+        path = self.cache / f"{self.name}_{side}_distance_{alpha}.json"
+        if not path.exists():
+            path.write_text(json.dumps(self.comparison(side).distance(alpha)))
+        return json.loads(path.read_text())
 
     def features(self, method: Method, images: np.ndarray) -> Features:
         """Returns the features of a method for full images."""
@@ -138,29 +144,53 @@ class Bench:
             parts.append(Features(patches, self.second(patches, front)))
         return Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
-    def rate(self, name: str, method: Method, images: np.ndarray, plain: Callable) -> dict:
+    def rate(self, name: str, method: Method, side: int, crops: int) -> dict[str, Any]:
         """Returns cost and similarities of every image to the plain network's; cached.
 
         Args:
           name: name of the result.
           method: the network with a setting.
-          images: full images.
-          plain: function without arguments that returns the plain network's features.
+          side: side of the full images [pixels].
+          crops: number of crops of every photograph.
+
+        Returns:
+          "macs", "about", and lists with one number per image, crop by crop.
         """
-        path = self.cache / f"{self.name}_{name.replace(' ', '_').replace(',', '')}.json"
+        parts = [self._rate(name, method, side, crop) for crop in range(crops)]
+        joined = {key: [x for part in parts for x in part[key]] for key in PER_IMAGE}
+        return parts[0] | joined
+
+    def _rate(self, name, method, side, crop):
+        words = f"{self.name} {side} {crop} {name}".replace(",", "").split()
+        path = self.cache / f"{'_'.join(words)}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        found, own = self.features(method, self.images(side, crop)), self.plain(side, crop)
+        plain = macs_of(self.model, (side, side))
+        result = {
+            "macs": macs_of(method.model, method.image_size) / plain,
+            "about": method.about,
+            "cosine": cosines(found.patches, own.patches).mean((1, 2)).tolist(),
+            "second": SIMILARITY[self.name](found.second, own.second).tolist(),
+            "nearest": nearest(found.second, own.second).tolist(),
+        }
+        path.write_text(json.dumps(result))
+        print(path.stem, f"{result['macs']:.3f} {np.mean(result['cosine']):.3f}", flush=True)
+        return result
+
+    def sweep(self, side: int, expedite: Expedite) -> dict[float, dict[str, Any]]:
+        """Returns temperature and cosines of every image for all factors; cached."""
+        path = self.cache / f"{self.name}_{side}_factors.json"
         if not path.exists():
-            found, own = self.features(method, images), plain()
-            result = {
-                "macs": macs_of(method.model, method.image_size)
-                / macs_of(self.model, images.shape[1:3]),
-                "about": method.about,
-                "cosine": cosines(found.patches, own.patches).mean((1, 2)).tolist(),
-                "second": SIMILARITY[self.name](found.second, own.second).tolist(),
-                "neighbor": nearest(found.second, own.second).tolist(),
-            }
-            path.write_text(json.dumps(result))
-            print(name, f"{result['macs']:.3f} {np.mean(result['cosine']):.3f}", flush=True)
-        return json.loads(path.read_text())
+            scale, found = self.distance(side, expedite.alpha), {}
+            for factor in sorted(FACTORS):
+                setting = measured(expedite, scale, factor)
+                features = self.comparison(side).features(setting)
+                similar = cosines(features, self.comparison(side).features(None))
+                found[factor] = setting.temperature, similar.mean((1, 2)).tolist()
+                print(factor, np.mean(found[factor][1]), flush=True)
+            path.write_text(json.dumps(found))
+        return {float(factor): pair for factor, pair in json.loads(path.read_text()).items()}
 
 
 def read(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,7 +272,7 @@ SIMILARITY = {"vit_s14_dinov2": correlations, "clip_vit_b16": cosines, "swin_b":
 
 def interval(values: Sequence[float], crops: int) -> tuple[float, float]:
     """Returns the 95 % interval of the mean over samples of the photographs."""
-    means = np.mean(np.reshape(values, (-1, crops)), 1)
+    means = np.mean(np.reshape(values, (crops, -1)), 0)
     index = np.random.default_rng(0).integers(len(means), size=(DRAWS, len(means)))
     return tuple(np.percentile(means[index].mean(1), [2.5, 97.5]))
 
@@ -258,48 +288,18 @@ def cell(values: Sequence[float], crops: int, sign: str = "") -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def compare(bench: Bench, side: int, crops: int, expedite: Expedite, reducers: list[str]) -> dict:
-    """Returns the results of all methods at the cost of a setting."""
-    images, own = bench.images(side, crops), []
-
-    def plain():
-        if not own:
-            own.append(bench.features(Method(bench.model, (side, side), ""), images))
-        return own[0]
-
-    key = f"{side} {crops} {expedite.alpha} {expedite.beta} {expedite.clusters[0]}"
-    setting = measured(expedite, distance(bench, images[::crops], expedite.alpha))
-    fixed = dataclasses.replace(setting, temperature=50.0)
-    name = "Expedite, temperature 50"
+def compare(
+    bench: Bench, side: int, crops: int, expedite: Expedite, reducers: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the results of all methods at the cost of a setting, by name."""
+    setting = measured(expedite, bench.distance(side, expedite.alpha))
     methods = at_cost_of(bench.model, setting, (side, side), reducers)
-    about = methods["Expedite"].about
-    methods[name] = Method(with_expedite(bench.model, fixed), (side, side), about)
-    print(key, f"temperature {setting.temperature:g}", flush=True)
+    fixed = with_expedite(bench.model, dataclasses.replace(setting, temperature=50.0))
+    methods["Expedite, temperature 50"] = methods["Expedite"]._replace(model=fixed)
+    key = f"{expedite.alpha} {expedite.beta} {expedite.clusters[0]}"
     return {
-        name: bench.rate(f"{key} {name}", method, images, plain) for name, method in methods.items()
+        name: bench.rate(f"{key} {name}", method, side, crops) for name, method in methods.items()
     }
-
-
-def distance(bench: Bench, images: np.ndarray, alpha: int) -> float:
-    """Returns the distance of neighbouring tokens on up to 8 images."""
-    return Comparison(bench.model, bench.variables, images[:BATCH]).distance(alpha)
-
-
-def sweep(bench: Bench, expedite: Expedite) -> tuple[float, dict[float, dict]]:
-    """Returns the distance of neighbouring tokens, and the results of all factors."""
-    images, own = bench.images(224, 1), []
-
-    def plain():
-        if not own:
-            own.append(bench.features(Method(bench.model, (224, 224), ""), images))
-        return own[0]
-
-    scale, results = distance(bench, images, expedite.alpha), {}
-    for factor in sorted(FACTORS):
-        setting = measured(expedite, scale, factor)
-        method = Method(with_expedite(bench.model, setting), (224, 224), f"{setting.temperature:g}")
-        results[factor] = bench.rate(f"factor {factor:g}", method, images, plain)
-    return scale, results
 
 
 def table(results: dict[str, Any], crops: int, plan: Plan) -> list[str]:
@@ -317,71 +317,73 @@ def table(results: dict[str, Any], crops: int, plan: Plan) -> list[str]:
             difference = np.subtract(result[field], own[field])
             cells.append(cell(result[field], crops))
             cells.append("" if result is own else cell(difference, crops, "+"))
-        return [*cells, *([f"{np.mean(result['neighbor']):.2f}"] if embeds else [])]
+        return [*cells, *([f"{np.mean(result['nearest']):.2f}"] if embeds else [])]
 
     ordered = sorted(results.items(), key=lambda item: -np.mean(item[1]["cosine"]))
     return pages.table(columns, (row(*item) for item in ordered))
 
 
-def plot(tables: list[dict], swept: dict[float, dict], plan: Plan) -> Any:
+def plot(tables: list, swept: dict[float, Any]) -> Any:
     """Draws the cosines of all methods, and the cosine over the factor."""
-    figure, axes = plots.panels(
-        len(tables) + bool(swept), width=3.9 * (len(tables) + bool(swept)), height=4.2
-    )
+    number = len(tables) + 1
+    figure, axes = plots.panels(number, width=4.2 * number, height=3.6, grid=True)
     for axis, (heading, results, crops) in zip(axes, tables, strict=False):
         ordered = sorted(results.items(), key=lambda item: np.mean(item[1]["cosine"]))
         for at, (name, result) in enumerate(ordered):
-            low, high = interval(result["cosine"], crops)
             own = plots.color(1 if name.startswith("Expedite") else 0)
-            axis.plot([low, high], [at, at], color=own, linewidth=2)
+            axis.plot(interval(result["cosine"], crops), [at, at], color=own, linewidth=2)
             axis.plot(np.mean(result["cosine"]), at, "o", color=own, markersize=5)
         axis.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
-        axis.set(xlabel="cosine of patch features", title=heading)
-        axis.title.set_fontsize(9)
-    if swept:
-        axis = axes[len(tables)]
-        means = [np.mean(result["cosine"]) for result in swept.values()]
-        axis.semilogx(list(swept), means, "o-", color=plots.color(1))
-        axis.axvline(FACTOR, color="0.3", linestyle="--", linewidth=1)
-        axis.set(xlabel="temperature / distance of neighbours", title="temperature (dashed: auto)")
-        axis.title.set_fontsize(9)
+        axis.set_xlabel("cosine of patch features, 95 % interval", fontsize=9)
+        axis.set_title(heading, fontsize=9)
+    axis = axes[-1]
+    means = [np.mean(similar) for _, similar in swept.values()]
+    axis.semilogx(list(swept), means, "o-", color=plots.color(1))
+    axis.axvline(FACTOR, color="0.3", linestyle="--", linewidth=1)
+    axis.set_xlabel("temperature / distance of neighbours", fontsize=9)
+    axis.set_title("cosine over the temperature; dashed: auto", fontsize=9)
     return figure
+
+
+def about(network: str, crops: int) -> str:
+    """Returns the text below the title."""
+    number = photographs.NUM_PHOTOGRAPHS
+    return f"""
+    with --network={network} --crops={crops}. {crops} crops of each of {number} photographs from
+    scikit-image, scikit-learn and matplotlib; nothing is trained. Cost is a fraction of the plain
+    network's multiply-adds. Methods other than pooling use the most tokens or pixels whose cost
+    does not exceed Expedite's. Cosine compares patch features with the plain network's, averaged
+    over positions and images; features of a smaller image are resized bilinearly. Brackets hold 95
+    % intervals over {DRAWS} bootstrap samples of the photographs; differences are paired. The
+    temperature is {FACTOR} times the median squared distance of neighbouring tokens.
+    """
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the comparison."""
-    plan = PLANS[flag_values.network]
-    bench = Bench(flag_values.network, Path(flag_values.cache).expanduser())
-    number = photographs.NUM_PHOTOGRAPHS
-    lines = pages.heading(
-        plan.title,
-        __file__,
-        f"""with --network={flag_values.network}. {number} photographs from scikit-image,
-        scikit-learn and matplotlib. Cost is a fraction of the plain network's multiply-adds;
-        methods other than pooling use the most tokens or pixels whose cost does not exceed
-        Expedite's. Cosine: patch features against the plain network's, the mean over positions
-        and images; features of a smaller image are resized bilinearly. Brackets are 95 % intervals
-        over {DRAWS} bootstrap samples of the photographs, differences are paired. Nothing is
-        trained. The temperature is {FACTOR} times the distance of neighbouring tokens, the median
-        over {BATCH} images.""",
-    )
-    lines += ["", f"![cosines of all methods]({flag_values.network}.png)"]
+    network, crops = flag_values.network, flag_values.crops
+    plan, bench = PLANS[network], Bench(network, Path(flag_values.cache).expanduser())
+    page = Path(__file__).with_name(f"{network}.py")  # results are in NETWORK.md
+    lines = pages.heading(plan.title, __file__, about(network, crops))
+    lines += ["", f"![cosines of all methods]({network}.png)"]
     tables = []
-    for side, crops, expedite, reducers in plan.settings:
-        results = compare(bench, side, crops, expedite, reducers)
-        text = "{}, {}, {} x {}".format(expedite.alpha, expedite.beta, *expedite.clusters)
-        heading = f"Expedite {text} at {side} pixels"
-        tables.append((heading, results, crops))
-        lines += ["", f"## {heading}; {crops * number} images", "", *table(results, crops, plan)]
-    swept = {}
-    if flag_values.sweep:
-        scale, swept = sweep(bench, plan.sweep)
-        rows = [[f"{f:g}", r["about"], cell(r["cosine"], 1)] for f, r in swept.items()]
-        about = f"Median squared distance of neighbouring tokens: {scale:.3g}. {number} images."
-        lines += ["", "## Temperature", "", about, ""]
-        lines += pages.table(["factor", "temperature", "cosine"], rows)
-    page = Path(__file__).with_name(f"{flag_values.network}.py")  # the page is NETWORK.md
-    pages.write(str(page), lines, plot(tables, swept, plan))
+    for side, expedite, reducers in plan.settings:
+        if str(side) in flag_values.sides:
+            results = compare(bench, side, crops, expedite, reducers)
+            text = "{}, {}, {} x {}".format(expedite.alpha, expedite.beta, *expedite.clusters)
+            tables.append((f"Expedite {text}, {side} pixels", results, crops))
+            lines += ["", f"## {tables[-1][0]}", "", *table(results, crops, plan)]
+    side, expedite, _ = plan.settings[0]
+    swept = bench.sweep(side, expedite)
+    distance = bench.distance(side, expedite.alpha)
+    text = f"""
+    The median squared distance of neighbouring tokens after block {expedite.alpha} is
+    {distance:.3g}. The first crops are compared, with the setting of the first table.
+    """
+    rows = [[f"{f:g}", f"{t:g}", cell(values, 1)] for f, (t, values) in swept.items()]
+    lines += ["", "## Temperature", "", *pages.paragraph(text), ""]
+    lines += pages.table(["temperature / distance", "temperature", "cosine"], rows)
+    pages.write(str(page), lines, plot(tables, swept))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_rivals_cost_at_most_as_much():
     names = ["smaller image", "adaptive pooling", "tome, carry", "weighted_kmedoids, carry"]
     assert [row.name for row in found] == names
     for row in found:
-        assert chosen.macs - 0.2 < row.macs <= chosen.macs
+        assert chosen.macs - 0.25 < row.macs <= chosen.macs
         assert 0 < row.similarity < 0.999
 
     pooled = Expedite(1, 1, (6, 5), iterations=0, mode="bilinear")

@@ -151,7 +151,8 @@ def reduced_tokens(
 ) -> tuple[int, ...] | None:
     """Returns the most patches after each block within a budget; None: there are none.
 
-    Every block removes the same number of patches, up to rounding.
+    Every block removes the same number of patches, up to rounding. At most 64 numbers of remaining
+    patches are distinguished, because counting takes a second for each.
 
     Args:
       model: the model.
