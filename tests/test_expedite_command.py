@@ -12,7 +12,9 @@ from random_variables import random_variables
 
 from tokenvit_jax import cli, expedite
 from tokenvit_jax.data import read_image
-from tokenvit_jax.expediting import candidates
+from tokenvit_jax.expediting import candidates, rivals
+from tokenvit_jax.expediting.search import FACTORS
+from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training import expedite_run
@@ -54,6 +56,7 @@ def run(monkeypatch, capsys):
 
 def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "FRACTIONS", (0.4, 0.7))
+    monkeypatch.setattr(rivals, "REDUCERS", ())  # test_rivals.py has them
     config = tiny_config()
     config.data.normalization = "inception"
     config.ema_decay = 0.9
@@ -65,9 +68,15 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
 
     flags = {"workdir": plain, "out": faster, "plot": plot, "budget": 0.75, "num_images": 3}
     status, printed, err = run(**flags)
-    assert (status, err) == (0, "")
+    assert status == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
-    header, *rows = printed.splitlines()[1:-1]
+    lines = printed.splitlines()
+    at = lines.index(" MACs  similarity  method")
+    assert lines[-1] == f"{plain} -> {faster}"
+    names = [line.split(": ")[0].split("  ")[-1] for line in lines[at + 1 : -2]]
+    assert names[0] == "expedite" and "adaptive pooling" in names
+    assert lines[-2].startswith("better than expedite (0.")
+    header, *rows = lines[1:at]
     assert header.split() == ["MACs", "alpha", "beta", "clusters", "reconstructs", "similarity"]
     rows = [row.split() for row in rows]
     costs, similarities = ([float(row[i]) for row in rows] for i in (0, 5))
@@ -81,11 +90,36 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
     rows_and_columns = "x".join(map(str, setting.clusters))
     written = [str(setting.alpha), str(setting.beta), rows_and_columns, setting.where]
     assert chosen[1:5] == written
+    distance = Comparison(
+        make_task(config).make_model(),
+        variables,
+        expedite_run.load_images(make_task(config), None, 3),
+    ).distance(setting.alpha)
+    factors = [setting.temperature / distance / factor for factor in FACTORS]
+    assert min(abs(np.log(factors))) < 0.005
+    below = f"warning: similarity {float(chosen[5]):.4f} is below 0.9"
+    assert err.startswith(below) if float(chosen[5]) < 0.9 else err == ""
 
     by_hand = config.copy_and_resolve_references()
     by_hand.model_overrides = {**SETTINGS, "expedite": setting.to_dict()}
     by_hand_metrics = evaluate_run(plain, config=by_hand)
     assert evaluate_run(faster, config=found) == by_hand_metrics
+
+
+def test_evaluate_measures_the_temperature(tmp_path):
+    config = tiny_config()
+    variables = random_variables(
+        make_task(config).make_model(), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    )
+    write_run(tmp_path, config, variables)
+    setting = {"alpha": 1, "beta": 2, "clusters": (3, 3)}
+    config.model_overrides.expedite = setting
+    found = expedite_run.with_measured_temperature(tmp_path, "last", config)
+    images = expedite_run.load_images(make_task(config), None, 8)
+    distance = Comparison(make_task(config).make_model(), variables, images).distance(1)
+    assert found.model_overrides.expedite.temperature == pytest.approx(0.05 * distance, rel=0.005)
+    config.model_overrides.expedite = setting | {"temperature": 7}
+    assert expedite_run.with_measured_temperature(tmp_path, "last", config) is config
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import functools
 import tokenvit_jax as tv
 from experiments import pages
 from experiments.costs import count_macs
-from experiments.expedite.published import EXPEDITE, ExpediteCost, counted
+from experiments.expedite.published import EXPEDITE, TEMPERATURE, ExpediteCost, counted
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.tasks.segmentation.model import Segmenter
 
@@ -51,6 +51,7 @@ def gmacs(cost: ExpediteCost) -> float:
         "window": cost.window,
         "iterations": cost.iterations,
         "neighbors": cost.neighbors,
+        "temperature": TEMPERATURE,
     }
     model = plain.clone(
         num_classes=cost.classes,

@@ -23,6 +23,9 @@ from typing import NamedTuple
 from tokenvit_jax.models.registry import create_model
 from tokenvit_jax.models.vit import ViTSettings
 
+# Temperature of the authors' Segmenter in all published settings. It does not change the cost.
+TEMPERATURE = 50.0
+
 
 class ExpediteCost(NamedTuple):
     """A cost that the authors report, and its setting.

@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import pages
 from experiments.costs import count_macs
+from experiments.expedite.published import TEMPERATURE
 from tokenvit_jax import cli
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.measure.timing import compile_program, environment, time_in_turns
@@ -58,6 +59,7 @@ def make_models(
             "beta": backbone.settings.depth - alpha,
             "clusters": (side, side),
             "where": "logits",
+            "temperature": TEMPERATURE,
         }
         models[f"{side} x {side}"] = Segmenter(backbone.clone(expedite=expedite), head)
     return models

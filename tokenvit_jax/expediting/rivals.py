@@ -8,6 +8,7 @@ setting; the others use the most pixels or tokens whose cost does not exceed the
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,9 +123,10 @@ def smaller_image(
     stride = backbone.strides[stage]
     grid = np.array(image_size) / stride
     # Sides change one by one, so that the steps are fine.
-    maps = {tuple(np.round(grid * part + (0.25, -0.25))) for part in np.arange(1, 0, -0.01)}
+    maps = {tuple(np.round(grid * part + (0.25, -0.25))) for part in np.arange(0.995, 0, -0.01)}
     sizes = [tuple(int(side) * stride for side in sides) for sides in maps]
-    sizes = [s for s in sizes if min(s) >= MIN_IMAGE_SIZE and s[0] <= image_size[0]]
+    sizes = [(h, w) for h, w in sizes if h * w < math.prod(image_size) and h <= image_size[0]]
+    sizes = [size for size in sizes if min(size) >= MIN_IMAGE_SIZE]
     return largest_within(sorted(sizes, reverse=True), budget, functools.partial(macs_of, model))
 
 
@@ -149,7 +151,8 @@ def reduced_tokens(
 ) -> tuple[int, ...] | None:
     """Returns the most patches after each block within a budget; None: there are none.
 
-    Every block removes the same number of patches, up to rounding.
+    Every block removes the same number of patches, up to rounding. At most 64 numbers of remaining
+    patches are distinguished, because counting takes a second for each.
 
     Args:
       model: the model.

@@ -54,10 +54,10 @@ class Comparison:
         self._images = jnp.asarray(images)
         before = describe_host(self._backbone, self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)
-        self._plain = self._features(None)
+        self._plain = self.features(None)
 
     def __call__(self, expedite: Expedite) -> float:
-        return self.of_features(self._features(expedite))
+        return self.of_features(self.features(expedite))
 
     def of_features(self, features: jax.Array) -> float:
         """Returns the similarity of another last map of the same images (B, h, w, C)."""
@@ -79,7 +79,8 @@ class Comparison:
             tokens = x[:, settings.num_front :].reshape(len(x), *grid, x.shape[-1])
         return float(jnp.median(neighbor_distance(tokens)))
 
-    def _features(self, expedite):
+    def features(self, expedite: Expedite | None) -> jax.Array:
+        """Returns the last map with a setting; None: without clustering."""
         backbone = self._backbone.clone(expedite=expedite)
         self._blocks.begin(expedite)
         with nn.intercept_methods(self._blocks):

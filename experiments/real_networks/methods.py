@@ -1,0 +1,96 @@
+"""Ways to make a network cheaper, at no more than the cost of a setting of Expedite."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from tokenvit_jax.expediting.candidates import macs_of, with_expedite
+from tokenvit_jax.expediting.rivals import (
+    adaptive_pooling,
+    largest_within,
+    reduced_tokens,
+    smaller_image,
+    with_reducer,
+)
+from tokenvit_jax.models.backbone import backbone_of
+from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.reducers import evit_keep
+
+# EViT fuses in three blocks, as in its paper; a finer grid of rates than the paper's.
+EVIT_BLOCKS = (4, 7, 10)
+EVIT_RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
+# Label -> method of the reducer, and whether later attention weights tokens by their size.
+REDUCERS = {
+    "ToMe, carry": ("tome", True),
+    "ToMe": ("tome", False),
+    "weighted K-Medoids, carry": ("weighted_kmedoids", True),
+    "weighted K-Medoids": ("weighted_kmedoids", False),
+    "weighted K-Means, carry": ("weighted_kmeans", True),
+    "EViT": ("evit", False),
+    "PoWER-BERT": ("powerbert", False),
+    "importance": ("importance", False),
+    "random": ("random", False),
+}
+
+
+class Method(NamedTuple):
+    """A network with a setting.
+
+    Attributes:
+      model: the network.
+      image_size: height and width of the images that it gets [pixels].
+      about: the size that its cost depends on, for the table.
+    """
+
+    model: nn.Module
+    image_size: tuple[int, int]
+    about: str
+
+
+def at_cost_of(
+    model: nn.Module, expedite: Expedite, image_size: tuple[int, int], reducers: list[str]
+) -> dict[str, Method]:
+    """Returns Expedite and the methods that cost at most as much, by name.
+
+    Args:
+      model: the plain network, a backbone.
+      expedite: setting with a temperature.
+      image_size: height and width [pixels].
+      reducers: some keys of REDUCERS.
+    """
+    clusters = "{} x {}".format(*expedite.clusters)
+    own = with_expedite(model, expedite)
+    budget = macs_of(own, image_size)
+    about = f"{expedite.alpha}, {expedite.beta}, {clusters}"
+    methods = {
+        "Expedite": Method(own, image_size, about),
+        "adaptive pooling": Method(
+            with_expedite(model, adaptive_pooling(expedite)), image_size, about
+        ),
+    }
+    smaller = smaller_image(model, image_size, budget)
+    if smaller:
+        methods["smaller image"] = Method(model, smaller, "{} x {} pixels".format(*smaller))
+    for name in reducers:
+        method, carry = REDUCERS[name]
+        keep = kept_tokens(model, image_size, method, budget)
+        reducer = {"method": method, "keep": keep, "carry": carry}
+        methods[name] = Method(with_reducer(model, reducer), image_size, f"{keep[-1]} at the end")
+    return methods
+
+
+def kept_tokens(
+    model: nn.Module, image_size: tuple[int, int], method: str, budget: float
+) -> tuple[int, ...]:
+    """Returns the number of patches after every block of the dearest reducer within a budget."""
+    if method != "evit":
+        return reduced_tokens(model, image_size, method, budget)
+    settings = backbone_of(model).settings
+    rows, columns = settings.grid(*image_size)
+    keeps = [evit_keep(rows * columns, settings.depth, r, EVIT_BLOCKS) for r in EVIT_RATES]
+    return largest_within(keeps, budget, _cost(model, image_size, method))
+
+
+def _cost(model: nn.Module, image_size: tuple[int, int], method: str) -> Callable[[Any], int]:
+    return lambda keep: macs_of(with_reducer(model, {"method": method, "keep": keep}), image_size)
