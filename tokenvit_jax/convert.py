@@ -19,6 +19,12 @@ The arrays determine the settings of the model, with two exceptions:
 
 When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
 
+--layout=own keeps the names of this project, for every model. Such a file also holds the run's
+configuration, so no other flag is needed to turn it into a run again:
+
+    python -m tokenvit_jax.convert --layout=own --source=WORKDIR --out=FILE.safetensors
+    python -m tokenvit_jax.convert --layout=own --source=FILE.safetensors --out=NEW_WORKDIR
+
 --layout=segmenter is the layout of github.com/rstrudel/segmenter: a vit or a deit with either
 decoder. The position embeddings fit the crops of the training, and the images and windows of the
 run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
@@ -36,6 +42,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.conversion import export_run, import_file
+from tokenvit_jax.training.own_weights import OWN, export_own, import_own
 from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
@@ -43,7 +50,11 @@ flags.DEFINE_string(
     "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
-    "layout", "timm", list(LAYOUTS), "names and shapes of the arrays in the file", flag_values=FLAGS
+    "layout",
+    "timm",
+    [*LAYOUTS, OWN],
+    "names and shapes of the arrays in the file",
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
@@ -67,7 +78,12 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = Path(flag_values.source), Path(flag_values.out)
-    if source.is_dir():
+    if flag_values.layout == OWN:
+        if source.is_dir():
+            export_own(source, out, flag_values.checkpoint)
+        else:
+            import_own(source, out)
+    elif source.is_dir():
         export_run(source, out, flag_values.layout, flag_values.checkpoint)
     elif flag_values.model is None:
         raise UserError("--model is missing: the file does not name its model")

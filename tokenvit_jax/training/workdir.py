@@ -24,8 +24,20 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: the workdir has no configuration, or another version of this package wrote it.
     """
-    stored = _with_tuples(_read_json(workdir))
-    path = workdir / CONFIG_FILE
+    return restore_config(_read_json(workdir), workdir / CONFIG_FILE)
+
+
+def restore_config(stored: dict[str, Any], path: Path) -> ConfigDict:
+    """Returns the configuration that :func:`plain_config` turned into plain values.
+
+    Args:
+      stored: the plain values.
+      path: file that held them, for the message.
+
+    Raises:
+      UserError: another version of this package wrote them.
+    """
+    stored = _with_tuples(stored)
     config = default_config(stored["task"])
     known = flatten_dict(config.to_dict(), sep=".")
     unknown = [
@@ -59,7 +71,7 @@ def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes the configuration into the workdir, which is created if necessary."""
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(workdir / CONFIG_FILE, json.dumps(_plain(config), indent=2) + "\n")
+    replace_file(workdir / CONFIG_FILE, json.dumps(plain_config(config), indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -90,7 +102,8 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    before, now = (flatten_dict(tree, sep=".") for tree in (_read_json(workdir), _plain(config)))
+    trees = _read_json(workdir), plain_config(config)
+    before, now = (flatten_dict(tree, sep=".") for tree in trees)
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
@@ -119,7 +132,7 @@ def _read_json(workdir: Path) -> dict[str, Any]:
     return stored
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def plain_config(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 

@@ -153,6 +153,10 @@ class Classification(Task):
     def view(self, image: Image.Image) -> np.ndarray:
         return eval_image(image, self.view_size, eval_crop(self.config, self.info))
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits = model.apply(variables, images, train=False)
+        return {"logits": logits, "probabilities": jax.nn.softmax(logits)}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
 
