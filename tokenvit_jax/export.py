@@ -25,7 +25,7 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.training.exporting import check_free
+from tokenvit_jax.training.exporting import check_new_path
 from tokenvit_jax.training.run import load_run
 
 FLAGS = flags.FlagValues()
@@ -37,7 +37,7 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the folder."""
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
-    check_free(out)  # first, so that a mistake costs no time
+    check_new_path(out)  # first, so that a mistake costs no time
     load_run(workdir, flag_values.checkpoint).export(out)
     print(f"{workdir} -> {out}")
 

@@ -29,10 +29,15 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # name of the number of images in the shapes
 
 
-def check_free(out: Path) -> None:
-    """Raises UserError if something exists at the path of a new folder."""
+def check_new_path(out: Path) -> None:
+    """Raises UserError if something exists at a path, or nothing can be written there."""
     if os.path.lexists(out):
         raise UserError(f"out={out} exists already; valid: a path where nothing exists")
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir():
+        raise UserError(f"out={out} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"out={out} cannot be written: no permission to write into {parent}")
 
 
 def write_export(
@@ -92,7 +97,20 @@ def lower(task: Task, model: nn.Module, variables: dict[str, Any]) -> export.Exp
     (batch,) = export.symbolic_shape(BATCH)
     images = jax.ShapeDtypeStruct((batch, *image_shape(task)), np.uint8)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-    return export.export(jax.jit(predict), platforms=PLATFORMS)(named_arrays(shapes), images)
+    with _no_source_lines():
+        return export.export(jax.jit(predict), platforms=PLATFORMS)(named_arrays(shapes), images)
+
+
+@contextlib.contextmanager
+def _no_source_lines() -> Iterator[None]:
+    """Keeps the paths of this machine's files, which jax notes for debuggers, out of a model."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _describe(task: Task, exported: export.Exported) -> dict[str, Any]:
@@ -119,7 +137,7 @@ def _describe(task: Task, exported: export.Exported) -> dict[str, Any]:
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Provides a folder, which gets its name `out` at the end; no part remains after an error."""
-    check_free(out)
+    check_new_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
