@@ -24,6 +24,7 @@ from tokenvit_jax.weights.own import named_arrays
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 SIZE = 32
 HOST = {"dim": 8, "depth": 2, "num_heads": 1, "patch_size": 8, "position_size": (SIZE, SIZE)}
+HOST |= {"qk_norm": "learned"}  # with a scalar among the parameters
 STAGES = {"dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 0, 0, 0)}
 POOLED = {"token_reducer": {"method": "weighted_kmedoids", "keep": (9, 9), "carry": True}}
 EXPEDITED = {"expedite": {"alpha": 1, "beta": 1, "clusters": (2, 3), "neighbors": 2}}
@@ -132,6 +133,9 @@ def test_three_lines_load_it_without_this_package(monkeypatch, capsys, tmp_path,
             f"images = numpy.load({str(tmp_path / 'images.npy')!r})",
             lines.replace("exported/", f"{out}/"),
             f"numpy.savez({str(tmp_path / f'{name}.npz')!r}, **outputs)",
+            f"weights = safetensors.numpy.load_file({str(out / 'weights.safetensors')!r})",
+            "alone, first = (x['logits'] for x in (model(weights, images[:1]), outputs))",
+            "numpy.testing.assert_allclose(alone[0], first[0], rtol=1e-5, atol=1e-5)",
         ]
     subprocess.run([sys.executable, "-c", "\n".join(script)], check=True, cwd=tmp_path)
     for name, (_, expected) in runs.items():

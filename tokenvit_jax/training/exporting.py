@@ -128,7 +128,7 @@ def _describe(task: Task, exported: export.Exported) -> dict[str, Any]:
         "images": spec(images),
         "outputs": {name: spec(x) for name, x in outputs.items()},
         "class_names": list(task.class_names()),
-        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(arrays)),
+        "parameters": sum(x.size for x in jax.tree.leaves(variables_of(arrays)["params"])),
         "platforms": list(exported.platforms),
         "versions": {name: version(name) for name in ("tokenvit_jax", "jax")},
     }

@@ -40,7 +40,8 @@ def write_own(path: Path, variables: Mapping[str, Any], about: Mapping[str, Any]
     Raises:
       UserError: the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(x) for name, x in named_arrays(variables).items()}
+    # Not `np.ascontiguousarray`, which gives scalars an axis.
+    arrays = {name: np.asarray(x, order="C") for name, x in named_arrays(variables).items()}
     try:
         save_file(arrays, path, metadata={_KEY: json.dumps(about)})
     except (SafetensorError, OSError) as error:
