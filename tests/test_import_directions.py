@@ -11,7 +11,9 @@ import pytest
 PACKAGE = "tokenvit_jax"
 FOLDER = Path(__file__).parent.parent / PACKAGE
 
-COMMANDS = "train evaluate predict label convert expedite prepare summary benchmark list __main__"
+COMMANDS = (
+    "train evaluate predict label convert expedite export prepare summary benchmark list __main__"
+)
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "progress errors"

@@ -166,11 +166,13 @@ class Expedite:
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
         """Returns images (B, H, W, C) resized to h x w patches, bilinear and antialiased."""
         height, width = (size * patch_size for size in self.clusters)
-        return jax.image.resize(images, (len(images), height, width, images.shape[-1]), "bilinear")
+        return jax.image.resize(
+            images, (images.shape[0], height, width, images.shape[-1]), "bilinear"
+        )
 
     def enlarge(self, refined: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Returns the map (B, h w, D) of a smaller image resized to (B, H W, D), bilinear."""
-        tokens = jnp.zeros((len(refined), grid[0] * grid[1], 1), refined.dtype)
+        tokens = jnp.zeros((refined.shape[0], grid[0] * grid[1], 1), refined.dtype)
         return self.reconstruct(tokens, tokens[:, : refined.shape[1]], refined, grid)
 
 
@@ -189,8 +191,10 @@ def neighbor_distance(tokens: jax.Array) -> jax.Array:
     x = tokens.astype(jnp.float32)
     pairs = (x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1])
     distances = [jnp.sum(pair**2, -1) for pair in pairs]
-    distances = jnp.concatenate([d.reshape(len(x), d.shape[1] * d.shape[2]) for d in distances], 1)
-    return jnp.median(distances, 1) if distances.shape[1] else jnp.ones(len(x))
+    distances = jnp.concatenate(
+        [d.reshape(x.shape[0], d.shape[1] * d.shape[2]) for d in distances], 1
+    )
+    return jnp.median(distances, 1) if distances.shape[1] else jnp.ones(x.shape[0])
 
 
 @jax.jit

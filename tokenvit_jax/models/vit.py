@@ -263,7 +263,7 @@ class Block(nn.Module):
                 if num_kept == 0:
                     return front.x, Origin(front.size, None)
                 x, size, new_home = reducers.reduce_tokens(
-                    patches, num_kept, reducer, self._routing_keys(len(x), train),
+                    patches, num_kept, reducer, self._routing_keys(x.shape[0], train),
                     restorable=home is not None,
                 )  # fmt: skip
                 if home is not None:
@@ -397,14 +397,14 @@ class VisionTransformer(Backbone):
         """Returns the patches with tokens in front, plus position embeddings: (B, T, C)."""
         settings, dtype = self.settings, self.settings.dtype
         x = pad_to_windows(images.astype(dtype), (settings.patch_size,) * 2)
-        x = self.patches(x).reshape(len(images), -1, settings.dim).astype(dtype)
+        x = self.patches(x).reshape(images.shape[0], -1, settings.dim).astype(dtype)
         position = self._positions(grid).astype(dtype)
         front = jnp.concatenate(self.front).astype(dtype)
         if settings.front_position:
             front = front + position[: settings.num_classified]
         if settings.num_registers:
             front = jnp.concatenate([front, self.registers.astype(dtype)])
-        front = jnp.broadcast_to(front, (len(images), *front.shape))
+        front = jnp.broadcast_to(front, (images.shape[0], *front.shape))
         x = jnp.concatenate([front, x + position[settings.num_positioned :]], 1)
         return self.pre_norm(x) if settings.pre_norm else x
 
@@ -417,7 +417,7 @@ class VisionTransformer(Backbone):
         if restorable and reducer is not None:
             num_patches = x.shape[1] - self.settings.num_front
             own = jnp.arange(num_patches, dtype=jnp.int32)
-            home = jnp.broadcast_to(own, (len(x), num_patches))
+            home = jnp.broadcast_to(own, (x.shape[0], num_patches))
         origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
         for block in blocks:
             x, origin = block(x, origin, grid, train)
@@ -524,7 +524,7 @@ class VisionTransformer(Backbone):
     @nn.nowrap
     def _to_map(self, restore, image_shape, tokens):
         y = restore(tokens)
-        return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
+        return y.reshape(y.shape[0], *self.settings.grid(*image_shape[1:3]), -1)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).

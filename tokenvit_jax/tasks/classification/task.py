@@ -175,6 +175,10 @@ class Classification(Task):
         crop = eval_crop(self.config, self.info)
         return eval_image(image, self.view_size, crop, self.config.data.eval_interpolation)
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits = model.apply(variables, images, train=False)
+        return {"logits": logits, "probabilities": jax.nn.softmax(logits)}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
 

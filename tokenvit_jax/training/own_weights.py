@@ -1,0 +1,58 @@
+"""Turns a run into a file of weights with the names of this project, and back."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.tasks import create_task
+from tokenvit_jax.training.checkpoint import check_same_variables
+from tokenvit_jax.training.exporting import check_new_path, image_shape, write_weights
+from tokenvit_jax.training.new_run import check_new, write_run
+from tokenvit_jax.training.run import load_run
+from tokenvit_jax.training.workdir import restore_config
+from tokenvit_jax.weights.own import read_own
+
+OWN = "own"  # the layout, as `convert` calls it
+
+
+def export_own(source: Path, out: Path, checkpoint: str) -> None:
+    """Writes the weights and the configuration of a run as one safetensors file.
+
+    Args:
+      source: folder of the run.
+      out: path of the new file.
+      checkpoint: "last", "best" or a step.
+
+    Raises:
+      UserError: there is no such checkpoint, the file exists already, or it cannot be written.
+    """
+    check_new_path(out)
+    run = load_run(source, checkpoint)
+    write_weights(out, run.config, run.variables, run.step)
+
+
+def import_own(source: Path, out: Path) -> None:
+    """Writes a run at step 0 with the weights and the configuration in a file.
+
+    Args:
+      source: file of :func:`export_own`, or the weights of an exported run.
+      out: folder of the new run.
+
+    Raises:
+      UserError: the file cannot be read or its arrays do not fit its configuration, or the folder
+        already holds a run.
+    """
+    check_new(out)
+    variables, about = read_own(source)
+    stored = about.get("config")
+    if not isinstance(stored, dict) or "task" not in stored:
+        raise UserError(f"--source={source} holds no configuration; valid: a file of --layout=own")
+    config = restore_config(stored, source)
+    task = create_task(config)
+    model = task.make_model()
+    images = jax.ShapeDtypeStruct((1, *image_shape(task)), np.float32)
+    check_same_variables(variables, variable_shapes(model, images), source)
+    write_run(out, config, variables)
