@@ -27,15 +27,13 @@ The command prints what the file does not determine, and the flags that set it: 
 
 When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
 
-Segmenter: The position embeddings fit the crops of the training, and the images and windows of the
 --layout=own keeps the names of this project, for every model. Such a file also holds the run's
 configuration, so no other flag is needed to turn it into a run again:
 
     python -m tokenvit_jax.convert --layout=own --source=WORKDIR --out=FILE.safetensors
     python -m tokenvit_jax.convert --layout=own --source=FILE.safetensors --out=NEW_WORKDIR
 
---layout=segmenter is the layout of github.com/rstrudel/segmenter: a vit or a deit with either
-decoder. The position embeddings fit the crops of the training, and the images and windows of the
+Segmenter: the position embeddings fit the crops of the training, and the images and windows of the
 run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
 stride of the windows nor the sizes of the evaluation images (`data.eval_short_side`, `eval_size`,
 `label_size`): give evaluate a --config with these entries. The encoder's classifiers, encoder.head
@@ -62,9 +60,12 @@ flags.DEFINE_string(
     "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
-    "layout", AUTO, [AUTO, *LAYOUTS, OWN], "names and shapes of the arrays in the file; auto: the names "
-    "decide", flag_values=FLAGS,
-)  # fmt: skip
+    "layout",
+    AUTO,
+    [AUTO, *LAYOUTS, OWN],
+    "names and shapes of the arrays in the file; auto: the names decide",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string(
     "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
 )
