@@ -1,7 +1,10 @@
 """Settings of the test processes."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 # Eight virtual devices, so that code for several devices is tested on any machine; and quick
@@ -13,6 +16,13 @@ if version("jaxlib").startswith("0.10."):  # later versions stop at an unknown f
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# All test processes share what they compile: many tests compile the same small programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
 def pytest_collection_finish():
