@@ -44,7 +44,7 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
         print(f"{dataset} {how}: there is nothing to prepare")
         return
     config = make_config(ENTRIES)
-    config.dataset = dataset
+    config.dataset, config.data.data_dir = dataset, str(data_dir)
     wanted = datasets.dataset_info(config).splits
     for split, count in count_records(folder).items():
         complete = count == wanted.get(split, count)

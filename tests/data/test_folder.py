@@ -96,6 +96,15 @@ def test_a_run_keeps_its_classes(classes, tmp_path):
     check_same_run(tmp_path / "run", config)
 
 
+def test_label_files_must_have_as_many_records(classes, tmp_path):
+    np.save(tmp_path / "classes.npy", np.zeros((7, 1, 1, 1), np.uint8))
+    np.save(tmp_path / "scores.npy", np.ones((7, 1, 1, 1), np.float16))
+    config = config_of(classes)
+    config.token_labels.update({"weight": 0.5, "files": str(tmp_path)})
+    with pytest.raises(UserError, match=r"must both be \(8 records, height, width"):
+        create_task(config).examples(train=True)
+
+
 def test_one_folder_is_split_by_the_seed(tmp_path):
     for name, number in (("a", 20), ("b", 10), ("c", 1)):
         for i in range(number):

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.config import input_shape
+from tokenvit_jax.data.datasets import open_split
 from tokenvit_jax.data.images import (
     draw_view,
     eval_image,
@@ -58,7 +59,9 @@ class ClassificationExamples:
         }
         labels = config.token_labels
         if train and labels.weight and labels.files:
-            num_records = info.splits[info.train_split]
+            # The facts about a folder do not count its images.
+            num_records = info.splits.get(info.train_split)
+            num_records = num_records or len(open_split(config, info.train_split))
             self._token_labels = TokenLabelFiles(labels.files, num_records, info.num_classes)
             self.specs |= self._token_labels.specs(self._shape[:2])
 
