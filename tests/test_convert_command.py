@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.segmentation.model import HEADS, Segmenter
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
@@ -132,6 +133,21 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     assert (status, err) == (
         1,
         f"error: --out={workdir} holds checkpoints already; use another folder\n",
+    )
+    # Back: into a folder that is created; not over a folder; not into a file.
+    assert run(monkeypatch, capsys, source=workdir, out=tmp_path / "new" / "back")[0] == 0
+    assert load_file(tmp_path / "new" / "back").keys() == arrays.keys()
+    status, _, err = run(monkeypatch, capsys, source=workdir, out=tmp_path / "new")
+    assert (status, err) == (
+        1,
+        f"error: --out={tmp_path / 'new'} is a folder; valid: the path of a file\n",
+    )
+    status, _, err = run(monkeypatch, capsys, source=workdir, out=back / "file")
+    assert status == 1 and err.startswith(f"error: --out={back / 'file'} cannot be written: ")
+    status, _, err = run(monkeypatch, capsys, layout="google", source=workdir, out=back)
+    assert (status, err) == (
+        1,
+        "error: --layout=google has no model 'deit_ti'; valid: vit\n",
     )
 
 
@@ -264,6 +280,25 @@ def test_unknown_normalization_is_rejected(monkeypatch, capsys, tmp_path, weight
     assert status == 2
     assert "--normalization=half: value should be one of <imagenet|inception|clip>" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_source_that_does_not_exist_is_named(monkeypatch, capsys, tmp_path):
+    source = tmp_path / "runn"  # the model is not needed when converting back
+    for flags in ({}, {"model": "deit_ti"}):
+        status, _, err = run(monkeypatch, capsys, source=source, out=tmp_path / "out", **flags)
+        assert (status, err) == (1, f"error: --source={source}: No such file or directory\n")
+
+
+def test_settings_are_literals_or_strings():
+    texts = ["window_size=16", "pretrained_window_sizes=(8, 8, 8, 4)", "activation=gelu"]
+    assert convert.parse_overrides(texts) == {
+        "window_size": 16,
+        "pretrained_window_sizes": (8, 8, 8, 4),
+        "activation": "gelu",
+    }
+    for text in ("window_size", "=3", "a b=3"):
+        with pytest.raises(UserError, match=f"^--override={text} is not valid; valid: NAME=VALUE"):
+            convert.parse_overrides([text])
 
 
 def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):

@@ -134,6 +134,7 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
