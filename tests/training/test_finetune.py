@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import shutil
 import sys
@@ -27,7 +28,7 @@ from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.optimizer import learning_rate_factors, make_optimizer
 from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
-from tokenvit_jax.training.workdir import read_config
+from tokenvit_jax.training.workdir import check_same_run, read_config, write_config
 from tokenvit_jax.weights.channels import adapt_channels
 
 PYRAMID = {"dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 2, 0, 1)}
@@ -336,6 +337,22 @@ def test_both_classifiers_of_a_distilled_model_learn_from_their_own_side():
 # ------------------------------------------------------------------------------------------------
 # A run
 # ------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_lack_new_entries_are_read_and_go_on(tmp_path, caplog):
+    config = config_of("vit_ti")
+    write_config(tmp_path, config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["distillation"], stored["optimizer"]["freeze"], stored["optimizer"]["layer_decay"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path).to_dict() == config.to_dict()
+    check_same_run(tmp_path, config, steps_done=0)
+    assert caplog.text == ""
+    for key, value in (("optimizer.freeze", "norm"), ("ema_decay", 0.5)):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=f"holds a run with config.{key}=.* now it is"):
+            check_same_run(tmp_path, other, steps_done=0)
 
 
 class LowDigits(digits.DigitsSource):

@@ -176,11 +176,13 @@ def fit_variables(
     if other_task:
         may_lack |= {name for name in ours if model.is_head(_path(name))}
     if initial.task is not None and not initial.task.info.same_classes(task.info):
-        new = _class_parameters(task, theirs)
+        new = _class_parameters(task)
         theirs = {name: value for name, value in theirs.items() if name not in new}
         may_lack |= new
-        if new and not other_task:
-            notes.append(_other_classes(initial, task, new))
+        if not (task.info.num_classes and initial.task.info.num_classes):  # one has no classifier
+            may_lack |= {name for name in ours.keys() | theirs.keys() if model.is_head(_path(name))}
+        if not other_task:
+            notes.append(_other_classes(initial, task, new & ours.keys()))
     theirs, changed = _resize(initial, theirs, there, ours, model)
     _check(initial, theirs, ours, may_lack)
     return {name: theirs[name] for name in ours.keys() & theirs.keys()}, notes + changed
@@ -225,14 +227,13 @@ def _compare(initial, other, task, backbone):
     return [f"{initial.path} has other settings: {'; '.join(found)}"] if found else []
 
 
-def _class_parameters(task, theirs):
+def _class_parameters(task):
     """Returns the names of the variables whose shapes depend on the number of classes."""
     shapes = []
     for more in (1, 2):  # not the present number, which may be 0
         info = dataclasses.replace(task.info, num_classes=task.info.num_classes + more)
         shapes.append(_shapes(dataclasses.replace(task, info=info)))
-    names = {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
-    return names & (theirs.keys() | shapes[0].keys())
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
 def _shapes(task):
@@ -243,10 +244,11 @@ def _shapes(task):
 
 def _other_classes(initial, task, new):
     modules = sorted({_path(name).rpartition("/")[0] or _path(name) for name in new})
+    left = f"{', '.join(modules)}, which is new" if modules else "the classifier"
     there, here = initial.task.info, task.info
     return (
         f"{initial.path} has other classes ({there.num_classes} of {there.name}, here "
-        f"{here.num_classes} of {here.name}): all is taken but {', '.join(modules)}, which is new"
+        f"{here.num_classes} of {here.name}): all is taken but {left}"
     )
 
 
