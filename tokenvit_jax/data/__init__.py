@@ -2,7 +2,6 @@
 
 from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
 from tokenvit_jax.data.datasets import dataset_info, list_datasets, open_split
-from tokenvit_jax.data.image_files import list_images
 from tokenvit_jax.data.images import NORMALIZATIONS, eval_image, mean_and_std, read_image
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
@@ -21,7 +20,6 @@ __all__ = [
     "eval_batches",
     "eval_image",
     "list_datasets",
-    "list_images",
     "mean_and_std",
     "open_split",
     "read_image",
