@@ -130,10 +130,10 @@ def image_files(names: Sequence[str]) -> list[Path]:
       UserError: the flag names no file, a file does not exist, or a folder or pattern holds no
         image.
     """
-    from tokenvit_jax.data import list_images  # few commands read images
+    from tokenvit_jax.data.image_files import find_images  # few commands read images
 
     try:
-        files = list_images(names)
+        files = find_images(names)
     except UserError as error:
         raise UserError(f"--images: {error}") from error
     if not files:

@@ -3,12 +3,13 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks.task import by_class
-from tokenvit_jax.training.prediction import Table, picture_names
+from tokenvit_jax.tasks.task import Prediction, by_class
+from tokenvit_jax.training.prediction import Table, picture_names, predict_files
 
 ROWS = [
     {"image": "a,b.png", "class": "cat", "probabilities": {"cat": 0.75, "dog": 0.25}},
@@ -22,6 +23,27 @@ def test_names_of_pictures():
     assert names[:4] == ["a_1", "b", "a_8", "a_3"] and names[4] == "A_5"
     same = picture_names([Path("a.png")] * 2 + [Path("a_1.png"), Path("A_1.png")])
     assert len({name.casefold() for name in same}) == 4
+
+
+def test_files_are_read_when_their_turn_comes(tmp_path):
+    """Memory does not grow with the number of files, and finished rows are in the file."""
+    read = []
+    row = {"class": "cat"}
+    run = SimpleNamespace(
+        read=lambda file: read.append(file.name),
+        predictor=lambda image: Prediction({}, row, "cat 100.0%", lambda caption: {}),
+    )
+    files = [Path(f"{number}.png") for number in range(3)]
+    lines = predict_files(run, files, tmp_path / "out", Table(tmp_path / "a.json"))
+    for number in range(3):
+        assert next(lines) == f"{number}.png: cat 100.0%"
+        assert read == [f"{n}.png" for n in range(number + 1)]
+        assert (tmp_path / "a.json").read_text().count('"class": "cat"') == number + 1
+    lines.close()
+    assert [row["image"] for row in json.loads((tmp_path / "a.json").read_text())] == [
+        "0.png", "1.png", "2.png",
+    ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_json(tmp_path):

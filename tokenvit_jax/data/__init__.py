@@ -11,7 +11,6 @@ from tokenvit_jax.data.datasets import (
     with_class_names,
     with_dataset,
 )
-from tokenvit_jax.data.image_files import list_images
 from tokenvit_jax.data.images import (
     INTERPOLATIONS,
     NORMALIZATIONS,
@@ -46,7 +45,6 @@ __all__ = [
     "eval_image",
     "from_array",
     "list_datasets",
-    "list_images",
     "mean_and_std",
     "open_split",
     "read_image",

@@ -1,51 +1,28 @@
-"""Finds image files by names, folders and patterns."""
+"""Finds the image files that a user names: files, folders and patterns."""
 
-import functools
 import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from tokenvit_jax.data.files import image_suffixes, is_hidden, list_images
 from tokenvit_jax.errors import UserError
 
-# Pillow recognises these formats but has no decoder for them.
-_NO_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG"}
 
-
-def list_images(names: Sequence[str]) -> list[Path]:
+def find_images(names: Sequence[str]) -> list[Path]:
     """Returns the image files that a user names, each once.
 
     Args:
       names: each a file, a folder (all images below it), a pattern such as ``photos/**/*.jpg``, or
         several of these separated by commas. Files may have commas in their names. A file that is
-        named itself can have any suffix; folders and patterns give the files of :func:`is_image`,
-        sorted by name.
+        named itself can have any suffix; folders and patterns give the visible files that have
+        the suffix of an image, sorted by name.
 
     Raises:
       UserError: a file does not exist, or a folder or pattern holds no image.
     """
     found = [file for text in names for name in _split(text) for file in _expand(name)]
     return list(dict.fromkeys(found))
-
-
-def is_image(file: Path) -> bool:
-    """Returns whether a name has the suffix of an image format, in upper or lower case.
-
-    Hidden files are no images; among them are the "._" files that macOS writes beside images.
-    """
-    return not file.name.startswith(".") and file.suffix.lower() in _suffixes()
-
-
-@functools.cache
-def _suffixes() -> frozenset[str]:
-    """Returns the suffixes of all formats that Pillow decodes."""
-    Image.init()
-    formats = Image.OPEN.keys() - _NO_DECODER
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in formats
-    )
 
 
 def _split(text: str) -> Iterator[str]:
@@ -77,17 +54,11 @@ def _expand(name: str) -> list[Path]:
     """Returns the files of a name without commas."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files, kind = sorted(_below(path)), "folder"
-    elif not path.exists() and glob.has_magic(name):
-        matches = map(Path, glob.glob(str(path), recursive=True))
-        # A pattern may match a folder and the files in it.
-        found = (_below(match) if match.is_dir() else [match] for match in matches)
-        files, kind = (
-            sorted({file for files in found for file in files if is_image(file)}),
-            "pattern",
-        )
+        files, kind = _below(path), "folder"
     elif path.exists():
         return [path]
+    elif glob.has_magic(name):
+        files, kind = _matches(str(path)), "pattern"
     else:
         raise UserError(f"{name}: No such file or directory")
     if not files:
@@ -95,8 +66,16 @@ def _expand(name: str) -> list[Path]:
     return files
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yields the images below a folder, without hidden folders."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from filter(is_image, (Path(root, name) for name in files))
+def _matches(pattern: str) -> list[Path]:
+    """Returns the images that match a pattern, and those below the folders that match it."""
+    found = set()
+    for path in map(Path, glob.iglob(pattern, recursive=True)):
+        if path.is_dir():
+            found.update(_below(path))
+        elif not is_hidden(path.name) and path.suffix.lower() in image_suffixes():
+            found.add(path)
+    return sorted(found)
+
+
+def _below(folder: Path) -> list[Path]:
+    return [folder / name for name in list_images(folder)]

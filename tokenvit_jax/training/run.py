@@ -113,8 +113,8 @@ class Run:
           images: as in :meth:`features`.
 
         Returns:
-          (B, blocks, heads, T, T) float32; rows are queries and sum to 1. The tokens are the class
-          token, the distillation token if there is one, and the patches row by row. If the model
+          (B, blocks, heads, T, T) float32; rows are queries and sum to 1. The tokens in front of
+          the patches come first (the class token), then the patches row by row. If the model
           clusters or reduces its patches, blocks have different numbers of tokens, and the result
           is a list with (B, heads, T, T) for each block.
 
