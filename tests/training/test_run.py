@@ -95,8 +95,8 @@ def classifier(runs):
 def test_images_in_all_forms_give_the_same_vectors(classifier, tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     batch = classifier.preprocess([tmp_path / "a.png", PIXELS])
-    assert (batch.shape, batch.dtype) == ((2, 32, 32, 3), np.float32)
-    view = eval_image(Image.fromarray(PIXELS), 32, 1.0)
+    assert (batch.shape, batch.dtype) == ((2, 32, 40, 3), np.float32)
+    view = eval_image(Image.fromarray(PIXELS), (32, 40), 1.0)
     np.testing.assert_allclose(batch[0], classifier.task.normalize(view), atol=1e-6)
     apply = jax.jit(functools.partial(classifier.model.apply, method="pooled"))
     expected = apply(classifier.variables, batch)
@@ -118,14 +118,14 @@ def test_pooled_features_of_a_segmentation_model_are_the_mean_of_its_last_map(ru
 
 def test_attention(classifier):
     found = classifier.attention([PIXELS, PIXELS])
-    assert found.shape == (2, 2, 2, 17, 17)  # images, blocks, heads, 1 + 4 x 4 tokens
+    assert found.shape == (2, 2, 2, 21, 21)  # images, blocks, heads, 1 + 4 x 5 tokens
     attention = jax.jit(classifier.model.attention)
     expected = attention(classifier.variables, classifier.preprocess(PIXELS))
     np.testing.assert_allclose(found[0], np.stack(expected)[:, 0], atol=1e-5)
     reducer = {"keep": (5, 5), "method": "evit"}
     model = classifier.model.clone(token_reducer=reducer)
     reduced = dataclasses.replace(classifier, model=model).attention(PIXELS)
-    assert [block.shape for block in reduced] == [(1, 2, 17, 17), (1, 2, 6, 6)]
+    assert [block.shape for block in reduced] == [(1, 2, 21, 21), (1, 2, 6, 6)]
 
 
 def test_a_run_without_classes_predicts_features(classifier):
@@ -183,8 +183,8 @@ def test_the_code_of_the_documentation_runs(runs, tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert names["results"][0]["probabilities"].shape == (10,)
-    assert names["vectors"].shape == (2, 8) and names["maps"][0].shape == (2, 4, 4, 8)
-    assert names["seen"].shape == (2, 4, 4)
+    assert names["vectors"].shape == (2, 8) and names["maps"][0].shape == (2, 4, 5, 8)
+    assert names["seen"].shape == (2, 4, 5)
 
 
 def test_attention_that_cannot_be_drawn(classifier, tmp_path):
@@ -194,7 +194,7 @@ def test_attention_that_cannot_be_drawn(classifier, tmp_path):
     lines = predict_files(
         run, [tmp_path / "a.png"], tmp_path / "out", Table(tmp_path / "a.csv"), attention=True
     )
-    message = "--attention: blocks attend among 5 and 17 tokens instead of 17; valid: a model with"
+    message = "--attention: blocks attend among 5 and 21 tokens instead of 21; valid: a model with"
     with pytest.raises(UserError, match=message):
         list(lines)
     assert not (tmp_path / "out").exists() and not (tmp_path / "a.csv").exists()
