@@ -154,8 +154,10 @@ class Classification(Task):
         return eval_image(image, self.view_size, eval_crop(self.config, self.info))
 
     def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-        logits = model.apply(variables, images, train=False)
-        return {"logits": logits, "probabilities": jax.nn.softmax(logits)}
+        found = model.apply(variables, images, train=False)
+        if not self.info.num_classes:  # a model without a classifier
+            return {"features": found}
+        return {"logits": found, "probabilities": jax.nn.softmax(found)}
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
