@@ -1,6 +1,7 @@
 """Exported runs: any number of images, without this package; weights with our own names."""
 
 import copy
+import dataclasses
 import json
 import re
 import subprocess
@@ -113,6 +114,13 @@ def test_every_family_exports_for_any_number_of_images(name):
     assert_close(call(named_arrays(variables), PIXELS), expected)
     alone = call(named_arrays(variables), PIXELS[:1])
     assert_close(alone, {name: x[:1] for name, x in expected.items()})
+
+
+def test_a_model_without_classes_gives_features():
+    task, model, variables = tiny_task("vit_ti", HOST)
+    task = dataclasses.replace(task, info=dataclasses.replace(task.info, num_classes=0))
+    found = jax.eval_shape(lambda x: task.outputs(model, variables, x), PIXELS.astype(np.float32))
+    assert found.keys() == {"features"}
 
 
 # ------------------------------------------------------------------------------------------------

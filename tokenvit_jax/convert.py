@@ -52,7 +52,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.conversion import AUTO, Choices, export_run, import_file
-from tokenvit_jax.training.own_weights import OWN, export_own, import_own
+from tokenvit_jax.training.own_weights import OWN, convert_own
 from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
@@ -109,10 +109,7 @@ def main(flag_values: flags.FlagValues) -> None:
     source, out = Path(flag_values.source), Path(flag_values.out)
     lines = []
     if flag_values.layout == OWN:
-        if source.is_dir():
-            export_own(source, out, flag_values.checkpoint)
-        else:
-            import_own(source, out)
+        convert_own(source, out, flag_values.checkpoint)
     elif source.is_dir():
         export_run(source, out, flag_values.layout, flag_values.checkpoint)
     elif not source.exists():

@@ -18,6 +18,14 @@ from tokenvit_jax.weights.own import read_own
 OWN = "own"  # the layout, as `convert` calls it
 
 
+def convert_own(source: Path, out: Path, checkpoint: str) -> None:
+    """Calls :func:`export_own` for the folder of a run, and :func:`import_own` for a file."""
+    if source.is_dir():
+        export_own(source, out, checkpoint)
+    else:
+        import_own(source, out)
+
+
 def export_own(source: Path, out: Path, checkpoint: str) -> None:
     """Writes the weights and the configuration of a run as one safetensors file.
 

@@ -176,8 +176,10 @@ class Classification(Task):
         return eval_image(image, self.view_size, crop, self.config.data.eval_interpolation)
 
     def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-        logits = model.apply(variables, images, train=False)
-        return {"logits": logits, "probabilities": jax.nn.softmax(logits)}
+        found = model.apply(variables, images, train=False)
+        if not self.info.num_classes:  # a model without a classifier
+            return {"features": found}
+        return {"logits": found, "probabilities": jax.nn.softmax(found)}
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
