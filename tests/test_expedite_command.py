@@ -17,7 +17,7 @@ from tokenvit_jax.expediting.search import FACTORS
 from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.tasks import default_config
-from tokenvit_jax.training import expedite_run
+from tokenvit_jax.training import evaluation, expedite_run
 from tokenvit_jax.training.evaluation import evaluate_run
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.training.workdir import read_config, write_config
@@ -106,20 +106,23 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
     assert evaluate_run(faster, config=found) == by_hand_metrics
 
 
-def test_evaluate_measures_the_temperature(tmp_path):
+def test_evaluate_measures_the_temperature(tmp_path, monkeypatch):
     config = tiny_config()
+    task = make_task(config)
     variables = random_variables(
-        make_task(config).make_model(), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+        task.make_model(), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     )
     write_run(tmp_path, config, variables)
+    evaluated = []
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *args: evaluated.append(args[2]) or {})
     setting = {"alpha": 1, "beta": 2, "clusters": (3, 3)}
-    config.model_overrides.expedite = setting
-    found = expedite_run.with_measured_temperature(tmp_path, "last", config)
-    images = expedite_run.load_images(make_task(config), None, 8)
-    distance = Comparison(make_task(config).make_model(), variables, images).distance(1)
-    assert found.model_overrides.expedite.temperature == pytest.approx(0.05 * distance, rel=0.005)
-    config.model_overrides.expedite = setting | {"temperature": 7}
-    assert expedite_run.with_measured_temperature(tmp_path, "last", config) is config
+    inserted = {"auto": {"expedite": setting}, "7": {"expedite": setting | {"temperature": 7.0}}}
+    plain, auto, seven = evaluation.evaluate_insertions(tmp_path, "last", config, inserted)
+    compare = Comparison(task.make_model(), variables, expedite_run.load_images(task, None, 8))
+    assert auto["temperature"] == pytest.approx(0.05 * compare.distance(1), rel=0.005)
+    assert seven["temperature"] == 7 and "temperature" not in plain
+    for found, used in zip((auto, seven), evaluated[1:], strict=True):
+        assert used.model_overrides.expedite.temperature == found["temperature"]
 
 
 @pytest.mark.parametrize(

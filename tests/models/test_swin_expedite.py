@@ -1,5 +1,6 @@
 """Clustering and reconstruction within the windows of Swin Transformers."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -178,6 +179,28 @@ def test_as_many_centers_as_tokens_change_nothing(name):
     expected, found = run(p, images)
     assert [x.shape for x in found] == [(1, 8, 24, 8), (1, 4, 12, 12)]
     chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+def test_the_temperature_follows_the_tokens_of_each_image():
+    """All windows of an image share one temperature, which other images do not change."""
+    setting = Expedite(1, 2, (3, 2))
+    x = np.random.default_rng(5).normal(size=(2, 5, 6, 12)).astype(np.float32)
+    x[1] *= 30
+
+    def run(setting, x):
+        model = SMALL["swin"].clone(expedite=setting)
+        run = functools.partial(model.apply, method="run_blocks")
+        return jax.jit(lambda p, x: run({"params": p}, 1, x, False))(params("swin"), x)
+
+    first = SMALL["swin"].apply(
+        {"params": params("swin")}, x, method=lambda module, x: module.stages[1][0](x, False)
+    )
+    together, temperatures = run(setting, x), setting.temperature_for(first)
+    assert temperatures.shape == (2,) and temperatures[1] > 10 * temperatures[0]
+    for i in range(2):
+        fixed = dataclasses.replace(setting, temperature=float(temperatures[i]))
+        np.testing.assert_allclose(together[i], run(fixed, x[i : i + 1])[0], rtol=1e-3, atol=1e-3)
+    assert np.abs(together[1] - run(fixed, x[:1])[0]).max() > 0.1
 
 
 def test_gradients_with_rematerialisation():

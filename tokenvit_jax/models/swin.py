@@ -329,7 +329,7 @@ class Swin(Pyramid):
         # One temperature for the map: the distances within a single window vary more.
         temperature = expedite.temperature_for(x)
         if isinstance(temperature, jax.Array):
-            temperature = jnp.repeat(temperature, count[0] * count[1])
+            temperature = jnp.tile(temperature[:, None], (1, count[0] * count[1])).reshape(-1)
         centers = expedite.cluster(tokens, window, temperature)
         x = from_window_tokens(centers, size, count)
         for block in blocks:

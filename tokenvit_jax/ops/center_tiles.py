@@ -145,7 +145,8 @@ def near_weights(
 
 def per_map(value: float | Float[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array, "..."]:
     """Returns a number, or one number for each map (B,), in a shape and type that fit ``x``."""
-    return jnp.reshape(jnp.asarray(value, x.dtype), (-1,) + (1,) * (x.ndim - 1))
+    value = jnp.asarray(value, x.dtype)
+    return value.reshape(*value.shape, *(1,) * (x.ndim - 1))
 
 
 def mix_rows_and_columns(
