@@ -81,7 +81,7 @@ def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
             rotation = _rotation(image) if upright else None
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
         return rgb if rotation is None else rgb.transpose(rotation)
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
@@ -101,12 +101,17 @@ def _rotation(image: Image.Image) -> Image.Transpose | None:
     return _UPRIGHT.get(orientation)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB; 65,535 of grey levels with 16 bits is white.
+
+    Raises:
+      UserError: grey levels are floats, or exceed 16 bits.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # Pillow's own conversion would clip everything above 255 to white.
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
+            raise UserError(
                 f"grey levels are {levels.dtype} from {levels.min()} to {levels.max()}; valid: "
                 "integers of 8 or 16 bits"
             )
