@@ -139,6 +139,10 @@ def test_entries_that_do_not_fit_a_built_in_dataset():
     config.data.update({"classes": (), "split": 0.1})
     with pytest.raises(UserError, match=r"config.data.split=0.1 is for folders and tfds:NAME"):
         dataset_info(config)
+    for name in ("digits:3", "tfds"):
+        config.dataset = name
+        with pytest.raises(UserError, match=f"no dataset '{name}'"):
+            dataset_info(config)
     config.dataset = "scenes"
     config.data.split = 0.0
     with pytest.raises(

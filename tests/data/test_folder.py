@@ -144,11 +144,22 @@ def test_label_maps(label_maps):
     assert create_task(config).info.classes == ("sky", "ground", "red car")
     record = open_split(config, "train").read(0)
     np.testing.assert_array_equal(record["label_map"][0], [0, 1, 2, 255, 0, 0])
+    # The labels follow the names of a run.
+    (label_maps / "classes.txt").write_text("ground\nsky\nred car")
+    config.data.classes = ("sky", "ground", "red car")
+    record = open_split(config, "train").read(0)
+    np.testing.assert_array_equal(record["label_map"][0], [1, 0, 2, 255, 1, 1])
     # images/train and labels/train are read, too.
     for kind in ("images", "labels"):
         for split in ("train", "val"):
             shutil.move(label_maps / split / kind, label_maps / kind / split)
     assert len(open_split(config, "val")) == 1
+    for kind in ("images", "labels"):  # one folder is split
+        for number in range(9):
+            shutil.copytree(label_maps / kind / "val", label_maps / kind / f"{number}")
+    config.data.split = 0.5
+    sizes = [len(open_split(config, split)) for split in ("train", "val")]
+    assert sum(sizes) == 11 and abs(sizes[0] - sizes[1]) == 1
 
 
 def test_label_maps_and_images_are_not_rotated_apart(label_maps):
@@ -219,6 +230,10 @@ def test_files_that_do_not_fit(classes, tmp_path):
         ),
         (lambda f: (f / "train/images/in/1.JPG").unlink(), "train/labels/in/1.png has no image in"),
         (lambda f: (f / "classes.txt").write_text("a\nb\n"), "the value 2; valid: 0 to 1, 255"),
+        (
+            lambda f: (f / "classes.txt").write_text("\n".join(map(str, range(256)))),
+            "classes.txt has 256 classes; valid: up to 255",
+        ),
     ],
 )
 def test_label_maps_that_do_not_fit(label_maps, change, message):

@@ -20,6 +20,7 @@ from tokenvit_jax.data.images import (
     mean_and_std,
     read_image,
     to_array,
+    to_rgb,
     with_channels,
 )
 from tokenvit_jax.data.pipeline import eval_batches, train_batches
@@ -49,6 +50,7 @@ __all__ = [
     "open_split",
     "read_image",
     "to_array",
+    "to_rgb",
     "train_batches",
     "with_channels",
     "with_class_names",

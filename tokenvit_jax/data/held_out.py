@@ -4,6 +4,11 @@ import hashlib
 from collections.abc import Sequence
 
 
+def num_held_out(size: int, share: float) -> int:
+    """Returns how many of `size` names :func:`held_out` draws."""
+    return max(round(share * size), 1) if size > 1 else 0
+
+
 def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
     """Draws the names that are kept for evaluation.
 
@@ -15,6 +20,5 @@ def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
       share: share of the names; the number is rounded, and at least one of two or more is drawn.
       seed: seed of the draw.
     """
-    number = max(round(share * len(names)), 1) if len(names) > 1 else 0
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    return set(order[:number])
+    return set(order[: num_held_out(len(names), share)])

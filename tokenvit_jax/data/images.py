@@ -114,8 +114,7 @@ def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
         with _open(encoded) as image:
             image.load()
             rotation = _rotation(image) if upright else None
-            image = _to_eight_bits(image)
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            image = to_rgb(image)
         return image if rotation is None else image.transpose(rotation)
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
@@ -135,17 +134,22 @@ def _rotation(image: Image.Image) -> Image.Transpose | None:
     return _UPRIGHT.get(orientation)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB, or RGBA if it has alpha; 16-bit grey 65,535 is white.
+
+    Raises:
+      UserError: grey levels are floats, or exceed 16 bits.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # Pillow's own conversion would clip everything above 255 to white.
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
+            raise UserError(
                 f"grey levels are {levels.dtype} from {levels.min()} to {levels.max()}; valid: "
                 "integers of 8 or 16 bits"
             )
-        return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    return image
+        image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _open(encoded: bytes) -> Image.Image:

@@ -74,8 +74,7 @@ def write_weights(path: Path, config: ConfigDict, variables: dict[str, Any], ste
 
 def image_shape(task: Task) -> tuple[int, int, int]:
     """Returns the shape of the images that the model of a task sees at a time, (H, W, C)."""
-    height, width = (int(side) for side in np.broadcast_to(task.view_size, 2))
-    return height, width, 3
+    return *task.view_size, task.config.in_channels
 
 
 def lower(task: Task, model: nn.Module, variables: dict[str, Any]) -> export.Exported:

@@ -16,6 +16,7 @@ from PIL import Image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.pictures import attention as attention_pictures
+from tokenvit_jax.pictures.draw import as_rgb
 from tokenvit_jax.training.run import Run
 
 _NUM_REPORTED = 3  # unreadable files that the error names
@@ -128,7 +129,7 @@ def _draw_attention(run: Run, image: Image.Image, caption: str) -> dict[str, Fig
         blocks = [np.asarray(block) for block in blocks]
         # Dense tasks and the mean of the patches do not read the class token.
         by_class_token = backbone is run.model and backbone.settings.pool == "token"
-        view = run.task.view(image)
+        view = as_rgb(run.task.view(image))
         return attention_pictures.draw(view, blocks, backbone.settings, by_class_token, caption)
     except UserError as error:
         raise UserError(f"--attention: {error}") from error

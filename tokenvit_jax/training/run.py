@@ -13,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import from_array, read_image
+from tokenvit_jax.data import from_array, read_image, to_rgb
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.tasks import Task, create_task
@@ -241,4 +241,4 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
 def _as_image(image: ImageLike) -> Image.Image:
     if isinstance(image, str | Path):
         return read_image(Path(image))
-    return image if isinstance(image, Image.Image) else from_array(np.asarray(image))
+    return to_rgb(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))

@@ -171,7 +171,8 @@ def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
 
 def _module(name: str) -> ModuleType:
     """Imports the module of a dataset."""
-    if (kind := name.split(":")[0]) in (*NAMES, *_READERS):
+    kind = "tfds" if name.startswith("tfds:") else name
+    if kind in (*NAMES, *_READERS) and name != "tfds":
         return importlib.import_module(f"{__name__}.{kind}")
     if "." not in name:
         raise _unknown(name)

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.class_names import different_names
@@ -73,9 +74,9 @@ def _read_classes(config: ConfigDict) -> tuple[str, ...]:
     if _has_label_maps(config):
         return _names_in(root / CLASSES_FILE)
     if config.data.split:
-        return _classlist_folders(_split_folder(config, "train"))
+        return _class_folders(_split_folder(config, "train"))
     splits = [split for split in ("train", "val") if (root / split).is_dir()] or ["train"]
-    found = [_classlist_folders(_split_folder(config, split)) for split in splits]
+    found = [_class_folders(_split_folder(config, split)) for split in splits]
     if found[0] != found[-1]:  # a folder for evaluation need not have both
         raise UserError(f"the classes of {root / 'val'} differ: {different_names(*found)}")
     return found[0]
@@ -95,7 +96,7 @@ def _root(config: ConfigDict) -> Path:
 
 def _open_classes(config: ConfigDict, split: str, classes: Sequence[str]) -> "ClassFiles":
     folder = _split_folder(config, split)
-    found = _classlist_folders(folder)
+    found = _class_folders(folder)
     if set(found) != set(classes):
         raise UserError(
             f"the classes of {folder} differ from config.data.classes: "
@@ -127,7 +128,7 @@ def _split_folder(config: ConfigDict, split: str) -> Path:
     return root if share else root / split
 
 
-def _classlist_folders(folder: Path) -> tuple[str, ...]:
+def _class_folders(folder: Path) -> tuple[str, ...]:
     names = list_folders(folder)
     if not names:
         raise UserError(f"{folder} has no classes; valid: one folder per class, with its images")
@@ -186,9 +187,8 @@ class ClassFiles(_Files):
 
 
 def _open_label_maps(config: ConfigDict, split: str, classes: Sequence[str]) -> "LabelMapFiles":
-    if len(classes) > IGNORED:
-        raise UserError(f"{len(classes)} classes; valid: up to {IGNORED}, one byte per pixel")
-    images, labels = _imagelist_folders(config, split)
+    table = _label_table(_root(config) / CLASSES_FILE, classes)
+    images, labels = _image_folders(config, split)
     by_stem = {_stem(path): path for path in list_images(labels)}
     paths = list_images(images)
     missing = [path for path in paths if _stem(path) not in by_stem]
@@ -201,10 +201,10 @@ def _open_label_maps(config: ConfigDict, split: str, classes: Sequence[str]) -> 
         raise UserError(f"{labels / by_stem[unused[0]]} has no image in {images} ({len(unused)})")
     files = [(path, by_stem[_stem(path)]) for path in _part(paths, split, config)]
     _check_not_empty(files, split, config)
-    return LabelMapFiles(images, labels, split, files, len(classes))
+    return LabelMapFiles(images, labels, split, files, table)
 
 
-def _imagelist_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
+def _image_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
     """Returns the folders with the images and with the label maps of a split."""
     root = _root(config)
     if config.data.split:
@@ -223,6 +223,19 @@ def _imagelist_folders(config: ConfigDict, split: str) -> tuple[Path, Path]:
         if images.is_dir() and labels.is_dir():
             return images, labels
     raise UserError(f"{root} has the folders {_listed(list_folders(root))}; valid: {valid}")
+
+
+def _label_table(file: Path, classes: Sequence[str]) -> np.ndarray:
+    """Returns the label of every value in the maps; the labels follow the names of the run."""
+    names = _names_in(file) if file.is_file() else classes
+    if set(names) != set(classes):
+        raise UserError(
+            f"{file} differs from config.data.classes: {different_names(classes, names)}"
+        )
+    if len(names) > IGNORED:
+        raise UserError(f"{file} has {len(names)} classes; valid: up to {IGNORED}")
+    labels = {value: list(classes).index(name) for value, name in enumerate(names)}
+    return label_table(labels | {IGNORED: IGNORED})
 
 
 def _names_in(file: Path) -> tuple[str, ...]:
@@ -246,7 +259,7 @@ class LabelMapFiles(_Files):
       labels: folder with the label maps.
       split: name of the split.
       files: (path of the image, path of the label map) pairs.
-      num_classes: labels are 0 to num_classes - 1, or IGNORED.
+      table: label of every value in the label maps.
     """
 
     def __init__(
@@ -255,11 +268,11 @@ class LabelMapFiles(_Files):
         labels: Path,
         split: str,
         files: Sequence[tuple[str, str]],
-        num_classes: int,
+        table: np.ndarray,
     ):
         super().__init__(images, split, [path for path, _ in files])
         self._maps = [labels / path for _, path in files]
-        self._table = label_table({label: label for label in (*range(num_classes), IGNORED)})
+        self._table = table
 
     def _fields(self, index: int) -> Record:
         image = decode_image((self._folder / self._paths[index]).read_bytes())

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import none
-from tokenvit_jax.data.held_out import held_out
+from tokenvit_jax.data.held_out import held_out, num_held_out
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, label_field
 from tokenvit_jax.data.tfds_files import TfdsSource, read_split
@@ -56,7 +56,8 @@ def read_info(config: ConfigDict) -> DatasetInfo:
     train, evaluation = _split_names(config, builder)
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
     if config.data.split:
-        sizes = {name: len(_part(sizes[_TRAIN], name, config)) for name in (train, evaluation)}
+        kept = num_held_out(sizes[_TRAIN], config.data.split)
+        sizes = {train: sizes[_TRAIN] - kept, evaluation: kept}
     return dataclasses.replace(
         info,
         splits=sizes,
