@@ -1,6 +1,7 @@
 """Every layout: names and shapes of its arrays, import and export, recognition."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -271,8 +272,9 @@ def test_values_that_are_no_weights_are_refused():
     extra = {f"extra.{i}": np.zeros(1) for i in range(100)}
     with pytest.raises(UserError, match=r"^100 entries .*extra\.7 .*; and 92 more$"):
         import_weights(arrays | extra, model, layout)
-    half = {name: array.astype(np.float16) for name, array in arrays.items()}
-    assert import_weights(half, model, layout)["norm"]["scale"].dtype == np.float32
+    for dtype in (np.float16, jnp.bfloat16):
+        half = {name: array.astype(dtype) for name, array in arrays.items()}
+        assert import_weights(half, model, layout)["norm"]["scale"].dtype == np.float32
 
 
 def test_classifier_is_left_out():
