@@ -143,6 +143,12 @@ def test_names_shapes_and_both_directions(case):
     # What else the arrays tell are the values of the model.
     assert all(getattr(model.settings, key) == value for key, value in found.items())
     jax.tree.map(np.testing.assert_array_equal, import_weights(file, model, layout), params)
+    # Arrays without axes are no reason for another error than that they do not fit.
+    scalars = {key: np.zeros((), np.float32) for key in layout.prepare(file)}
+    read = {**model.settings.__dict__, **layout.model_overrides(scalars)}
+    assert type(model.settings)(**read).num_classes == num_classes
+    assert layout.num_classes(scalars) == 0
+    layout.config_entries(scalars), layout.assumed(scalars)
 
 
 def test_three_arrays_become_one():
