@@ -48,6 +48,15 @@ def test_decode_gives_rgb(photo, mode, file_format):
     assert error < (25 if mode in ("P", "CMYK") else 5)  # a palette has 256 colours; ink is not RGB
 
 
+def test_size_is_no_reason_to_refuse_an_image(photo, monkeypatch):
+    """Pillow warns above its limit of pixels and raises above twice the limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60 // 2 - 1)
+    assert images.decode_image(encode(photo, "PNG")).size == photo.size
+    with pytest.raises(UserError):
+        images.decode_image(b"no image")
+    assert Image.MAX_IMAGE_PIXELS == 80 * 60 // 2 - 1
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
     encoded = encode(photo, "JPEG", quality=90, progressive=progressive)

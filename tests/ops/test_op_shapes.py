@@ -50,6 +50,7 @@ CALLS = {
         ((Q.astype(jnp.bfloat16),) * 3, {}),
     ],
     "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
+    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
     "attention.check_qkv": [((Q, K, K), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
@@ -135,6 +136,7 @@ CALLS = {
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
+    "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
     "selection.smallest": [((TOKENS,), {})],
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],

@@ -6,6 +6,7 @@ equal theirs exactly. All random numbers come from the generator that is passed 
 
 import io
 import math
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ NORMALIZATIONS = {
 _BICUBIC = Image.Resampling.BICUBIC
 # `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
 INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_SIZE_LIMIT = threading.Lock()  # held while Pillow's limit is off
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
@@ -66,7 +68,7 @@ def decode_image(encoded: bytes) -> Image.Image:
       UserError: the bytes are not an image, or the image is truncated.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        return _open(encoded).convert("RGB")
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
@@ -74,6 +76,20 @@ def decode_image(encoded: bytes) -> Image.Image:
         # Pillow's decoders raise all kinds of errors on malformed files: OSError, SyntaxError,
         # struct.error, ... Unlike OpenCV, Pillow does not return a truncated JPEG as half grey.
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
+
+
+def _open(encoded: bytes) -> Image.Image:
+    """Opens an image of any size: Pillow refuses very large ones, though a panorama is no attack.
+
+    The limit is a global of Pillow and is read only while an image is opened, not while its pixels
+    are decoded.
+    """
+    with _SIZE_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(encoded))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: Path) -> Image.Image:

@@ -162,6 +162,27 @@ class Backbone(Trainable):
         )
 
     @nn.nowrap
+    def attention(self, variables: Variables, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention of every block, (B, heads, T, T) among the T tokens of the block.
+
+        The tokens in front of the patches come first. Rows are queries and sum to 1. Blocks have
+        different tokens if the model clusters or reduces its patches. A plain function of the
+        variables: call it outside ``apply``.
+
+        Args:
+          variables: of this backbone.
+          images: (B, H, W, 3) float, H and W from 32.
+
+        Raises:
+          UserError: the backbone is hierarchical: no block attends among all its tokens.
+        """
+        del variables, images
+        raise UserError(
+            f"{type(self).__name__} is hierarchical and has no attention among all tokens; valid: "
+            "deit and vit"
+        )
+
+    @nn.nowrap
     def make_classifier(self, init: Initializer = linear_init) -> nn.Dense | None:
         """Returns a classifier of ``num_classes`` logits; None if there are no classes."""
         num_classes = self.settings.num_classes

@@ -17,6 +17,7 @@ from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ACTIVATIONS, Attention, Dropout, DropPath, Mlp
+from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, check_images
@@ -544,6 +545,17 @@ class VisionTransformer(Backbone):
             x = self.norm(x[:, : self.settings.num_classified])
         x = self.projection(x) if self.settings.projection else x
         return list(x.astype(jnp.float32).swapaxes(0, 1))
+
+    @nn.nowrap
+    def attention(self, variables: Variables, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention of every block, (B, heads, T, T); see :meth:`Backbone.attention`.
+
+        With ``expedite``, the blocks in the middle attend among cluster centres; with
+        ``token_reducer``, each block attends among the tokens that the blocks before it left.
+        """
+        _, state = self.apply(variables, images, method="tokens", mutable=[WEIGHTS])
+        blocks = (state[WEIGHTS][f"blocks_{index}"] for index in range(self.settings.depth))
+        return [block["attention"]["weights"] for block in blocks]
 
     @nn.nowrap
     def _searches(self) -> bool:

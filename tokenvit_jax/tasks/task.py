@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -65,11 +66,13 @@ class Prediction(NamedTuple):
 
     Attributes:
       arrays: the result by name, such as "probabilities" (num_classes,) or "labels" (H, W).
+      row: the result for a table: texts, numbers, and dictionaries or lists of numbers.
       text: the result in one line.
       draw: function from a caption to pictures by name.
     """
 
     arrays: dict[str, np.ndarray]
+    row: dict[str, Any]
     text: str
     draw: Callable[[str], dict[str, Picture]]
 
@@ -226,6 +229,21 @@ def apply_in_training(
         mutable=[*model_state, "losses"],
         **kwargs,
     )
+
+
+def by_class(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Returns numbers by class, rounded to 6 digits.
+
+    Args:
+      names: names of the classes. Classes of the same name get their number: "crane (134)".
+      values: one number per class.
+    """
+    counts = Counter(names)
+    pairs = enumerate(zip(names, values, strict=True))
+    return {
+        name if counts[name] == 1 else f"{name} ({label})": float(f"{value:.6g}")
+        for label, (name, value) in pairs
+    }
 
 
 def describe_shares(shares: Sequence[tuple[str, float]]) -> str:

@@ -35,6 +35,7 @@ from tokenvit_jax.tasks.task import (
     Rngs,
     Task,
     apply_in_training,
+    by_class,
     describe_shares,
 )
 
@@ -157,22 +158,39 @@ class Classification(Task):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
 
-        names = self.class_names()
-
         @jax.jit
         def apply(variables, images):
             images = self.normalize(images)
-            logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+            output, state = model.apply(variables, images, train=False, mutable=["intermediates"])
             noted = pictures.noted_by(model, variables, images, state.get("intermediates", {}))
-            return jax.nn.softmax(logits), noted
+            return jax.nn.softmax(output) if self.info.num_classes else output, noted
 
         def predict(image):
             pixels = self.view(image)
-            probabilities, noted = apply(variables, pixels[None])
-            probabilities = np.asarray(probabilities[0])
-            order = np.argsort(-probabilities, kind="stable")
-            classes = [(names[label], float(probabilities[label])) for label in order]
-            draw = functools.partial(pictures.draw, pixels, classes, noted)
-            return Prediction({"probabilities": probabilities}, describe_shares(classes), draw)
+            output, noted = apply(variables, pixels[None])
+            describe = self._probabilities if self.info.num_classes else self._features
+            return describe(np.asarray(output[0]), pixels, noted)
 
         return predict
+
+    def _probabilities(self, probabilities, pixels, noted):
+        """Returns the prediction of a classifier for one image."""
+        from tokenvit_jax.tasks.classification import pictures
+
+        names, order = self.class_names(), np.argsort(-probabilities, kind="stable")
+        classes = [(names[label], float(probabilities[label])) for label in order]
+        row = {
+            "class": names[order[0]],
+            "probability": float(f"{probabilities[order[0]]:.6g}"),
+            "probabilities": by_class(names, probabilities),
+        }
+        draw = functools.partial(pictures.draw, pixels, classes, noted)
+        return Prediction({"probabilities": probabilities}, row, describe_shares(classes), draw)
+
+    def _features(self, features, pixels, noted):
+        """Returns the prediction of a model without classes for one image."""
+        from tokenvit_jax.tasks.classification import pictures
+
+        row = {"features": [float(f"{value:.6g}") for value in features]}
+        draw = functools.partial(pictures.draw, pixels, (), noted)
+        return Prediction({"features": features}, row, f"{len(features)} features", draw)

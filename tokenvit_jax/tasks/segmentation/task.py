@@ -32,6 +32,7 @@ from tokenvit_jax.tasks.task import (
     Rngs,
     Task,
     apply_in_training,
+    by_class,
     describe_shares,
 )
 
@@ -105,11 +106,14 @@ class Segmentation(Task):
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
             top, left = np.maximum(size - side, 0) // 2  # the window in the middle
             window = pixels[top : top + side, left : left + side]
-            shares = [(names[label], share) for label, share in class_shares(labels)]
+            found = dict(class_shares(labels))
+            shares = [(names[label], share) for label, share in found.items()]
+            values = [found.get(label, 0.0) for label in range(len(names))]
+            row = {"shares": by_class(names, values)}
             superpixels = functools.partial(cluster, variables, window[None])
             draw = functools.partial(
                 pictures.draw, np.asarray(image), labels, names, window, superpixels
             )
-            return Prediction({"labels": labels}, describe_shares(shares), draw)
+            return Prediction({"labels": labels}, row, describe_shares(shares), draw)
 
         return predict
