@@ -203,7 +203,7 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     name = builtin_info("scenes").classes[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
     (row,) = json.loads((tmp_path / "out.json").read_text())
-    assert list(row["shares"]) == list(dataset_info("scenes").classes)
+    assert list(row["shares"]) == list(builtin_info("scenes").classes)
     np.testing.assert_allclose(row["shares"][name], part, rtol=1e-5)
     assert row["pictures"]["labels"] == "out/a_labels.png"
 
