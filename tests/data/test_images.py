@@ -215,6 +215,13 @@ def test_arrays_that_are_no_images_are_named(shape):
         images.from_array(np.zeros(shape, np.uint8))
 
 
+def test_eval_image_is_bicubic_or_bilinear(photo):
+    small = photo.crop((0, 0, 16, 16))
+    for name, method in (("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
+        expected = np.asarray(small.resize((32, 32), method))
+        np.testing.assert_array_equal(images.eval_image(small, 32, 1.0, name), expected)
+
+
 def test_training_without_augmentation_is_the_whole_image(photo, augment):
     rng = np.random.default_rng(0)
     image = images.train_image(photo, 32, augment, rng)

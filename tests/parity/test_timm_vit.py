@@ -131,6 +131,7 @@ def test_bicubic_resize_of_torch(timm, old):
 
 def test_files_of_torch(timm, tmp_path):
     """Files may hold arrays directly or inside "model"; other pickled objects are refused."""
+    import safetensors.torch
     import torch
 
     arrays = {"cls_token": torch.randn(1, 1, 3), "half": torch.randn(2).half()}
@@ -145,6 +146,13 @@ def test_files_of_torch(timm, tmp_path):
         for name, array in found.items():
             np.testing.assert_array_equal(array, arrays[name].float().numpy())
             assert array.dtype == np.float32
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth is refused: it is a TorchScript program"):
+        read_arrays(tmp_path / "weights.pth")
+    bfloat16 = {"a": torch.randn(3).bfloat16()}
+    safetensors.torch.save_file(bfloat16, tmp_path / "weights.safetensors")
+    (found,) = read_arrays(tmp_path / "weights.safetensors").values()
+    np.testing.assert_array_equal(found.astype(np.float32), bfloat16["a"].float())
     torch.save({"model": arrays, "config": pathlib.Path("a")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth is refused: it holds more than arrays"):
         read_arrays(tmp_path / "weights.pth")

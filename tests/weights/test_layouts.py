@@ -1,6 +1,7 @@
 """Every layout: names and shapes of its arrays, import and export, recognition."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,6 +143,12 @@ def test_names_shapes_and_both_directions(case):
     # What else the arrays tell are the values of the model.
     assert all(getattr(model.settings, key) == value for key, value in found.items())
     jax.tree.map(np.testing.assert_array_equal, import_weights(file, model, layout), params)
+    # Arrays without axes are no reason for another error than that they do not fit.
+    scalars = {key: np.zeros((), np.float32) for key in layout.prepare(file)}
+    read = {**model.settings.__dict__, **layout.model_overrides(scalars)}
+    assert type(model.settings)(**read).num_classes == num_classes
+    assert layout.num_classes(scalars) == 0
+    layout.config_entries(scalars), layout.assumed(scalars)
 
 
 def test_three_arrays_become_one():
@@ -271,8 +278,9 @@ def test_values_that_are_no_weights_are_refused():
     extra = {f"extra.{i}": np.zeros(1) for i in range(100)}
     with pytest.raises(UserError, match=r"^100 entries .*extra\.7 .*; and 92 more$"):
         import_weights(arrays | extra, model, layout)
-    half = {name: array.astype(np.float16) for name, array in arrays.items()}
-    assert import_weights(half, model, layout)["norm"]["scale"].dtype == np.float32
+    for dtype in (np.float16, jnp.bfloat16):
+        half = {name: array.astype(dtype) for name, array in arrays.items()}
+        assert import_weights(half, model, layout)["norm"]["scale"].dtype == np.float32
 
 
 def test_classifier_is_left_out():

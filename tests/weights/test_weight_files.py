@@ -86,11 +86,15 @@ def test_files_of_torch(read_torch, content):
     check(read_torch(content))
 
 
-def test_moving_average(read_torch):
+def test_moving_average(read_torch, caplog):
     for key, average in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
         content = {key: TENSORS, average: OTHERS}
         check(read_torch(content))
+        (message,) = caplog.messages
+        assert message.endswith("also holds a moving average of the weights: see --ema")
+        caplog.clear()
         check(read_torch(content, ema=True), offset=1)
+        assert not caplog.messages
     with pytest.raises(UserError, match=r"^--ema: --source=.*w\.pth holds no moving average"):
         read_torch({"model": TENSORS}, ema=True)
 
@@ -104,6 +108,7 @@ def test_moving_average(read_torch):
         ({"model": "x"}, "holds no arrays with names"),
         ({"a": Tensor(None)}, "holds an array that cannot be read: "),
         (RuntimeError("Weights only load failed"), "is refused: .*KEY is 'state_dict' in files of"),
+        (RuntimeError("a TorchScript archive"), r"is refused: .*torch\.jit\.load\(FILE, 'cpu'\)"),
     ],
 )
 def test_files_of_torch_that_hold_something_else(read_torch, content, message):

@@ -26,6 +26,7 @@ from tokenvit_jax.weights.rules import (
     linear,
     norm,
     rows_of,
+    size_of,
     timm_crop,
 )
 
@@ -125,7 +126,7 @@ def vit_overrides(arrays: Arrays) -> dict[str, Any]:
     else:
         overrides["norm_epsilon"] = 1e-12
     if "embeddings.register_tokens" in arrays:
-        overrides["num_registers"] = arrays["embeddings.register_tokens"].shape[1]
+        overrides["num_registers"] = size_of(arrays, "embeddings.register_tokens", 1)
         overrides["position_resize"] = "bicubic_antialias"
     patches = arrays.get("embeddings.patch_embeddings.projection.weight")
     position = arrays.get("embeddings.position_embeddings")
@@ -142,8 +143,7 @@ def _is_dinov2(arrays):
 
 def _clip_overrides(arrays):
     overrides = clip.OVERRIDES | clip.ACTIVATION | {"position_resize": "bicubic"}
-    if "visual_projection.weight" in arrays:
-        overrides["projection"] = len(arrays["visual_projection.weight"])
+    overrides["projection"] = size_of(arrays, "visual_projection.weight")
     patches = arrays.get("vision_model.embeddings.patch_embedding.weight")
     position = arrays.get("vision_model.embeddings.position_embedding.weight")
     position = None if position is None else position[None]

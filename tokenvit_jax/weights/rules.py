@@ -147,9 +147,15 @@ def joined(ours: str, *theirs: str) -> list[Rule]:
     ]
 
 
+def size_of(arrays: Arrays, name: str, axis: int = 0) -> int:
+    """Returns the size of an array along an axis; 0 if there is no such array or axis."""
+    shape = arrays[name].shape if name in arrays else ()
+    return shape[axis] if -len(shape) <= axis < len(shape) else 0
+
+
 def rows_of(*names: str) -> Callable[[Arrays], int]:
     """Returns a function from arrays to the rows of the first of some arrays; 0: none is there."""
-    return lambda arrays: next((len(arrays[name]) for name in names if name in arrays), 0)
+    return lambda arrays: next(filter(None, (size_of(arrays, name) for name in names)), 0)
 
 
 def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
