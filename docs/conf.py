@@ -158,7 +158,10 @@ CONTENTS = {
 
 def complete_page(app, docname, source):
     """Adds the table of contents, and a title to pages that scripts write without one."""
-    if not docname.startswith("docs/api") and not source[0].lstrip().startswith("#"):
+    titled = docname.startswith("docs/api") or source[0].lstrip().startswith(
+        ("#", "{")
+    )  # a notebook
+    if not titled:
         source[0] = f"# {docname.rsplit('/')[-1].replace('_', ' ').capitalize()}\n\n{source[0]}"
     contents = CONTENTS.get(docname, [])
     if re.fullmatch(r"experiments/\w+/README", docname):
