@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 project = "tokenvit_jax"
 author = "the authors of tokenvit_jax"
 root_doc = "README"
-include_patterns = ["README.md", "docs/**.md", "docs/**.ipynb", "docs/**.rst", "experiments/**.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "docs/**.md",
+    "docs/**.ipynb",
+    "docs/**.rst",
+    "experiments/**.md",
+]
 exclude_patterns = ["docs/_build", "docs/api/modules.rst"]
 extensions = [
     "myst_nb",
@@ -150,7 +157,7 @@ CONTENTS = {
     "README": [
         ("Guides", ["docs/*"]),
         ("Measurements", ["docs/benchmarks/cpu", "experiments/*/README"]),
-        ("Reference", ["docs/api/tokenvit_jax"]),
+        ("Reference", ["docs/api/tokenvit_jax", "CHANGELOG"]),
     ],
     "docs/benchmarks/cpu": [("", ["cpu_profile"])],
 }
