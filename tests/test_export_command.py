@@ -20,7 +20,7 @@ from tokenvit_jax import cli, convert, export
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
 from tokenvit_jax.training.new_run import write_run
-from tokenvit_jax.weights.own import named_arrays
+from tokenvit_jax.weights.own import named_arrays, write_own
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 SIZE = 32
@@ -218,9 +218,16 @@ def test_files_that_are_no_run_are_named(monkeypatch, capsys, tmp_path, runs):
     assert "does not name its model" in error(source=tmp_path / "foreign", out=tmp_path / "a")
     save_file(array, tmp_path / "bare", metadata={"tokenvit_jax": "{}"})
     assert "holds no configuration" in error(source=tmp_path / "bare", out=tmp_path / "a")
-    about = json.dumps({"config": json.loads((workdir / "config.json").read_text())})
-    save_file(array, tmp_path / "other", metadata={"tokenvit_jax": about})
+    config = json.loads((workdir / "config.json").read_text())
+    write_own(tmp_path / "other", {"params": {"x": np.zeros(2)}}, {"config": config})
     assert "belongs to another model" in error(source=tmp_path / "other", out=tmp_path / "a")
+    about = json.dumps({"config": {"task": "classification", "seed": "x"}})
+    save_file(array, tmp_path / "damaged", metadata={"tokenvit_jax": about})
+    assert "holds no configuration" in error(source=tmp_path / "damaged", out=tmp_path / "a")
+    variables = tv.load_run(workdir).variables
+    variables["params"]["position"][0] = np.nan
+    write_own(tmp_path / "nan", variables, {"config": config})
+    assert "params/position has values" in error(source=tmp_path / "nan", out=tmp_path / "a")
     assert "exists already" in error(source=workdir, out=tmp_path / "text")
     lost = tmp_path / "no" / "x"
     assert f"out={lost} cannot be written" in error(source=workdir, out=lost)

@@ -1,9 +1,11 @@
 """Turns a run into a file of weights with the names of this project, and back."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
@@ -13,7 +15,7 @@ from tokenvit_jax.training.exporting import check_new_path, image_shape, write_w
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import restore_config
-from tokenvit_jax.weights.own import read_own
+from tokenvit_jax.weights.own import named_arrays, read_own
 
 OWN = "own"  # the layout, as `convert` calls it
 
@@ -50,17 +52,30 @@ def import_own(source: Path, out: Path) -> None:
       out: folder of the new run.
 
     Raises:
-      UserError: the file cannot be read or its arrays do not fit its configuration, or the folder
-        already holds a run.
+      UserError: the file cannot be read, its arrays do not fit its configuration or are not
+        finite, or the folder already holds a run.
     """
     check_new(out)
     variables, about = read_own(source)
-    stored = about.get("config")
-    if not isinstance(stored, dict) or "task" not in stored:
-        raise UserError(f"--source={source} holds no configuration; valid: a file of --layout=own")
-    config = restore_config(stored, source)
+    config = _config_in(about, source)
     task = create_task(config)
     model = task.make_model()
     images = jax.ShapeDtypeStruct((1, *image_shape(task)), np.float32)
     check_same_variables(variables, variable_shapes(model, images), source)
+    for name, x in named_arrays(variables).items():
+        if not np.isfinite(x).all():
+            raise UserError(f"--source={source}: {name} has values that are not finite")
     write_run(out, config, variables)
+
+
+def _config_in(about: dict[str, Any], source: Path) -> ConfigDict:
+    """Returns the configuration in the description of a file."""
+    try:
+        return restore_config(about["config"], source)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--source={source} holds no configuration of a run ({type(error).__name__}: {error}); "
+            "valid: a file of --layout=own"
+        ) from error
