@@ -50,18 +50,18 @@ class Plan(NamedTuple):
 
 
 CARRY = ["ToMe, carry", "weighted K-Medoids, carry"]
-ALL = [*CARRY, "ToMe", "weighted K-Medoids", "EViT", "random"]
+ALL = [*CARRY, "EViT", "ToMe", "weighted K-Medoids", "random"]
 PLANS = {
     "vit_s14_dinov2": Plan(
         "ViT-S/14 (DINOv2, fine-tuned for saliency)",
         "saliency",
         [
             (224, Expedite(4, 8, (11, 11)), ALL),
-            (224, Expedite(6, 6, (11, 11)), CARRY),
+            (224, Expedite(6, 6, (11, 11)), ["ToMe, carry"]),
             (448, Expedite(4, 8, (22, 22)), CARRY),
         ],
     ),
-    "clip_vit_b16": Plan("CLIP ViT-B/16", "embedding", [(224, Expedite(4, 8, (10, 10)), ALL)]),
+    "clip_vit_b16": Plan("CLIP ViT-B/16", "embedding", [(224, Expedite(4, 8, (10, 10)), ALL[:-1])]),
     "swin_b": Plan("Swin-B", "pooled features", [(224, Expedite(4, 14, (5, 5)), [])]),
 }
 FLAGS = flags.FlagValues()
@@ -118,12 +118,18 @@ class Bench:
         """Returns the comparison of patch features on the first crops."""
         return Comparison(self.model, self.variables, self.images(side, 0))
 
-    def distance(self, side: int, alpha: int) -> float:
-        """Returns the distance of neighbouring tokens; cached."""
-        path = self.cache / f"{self.name}_{side}_distance_{alpha}.json"
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Returns what a function without arguments computes, from the folder if it is there."""
+        words = f"{self.name} {name}".replace(",", "").split()
+        path = self.cache / f"{'_'.join(words)}.json"
         if not path.exists():
-            path.write_text(json.dumps(self.comparison(side).distance(alpha)))
+            path.write_text(json.dumps(compute()))
         return json.loads(path.read_text())
+
+    def distance(self, side: int, alpha: int) -> float:
+        """Returns the distance of neighbouring tokens."""
+        name = f"{side} distance {alpha}"
+        return self.remember(name, lambda: self.comparison(side).distance(alpha))
 
     def features(self, method: Method, images: np.ndarray) -> Features:
         """Returns the features of a method for full images."""
@@ -156,41 +162,41 @@ class Bench:
         Returns:
           "macs", "about", and lists with one number per image, crop by crop.
         """
-        parts = [self._rate(name, method, side, crop) for crop in range(crops)]
+        parts = [
+            self.remember(
+                f"{side} {crop} {name}", functools.partial(self._rate, method, side, crop)
+            )
+            for crop in range(crops)
+        ]
         joined = {key: [x for part in parts for x in part[key]] for key in PER_IMAGE}
+        print(name, f"{parts[0]['macs']:.3f} {np.mean(joined['cosine']):.3f}", flush=True)
         return parts[0] | joined
 
-    def _rate(self, name, method, side, crop):
-        words = f"{self.name} {side} {crop} {name}".replace(",", "").split()
-        path = self.cache / f"{'_'.join(words)}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+    def _rate(self, method, side, crop):
         found, own = self.features(method, self.images(side, crop)), self.plain(side, crop)
         plain = macs_of(self.model, (side, side))
-        result = {
+        return {
             "macs": macs_of(method.model, method.image_size) / plain,
             "about": method.about,
             "cosine": cosines(found.patches, own.patches).mean((1, 2)).tolist(),
             "second": SIMILARITY[self.name](found.second, own.second).tolist(),
             "nearest": nearest(found.second, own.second).tolist(),
         }
-        path.write_text(json.dumps(result))
-        print(path.stem, f"{result['macs']:.3f} {np.mean(result['cosine']):.3f}", flush=True)
-        return result
 
-    def sweep(self, side: int, expedite: Expedite) -> dict[float, dict[str, Any]]:
-        """Returns temperature and cosines of every image for all factors; cached."""
-        path = self.cache / f"{self.name}_{side}_factors.json"
-        if not path.exists():
-            scale, found = self.distance(side, expedite.alpha), {}
-            for factor in sorted(FACTORS):
-                setting = measured(expedite, scale, factor)
-                features = self.comparison(side).features(setting)
-                similar = cosines(features, self.comparison(side).features(None))
-                found[factor] = setting.temperature, similar.mean((1, 2)).tolist()
-                print(factor, np.mean(found[factor][1]), flush=True)
-            path.write_text(json.dumps(found))
-        return {float(factor): pair for factor, pair in json.loads(path.read_text()).items()}
+    def sweep(self, side: int, expedite: Expedite) -> dict[float, tuple[float, list[float]]]:
+        """Returns the temperature and the cosines of all images for every factor."""
+        scale, found = self.distance(side, expedite.alpha), {}
+        for factor in sorted(FACTORS):
+            setting = measured(expedite, scale, factor)
+            find = functools.partial(self._patches, side, setting)
+            similar = self.remember(f"{side} factor {factor:g}", find)
+            found[factor] = setting.temperature, similar
+            print(f"factor {factor:g} {np.mean(similar):.3f}", flush=True)
+        return found
+
+    def _patches(self, side, setting):
+        compare = self.comparison(side)
+        return cosines(compare.features(setting), compare.features(None)).mean((1, 2)).tolist()
 
 
 def read(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -293,10 +299,13 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Returns the results of all methods at the cost of a setting, by name."""
     setting = measured(expedite, bench.distance(side, expedite.alpha))
-    methods = at_cost_of(bench.model, setting, (side, side), reducers)
+    key = f"{expedite.alpha} {expedite.beta} {expedite.clusters[0]}"
+    methods = at_cost_of(
+        bench.model, setting, (side, side), reducers,
+        lambda name, find: bench.remember(f"{side} size {key} {name}", find),
+    )  # fmt: skip
     fixed = with_expedite(bench.model, dataclasses.replace(setting, temperature=50.0))
     methods["Expedite, temperature 50"] = methods["Expedite"]._replace(model=fixed)
-    key = f"{expedite.alpha} {expedite.beta} {expedite.clusters[0]}"
     return {
         name: bench.rate(f"{key} {name}", method, side, crops) for name, method in methods.items()
     }

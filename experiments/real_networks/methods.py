@@ -1,5 +1,6 @@
 """Ways to make a network cheaper, at no more than the cost of a setting of Expedite."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,7 +50,11 @@ class Method(NamedTuple):
 
 
 def at_cost_of(
-    model: nn.Module, expedite: Expedite, image_size: tuple[int, int], reducers: list[str]
+    model: nn.Module,
+    expedite: Expedite,
+    image_size: tuple[int, int],
+    reducers: list[str],
+    remember: Callable[[str, Callable[[], Any]], Any],
 ) -> dict[str, Method]:
     """Returns Expedite and the methods that cost at most as much, by name.
 
@@ -58,10 +63,11 @@ def at_cost_of(
       expedite: setting with a temperature.
       image_size: height and width [pixels].
       reducers: some keys of REDUCERS.
+      remember: function of a name and of a function that finds a size, which takes long.
     """
     clusters = "{} x {}".format(*expedite.clusters)
     own = with_expedite(model, expedite)
-    budget = macs_of(own, image_size)
+    budget = remember("Expedite", lambda: macs_of(own, image_size))
     about = f"{expedite.alpha}, {expedite.beta}, {clusters}"
     methods = {
         "Expedite": Method(own, image_size, about),
@@ -69,13 +75,14 @@ def at_cost_of(
             with_expedite(model, adaptive_pooling(expedite)), image_size, about
         ),
     }
-    smaller = smaller_image(model, image_size, budget)
+    smaller = remember("smaller image", lambda: smaller_image(model, image_size, budget))
     if smaller:
-        methods["smaller image"] = Method(model, smaller, "{} x {} pixels".format(*smaller))
+        methods["smaller image"] = Method(model, tuple(smaller), "{} x {} pixels".format(*smaller))
     for name in reducers:
         method, carry = REDUCERS[name]
-        keep = kept_tokens(model, image_size, method, budget)
-        reducer = {"method": method, "keep": keep, "carry": carry}
+        find = functools.partial(kept_tokens, model, image_size, method, budget)
+        keep = remember(method, find)
+        reducer = {"method": method, "keep": tuple(keep), "carry": carry}
         methods[name] = Method(with_reducer(model, reducer), image_size, f"{keep[-1]} at the end")
     return methods
 
