@@ -149,6 +149,8 @@ def test_label_maps(label_maps):
     config.data.classes = ("sky", "ground", "red car")
     record = open_split(config, "train").read(0)
     np.testing.assert_array_equal(record["label_map"][0], [1, 0, 2, 255, 1, 1])
+    with pytest.raises(UserError, match=r"classes.txt differs from .*: 3 instead of 2 names, wi"):
+        open_split(config_of(label_maps, "segmentation", classes=("sky", "car")), "train")
     # images/train and labels/train are read, too.
     for kind in ("images", "labels"):
         for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Compares names of classes."""
+"""Compares names of classes, and translates between their orders."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,17 @@ def different_names(wanted: Sequence[str], found: Sequence[str]) -> str:
         if names
     ]
     return f"{len(found)} instead of {len(wanted)} names, {', '.join(parts)}"
+
+
+def labels_by_value(names: Sequence[str], classes: Sequence[str]) -> dict[int, int]:
+    """Returns the label of every value of a dataset: the place of its name among the run's classes.
+
+    Args:
+      names: name of each value of the dataset, from 0.
+      classes: the same names in the order of the run.
+    """
+    place = {name: label for label, name in enumerate(classes)}
+    return {value: place[name] for value, name in enumerate(names)}
 
 
 def _listed(names: Sequence[str]) -> str:

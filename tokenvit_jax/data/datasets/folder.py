@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data.class_names import different_names
+from tokenvit_jax.data.class_names import different_names, labels_by_value
 from tokenvit_jax.data.datasets import none
 from tokenvit_jax.data.files import list_folders, list_images
 from tokenvit_jax.data.held_out import held_out
@@ -234,8 +234,7 @@ def _label_table(file: Path, classes: Sequence[str]) -> np.ndarray:
         )
     if len(names) > IGNORED:
         raise UserError(f"{file} has {len(names)} classes; valid: up to {IGNORED}")
-    labels = {value: list(classes).index(name) for value, name in enumerate(names)}
-    return label_table(labels | {IGNORED: IGNORED})
+    return label_table(labels_by_value(names, classes) | {IGNORED: IGNORED})
 
 
 def _names_in(file: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data.class_names import different_names
+from tokenvit_jax.data.class_names import different_names, labels_by_value
 from tokenvit_jax.data.datasets import none
 from tokenvit_jax.data.held_out import held_out, num_held_out
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
@@ -86,6 +86,8 @@ def open_split(config: ConfigDict, split: str) -> "MetadataSource":
             f"the classes of {config.dataset} differ from config.data.classes: "
             f"{different_names(classes, features.classes)}"
         )
+    if features.is_map and len(classes) > IGNORED:
+        raise UserError(f"{config.dataset} has {len(classes)} classes; valid: up to {IGNORED}")
     undecoded = features.image, *(() if label_field(config) == "label" else (features.truth,))
     stored = _TRAIN if config.data.split else split
     try:
@@ -133,9 +135,7 @@ class MetadataSource(TfdsSource):
         self._truth = features.truth
         self._is_map = features.is_map
         # The label in training of every value, in the order of the names of the run.
-        names = features.classes or classes
-        labels = {value: list(classes).index(name) for value, name in enumerate(names)}
-        self._labels = labels
+        labels = self._labels = labels_by_value(features.classes or classes, classes)
         self._table = label_table(labels | {IGNORED: IGNORED}) if self._is_map else None
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ def _features(builder: Any, config: ConfigDict) -> _Features:
         return _Features(image, truth, tuple(names or ()), is_map=True)
     labels = {n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)}
     truth = _choose(config, "label", "a ClassLabel", labels, keys, features)
-    return _Features(image, truth, tuple(features[truth].names), is_map=False)
+    return _Features(image, truth, tuple(features[truth].names or ()), is_map=False)
 
 
 def _is_map(name: str, feature: Any) -> bool:
