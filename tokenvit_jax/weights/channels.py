@@ -1,4 +1,4 @@
-"""Adapts the first layer of a network to images with another number of channels."""
+"""Adapts the first layer of a network for RGB images to other numbers of channels."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ import numpy as np
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """Returns the kernel of a convolution on RGB images for another number of input channels.
 
-    One channel gets the sum over red, green and blue, so that a grey image gives the output of the
-    RGB image with three equal channels. Any other number gets the three kernels in turn, scaled by
-    3 / channels, so that the outputs keep their size (timm's rule).
+    One channel gets the sum over red, green and blue (timm's rule): grey images give what RGB
+    images with three equal channels give, up to the different normalisation. More channels, such as
+    alpha, get zeros: at first the network ignores them.
 
     Args:
       kernel: (rows, columns, 3, C).
-      channels: number of input channels.
+      channels: number of input channels, 1 or at least 3.
 
     Returns:
       (rows, columns, channels, C).
     """
     if channels == 1:
         return kernel.sum(2, keepdims=True)
-    return kernel[:, :, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
+    return np.pad(kernel, ((0, 0), (0, 0), (0, channels - 3), (0, 0)))
