@@ -237,8 +237,8 @@ def _class_parameters(task):
 
 
 def _shapes(task):
-    size = (1, task.config.image_size, task.config.image_size, 3)
-    found = variable_shapes(task.make_model(), jax.ShapeDtypeStruct(size, "float32"))
+    images = jax.ShapeDtypeStruct((1, *task.input_shape), "float32")
+    found = variable_shapes(task.make_model(), images)
     return {name: leaf.shape for name, leaf in flatten_dict(found, sep="/").items()}
 
 
