@@ -123,6 +123,17 @@ class DatasetInfo:
     skeleton: Skeleton | None = None
     center_crop: bool = False
 
+    def same_classes(self, other: "DatasetInfo") -> bool:
+        """Returns whether two datasets have as many classes, with the same names if both name them.
+
+        The names "class 0", "class 1" and so on stand for unnamed classes.
+        """
+        if self.num_classes != other.num_classes:
+            return False
+        unnamed = tuple(f"class {label}" for label in range(self.num_classes))
+        names = {tuple(info.classes) for info in (self, other) if info.classes} - {unnamed}
+        return len(names) <= 1
+
 
 class Source(Protocol):
     """Gives random access to the records of one split; can be sent to another process."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
@@ -165,6 +166,38 @@ SIZES = {
 }
 
 
+def resize_positions(
+    table: jax.Array,
+    num_front: int,
+    trained: tuple[int, int],
+    grid: tuple[int, int],
+    method: str,
+) -> jax.Array:
+    """Returns position embeddings for a map of another size.
+
+    Args:
+      table: (num_front + rows * columns, C) for a map of ``trained`` (rows, columns).
+      num_front: number of tokens in front of the patches, whose embeddings stay as they are.
+      trained: rows and columns of the map that the table is for.
+      grid: rows and columns of the new map.
+      method: one of :data:`POSITION_RESIZES`.
+
+    Returns:
+      (num_front + grid[0] * grid[1], C).
+    """
+    if grid == trained:
+        return table
+    front, patches = jnp.split(table, [num_front])
+    patches = patches.reshape(*trained, -1)
+    shape = (*grid, patches.shape[-1])
+    if method == "bicubic":
+        patches = resize_bicubic(patches, grid)
+    else:
+        kind, antialias = method.removesuffix("_antialias"), method.endswith("_antialias")
+        patches = jax.image.resize(patches, shape, kind, antialias=antialias)
+    return jnp.concatenate([front, patches.reshape(-1, shape[-1])])
+
+
 class Origin(NamedTuple):
     """Which patches the tokens of a block stand for.
 
@@ -275,34 +308,6 @@ class Block(nn.Module):
         return jnp.broadcast_to(jax.random.key(self.index), batch)
 
 
-def resize_positions(
-    position: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str
-) -> jax.Array:
-    """Resizes the position embeddings of the patches.
-
-    Args:
-      position: (T, C), the tokens in front, then the patches row by row.
-      old: rows and columns of the map of patches.
-      new: rows and columns of the map after resizing.
-      method: one of POSITION_RESIZES.
-
-    Returns:
-      (T', C): the tokens in front, which stay as they are, then the resized map.
-    """
-    if tuple(old) == tuple(new):
-        return position
-    dim = position.shape[-1]
-    front, patches = jnp.split(position, [len(position) - old[0] * old[1]])
-    patches = patches.reshape(*old, dim)
-    if method == "bicubic":
-        patches = resize_bicubic(patches, new)
-    else:
-        antialias = method.endswith("_antialias")
-        kind = method.removesuffix("_antialias")
-        patches = jax.image.resize(patches, (*new, dim), kind, antialias=antialias)
-    return jnp.concatenate([front, patches.reshape(-1, dim)])
-
-
 class VisionTransformer(Backbone):
     """Vision transformer for images (B, H, W, 3) of any size from 32 x 32.
 
@@ -350,6 +355,29 @@ class VisionTransformer(Backbone):
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns 0 for patches, positions and front tokens, then the blocks from 1 (MAE, BEiT)."""
+        module, _, number = path.split("/")[0].partition("_")
+        if module == "blocks":
+            return int(number) + 1
+        in_front = (
+            "patches", "position", "class_token", "distillation_token", "register_token",
+            "pre_norm",
+        )  # fmt: skip
+        return 0 if path.split("/")[0] in in_front else self.num_layers - 1
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Backbone) -> np.ndarray:
+        if path != "position":
+            return value
+        settings, other = self.settings, theirs.settings
+        grid = settings.grid(*settings.position_size)
+        trained = other.grid(*other.position_size)
+        return np.asarray(
+            resize_positions(value, other.num_positioned, trained, grid, settings.position_resize)
+        )
+
     def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the tokens after the last block, with ``settings.num_front`` before the patches.
 
@@ -374,14 +402,14 @@ class VisionTransformer(Backbone):
         """Returns the patches with tokens in front, plus position embeddings: (B, T, C)."""
         settings, dtype = self.settings, self.settings.dtype
         x = pad_to_windows(images.astype(dtype), (settings.patch_size,) * 2)
-        x = self.patches(x).reshape(len(images), -1, settings.dim).astype(dtype)
+        x = self.patches(x).reshape(images.shape[0], -1, settings.dim).astype(dtype)
         position = self._positions(grid).astype(dtype)
         front = jnp.concatenate(self.front).astype(dtype)
         if settings.front_position:
             front = front + position[: settings.num_classified]
         if settings.num_registers:
             front = jnp.concatenate([front, self.registers.astype(dtype)])
-        front = jnp.broadcast_to(front, (len(images), *front.shape))
+        front = jnp.broadcast_to(front, (images.shape[0], *front.shape))
         x = jnp.concatenate([front, x + position[settings.num_positioned :]], 1)
         return self.pre_norm(x) if settings.pre_norm else x
 
@@ -430,9 +458,9 @@ class VisionTransformer(Backbone):
     def _positions(self, grid):
         """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
-        return resize_positions(
-            self.position, settings.grid(*settings.position_size), grid, settings.position_resize
-        )
+        trained = settings.grid(*settings.position_size)
+        method = settings.position_resize
+        return resize_positions(self.position, settings.num_positioned, trained, grid, method)
 
     def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
@@ -518,11 +546,28 @@ class VisionTransformer(Backbone):
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
-        pooled = self._pooled(images, train)
-        logits = self.classify(pooled[0], train)
-        if not self.settings.distilled:
-            return logits
-        return (logits + self.classify(pooled[1], train, self.distillation_classifier)) / 2
+        if self.settings.distilled:
+            return sum(self.distillation_logits(images, train)) / 2
+        (pooled,) = self._pooled(images, train)
+        return self.classify(pooled, train)
+
+    def distillation_logits(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of both classifiers of a distilled model, (B, num_classes) each.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether dropout behaves as in training.
+
+        Returns:
+          The logits of the class token, which learns from labels, and of the distillation token,
+          which learns from a teacher (Touvron et al. 2021, Section 4).
+        """
+        token, distillation = self._pooled(images, train)
+        classifiers = (self.classifier, self.distillation_classifier)
+        pairs = zip((token, distillation), classifiers, strict=True)
+        return tuple(self.classify(x, train, classifier) for x, classifier in pairs)
 
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.

@@ -80,6 +80,20 @@ class Prediction(NamedTuple):
 Predictor = Callable[[Image.Image], Prediction]
 
 
+class Teacher(NamedTuple):
+    """A run that labels the training images of another one.
+
+    Attributes:
+      workdir: folder of the run.
+      checkpoint: "last", "best" or a step.
+      key: entry of the configuration that names the folder, such as "distillation.teacher".
+    """
+
+    workdir: str
+    checkpoint: str
+    key: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task(abc.ABC):
     """The configuration, examples, model, loss, metrics and pictures of one task.
@@ -171,9 +185,33 @@ class Task(abc.ABC):
         """Returns a function from an RGB image of any size to its prediction."""
 
     @property
-    def teacher(self) -> tuple[str, str] | None:
-        """Workdir and checkpoint of the run that labels the training images; None: no run does."""
+    def teacher(self) -> Teacher | None:
+        """The run that labels the training images; None: no run does."""
         return None
+
+    def misfit(self, teacher: "Task", model: nn.Module) -> str:
+        """Returns why a model cannot be the teacher of this task; "" if it can.
+
+        Args:
+          teacher: task of the teacher's run.
+          model: its model.
+        """
+        del teacher, model
+        return ""
+
+    def teach(
+        self, teacher: "Task", model: nn.Module, variables: Any, batch: Batch, rng: jax.Array
+    ) -> Batch:
+        """Returns the entries that a teacher adds to a training batch, on the device.
+
+        Args:
+          teacher: task of the teacher's run.
+          model: its model.
+          variables: variables of the model.
+          batch: a whole training batch, as :meth:`prepare` receives it.
+          rng: the key that :meth:`prepare` receives.
+        """
+        raise NotImplementedError  # tasks without a teacher
 
     @property
     def view_size(self) -> int:
@@ -188,7 +226,7 @@ class Task(abc.ABC):
         """Returns images normalised for the model.
 
         Args:
-          images: (B, H, W, 3) uint8.
+          images: (B, H, W, 3), from 0 to 255.
 
         Returns:
           (B, H, W, 3) float32. With `data.normalization` "imagenet" they have about zero mean and
@@ -199,6 +237,11 @@ class Task(abc.ABC):
         """
         mean, std = mean_and_std(self.config.data.normalization)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+
+    def pixels(self, images: jax.Array) -> jax.Array:
+        """Undoes :meth:`normalize`, without rounding: (B, H, W, 3) float32, from 0 to 255."""
+        mean, std = mean_and_std(self.config.data.normalization)
+        return (images * jnp.array(std) + jnp.array(mean)) * 255.0
 
     def class_names(self) -> Sequence[str]:
         """Returns a name for every class: "class 0" and so on if the dataset gives none."""

@@ -15,8 +15,12 @@ from tokenvit_jax.tasks import default_config
 
 CONFIG_FILE = "config.json"
 
-# A checkpoint depends on these: they determine its parameters and the images it has seen.
-_FIXED_KEYS = ("task", "model", "model_overrides", "dataset", "seed", "batch_size", "data.split")
+# A checkpoint depends on these: they determine its parameters, the images it has seen and the
+# state of the optimizer.
+_FIXED_KEYS = (
+    "task", "model", "model_overrides", "dataset", "seed", "batch_size", "data.split",
+    "optimizer.name", "optimizer.freeze",
+)  # fmt: skip
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -70,42 +74,60 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def has_config(workdir: Path) -> bool:
+    """Returns whether a workdir holds the configuration of a run."""
+    return (workdir / CONFIG_FILE).exists()
+
+
 def check_version(workdir: Path) -> None:
     """Raises UserError if an earlier version of this package wrote the run in a workdir."""
-    if (workdir / CONFIG_FILE).exists():
+    if has_config(workdir):
         _read_json(workdir)
 
 
-def check_same_run(workdir: Path, config: ConfigDict) -> None:
+def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
     """Compares a configuration with the one in the workdir.
 
-    Logs a warning for each entry that changed.
+    Logs a warning for each entry that changed. An entry that the workdir does not have counts as
+    its default: the version that wrote the run had no such entry.
 
     Args:
       workdir: folder of the run.
       config: present configuration.
+      steps_done: step of the latest checkpoint.
 
     Raises:
-      UserError: an entry changed that a checkpoint depends on, or an earlier version of this
-        package wrote the run.
+      UserError: an entry changed that a checkpoint depends on, the run has more steps than it
+        should have, or an earlier version of this package wrote it.
     """
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_config(workdir):
         return
-    before, now = (flatten_dict(tree, sep=".") for tree in (_read_json(workdir), _plain(config)))
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
+    stored = _read_json(workdir)
+    before, now, default = (
+        flatten_dict(tree, sep=".")
+        for tree in (stored, _plain(config), _plain(default_config(stored["task"])))
+    )
+    before = {key: before.get(key, default.get(key)) for key in before.keys() | now.keys()}
+    changed = [(key, before[key], now.get(key)) for key in sorted(before)]
+    changed = [(key, old, new) for key, old, new in changed if old != new]
+    for key, old, new in changed:
         if key == "data.classes":
             raise UserError(
                 f"{workdir} holds a run with other classes: {different_names(old or [], new)}; use "
                 "another --workdir, or the old classes to go on with that run"
             )
-        if key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
+        averages = key == "ema_decay" and bool(old) != bool(new)
+        if averages or key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
             raise UserError(
                 f"{workdir} holds a run with config.{key}={old!r}, now it is {new!r}; use another "
                 "--workdir, or the old value to go on with that run"
             )
+    if config.num_steps < steps_done:
+        raise UserError(
+            f"config.num_steps={config.num_steps} is below the {steps_done} steps that the run in "
+            f"{workdir} has done; valid: from {steps_done}, or another --workdir"
+        )
+    for key, old, new in changed:
         logging.warning("config.%s changes from %r to %r in the resumed run", key, old, new)
 
 
