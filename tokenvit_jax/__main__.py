@@ -17,6 +17,7 @@ COMMANDS = (
     "label",
     "convert",
     "expedite",
+    "export",
     "summary",
     "benchmark",
     "list",

@@ -178,12 +178,12 @@ def test_positions_are_bicubic_or_bilinear():
     position = np.asarray(make(distilled=True)[1]["params"]["position"])
     patches, resized = position[2:].reshape(3, 2, 8), []
     for method, weights in (("bilinear", bilinear), ("bicubic", bicubic)):
-        found = np.asarray(resize_positions(position, (3, 2), (2, 5), method))
+        found = np.asarray(resize_positions(position, 2, (3, 2), (2, 5), method))
         np.testing.assert_array_equal(found[:2], position[:2])
         expected = np.einsum("yi,xj,ijc->yxc", weights(3, 2), weights(2, 5), patches)
         np.testing.assert_allclose(found[2:].reshape(2, 5, 8), expected, atol=1e-6)
         resized.append(found)
-    resized.append(resize_positions(position, (3, 2), (2, 5), "bicubic_antialias"))
+    resized.append(resize_positions(position, 2, (3, 2), (2, 5), "bicubic_antialias"))
     for first, second in itertools.combinations(resized, 2):
         assert np.abs(first - second).max() > 0.01
 
@@ -191,7 +191,7 @@ def test_positions_are_bicubic_or_bilinear():
 def test_model_resizes_positions_as_its_setting_says():
     model, variables = make(distilled=True, position_resize="bicubic")
     found = model.apply(variables, (2, 5), method="_positions")
-    expected = resize_positions(variables["params"]["position"], (3, 2), (2, 5), "bicubic")
+    expected = resize_positions(variables["params"]["position"], 2, (3, 2), (2, 5), "bicubic")
     np.testing.assert_array_equal(found, expected)
 
 

@@ -123,7 +123,7 @@ def test_bicubic_resize_of_torch(timm, old):
             expected = torch.nn.functional.interpolate(
                 torch.from_numpy(x).permute(2, 0, 1)[None], new, mode="bicubic", antialias=antialias
             )
-            found = resize_positions(position, old, new, method)
+            found = resize_positions(position, 1, old, new, method)
             np.testing.assert_array_equal(found[0], position[0])
             expected = expected[0].permute(1, 2, 0).reshape(-1, 3)
             np.testing.assert_allclose(found[1:], expected, atol=1e-5)

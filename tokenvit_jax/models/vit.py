@@ -168,6 +168,38 @@ SIZES = {
 }
 
 
+def resize_positions(
+    table: jax.Array,
+    num_front: int,
+    trained: tuple[int, int],
+    grid: tuple[int, int],
+    method: str,
+) -> jax.Array:
+    """Returns position embeddings for a map of another size.
+
+    Args:
+      table: (num_front + rows * columns, C) for a map of ``trained`` (rows, columns).
+      num_front: number of tokens in front of the patches, whose embeddings stay as they are.
+      trained: rows and columns of the map that the table is for.
+      grid: rows and columns of the new map.
+      method: one of :data:`POSITION_RESIZES`.
+
+    Returns:
+      (num_front + grid[0] * grid[1], C).
+    """
+    if grid == trained:
+        return table
+    front, patches = jnp.split(table, [num_front])
+    patches = patches.reshape(*trained, -1)
+    shape = (*grid, patches.shape[-1])
+    if method == "bicubic":
+        patches = resize_bicubic(patches, grid)
+    else:
+        kind, antialias = method.removesuffix("_antialias"), method.endswith("_antialias")
+        patches = jax.image.resize(patches, shape, kind, antialias=antialias)
+    return jnp.concatenate([front, patches.reshape(-1, shape[-1])])
+
+
 class Origin(NamedTuple):
     """Which patches the tokens of a block stand for.
 
@@ -278,34 +310,6 @@ class Block(nn.Module):
         return jnp.broadcast_to(jax.random.key(self.index), batch)
 
 
-def resize_positions(
-    position: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str
-) -> jax.Array:
-    """Resizes the position embeddings of the patches.
-
-    Args:
-      position: (T, C), the tokens in front, then the patches row by row.
-      old: rows and columns of the map of patches.
-      new: rows and columns of the map after resizing.
-      method: one of POSITION_RESIZES.
-
-    Returns:
-      (T', C): the tokens in front, which stay as they are, then the resized map.
-    """
-    if tuple(old) == tuple(new):
-        return position
-    dim = position.shape[-1]
-    front, patches = jnp.split(position, [len(position) - old[0] * old[1]])
-    patches = patches.reshape(*old, dim)
-    if method == "bicubic":
-        patches = resize_bicubic(patches, new)
-    else:
-        antialias = method.endswith("_antialias")
-        kind = method.removesuffix("_antialias")
-        patches = jax.image.resize(patches, (*new, dim), kind, antialias=antialias)
-    return jnp.concatenate([front, patches.reshape(-1, dim)])
-
-
 class VisionTransformer(Backbone):
     """Vision transformer for images (B, H, W, 3) of any size from 32 x 32.
 
@@ -360,7 +364,8 @@ class VisionTransformer(Backbone):
         if module == "blocks":
             return int(number) + 1
         in_front = (
-            "patches", "position", "class_token", "distillation_token", "registers", "pre_norm"
+            "patches", "position", "class_token", "distillation_token", "register_token",
+            "pre_norm",
         )  # fmt: skip
         return 0 if path.split("/")[0] in in_front else self.num_layers - 1
 
@@ -371,7 +376,9 @@ class VisionTransformer(Backbone):
         settings, other = self.settings, theirs.settings
         grid = settings.grid(*settings.position_size)
         trained = other.grid(*other.position_size)
-        return np.asarray(resize_positions(value, trained, grid, settings.position_resize))
+        return np.asarray(
+            resize_positions(value, other.num_positioned, trained, grid, settings.position_resize)
+        )
 
     def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the tokens after the last block, with ``settings.num_front`` before the patches.
@@ -453,9 +460,9 @@ class VisionTransformer(Backbone):
     def _positions(self, grid):
         """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
-        return resize_positions(
-            self.position, settings.grid(*settings.position_size), grid, settings.position_resize
-        )
+        trained = settings.grid(*settings.position_size)
+        method = settings.position_resize
+        return resize_positions(self.position, settings.num_positioned, trained, grid, method)
 
     def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
@@ -543,7 +550,8 @@ class VisionTransformer(Backbone):
         """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
         if self.settings.distilled:
             return sum(self.distillation_logits(images, train)) / 2
-        return self.classify(self._pooled(images, train)[0], train)
+        (pooled,) = self._pooled(images, train)
+        return self.classify(pooled, train)
 
     def distillation_logits(
         self, images: jax.Array, train: bool = False
@@ -558,10 +566,10 @@ class VisionTransformer(Backbone):
           The logits of the class token, which learns from labels, and of the distillation token,
           which learns from a teacher (Touvron et al. 2021, Section 4).
         """
-        pooled = self._pooled(images, train)
-        return self.classify(pooled[0], train), self.classify(
-            pooled[1], train, self.distillation_classifier
-        )
+        token, distillation = self._pooled(images, train)
+        classifiers = (self.classifier, self.distillation_classifier)
+        pairs = zip((token, distillation), classifiers, strict=True)
+        return tuple(self.classify(x, train, classifier) for x, classifier in pairs)
 
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.
