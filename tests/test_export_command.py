@@ -104,6 +104,11 @@ def run_own(monkeypatch, capsys, **flags):
     return run(monkeypatch, capsys, convert, ("source", "out"), layout="own", **flags)
 
 
+def test_every_family_has_a_case():
+    family = lambda name: name.split("_")[0]  # noqa: E731
+    assert set(map(family, FAMILIES)) | {"vit"} == set(map(family, tv.list_models()))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_exports_for_any_number_of_images(name):
     task, model, variables = tiny_task(name, FAMILIES[name])
