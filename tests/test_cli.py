@@ -116,11 +116,24 @@ def test_picture_path_is_checked_before_the_work(run, tmp_path):
         ("front.xyz", "front.xyz is not valid; valid suffixes: "),
         ("front", "front is not valid; valid suffixes: "),
         ("folder.png", "folder.png is a folder; valid: a file"),
-        ("file/front.png", "file"),
+        ("file/front.png", "file/front.png cannot be written: "),
     ):
         status, _, err = run("--workdir=x", f"--plot={tmp_path / name}", main=main)
         assert status == 1
         assert message in err
+
+
+def test_output_folder_is_made_before_the_work(run, tmp_path):
+    def main(flag_values):
+        assert cli.output_folder(flag_values, "plot") is None
+        assert cli.output_folder(flag_values, "workdir").is_dir()
+
+    assert run(f"--workdir={tmp_path / 'new' / 'run'}", main=main)[0] == 0
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/run"):
+        status, _, err = run(f"--workdir={tmp_path / name}", main=main)
+        assert status == 1
+        assert err.startswith(f"error: --workdir={tmp_path / name} cannot be written: ")
 
 
 def test_signals_have_their_former_effect_after_training():

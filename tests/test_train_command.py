@@ -1,7 +1,9 @@
 import contextlib
 import functools
+import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -116,7 +118,15 @@ def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp
 
     run = start("train", tmp_path)
     # The resumed run drops what the killed one logged after its last checkpoint.
-    next(line for line in run.stdout if "resumed" in line)
+    first = list(itertools.takewhile(lambda line: "resumed" not in line, run.stdout))
+    assert first == [
+        "model    dgt_t, classification, float32\n",
+        "devices  1 x cpu, jit\n",
+        "data     digits: 1,437 images of the split train, 360 images of the split test\n",
+        "12,666 parameters\n",
+    ]
+    assert run.stdout.readline() == "compiling the training step ...\n"
+    assert re.fullmatch(r"compiling the training step: \d+\.\d s\n", run.stdout.readline())
     first_step = last_logged(tmp_path)
     assert 5 <= first_step < 40
     wait_for(run, lambda: last_logged(tmp_path) > first_step)

@@ -102,10 +102,38 @@ def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
         raise UserError(f"--{name}={path} is not valid; valid suffixes: .{', .'.join(formats)}")
     if path.is_dir():
         raise UserError(f"--{name}={path} is a folder; valid: a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--{name}={path} cannot be written")
+    _make_folder(path.parent, f"--{name}={path}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"--{name}={path} cannot be written: no permission")
     return path
+
+
+def output_folder(flag_values: flags.FlagValues, name: str) -> Path | None:
+    """Returns the path of a flag for a folder, and makes it; None if it is not given.
+
+    Call this before the work, as :func:`picture_path`.
+
+    Args:
+      flag_values: parsed flags.
+      name: name of the flag.
+
+    Raises:
+      UserError: the folder cannot be made or written.
+    """
+    if flag_values[name].value is None:
+        return None
+    path = Path(flag_values[name].value)
+    _make_folder(path, f"--{name}={path}")
+    return path
+
+
+def _make_folder(path: Path, flag: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} cannot be written: {error}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} cannot be written: no permission")
 
 
 def read_images(names: Sequence[str]) -> "list[Image.Image]":

@@ -43,10 +43,10 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.expedite_run import search_run, write_expedited
     from tokenvit_jax.training.new_run import check_new
 
-    workdir, out = Path(flag_values.workdir), flag_values.out
-    plot = cli.picture_path(flag_values, "plot")
-    if out:
-        check_new(Path(out))
+    workdir, plot = Path(flag_values.workdir), cli.picture_path(flag_values, "plot")
+    if flag_values.out:
+        check_new(Path(flag_values.out))
+    out = cli.output_folder(flag_values, "out")
     search = search_run(
         workdir,
         flag_values.budget,
@@ -60,7 +60,7 @@ def main(flag_values: flags.FlagValues) -> None:
     print(f"{tried}, temperature {chosen.expedite.temperature:g}; the front:")
     print(format_front(pareto_front(rated), chosen))
     if out:
-        write_expedited(Path(out), search)
+        write_expedited(out, search)
         print(f"{workdir} -> {out}")
     if plot:
         plot_front(rated, chosen, flag_values.budget).savefig(plot, dpi=150)
