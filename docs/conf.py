@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 project = "tokenvit_jax"
 author = "the authors of tokenvit_jax"
 root_doc = "README"
-include_patterns = ["README.md", "docs/**.md", "docs/**.ipynb", "docs/**.rst", "experiments/**.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "docs/**.md",
+    "docs/*.ipynb",
+    "docs/**.rst",
+    "experiments/**.md",
+]
 exclude_patterns = ["docs/_build", "docs/api/modules.rst"]
 extensions = [
     "myst_nb",
@@ -150,7 +157,7 @@ CONTENTS = {
     "README": [
         ("Guides", ["docs/*"]),
         ("Measurements", ["docs/benchmarks/cpu", "experiments/*/README"]),
-        ("Reference", ["docs/api/tokenvit_jax"]),
+        ("Reference", ["docs/api/tokenvit_jax", "CHANGELOG"]),
     ],
     "docs/benchmarks/cpu": [("", ["cpu_profile"])],
 }
@@ -158,7 +165,10 @@ CONTENTS = {
 
 def complete_page(app, docname, source):
     """Adds the table of contents, and a title to pages that scripts write without one."""
-    if not docname.startswith("docs/api") and not source[0].lstrip().startswith("#"):
+    titled = docname.startswith("docs/api") or source[0].lstrip().startswith(
+        ("#", "{")
+    )  # a notebook
+    if not titled:
         source[0] = f"# {docname.rsplit('/')[-1].replace('_', ' ').capitalize()}\n\n{source[0]}"
     contents = CONTENTS.get(docname, [])
     if re.fullmatch(r"experiments/\w+/README", docname):
