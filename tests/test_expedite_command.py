@@ -94,7 +94,6 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
         ({}, {"budget": 1.5}, "--budget=1.5 is not valid; valid: between 0 and 1"),
         ({}, {"budget": "nan"}, "--budget=nan is not valid; valid: between 0 and 1"),
         ({}, {"images": "none.jpg"}, "--images: none.jpg: No such file or directory"),
-        ({}, {"images": ""}, "--images names no file"),
         (
             {"model": "dgt_t", "model_overrides": {}},
             {},

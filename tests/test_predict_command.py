@@ -236,7 +236,7 @@ def test_truncated_image(monkeypatch, capsys, tmp_path, workdir, images):
     [
         ({"workdir": "nowhere"}, 1, "--workdir=nowhere holds no config.json"),
         ({"checkpoint": "77"}, 1, "no checkpoint '77' in "),
-        ({"images": ""}, 1, "--images names no file"),
+        ({"images": ""}, 2, "--images= is empty; image files"),
         ({"images": None}, 2, "--images is missing"),
     ],
 )
