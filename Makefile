@@ -22,7 +22,7 @@ lint: .venv/installed
 
 # Removes the old pages first: otherwise the pages of deleted modules would stay.
 docs: .venv/docs
-	rm -rf docs/api docs/_build
+	rm -rf docs/api docs/_build docs/jupyter_execute
 	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build
 
 tutorial: .venv/docs

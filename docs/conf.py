@@ -16,7 +16,7 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "docs/**.md",
-    "docs/**.ipynb",
+    "docs/*.ipynb",
     "docs/**.rst",
     "experiments/**.md",
 ]

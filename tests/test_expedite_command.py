@@ -131,7 +131,6 @@ def test_evaluate_measures_the_temperature(tmp_path, monkeypatch):
         ({}, {"budget": 1.5}, "--budget=1.5 is not valid; valid: between 0 and 1"),
         ({}, {"budget": "nan"}, "--budget=nan is not valid; valid: between 0 and 1"),
         ({}, {"images": "none.jpg"}, "--images: none.jpg: No such file or directory"),
-        ({}, {"images": ""}, "--images names no file"),
         (
             {"model": "dgt_t", "model_overrides": {}},
             {},

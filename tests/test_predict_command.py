@@ -244,10 +244,10 @@ def test_truncated_image(monkeypatch, capsys, tmp_path, workdir, images):
     [
         ({"workdir": "nowhere"}, 1, "--workdir=nowhere holds no config.json"),
         ({"checkpoint": "77"}, 1, "no checkpoint '77' in "),
-        ({"images": ""}, 1, "--images names no file"),
         ({"images": "*.none"}, 1, "--images: *.none: the pattern holds no image"),
         ({"results": "a.txt"}, 1, "--results=a.txt is not valid; valid: a file NAME.json or NAME"),
         ({"out": __file__}, 1, f"--out={__file__} is a file; valid: a folder"),
+        ({"images": ""}, 2, "--images= is empty; image files"),
         ({"images": None}, 2, "--images is missing"),
     ],
 )

@@ -99,6 +99,11 @@ def test_expedited_hosts(monkeypatch, capsys):
         ("--model=deit_s --method=mean", 1, "--method=mean is not valid; valid: kmeans, weighted"),
         ("--image_size=31", 1, "--image_size=31: both sides must be at least 32"),
         ("--image_size=224x20", 1, "--image_size=224x20: both sides must be at least 32"),
+        (
+            "--image_size=99999999999",
+            1,
+            "--image_size=99999999999: both sides must be at least 32 and ",
+        ),
         ("--image_size=big", 1, "--image_size=big is neither a number nor HEIGHTxWIDTH"),
         ("--format=xml", 2, "flag --format=xml: value should be one of <table|json>"),
         ("--modle=dgt_t", 2, "Unknown command line flag 'modle'. Did you mean: model ?"),

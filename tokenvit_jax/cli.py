@@ -93,10 +93,10 @@ def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
     Raises:
       UserError: the picture cannot be written there, or not in this format.
     """
-    from matplotlib.backend_bases import FigureCanvasBase  # few commands draw
-
     if flag_values[name].value is None:
         return None
+    from matplotlib.backend_bases import FigureCanvasBase  # a machine may lack it: see `benchmark`
+
     path, formats = Path(flag_values[name].value), FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UserError(f"--{name}={path} is not valid; valid suffixes: .{', .'.join(formats)}")

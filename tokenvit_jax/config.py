@@ -90,6 +90,11 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
+def base_config() -> ConfigDict:
+    """Returns the entries that all tasks share, without augmentation and regularisation."""
+    return make_config(ENTRIES)
+
+
 def make_config(entries: Mapping[str, Entry]) -> ConfigDict:
     """Returns a new configuration with the defaults of entries such as `ENTRIES`."""
     config = ConfigDict()

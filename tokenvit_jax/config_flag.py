@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from tokenvit_jax.config import ENTRIES, make_config
+from tokenvit_jax.config import ENTRIES, base_config
 from tokenvit_jax.errors import did_you_mean
 
 # Fields of models and heads that the task or Flax sets.
@@ -218,7 +218,7 @@ def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
         entries that all tasks have, with their defaults.
     """
     if config is None:
-        values = _values(make_config(ENTRIES))
+        values = _values(base_config())
         return [(key, values[key], entry.meaning) for key, entry in ENTRIES.items()]
     from tokenvit_jax.tasks import entries_of
 
