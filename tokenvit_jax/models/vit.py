@@ -293,7 +293,7 @@ class Block(nn.Module):
                 if num_kept == 0:
                     return front.x, Origin(front.size, None)
                 x, size, new_home = reducers.reduce_tokens(
-                    patches, num_kept, reducer, self._routing_keys(len(x), train),
+                    patches, num_kept, reducer, self._routing_keys(x.shape[0], train),
                     restorable=home is not None,
                 )  # fmt: skip
                 if home is not None:
@@ -422,7 +422,7 @@ class VisionTransformer(Backbone):
         if restorable and reducer is not None:
             num_patches = x.shape[1] - self.settings.num_front
             own = jnp.arange(num_patches, dtype=jnp.int32)
-            home = jnp.broadcast_to(own, (len(x), num_patches))
+            home = jnp.broadcast_to(own, (x.shape[0], num_patches))
         origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
         for block in blocks:
             x, origin = block(x, origin, grid, train)
@@ -529,7 +529,7 @@ class VisionTransformer(Backbone):
     @nn.nowrap
     def _to_map(self, restore, image_shape, tokens):
         y = restore(tokens)
-        return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
+        return y.reshape(y.shape[0], *self.settings.grid(*image_shape[1:3]), -1)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).

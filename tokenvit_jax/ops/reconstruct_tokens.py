@@ -87,7 +87,7 @@ def reconstruct_tokens(
       Liang et al. 2022, Eq. 4.
     """
     _check_reconstruction(tokens, centers, refined, neighbors, temperature, normalize, mode)
-    batch, length, dim = tokens.shape
+    _, length, dim = tokens.shape
     num_centers, out_dim = refined.shape[1:]
     if mode in ("window", "bilinear"):
         _check_grids(tokens, centers, grid, clusters, mode)
@@ -116,7 +116,7 @@ def reconstruct_tokens(
         mean = x.mean(1, keepdims=True)
         return run(x - mean, keys - mean, values).astype(refined.dtype)
 
-    return counted_as("reconstruct_tokens", batch * macs, reconstruct)(tokens, centers, refined)
+    return counted_as("reconstruct_tokens", macs, reconstruct)(tokens, centers, refined)
 
 
 def _by_nearest(x, centers, refined, *, k, temperature, normalize):
@@ -184,7 +184,7 @@ def _by_window(x, centers, refined, *, tiles, temperature, normalize):
     seen = tiles.near.any(1, keepdims=True)  # False: padding of a tile
     weights = jnp.where(seen, _normalize(jnp.where(seen, weights, 1), normalize), 0)
     y = product("bnkt,bnkd->bntd", weights, take_all(refined, tiles.centers))
-    return take_all(y.reshape(len(y), -1, y.shape[-1]), tiles.homes)
+    return take_all(y.reshape(y.shape[0], -1, y.shape[-1]), tiles.homes)
 
 
 def _bilinear(x, centers, refined, *, grid, clusters):

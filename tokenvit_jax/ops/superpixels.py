@@ -80,7 +80,7 @@ def cluster_superpixels(
     check_temperature(temperature)
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}; it must be at least 0")
-    batch, length, dim = tokens.shape
+    _, length, dim = tokens.shape
     tiles = make_tiles(grid, clusters, window)
 
     def cluster(tokens):
@@ -92,7 +92,7 @@ def cluster_superpixels(
             centers = _move_centers(x, centers, mean, tiles, iterations, temperature)
         return (centers + mean).astype(tokens.dtype)
 
-    macs = batch * (length + 2 * iterations * tiles.pairs) * dim
+    macs = (length + 2 * iterations * tiles.pairs) * dim
     return counted_as("cluster_superpixels", macs, cluster)(tokens)
 
 

@@ -184,6 +184,16 @@ class Task(abc.ABC):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         """Returns a function from an RGB image of any size to its prediction."""
 
+    @abc.abstractmethod
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        """Returns the outputs of the exported model by name, each with a leading axis B.
+
+        Args:
+          model: result of :meth:`make_model`.
+          variables: variables of the model.
+          images: (B, H, W, 3), normalised, with the sides of `view_size`; B may be symbolic.
+        """
+
     @property
     def teacher(self) -> Teacher | None:
         """The run that labels the training images; None: no run does."""

@@ -18,6 +18,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.exporting import write_export
 from tokenvit_jax.training.workdir import read_config
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -146,6 +147,17 @@ class Run:
                 f"images are {images.dtype}{images.shape}; valid: uint8 (batch, height, width, 3)"
             )
         return self.task.normalize(jnp.asarray(images))
+
+    def export(self, out: str | Path) -> None:
+        """Writes the model as a folder that runs without this package, see `docs/export.md`.
+
+        Args:
+          out: the new folder: the model for any number of images, its weights, and a description.
+
+        Raises:
+          UserError: something exists at the path, or it cannot be written.
+        """
+        write_export(Path(out).expanduser(), self.task, self.model, self.variables, self.step)
 
     @functools.cached_property
     def predictor(self):

@@ -29,8 +29,20 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: the workdir has no configuration, or another version of this package wrote it.
     """
-    stored = _with_tuples(_read_json(workdir))
-    path = workdir / CONFIG_FILE
+    return restore_config(_read_json(workdir), workdir / CONFIG_FILE)
+
+
+def restore_config(stored: dict[str, Any], path: Path) -> ConfigDict:
+    """Returns the configuration that :func:`plain_config` turned into plain values.
+
+    Args:
+      stored: the plain values.
+      path: file that held them, for the message.
+
+    Raises:
+      UserError: another version of this package wrote them.
+    """
+    stored = _with_tuples(stored)
     config = default_config(stored["task"])
     known = flatten_dict(config.to_dict(), sep=".")
     unknown = [
@@ -64,7 +76,7 @@ def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes the configuration into the workdir, which is created if necessary."""
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(workdir / CONFIG_FILE, json.dumps(_plain(config), indent=2) + "\n")
+    replace_file(workdir / CONFIG_FILE, json.dumps(plain_config(config), indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -105,7 +117,7 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
     stored = _read_json(workdir)
     before, now, default = (
         flatten_dict(tree, sep=".")
-        for tree in (stored, _plain(config), _plain(default_config(stored["task"])))
+        for tree in (stored, plain_config(config), plain_config(default_config(stored["task"])))
     )
     before = {key: before.get(key, default.get(key)) for key in before.keys() | now.keys()}
     changed = [(key, before[key], now.get(key)) for key in sorted(before)]
@@ -147,7 +159,7 @@ def _read_json(workdir: Path) -> dict[str, Any]:
     return stored
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def plain_config(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 

@@ -178,6 +178,12 @@ class Classification(Task):
         crop = eval_crop(self.config, self.info)
         return eval_image(image, self.view_size, crop, self.config.data.eval_interpolation)
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        found = model.apply(variables, images, train=False)
+        if not self.info.num_classes:  # a model without a classifier
+            return {"features": found}
+        return {"logits": found, "probabilities": jax.nn.softmax(found)}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
 

@@ -87,6 +87,10 @@ class Segmentation(Task):
     def view_size(self) -> int:
         return window_side(self.config)
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits = model.apply(variables, images, train=False)
+        return {"labels": jnp.argmax(logits, -1).astype(jnp.uint8), "logits": logits}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
