@@ -60,8 +60,8 @@ flags.DEFINE_string(
     "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
-    "layout", AUTO, [AUTO, *LAYOUTS, OWN], "names and shapes of the arrays in the file; auto: the names "
-    "decide", flag_values=FLAGS,
+    "layout", AUTO, [AUTO, *LAYOUTS, OWN], "names and shapes of the arrays in the file; auto: the "
+    "names decide", flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
     "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
