@@ -408,7 +408,8 @@ def main(flag_values: flags.FlagValues) -> None:
     distance = bench.distance(side, expedite.alpha)
     text = f"""
     The median squared distance of neighbouring tokens after block {expedite.alpha} is
-    {distance:.3g}. The {compared(plan)} of the first crops are compared, with the setting of the first table.
+    {distance:.3g}. The {compared(plan)} of the first crops are compared, with the setting of the
+    first table.
     """
     rows = [[f"{f:g}", f"{t:g}", cell(values, 1)] for f, (t, values) in swept.items()]
     lines += ["", "## Temperature", "", *pages.paragraph(text), ""]
