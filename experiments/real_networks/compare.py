@@ -40,12 +40,14 @@ class Plan(NamedTuple):
     Attributes:
       title: name of the network.
       second: name of the second figure.
+      main: the figure that is drawn and over which the temperature is varied: "cosine" | "second".
       settings: (side of the image [pixels], setting of Expedite, reducers) of every table; the
         temperature of the first one is varied.
     """
 
     title: str
     second: str
+    main: str
     settings: list[tuple[int, Expedite, list[str]]]
 
 
@@ -55,14 +57,17 @@ PLANS = {
     "vit_s14_dinov2": Plan(
         "ViT-S/14 (DINOv2, fine-tuned for saliency)",
         "saliency",
+        "cosine",
         [
             (224, Expedite(4, 8, (11, 11)), ALL),
             (224, Expedite(6, 6, (11, 11)), ["ToMe, carry"]),
             (448, Expedite(4, 8, (22, 22)), CARRY),
         ],
     ),
-    "clip_vit_b16": Plan("CLIP ViT-B/16", "embedding", [(224, Expedite(4, 8, (10, 10)), ALL[:-1])]),
-    "swin_b": Plan("Swin-B", "pooled features", [(224, Expedite(4, 14, (5, 5)), [])]),
+    "clip_vit_b16": Plan(
+        "CLIP ViT-B/16", "embedding", "second", [(224, Expedite(4, 8, (10, 10)), ALL)]
+    ),
+    "swin_b": Plan("Swin-B", "pooled features", "cosine", [(224, Expedite(4, 14, (5, 5)), [])]),
 }
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("network", None, list(PLANS), "network", flag_values=FLAGS)
@@ -98,6 +103,7 @@ class Bench:
         self.model, self.variables = getattr(networks, name)()
         self.variables = jax.device_put(self.variables)
         self.second = SECOND[name]()
+        self.swept = "pooled" if PLANS[name].main == "second" else "features"
         cache.mkdir(parents=True, exist_ok=True)
 
     @functools.cache  # noqa: B019 - one bench per process
@@ -115,8 +121,8 @@ class Bench:
 
     @functools.cache  # noqa: B019 - one bench per process
     def comparison(self, side: int) -> Comparison:
-        """Returns the comparison of patch features on the first crops."""
-        return Comparison(self.model, self.variables, self.images(side, 0))
+        """Returns the comparison of features on the first crops."""
+        return Comparison(self.model, self.variables, self.images(side, 0), self.swept)
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Returns what a function without arguments computes, from the folder if it is there."""
@@ -188,15 +194,16 @@ class Bench:
         scale, found = self.distance(side, expedite.alpha), {}
         for factor in sorted(FACTORS):
             setting = measured(expedite, scale, factor)
-            find = functools.partial(self._patches, side, setting)
-            similar = self.remember(f"{side} factor {factor:g}", find)
+            find = functools.partial(self._similar, side, setting)
+            similar = self.remember(f"{side} {self.swept} factor {factor:g}", find)
             found[factor] = setting.temperature, similar
             print(f"factor {factor:g} {np.mean(similar):.3f}", flush=True)
         return found
 
-    def _patches(self, side, setting):
+    def _similar(self, side, setting):
         compare = self.comparison(side)
-        return cosines(compare.features(setting), compare.features(None)).mean((1, 2)).tolist()
+        found = np.asarray(cosines(compare.features(setting), compare.features(None)))
+        return found.reshape(len(found), -1).mean(1).tolist()
 
 
 def read(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -268,6 +275,12 @@ def saliency() -> Callable:
 
 
 SECOND = {"vit_s14_dinov2": saliency, "clip_vit_b16": class_tokens, "swin_b": class_tokens}
+SECOND_TEXT = {
+    "vit_s14_dinov2": "Saliency is the correlation of the saliency maps of the package's decoder.",
+    "clip_vit_b16": "Embedding is the cosine of the projected class token; nearest is the share of "
+    "images whose nearest embedding of the plain network belongs to the same image.",
+    "swin_b": "Pooled features are compared by their cosine.",
+}
 SIMILARITY = {"vit_s14_dinov2": correlations, "clip_vit_b16": cosines, "swin_b": cosines}
 
 
@@ -328,22 +341,27 @@ def table(results: dict[str, Any], crops: int, plan: Plan) -> list[str]:
             cells.append("" if result is own else cell(difference, crops, "+"))
         return [*cells, *([f"{np.mean(result['nearest']):.2f}"] if embeds else [])]
 
-    ordered = sorted(results.items(), key=lambda item: -np.mean(item[1]["cosine"]))
+    ordered = sorted(results.items(), key=lambda item: -np.mean(item[1][plan.main]))
     return pages.table(columns, (row(*item) for item in ordered))
 
 
-def plot(tables: list, swept: dict[float, Any]) -> Any:
-    """Draws the cosines of all methods, and the cosine over the factor."""
+def compared(plan: Plan) -> str:
+    """Returns the name of the features that the main figure compares."""
+    return "patch features" if plan.main == "cosine" else f"{plan.second}s"
+
+
+def plot(tables: list, swept: dict[float, Any], plan: Plan) -> Any:
+    """Draws the main figure of all methods, and over the factor."""
     number = len(tables) + 1
     figure, axes = plots.panels(number, width=4.2 * number, height=3.6, grid=True)
     for axis, (heading, results, crops) in zip(axes, tables, strict=False):
-        ordered = sorted(results.items(), key=lambda item: np.mean(item[1]["cosine"]))
+        ordered = sorted(results.items(), key=lambda item: np.mean(item[1][plan.main]))
         for at, (name, result) in enumerate(ordered):
             own = plots.color(1 if name.startswith("Expedite") else 0)
-            axis.plot(interval(result["cosine"], crops), [at, at], color=own, linewidth=2)
-            axis.plot(np.mean(result["cosine"]), at, "o", color=own, markersize=5)
+            axis.plot(interval(result[plan.main], crops), [at, at], color=own, linewidth=2)
+            axis.plot(np.mean(result[plan.main]), at, "o", color=own, markersize=5)
         axis.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
-        axis.set_xlabel("cosine of patch features, 95 % interval", fontsize=9)
+        axis.set_xlabel(f"cosine of {compared(plan)}, 95 % interval", fontsize=9)
         axis.set_title(heading, fontsize=9)
     axis = axes[-1]
     means = [np.mean(similar) for _, similar in swept.values()]
@@ -356,15 +374,18 @@ def plot(tables: list, swept: dict[float, Any]) -> Any:
 
 def about(network: str, crops: int) -> str:
     """Returns the text below the title."""
-    number = photographs.NUM_PHOTOGRAPHS
+    images = (
+        f"{crops} x {photographs.NUM_PHOTOGRAPHS}" if crops > 1 else photographs.NUM_PHOTOGRAPHS
+    )
     return f"""
-    with --network={network} --crops={crops}. {crops} crops of each of {number} photographs from
-    scikit-image, scikit-learn and matplotlib; nothing is trained. Cost is a fraction of the plain
+    The options are --network={network} and --crops={crops}: {images} images, from photographs of
+    scikit-image, scikit-learn and matplotlib. Nothing is trained. Cost is a fraction of the plain
     network's multiply-adds. Methods other than pooling use the most tokens or pixels whose cost
     does not exceed Expedite's. Cosine compares patch features with the plain network's, averaged
     over positions and images; features of a smaller image are resized bilinearly. Brackets hold 95
     % intervals over {DRAWS} bootstrap samples of the photographs; differences are paired. The
     temperature is {FACTOR} times the median squared distance of neighbouring tokens.
+    {SECOND_TEXT[network]}
     """
 
 
@@ -387,12 +408,13 @@ def main(flag_values: flags.FlagValues) -> None:
     distance = bench.distance(side, expedite.alpha)
     text = f"""
     The median squared distance of neighbouring tokens after block {expedite.alpha} is
-    {distance:.3g}. The first crops are compared, with the setting of the first table.
+    {distance:.3g}. The {compared(plan)} of the first crops are compared, with the setting of the
+    first table.
     """
     rows = [[f"{f:g}", f"{t:g}", cell(values, 1)] for f, (t, values) in swept.items()]
     lines += ["", "## Temperature", "", *pages.paragraph(text), ""]
     lines += pages.table(["temperature / distance", "temperature", "cosine"], rows)
-    pages.write(str(page), lines, plot(tables, swept))
+    pages.write(str(page), lines, plot(tables, swept, plan))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ CALLS = {
     "center_tiles.near_weights": [
         ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
     ],
+    "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
     "center_tiles.mix_rows_and_columns": [
         ((TOKENS, GRID, (np.zeros((2, 4), int), np.ones((2, 4))),
           (np.zeros((3, 2), int), np.ones((3, 2)))), {})

@@ -40,18 +40,21 @@ class Comparison:
     only in `beta`, the blocks on the centres.
     """
 
-    def __init__(self, model: nn.Module, variables: Any, images: jax.Array):
+    def __init__(
+        self, model: nn.Module, variables: Any, images: jax.Array, method: str = "features"
+    ):
         """Computes the features without clustering.
 
         Args:
           model: classifier or segmentation model.
           variables: variables of the model.
           images: (B, H, W, 3), normalised.
+          method: what is compared: the last map of "features", or the "pooled" features.
         """
         backbone = backbone_of(model)
         self._backbone = backbone.clone(expedite=None, remat=False)
         self._variables = jax.device_put(backbone_variables(model, variables))
-        self._images = jnp.asarray(images)
+        self._images, self._method = jnp.asarray(images), method
         before = describe_host(self._backbone, self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)
         self._plain = self.features(None)
@@ -80,12 +83,12 @@ class Comparison:
         return float(jnp.median(neighbor_distance(tokens)))
 
     def features(self, expedite: Expedite | None) -> jax.Array:
-        """Returns the last map with a setting; None: without clustering."""
+        """Returns the compared features with a setting; None: without clustering."""
         backbone = self._backbone.clone(expedite=expedite)
         self._blocks.begin(expedite)
         with nn.intercept_methods(self._blocks):
-            maps = backbone.apply(self._variables, self._images, False, method="features")
-        return maps[-1]
+            found = backbone.apply(self._variables, self._images, False, method=self._method)
+        return found[-1] if self._method == "features" else found
 
 
 def measured(expedite: Expedite, distance: float, factor: float = FACTOR) -> Expedite:
