@@ -16,8 +16,8 @@ Expected result: 99 % test accuracy (99.7 % measured).
     python -m tokenvit_jax.train --config=configs/dgt_t.py:fashion_mnist \\
         --workdir=runs/fashion_mnist --config.data.data_dir=DATA
 
-The same small network on Fashion-MNIST, for 5 epochs. Hardware: 2 CPU cores, an hour next to other
-work. Expected result: more than 88 % test accuracy (88.2 % measured after 2 epochs).
+The same small network on Fashion-MNIST, for 5 epochs. Hardware: 2 CPU cores, 50 minutes next to
+other work. Expected result: about 91 % test accuracy (one run: 90.7 % of the 10,000 images).
 """
 
 from tokenvit_jax.recipes.dgt import dgt_config
