@@ -42,7 +42,7 @@ def counted_as(name: str, macs_per_image: int, function: Callable) -> Callable:
     Args:
       name: name of the operator.
       macs_per_image: multiply-adds for one image.
-      function: function for the shapes and settings of one call; its first argument has a leading
+      function: function for the shapes and settings of one call; its first result has a leading
         axis of images. The caller is itself jitted, so that this code runs once per shape.
 
     Returns:
@@ -52,6 +52,7 @@ def counted_as(name: str, macs_per_image: int, function: Callable) -> Callable:
     def run(*args):
         return function(*args)
 
+    # Arrays that the function closes over become inputs, in front of the others.
     run.__name__ = f"{PREFIX}{name}_{macs_per_image}"
-    MAC_FORMULAS[run.__name__] = lambda inputs, outputs: inputs[0][0] * macs_per_image
+    MAC_FORMULAS[run.__name__] = lambda inputs, outputs: outputs[0][0] * macs_per_image
     return jax.jit(run)
