@@ -79,8 +79,7 @@ def test_all_is_taken_but_the_classifier_of_other_classes(model):
     assert theirs.keys() - found.keys() == {"params/classifier/kernel", "params/classifier/bias"}
     assert all(found[name] is theirs[name] for name in found)
     assert notes == [
-        "RUN has other classes (7 of digits, here 10 of digits): all is taken but classifier, "
-        "which is new"
+        "RUN has other classes (7 of digits, here 10 of digits): all is taken but classifier (new)"
     ]
 
 
@@ -385,7 +384,7 @@ def test_a_linear_probe_on_other_classes_goes_on_without_the_run_it_started_from
     config.optimizer.freeze, config.num_steps, config.log_every_steps = "backbone", 2, 1
     train(config, tmp_path / "second")
     said = capsys.readouterr().out
-    assert "all is taken but classifier, which is new" in said
+    assert "all is taken but classifier (new)" in said
     assert read_config(tmp_path / "second").model_overrides.dim == 8
 
     shutil.rmtree(tmp_path / "first")

@@ -1,6 +1,7 @@
 """Starts training from another run: from its variables and the token numbers its search found."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,8 +244,8 @@ def _shapes(task):
 
 
 def _other_classes(initial, task, new):
-    modules = sorted({_path(name).rpartition("/")[0] or _path(name) for name in new})
-    left = f"{', '.join(modules)}, which is new" if modules else "the classifier"
+    layers = sorted({re.sub("/(kernel|bias|scale)$", "", _path(name)) for name in new})
+    left = f"{', '.join(layers)} (new)" if layers else "the classifier"
     there, here = initial.task.info, task.info
     return (
         f"{initial.path} has other classes ({there.num_classes} of {there.name}, here "
