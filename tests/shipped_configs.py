@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 FOLDER = Path(__file__).parent.parent / "configs"
 _LEVELS = tuple(f"level{number}" for number in range(8))
 _ARGS = {
-    "dgt": ("", "digits"),
+    "dgt": ("", "digits", "fashion_mnist"),
     "clustr": ("", "digits"),
     "pale": ("", "tokens", "digits", "digits_tokens"),
     "deit": (

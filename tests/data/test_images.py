@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tokenvit_jax.data import images
 from tokenvit_jax.data.images import MEAN, STD
@@ -55,6 +55,36 @@ def test_size_is_no_reason_to_refuse_an_image(photo, monkeypatch):
     with pytest.raises(UserError):
         images.decode_image(b"no image")
     assert Image.MAX_IMAGE_PIXELS == 80 * 60 // 2 - 1
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_rotation_noted_in_exif_is_applied_where_asked(photo, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    encoded = encode(photo, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(images.decode_image(encoded, upright=True), expected)
+    np.testing.assert_array_equal(images.decode_image(encoded), photo)
+
+
+def test_malformed_exif_costs_no_image(photo):
+    encoded = encode(photo, "JPEG", exif=b"Exif\0\0no directory")
+    assert images.decode_image(encoded, upright=True).size == photo.size
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_grey_levels_of_16_bits_become_8_bits(file_format):
+    ramp = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
+    image = images.decode_image(encode(Image.fromarray(ramp), file_format))
+    np.testing.assert_array_equal(np.asarray(image)[..., 1], ramp // 257)
+
+
+def test_floats_are_refused():
+    image = Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4))
+    with pytest.raises(
+        UserError, match=r"grey levels are float32 from 0.0 to 1.0; valid: integers"
+    ):
+        images.decode_image(encode(image, "TIFF"))
 
 
 @pytest.mark.parametrize("progressive", [False, True])

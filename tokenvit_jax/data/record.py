@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 from PIL import Image
 
@@ -92,6 +93,17 @@ class Record(TypedDict, total=False):
     segments: Segments
     depth: np.ndarray
     person: Person
+
+
+def label_field(config: ConfigDict) -> str:
+    """Returns the field that the records of a task hold besides the image.
+
+    Most datasets have one kind of ground truth; folders and tensorflow_datasets may have several.
+
+    Args:
+      config: reads `task`.
+    """
+    return "label_map" if config.get("task") == "segmentation" else "label"
 
 
 @dataclasses.dataclass(frozen=True)

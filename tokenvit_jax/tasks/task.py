@@ -60,6 +60,9 @@ class Meter(Protocol):
     def result(self) -> dict[str, float]:
         """Returns the metrics by their names in the logs, such as "eval/accuracy"."""
 
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Returns metrics of every class by name, (num_classes,); nan: not defined."""
+
 
 class Prediction(NamedTuple):
     """A model's prediction for one image.

@@ -125,7 +125,7 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
     for key, old, new in changed:
         if key == "data.classes":
             raise UserError(
-                f"{workdir} holds a run with other classes: {different_names(old or [], new)}; use "
+                f"the classes differ from the run in {workdir}: {different_names(old, new)}; use "
                 "another --workdir, or the old classes to go on with that run"
             )
         averages = key == "ema_decay" and bool(old) != bool(new)
