@@ -289,6 +289,13 @@ def test_source_that_does_not_exist_is_named(monkeypatch, capsys, tmp_path):
         assert (status, err) == (1, f"error: --source={source}: No such file or directory\n")
 
 
+def test_folder_of_hugging_face_has_a_file_of_weights(tmp_path):
+    assert convert.weights_file(tmp_path) == tmp_path  # the workdir of a run
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).touch()
+        assert convert.weights_file(tmp_path) == tmp_path / name
+
+
 def test_settings_are_literals_or_strings():
     texts = ["window_size=16", "pretrained_window_sizes=(8, 8, 8, 4)", "activation=gelu"]
     assert convert.parse_overrides(texts) == {

@@ -18,7 +18,7 @@ from tokenvit_jax.data import eval_batches
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training import evaluation
 from tokenvit_jax.training.checkpoint import load_checkpoint
-from tokenvit_jax.training.conversion import import_file
+from tokenvit_jax.training.conversion import Choices, import_file
 from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import LAYOUTS, export_weights, parameter_shapes
 
@@ -55,7 +55,8 @@ def imported(tmp_path_factory):
     )
     source, workdir = folder / "deit.safetensors", folder / "run"
     save_file(export_weights(params, model, LAYOUTS["timm"]["deit"]), source)
-    import_file(source, workdir, MODEL, "timm", "digits", "inception")
+    choices = Choices(dataset="digits", normalization="inception", eval_crop=0.875)
+    import_file(source, workdir, MODEL, "timm", choices)
 
     config = read_config(workdir)
     source = open_dataset("digits", "test")

@@ -3,9 +3,9 @@
     python -m tokenvit_jax.convert --model=deit_s --source=FILE --out=WORKDIR
     python -m tokenvit_jax.convert --source=WORKDIR --out=FILE.safetensors
 
-FILE is a safetensors file, a file of torch.save (read without running code; needs PyTorch) or a
-NumPy archive of Google's ViT. WORKDIR becomes a run at step 0: predict, evaluate and train read it
-like any other run.
+FILE is a safetensors file, a file of torch.save (read without running code; needs PyTorch), a NumPy
+archive of Google's ViT, or a folder of Hugging Face's with such a file. WORKDIR becomes a run at
+step 0: predict, evaluate and train read it like any other run.
 
 --layout names the code base whose names the arrays have; by default the names decide:
 
@@ -106,7 +106,7 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
-    source, out = Path(flag_values.source), Path(flag_values.out)
+    source, out = weights_file(Path(flag_values.source)), Path(flag_values.out)
     lines = []
     if flag_values.layout == OWN:
         convert_own(source, out, flag_values.checkpoint)
@@ -123,6 +123,12 @@ def main(flag_values: flags.FlagValues) -> None:
         choices = Choices(**choices, model_overrides=overrides)
         lines = import_file(source, out, flag_values.model, flag_values.layout, choices)
     print(*lines, f"{source} -> {out}", sep="\n")
+
+
+def weights_file(source: Path) -> Path:
+    """Returns the file of weights in a folder of Hugging Face's, or the source itself."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return next((source / name for name in names if (source / name).is_file()), source)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:

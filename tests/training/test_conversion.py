@@ -140,6 +140,16 @@ def test_messages(convert):
             r"^--layout=timm is for classification: config.dataset='scenes' has no label",
         ),
         ({"model_overrides": {"windows": 3}}, "model vit_ti has no setting 'windows'"),
+        (
+            {"model_overrides": {"dim": "abc"}},
+            "^--override=dim='abc' is not valid; valid: such as 192",
+        ),
+        ({"model_overrides": {"dim": True}}, "^--override=dim=True is not valid"),
+        (
+            {"model_overrides": {"num_heads": 0}},
+            "^--override=num_heads=0 is not valid; valid: at least 1",
+        ),
+        ({"model_overrides": {"layer_scale": "x"}}, "^--override=layer_scale='x' is not valid"),
         ({"name": "vit_t"}, "unknown model 'vit_t'"),
         ({"name": "swin_t", "settings": {}}, "fit no layout of swin_t; the nearest is"),
     ):

@@ -366,7 +366,7 @@ class LowDigits(digits.DigitsSource):
 def pairs(monkeypatch):
     """Registers a dataset with other classes."""
     info = dataclasses.replace(digits.INFO, name="pairs", num_classes=5, classes=tuple("abcde"))
-    module = types.SimpleNamespace(INFO=info, open_split=lambda split, _: LowDigits(split))
+    module = types.SimpleNamespace(INFO=info, open_split=lambda _, split: LowDigits(split))
     monkeypatch.setitem(sys.modules, "tokenvit_jax.data.datasets.pairs", module)
     monkeypatch.setattr(datasets, "NAMES", (*datasets.NAMES, "pairs"))
 

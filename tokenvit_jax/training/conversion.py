@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models import create_model
 from tokenvit_jax.tasks import create_task, default_config
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
@@ -80,6 +81,7 @@ def import_file(
     choices = choices or Choices()
     found = find_layout(layout, name) if layout != AUTO else None
     layouts_of(name)  # raises UserError for a model without layouts
+    _check_overrides(name, choices.model_overrides or {})
     check_new(out)
     arrays = read_arrays(source, choices.ema)
     with _about(source):
@@ -110,6 +112,25 @@ def _about(source: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"--source={source}: {error}") from error
+
+
+def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
+    """Raises UserError for the first setting with a value of another kind than the model's own."""
+    settings = create_model(name).settings
+    for key, value in overrides.items():
+        default = getattr(settings, key, None)  # create_model refuses unknown names
+        if default is None:
+            continue
+        numbers = (int, float) if isinstance(default, float) else type(default)
+        is_kind = isinstance(value, numbers) and isinstance(value, bool) == isinstance(
+            default, bool
+        )
+        if not is_kind:
+            raise UserError(f"--override={key}={value!r} is not valid; valid: such as {default!r}")
+        if isinstance(default, int) and value < min(default, 1):
+            raise UserError(
+                f"--override={key}={value!r} is not valid; valid: at least {min(default, 1)}"
+            )
 
 
 def _set_classes(
