@@ -161,7 +161,7 @@ class Expedite:
     def _given(self, temperature, tokens, grid):
         if temperature is not None:
             return temperature
-        return self.temperature_for(tokens.reshape(len(tokens), *grid, tokens.shape[-1]))
+        return self.temperature_for(tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1]))
 
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
         """Returns images (B, H, W, 3) resized to h x w patches, bilinear and antialiased."""
@@ -189,8 +189,10 @@ def neighbor_distance(tokens: jax.Array) -> jax.Array:
     x = tokens.astype(jnp.float32)
     pairs = (x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1])
     distances = [jnp.sum(pair**2, -1) for pair in pairs]
-    distances = jnp.concatenate([d.reshape(len(x), d.shape[1] * d.shape[2]) for d in distances], 1)
-    return jnp.median(distances, 1) if distances.shape[1] else jnp.ones(len(x))
+    distances = jnp.concatenate(
+        [d.reshape(x.shape[0], d.shape[1] * d.shape[2]) for d in distances], 1
+    )
+    return jnp.median(distances, 1) if distances.shape[1] else jnp.ones(x.shape[0])
 
 
 @jax.jit
