@@ -6,6 +6,15 @@ DeiT (Touvron et al. 2021) without distillation; the values below are from its T
 accelerators in bfloat16; fewer or smaller ones need --config.accumulate_steps. Expected result: not
 yet trained (the paper reports 79.8 % top-1).
 
+    python -m tokenvit_jax.train --config=configs/deit_s.py:distilled --workdir=runs/distilled \\
+        --config.distillation.teacher=TEACHER
+
+With a distillation token that learns the classes of a teacher (Eq. 3), which sees the same images
+after all augmentation and mixing. The teacher is any run with the same classes, also one that
+`convert` wrote; --config.distillation.kind=soft takes its probabilities (Eq. 2). The same argument
+works for deit_ti and deit_b. Expected result: not yet trained (the paper reports 81.2 % top-1 with
+a RegNetY-16GF as teacher).
+
     python -m tokenvit_jax.train --config=configs/deit_s.py:search --workdir=runs/search \\
         --config.initial.workdir=runs/deit_s
     python -m tokenvit_jax.train --config=configs/deit_s.py:pooled --workdir=runs/pooled \\

@@ -11,6 +11,13 @@ holds its training settings, is not available; the values below are CMT's and Sw
 
 The same network, shrunk, on the embedded handwritten digits. Hardware: 2 CPU cores, 2 minutes.
 Expected result: 99 % test accuracy (99.7 % measured).
+
+    python -m tokenvit_jax.prepare fashion_mnist --manual_dir=DOWNLOADS --data_dir=DATA
+    python -m tokenvit_jax.train --config=configs/dgt_t.py:fashion_mnist \\
+        --workdir=runs/fashion_mnist --config.data.data_dir=DATA
+
+The same small network on Fashion-MNIST, for 5 epochs. Hardware: 2 CPU cores, 50 minutes next to
+other work. Expected result: about 91 % test accuracy (one run: 90.7 % of the 10,000 images).
 """
 
 from tokenvit_jax.recipes.dgt import dgt_config

@@ -12,10 +12,9 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import eval_batches, open_split, train_batches
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import create_task
-from tokenvit_jax.training.checkpoint import Checkpoint
 from tokenvit_jax.training.devices import make_parallel
 from tokenvit_jax.training.evaluation import evaluate_batches
-from tokenvit_jax.training.initial import start_from
+from tokenvit_jax.training.initial import Initial, start_from
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.run import Run
 from tokenvit_jax.training.run import load_run as load_any_run
@@ -139,7 +138,7 @@ def train(
     keep_pages()
     task = create_task(config)
     model = task.make_model()
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, model)
     parallel = make_parallel(config)
 
     def init_fn():
@@ -147,7 +146,7 @@ def train(
 
     state = parallel.init(init_fn)
     if initial is not None:
-        state = start_from(state, Checkpoint(0, Path("memory"), initial), model)
+        state, _ = start_from(state, Initial(Path("memory"), initial), task)
     train_step = make_train_step(task, model, optimizer)
     train_step = parallel.train_step(train_step, parallel.abstract(init_fn))
     source = open_split(config, task.info.train_split)

@@ -8,14 +8,18 @@ from ml_collections import ConfigDict
 FOLDER = Path(__file__).parent.parent / "configs"
 _LEVELS = tuple(f"level{number}" for number in range(8))
 _ARGS = {
-    "dgt": ("", "digits"),
+    "dgt": ("", "digits", "fashion_mnist"),
     "clustr": ("", "digits"),
     "pale": ("", "tokens", "digits", "digits_tokens"),
-    "deit": ("", "search", "pooled", "digits", "digits_search", "digits_pooled"),
+    "deit": (
+        "", "search", "pooled", "distilled", "digits", "digits_search", "digits_pooled",
+        "digits_distilled",
+    ),
+    "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),
     "segmenter": ("", "pascal_context", "cityscapes", "scenes"),
-}
+}  # fmt: skip
 CASES = [
     (path.stem, arg)
     for path in sorted(FOLDER.glob("*.py"))

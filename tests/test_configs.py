@@ -39,6 +39,7 @@ SMALL = {
     "clustr": PYRAMID | {"mlp_ratios": (2, 2, 2, 2)},
     "pale": PYRAMID | {"mlp_ratio": 2, "pale_sizes": (2, 2, 2, 1)},
     "deit": PLAIN,
+    "vit": PLAIN,
     "segmenter": PLAIN,
     "swin": PYRAMID | {"mlp_ratio": 2, "window_size": 4},
     "swinv2": PYRAMID | {
@@ -54,6 +55,8 @@ SAME = {
 SMALL_DATASET = {"classification": "digits", "segmentation": "scenes"}
 # Families whose shrunk configs exercise nothing beyond the published ones and other families.
 ONE_STEP = ("swin", "swinv2", "segmenter")
+# Arguments whose steps are those of other configs.
+SAME_STEP = ("digits_distilled", "swin_t", "clustr_s", "vit_b,3680")
 
 
 @pytest.mark.parametrize(("name", "arg"), CASES)
@@ -64,11 +67,21 @@ def test_config_runs_one_step(name, arg):
         with pytest.raises(UserError, match=r"config\.token_labels"):  # needs a teacher or files
             check_config(config)
         config.token_labels.teacher = "a folder"
+    if "distilled" in arg:
+        with pytest.raises(UserError, match=r"missing: config\.distillation\.teacher"):
+            check_config(config)
+        config.distillation.teacher = "a folder"
     check_config(config)
     make_task(config).examples(train=True)
+    if name == "finetune":
+        assert config.initial.workdir and config.initial.checkpoint == "last"
+        name = arg.split(",")[0]
     family, size = name.split("_")
     assert config.model == f"{'vit' if family == 'segmenter' else family}_{size}"
-    if family in ONE_STEP and arg in SMALL_DATASET.values():
+    if (family in ONE_STEP and arg in SMALL_DATASET.values()) or arg in SAME_STEP:
+        return
+    if arg == "fashion_mnist":  # the digits run a step of the same network
+        assert config.model_overrides == load_config(name, "digits").model_overrides
         return
     shrink(config, family)
     model = make_task(config, 10).make_model()
@@ -114,6 +127,8 @@ def run_step(model, text):
             batch["label"] = rng.integers(0, 10, (4, 64, 64), np.uint8)
         if "token_labels" in config and config.token_labels.weight:
             batch["token_labels"] = np.full((4, 2, 2, 10), 0.1, np.float32)
+        if "distillation" in config and config.distillation.weight:
+            batch["teacher_logits"] = np.eye(4, 10, dtype=np.float32)
         state, metrics = step(state, batch)
         assert int(state.step) == 1
         STEPS[model, text] = jax.device_get(metrics)
@@ -161,6 +176,33 @@ def test_published_recipe(name, drop_path, clip_norm):
     warmup = config.optimizer.warmup_steps * config.batch_size / 1_281_167
     assert abs(epochs - 300) < 0.3
     assert abs(warmup - WARMUP_EPOCHS[family]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arg", "epochs", "peak", "warmup", "end", "weight_decay", "layer_decay", "clip_norm"),
+    [
+        ("vit_b", 100, 2e-3, 0.0, 1e-6, 0.05, 0.65, 0.0),
+        ("swin_t", 30, 4e-5, 4e-8, 4e-7, 1e-8, 1.0, 5.0),
+        ("clustr_s", 30, 4e-5, 4e-8, 4e-7, 1e-8, 1.0, 5.0),
+    ],
+)
+def test_published_recipe_of_fine_tuning(
+    arg, epochs, peak, warmup, end, weight_decay, layer_decay, clip_norm
+):
+    config = load_config("finetune", arg)
+    assert round(config.num_steps * 1024 / 1_281_167) == epochs and config.batch_size == 1024
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_learning_rate) == (peak, warmup)
+    assert (optimizer.end_learning_rate, optimizer.weight_decay) == (end, weight_decay)
+    assert (optimizer.layer_decay, config.clip_norm) == (layer_decay, clip_norm)
+    few = load_config("finetune", f"{arg},2048")
+    assert few.num_steps == 2 * epochs and few.optimizer.warmup_steps == 10
+    small = load_config("finetune", f"{arg},2048,256")
+    assert small.num_steps == 8 * epochs and small.optimizer.learning_rate == peak / 4
+    assert small.optimizer.end_learning_rate == pytest.approx(end / 4)
+    for wrong in (f"{arg},0", f"{arg},many", f"{arg},1,2,3", "vit"):
+        with pytest.raises(UserError, match="config argument"):
+            load_config("finetune", wrong)
 
 
 # Values from the authors' segm/config.yml, and for ViT-L from their README.

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.segmentation.model import HEADS, Segmenter
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.workdir import read_config
@@ -22,8 +23,9 @@ from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights, parame
 SETTINGS = {"patch_size": 8, "position_size": (32, 32)}
 
 
-def run(monkeypatch, capsys, *args, **flags):
+def run(monkeypatch, capsys, *args, override=(), **flags):
     flags = [f"--{key}={value}" for key, value in flags.items()]
+    flags += [f"--override={text}" for text in override]
     monkeypatch.setattr(sys, "argv", ["convert", *flags, *args])
     with pytest.raises(SystemExit) as exit_info:
         cli.run(convert.main, copy.deepcopy(convert.FLAGS), required=("source", "out"))
@@ -91,7 +93,7 @@ def test_export_and_import_of_swin_are_inverse(family):
     )
     assert {name: arrays[name].shape for name in expected} == expected
     assert layout.model_overrides(arrays) == ({"window_size": 6} if family == "swin" else {})
-    assert layout.image_size(model) == (192 if family == "swin" else 256)
+    assert layout.image_size(model, arrays) == (192 if family == "swin" else 256)
     computed = {"layers.0.blocks.0.attn.relative_position_index": np.zeros((36, 36), np.int64)}
     found = import_weights(arrays | computed, model, layout)
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -100,7 +102,14 @@ def test_export_and_import_of_swin_are_inverse(family):
 def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, weights):
     workdir, back = tmp_path / "run", tmp_path / "back.safetensors"
     flags = {"model": "deit_ti", "dataset": "digits", "source": weights, "out": workdir}
-    assert run(monkeypatch, capsys, **flags) == (0, f"{weights} -> {workdir}\n", "")
+    status, out, err = run(monkeypatch, capsys, **flags)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "deit_ti, layout timm, digits, image_size 32",
+        "not in the file, taken from the published models: --normalization=imagenet "
+        "--eval_crop=0.9 --eval_interpolation=bicubic",
+        f"{weights} -> {workdir}",
+    ]
     config = read_config(workdir)
     assert config.model == "deit_ti" and config.image_size == 32
     # `train` continues from the first batch.
@@ -124,6 +133,21 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     assert (status, err) == (
         1,
         f"error: --out={workdir} holds checkpoints already; use another folder\n",
+    )
+    # Back: into a folder that is created; not over a folder; not into a file.
+    assert run(monkeypatch, capsys, source=workdir, out=tmp_path / "new" / "back")[0] == 0
+    assert load_file(tmp_path / "new" / "back").keys() == arrays.keys()
+    status, _, err = run(monkeypatch, capsys, source=workdir, out=tmp_path / "new")
+    assert (status, err) == (
+        1,
+        f"error: --out={tmp_path / 'new'} is a folder; valid: the path of a file\n",
+    )
+    status, _, err = run(monkeypatch, capsys, source=workdir, out=back / "file")
+    assert status == 1 and err.startswith(f"error: --out={back / 'file'} cannot be written: ")
+    status, _, err = run(monkeypatch, capsys, layout="google", source=workdir, out=back)
+    assert (status, err) == (
+        1,
+        "error: --layout=google has no model 'deit_ti'; valid: vit\n",
     )
 
 
@@ -175,7 +199,8 @@ def test_export_and_import_of_segmenter_are_inverse(
     unused = {f"encoder.{key}.bias": np.ones(1000, np.float32) for key in ("head", "head_dist")}
     save_file(arrays | unused, source)
     flags = {"model": name, "layout": "segmenter", "dataset": "scenes", "source": source}
-    assert run(monkeypatch, capsys, out=workdir, **flags) == (0, f"{source} -> {workdir}\n", "")
+    status, out, _ = run(monkeypatch, capsys, out=workdir, **flags)
+    assert (status, out.splitlines()[-1]) == (0, f"{source} -> {workdir}")
     config = read_config(workdir)
     expected = {"pool": "token", "norm_epsilon": 1e-5, "position_resize": "bilinear"} | SETTINGS
     assert config.model_overrides.to_dict() == expected | {"distilled": distilled}
@@ -193,14 +218,13 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
     save_file(segmenter_arrays()[1], source)
     flags = {"model": "vit_ti", "layout": "segmenter", "dataset": "scenes", "source": source}
     for changes, message in (
-        ({"dataset": "cityscapes"}, r"decoder.head.bias has shape \(5,\), expected \(19,\)"),
         (
             {"dataset": "digits"},
             "layout=segmenter is for segmentation: config.dataset='digits' has no",
         ),
         (
-            {"layout": "timm"},
-            "layout=timm is for classification: config.dataset='scenes' has no label",
+            {"layout": "timm", "dataset": "none"},
+            "source=.* entries do not fit the model: blocks.0.attn",
         ),
         (
             {"dataset": "scnes"},
@@ -215,7 +239,7 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
 def test_all_mismatches_are_reported_together(monkeypatch, capsys, tmp_path, weights):
     arrays = load_file(weights)
     del arrays["blocks.2.norm1.weight"]
-    arrays["head.weight"] = np.zeros((1000, 192), np.float32)
+    arrays["norm.weight"] = np.zeros(191, np.float32)
     arrays["extra"] = np.zeros(3, np.float32)
     source = tmp_path / "wrong.safetensors"
     save_file(arrays, source)
@@ -224,7 +248,7 @@ def test_all_mismatches_are_reported_together(monkeypatch, capsys, tmp_path, wei
     status, _, err = run(monkeypatch, capsys, **flags)
     assert status == 1 and "3 entries do not fit the model" in err
     assert "blocks.2.norm1.weight is missing" in err
-    assert "head.weight has shape (1000, 192), expected (10, 192)" in err
+    assert "norm.weight has shape (191,), expected (192,)" in err
     assert "extra (3,) has no counterpart in the model" in err
     assert not out.exists()
 
@@ -232,7 +256,10 @@ def test_all_mismatches_are_reported_together(monkeypatch, capsys, tmp_path, wei
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not weights at all", "is neither a safetensors file nor one that torch.save wrote"),
+        (
+            b"not weights at all",
+            "is neither a safetensors file, a NumPy archive, nor a file of torch",
+        ),
         (pickle.dumps({"cls_token": np.zeros(3)}), "(was written by torch.save|is refused)"),
         (None, "No such file or directory"),
     ],
@@ -251,8 +278,27 @@ def test_unknown_normalization_is_rejected(monkeypatch, capsys, tmp_path, weight
     flags = {"model": "deit_ti", "source": weights, "out": tmp_path / "run"}
     status, _, err = run(monkeypatch, capsys, **flags, normalization="half")
     assert status == 2
-    assert "--normalization=half: value should be one of <imagenet|inception>" in err
+    assert "--normalization=half: value should be one of <imagenet|inception|clip>" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_source_that_does_not_exist_is_named(monkeypatch, capsys, tmp_path):
+    source = tmp_path / "runn"  # the model is not needed when converting back
+    for flags in ({}, {"model": "deit_ti"}):
+        status, _, err = run(monkeypatch, capsys, source=source, out=tmp_path / "out", **flags)
+        assert (status, err) == (1, f"error: --source={source}: No such file or directory\n")
+
+
+def test_settings_are_literals_or_strings():
+    texts = ["window_size=16", "pretrained_window_sizes=(8, 8, 8, 4)", "activation=gelu"]
+    assert convert.parse_overrides(texts) == {
+        "window_size": 16,
+        "pretrained_window_sizes": (8, 8, 8, 4),
+        "activation": "gelu",
+    }
+    for text in ("window_size", "=3", "a b=3"):
+        with pytest.raises(UserError, match=f"^--override={text} is not valid; valid: NAME=VALUE"):
+            convert.parse_overrides([text])
 
 
 def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):
@@ -260,7 +306,11 @@ def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):
     for extra, message in (
         ({}, "--model is missing: the file does not name its model"),
         ({"model": "deit_x"}, "unknown model 'deit_x'"),
-        ({"model": "dgt_t"}, "--layout=timm has no model 'dgt_t'; valid: vit, deit"),
+        ({"model": "dgt_t"}, "no layout has the model 'dgt_t'; valid: vit, deit, swin, swinv2"),
+        (
+            {"model": "dgt_t", "layout": "timm"},
+            "--layout=timm has no model 'dgt_t'; valid: vit, deit, swin, swinv2",
+        ),
     ):
         status, _, err = run(monkeypatch, capsys, **flags, **extra)
         assert status == 1 and message in err, err

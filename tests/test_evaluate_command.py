@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import jax
@@ -17,7 +18,7 @@ from tokenvit_jax.data import eval_batches
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training import evaluation
 from tokenvit_jax.training.checkpoint import load_checkpoint
-from tokenvit_jax.training.conversion import import_file
+from tokenvit_jax.training.conversion import Choices, import_file
 from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import LAYOUTS, export_weights, parameter_shapes
 
@@ -54,7 +55,8 @@ def imported(tmp_path_factory):
     )
     source, workdir = folder / "deit.safetensors", folder / "run"
     save_file(export_weights(params, model, LAYOUTS["timm"]["deit"]), source)
-    import_file(source, workdir, MODEL, "timm", "digits", "inception")
+    choices = Choices(dataset="digits", normalization="inception", eval_crop=0.875)
+    import_file(source, workdir, MODEL, "timm", choices)
 
     config = read_config(workdir)
     source = open_dataset("digits", "test")
@@ -74,14 +76,42 @@ def imported(tmp_path_factory):
 def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
     workdir, _, labels, logits = imported
     status, printed, err = run(evaluate, "workdir", workdir=workdir)
-    assert (status, err) == (0)
+    assert (status, err) == (0, "")
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
     accuracy = (logits.argmax(-1) == labels).mean()
+    top5 = (logits.argsort(-1)[:, -5:] == labels[:, None]).any(-1).mean()
     assert json.loads(printed) == {
         "step": 0,
         "eval/accuracy": pytest.approx(accuracy, abs=1.01 / len(labels)),  # a near tie
+        "eval/accuracy_top5": pytest.approx(top5, abs=1.01 / len(labels)),
         "eval/loss": pytest.approx(losses.mean(), rel=1e-4),
     }
+
+
+def test_a_folder_with_the_same_classes(run, imported, tmp_path):
+    """The command prints the accuracy of every class; `--dataset` names other images."""
+    workdir, _, labels, logits = imported
+    shutil.copytree(workdir, tmp_path / "run")
+    entries = json.loads((workdir / "config.json").read_text())
+    entries["data"]["eval_crop"] = 1.0  # the digits are not cropped
+    (tmp_path / "run" / "config.json").write_text(json.dumps(entries))
+    source = open_dataset("digits", "test")
+    number = 60
+    for index in range(number):
+        record = source.read(index)
+        folder = tmp_path / "data" / "val" / str(record["label"])
+        folder.mkdir(parents=True, exist_ok=True)
+        record["image"].save(folder / f"{index}.png")
+    flags = {"dataset": "folder", "data_dir": tmp_path / "data", "per_class": True}
+    status, printed, err = run(evaluate, "workdir", workdir=tmp_path / "run", **flags)
+    assert (status, err) == (0, "")
+    found = json.loads(printed)
+    correct = (logits.argmax(-1) == labels)[:number]
+    expected = {str(k): correct[labels[:number] == k].mean() for k in range(10)}
+    assert found["eval/accuracy"] == pytest.approx(correct.mean(), abs=1.01 / number)
+    assert found["per_class/accuracy"] == pytest.approx(expected, abs=0.34)  # a near tie
+    status, _, err = run(evaluate, "workdir", workdir=workdir, dataset="scenes")
+    assert status == 1 and "dataset 'scenes' has 5 classes, the run has 10 (digits)" in err
 
 
 def test_a_reducer_is_inserted_without_training(run, imported):
@@ -90,7 +120,7 @@ def test_a_reducer_is_inserted_without_training(run, imported):
     keep = (3,) + (2,) * 6 + (1,) * 4 + (0,)
     flags = {"keep": ",".join(map(str, keep)), "method": "tome", "carry": True}
     status, printed, err = run(evaluate, "workdir", workdir=workdir, **flags)
-    assert (status, err) == (0)
+    assert (status, err) == (0, "")
     plain, reduced = map(json.loads, printed.splitlines())
     assert plain["inserted"] == "none"
     assert plain["eval/accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean(), abs=0.01)
@@ -113,7 +143,7 @@ def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):
     status, printed, err = run(
         predict, workdir=workdir, images=tmp_path / "seven.png", out=tmp_path / "pictures"
     )
-    assert (status, err) == (0)
+    assert (status, err) == (0, "")
     probabilities = np.exp(logits[7]) / np.exp(logits[7]).sum()
     best = np.argsort(-probabilities)[:5]
     classes = ", ".join(f"{label} {probabilities[label]:.1%}" for label in best)

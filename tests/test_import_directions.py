@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "tokenvit_jax"
 FOLDER = Path(__file__).parent.parent / PACKAGE
 
-COMMANDS = "train evaluate predict label convert expedite prepare summary benchmark"
+COMMANDS = "train evaluate predict label convert expedite export prepare summary benchmark"
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "errors"

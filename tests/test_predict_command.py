@@ -108,9 +108,8 @@ def run(monkeypatch, capsys, **args):
 
 def test_command(monkeypatch, capsys, tmp_path, workdir, images):
     out = tmp_path / "new" / "pictures"
-    status, printed, _ = run(
-        monkeypatch, capsys, workdir=workdir, images=",".join(map(str, images)), out=out
-    )
+    folder = images[0].parent.parent
+    status, printed, _ = run(monkeypatch, capsys, workdir=workdir, images=folder, out=out)
     assert status == 0
     # The files have the same name: their pictures must not.
     written = [f"a_{place}_{kind}.png" for place in (1, 2) for kind in ("classes", "groups")]
@@ -123,6 +122,11 @@ def test_command(monkeypatch, capsys, tmp_path, workdir, images):
         assert line.startswith(f"{file}: ")
         assert line.endswith(f"{out}/a_{place}_classes.png {out}/a_{place}_groups.png")
         assert line.count("%") == 5
+    rows = json.loads((tmp_path / "new" / "pictures.json").read_text())
+    assert [row["image"] for row in rows] == [str(file) for file in images]
+    for row, line in zip(rows, lines, strict=True):
+        assert f": {row['class']} {row['probability']:.1%}, " in line
+        assert (tmp_path / "new" / row["pictures"]["groups"]).exists()
 
 
 def test_numbers_are_those_of_the_model(workdir, state, images):
@@ -198,6 +202,10 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     label, part = class_shares(labels)[0]
     name = builtin_info("scenes").classes[label]
     assert printed.startswith(f"{images[0]}: {name} {part:.1%}, ")
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert list(row["shares"]) == list(builtin_info("scenes").classes)
+    np.testing.assert_allclose(row["shares"][name], part, rtol=1e-5)
+    assert row["pictures"]["labels"] == "out/a_labels.png"
 
 
 def test_classes_without_names():
@@ -237,6 +245,9 @@ def test_truncated_image(monkeypatch, capsys, tmp_path, workdir, images):
         ({"workdir": "nowhere"}, 1, "--workdir=nowhere holds no config.json"),
         ({"checkpoint": "77"}, 1, "no checkpoint '77' in "),
         ({"images": ""}, 1, "--images names no file"),
+        ({"images": "*.none"}, 1, "--images: *.none: the pattern holds no image"),
+        ({"results": "a.txt"}, 1, "--results=a.txt is not valid; valid: a file NAME.json or NAME"),
+        ({"out": __file__}, 1, f"--out={__file__} is a file; valid: a folder"),
         ({"images": None}, 2, "--images is missing"),
     ],
 )

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,18 +82,49 @@ def read_config(flag_values: flags.FlagValues):
     return config
 
 
-def read_images(names: Sequence[str]) -> "list[Image.Image]":
-    """Reads the RGB images that the flag --images names.
+def define_images(flag_values: flags.FlagValues, meaning: str) -> None:
+    """Defines the flag --images, whose value :func:`image_files` reads.
+
+    Args:
+      flag_values: the flags that receive it.
+      meaning: what the command does with the images.
+    """
+    flags.DEFINE_multi_string(
+        "images",
+        None,
+        f"{meaning}: files, folders or quoted patterns, separated by commas",
+        flag_values=flag_values,
+    )
+
+
+def image_files(names: Sequence[str]) -> list[Path]:
+    """Returns the image files that the flag --images names.
 
     Raises:
-      UserError: the flag names no file, or a file cannot be read or is not an image.
+      UserError: the flag names no file, a file does not exist, or a folder or pattern holds no
+        image.
     """
-    from tokenvit_jax.data import read_image  # few commands read images
+    from tokenvit_jax.data.image_files import find_images  # few commands read images
 
-    if not names:
-        raise UserError("--images names no file")
     try:
-        return [read_image(Path(name)) for name in names]
+        files = find_images(names)
+    except UserError as error:
+        raise UserError(f"--images: {error}") from error
+    if not files:
+        raise UserError("--images names no file")
+    return files
+
+
+def read_images(files: Sequence[Path]) -> "Iterator[Image.Image]":
+    """Yields the RGB images of :func:`image_files`, one at a time.
+
+    Raises:
+      UserError: a file cannot be read or is not an image.
+    """
+    from tokenvit_jax.data import read_image
+
+    try:
+        yield from map(read_image, files)
     except UserError as error:
         raise UserError(f"--images: {error}") from error
 

@@ -58,6 +58,11 @@ def base_config() -> ConfigDict:
     config.optimizer.warmup_steps = 0  # linear
     config.optimizer.warmup_learning_rate = 1e-6  # at step 0
     config.optimizer.end_learning_rate = 1e-5  # at the last step
+    # Factor of the learning rate from each layer to the layer below it; 1: off. The head is on top.
+    config.optimizer.layer_decay = 1.0
+    # Variables that stay as they are: "backbone" (all but the classifier or head), or patterns of
+    # their paths such as "patches,position,blocks_[0-3]"; "": none.
+    config.optimizer.freeze = ""
 
     # Devices.
     config.parallel = "jit"  # "jit" (over a mesh of all devices) | "pmap"

@@ -27,6 +27,12 @@ The command prints what the file does not determine, and the flags that set it: 
 
 When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a step.
 
+--layout=own keeps the names of this project, for every model. Such a file also holds the run's
+configuration, so no other flag is needed to turn it into a run again:
+
+    python -m tokenvit_jax.convert --layout=own --source=WORKDIR --out=FILE.safetensors
+    python -m tokenvit_jax.convert --layout=own --source=FILE.safetensors --out=NEW_WORKDIR
+
 Segmenter: The position embeddings fit the crops of the training, and the images and windows of the
 run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
 stride of the windows nor the sizes of the evaluation images (`data.eval_short_side`, `eval_size`,
@@ -46,6 +52,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.conversion import AUTO, Choices, export_run, import_file
+from tokenvit_jax.training.own_weights import OWN, convert_own
 from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
@@ -53,8 +60,8 @@ flags.DEFINE_string(
     "model", None, "name of the model; not needed when converting back", flag_values=FLAGS
 )
 flags.DEFINE_enum(
-    "layout", AUTO, [AUTO, *LAYOUTS], "names and shapes of the arrays in the file; auto: the names "
-    "decide", flag_values=FLAGS,
+    "layout", AUTO, [AUTO, *LAYOUTS, OWN], "names and shapes of the arrays in the file; auto: the "
+    "names decide", flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
     "source", None, "file of weights; when converting back, workdir of a run", flag_values=FLAGS
@@ -98,7 +105,9 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = Path(flag_values.source), Path(flag_values.out)
     lines = []
-    if source.is_dir():
+    if flag_values.layout == OWN:
+        convert_own(source, out, flag_values.checkpoint)
+    elif source.is_dir():
         export_run(source, out, flag_values.layout, flag_values.checkpoint)
     elif not source.exists():
         raise UserError(f"--source={source}: No such file or directory")

@@ -1,7 +1,9 @@
 """Evaluates a checkpoint: python -m tokenvit_jax.evaluate --workdir=DIRECTORY.
 
-Prints the metrics as one line of JSON. The configuration is the run's own, or another one with
---config=CONFIG.py. --checkpoint is last, best (highest score of the task) or a step.
+Prints the metrics as one line of JSON; --per_class adds the metrics of every class by name. The
+configuration is the run's own, or another one with --config=CONFIG.py; --dataset and --data_dir
+name other images with the same classes. --checkpoint is last, best (highest score of the task) or a
+step.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.data import with_dataset
 from tokenvit_jax.expediting import insertions
 from tokenvit_jax.training.evaluation import evaluate_insertions
 from tokenvit_jax.training.workdir import for_inference, read_config
@@ -26,11 +29,18 @@ cli.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 flags.DEFINE_string(
-    "data_dir",
+    "dataset",
     None,
-    "folder that `prepare` wrote the dataset into; default: as in the configuration",
+    "dataset with the classes of the run, in the same order; default: as in the configuration",
     flag_values=FLAGS,
 )
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "folder of the prepared dataset, or of images; default: as in the configuration",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool("per_class", False, "add the metrics of every class", flag_values=FLAGS)
 insertions.define_flags(FLAGS)
 
 
@@ -43,8 +53,11 @@ def main(flag_values: flags.FlagValues) -> None:
         config = cli.read_config(flag_values)
         if flag_values.data_dir is not None:
             config.data.data_dir = flag_values.data_dir
+    if flag_values.dataset is not None:
+        config = with_dataset(config, flag_values.dataset)
     inserted = insertions.from_flags(flag_values, config.model)
-    for metrics in evaluate_insertions(workdir, checkpoint, config, inserted):
+    per_class = flag_values.per_class
+    for metrics in evaluate_insertions(workdir, checkpoint, config, inserted, per_class):
         print(json.dumps(metrics), flush=True)
 
 

@@ -42,9 +42,7 @@ flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
-flags.DEFINE_list(
-    "images", None, "image files to compare instead, separated by commas", flag_values=FLAGS
-)
+cli.define_images(FLAGS, "images to compare instead")
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 flags.DEFINE_string("plot", None, "picture of similarity over cost", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "new folder for the faster run", flag_values=FLAGS)
@@ -55,11 +53,12 @@ def main(flag_values: flags.FlagValues) -> None:
     workdir, out = Path(flag_values.workdir), flag_values.out
     if out:
         check_new(Path(out))
+    files = None if flag_values.images is None else cli.image_files(flag_values.images)
     search = search_run(
         workdir,
         flag_values.budget,
         flag_values.of,
-        images=None if flag_values.images is None else cli.read_images(flag_values.images),
+        images=None if files is None else cli.read_images(files),
         num_images=flag_values.num_images,
         checkpoint=flag_values.checkpoint,
     )

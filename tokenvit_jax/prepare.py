@@ -2,9 +2,10 @@
 
     python -m tokenvit_jax.prepare imagenet2012 --manual_dir=DOWNLOADS --data_dir=DATA
 
-DOWNLOADS holds the archives of imagenet2012, or the unpacked folders of ade20k, cityscapes or
-pascal_context; the command names whatever is missing. Training reads DATA with
-`--config.data.data_dir`. No TensorFlow is needed.
+DOWNLOADS holds the archives of imagenet2012 or their unpacked folders train and val, the four files
+of fashion_mnist, or the unpacked folders of ade20k, cityscapes or pascal_context; the command names
+whatever is missing, and prints the number of records, with the expected number if it differs.
+Training reads DATA with `--config.data.data_dir`. No TensorFlow is needed.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from absl import flags
 from tokenvit_jax import cli
 from tokenvit_jax.config import base_config
 from tokenvit_jax.data import datasets
+from tokenvit_jax.data.tfds_files import count_records
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -36,9 +38,17 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
     manual_dir = Path(manual_dir).expanduser() if manual_dir is not None else None
     folder = datasets.prepare(dataset, manual_dir, data_dir)
     if folder is None:
-        print(f"{dataset} comes with an installed package: there is nothing to prepare")
-    else:
-        print(f"{dataset} is prepared in {folder}; train with --config.data.data_dir={data_dir}")
+        builtin = dataset in datasets.list_datasets()
+        how = "comes with an installed package" if builtin else "is read as it is"
+        print(f"{dataset} {how}: there is nothing to prepare")
+        return
+    config = base_config()
+    config.dataset, config.data.data_dir = dataset, str(data_dir)
+    wanted = datasets.dataset_info(config).splits
+    for split, count in count_records(folder).items():
+        complete = count == wanted.get(split, count)
+        print(f"{split}: {count:,} records" + ("" if complete else f", not {wanted[split]:,}"))
+    print(f"{dataset} is prepared in {folder}; train with --config.data.data_dir={data_dir}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 import copy
+import io
 import logging
 import sys
+import tarfile
 
 import imagenet_archives
 import numpy as np
@@ -135,6 +137,74 @@ def test_foreign_archive_is_refused(tmp_path, archives):
         imagenet2012.prepare(tmp_path, tmp_path / "out")
 
 
+def unpack(archives, folder):
+    """Unpacks the archives into train/CLASS and val, beside hidden files."""
+    with tarfile.open(archives / "ILSVRC2012_img_train.tar") as tar:
+        for member in tar:
+            with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                inner.extractall(folder / "train" / member.name.removesuffix(".tar"), filter="data")
+    with tarfile.open(archives / "ILSVRC2012_img_val.tar") as tar:
+        tar.extractall(folder / "val", filter="data")
+    for path in ("train/n02105855/._n02105855_0.JPEG", "val/.DS_Store", "val/._a.JPEG"):
+        (folder / path).write_bytes(bytes(4))
+
+
+def test_unpacked_folders_give_the_same(archives, prepared, tmp_path):
+    unpack(archives, tmp_path)
+    imagenet2012.prepare(tmp_path, tmp_path / "out")
+    for split in ("train", "validation"):
+        expected, found = (records(folder, split) for folder in (prepared, tmp_path / "out"))
+        assert found == expected
+    for number, label in enumerate(VALIDATION_LABELS, 1):  # a folder per class
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        folder = tmp_path / "val" / CLASSES[LABELS.index(label)]
+        folder.mkdir(exist_ok=True)
+        (tmp_path / "val" / name).rename(folder / name)
+    imagenet2012.prepare(tmp_path, tmp_path / "again")
+    assert records(tmp_path / "again", "validation") == expected
+    (tmp_path / "train" / "cats").mkdir()
+    with pytest.raises(UserError, match="train contains the folder 'cats'; expected one per class"):
+        imagenet2012.prepare(tmp_path, tmp_path / "other")
+
+
+def repack(archives, folder, change):
+    """Writes the archives again; `change` maps the members of a class to others."""
+    source, target = (f / "ILSVRC2012_img_train.tar" for f in (archives, folder))
+    with tarfile.open(source) as tar, tarfile.open(target, "w") as outer:
+        outer.addfile(directory("./"))
+        for member in tar:
+            with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                files = [(file.name, inner.extractfile(file).read()) for file in inner]
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                inner.addfile(directory(member.name.removesuffix(".tar")))
+                for name, content in change(files):
+                    imagenet_archives.add(inner, name, content)
+            imagenet_archives.add(outer, f"./{member.name}", buffer.getvalue())
+    (folder / "ILSVRC2012_img_val.tar").symlink_to(archives / "ILSVRC2012_img_val.tar")
+
+
+def directory(name):
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+def test_archives_with_folders_and_hidden_files(archives, prepared, tmp_path):
+    def change(files):
+        return [(f"class/{name}", content) for name, content in files] + [("class/._a", b"1")]
+
+    repack(archives, tmp_path, change)
+    imagenet2012.prepare(tmp_path, tmp_path / "out")
+    assert records(tmp_path / "out", "train") == records(prepared, "train")
+
+
+def test_a_file_that_is_there_twice_is_named(archives, tmp_path):
+    repack(archives, tmp_path, lambda files: [*files, files[0]])
+    with pytest.raises(UserError, match=r"train.tar contains 'n01751748_0.JPEG' twice; download"):
+        imagenet2012.prepare(tmp_path, tmp_path / "out")
+
+
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
@@ -146,7 +216,9 @@ def test_command_prepares_once(monkeypatch, capsys, tmp_path):
     imagenet_archives.write_archives(tmp_path / "downloads" / "manual")
     assert run_command(monkeypatch, "imagenet2012", f"--data_dir={tmp_path}") == 0
     folder = tmp_path / "imagenet2012" / "5.1.0"
-    assert f"imagenet2012 is prepared in {folder}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"imagenet2012 is prepared in {folder}" in out
+    assert "validation: 3 records, not 50,000" in out
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert run_command(monkeypatch, "imagenet2012", f"--data_dir={tmp_path}") == 0
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written

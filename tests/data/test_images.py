@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tokenvit_jax.data import images
 from tokenvit_jax.data.images import MEAN, STD
@@ -48,6 +48,45 @@ def test_decode_gives_rgb(photo, mode, file_format):
     assert error < (25 if mode in ("P", "CMYK") else 5)  # a palette has 256 colours; ink is not RGB
 
 
+def test_size_is_no_reason_to_refuse_an_image(photo, monkeypatch):
+    """Pillow warns above its limit of pixels and raises above twice the limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60 // 2 - 1)
+    assert images.decode_image(encode(photo, "PNG")).size == photo.size
+    with pytest.raises(UserError):
+        images.decode_image(b"no image")
+    assert Image.MAX_IMAGE_PIXELS == 80 * 60 // 2 - 1
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_rotation_noted_in_exif_is_applied_where_asked(photo, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    encoded = encode(photo, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(images.decode_image(encoded, upright=True), expected)
+    np.testing.assert_array_equal(images.decode_image(encoded), photo)
+
+
+def test_malformed_exif_costs_no_image(photo):
+    encoded = encode(photo, "JPEG", exif=b"Exif\0\0no directory")
+    assert images.decode_image(encoded, upright=True).size == photo.size
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_grey_levels_of_16_bits_become_8_bits(file_format):
+    ramp = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
+    image = images.decode_image(encode(Image.fromarray(ramp), file_format))
+    np.testing.assert_array_equal(np.asarray(image)[..., 1], ramp // 257)
+
+
+def test_floats_are_refused():
+    image = Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4))
+    with pytest.raises(
+        UserError, match=r"grey levels are float32 from 0.0 to 1.0; valid: integers"
+    ):
+        images.decode_image(encode(image, "TIFF"))
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
     encoded = encode(photo, "JPEG", quality=90, progressive=progressive)
@@ -77,6 +116,13 @@ def test_eval_image_shows_the_centre():
     image = images.eval_image(Image.fromarray(pixels), 32, 0.5)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     assert image[2:-2, 2:-2].min() > 250
+
+
+def test_eval_image_is_bicubic_or_bilinear(photo):
+    small = photo.crop((0, 0, 16, 16))
+    for name, method in (("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
+        expected = np.asarray(small.resize((32, 32), method))
+        np.testing.assert_array_equal(images.eval_image(small, 32, 1.0, name), expected)
 
 
 def test_training_without_augmentation_is_the_whole_image(photo, augment):

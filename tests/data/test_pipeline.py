@@ -1,4 +1,5 @@
 import logging
+import multiprocessing.spawn
 import os
 import subprocess
 import sys
@@ -287,6 +288,26 @@ def test_nothing_readable_is_an_error(config):
     source = NumberedSource(4, corrupt=range(4))
     config.data.on_corrupt = "skip"
     with pytest.raises(UserError, match="none of the 4 records can be read"):
+        next(iter(train_dataset(config, source)))
+
+
+def test_a_script_without_a_guard_ends(config, monkeypatch):
+    """Its workers run the script again, and end before they read what they are sent."""
+    config.data.workers = 1
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="if __name__ == '__main__'"),
+    ):
+        patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        next(iter(train_dataset(config)))
+    prepare = multiprocessing.spawn.get_preparation_data
+    # A worker that cannot change into this folder ends as early.
+    monkeypatch.setattr(
+        multiprocessing.spawn, "get_preparation_data", lambda name: prepare(name) | {"dir": "/no"}
+    )
+    source = NumberedSource(8)
+    source.padding = bytes(200_000)  # more than the buffer of a pipe
+    with pytest.raises(UserError, match="a worker process of the data pipeline died"):
         next(iter(train_dataset(config, source)))
 
 

@@ -76,6 +76,19 @@ def test_command_prepares_a_dataset(tmp_path, capsys):
     assert len(open_dataset("ade20k", "train", str(tmp_path / "out"))) == 2
 
 
+def test_suffixes_in_upper_case_and_hidden_files(tmp_path):
+    segmentation_files.write_dataset("ade20k", tmp_path)
+    (image, label), (other, _), _ = PAIRS["ade20k"]
+    for path, suffix in ((image, ".JPG"), (other, ".jpeg"), (label, ".PNG")):
+        (tmp_path / path).rename((tmp_path / path).with_suffix(suffix))
+        hidden = (tmp_path / path).with_name(f"._{(tmp_path / path).name}")
+        hidden.write_bytes(bytes(4))
+    datasets.prepare("ade20k", tmp_path, tmp_path / "out")
+    source = open_dataset("ade20k", "train", str(tmp_path / "out"))
+    names = {source._records[index]["file_name"].decode() for index in range(len(source))}
+    assert names == {image.replace(".jpg", ".JPG"), other.replace(".jpg", ".jpeg")}
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_missing_folders_are_named_with_instructions(name, tmp_path):
     with pytest.raises(UserError) as error:

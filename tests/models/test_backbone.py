@@ -112,6 +112,62 @@ def test_only_the_classifier_uses_the_head_modules(name, overrides):
     assert whole.keys() - map_only.keys() == set(model.head_modules)
 
 
+@pytest.mark.parametrize(
+    ("model", "classifiers"),
+    [
+        (tv.create_model("clustr_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (tv.create_model("dgt_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (
+            tv.create_model("pale_t", depths=(1, 0, 0, 0), token_head=True),
+            {"classifier", "token_classifier"},
+        ),
+        (tv.create_model("swin_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (tv.create_model("swinv2_t", depths=(1, 0, 0, 0)), {"classifier"}),
+        (vit(), {"classifier", "distillation_classifier"}),
+        (vit(distilled=False, pool="mean"), {"classifier"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_without_classes_returns_what_the_classifier_reads(model, classifiers):
+    images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)
+    rest = model.clone(num_classes=0)
+    whole, without = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, rest))
+    assert whole["params"].keys() - without["params"].keys() == classifiers
+    channels = whole["params"]["classifier"]["kernel"].shape[0]
+    pooled = jax.eval_shape(functools.partial(model.apply, method="pooled"), whole, images)
+    assert pooled == jax.eval_shape(rest.apply, without, images)
+    assert (pooled.shape, pooled.dtype) == ((2, channels), jnp.float32)
+
+
+def test_the_classifiers_read_the_pooled_features():
+    model, params = vit(), dict(variables(vit())["params"])
+    params["distillation_classifier"] = one = params["classifier"]
+    rest = model.clone(num_classes=0, dropout=0.5)
+
+    @jax.jit
+    def apply(params, images):
+        rngs = {"dropout": jax.random.key(0)}
+        return (
+            model.apply({"params": params}, images),
+            model.apply({"params": params}, images, method="pooled"),
+            rest.apply({"params": params}, images, True, rngs=rngs),
+        )
+
+    logits, pooled, alone = apply(params, IMAGES)
+    np.testing.assert_allclose(alone, pooled, atol=1e-6)
+    # Both classifiers are equal here, so the mean of the logits belongs to the mean of the tokens.
+    np.testing.assert_allclose(logits, pooled @ one["kernel"] + one["bias"], atol=1e-5)
+
+
+def test_models_without_classes_have_no_logits():
+    model = tv.create_model("pale_t", num_classes=0, token_head=True)
+    for method in ("dense_logits", "token_logits"):
+        with pytest.raises(UserError, match="num_classes=0"):
+            jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), IMAGES)
+    with pytest.raises(UserError, match="num_classes=-1 is not valid; valid: at least 0"):
+        tv.create_model("swin_t", num_classes=-1)
+
+
 @pytest.mark.parametrize("name", ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"])
 def test_the_smallest_image_is_one_cell_of_the_last_map(name):
     assert tv.create_model(name).strides[-1] == CELL_SIZE == MIN_IMAGE_SIZE
@@ -206,6 +262,54 @@ def test_taps_of_an_expedited_host_are_reconstructed(where):
 def test_taps_that_are_not_there(model, blocks, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, False, blocks, method="taps"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention
+# ------------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(module, images):
+    """Returns the attention of the blocks of a plain host from their own layers."""
+    x = module._embed(images, (4, 3))
+    origin, found = Origin(jnp.ones(x.shape[:2]), None), []
+    for block in module.blocks:
+        given = block.variables["params"]
+        y = nn.LayerNorm(1e-6).apply({"params": given["norm1"]}, x)
+        qkv = y @ given["attention"]["qkv"]["kernel"] + given["attention"]["qkv"]["bias"]
+        q, k, _ = qkv.reshape(2, 14, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+        found.append(jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2))
+        x, _ = block(x, origin, (4, 3), False)
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_attention_of_a_plain_host(remat):
+    found = jax.jit(vit(remat=remat).attention)(variables(vit()), IMAGES)
+    for weights, expected in zip(found, run(vit(), attention_by_hand), strict=True):
+        assert weights.shape == (2, 2, 14, 14)
+        np.testing.assert_allclose(weights, expected, atol=1e-5)
+
+
+def test_attention_is_only_computed_on_demand():
+    model, given = vit(), variables(vit())
+    assert "attention_weights" not in jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    plain, noted = (
+        str(jax.make_jaxpr(function)(given, IMAGES)).count("exp ")
+        for function in (model.apply, model.attention)
+    )
+    assert 0 < plain < noted
+
+
+def test_attention_of_fewer_tokens():
+    """Blocks attend among the tokens that are left, or among the cluster centres."""
+    expedited = vit(expedite={"alpha": 1, "beta": 1, "clusters": (2, 2), "neighbors": 3})
+    reduced = vit(token_reducer={"keep": (12, 7, 3), "method": "evit", "carry": True})
+    for model, sides in ((expedited, (14, 6, 14)), (reduced, (14, 14, 9))):
+        found = jax.eval_shape(model.attention, variables(vit()), IMAGES)
+        assert [x.shape for x in found] == [(2, 2, side, side) for side in sides]
+    with pytest.raises(UserError, match="DGT is hierarchical and has no attention among all tok"):
+        small_dgt().attention({}, IMAGES)
 
 
 # ------------------------------------------------------------------------------------------------

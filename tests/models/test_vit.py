@@ -1,6 +1,7 @@
 """A small ViT: its formula, position embeddings, poolings, gradients, settings."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
-from tokenvit_jax.models.vit import VisionTransformer, ViTSettings
+from tokenvit_jax.models.vit import VisionTransformer, ViTSettings, resize_positions
 
 SMALL = {"num_classes": 5, "dim": 8, "depth": 2, "num_heads": 2, "position_size": (48, 32)}
 rng = np.random.default_rng(0)
@@ -39,7 +40,15 @@ def linear(x, params):
     return x @ params["kernel"] + params["bias"]
 
 
-def block(x, params, num_heads, epsilon):
+def gelu(x):
+    return x * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(x)
+
+
+def quick_gelu(x):
+    return x / (1 + np.exp(-1.702 * x))
+
+
+def block(x, params, num_heads, epsilon, activation=gelu):
     """Computes a block with loops over images and heads."""
     qkv = linear(layer_norm(x, params["norm1"], epsilon), params["attention"]["qkv"])
     q, k, v = np.split(qkv, 3, axis=-1)
@@ -51,33 +60,55 @@ def block(x, params, num_heads, epsilon):
             logits = q[b, :, part] @ k[b, :, part].T / math.sqrt(size)
             weights = np.exp(logits)
             y[b, :, part] = weights / weights.sum(1, keepdims=True) @ v[b, :, part]
-    x = x + linear(y, params["attention"]["proj"])
+    x = x + linear(y, params["attention"]["proj"]) * params.get("scale1", 1)
     hidden = linear(layer_norm(x, params["norm2"], epsilon), params["mlp"]["fc1"])
-    hidden = hidden * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(hidden)
-    return x + linear(hidden, params["mlp"]["fc2"])
+    return x + linear(activation(hidden), params["mlp"]["fc2"]) * params.get("scale2", 1)
 
 
-def naive(params, images, *, distilled=False, pool="token", norm_epsilon=1e-6):
+def naive(
+    params, images, *, distilled=False, pool="token", norm_epsilon=1e-6, activation="gelu", **others
+):
+    """Computes the logits; ``others`` are settings that the parameters tell."""
     kernel = params["patches"]["kernel"]
     height, width = (size // 16 for size in images.shape[1:3])
     patches = images.reshape(len(images), height, 16, width, 16, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = np.einsum("bhwijc,ijcd->bhwd", patches, kernel) + params["patches"]["bias"]
+    x = np.einsum("bhwijc,ijcd->bhwd", patches, kernel) + params["patches"].get("bias", 0)
     names = ["class_token", "distillation_token"][: 1 + distilled]
     front = [np.broadcast_to(params[name], (len(x), 1, x.shape[-1])) for name in names]
-    x = np.concatenate([*front, x.reshape(len(x), -1, x.shape[-1])], 1) + params["position"]
+    x = np.concatenate([*front, x.reshape(len(x), -1, x.shape[-1])], 1)
+    x[:, x.shape[1] - len(params["position"]) :] += params["position"]
+    registers = params.get("register_token", x[0, :0])
+    registers = np.broadcast_to(registers, (len(x), *registers.shape))
+    x = np.concatenate([x[:, : len(front)], registers, x[:, len(front) :]], 1)
+    x = layer_norm(x, params["pre_norm"], norm_epsilon) if "pre_norm" in params else x
     for i in range(2):
-        x = block(x, params[f"blocks_{i}"], 2, norm_epsilon)
+        function = quick_gelu if activation == "quick_gelu" else gelu
+        x = block(x, params[f"blocks_{i}"], 2, norm_epsilon, function)
     if pool == "mean":
-        x = layer_norm(x[:, 1:].mean(1), params["norm"], norm_epsilon)
-        return linear(x, params["classifier"])
+        x = x[:, len(front) + registers.shape[1] :].mean(1, keepdims=True)
     x = layer_norm(x, params["norm"], norm_epsilon)
+    if "projection" in params:
+        x = x @ params["projection"]["kernel"]
     logits = linear(x[:, 0], params["classifier"])
     if distilled:
         logits = (logits + linear(x[:, 1], params["distillation_classifier"])) / 2
     return logits
 
 
-@pytest.mark.parametrize("settings", [{"norm_epsilon": 0.1}, {"distilled": True}, {"pool": "mean"}])
+DINOV2 = {"layer_scale": 0.5, "num_registers": 3}
+CLIP = {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "projection": 7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm_epsilon": 0.1},
+        {"distilled": True},
+        {"pool": "mean"} | DINOV2,
+        {"front_position": False} | DINOV2,
+        CLIP,
+    ],
+)
 def test_equals_the_loops(settings):
     model, variables = make(**settings)
     found = jax.jit(functools.partial(model.apply, train=False))(variables, IMAGES)
@@ -127,19 +158,41 @@ def bilinear(old, new):
     return weights
 
 
+def bicubic(old, new):
+    """Returns the weights (new, old) of cubic convolution with a = -0.75, without antialiasing."""
+    a, weights = -0.75, np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            d = abs(place - j)
+            if d <= 1:
+                weight = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            else:
+                weight = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[i, min(max(j, 0), old - 1)] += weight
+    return weights
+
+
 def test_positions_are_bicubic_or_bilinear():
     """The positions of 3 x 2 patches are resized to 2 x 5."""
-    model, variables = make(distilled=True, position_resize="bilinear")
-    position = np.asarray(variables["params"]["position"])
-    found, bicubic = (
-        np.asarray(model.apply(variables, (2, 5), method="_positions"))
-        for model in (model, make(distilled=True)[0])
-    )
-    np.testing.assert_array_equal(found[:2], position[:2])
-    patches = position[2:].reshape(3, 2, 8)
-    expected = np.einsum("yi,xj,ijc->yxc", bilinear(3, 2), bilinear(2, 5), patches)
-    np.testing.assert_allclose(found[2:].reshape(2, 5, 8), expected, atol=1e-6)
-    assert np.abs(found - bicubic).max() > 0.01
+    position = np.asarray(make(distilled=True)[1]["params"]["position"])
+    patches, resized = position[2:].reshape(3, 2, 8), []
+    for method, weights in (("bilinear", bilinear), ("bicubic", bicubic)):
+        found = np.asarray(resize_positions(position, 2, (3, 2), (2, 5), method))
+        np.testing.assert_array_equal(found[:2], position[:2])
+        expected = np.einsum("yi,xj,ijc->yxc", weights(3, 2), weights(2, 5), patches)
+        np.testing.assert_allclose(found[2:].reshape(2, 5, 8), expected, atol=1e-6)
+        resized.append(found)
+    resized.append(resize_positions(position, 2, (3, 2), (2, 5), "bicubic_antialias"))
+    for first, second in itertools.combinations(resized, 2):
+        assert np.abs(first - second).max() > 0.01
+
+
+def test_model_resizes_positions_as_its_setting_says():
+    model, variables = make(distilled=True, position_resize="bicubic")
+    found = model.apply(variables, (2, 5), method="_positions")
+    expected = resize_positions(variables["params"]["position"], 2, (3, 2), (2, 5), "bicubic")
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
@@ -207,6 +260,9 @@ def test_parameters_with_distillation(name, number):
             "pool='mean' is not valid with distilled=True; valid: 'token'",
         ),
         ({"num_heads": 3}, "num_heads=3 does not divide 8 channels"),
+        ({"num_registers": -1}, "num_registers=-1 is not valid; valid: at least 0"),
+        ({"layer_scale": math.nan}, "layer_scale=nan is not valid; valid: at least 0"),
+        ({"activation": "relu"}, "activation='relu' is not valid; valid: gelu, quick_gelu"),
         ({"patch_size": 0}, "patch_size=0 is not valid; valid: at least 1 pixel"),
         ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 is not valid; valid: above 0"),
         (

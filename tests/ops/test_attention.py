@@ -38,6 +38,20 @@ def test_equals_the_loops(scale):
     np.testing.assert_allclose(output, naive(q, k, v, scale or 8**-0.5), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [None, np.array([1, 2.5] * 6 + [4], np.float32)])
+def test_weights_are_what_attention_multiplies_with_the_values(size):
+    q, k, v = inputs()
+    sizes = None if size is None else np.stack([size, size[::-1]])
+    weights = ops.attention_weights(q, k, sizes, scale=0.7)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    expected = ops.scored_attention(q, k, v, sizes, scale=0.7)
+    found = np.einsum("bnqk,bknd->bqnd", weights, v)
+    np.testing.assert_allclose(found, expected.output, atol=1e-6)
+    np.testing.assert_allclose(weights.sum((1, 2)), expected.received, atol=1e-5)
+    with pytest.raises(ValueError, match="size has shape"):
+        ops.attention_weights(q, k, np.ones(13))
+
+
 def test_float64_gradient_by_finite_differences():
     with jax.enable_x64(True):
         arrays = inputs(np.float64)

@@ -50,6 +50,7 @@ CALLS = {
         ((Q.astype(jnp.bfloat16),) * 3, {}),
     ],
     "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
+    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
     "attention.check_qkv": [((Q, K, K), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
@@ -73,7 +74,8 @@ CALLS = {
     "center_tiles.check_temperature": [((50.0,), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
-    "chunks.in_chunks": [((lambda size: TOKENS, 30, 7, None), {})],
+    "chunked.planned_batch": [((2,), {})],
+    "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
     "chunks.num_chunks": [((30, 7), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
@@ -133,8 +135,10 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
+    "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
     "selection.smallest": [((TOKENS,), {})],
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],

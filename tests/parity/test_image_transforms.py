@@ -24,15 +24,18 @@ def test_constants_are_timms(timm):
     assert NORMALIZATIONS["inception"] == inception
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size, crop", [(64, 0.875), (48, 1.0), (56, 0.9)])
 @pytest.mark.parametrize("width, height", [(100, 80), (75, 131), (40, 40), (333, 60), (101, 100)])
-def test_eval_image_equals_timms(timm, width, height, size, crop):
+def test_eval_image_equals_timms(timm, width, height, size, crop, interpolation):
     from timm.data.transforms_factory import transforms_imagenet_eval
 
-    reference = transforms_imagenet_eval(size, crop, interpolation="bicubic", use_prefetcher=True)
+    reference = transforms_imagenet_eval(
+        size, crop, interpolation=interpolation, use_prefetcher=True
+    )
     image = noise_image(width, height)
 
-    ours = images.eval_image(image, size, crop)
+    ours = images.eval_image(image, size, crop, interpolation)
 
     np.testing.assert_array_equal(ours, np.asarray(reference(image)).transpose(1, 2, 0))
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.training.checkpoint import load_checkpoint
-from tokenvit_jax.training.conversion import export_run, import_file
+from tokenvit_jax.training.conversion import Choices, export_run, import_file
 from tokenvit_jax.training.workdir import read_config
 
 pytestmark = pytest.mark.parity
@@ -117,7 +117,7 @@ def test_logits_of_pixels(timm, tmp_path, name, distilled, decoder_depth):
     peer = torch_segmenter(timm, distilled, decoder_depth, num_classes)
     source, workdir, back = tmp_path / "checkpoint.pth", tmp_path / "run", tmp_path / "back"
     torch.save({"model": peer.state_dict(), "optimizer": {"lr": 0.1}, "epoch": 3}, source)
-    import_file(source, workdir, name, "segmenter", DATASET, None)
+    import_file(source, workdir, name, "segmenter", Choices(dataset=DATASET))
     config = read_config(workdir)
     assert config.image_size == SIDE
     model = make_task(config, num_classes).make_model()

@@ -138,5 +138,5 @@ def test_published_networks(timm, theirs, name, size):
     layout = LAYOUTS["timm"][family]
     model = tv.create_model(name, **layout.model_overrides(arrays))
     assert model == tv.create_model(name)
-    assert layout.image_size(model) == size
+    assert layout.image_size(model, arrays) == size
     compare(peer, model, import_all(family, arrays, model), (size, size), batch=1)

@@ -1,5 +1,7 @@
 """ViT and DeiT with random weights: compares blocks and logits with timm."""
 
+import argparse
+import functools
 import pathlib
 
 import jax
@@ -8,7 +10,14 @@ import pytest
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.weights import LAYOUTS, export_weights, import_weights, read_arrays
+from tokenvit_jax.models.vit import resize_positions
+from tokenvit_jax.weights import (
+    LAYOUTS,
+    export_weights,
+    import_weights,
+    read_arrays,
+    recognise_layout,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -60,18 +69,90 @@ def test_blocks_and_logits(timm, theirs, ours, settings):
             np.testing.assert_allclose(found, block.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "overrides"),
+    [
+        ("vit_small_patch14_dinov2", {}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+        ("vit_base_patch16_clip_224", {}),
+        ("vit_base_patch16_clip_quickgelu_224", {"activation": "quick_gelu"}),
+    ],
+)
+def test_layer_scale_registers_and_clip(timm, theirs, overrides):
+    """DINOv2 with layer scale and registers, CLIP with pre-norm, quick GELU and no patch bias."""
+    import torch
+
+    torch.manual_seed(0)
+    narrow = {"embed_dim": 48, "depth": 2, "num_heads": 4}
+    size = 5 * (14 if "14" in theirs else 16)
+    peer = timm.create_model(theirs, img_size=size, dynamic_img_size=True, num_classes=10, **narrow)
+    for parameter in peer.eval().parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    arrays = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+    assert recognise_layout(arrays, "vit_s") == "timm"
+    settings = LAYOUT.model_overrides(arrays) | {"dim": 48, "depth": 2, "num_heads": 4}
+    model = tv.create_model("vit_s", num_classes=10, **settings | overrides)
+    params = import_weights(arrays, model, LAYOUT)
+    back = export_weights(params, model, LAYOUT)
+    assert back.keys() == arrays.keys()
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+    step = size // 5
+    for shape in ((size, size), (4 * step, 7 * step)):
+        images = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype(np.float32)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            expected, tokens = peer(x).numpy(), peer.forward_features(x).numpy()
+        logits = jax.jit(model.apply)({"params": params}, images)
+        features = jax.jit(functools.partial(model.apply, method="features"))
+        (found,) = features({"params": params}, images)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        patches = tokens[:, model.settings.num_front :].reshape(found.shape)
+        np.testing.assert_allclose(found, patches, atol=1e-4)
+
+
+@pytest.mark.parametrize("old", [(7, 5), (4, 4)])
+def test_bicubic_resize_of_torch(timm, old):
+    """Positions are resized with antialiasing or without it."""
+    import torch
+
+    x = np.random.default_rng(0).normal(size=(*old, 3)).astype(np.float32)
+    position = np.concatenate([np.ones((1, 3), np.float32), x.reshape(-1, 3)])
+    for new in ((16, 9), (3, 4), (7, 2)):
+        for antialias, method in ((False, "bicubic"), (True, "bicubic_antialias")):
+            expected = torch.nn.functional.interpolate(
+                torch.from_numpy(x).permute(2, 0, 1)[None], new, mode="bicubic", antialias=antialias
+            )
+            found = resize_positions(position, 1, old, new, method)
+            np.testing.assert_array_equal(found[0], position[0])
+            expected = expected[0].permute(1, 2, 0).reshape(-1, 3)
+            np.testing.assert_allclose(found[1:], expected, atol=1e-5)
+
+
 def test_files_of_torch(timm, tmp_path):
     """Files may hold arrays directly or inside "model"; other pickled objects are refused."""
+    import safetensors.torch
     import torch
 
     arrays = {"cls_token": torch.randn(1, 1, 3), "half": torch.randn(2).half()}
-    for content in (arrays, {"model": arrays, "epoch": 3}):
+    flags = argparse.Namespace(lr=1e-3)  # of timm's and DeiT's training
+    named = dict(torch.nn.Linear(2, 2).named_parameters())
+    torch.save(named, tmp_path / "weights.pth")
+    assert read_arrays(tmp_path / "weights.pth").keys() == named.keys()
+    for content in (arrays, {"model": arrays, "epoch": 3}, {"state_dict": arrays, "args": flags}):
         torch.save(content, tmp_path / "weights.pth")
         found = read_arrays(tmp_path / "weights.pth")
         assert found.keys() == arrays.keys()
         for name, array in found.items():
             np.testing.assert_array_equal(array, arrays[name].float().numpy())
             assert array.dtype == np.float32
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth is refused: it is a TorchScript program"):
+        read_arrays(tmp_path / "weights.pth")
+    bfloat16 = {"a": torch.randn(3).bfloat16()}
+    safetensors.torch.save_file(bfloat16, tmp_path / "weights.safetensors")
+    (found,) = read_arrays(tmp_path / "weights.safetensors").values()
+    np.testing.assert_array_equal(found.astype(np.float32), bfloat16["a"].float())
     torch.save({"model": arrays, "config": pathlib.Path("a")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth is refused: it holds more than arrays"):
         read_arrays(tmp_path / "weights.pth")

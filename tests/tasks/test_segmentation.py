@@ -292,3 +292,6 @@ def test_classes_that_never_occur_do_not_count():
     found = meter.result()
     assert found["eval/miou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
     assert found["eval/loss"] == 1.0
+    found = meter.per_class()
+    np.testing.assert_allclose(found["iou"], [3 / 4, 4 / 5, np.nan])
+    np.testing.assert_allclose(found["accuracy"], [3 / 4, 1, np.nan])

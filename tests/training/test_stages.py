@@ -5,16 +5,23 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from make_task import make_task
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.models.reducers import searched_keep
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification import losses
 from tokenvit_jax.training import devices
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.evaluation import evaluate_run
-from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
+from tokenvit_jax.training.initial import (
+    fit_variables,
+    load_initial,
+    start_from,
+    with_searched_keep,
+)
 from tokenvit_jax.training.loop import train
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state, step_rng
@@ -166,11 +173,13 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
     config = read_config(runs / "search")
     config.ema_decay = 0.5
     initial = load_initial(config)
-    model, optimizer = make_task(config).make_model(), make_optimizer(config)
+    task = make_task(config)
+    model, optimizer = task.make_model(), make_optimizer(config)
     parallel = devices.MeshParallel(fsdp=4)
     fresh = parallel.init(functools.partial(init_state, model, optimizer, config))
     layout = jax.tree.map(lambda x: x.sharding, fresh)
-    state = start_from(fresh, initial, model)
+    state, notes = start_from(fresh, initial, task)
+    assert notes == []
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     np.testing.assert_array_equal(retention(state.params), 1)  # the first stage has none
     jax.tree.map(np.testing.assert_array_equal, state.ema["params"], state.params)
@@ -180,6 +189,12 @@ def test_a_run_starts_with_the_parameters_of_another(runs):
     assert "soft_extract" in back.variables["params"]["blocks_0"]  # not in the third stage
 
 
+def flat_shapes(config):
+    """Returns the shapes of a model's variables by path."""
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), "float32")
+    return flatten_dict(variable_shapes(make_task(config).make_model(), images), sep="/")
+
+
 def test_a_segmentation_model_starts_from_a_classifier(runs):
     """The backbone is loaded; the classifier is dropped, and the head keeps its first values."""
     config = default_config("segmentation")
@@ -187,21 +202,27 @@ def test_a_segmentation_model_starts_from_a_classifier(runs):
     config.dataset, config.head_overrides = "scenes", {"depth": 1, "head_dim": 8}
     config.initial.workdir = str(runs / "base")
     initial = load_initial(config)
-    model, optimizer = make_task(config).make_model(), make_optimizer(config)
+    task = make_task(config)
+    model, optimizer = task.make_model(), make_optimizer(config)
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, config))
     fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 7, x.dtype)), shapes)
-    state = start_from(fresh, initial, model)
+    state, notes = start_from(fresh, initial, task)
+    assert notes == [f"{initial.path} gives its backbone; the head of this model is new"]
     assert jax.tree.structure(state) == jax.tree.structure(fresh)
     jax.tree.map(np.testing.assert_array_equal, state.params["head"], fresh.params["head"])
     expected = {k: v for k, v in initial.variables["params"].items() if k != "classifier"}
     jax.tree.map(np.testing.assert_array_equal, state.params["backbone"], expected)
 
-    position = state.params["backbone"].pop("position")
-    state.params["backbone"]["position"] = np.zeros((1 + 16, 8))
-    with pytest.raises(UserError) as error:
-        start_from(state, initial, model)
-    path = "params/backbone/position"
-    assert f"1 entries differ: {path} is {position.shape} there, (17, 8) here" in str(error.value)
+    # Other tables of positions are resized.
+    config.model_overrides.position_size = (64, 64)
+    found, notes = fit_variables(initial, flat_shapes(config), make_task(config))
+    assert notes[1:] == [f"tables of {initial.path} are resized: position (10, 8) to (17, 8)"]
+    position = initial.variables["params"]["position"]
+    np.testing.assert_array_equal(found["params/backbone/position"][0], position[0])
+    expected = jax.image.resize(position[1:].reshape(3, 3, 8), (4, 4, 8), "bicubic")
+    np.testing.assert_allclose(
+        found["params/backbone/position"][1:], expected.reshape(16, 8), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_mistakes_are_named(runs, tmp_path):
@@ -223,10 +244,8 @@ def test_mistakes_are_named(runs, tmp_path):
         load_initial(config)
     config.initial.checkpoint = "last"
     wider = stage(dim=16)
-    model = make_task(wider).make_model()
-    state = init_state(model, make_optimizer(wider), wider)
     with pytest.raises(UserError, match=r"entries differ: .*params/class_token is \(1, 8\) there"):
-        start_from(state, load_initial(config), model)
+        fit_variables(load_initial(config), flat_shapes(wider), make_task(wider))
     config = stage({"keep": (3, 2), "method": "kmeans", "penalty": 0.1})
     message = r"token_reducer.penalty=0.1 is not valid; valid: 0.0 with method='kmeans'"
     with pytest.raises(UserError, match=message):

@@ -165,5 +165,9 @@ def test_evaluation_counts_every_image_once_and_no_padding():
     meter.add(outcome)
     metrics = meter.result()
     assert metrics["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).mean()))
+    assert "eval/accuracy_top5" not in metrics  # there are five classes
+    correct = np.asarray(logits.argmax(-1) == labels)
+    expected = [correct[labels == k].mean() if k in labels else np.nan for k in range(NUM_CLASSES)]
+    np.testing.assert_allclose(meter.per_class()["accuracy"], expected)
     losses = -jax.nn.log_softmax(logits)[jnp.arange(11), labels]
     assert metrics["eval/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)

@@ -11,7 +11,7 @@ from token_model import TokenModel, token_config, use_token_model, write_run
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
-from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.mixing import draw_token_mixing
 from tokenvit_jax.training import devices, teacher
 from tokenvit_jax.training.batches import check_train_batch
@@ -146,18 +146,18 @@ def test_box_of_mixtoken_is_the_part_that_is_not_its_own():
 
 def run_steps(parallel, config, num_steps=2):
     """Returns losses and the last parameters of a few steps on labelled batches."""
-    model, optimizer = TokenModel(NUM_CLASSES), make_optimizer(config)
+    model = TokenModel(NUM_CLASSES)
+    optimizer = make_optimizer(config, model)
     task = make_task(config, axis_name=parallel.axis_name)
-    put_batch = teacher.labelled_batches(task, parallel)
+    put_batch = teacher.taught_batches(task, parallel)
     init_fn = functools.partial(init_state, model, optimizer, config)
     step = make_train_step(task, model, optimizer)
     step = parallel.train_step(step, parallel.abstract(init_fn))
     state, losses = parallel.init(init_fn), []
     for seed in range(num_steps):
         batch = random_batch(seed)
-        state, metrics = step(
-            state, put_batch({k: batch[k] for k in ("image", "label", "skipped")})
-        )
+        batch = {k: batch[k] for k in ("image", "label", "skipped")}
+        state, metrics = step(state, put_batch(batch, seed))
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
 
@@ -169,19 +169,34 @@ def workdir(tmp_path_factory):
     return workdir, write_run(workdir, seed=1, normalization="inception")
 
 
-def test_taught_run_is_the_same_on_a_mesh_and_under_pmap(monkeypatch, workdir):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mix.mixtoken": 1.0, "token_labels.weight": 0.5, "token_labels.teacher": "TEACHER"},
+        {"mix.mixup": 0.8, "mix.cutmix": 1.0, "distillation.weight": 0.5,
+         "distillation.teacher": "TEACHER", "distillation.kind": "soft",
+         "distillation.temperature": 3.0, "optimizer.freeze": "patches"},
+    ],
+    ids=["token labels", "distillation"],
+)  # fmt: skip
+def test_taught_run_is_the_same_on_a_mesh_and_under_pmap(monkeypatch, workdir, changes):
     use_token_model(monkeypatch)
     config = token_config()
     config.accumulate_steps = 2
-    config.mix.mixtoken, config.token_labels.weight = 1.0, 0.5
-    config.token_labels.teacher = str(workdir[0])
+    config.update_from_flattened_dict(
+        {key: str(workdir[0]) if value == "TEACHER" else value for key, value in changes.items()}
+    )
     mesh = run_steps(devices.MeshParallel(fsdp=2), config)
     pmap = run_steps(devices.PmapParallel(), config)
-    np.testing.assert_allclose(pmap[0], mesh[0], rtol=2e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        *(run[1] for run in (pmap, mesh)),
-    )
+    others = [pmap]
+    if config.distillation.weight:  # MixToken mixes the images of a micro-batch
+        config.accumulate_steps = 1
+        others.append(run_steps(devices.MeshParallel(), config))
+    for other in others:
+        np.testing.assert_allclose(other[0], mesh[0], rtol=2e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), other[1], mesh[1]
+        )
 
 
 def test_teacher_labels_the_images_it_is_given(monkeypatch, workdir):
@@ -190,19 +205,65 @@ def test_teacher_labels_the_images_it_is_given(monkeypatch, workdir):
     config.token_labels.weight, config.token_labels.teacher = 0.5, str(workdir[0])
     images = random_batch()["image"]
     parallel = devices.MeshParallel()
-    put_batch = teacher.labelled_batches(make_task(config), parallel)
-    found = put_batch({"image": images, "label": np.zeros(BATCH, np.int32)})["token_labels"]
+    put_batch = teacher.taught_batches(make_task(config), parallel)
+    batch = {"image": images, "label": np.zeros(BATCH, np.int32)}
+    found = put_batch(batch, 0)["token_labels"]
     dense = TokenModel(NUM_CLASSES).apply(
         {"params": workdir[1]}, normalize(images, "inception"), method="dense_logits"
     )
     np.testing.assert_allclose(found, jax.nn.softmax(dense), rtol=1e-4, atol=1e-6)
     assert not found.sharding.is_fully_replicated
-    assert teacher.labelled_batches(make_task(token_config()), parallel) == parallel.put_batch
+    untaught = teacher.taught_batches(make_task(token_config()), parallel)
+    assert untaught(batch, 0).keys() == batch.keys()
+
+
+def test_teacher_sees_the_mixed_images_of_the_step(monkeypatch, workdir):
+    use_token_model(monkeypatch)
+    config = token_config()
+    config.mix.mixup, config.mix.cutmix = 0.8, 1.0
+    config.distillation.weight, config.distillation.teacher = 0.5, str(workdir[0])
+    task, given = make_task(config), random_batch()
+    prepare = jax.jit(task.prepare)
+    given = {name: given[name] for name in ("image", "label")}
+    put_batch = teacher.taught_batches(task, devices.MeshParallel())
+    apply = jax.jit(functools.partial(TokenModel(NUM_CLASSES).apply, {"params": workdir[1]}))
+    found = []
+    for step in range(2):
+        rng = jax.random.split(step_rng(config.seed, step))[0]
+        seen = np.asarray(prepare(given, rng)["image"], np.float64)
+        seen = seen * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]  # the student's normalisation
+        logits = put_batch(given, step)["teacher_logits"]
+        np.testing.assert_allclose(logits, apply((seen - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
+        found.append(np.asarray(logits))
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("hard", 1.0), ("soft", 3.0)])
+def test_distillation_loss_equals_loops(kind, temperature):
+    draw = np.random.default_rng(0)
+    logits, taught, teacher_logits = draw.normal(size=(3, 4, 5)) * 2
+    targets = draw.dirichlet(np.ones(5), 4)
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum())
+
+    labels = distance = 0.0
+    for i in range(4):
+        labels -= (targets[i] * log_softmax(logits[i])).sum() / 4
+        if kind == "hard":
+            distance -= log_softmax(taught[i])[teacher_logits[i].argmax()] / 4
+            continue
+        theirs, ours = (log_softmax(x[i] / temperature) for x in (teacher_logits, taught))
+        distance += temperature**2 * (np.exp(theirs) * (theirs - ours)).sum() / 4
+    settings = default_config("classification").distillation
+    settings.kind, settings.weight, settings.temperature = kind, 0.3, temperature
+    found = losses.distillation_loss(logits, taught, targets, teacher_logits, settings)
+    assert float(found) == pytest.approx(0.7 * labels + 0.3 * distance, rel=1e-5)
 
 
 def test_labels_are_resized_to_the_grid_of_the_student():
     ramp = np.broadcast_to(np.arange(6.0)[:, None, None], (2, 6, 4, 1))
-    found = teacher.resize_labels(np.concatenate([ramp, 1 - ramp], -1), 3, 2)
+    found = teaching.resize_labels(np.concatenate([ramp, 1 - ramp], -1), 96, 64)
     assert found.shape == (2, 3, 2, 2)
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[:, 1, :, 0], 2.5, rtol=1e-5)
@@ -224,7 +285,7 @@ def test_teachers_that_do_not_fit(monkeypatch, workdir, changes, num_classes, me
         {"token_labels.weight": 0.5, "token_labels.teacher": str(workdir[0])} | changes
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        teacher.labelled_batches(make_task(config, num_classes), devices.MeshParallel())
+        teacher.taught_batches(make_task(config, num_classes), devices.MeshParallel())
 
 
 @pytest.mark.parametrize(
@@ -237,7 +298,7 @@ def test_teacher_without_logits_of_cells_is_named(tmp_path, task, dataset, model
     write_config(tmp_path, config)
     message = f"is a run of {model} for {task}, which does not classify single cells"
     with pytest.raises(UserError, match=message):
-        teacher.load_teacher(tmp_path, "last")
+        teacher.load_teacher(tmp_path, "last", lambda task, model: teaching.cell_misfit(model))
 
 
 LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
@@ -255,6 +316,20 @@ LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
         (
             LABELLED | {"mix.mixup": 0.8},
             "config.mix.mixup=0.8 does not go with config.token_labels",
+        ),
+        (
+            {"distillation.weight": 0.5},
+            "missing: config.distillation.teacher, the workdir",
+        ),
+        ({"distillation.teacher": "run"}, "missing: config.distillation.weight above 0"),
+        (
+            {"distillation.kind": "warm"},
+            "config.distillation.kind='warm' is not valid; valid",
+        ),
+        ({"distillation.temperature": 0.0}, "config.distillation.temperature=0.0; valid: above 0"),
+        (
+            {"distillation.weight": 0.5, "distillation.teacher": "run", "mix.mixtoken": 1.0},
+            "config.mix.mixtoken=1.0 does not go with config.distillation.weight=0.5",
         ),
         (LABELLED | {"augment.rotation": 9.0}, "config.augment.rotation=9.0 does not go with"),
         (LABELLED | {"augment.translation": 0.1}, "config.augment.translation=0.1 does not go"),

@@ -1,18 +1,20 @@
 """Records of datasets, transforms of images and batches for training and evaluation."""
 
 from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
+from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import (
     builtin_info,
     dataset_info,
     datasets_with,
-    different_names,
     list_datasets,
     open_split,
     with_class_names,
+    with_dataset,
 )
 from tokenvit_jax.data.images import (
     INTERPOLATIONS,
     NORMALIZATIONS,
+    decode_image,
     eval_image,
     mean_and_std,
     read_image,
@@ -34,6 +36,7 @@ __all__ = [
     "check_data",
     "dataset_info",
     "datasets_with",
+    "decode_image",
     "different_names",
     "eval_batches",
     "eval_image",
@@ -43,4 +46,5 @@ __all__ = [
     "read_image",
     "train_batches",
     "with_class_names",
+    "with_dataset",
 ]

@@ -18,6 +18,7 @@ _RANGES = {
     "image_size": (MIN_IMAGE_SIZE, None),
     "seed": (0, 2**32 - 1),
     "data.workers": (0, None),
+    "data.split": (0, 1),
 }
 
 
@@ -26,10 +27,10 @@ def check_data(config: ConfigDict) -> None:
 
     Args:
       config: reads `dataset`, `seed`, `image_size`, `batch_size`, and `data.on_corrupt`,
-        `data.normalization`, `data.workers` and `data.repeats`.
+        `data.normalization`, `data.workers`, `data.split`, `data.classes` and `data.repeats`.
     """
-    dataset_info(config)
     check_values(config, _CHOICES, _RANGES)
+    dataset_info(config)
     repeats = config.data.repeats
     if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):
         raise UserError(

@@ -6,12 +6,13 @@ equal theirs exactly. All random numbers come from the generator that is passed 
 
 import io
 import math
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
@@ -26,9 +27,26 @@ NORMALIZATIONS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 
+# Orientation in EXIF -> transposition that brings the image upright; 1: it is upright.
+_UPRIGHT = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 _BICUBIC = Image.Resampling.BICUBIC
 # `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
 INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_SIZE_LIMIT = threading.Lock()  # held while Pillow's limit is off
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
 
 
@@ -49,24 +67,30 @@ def mean_and_std(normalization: str) -> tuple[tuple[float, ...], tuple[float, ..
     return NORMALIZATIONS[normalization]
 
 
-def decode_image(encoded: bytes) -> Image.Image:
+def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
     """Decodes a whole image file.
 
-    CMYK, grey and palette images become RGB. The format is read from the contents, not from the
-    file's extension (one of ImageNet's .JPEG files is a PNG). A rotation noted in EXIF is not
-    applied, as in torchvision and timm.
+    CMYK, grey and palette images become RGB; grey levels of 16 bits are divided by 257. The format
+    is read from the contents, not from the file's extension (one of ImageNet's .JPEG files is a
+    PNG).
 
     Args:
       encoded: the contents of the file.
+      upright: whether a rotation noted in EXIF is applied. Prepared datasets are read as they are
+        stored, as in torchvision and timm, and images stay aligned with their label maps.
 
     Returns:
       An RGB image.
 
     Raises:
-      UserError: the bytes are not an image, or the image is truncated.
+      UserError: the bytes are not an image, the image is truncated, or its pixels are floats.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        with _open(encoded) as image:
+            image.load()
+            rotation = _rotation(image) if upright else None
+            rgb = to_rgb(image)
+        return rgb if rotation is None else rgb.transpose(rotation)
     except UnidentifiedImageError as error:  # Pillow's own message names a Python object
         message = f"cannot decode {len(encoded)} bytes as an image: no known format"
         raise UserError(message) from error
@@ -76,14 +100,55 @@ def decode_image(encoded: bytes) -> Image.Image:
         raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
 
 
+def _open(encoded: bytes) -> Image.Image:
+    """Opens an image of any size: Pillow refuses very large ones, though a panorama is no attack.
+
+    The limit is a global of Pillow and is read only while an image is opened, not while its pixels
+    are decoded.
+    """
+    with _SIZE_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(encoded))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _rotation(image: Image.Image) -> Image.Transpose | None:
+    """Returns the transposition that brings an image upright, as noted in EXIF; None if none is."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels are fine even if the note beside them is malformed
+        return None
+    return _UPRIGHT.get(orientation)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB; 65,535 of grey levels with 16 bits is white.
+
+    Raises:
+      UserError: grey levels are floats, or exceed 16 bits.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Pillow's own conversion would clip everything above 255 to white.
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise UserError(
+                f"grey levels are {levels.dtype} from {levels.min()} to {levels.max()}; valid: "
+                "integers of 8 or 16 bits"
+            )
+        image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path: Path) -> Image.Image:
-    """Reads an image file as RGB; see :func:`decode_image`.
+    """Reads an image file as RGB and upright; see :func:`decode_image`.
 
     Raises:
       UserError: the file cannot be read, or is not an image; the message names it.
     """
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(path.read_bytes(), upright=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UserError as error:

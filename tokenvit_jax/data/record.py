@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 from PIL import Image
 
@@ -94,6 +95,17 @@ class Record(TypedDict, total=False):
     person: Person
 
 
+def label_field(config: ConfigDict) -> str:
+    """Returns the field that the records of a task hold besides the image.
+
+    Most datasets have one kind of ground truth; folders and tensorflow_datasets may have several.
+
+    Args:
+      config: reads `task`.
+    """
+    return "label_map" if config.get("task") == "segmentation" else "label"
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """Facts about a dataset.
@@ -122,6 +134,17 @@ class DatasetInfo:
     num_things: int | None = None
     skeleton: Skeleton | None = None
     center_crop: bool = False
+
+    def same_classes(self, other: "DatasetInfo") -> bool:
+        """Returns whether two datasets have as many classes, with the same names if both name them.
+
+        The names "class 0", "class 1" and so on stand for unnamed classes.
+        """
+        if self.num_classes != other.num_classes:
+            return False
+        unnamed = tuple(f"class {label}" for label in range(self.num_classes))
+        names = {tuple(info.classes) for info in (self, other) if info.classes} - {unnamed}
+        return len(names) <= 1
 
 
 class Source(Protocol):

@@ -4,7 +4,8 @@
 and the embedded datasets do not need it.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,42 @@ class TfdsSource:
     """Reads one split of a prepared dataset; a subclass decodes the ground truth.
 
     Attributes:
-      undecoded: features that are read as the bytes of their files.
+      image: name of the feature with the image.
 
     Args:
       name: name of the dataset.
       split: one of its splits.
-      data_dir: the folder that `prepare` wrote into.
-      folder: the dataset's folder in `data_dir`.
-
-    Raises:
-      UserError: the dataset has not been prepared in `data_dir`.
+      records: result of :func:`open_records` or :func:`read_split`.
     """
 
-    undecoded = ("image",)
+    image = "image"
 
-    def __init__(self, name: str, split: str, data_dir: str, folder: str):
+    def __init__(self, name: str, split: str, records: Sequence[dict[str, Any]]):
         self._name = name
         self._split = split
-        self._records = _open_records(name, split, data_dir, folder, self.undecoded)
+        self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
     def name(self, index: int) -> str:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        return self._name_with(index, self._records[index]["file_name"].decode())
+        return self._name_with(index, _file_of(self.stored(index)))
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        file_name = "file unknown"
+        file = "file unknown"
         try:
-            features = self._records[index]
-            file_name = features["file_name"].decode()
-            image = decode_image(features["image"])
+            features = self.stored(index)
+            file = _file_of(features)
+            image = decode_image(features[self.image])
             return Record(id=index, image=image) | self.ground_truth(features, image)
         except Exception as error:
-            raise UserError(f"{self._name_with(index, file_name)}: {error}") from error
+            raise UserError(f"{self._name_with(index, file)}: {error}") from error
+
+    def stored(self, index: int) -> dict[str, Any]:
+        """Returns the stored record with an index; images are still encoded."""
+        return self._records[index]
 
     def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
         """Returns the fields of a record besides "id" and "image".
@@ -67,13 +68,38 @@ class TfdsSource:
         """
         raise NotImplementedError
 
-    def _name_with(self, index: int, file_name: str) -> str:
-        return f"{self._name} split {self._split!r}, record {index} ({file_name})"
+    def _name_with(self, index: int, file: str) -> str:
+        return f"{self._name} split {self._split!r}, record {index}{f' ({file})' if file else ''}"
 
 
-def _open_records(
-    name: str, split: str, data_dir: str, folder: str, undecoded: tuple[str, ...]
-) -> Any:
+class LabelSource(TfdsSource):
+    """Images with one class each, in the feature "label"."""
+
+    def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
+        """See :class:`TfdsSource`."""
+        return Record(label=int(features["label"]))
+
+
+def _file_of(features: dict[str, Any]) -> str:
+    """Returns the name of a record's file; "" if the dataset does not store it."""
+    return features.get("file_name", b"").decode()
+
+
+def open_records(
+    name: str, split: str, data_dir: str, folder: str, undecoded: Sequence[str] = ("image",)
+) -> Sequence[dict[str, Any]]:
+    """Opens a split that `prepare` wrote.
+
+    Args:
+      name: name of the dataset.
+      split: one of its splits.
+      data_dir: the folder that `prepare` wrote into.
+      folder: the dataset's folder in `data_dir`.
+      undecoded: features that are read as the bytes of their files.
+
+    Raises:
+      UserError: the dataset has not been prepared in `data_dir`.
+    """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
@@ -82,10 +108,8 @@ def _open_records(
         f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=DOWNLOADS "
         f"--data_dir={data_dir}"
     )
-    decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
     try:
-        builder = builder_from_files(folder, data_dir=str(data_dir))
-        return builder.as_data_source(split, decoders=decoders)
+        return read_split(builder_from_files(folder, data_dir=str(data_dir)), split, undecoded)
     except tfds.core.DatasetNotFoundError as error:
         reason = f"dataset {name} not found in data.data_dir={data_dir}"
         raise UserError(f"{reason}; {how_to_prepare}") from error
@@ -94,9 +118,32 @@ def _open_records(
         raise UserError(f"{reason}; into another folder, {how_to_prepare}") from error
 
 
+def read_split(builder: Any, split: str, undecoded: Sequence[str]) -> Sequence[dict[str, Any]]:
+    """Returns the records of a split, read when they are needed.
+
+    Args:
+      builder: a builder of `tensorflow_datasets` whose files exist.
+      split: one of its splits.
+      undecoded: features that are read as the bytes of their files.
+
+    Raises:
+      NotImplementedError: the files are not in the array_record format.
+    """
+    import tensorflow_datasets as tfds
+
+    decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
+    return builder.as_data_source(split, decoders=decoders)
+
+
 def is_prepared(folder: Path) -> bool:
     """Returns whether :func:`write_splits` has written a dataset into this folder."""
     return (folder / "dataset_info.json").is_file()
+
+
+def count_records(folder: Path) -> dict[str, int]:
+    """Returns the number of records in each split of a prepared dataset."""
+    splits = json.loads((folder / "dataset_info.json").read_text())["splits"]
+    return {split["name"]: sum(map(int, split.get("shardLengths", ()))) for split in splits}
 
 
 def write_splits(

@@ -19,6 +19,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from concurrent import futures
@@ -104,14 +105,20 @@ class _WorkerReader:
     """Makes batches in worker processes; large arrays come back through shared memory."""
 
     def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
+        _check_guard(workers)
         num_slots = workers + 1  # one batch is ready while each worker makes another
         context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
         shared = {name: spec for name, spec in specs.items() if _num_bytes(spec) > _MAX_PIPE_BYTES}
         num_bytes = max(1, sum(map(_padded_bytes, shared.values())))
         memory = [context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(num_slots)]
         self._slots = [_arrays(slot, shared) for slot in memory]
+        # Not as an argument: if a worker ends before it reads arguments that are larger than the
+        # buffer of a pipe, this process waits forever (CPython keeps the reading end open).
+        pickled = np.frombuffer(pickle.dumps(batches), np.uint8)
+        source = context.RawArray(ctypes.c_uint8, len(pickled))
+        np.frombuffer(source, np.uint8)[:] = pickled
         self._executor = futures.ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(batches, memory, shared)
+            workers, context, initializer=_start_worker, initargs=(source, memory, shared)
         )
         self._num_batches = len(batches)
         self._next_index = 0  # next batch to hand to a worker
@@ -143,6 +150,15 @@ class _WorkerReader:
             self._next_index += 1
 
 
+def _check_guard(workers: int) -> None:
+    """Raises UserError in a worker that runs the script again which started it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            f"data.workers={workers}: workers import the script, which starts more; put its "
+            "commands under: if __name__ == '__main__':"
+        )
+
+
 def _num_bytes(spec: Spec) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
@@ -165,9 +181,9 @@ _batches = None
 _slots = None
 
 
-def _start_worker(batches: grain.MapDataset, memory: list[ctypes.Array], specs: Specs) -> None:
+def _start_worker(batches: ctypes.Array, memory: list[ctypes.Array], specs: Specs) -> None:
     global _batches, _slots
-    _batches = batches
+    _batches = pickle.loads(batches)
     _slots = [_arrays(slot, specs) for slot in memory]
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # A signal to the whole process group is meant for the parent, which may still need batches.

@@ -12,6 +12,18 @@ from jaxtyping import Array, Shaped
 MAX_LOGITS = 2**22
 
 
+def planned_batch(batch: int) -> int:
+    """Returns the number of images for which the sizes of chunks and the forms are chosen.
+
+    Args:
+      batch: number of images; symbolic while a model is exported for any number (`jax.export`).
+
+    Returns:
+      The number of images; 1 for a symbolic one, because shapes and forms must be known then.
+    """
+    return batch if isinstance(batch, int) else 1
+
+
 def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
     """Computes ``run`` for one entry of the leading axis after another.
 
@@ -43,7 +55,8 @@ def map_queries(
       (B, N, L, ...).
     """
     batch, heads, length = queries[0].shape[:3]
-    chunks = min(-(-batch * heads * length * num_keys // MAX_LOGITS), length)
+    logits = planned_batch(batch) * heads * length * num_keys
+    chunks = min(-(-logits // MAX_LOGITS), length)
     if chunks == 1:
         return run(*queries)
     size = -(-length // chunks)

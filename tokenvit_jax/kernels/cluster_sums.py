@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from tokenvit_jax.kernels.chunked import planned_batch
+
 
 def sums_by_scatter(
     x: Float[Array, "B N C"], assignment: Int[Array, "B N"], num_clusters: int
@@ -26,7 +28,7 @@ def sums_by_products(
     Deterministic on accelerators, where a scatter adds in any order.
     """
     batch, length, dim = x.shape
-    size = min(max(chunk // (batch * num_clusters), 1), length)
+    size = min(max(chunk // (planned_batch(batch) * num_clusters), 1), length)
     cluster = jnp.arange(num_clusters, dtype=assignment.dtype)[:, None]
 
     def step(i, sums):

@@ -104,7 +104,8 @@ class ClusterAttention(nn.Module):
             )
         if min(numbers) == num_tokens:  # merging would only permute them
             return [(tokens, None)] * len(numbers)
-        rng = image_keys(self.make_rng("routing"), len(tokens), self.axis_name) if train else None
+        batch = tokens.shape[0]
+        rng = image_keys(self.make_rng("routing"), batch, self.axis_name) if train else None
         peaks = ops.density_peaks(tokens, rng=rng)
         scores = dense(1, self.dtype, "score")(tokens)[..., 0]  # (B, N), Eq. 3
         scales = []

@@ -11,6 +11,8 @@ from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.ops.heads import merge_heads, split_qkv
 
+WEIGHTS = "attention_weights"  # collection that receives the weights where it is mutable
+
 
 class Attended(NamedTuple):
     """Output of attention, with the attention scores and keys that token reducers read.
@@ -36,6 +38,9 @@ class Attention(nn.Module):
         Token Pooling).
       init_std: standard deviation of the initial kernels.
       dtype: type of the computation.
+
+    If the collection :data:`WEIGHTS` is mutable, it receives the entry "weights", the attention of
+    all heads (B, num_heads, T, T).
 
     Raises:
       UserError: num_heads does not divide C.
@@ -74,6 +79,7 @@ class Attention(nn.Module):
             scale = 1.0
         if self.qk_norm == "learned":
             q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
+        self._note_weights(q, k, size, scale)
         if scored_by == "all" or size is not None:
             y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
@@ -83,3 +89,9 @@ class Attention(nn.Module):
             received = row.received / self.num_heads
         y = dense(channels, self.dtype, "proj", init)(merge_heads(y))
         return Attended(y, received, k.mean(2))
+
+    def _note_weights(self, q, k, size, scale):
+        """Sows the attention weights, which are computed only for a caller that asks for them."""
+        if self.is_mutable_collection(WEIGHTS) and not self.is_initializing():
+            weights = ops.attention_weights(q, k, size, scale=scale)
+            self.sow(WEIGHTS, "weights", weights, init_fn=tuple, reduce_fn=lambda _, new: new)

@@ -48,11 +48,21 @@ class ConfusionMeter:
           pixels; "eval/class_accuracy", the accuracy averaged over the classes that occur in the
           labels. "eval/loss" is in nats per pixel.
         """
-        right, wanted, found = np.diag(self._confusion), *map(self._confusion.sum, (1, 0))
-        union = wanted + found - right
+        right, wanted = np.diag(self._confusion), self._confusion.sum(1)
         return {
-            "eval/miou": float(np.mean(right[union > 0] / union[union > 0])),
+            "eval/miou": float(np.nanmean(self.per_class()["iou"])),
             "eval/accuracy": float(right.sum() / wanted.sum()),
             "eval/class_accuracy": float(np.mean(right[wanted > 0] / wanted[wanted > 0])),
             "eval/loss": self._loss / float(wanted.sum()),
         }
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Returns "iou" and "accuracy" of every class, (num_classes,), as fractions.
+
+        "iou" is nan for classes that occur in neither predictions nor labels, "accuracy" for
+        classes that do not occur in the labels.
+        """
+        right, wanted, found = np.diag(self._confusion), *map(self._confusion.sum, (1, 0))
+        union = wanted + found - right
+        pairs = {"iou": union, "accuracy": wanted}
+        return {name: right / np.where(all_ > 0, all_, np.nan) for name, all_ in pairs.items()}

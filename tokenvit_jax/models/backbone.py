@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 
 from tokenvit_jax.errors import UserError
@@ -15,6 +16,7 @@ from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.settings import BackboneSettings
 
 MIN_IMAGE_SIZE = 32  # stride of the last stage of a hierarchical backbone
+BACKBONE = "backbone"  # name of a wrapped backbone in the paths of variables
 
 Variables = Mapping[str, Any]
 
@@ -48,8 +50,35 @@ class Tap(NamedTuple):
 class Trainable(nn.Module):
     """Methods that a training step calls on every model; these defaults do nothing.
 
-    The three methods are plain functions of variables: call them outside ``apply``.
+    The methods are plain functions of variables and paths: call them outside ``apply``.
     """
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that :meth:`layer_of` tells apart."""
+        return 1
+
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns the layer of a variable, from 0 at the images to ``num_layers - 1`` at the head.
+
+        Layer-wise decay of the learning rate uses it.
+
+        Args:
+          path: names joined by "/", such as "blocks_3/mlp/fc1/kernel".
+        """
+        del path
+        return 0
+
+    @nn.nowrap
+    def is_head(self, path: str) -> bool:
+        """Returns whether a variable belongs to the classifier or head, not to the backbone.
+
+        Args:
+          path: as in :meth:`layer_of`.
+        """
+        del path
+        return False
 
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
@@ -109,6 +138,29 @@ class Backbone(Trainable):
         return super().clone(**updates)
 
     @property
+    def num_layers(self) -> int:
+        """The input layers, one layer per block, and the last one with the head."""
+        return self.settings.num_blocks + 2
+
+    @nn.nowrap
+    def is_head(self, path: str) -> bool:
+        return path.split("/")[0] in self.head_modules
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: "Backbone") -> np.ndarray:
+        """Returns a parameter of another model of this family in the size that it has here.
+
+        Tables of positions are resized; a parameter of any other kind is returned as it is.
+
+        Args:
+          path: as in :meth:`layer_of`.
+          value: parameter of the other model.
+          theirs: the other model.
+        """
+        del path, theirs
+        return value
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the maps of :meth:`features` [pixels]; :meth:`encode` has the first one."""
         raise NotImplementedError
@@ -162,6 +214,27 @@ class Backbone(Trainable):
         )
 
     @nn.nowrap
+    def attention(self, variables: Variables, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention of every block, (B, heads, T, T) among the T tokens of the block.
+
+        The tokens in front of the patches come first. Rows are queries and sum to 1. Blocks have
+        different tokens if the model clusters or reduces its patches. A plain function of the
+        variables: call it outside ``apply``.
+
+        Args:
+          variables: of this backbone.
+          images: (B, H, W, 3) float, H and W from 32.
+
+        Raises:
+          UserError: the backbone is hierarchical: no block attends among all its tokens.
+        """
+        del variables, images
+        raise UserError(
+            f"{type(self).__name__} is hierarchical and has no attention among all tokens; valid: "
+            "deit and vit"
+        )
+
+    @nn.nowrap
     def make_classifier(self, init: Initializer = linear_init) -> nn.Dense | None:
         """Returns a classifier of ``num_classes`` logits; None if there are no classes."""
         num_classes = self.settings.num_classes
@@ -192,6 +265,20 @@ class BackboneModel(Trainable):
     """
 
     backbone: nn.Module
+
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
+
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        if self.is_head(path):
+            return self.num_layers - 1
+        return self.backbone.layer_of(path.removeprefix(f"{BACKBONE}/"))
+
+    @nn.nowrap
+    def is_head(self, path: str) -> bool:
+        return path.split("/")[0] != BACKBONE
 
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:

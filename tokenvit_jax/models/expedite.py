@@ -166,11 +166,11 @@ class Expedite:
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
         """Returns images (B, H, W, 3) resized to h x w patches, bilinear and antialiased."""
         height, width = (size * patch_size for size in self.clusters)
-        return jax.image.resize(images, (len(images), height, width, 3), "bilinear")
+        return jax.image.resize(images, (images.shape[0], height, width, 3), "bilinear")
 
     def enlarge(self, refined: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Returns the map (B, h w, D) of a smaller image resized to (B, H W, D), bilinear."""
-        tokens = jnp.zeros((len(refined), grid[0] * grid[1], 1), refined.dtype)
+        tokens = jnp.zeros((refined.shape[0], grid[0] * grid[1], 1), refined.dtype)
         return self.reconstruct(tokens, tokens[:, : refined.shape[1]], refined, grid)
 
 

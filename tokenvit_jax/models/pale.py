@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
@@ -135,14 +136,29 @@ class Pale(Pyramid):
         if self._has_token_classifier:
             self.token_classifier = self.make_classifier()
 
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Pyramid) -> np.ndarray:
+        """Resizes tables of absolute positions like :class:`AbsolutePositionEncoding`."""
+        names = path.split("/")
+        if names[-1] != "position":
+            return value
+        shape = (*self._table_size(int(names[0].removeprefix("embeddings_"))), value.shape[-1])
+        if value.shape == shape:
+            return value
+        return np.asarray(jax.image.resize(value, shape, "bilinear"))
+
+    @nn.nowrap
+    def _table_size(self, stage):
+        size = self.settings.position_size
+        return tuple(-(-side // self.strides[stage]) for side in size)
+
     def embedding(self, stage: int) -> nn.Module:
         settings = self.settings
         patch = {"kernel_size": 7, "stride": 4, "padding": 2} if stage == 0 else {}
         embedding = PatchEmbedding(settings.dims[stage], **patch, dtype=settings.dtype)
         if settings.position != "ape":
             return embedding
-        height, width = (-(-size // self.strides[stage]) for size in settings.position_size)
-        table = AbsolutePositionEncoding((height, width), settings.dtype)
+        table = AbsolutePositionEncoding(self._table_size(stage), settings.dtype)
         return nn.Sequential([embedding, table])
 
     def head(self, x: jax.Array, train: bool) -> jax.Array:

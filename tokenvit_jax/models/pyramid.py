@@ -91,6 +91,24 @@ class Pyramid(Backbone):
             index += depth
         return stages
 
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns the layer of a variable: 0, the block's number from 1, or the last layer.
+
+        What lies between two stages belongs to the last block in front of it (SimMIM's code for
+        Swin); the stem and the first embedding are layer 0.
+        """
+        module, *numbers = path.split("/")[0].split("_")
+        depths = self.settings.depths
+        match module, numbers:
+            case "stages", [stage, block]:
+                return sum(depths[: int(stage)]) + int(block) + 1
+            case "embeddings", [stage]:
+                return sum(depths[: int(stage)])
+            case "norms", [stage]:
+                return sum(depths[: int(stage) + 1])
+        return 0 if module == "first" else self.num_layers - 1
+
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the maps [pixels]: 4, 8, 16 and 32."""

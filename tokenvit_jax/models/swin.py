@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
@@ -280,6 +281,15 @@ class Swin(Pyramid):
     def setup(self):
         super().setup()
         self.head_norm = nn.LayerNorm(EPSILON, dtype=self.settings.dtype)
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Pyramid) -> np.ndarray:
+        """Resizes the position biases of a window to this window, bicubically as in Swin's code."""
+        side = 2 * self.settings.window_size - 1
+        if not path.endswith("relative_position_bias") or len(value) == side:
+            return value
+        shape = (side, side, value.shape[-1])
+        return np.asarray(jax.image.resize(value, shape, "bicubic", antialias=False))
 
     def embedding(self, stage: int) -> nn.Module:
         dim, dtype = self.settings.dims[stage], self.settings.dtype

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ACTIVATIONS, Attention, Dropout, DropPath, Mlp
+from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, check_images
@@ -164,6 +166,38 @@ SIZES = {
 }
 
 
+def resize_positions(
+    table: jax.Array,
+    num_front: int,
+    trained: tuple[int, int],
+    grid: tuple[int, int],
+    method: str,
+) -> jax.Array:
+    """Returns position embeddings for a map of another size.
+
+    Args:
+      table: (num_front + rows * columns, C) for a map of ``trained`` (rows, columns).
+      num_front: number of tokens in front of the patches, whose embeddings stay as they are.
+      trained: rows and columns of the map that the table is for.
+      grid: rows and columns of the new map.
+      method: one of :data:`POSITION_RESIZES`.
+
+    Returns:
+      (num_front + grid[0] * grid[1], C).
+    """
+    if grid == trained:
+        return table
+    front, patches = jnp.split(table, [num_front])
+    patches = patches.reshape(*trained, -1)
+    shape = (*grid, patches.shape[-1])
+    if method == "bicubic":
+        patches = resize_bicubic(patches, grid)
+    else:
+        kind, antialias = method.removesuffix("_antialias"), method.endswith("_antialias")
+        patches = jax.image.resize(patches, shape, kind, antialias=antialias)
+    return jnp.concatenate([front, patches.reshape(-1, shape[-1])])
+
+
 class Origin(NamedTuple):
     """Which patches the tokens of a block stand for.
 
@@ -259,7 +293,7 @@ class Block(nn.Module):
                 if num_kept == 0:
                     return front.x, Origin(front.size, None)
                 x, size, new_home = reducers.reduce_tokens(
-                    patches, num_kept, reducer, self._routing_keys(len(x), train),
+                    patches, num_kept, reducer, self._routing_keys(x.shape[0], train),
                     restorable=home is not None,
                 )  # fmt: skip
                 if home is not None:
@@ -272,34 +306,6 @@ class Block(nn.Module):
             return image_keys(self.make_rng("routing"), batch, self.settings.axis_name)
         # The result of an image must depend neither on its place in the batch nor on chance.
         return jnp.broadcast_to(jax.random.key(self.index), batch)
-
-
-def resize_positions(
-    position: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str
-) -> jax.Array:
-    """Resizes the position embeddings of the patches.
-
-    Args:
-      position: (T, C), the tokens in front, then the patches row by row.
-      old: rows and columns of the map of patches.
-      new: rows and columns of the map after resizing.
-      method: one of POSITION_RESIZES.
-
-    Returns:
-      (T', C): the tokens in front, which stay as they are, then the resized map.
-    """
-    if tuple(old) == tuple(new):
-        return position
-    dim = position.shape[-1]
-    front, patches = jnp.split(position, [len(position) - old[0] * old[1]])
-    patches = patches.reshape(*old, dim)
-    if method == "bicubic":
-        patches = resize_bicubic(patches, new)
-    else:
-        antialias = method.endswith("_antialias")
-        kind = method.removesuffix("_antialias")
-        patches = jax.image.resize(patches, (*new, dim), kind, antialias=antialias)
-    return jnp.concatenate([front, patches.reshape(-1, dim)])
 
 
 class VisionTransformer(Backbone):
@@ -349,6 +355,29 @@ class VisionTransformer(Backbone):
         """The only stride: the side of a patch [pixels]."""
         return (self.settings.patch_size,)
 
+    @nn.nowrap
+    def layer_of(self, path: str) -> int:
+        """Returns 0 for patches, positions and front tokens, then the blocks from 1 (MAE, BEiT)."""
+        module, _, number = path.split("/")[0].partition("_")
+        if module == "blocks":
+            return int(number) + 1
+        in_front = (
+            "patches", "position", "class_token", "distillation_token", "register_token",
+            "pre_norm",
+        )  # fmt: skip
+        return 0 if path.split("/")[0] in in_front else self.num_layers - 1
+
+    @nn.nowrap
+    def fit_parameter(self, path: str, value: np.ndarray, theirs: Backbone) -> np.ndarray:
+        if path != "position":
+            return value
+        settings, other = self.settings, theirs.settings
+        grid = settings.grid(*settings.position_size)
+        trained = other.grid(*other.position_size)
+        return np.asarray(
+            resize_positions(value, other.num_positioned, trained, grid, settings.position_resize)
+        )
+
     def tokens(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the tokens after the last block, with ``settings.num_front`` before the patches.
 
@@ -373,14 +402,14 @@ class VisionTransformer(Backbone):
         """Returns the patches with tokens in front, plus position embeddings: (B, T, C)."""
         settings, dtype = self.settings, self.settings.dtype
         x = pad_to_windows(images.astype(dtype), (settings.patch_size,) * 2)
-        x = self.patches(x).reshape(len(images), -1, settings.dim).astype(dtype)
+        x = self.patches(x).reshape(images.shape[0], -1, settings.dim).astype(dtype)
         position = self._positions(grid).astype(dtype)
         front = jnp.concatenate(self.front).astype(dtype)
         if settings.front_position:
             front = front + position[: settings.num_classified]
         if settings.num_registers:
             front = jnp.concatenate([front, self.registers.astype(dtype)])
-        front = jnp.broadcast_to(front, (len(images), *front.shape))
+        front = jnp.broadcast_to(front, (images.shape[0], *front.shape))
         x = jnp.concatenate([front, x + position[settings.num_positioned :]], 1)
         return self.pre_norm(x) if settings.pre_norm else x
 
@@ -393,7 +422,7 @@ class VisionTransformer(Backbone):
         if restorable and reducer is not None:
             num_patches = x.shape[1] - self.settings.num_front
             own = jnp.arange(num_patches, dtype=jnp.int32)
-            home = jnp.broadcast_to(own, (len(x), num_patches))
+            home = jnp.broadcast_to(own, (x.shape[0], num_patches))
         origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
         for block in blocks:
             x, origin = block(x, origin, grid, train)
@@ -429,9 +458,9 @@ class VisionTransformer(Backbone):
     def _positions(self, grid):
         """Returns the position embeddings (T, C) for a map of ``grid`` patches."""
         settings = self.settings
-        return resize_positions(
-            self.position, settings.grid(*settings.position_size), grid, settings.position_resize
-        )
+        trained = settings.grid(*settings.position_size)
+        method = settings.position_resize
+        return resize_positions(self.position, settings.num_positioned, trained, grid, method)
 
     def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns the normed patches after the last block, and the function back to the map.
@@ -500,7 +529,7 @@ class VisionTransformer(Backbone):
     @nn.nowrap
     def _to_map(self, restore, image_shape, tokens):
         y = restore(tokens)
-        return y.reshape(len(y), *self.settings.grid(*image_shape[1:3]), -1)
+        return y.reshape(y.shape[0], *self.settings.grid(*image_shape[1:3]), -1)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one normed map (B, ceil(H / patch_size), ceil(W / patch_size), C).
@@ -517,11 +546,28 @@ class VisionTransformer(Backbone):
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the logits (B, num_classes) in float32; without classes, :meth:`pooled`."""
-        pooled = self._pooled(images, train)
-        logits = self.classify(pooled[0], train)
-        if not self.settings.distilled:
-            return logits
-        return (logits + self.classify(pooled[1], train, self.distillation_classifier)) / 2
+        if self.settings.distilled:
+            return sum(self.distillation_logits(images, train)) / 2
+        (pooled,) = self._pooled(images, train)
+        return self.classify(pooled, train)
+
+    def distillation_logits(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of both classifiers of a distilled model, (B, num_classes) each.
+
+        Args:
+          images: (B, H, W, 3) float, H and W from 32.
+          train: whether dropout behaves as in training.
+
+        Returns:
+          The logits of the class token, which learns from labels, and of the distillation token,
+          which learns from a teacher (Touvron et al. 2021, Section 4).
+        """
+        token, distillation = self._pooled(images, train)
+        classifiers = (self.classifier, self.distillation_classifier)
+        pairs = zip((token, distillation), classifiers, strict=True)
+        return tuple(self.classify(x, train, classifier) for x, classifier in pairs)
 
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.
@@ -544,6 +590,17 @@ class VisionTransformer(Backbone):
             x = self.norm(x[:, : self.settings.num_classified])
         x = self.projection(x) if self.settings.projection else x
         return list(x.astype(jnp.float32).swapaxes(0, 1))
+
+    @nn.nowrap
+    def attention(self, variables: Variables, images: jax.Array) -> list[jax.Array]:
+        """Returns the attention of every block, (B, heads, T, T); see :meth:`Backbone.attention`.
+
+        With ``expedite``, the blocks in the middle attend among cluster centres; with
+        ``token_reducer``, each block attends among the tokens that the blocks before it left.
+        """
+        _, state = self.apply(variables, images, method="tokens", mutable=[WEIGHTS])
+        blocks = (state[WEIGHTS][f"blocks_{index}"] for index in range(self.settings.depth))
+        return [block["attention"]["weights"] for block in blocks]
 
     @nn.nowrap
     def _searches(self) -> bool:

@@ -1,6 +1,11 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
-from tokenvit_jax.ops.attention import ScoredAttention, dot_product_attention, scored_attention
+from tokenvit_jax.ops.attention import (
+    ScoredAttention,
+    attention_weights,
+    dot_product_attention,
+    scored_attention,
+)
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -21,6 +26,7 @@ from tokenvit_jax.ops.group_attention import (
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
+from tokenvit_jax.ops.rollout import attention_rollout
 from tokenvit_jax.ops.superpixels import cluster_superpixels
 from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
@@ -35,6 +41,8 @@ __all__ = [
     "Medoids",
     "ScoredAttention",
     "assign_clusters",
+    "attention_rollout",
+    "attention_weights",
     "bipartite_matching",
     "cluster_density_peaks",
     "cluster_superpixels",

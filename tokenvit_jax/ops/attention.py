@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
@@ -98,8 +99,7 @@ def scored_attention(
       of PoWER-BERT (Goyal et al. 2020).
     """
     check_qkv(q, k, v)
-    if size is not None and size.shape != k.shape[:2]:
-        raise ValueError(f"size has shape {size.shape}; expected {k.shape[:2]}")
+    _check_size(size, k)
     if not diagonal and q.shape[1] != k.shape[1]:
         raise ValueError(
             f"diagonal=False needs as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
@@ -112,6 +112,45 @@ def scored_attention(
         weights = jnp.where(jnp.eye(q.shape[2], dtype=bool), 0, weights)
     received = jnp.einsum("bhqk,bhq->bk", weights.astype(total.dtype), 1 / total[..., 0])
     return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
+
+
+def attention_weights(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    size: Shaped[Array, "B S"] | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B N L S"]:
+    """Computes softmax(scale q k^T), the weights that attention multiplies with the values.
+
+    For inspection: :func:`dot_product_attention` and :func:`scored_attention` attend without
+    keeping all weights.
+
+    Args:
+      q: queries (B, L, N, D).
+      k: keys (B, S, N, D).
+      size: as in :func:`scored_attention`.
+      scale: factor of the logits; None: 1 / sqrt(D).
+
+    Returns:
+      (B, N, L, S) in float32 or float64; the sum over the keys is 1.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    check_qkv(q, k, k)
+    _check_size(size, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = softmax_dtype(q.dtype)
+    logits = jnp.einsum("bqnd,bknd->bnqk", q * scale, k, preferred_element_type=dtype)
+    if size is not None:
+        logits = logits + jnp.log(size.astype(dtype))[:, None, None]
+    return jax.nn.softmax(logits)
+
+
+def _check_size(size, k):
+    if size is not None and size.shape != k.shape[:2]:
+        raise ValueError(f"size has shape {size.shape}; expected {k.shape[:2]}")
 
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:

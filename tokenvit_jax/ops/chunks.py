@@ -5,6 +5,8 @@ from typing import Any
 
 from jax import lax
 
+from tokenvit_jax.kernels.chunked import planned_batch
+
 # Elements per chunk. On CPU a chunk stays in the cache; elsewhere it should fill the device (this
 # has not been measured).
 CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
@@ -12,7 +14,9 @@ CPU_CHUNK, ACCELERATOR_CHUNK = 5 << 18, 1 << 25
 LANES = 16
 
 
-def in_chunks(run: Callable[[int], Any], length: int, width: int, chunk_size: int | None) -> Any:
+def in_chunks(
+    run: Callable[[int], Any], batch: int, length: int, width: int, chunk_size: int | None
+) -> Any:
     """Calls ``run`` with the number of tokens per chunk that suits the platform.
 
     Chunk i begins at ``i * size``, or at ``length - size`` if that is less, because
@@ -20,8 +24,9 @@ def in_chunks(run: Callable[[int], Any], length: int, width: int, chunk_size: in
 
     Args:
       run: function that computes the whole result in chunks with the given number of tokens.
-      length: N, number of tokens.
-      width: number of elements per token in a chunk, over all images.
+      batch: number of images.
+      length: N, number of tokens of an image.
+      width: number of elements per token of an image in a chunk.
       chunk_size: tokens per chunk; None: chosen for the platform.
 
     Returns:
@@ -31,7 +36,7 @@ def in_chunks(run: Callable[[int], Any], length: int, width: int, chunk_size: in
         return run(min(chunk_size, length))
 
     def even(numbers):
-        most = min(max(numbers // width, 2 * LANES), length)
+        most = min(max(numbers // (planned_batch(batch) * width), 2 * LANES), length)
         size = -(-length // num_chunks(length, most))
         return min(-(-size // LANES) * LANES, length)
 

@@ -36,14 +36,14 @@ def counted(
     return decorate
 
 
-def counted_as(name: str, macs: int, function: Callable) -> Callable:
+def counted_as(name: str, macs_per_image: int, function: Callable) -> Callable:
     """Jits a function of arrays as one unit whose multiply-adds do not follow from the shapes.
 
     Args:
       name: name of the operator.
-      macs: multiply-adds per call.
-      function: function for the shapes and settings of one call. The caller is itself jitted, so
-        that this code runs once per shape.
+      macs_per_image: multiply-adds for one image.
+      function: function for the shapes and settings of one call; its first argument has a leading
+        axis of images. The caller is itself jitted, so that this code runs once per shape.
 
     Returns:
       The jitted function.
@@ -52,6 +52,6 @@ def counted_as(name: str, macs: int, function: Callable) -> Callable:
     def run(*args):
         return function(*args)
 
-    run.__name__ = f"{PREFIX}{name}_{macs}"
-    MAC_FORMULAS[run.__name__] = lambda inputs, outputs: macs
+    run.__name__ = f"{PREFIX}{name}_{macs_per_image}"
+    MAC_FORMULAS[run.__name__] = lambda inputs, outputs: inputs[0][0] * macs_per_image
     return jax.jit(run)

@@ -332,7 +332,7 @@ def _macs(inputs, outputs):
 def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     points = _points(_centered(tokens, mask), mask)
     batch, length, _ = tokens.shape
-    chunks = length, batch * length, chunk_size
+    chunks = batch, length, length, chunk_size
     near = in_chunks(lambda size: _neighbors(points, min(neighbors, length), size), *chunks)
     density = _density(near, mask, rng)
     squares, parent = _denser_neighbor(near, density)
@@ -400,7 +400,7 @@ def _density(near, mask, rng):
     total = jnp.where(found, near.squares, 0).sum(1)
     density = jnp.exp(-total / jnp.maximum(found.sum(1), 1))  # Eq. 1
     if rng is not None:
-        rng = jax.random.split(rng, len(density)) if rng.ndim == 0 else rng
+        rng = jax.random.split(rng, density.shape[0]) if rng.ndim == 0 else rng
         draw = lambda key: jax.random.uniform(key, density.shape[1:], density.dtype)  # noqa: E731
         density = density + 1e-6 * jax.vmap(draw)(rng)
     return density if mask is None else jnp.where(mask, density, 0)
@@ -478,7 +478,7 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
         x = _centered(tokens, mask)
         assignment = in_chunks(
             lambda size: _nearest_center(x, centers, used, size),
-            length, batch * num_clusters, chunk_size,
+            batch, length, num_clusters, chunk_size,
         )  # fmt: skip
     if assign == "parent":
         by_parent = _follow_parents(peaks.parent, own)

@@ -95,7 +95,7 @@ def reconstruct_tokens(
 def _reconstruct(
     tokens, centers, refined, temperature, neighbors, normalize, mode, grid, clusters, window
 ):
-    batch, length, dim = tokens.shape
+    _, length, dim = tokens.shape
     num_centers, out_dim = refined.shape[1:]
     match mode:
         case "soft":
@@ -119,7 +119,7 @@ def _reconstruct(
         mean = x.mean(1, keepdims=True)
         return run(x - mean, keys - mean, values, temperature).astype(refined.dtype)
 
-    counted = counted_as("reconstruct_tokens", batch * macs, reconstruct)
+    counted = counted_as("reconstruct_tokens", macs, reconstruct)
     return counted(tokens, centers, refined, temperature)
 
 
@@ -188,7 +188,7 @@ def _by_window(x, centers, refined, temperature, *, tiles, normalize):
     seen = tiles.near.any(1, keepdims=True)  # False: padding of a tile
     weights = jnp.where(seen, _normalize(jnp.where(seen, weights, 1), normalize), 0)
     y = product("bnkt,bnkd->bntd", weights, take_all(refined, tiles.centers))
-    return take_all(y.reshape(len(y), -1, y.shape[-1]), tiles.homes)
+    return take_all(y.reshape(y.shape[0], -1, y.shape[-1]), tiles.homes)
 
 
 def _bilinear(x, centers, refined, temperature, *, grid, clusters):

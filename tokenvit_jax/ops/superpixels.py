@@ -83,7 +83,7 @@ def cluster_superpixels(
 # The temperature is traced: a search tries many, and compiles once.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _cluster(tokens, temperature, grid, clusters, window, iterations):
-    batch, length, dim = tokens.shape
+    _, length, dim = tokens.shape
     tiles = make_tiles(grid, clusters, window)
 
     def cluster(tokens, temperature):
@@ -95,7 +95,7 @@ def _cluster(tokens, temperature, grid, clusters, window, iterations):
             centers = _move_centers(x, centers, mean, tiles, iterations, temperature)
         return (centers + mean).astype(tokens.dtype)
 
-    macs = batch * (length + 2 * iterations * tiles.pairs) * dim
+    macs = (length + 2 * iterations * tiles.pairs) * dim
     return counted_as("cluster_superpixels", macs, cluster)(tokens, temperature)
 
 

@@ -180,10 +180,10 @@ def _between(distances, rows, columns):
 def _check(tokens, initial, weights, iterations):
     if tokens.ndim != 3:
         raise ValueError(f"tokens has shape {tokens.shape}; expected (batch, tokens, channels)")
-    if initial.ndim != 2 or len(initial) != len(tokens):
+    if initial.ndim != 2 or initial.shape[0] != tokens.shape[0]:
         raise ValueError(
-            f"initial has shape {initial.shape}; expected ({len(tokens)}, clusters) for tokens of "
-            f"shape {tokens.shape}"
+            f"initial has shape {initial.shape}; expected ({tokens.shape[0]}, clusters) for tokens "
+            f"of shape {tokens.shape}"
         )
     if not jnp.issubdtype(initial.dtype, jnp.integer):
         raise ValueError(f"initial has type {initial.dtype}; expected integers")

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.attention import attend
-from tokenvit_jax.kernels.chunked import one_by_one
+from tokenvit_jax.kernels.chunked import one_by_one, planned_batch
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.windows import to_map, to_windows
 
@@ -70,7 +70,7 @@ def window_attention(
 
     windows = [split(x) for x in (q * scale, k, v)]
     windows.append(_parts((height, width), window, shift) if any(shift) else None)
-    if batch * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
+    if planned_batch(batch) * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
         y = within(*windows)
     else:
         row_by_row = functools.partial(one_by_one, within)

@@ -4,10 +4,20 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.digits import digits_config
+from tokenvit_jax.recipes.fashion_mnist import fashion_mnist_config
 from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 
 # Settings of every DGT here, listed so that the command line can change them.
 COMMON = {"centroid_rule": "constant", "centroid_old_weight": 0.9, "remat": False}
+
+# A small DGT for images of 64 x 64 pixels and less.
+SMALL = {
+    "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
+    "depths": (1, 1, 2, 1), "head_dim": 128,
+    # Groups matter in stages 1 (256 tokens of 64 x 64 pixels) and 2 (64 tokens).
+    "num_groups": 8, "top_k": 24,
+    "drop_path": 0.0, **COMMON,
+}  # fmt: skip
 
 
 def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe) -> ConfigDict:
@@ -15,7 +25,8 @@ def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe
 
     Args:
       model: name of the model.
-      arg: "": on ImageNet-1K; "digits": a small model on the embedded digits.
+      arg: "": on ImageNet-1K; "digits": a small model on the embedded digits;
+        "fashion_mnist": the same model on Fashion-MNIST.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -28,17 +39,11 @@ def dgt_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe
         {
             "": lambda: recipe.make_config(model, overrides),
             "digits": lambda: dgt_digits_config(model),
+            "fashion_mnist": lambda: fashion_mnist_config(model, SMALL),
         },
     )
 
 
 def dgt_digits_config(model: str) -> ConfigDict:
     """Returns the configuration of a small DGT on the embedded digits."""
-    overrides = {
-        "stem_dim": 16, "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
-        "depths": (1, 1, 2, 1), "head_dim": 128,
-        # Groups matter in stages 1 (256 tokens) and 2 (64 tokens).
-        "num_groups": 8, "top_k": 24,
-        "drop_path": 0.0, **COMMON,
-    }  # fmt: skip
-    return digits_config(model, overrides)
+    return digits_config(model, SMALL)

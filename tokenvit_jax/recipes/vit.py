@@ -20,14 +20,15 @@ SEARCH_EPOCHS = 30  # the paper's
 
 
 def deit_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecipe) -> ConfigDict:
-    """Returns the configuration of a DeiT, for one stage of Token Pooling.
+    """Returns the configuration of a DeiT, with a teacher or for one stage of Token Pooling.
 
     Args:
       model: name of the model.
       arg: "": DeiT on ImageNet-1K, stage 1; "search": stage 2; "pooled": stage 3 with the number of
         tokens that a search found; "level0" to "level7": stage 3 with the paper's numbers, for the
-        models that it reports; "digits", "digits_search", "digits_pooled": the three stages of a
-        small model on the embedded digits.
+        models that it reports; "distilled": DeiT with a distillation token and a teacher; "digits",
+        "digits_search", "digits_pooled", "digits_distilled": the same with a small model on the
+        embedded digits.
       drop_path: rate of stochastic depth on ImageNet-1K.
       recipe: training on ImageNet-1K.
     """
@@ -37,9 +38,11 @@ def deit_config(model: str, arg: str, *, drop_path: float, recipe: ImageNetRecip
         "": lambda: recipe.make_config(model, overrides),
         "search": lambda: _search(search.make_config(model, overrides), penalty=1e-3),
         "pooled": lambda: _pooled(recipe.make_config(model, overrides)),
+        "distilled": lambda: _distilled(recipe.make_config(model, overrides)),
         "digits": lambda: deit_digits_config(model),
         "digits_search": lambda: _search(deit_digits_config(model), penalty=3e-3),
         "digits_pooled": lambda: _pooled(deit_digits_config(model)),
+        "digits_distilled": lambda: _distilled(deit_digits_config(model)),
     }
     for number, level in enumerate(TOKEN_POOLING.get(model, ())):
         configs[f"level{number}"] = lambda keep=level.keep: _pooled(
@@ -55,6 +58,14 @@ def deit_digits_config(model: str) -> ConfigDict:
         "init_std": 0.1, "drop_path": 0.0, **COMMON,
     }  # fmt: skip
     return digits_config(model, overrides)
+
+
+def _distilled(config: ConfigDict) -> ConfigDict:
+    """Adds the distillation token and its loss with the teacher's classes (DeiT, Eq. 3)."""
+    config.model_overrides.distilled = True
+    config.distillation.kind = "hard"
+    config.distillation.weight = 0.5
+    return config
 
 
 def _search(config: ConfigDict, penalty: float) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -59,22 +60,41 @@ class Meter(Protocol):
     def result(self) -> dict[str, float]:
         """Returns the metrics by their names in the logs, such as "eval/accuracy"."""
 
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Returns metrics of every class by name, (num_classes,); nan: not defined."""
+
 
 class Prediction(NamedTuple):
     """A model's prediction for one image.
 
     Attributes:
       arrays: the result by name, such as "probabilities" (num_classes,) or "labels" (H, W).
+      row: the result for a table: texts, numbers, and dictionaries or lists of numbers.
       text: the result in one line.
       draw: function from a caption to pictures by name.
     """
 
     arrays: dict[str, np.ndarray]
+    row: dict[str, Any]
     text: str
     draw: Callable[[str], dict[str, Picture]]
 
 
 Predictor = Callable[[Image.Image], Prediction]
+
+
+class Teacher(NamedTuple):
+    """A run that labels the training images of another one.
+
+    Attributes:
+      workdir: folder of the run.
+      checkpoint: "last", "best" or a step.
+      key: entry of the configuration that names the folder, such as "distillation.teacher".
+    """
+
+    workdir: str
+    checkpoint: str
+    key: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,10 +187,44 @@ class Task(abc.ABC):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         """Returns a function from an RGB image of any size to its prediction."""
 
+    @abc.abstractmethod
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        """Returns the outputs of the exported model by name, each with a leading axis B.
+
+        Args:
+          model: result of :meth:`make_model`.
+          variables: variables of the model.
+          images: (B, H, W, 3), normalised, with the sides of `view_size`; B may be symbolic.
+        """
+
     @property
-    def teacher(self) -> tuple[str, str] | None:
-        """Workdir and checkpoint of the run that labels the training images; None: no run does."""
+    def teacher(self) -> Teacher | None:
+        """The run that labels the training images; None: no run does."""
         return None
+
+    def misfit(self, teacher: "Task", model: nn.Module) -> str:
+        """Returns why a model cannot be the teacher of this task; "" if it can.
+
+        Args:
+          teacher: task of the teacher's run.
+          model: its model.
+        """
+        del teacher, model
+        return ""
+
+    def teach(
+        self, teacher: "Task", model: nn.Module, variables: Any, batch: Batch, rng: jax.Array
+    ) -> Batch:
+        """Returns the entries that a teacher adds to a training batch, on the device.
+
+        Args:
+          teacher: task of the teacher's run.
+          model: its model.
+          variables: variables of the model.
+          batch: a whole training batch, as :meth:`prepare` receives it.
+          rng: the key that :meth:`prepare` receives.
+        """
+        raise NotImplementedError  # tasks without a teacher
 
     @property
     def view_size(self) -> int:
@@ -185,7 +239,7 @@ class Task(abc.ABC):
         """Returns images normalised for the model.
 
         Args:
-          images: (B, H, W, 3) uint8.
+          images: (B, H, W, 3), from 0 to 255.
 
         Returns:
           (B, H, W, 3) float32. With `data.normalization` "imagenet" they have about zero mean and
@@ -196,6 +250,11 @@ class Task(abc.ABC):
         """
         mean, std = mean_and_std(self.config.data.normalization)
         return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+
+    def pixels(self, images: jax.Array) -> jax.Array:
+        """Undoes :meth:`normalize`, without rounding: (B, H, W, 3) float32, from 0 to 255."""
+        mean, std = mean_and_std(self.config.data.normalization)
+        return (images * jnp.array(std) + jnp.array(mean)) * 255.0
 
     def class_names(self) -> Sequence[str]:
         """Returns a name for every class: "class 0" and so on if the dataset gives none."""
@@ -226,6 +285,21 @@ def apply_in_training(
         mutable=[*model_state, "losses"],
         **kwargs,
     )
+
+
+def by_class(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Returns numbers by class, rounded to 6 digits.
+
+    Args:
+      names: names of the classes. Classes of the same name get their number: "crane (134)".
+      values: one number per class.
+    """
+    counts = Counter(names)
+    pairs = enumerate(zip(names, values, strict=True))
+    return {
+        name if counts[name] == 1 else f"{name} ({label})": float(f"{value:.6g}")
+        for label, (name, value) in pairs
+    }
 
 
 def describe_shares(shares: Sequence[tuple[str, float]]) -> str:

@@ -154,7 +154,7 @@ def _set_images(
     config.image_size = layout.image_size(model, arrays)
     keys = ["normalization"]
     if layout.eval_crop is not None:
-        config.data.eval_crop = layout.eval_crop(config.image_size)
+        config.data.eval_crop = layout.eval_crop(config.image_size, arrays)
         keys += ["eval_crop", "eval_interpolation"]
     for key in keys:
         if (value := getattr(choices, key)) is not None:

@@ -1,6 +1,7 @@
 """Evaluates a model in training, or a run, in one pass over the evaluation split."""
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,8 +21,13 @@ from tokenvit_jax.training.workdir import for_inference, read_config
 
 
 def evaluate_batches(
-    task: Task, eval_step: Callable, variables: Any, batches: Iterable, parallel: Parallel
-) -> dict[str, float]:
+    task: Task,
+    eval_step: Callable,
+    variables: Any,
+    batches: Iterable,
+    parallel: Parallel,
+    per_class: bool = False,
+) -> dict[str, Any]:
     """Returns the metrics of a model over all batches.
 
     Args:
@@ -30,11 +36,18 @@ def evaluate_batches(
       variables: variables of the model, on the devices.
       batches: this process's parts of the evaluation batches.
       parallel: places batches on the devices.
+      per_class: whether to add metrics of every class, such as "per_class/iou": {name: value}, with
+        None where the metric is not defined.
     """
     meter = task.meter()
     for outcome in _outcomes(eval_step, variables, batches, parallel):
         meter.add(outcome)
-    return meter.result()
+    metrics = meter.result()
+    if per_class:
+        for name, values in meter.per_class().items():
+            rounded = [None if math.isnan(value) else float(value) for value in values]
+            metrics[f"per_class/{name}"] = dict(zip(task.class_names(), rounded, strict=True))
+    return metrics
 
 
 def _outcomes(eval_step, variables, batches, parallel) -> Iterator[Outcome]:
@@ -51,8 +64,11 @@ def _outcomes(eval_step, variables, batches, parallel) -> Iterator[Outcome]:
 
 
 def evaluate_run(
-    workdir: Path, checkpoint: str = "last", config: ConfigDict | None = None
-) -> dict[str, float]:
+    workdir: Path,
+    checkpoint: str = "last",
+    config: ConfigDict | None = None,
+    per_class: bool = False,
+) -> dict[str, Any]:
     """Returns the metrics of a checkpoint over the whole evaluation split.
 
     Args:
@@ -60,6 +76,7 @@ def evaluate_run(
       checkpoint: "last", "best" or a step.
       config: configuration that replaces the run's own, and suits these devices; None: the run's
         own.
+      per_class: as in :func:`evaluate_batches`.
 
     Returns:
       "step" and the metrics of the task's meter.
@@ -77,11 +94,16 @@ def evaluate_run(
     batches = eval_batches(source, task.examples(train=False), config)
     eval_step = parallel.eval_step(make_eval_step(task, run.model))
     variables = parallel.put_variables(run.variables)
-    return {"step": run.step, **evaluate_batches(task, eval_step, variables, batches, parallel)}
+    metrics = evaluate_batches(task, eval_step, variables, batches, parallel, per_class)
+    return {"step": run.step, **metrics}
 
 
 def evaluate_insertions(
-    workdir: Path, checkpoint: str, config: ConfigDict, inserted: Mapping[str, Mapping[str, Any]]
+    workdir: Path,
+    checkpoint: str,
+    config: ConfigDict,
+    inserted: Mapping[str, Mapping[str, Any]],
+    per_class: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields the metrics of a checkpoint without insertions, then with each of them.
 
@@ -91,6 +113,7 @@ def evaluate_insertions(
       config: configuration of the run, for these devices.
       inserted: label of an insertion -> overrides of the model; see
         :func:`tokenvit_jax.expediting.insertions.from_flags`.
+      per_class: as in :func:`evaluate_batches`.
 
     Yields:
       As :func:`evaluate_run`. If there are insertions, also "inserted", the label or "none",
@@ -106,7 +129,7 @@ def evaluate_insertions(
                 changed.model_overrides[key] = value
         if "expedite" in overrides:
             changed = with_measured_temperature(workdir, checkpoint, changed)
-        metrics = evaluate_run(workdir, checkpoint, changed)
+        metrics = evaluate_run(workdir, checkpoint, changed, per_class)
         if inserted:
             model, size = create_task(changed).make_model(), changed.image_size
             macs = summarize_model(model, (size, size), changed.model).macs

@@ -1,7 +1,7 @@
 """Makes a trained run faster: searches a setting of Expedite for it and writes the faster run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ def search_run(
     budget: float,
     of: str,
     *,
-    images: Sequence[Image.Image] | None,
+    images: Iterable[Image.Image] | None,
     num_images: int,
     checkpoint: str,
 ) -> Search:
@@ -111,7 +111,7 @@ def with_measured_temperature(workdir: Path, checkpoint: str, config: ConfigDict
     return expedited_config(config, measured(expedite, distance))
 
 
-def load_images(task: Task, images: Sequence[Image.Image] | None, num_images: int) -> jax.Array:
+def load_images(task: Task, images: Iterable[Image.Image] | None, num_images: int) -> jax.Array:
     """Returns images (B, S, S, 3), cropped and normalised as the model of a run sees them.
 
     Args:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 from collections import deque
 from pathlib import Path
@@ -17,14 +18,19 @@ from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.batches import check_train_batch, prefetch
 from tokenvit_jax.training.checkpoint import Checkpoints, saved_steps
 from tokenvit_jax.training.evaluation import evaluate_batches
-from tokenvit_jax.training.initial import load_initial, start_from, with_searched_keep
+from tokenvit_jax.training.initial import (
+    load_initial,
+    start_from,
+    with_initial_settings,
+    with_searched_keep,
+)
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
-from tokenvit_jax.training.teacher import labelled_batches
+from tokenvit_jax.training.teacher import taught_batches
 from tokenvit_jax.training.train_log import Profile, TrainLog
 from tokenvit_jax.training.validate import check_task, profiled_steps
-from tokenvit_jax.training.workdir import check_same_run, write_config
+from tokenvit_jax.training.workdir import check_same_run, has_config, read_config, write_config
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -44,8 +50,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     check_train_batch(task)
     keep_pages()
     parallel = devices.make_parallel(config)
-    initial = load_initial(config)
-    config = with_searched_keep(config, initial)
+    # A run that goes on does not need the run that it once started from.
+    resumed = read_config(workdir) if has_config(workdir) and saved_steps(workdir) else None
+    initial = None if resumed else load_initial(config)
+    config = with_initial_settings(config, resumed or (initial and initial.task.config))
+    config = with_searched_keep(config, initial, resumed)
     task = create_task(config, parallel.axis_name)
     stop = processes.StopRequest()
 
@@ -60,19 +69,20 @@ def train(config: ConfigDict, workdir: Path) -> None:
     evaluation = eval_batches(
         splits[task.info.eval_split], task.examples(train=False), config, **process
     )
-    put_train_batch = labelled_batches(task, parallel)
+    put_train_batch = taught_batches(task, parallel)
 
     # ---------------------------------------------------------------- model and steps
     model = task.make_model()
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, model)
     init_fn = functools.partial(init_state, model, optimizer, config)
     abstract_state = parallel.abstract(init_fn)
     train_step = parallel.train_step(make_train_step(task, model, optimizer), abstract_state)
     eval_step = parallel.eval_step(make_eval_step(task, model))
 
     # ---------------------------------------------------------------- resume or start
-    if saved_steps(workdir):  # before they are opened, which sets damaged ones aside
-        check_same_run(workdir, config)
+    notes = []
+    if steps := saved_steps(workdir):  # before they are opened, which sets damaged ones aside
+        check_same_run(workdir, config, steps[-1])
     checkpoints = Checkpoints(
         workdir,
         keep_last=config.keep_last_checkpoints,
@@ -82,8 +92,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     restored = checkpoints.restore(abstract_state)
     if restored is None:
         state = parallel.init(init_fn)
+        initial = initial or load_initial(config)  # all checkpoints of this run were damaged
         if initial is not None:
-            state = start_from(state, initial, model)
+            state, notes = start_from(state, initial, task)
     else:
         global_state, progress = restored
         state = parallel.from_global(global_state)
@@ -99,10 +110,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
         enabled=processes.is_main_process(),
     )
 
+    for note in notes:
+        log.note(note)
+
     # ---------------------------------------------------------------- steps
     pending = deque()  # (step, metrics) that are still being computed
     step = first_step - 1
-    batches = prefetch(training, put_train_batch)
+    numbers = itertools.count(step)  # of the steps that the batches are for, from 0
+    batches = prefetch(training, lambda batch: put_train_batch(batch, next(numbers)))
     profile = Profile(workdir, *profiled_steps(config))
     with contextlib.closing(training), checkpoints, log, profile:
         for step in range(first_step, config.num_steps + 1):

@@ -27,8 +27,9 @@ def write_run(out: Path, config: ConfigDict, variables: Any) -> None:
       config: configuration of the run.
       variables: variables for `model.apply`.
     """
-    state = first_state(variables, make_optimizer(config), config)
+    task = create_task(config)
+    state = first_state(variables, make_optimizer(config, task.make_model()), config)
     write_config(out, config)
-    with Checkpoints(out, keep_last=1, keep_best=0, score=create_task(config).score) as checkpoints:
+    with Checkpoints(out, keep_last=1, keep_best=0, score=task.score) as checkpoints:
         # Training that continues from here begins with the first batch.
         checkpoints.save(0, state, {"data": {"next_index": 0}})

@@ -1,10 +1,18 @@
-"""AdamW or SGD with linear warm-up and decay, as vision transformers are trained."""
+"""AdamW or SGD with linear warm-up and decay, as vision transformers are trained.
+
+For fine-tuning, layers can learn more slowly the closer they are to the images
+(`optimizer.layer_decay`), or not at all (`optimizer.freeze`).
+"""
 
 import re
+from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from ml_collections import ConfigDict
+
+from tokenvit_jax.training.freezing import Frozen, map_paths
 
 # Last parts of the names of arrays without weight decay although they are matrices.
 _NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
@@ -50,21 +58,51 @@ def weight_decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, model: nn.Module | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer of a configuration, with optional clipping by the global norm.
 
     `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient, or "sgd", with
-    Nesterov momentum (timm's SGD) and weight decay as a part of the gradient.
+    Nesterov momentum (timm's SGD) and weight decay as a part of the gradient. Parameters that
+    `optimizer.freeze` names get no update and have no state.
 
     Args:
       config: configuration; `num_steps`, `clip_norm` and `optimizer` are read.
+      model: model that is trained; None is valid if nothing is frozen.
 
     References:
       Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
-    return optax.chain(clip, make(config.optimizer, learning_rate_schedule(config)))
+    optimizer = optax.chain(clip, make(config.optimizer, learning_rate_schedule(config)))
+    frozen = Frozen(config.optimizer.freeze, model)
+    if not frozen:
+        return optimizer
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, frozen.labels)
+
+
+def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> Any:
+    """Returns a tree of floats like `params`, the factors on their learning rates.
+
+    With `optimizer.layer_decay` d, the factor of layer l of L is d^(L - 1 - l), times the model's
+    own factor. None means 1 for all parameters.
+
+    Args:
+      config: configuration; `optimizer.layer_decay` is read.
+      model: model of the parameters; its layers are counted from the images.
+      params: parameters.
+
+    References:
+      Bao et al. 2022, "BEiT"; He et al. 2022, "Masked Autoencoders", Appendix A.1.
+    """
+    own, decay = model.learning_rate_factors(params), config.optimizer.layer_decay
+    if decay == 1:
+        return own
+    top = model.num_layers - 1
+    factors = map_paths(lambda path, _: decay ** (top - model.layer_of(path)), params)
+    return factors if own is None else jax.tree.map(lambda a, b: a * b, factors, own)
 
 
 def _adamw(optimizer, schedule):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -17,9 +18,11 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.exporting import write_export
 from tokenvit_jax.training.workdir import read_config
 
 ImageLike = str | Path | Image.Image | np.ndarray
+Batch = ImageLike | Iterable[ImageLike] | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,30 +51,113 @@ class Run:
           images: paths, PIL images or uint8 arrays (H, W, 3), or a single one of these.
 
         Returns:
-          Classification: "probabilities" (num_classes,). Segmentation: "labels" (H, W) uint8.
+          Classification: "probabilities" (num_classes,) in the order of :attr:`class_names`, or
+          "features" (C,) if the model has no classes. Segmentation: "labels" (H, W) uint8.
 
         Raises:
           UserError: a file cannot be read, or an array has another shape or type.
         """
-        if isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3:
-            images = [images]
-        return [self.predictor(_as_image(image)).arrays for image in images]
+        return [self.predictor(self.read(image)).arrays for image in _listed(images)]
 
-    def features(self, images: np.ndarray) -> list[jax.Array]:
+    def preprocess(self, images: ImageLike | Iterable[ImageLike]) -> jax.Array:
+        """Returns images as the model takes them, (B, S, S, 3) float32, normalised.
+
+        A classifier sees the centre crop of its evaluation. A segmentation model sees the centre of
+        the image in its window; :meth:`predict` shows it all windows.
+
+        Args:
+          images: as in :meth:`predict`.
+
+        Raises:
+          UserError: as in :meth:`predict`, or there are no images.
+        """
+        views = [self.task.view(self.read(image)) for image in _listed(images)]
+        if not views:
+            raise UserError("images is empty; valid: at least one image")
+        return self.task.normalize(jnp.asarray(np.stack(views)))
+
+    def features(self, images: Batch) -> list[jax.Array]:
         """Returns the maps of the backbone, (B, h, w, C) each, the finest first.
 
         Args:
-          images: (B, H, W, 3) uint8; height and width are at least 32.
+          images: images as in :meth:`preprocess`, which this method applies to them, or a batch of
+            any size from 32 x 32: float (B, H, W, 3), normalised, or uint8 (B, H, W, 3).
 
         Raises:
-          UserError: the images have another shape or type.
+          UserError: a file cannot be read, or an array has another shape or type.
         """
-        images = np.asarray(images)
+        return self._features(self._device_variables, self._batch(images))
+
+    def pooled(self, images: Batch) -> jax.Array:
+        """Returns one vector per image (B, C) in float32, for retrieval or a linear probe.
+
+        A classifier gives the features that its last layer reads. A segmentation model gives the
+        mean over the positions of its last map.
+
+        Args:
+          images: as in :meth:`features`.
+
+        Raises:
+          UserError: as in :meth:`features`.
+        """
+        return self._pooled(self._device_variables, self._batch(images))
+
+    def attention(self, images: Batch) -> jax.Array | list[jax.Array]:
+        """Returns the attention of all blocks of a plain host, ViT or DeiT.
+
+        `tokenvit_jax.ops.attention_rollout` combines the blocks.
+
+        Args:
+          images: as in :meth:`features`.
+
+        Returns:
+          (B, blocks, heads, T, T) float32; rows are queries and sum to 1. The tokens in front of
+          the patches come first (the class token), then the patches row by row. If the model
+          clusters or reduces its patches, blocks have different numbers of tokens, and the result
+          is a list with (B, heads, T, T) for each block.
+
+        Raises:
+          UserError: as in :meth:`features`, or the backbone is hierarchical.
+        """
+        blocks = self._attention(self._device_variables, self._batch(images))
+        same = len({block.shape for block in blocks}) == 1
+        return jnp.stack(blocks, 1) if same else blocks
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the probabilities and labels."""
+        return tuple(self.task.class_names())
+
+    def read(self, image: ImageLike) -> Image.Image:
+        """Returns an RGB image from a path, a PIL image or a uint8 array (H, W, 3).
+
+        Raises:
+          UserError: the file cannot be read, or the array has another shape or type.
+        """
+        return _as_image(image)
+
+    def _batch(self, images):
+        """Returns normalised images (B, H, W, 3); see :meth:`features`."""
+        if not isinstance(images, np.ndarray | jax.Array) or images.ndim == 3:
+            return self.preprocess(images)
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise UserError(
                 f"images are {images.dtype}{images.shape}; valid: uint8 (batch, height, width, 3)"
             )
-        return self._features(self._device_variables, images)
+        return self.task.normalize(jnp.asarray(images))
+
+    def export(self, out: str | Path) -> None:
+        """Writes the model as a folder that runs without this package, see `docs/export.md`.
+
+        Args:
+          out: the new folder: the model for any number of images, its weights, and a description.
+
+        Raises:
+          UserError: something exists at the path, or it cannot be written.
+        """
+        write_export(Path(out).expanduser(), self.task, self.model, self.variables, self.step)
 
     @functools.cached_property
     def predictor(self):
@@ -84,15 +170,32 @@ class Run:
 
     @functools.cached_property
     def _features(self):
+        return self._on_backbone(lambda backbone, *args: backbone.apply(*args, method="features"))
+
+    @functools.cached_property
+    def _pooled(self):
+        def pooled(backbone, *args):
+            if backbone is self.model:
+                return backbone.apply(*args, method="pooled")
+            # Without a classifier, a backbone lacks the layers in front of it, too.
+            maps = backbone.apply(*args, method="features")
+            return maps[-1].mean((1, 2)).astype(jnp.float32)
+
+        return self._on_backbone(pooled)
+
+    @functools.cached_property
+    def _attention(self):
+        return self._on_backbone(lambda backbone, *args: backbone.attention(*args))
+
+    def _on_backbone(self, function):
+        """Compiles function(backbone, its variables, images) as a function of variables, images."""
         backbone = backbone_of(self.model)
 
         @jax.jit
-        def features(variables, images):
-            variables = backbone_variables(self.model, variables)
-            images = self.task.normalize(images)
-            return backbone.apply(variables, images, train=False, method="features")
+        def compiled(variables, images):
+            return function(backbone, backbone_variables(self.model, variables), images)
 
-        return features
+        return compiled
 
 
 def load_run(
@@ -120,6 +223,12 @@ def load_run(
     model = task.make_model()
     found = load_variables(model, config.image_size, workdir, str(checkpoint))
     return Run(config, task, model, found.variables, found.step)
+
+
+def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Returns several images, also of a single one."""
+    single = isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3
+    return [images] if single else images
 
 
 def _as_image(image: ImageLike) -> Image.Image:

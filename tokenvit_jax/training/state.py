@@ -49,6 +49,12 @@ def step_rng(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def step_rngs(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the random keys of the batch and of the model in a step, numbered from 0."""
+    batch_rng, model_rng = jax.random.split(step_rng(seed, step))
+    return batch_rng, model_rng
+
+
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> TrainState:

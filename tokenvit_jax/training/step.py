@@ -14,8 +14,9 @@ from flax import linen as nn
 from jax import lax
 
 from tokenvit_jax.tasks import Outcome, Task
-from tokenvit_jax.training.optimizer import learning_rate_schedule
-from tokenvit_jax.training.state import TrainState, averaged_variables, step_rng
+from tokenvit_jax.training.freezing import Frozen
+from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
+from tokenvit_jax.training.state import TrainState, averaged_variables, step_rngs
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -29,27 +30,30 @@ def make_train_step(
     Args:
       task: prepares the batch and computes the loss; its configuration is read.
       model: model of the task, a `models.backbone.Backbone` or a model that wraps one.
-      optimizer: optax transformation.
+      optimizer: optax transformation; see :func:`tokenvit_jax.training.optimizer.make_optimizer`.
 
     Returns:
       A function of the state and a training batch of the task, which contains "skipped" (B,) int32.
-      The metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate",
-      "data/skipped" (unreadable images skipped since the first step), and the metrics that the task
-      and the model log.
+      The metrics are scalars: "loss", "grad_norm" (without frozen parameters, before clipping),
+      "learning_rate", "data/skipped" (unreadable images skipped since the first step), and the
+      metrics that the task and the model log.
     """
     config, axis_name = task.config, task.axis_name
     schedule = learning_rate_schedule(config)
+    frozen = Frozen(config.optimizer.freeze, model)
 
     def mean(tree):
         return tree if axis_name is None else lax.pmean(tree, axis_name)
 
     def train_step(state, batch):
-        batch_rng, model_rng = jax.random.split(step_rng(config.seed, state.step))
+        batch_rng, model_rng = step_rngs(config.seed, state.step)
         inputs = task.prepare(batch, batch_rng)
 
         def loss_fn(params, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
-            loss, aux = task.loss(model, params, model_state, inputs, rngs)
+            with frozen.statistics():
+                trained = frozen.stop_gradient(params)
+                loss, aux = task.loss(model, trained, model_state, inputs, rngs)
             model_state = dict(aux.model_state)
             sown = jax.tree.leaves(model_state.pop("losses", ()))
             return loss + sum(sown), aux._replace(model_state=model_state)
@@ -59,19 +63,20 @@ def make_train_step(
         )
         loss, logged, grads = mean((loss, logged, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        factors = model.learning_rate_factors(state.params)
+        factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
             updates = jax.tree.map(jnp.multiply, updates, factors)
         params = optax.apply_updates(state.params, updates)
 
         # Once per step, after all micro-batches have changed the model state.
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        model_state = dict(model.after_step({"params": params, **model_state}, learning_rate))
-        params = model_state.pop("params")
-        ema = state.ema
+        variables = dict(model.after_step({"params": params, **model_state}, learning_rate))
+        variables = frozen.hold(variables, {"params": state.params, **state.model_state})
+        params, model_state, ema = variables.pop("params"), variables, state.ema
         if ema is not None:
-            variables = averaged_variables(params, model_state)
-            ema = optax.incremental_update(variables, ema, 1.0 - config.ema_decay)
+            averaged = averaged_variables(params, model_state)
+            averaged = optax.incremental_update(averaged, ema, 1.0 - config.ema_decay)
+            ema = frozen.hold(averaged, ema)
 
         skipped = batch["skipped"].sum()
         if axis_name is not None:

@@ -1,64 +1,55 @@
-"""Labels the cells of training images with a trained model, the teacher.
+"""Labels training images with a trained model, the teacher.
+
+A teacher gives class probabilities to cells (token labels) or logits to whole images
+(distillation); the task says which. It sees the images of the training step, after all augmentation
+and mixing.
 
 References:
   Jiang et al. 2021, "All Tokens Matter", section "Token Labeling". The paper computes the labels
   once; here they are computed during training, from the same augmented images.
+  Touvron et al. 2021, "Training data-efficient image transformers & distillation through
+  attention".
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel
 from tokenvit_jax.training.run import Run, load_run
+from tokenvit_jax.training.state import step_rngs
 from tokenvit_jax.training.workdir import read_config
 
 
-def load_teacher(workdir: Path, checkpoint: str) -> Run:
-    """Loads a run whose model classifies single cells of an image; see :func:`label_cells`.
+def load_teacher(workdir: Path, checkpoint: str, misfit: Callable[[Task, nn.Module], str]) -> Run:
+    """Loads a run that labels images.
 
     Args:
       workdir: folder of the run.
-      checkpoint: "last", "best" (highest eval/accuracy) or a step.
+      checkpoint: "last", "best" (highest score of the task) or a step.
+      misfit: function of the run's task and model: why they cannot label the images, or "".
 
     Raises:
-      UserError: there is no such run or checkpoint, the checkpoint cannot be read, or the model has
-        no logits for single cells.
+      UserError: there is no such run or checkpoint, the checkpoint cannot be read, or the model
+        does not give the labels.
     """
     config = read_config(workdir)
-    if not hasattr(create_task(config).make_model(), "dense_logits"):
+    task = create_task(config)
+    if reason := misfit(task, task.make_model()):
         raise UserError(
-            f"--workdir={workdir} is a run of {config.model} for {config.task}, which does not "
-            "classify single cells; valid: a hierarchical model for classification"
+            f"--workdir={workdir} is a run of {config.model} for {config.task}, {reason}"
         )
     return load_run(workdir, checkpoint, config=config)
 
 
-def label_cells(teacher: Run, variables: dict, images: jax.Array) -> jax.Array:
-    """Returns class probabilities for every cell of a teacher's last map.
-
-    Args:
-      teacher: result of :func:`load_teacher`.
-      variables: variables of the teacher, on the devices.
-      images: (B, H, W, 3) uint8.
-
-    Returns:
-      (B, h, w, num_classes) float32.
-    """
-    images = teacher.task.normalize(images)
-    logits = teacher.model.apply(variables, images, method="dense_logits")
-    return jax.nn.softmax(logits.astype(jnp.float32))
-
-
-def labelled_batches(
+def taught_batches(
     task: Task, parallel: Parallel
-) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
+) -> Callable[[dict[str, np.ndarray], int], dict[str, jax.Array]]:
     """Returns a function that moves a training batch to the devices, with a teacher's labels.
 
     Args:
@@ -66,41 +57,40 @@ def labelled_batches(
       parallel: places batches on the devices.
 
     Returns:
-      `parallel.put_batch` if there is no teacher; otherwise a function that also adds
-      "token_labels" to the batch, float32 class probabilities on the student's grid.
+      A function of a batch and its step, from 0, which adds the entries of `task.teach`.
 
     Raises:
       UserError: the teacher cannot be loaded, or has other classes than the student.
     """
     if task.teacher is None:
-        return parallel.put_batch
-    workdir, checkpoint = task.teacher
+        return lambda batch, step: parallel.put_batch(batch)
+    workdir, checkpoint, key = task.teacher
     try:
-        teacher = load_teacher(Path(workdir).expanduser(), checkpoint)
+        teacher = load_teacher(Path(workdir).expanduser(), checkpoint, task.misfit)
     except UserError as error:
-        raise UserError(f"config.token_labels.teacher={workdir}: {error}") from error
+        raise UserError(f"config.{key}={workdir}: {error}") from error
     theirs, ours = teacher.task.info, task.info
-    if theirs.num_classes != ours.num_classes:
+    if not theirs.same_classes(ours):
         raise UserError(
-            f"config.token_labels.teacher={workdir} has {theirs.num_classes} classes "
-            f"({theirs.name}), the student has {ours.num_classes} ({ours.name})"
+            f"config.{key}={workdir} has {theirs.num_classes} classes ({theirs.name}), the student "
+            f"has {ours.num_classes} ({ours.name}); valid: a teacher with the same classes"
+        )
+    channels, own = (run.config.get("in_channels", 3) for run in (teacher, task))
+    if channels != own:
+        raise UserError(
+            f"config.{key}={workdir} takes images of {channels} channels, the student of {own}"
         )
 
-    def label(variables, images):
-        labels = label_cells(teacher, variables, images)
-        return resize_labels(labels, *map(grid_size, images.shape[1:3]))
+    def teach(given, batch):
+        variables, step = given
+        rng, _ = step_rngs(task.config.seed, step)
+        return task.teach(teacher.task, teacher.model, variables, batch, rng)
 
-    label = parallel.batch_step(label)
+    teach = parallel.batch_step(teach)
     variables = parallel.put_variables(teacher.variables)
 
-    def put_batch(batch):
+    def put_batch(batch, step):
         batch = parallel.put_batch(batch)
-        return {**batch, "token_labels": label(variables, batch["image"])}
+        return {**batch, **teach((variables, np.int32(step)), batch)}
 
     return put_batch
-
-
-def resize_labels(labels: jax.Array, height: int, width: int) -> jax.Array:
-    """Returns label maps (B, h, w, K) resized bilinearly to (B, height, width, K)."""
-    shape = (len(labels), height, width, labels.shape[-1])
-    return jax.image.resize(labels, shape, "bilinear")

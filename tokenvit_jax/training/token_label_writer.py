@@ -11,9 +11,10 @@ from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.data.token_labels import FILES
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.examples import WholeImages
+from tokenvit_jax.tasks.classification.teaching import cell_misfit, label_cells
 from tokenvit_jax.training.devices import make_parallel
 from tokenvit_jax.training.run import Run
-from tokenvit_jax.training.teacher import label_cells, load_teacher
+from tokenvit_jax.training.teacher import load_teacher
 from tokenvit_jax.training.workdir import for_inference
 
 
@@ -37,7 +38,7 @@ def label_training_images(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder")
-    teacher = load_teacher(workdir, checkpoint)
+    teacher = load_teacher(workdir, checkpoint, lambda task, model: cell_misfit(model))
     num_classes = teacher.task.info.num_classes
     if not 1 <= top_k <= num_classes:
         raise UserError(f"--top_k={top_k}; valid: 1 to {num_classes}")
@@ -73,9 +74,12 @@ def write_labels(
     parallel, info = make_parallel(config), teacher.task.info
     source = open_split(config, info.train_split)
     variables = parallel.put_variables(teacher.variables)
-    label = parallel.batch_step(
-        lambda variables, images: top_labels(label_cells(teacher, variables, images), top_k)
-    )
+
+    def label(variables, images):
+        labels = label_cells(teacher.task, teacher.model, variables, images)
+        return top_labels(labels, top_k)
+
+    label = parallel.batch_step(label)
     types = np.min_scalar_type(info.num_classes - 1), np.float16
     files, start = None, 0
     with contextlib.closing(

@@ -29,6 +29,7 @@ _RANGES = {
     "optimizer.b1": (0, 1),
     "optimizer.power": (0, None),
     "optimizer.warmup_steps": (0, None),
+    "optimizer.layer_decay": (0, 1),
     "log_every_steps": (1, None),
     "eval_every_steps": (1, None),
     "checkpoint_every_steps": (1, None),
@@ -45,6 +46,10 @@ def check_task(task: Task) -> None:
         raise UserError(
             f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"config.num_steps={config.num_steps}"
+        )
+    if not config.optimizer.layer_decay:
+        raise UserError(
+            "config.optimizer.layer_decay=0 is not valid; valid: above 0, up to 1 (off)"
         )
     profiled_steps(config)
     check_data(config)

@@ -15,8 +15,12 @@ from tokenvit_jax.tasks import default_config
 
 CONFIG_FILE = "config.json"
 
-# A checkpoint depends on these: they determine its parameters and the images it has seen.
-_FIXED_KEYS = ("task", "model", "model_overrides", "dataset", "seed", "batch_size", "data.split")
+# A checkpoint depends on these: they determine its parameters, the images it has seen and the
+# state of the optimizer.
+_FIXED_KEYS = (
+    "task", "model", "model_overrides", "dataset", "seed", "batch_size", "data.split",
+    "optimizer.name", "optimizer.freeze",
+)  # fmt: skip
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -25,8 +29,20 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: the workdir has no configuration, or another version of this package wrote it.
     """
-    stored = _with_tuples(_read_json(workdir))
-    path = workdir / CONFIG_FILE
+    return restore_config(_read_json(workdir), workdir / CONFIG_FILE)
+
+
+def restore_config(stored: dict[str, Any], path: Path) -> ConfigDict:
+    """Returns the configuration that :func:`plain_config` turned into plain values.
+
+    Args:
+      stored: the plain values.
+      path: file that held them, for the message.
+
+    Raises:
+      UserError: another version of this package wrote them.
+    """
+    stored = _with_tuples(stored)
     config = default_config(stored["task"])
     known = flatten_dict(config.to_dict(), sep=".")
     unknown = [
@@ -60,7 +76,7 @@ def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes the configuration into the workdir, which is created if necessary."""
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(workdir / CONFIG_FILE, json.dumps(_plain(config), indent=2) + "\n")
+    replace_file(workdir / CONFIG_FILE, json.dumps(plain_config(config), indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -70,42 +86,60 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def has_config(workdir: Path) -> bool:
+    """Returns whether a workdir holds the configuration of a run."""
+    return (workdir / CONFIG_FILE).exists()
+
+
 def check_version(workdir: Path) -> None:
     """Raises UserError if an earlier version of this package wrote the run in a workdir."""
-    if (workdir / CONFIG_FILE).exists():
+    if has_config(workdir):
         _read_json(workdir)
 
 
-def check_same_run(workdir: Path, config: ConfigDict) -> None:
+def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
     """Compares a configuration with the one in the workdir.
 
-    Logs a warning for each entry that changed.
+    Logs a warning for each entry that changed. An entry that the workdir does not have counts as
+    its default: the version that wrote the run had no such entry.
 
     Args:
       workdir: folder of the run.
       config: present configuration.
+      steps_done: step of the latest checkpoint.
 
     Raises:
-      UserError: an entry changed that a checkpoint depends on, or an earlier version of this
-        package wrote the run.
+      UserError: an entry changed that a checkpoint depends on, the run has more steps than it
+        should have, or an earlier version of this package wrote it.
     """
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_config(workdir):
         return
-    before, now = (flatten_dict(tree, sep=".") for tree in (_read_json(workdir), _plain(config)))
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
+    stored = _read_json(workdir)
+    before, now, default = (
+        flatten_dict(tree, sep=".")
+        for tree in (stored, plain_config(config), plain_config(default_config(stored["task"])))
+    )
+    before = {key: before.get(key, default.get(key)) for key in before.keys() | now.keys()}
+    changed = [(key, before[key], now.get(key)) for key in sorted(before)]
+    changed = [(key, old, new) for key, old, new in changed if old != new]
+    for key, old, new in changed:
         if key == "data.classes":
             raise UserError(
-                f"{workdir} holds a run with other classes: {different_names(old or [], new)}; use "
+                f"the classes differ from the run in {workdir}: {different_names(old, new)}; use "
                 "another --workdir, or the old classes to go on with that run"
             )
-        if key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
+        averages = key == "ema_decay" and bool(old) != bool(new)
+        if averages or key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
             raise UserError(
                 f"{workdir} holds a run with config.{key}={old!r}, now it is {new!r}; use another "
                 "--workdir, or the old value to go on with that run"
             )
+    if config.num_steps < steps_done:
+        raise UserError(
+            f"config.num_steps={config.num_steps} is below the {steps_done} steps that the run in "
+            f"{workdir} has done; valid: from {steps_done}, or another --workdir"
+        )
+    for key, old, new in changed:
         logging.warning("config.%s changes from %r to %r in the resumed run", key, old, new)
 
 
@@ -125,7 +159,7 @@ def _read_json(workdir: Path) -> dict[str, Any]:
     return stored
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def plain_config(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 

@@ -18,6 +18,7 @@ from tokenvit_jax.weights.rules import (
     Rule,
     linear,
     norm,
+    size_of,
 )
 
 # (C,) -> (1, C)
@@ -51,8 +52,7 @@ def rules(model: nn.Module) -> list[Rule]:
 def model_overrides(arrays: Arrays) -> dict[str, Any]:
     """Returns the settings of the image tower."""
     overrides, position = OVERRIDES | ACTIVATION, arrays.get("visual.positional_embedding")
-    if "visual.proj" in arrays:
-        overrides["projection"] = arrays["visual.proj"].shape[-1]
+    overrides["projection"] = size_of(arrays, "visual.proj", -1)
     position = None if position is None else position[None]
     return overrides | timm_vit.patch_overrides(arrays.get("visual.conv1.weight"), position, 1)
 
@@ -65,7 +65,7 @@ LAYOUT = Layout(
     num_classes=lambda arrays: 0,
     model_overrides=model_overrides,
     image_size=timm_vit.image_size,
-    eval_crop=lambda image_size: 1.0,
+    eval_crop=lambda image_size, arrays: 1.0,
     assumed=lambda arrays: ("activation",),
     # The text tower, and numbers about the model in OpenAI's files.
     unused=(

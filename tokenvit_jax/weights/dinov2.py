@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from tokenvit_jax.weights import timm_vit
-from tokenvit_jax.weights.rules import WITHOUT_BATCH, Arrays, Rule
+from tokenvit_jax.weights.rules import WITHOUT_BATCH, Arrays, Rule, size_of
 
 _REGISTERS = "register_tokens"
 
@@ -26,7 +26,7 @@ def model_overrides(arrays: Arrays) -> dict[str, Any]:
     """
     found = timm_vit.model_overrides(arrays) | {"position_resize": "bicubic"}
     if _REGISTERS in arrays:  # models with registers resize with antialiasing
-        found["num_registers"] = arrays[_REGISTERS].shape[1]
+        found["num_registers"] = size_of(arrays, _REGISTERS, 1)
         found["position_resize"] = "bicubic_antialias"
     return found
 

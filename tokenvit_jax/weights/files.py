@@ -1,6 +1,8 @@
 """Reads files of published weights without running code from them."""
 
 import argparse
+import logging
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,8 +59,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(
-            f"--source={path} is neither a safetensors file, a NumPy archive, nor a file that "
-            f"torch.save wrote: {error}"
+            f"--source={path} is neither a safetensors file, a NumPy archive, nor a file of "
+            f"torch.save: {error}"
         ) from error
 
 
@@ -88,9 +90,16 @@ def _read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
         ) from error
     try:
         # timm's and DeiT's checkpoints hold the flags of the training, which run no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about versions of pickle
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of pickle, zipfile and torch
+        if "TorchScript" in str(error):  # such as OpenAI's files of CLIP
+            raise UserError(
+                f"--source={path} is refused: it is a TorchScript program. If you trust it: "
+                "safetensors.torch.save_file(torch.jit.load(FILE, 'cpu').state_dict(), "
+                "'FILE.safetensors')"
+            ) from error
         raise UserError(
             f"--source={path} is refused: it holds more than arrays, and reading it could run "
             "code. If you trust it: safetensors.torch.save_file(torch.load(FILE, "
@@ -126,6 +135,8 @@ def _choose(path: Path, content: Any, tensor: type, ema: bool) -> dict[str, Any]
     if ema and average is None:
         raise UserError(f"--ema: --source={path} holds no moving average of the weights")
     found = next(tensors_at(*_ARRAYS), None) or named(content)
+    if average and found and not ema:
+        logging.warning("--source=%s also holds a moving average of the weights: see --ema", path)
     return average if ema or (average and not found) else found
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from tokenvit_jax.weights import timm_vit
-from tokenvit_jax.weights.rules import SAME, WITHOUT_BATCH, Arrays, Change, Layout, Rule
+from tokenvit_jax.weights.rules import SAME, WITHOUT_BATCH, Arrays, Change, Layout, Rule, size_of
 
 _BLOCK = "Transformer/encoderblock_{}"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
@@ -86,17 +86,12 @@ def without_pre_logits(arrays: Arrays) -> Arrays:
     }
 
 
-def _num_classes(arrays: Arrays) -> int:
-    kernel = arrays.get("head/kernel")
-    return 0 if kernel is None else kernel.shape[-1]
-
-
 LAYOUT = Layout(
     task="classification",
     marks=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
     normalization="inception",
     rules=rules,
-    num_classes=_num_classes,
+    num_classes=lambda arrays: size_of(arrays, "head/kernel", -1),
     model_overrides=model_overrides,
     image_size=timm_vit.image_size,
     prepare=without_pre_logits,

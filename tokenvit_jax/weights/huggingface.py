@@ -26,6 +26,8 @@ from tokenvit_jax.weights.rules import (
     linear,
     norm,
     rows_of,
+    size_of,
+    timm_crop,
 )
 
 _PREFIX = re.compile(r"(vit|deit|dinov2|dinov2_with_registers|swin|swinv2|backbone)\.")
@@ -115,32 +117,44 @@ def vit_overrides(arrays: Arrays) -> dict[str, Any]:
     """
     if gate := next((name for name in arrays if ".mlp.weights_in." in name), None):
         raise UserError(f"{gate}: models with a gated MLP (SwiGLU) are not supported")
-    position = arrays.get("vision_model.embeddings.position_embedding.weight")
-    if position is not None:
-        patches = arrays.get("vision_model.embeddings.patch_embedding.weight")
-        overrides = clip.OVERRIDES | clip.ACTIVATION
-        if "visual_projection.weight" in arrays:
-            overrides["projection"] = len(arrays["visual_projection.weight"])
-        return overrides | timm_vit.patch_overrides(patches, position[None], 1)
+    if _is_clip(arrays):
+        return _clip_overrides(arrays)
     overrides = {"distilled": "embeddings.distillation_token" in arrays}
     overrides["position_resize"] = "bicubic"
-    if "encoder.layer.0.layer_scale1.lambda1" in arrays:
+    if _is_dinov2(arrays):
         overrides["layer_scale"] = timm_vit.LAYER_SCALE
     else:
         overrides["norm_epsilon"] = 1e-12
     if "embeddings.register_tokens" in arrays:
-        overrides["num_registers"] = arrays["embeddings.register_tokens"].shape[1]
+        overrides["num_registers"] = size_of(arrays, "embeddings.register_tokens", 1)
         overrides["position_resize"] = "bicubic_antialias"
     patches = arrays.get("embeddings.patch_embeddings.projection.weight")
     position = arrays.get("embeddings.position_embeddings")
     return overrides | timm_vit.patch_overrides(patches, position, 1 + overrides["distilled"])
 
 
+def _is_clip(arrays):
+    return "vision_model.pre_layrnorm.weight" in arrays
+
+
+def _is_dinov2(arrays):
+    return "encoder.layer.0.layer_scale1.lambda1" in arrays
+
+
+def _clip_overrides(arrays):
+    overrides = clip.OVERRIDES | clip.ACTIVATION | {"position_resize": "bicubic"}
+    overrides["projection"] = size_of(arrays, "visual_projection.weight")
+    patches = arrays.get("vision_model.embeddings.patch_embedding.weight")
+    position = arrays.get("vision_model.embeddings.position_embedding.weight")
+    position = None if position is None else position[None]
+    return overrides | timm_vit.patch_overrides(patches, position, 1)
+
+
 def vit_entries(arrays: Arrays) -> dict[str, Any]:
     """Returns the normalisation of CLIP and DINOv2."""
-    if "vision_model.pre_layrnorm.weight" in arrays:
+    if _is_clip(arrays):
         return {"data": {"normalization": "clip"}}
-    if "encoder.layer.0.layer_scale1.lambda1" in arrays:
+    if _is_dinov2(arrays):
         return {"data": {"normalization": "imagenet"}}
     return {}
 
@@ -159,9 +173,8 @@ LAYOUT_DEIT = Layout(
     model_overrides=vit_overrides,
     image_size=timm_vit.image_size,
     config_entries=vit_entries,
-    assumed=lambda arrays: (
-        ("activation",) if "vision_model.pre_layrnorm.weight" in arrays else ()
-    ),
+    eval_crop=lambda size, arrays: 1.0 if _is_clip(arrays) else timm_crop(size, arrays),
+    assumed=lambda arrays: ("activation",) if _is_clip(arrays) else (),
     # The pooler, which no published classifier uses; the token of masked pretraining; CLIP's text.
     unused=(
         r"pooler\.", r"embeddings\.mask_token", r"text_model\.", r"text_projection\.",

@@ -50,8 +50,9 @@ class Rule(NamedTuple):
 Arrays = Mapping[str, np.ndarray]
 
 
-def timm_crop(image_size: int) -> float:
+def timm_crop(image_size: int, arrays: Arrays) -> float:
     """Returns the side of the centre crop over the shorter side in timm's evaluation."""
+    del arrays
     return 0.9 if image_size < 384 else 1.0
 
 
@@ -69,8 +70,8 @@ class Layout(NamedTuple):
         determine.
       image_size: model and arrays of a file -> height and width of the images that the model was
         trained on [pixels].
-      eval_crop: image size -> side of the centre crop over the shorter side in the evaluation of
-        the published models; None: the task has no crop.
+      eval_crop: image size and arrays of a file -> side of the centre crop over the shorter side
+        in the evaluation of the published models; None: the task has no crop.
       config_entries: arrays of a file -> further entries of the configuration, such as the head.
       assumed: arrays of a file -> names of settings on which the outputs depend, and which the
         arrays do not determine; the importer states their values.
@@ -86,7 +87,7 @@ class Layout(NamedTuple):
     num_classes: Callable[[Arrays], int]
     model_overrides: Callable[[Arrays], dict[str, Any]]
     image_size: Callable[[nn.Module, Arrays], int]
-    eval_crop: Callable[[int], float] | None = timm_crop
+    eval_crop: Callable[[int, Arrays], float] | None = timm_crop
     config_entries: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     assumed: Callable[[Arrays], tuple[str, ...]] = lambda arrays: ()
     unused: tuple[str, ...] = ()
@@ -146,9 +147,15 @@ def joined(ours: str, *theirs: str) -> list[Rule]:
     ]
 
 
+def size_of(arrays: Arrays, name: str, axis: int = 0) -> int:
+    """Returns the size of an array along an axis; 0 if there is no such array or axis."""
+    shape = arrays[name].shape if name in arrays else ()
+    return shape[axis] if -len(shape) <= axis < len(shape) else 0
+
+
 def rows_of(*names: str) -> Callable[[Arrays], int]:
     """Returns a function from arrays to the rows of the first of some arrays; 0: none is there."""
-    return lambda arrays: next((len(arrays[name]) for name in names if name in arrays), 0)
+    return lambda arrays: next(filter(None, (size_of(arrays, name) for name in names)), 0)
 
 
 def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:

@@ -16,6 +16,7 @@ from tokenvit_jax.weights.rules import (
     Rule,
     linear,
     norm,
+    size_of,
     within,
 )
 
@@ -59,10 +60,7 @@ def config_entries(arrays: Arrays) -> dict[str, Any]:
 
 def num_classes(arrays: Arrays) -> int:
     """Returns the number of classes of the decoder."""
-    tokens, classifier = arrays.get("decoder.cls_emb"), arrays.get("decoder.head.weight")
-    if tokens is not None:
-        return tokens.shape[1]
-    return 0 if classifier is None else len(classifier)
+    return size_of(arrays, "decoder.cls_emb", 1) or size_of(arrays, "decoder.head.weight")
 
 
 LAYOUT_DEIT = Layout(

@@ -118,7 +118,7 @@ def stage_windows(arrays: Arrays, attention: str) -> tuple[int, ...]:
         index = arrays[name]
         # (side**2, side**2), or flat in early versions of timm.
         tokens = len(index) if index.ndim == 2 else math.isqrt(index.size)
-        sides.append(math.isqrt(tokens))
+        sides.append(max(math.isqrt(tokens), 1))
         stage += 1
     return tuple(sides)
 
@@ -131,7 +131,7 @@ def _unit(table: np.ndarray | None, side: int) -> int:
       side: side of the window, which is the unit unless the table tells another one.
     """
     largest = 0.0 if table is None or side == 1 else float(np.abs(table).max())
-    if not largest > 0:
+    if not 0 < largest < 10:  # damaged
         return side
     return round(8 * (side - 1) / (8**largest - 1)) + 1
 
@@ -182,6 +182,6 @@ OFFICIAL = TIMM._replace(
     marks=(*_MARKS, r"layers\.0\.downsample\.norm\.weight"),
     rules=functools.partial(rules, merging_first=False, classifier="head"),
     num_classes=rows_of("head.weight"),
-    eval_crop=lambda image_size: 0.875 if image_size < 384 else 1.0,
+    eval_crop=lambda image_size, arrays: 0.875 if image_size < 384 else 1.0,
 )
 OFFICIAL_V2 = version2(OFFICIAL, _ATTENTION)

@@ -20,6 +20,7 @@ from tokenvit_jax.weights.rules import (
     linear,
     norm,
     rows_of,
+    size_of,
 )
 
 # Value of the setting `layer_scale` of imported models; their factors come from the file.
@@ -77,7 +78,7 @@ def model_overrides(arrays: Arrays) -> dict[str, Any]:
     front = 1 + overrides["distilled"]
     if "reg_token" in arrays:
         # timm gives positions to the class token only in models without registers.
-        overrides |= {"num_registers": arrays["reg_token"].shape[1], "front_position": False}
+        overrides |= {"num_registers": size_of(arrays, "reg_token", 1), "front_position": False}
         front = 0
     if "norm_pre.weight" in arrays:
         overrides |= {"pre_norm": True, "norm_epsilon": 1e-5}

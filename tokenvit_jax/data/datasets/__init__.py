@@ -14,7 +14,6 @@ needed.
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -27,12 +26,13 @@ NAMES = (
     "ade20k",
     "cityscapes",
     "digits",
+    "fashion_mnist",
     "imagenet2012",
     "pascal_context",
     "scenes",
 )
 # Names of modules with `read_info`, and how they are written in `config.dataset`.
-_READERS = {"none": "none"}
+_READERS = {"folder": "folder", "none": "none", "tfds": "tfds:NAME"}
 
 
 def list_datasets() -> list[str]:
@@ -73,6 +73,11 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
     module, classes = _module(config.dataset), tuple(config.data.classes)
     if hasattr(module, "read_info"):
         return module.read_info(config)
+    if config.data.split:
+        raise UserError(
+            f"config.data.split={config.data.split} is for folders and tfds:NAME; "
+            f"config.dataset={config.dataset!r} has splits of its own"
+        )
     if not classes:
         return module.INFO
     if len(classes) != module.INFO.num_classes:
@@ -115,16 +120,29 @@ def with_class_names(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def different_names(before: Sequence[str], now: Sequence[str]) -> str:
-    """Describes in one line how two sequences of class names differ."""
-    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
-    parts = [
-        f"{sign}{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for sign, names in (("without ", gone), ("with ", new))
-        if names
-    ]
-    order = "" if parts else " in another order"
-    return f"{len(before)} before, now {len(now)}{order} {', '.join(parts)}".rstrip()
+def with_dataset(config: ConfigDict, dataset: str) -> ConfigDict:
+    """Returns the configuration of a run with another dataset, which has the same classes.
+
+    If the names are the same, the labels follow the names of the run. Otherwise the number of
+    classes must be the same, and the names become the dataset's.
+
+    Raises:
+      UserError: there is no such dataset, or it has another number of classes.
+    """
+    before = dataset_info(config)
+    config = config.copy_and_resolve_references()
+    config.dataset, config.data.classes, config.data.split = dataset, (), 0.0
+    now = dataset_info(config)
+    if now.num_classes != before.num_classes:
+        raise UserError(
+            f"dataset {dataset!r} has {now.num_classes} classes, the run has {before.num_classes} "
+            f"({before.name})"
+        )
+    if set(now.classes or ()) == set(before.classes or ()) and now.classes != before.classes:
+        if hasattr(_module(dataset), "INFO"):
+            raise UserError(f"dataset {dataset!r} has the classes of the run in another order")
+        config.data.classes = before.classes
+    return config
 
 
 def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
@@ -153,7 +171,8 @@ def prepare(name: str, manual_dir: Path | None, data_dir: Path) -> Path | None:
 
 def _module(name: str) -> ModuleType:
     """Imports the module of a dataset."""
-    if (kind := name.split(":")[0]) in (*NAMES, *_READERS):
+    kind = "tfds" if name.startswith("tfds:") else name
+    if kind in (*NAMES, *_READERS) and name != "tfds":
         return importlib.import_module(f"{__name__}.{kind}")
     if "." not in name:
         raise _unknown(name)

@@ -6,15 +6,16 @@ upwards, and 255 for pixels that do not count. Nothing is downloaded, and Tensor
 
 import dataclasses
 import io
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tokenvit_jax.data.files import is_hidden
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record
-from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, write_splits
+from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, open_records, write_splits
 from tokenvit_jax.errors import UserError
 
 # The datasets share this folder, as tensorflow_datasets has other datasets with their names.
@@ -51,10 +52,10 @@ class Layout:
 class LabelMapSource(TfdsSource):
     """Images with a label map each."""
 
-    undecoded = ("image", "label")
-
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
-        super().__init__(info.name, split, data_dir, folder=f"{FOLDER}/{info.name}")
+        folder, undecoded = f"{FOLDER}/{info.name}", ("image", "label")
+        records = open_records(info.name, split, data_dir, folder, undecoded)
+        super().__init__(info.name, split, records)
         labels = (*range(info.num_classes), IGNORED)
         self._table = label_table({label: label for label in labels})
 
@@ -100,16 +101,16 @@ def prepare(name: str, layout: Layout, manual_dir: Path, data_dir: Path) -> Path
     return folder
 
 
-def _examples(layout: Layout, manual_dir: Path, images: list[str]) -> Pairs:
+def _examples(layout: Layout, manual_dir: Path, files: list[tuple[Path, Path]]) -> Pairs:
     table = label_table(layout.labels)
-    for path in images:
-        label = _label_map(manual_dir / path, manual_dir / layout.label_path(path), table)
-        image = io.BytesIO((manual_dir / path).read_bytes())
-        yield path, {"image": image, "label": label, "file_name": path}
+    for image, label in files:
+        name = image.relative_to(manual_dir).as_posix()
+        stored = {"image": io.BytesIO(image.read_bytes()), "file_name": name}
+        yield name, stored | {"label": _label_map(image, label, table)}
 
 
-def find_images(layout: Layout, manual_dir: Path, split: str) -> list[str]:
-    """Returns the sorted paths of the images of a split, relative to `manual_dir`.
+def find_images(layout: Layout, manual_dir: Path, split: str) -> list[tuple[Path, Path]]:
+    """Returns the images of a split and their label maps, sorted.
 
     Raises:
       UserError: there are no images, an image has no label map, or a label map has no image.
@@ -117,21 +118,31 @@ def find_images(layout: Layout, manual_dir: Path, split: str) -> list[str]:
     pattern = layout.images[split]
     found, labels = _glob(manual_dir, pattern), _glob(manual_dir, layout.label_path(pattern))
     if layout.lists is None:
-        where, images = pattern, found
-        others = labels - set(map(layout.label_path, images))
+        where, images = pattern, set(found)
+        others = labels.keys() - set(map(layout.label_path, images))
         _check_none(others, "is a label map without an image", manual_dir)
     else:
         where, images = layout.lists[split], _listed(manual_dir / layout.lists[split], pattern)
-        _check_none(images - found, f"is missing, but listed in {where}", manual_dir)
+        _check_none(images - found.keys(), f"is missing, but listed in {where}", manual_dir)
     if not images:
         raise UserError(f"{where} not found in --manual_dir={manual_dir}; {layout.how_to_get}")
     without = {image for image in images if layout.label_path(image) not in labels}
     _check_none(without, "is an image without a label map", manual_dir)
-    return sorted(images)
+    return [(found[image], labels[layout.label_path(image)]) for image in sorted(images)]
 
 
-def _glob(folder: Path, pattern: str) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+def _glob(folder: Path, pattern: str) -> dict[str, Path]:
+    """Returns the visible files that match a pattern, by their paths with the pattern's suffix.
+
+    Suffixes may be in upper case, and .jpeg stands for .jpg.
+    """
+    suffix, found = PurePosixPath(pattern).suffix, {}
+    for file in folder.glob(f"{pattern.removesuffix(suffix)}.*"):
+        path = file.relative_to(folder)
+        same = file.suffix.lower().replace(".jpeg", ".jpg") == suffix
+        if same and not any(map(is_hidden, path.parts)):
+            found[path.with_suffix(suffix).as_posix()] = file
+    return found
 
 
 def _listed(file: Path, pattern: str) -> set[str]:

@@ -131,7 +131,7 @@ def _fuse_others(patches, num_kept, restorable):
     fused = (of_others(score)[..., None] * x).sum(1, keepdims=True).astype(x.dtype)
     x = jnp.concatenate([x, fused], 1)
     size = jnp.concatenate([size, of_others(size).sum(1, keepdims=True)], 1)
-    last = jnp.full_like(chosen, score.shape[1], shape=(len(x), 1))
+    last = jnp.full_like(chosen, score.shape[1], shape=(x.shape[0], 1))
     chosen = jnp.concatenate([chosen, last], 1)  # (B, K)
     home = _nearest(x, chosen)[:, :-1] if restorable else None
     return Reduced(take(x, chosen), take(size, chosen), home)
@@ -176,10 +176,10 @@ class HalveMap(nn.Module):
                 "valid: fewer blocks, or larger images"
             )
         channels = x.shape[-1]
-        x = x.reshape(len(x), *grid, channels)
+        x = x.reshape(x.shape[0], *grid, channels)
         mean = {"dtype": self.dtype, "kernel_init": _mean_init, "name": "conv"}
         x = nn.Conv(channels, (2, 2), (2, 2), "VALID", **mean)(x)
-        return x.reshape(len(x), -1, channels)
+        return x.reshape(x.shape[0], -1, channels)
 
 
 def _mean_init(key, shape, dtype=jnp.float32):

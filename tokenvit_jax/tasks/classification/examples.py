@@ -3,6 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from tokenvit_jax.data.datasets import open_split
 from tokenvit_jax.data.images import draw_view, eval_image, train_image, whole_image
 from tokenvit_jax.data.record import DatasetInfo, Record, Spec
 from tokenvit_jax.data.token_labels import TokenLabelFiles, grid_size
@@ -50,7 +51,9 @@ class ClassificationExamples:
         }
         labels = config.token_labels
         if train and labels.weight and labels.files:
-            num_records = info.splits[info.train_split]
+            # The facts about a folder do not count its images.
+            num_records = info.splits.get(info.train_split)
+            num_records = num_records or len(open_split(config, info.train_split))
             self._token_labels = TokenLabelFiles(labels.files, num_records, info.num_classes)
             self.specs |= self._token_labels.specs(grid_size(self._size))
 

@@ -1,6 +1,7 @@
 """Targets and losses of image classification."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,44 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
 
 
-def token_label_entries(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the entries of a batch that :func:`token_labels` reads."""
-    return {name: batch[name] for name in batch if name.startswith("token_")}
+def taught_entries(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the entries of a batch that a teacher made, now or in files."""
+    return {name: batch[name] for name in batch if name.startswith(("token_", "teacher_"))}
+
+
+def distillation_loss(
+    logits: jax.Array,
+    taught: jax.Array,
+    targets: jax.Array,
+    teacher: jax.Array,
+    settings: Any,
+) -> jax.Array:
+    """Returns the loss () of a batch with a teacher in nats, float32.
+
+    With weight w and temperature t, it is (1 - w) CE(logits, targets) + w D. "hard": D is the
+    cross-entropy with the teacher's most probable class, which is not smoothed. "soft": D is t^2
+    times the mean Kullback-Leibler divergence of the tempered probabilities from the teacher's.
+
+    Args:
+      logits: logits that learn from the targets (B, num_classes).
+      taught: logits that learn from the teacher (B, num_classes), of the distillation token, or the
+        same logits.
+      targets: class probabilities of the images (B, num_classes).
+      teacher: logits of the teacher (B, num_classes).
+      settings: entries `kind`, `weight` and `temperature`.
+
+    References:
+      Touvron et al. 2021, "Training data-efficient image transformers & distillation through
+      attention", Eqs. 2 and 3.
+    """
+    if settings.kind == "hard":
+        classes = jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1])
+        distance = cross_entropy(taught, classes)
+    else:
+        tempered = (jax.nn.log_softmax(x / settings.temperature) for x in (taught, teacher))
+        ours, theirs = tempered
+        distance = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1).mean() * settings.temperature**2
+    return (1 - settings.weight) * cross_entropy(logits, targets) + settings.weight * distance
 
 
 def token_labels(entries: Mapping[str, jax.Array], num_classes: int) -> jax.Array:

@@ -32,20 +32,20 @@ def noted_by(
 
 
 def draw(
-    pixels: np.ndarray, classes: list[tuple[str, float]], noted: dict[str, Any], caption: str
+    pixels: np.ndarray, classes: Sequence[tuple[str, float]], noted: dict[str, Any], caption: str
 ) -> dict[str, Figure]:
     """Returns the pictures of one image by name.
 
     Args:
       pixels: (S, S, 3) uint8, the image as the model saw it.
-      classes: (name, probability) pairs, the most probable first.
+      classes: (name, probability) pairs, the most probable first; empty: the model has no classes.
       noted: result of :func:`noted_by` for this image.
       caption: name of the image.
 
     Returns:
-      "classes", and "groups", "clusters" or "superpixels" if the model has them.
+      "classes" if there are any, and "groups", "clusters" or "superpixels" if the model has them.
     """
-    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED])}
+    figures = {"classes": plot_classes(pixels, classes[:NUM_NAMED])} if classes else {}
     return figures | draw_tokens(pixels, jax.device_get(noted), caption)
 
 

@@ -18,6 +18,11 @@ _RANGES = {
     "mix.probability": (0, 1),
     "mix.switch_probability": (0, 1),
     "token_labels.weight": (0, None),
+    "distillation.weight": (0, 1),
+}
+_CHOICES = {
+    "data.eval_interpolation": tuple(INTERPOLATIONS),
+    "distillation.kind": ("hard", "soft"),
 }
 
 
@@ -54,18 +59,27 @@ def default_entries() -> ConfigDict:
     config.token_labels.teacher = ""  # workdir of a run that labels images during training
     config.token_labels.teacher_checkpoint = "best"  # "last", "best" or a step
     config.token_labels.files = ""  # folder that `label` wrote, instead of a teacher
+
+    # A teacher from whose predictions the model also learns (DeiT).
+    config.distillation = ConfigDict()
+    config.distillation.weight = 0.0  # weight of its loss; 1 - weight: of the labels' loss; 0: off
+    config.distillation.teacher = ""  # workdir of a run, or of a run that `convert` wrote
+    config.distillation.teacher_checkpoint = "last"  # "last", "best" or a step
+    config.distillation.kind = "hard"  # "hard": its most probable class | "soft": probabilities
+    config.distillation.temperature = 1.0  # divides the logits of "soft"
     return config
 
 
 def check_entries(config: ConfigDict) -> None:
     """Raises UserError for the first invalid one of these entries."""
-    check_values(config, {"data.eval_interpolation": tuple(INTERPOLATIONS)}, _RANGES)
+    check_values(config, _CHOICES, _RANGES)
     if not 0 < config.data.eval_crop <= 1:
         raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
     check_interval(config, "augment.crop_scale", highest=1)
     check_interval(config, "augment.crop_ratio")
     _check_mixtoken(config)
     _check_token_labels(config)
+    _check_distillation(config)
 
 
 def _check_mixtoken(config: ConfigDict) -> None:
@@ -98,6 +112,24 @@ def _check_token_labels(config: ConfigDict) -> None:
     if labels.files:
         moving = ("augment.rotation", "augment.translation")
         _refuse(config, "token_labels.files", moving, "moves images away from their labels")
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    """Checks that distillation is off, or has a teacher that sees what the model sees."""
+    weight, teacher = config.distillation.weight, config.distillation.teacher
+    if bool(weight) != bool(teacher):
+        missing = "teacher, the workdir of a run" if weight else "weight above 0"
+        raise UserError(
+            f"config.distillation.weight={weight} and config.distillation.teacher={teacher!r} go "
+            f"together; missing: config.distillation.{missing}"
+        )
+    if not config.distillation.temperature > 0:
+        raise UserError(
+            f"config.distillation.temperature={config.distillation.temperature}; valid: above 0"
+        )
+    if weight:
+        others = ("token_labels.weight", "mix.mixtoken")
+        _refuse(config, "distillation.weight", others, "the teacher labels whole images")
 
 
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:

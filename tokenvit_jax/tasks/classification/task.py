@@ -16,7 +16,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
 from tokenvit_jax.models import create_model
 from tokenvit_jax.ops.mix_boxes import mix_boxes
-from tokenvit_jax.tasks.classification import losses
+from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples, eval_crop
 from tokenvit_jax.tasks.classification.mixing import (
     draw_mixing,
@@ -34,7 +34,9 @@ from tokenvit_jax.tasks.task import (
     Predictor,
     Rngs,
     Task,
+    Teacher,
     apply_in_training,
+    by_class,
     describe_shares,
 )
 
@@ -95,11 +97,22 @@ class Classification(Task):
         return bool(self.config.token_labels.weight or self.config.mix.mixtoken)
 
     @property
-    def teacher(self) -> tuple[str, str] | None:
-        labels = self.config.token_labels
-        if not (labels.weight and labels.teacher):
-            return None
-        return labels.teacher, labels.teacher_checkpoint
+    def teacher(self) -> Teacher | None:
+        return teaching.teacher_of(self.config)
+
+    def misfit(self, teacher: Task, model: nn.Module) -> str:
+        if self.config.token_labels.weight:
+            return teaching.cell_misfit(model)
+        return "" if isinstance(teacher, Classification) else teaching.NO_CLASSIFIER
+
+    def teach(
+        self, teacher: Task, model: nn.Module, variables: Any, batch: Batch, rng: jax.Array
+    ) -> Batch:
+        if self.config.token_labels.weight:
+            labels = teaching.label_cells(teacher, model, variables, batch["image"])
+            return {"token_labels": teaching.resize_labels(labels, *batch["image"].shape[1:3])}
+        images = self.pixels(self.prepare(batch, rng)["image"])  # mixed like the student's
+        return {"teacher_logits": teaching.label_images(teacher, model, variables, images)}
 
     def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
         images = self.normalize(batch["image"])
@@ -108,18 +121,29 @@ class Classification(Task):
         if self.config.mix.mixup or self.config.mix.cutmix:
             mixing = draw_mixing(rng, self.config.mix, *images.shape[1:3])
             images, targets = mix_batch(images, targets, mixing)
-        return {"image": images, "targets": targets, **losses.token_label_entries(batch)}
+        return {"image": images, "targets": targets, **losses.taught_entries(batch)}
 
     def loss(
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
         compute = self._token_loss if self._trains_tokens else self._class_loss
+        compute = self._distillation_loss if self.config.distillation.weight else compute
         loss, model_state = compute(model, params, model_state, inputs, rngs)
         return loss, Aux(model_state, {})
 
     def _class_loss(self, model, params, model_state, inputs, rngs):
         logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
         return losses.cross_entropy(logits, inputs["targets"]), model_state
+
+    def _distillation_loss(self, model, params, model_state, inputs, rngs):
+        distilled = self.config.model_overrides.get("distilled", False)
+        method = {"method": "distillation_logits"} if distilled else {}
+        found, model_state = apply_in_training(
+            model, params, model_state, inputs["image"], rngs, **method
+        )
+        pair = found if distilled else (found, found)
+        entries = inputs["targets"], inputs["teacher_logits"], self.config.distillation
+        return losses.distillation_loss(*pair, *entries), model_state
 
     def _token_loss(self, model, params, model_state, inputs, rngs):
         images, targets, mixing = inputs["image"], inputs["targets"], None
@@ -154,25 +178,48 @@ class Classification(Task):
         crop = eval_crop(self.config, self.info)
         return eval_image(image, self.view_size, crop, self.config.data.eval_interpolation)
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        found = model.apply(variables, images, train=False)
+        if not self.info.num_classes:  # a model without a classifier
+            return {"features": found}
+        return {"logits": found, "probabilities": jax.nn.softmax(found)}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.classification import pictures  # matplotlib: drawing only
-
-        names = self.class_names()
 
         @jax.jit
         def apply(variables, images):
             images = self.normalize(images)
-            logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+            output, state = model.apply(variables, images, train=False, mutable=["intermediates"])
             noted = pictures.noted_by(model, variables, images, state.get("intermediates", {}))
-            return jax.nn.softmax(logits), noted
+            return jax.nn.softmax(output) if self.info.num_classes else output, noted
 
         def predict(image):
             pixels = self.view(image)
-            probabilities, noted = apply(variables, pixels[None])
-            probabilities = np.asarray(probabilities[0])
-            order = np.argsort(-probabilities, kind="stable")
-            classes = [(names[label], float(probabilities[label])) for label in order]
-            draw = functools.partial(pictures.draw, pixels, classes, noted)
-            return Prediction({"probabilities": probabilities}, describe_shares(classes), draw)
+            output, noted = apply(variables, pixels[None])
+            describe = self._probabilities if self.info.num_classes else self._features
+            return describe(np.asarray(output[0]), pixels, noted)
 
         return predict
+
+    def _probabilities(self, probabilities, pixels, noted):
+        """Returns the prediction of a classifier for one image."""
+        from tokenvit_jax.tasks.classification import pictures
+
+        names, order = self.class_names(), np.argsort(-probabilities, kind="stable")
+        classes = [(names[label], float(probabilities[label])) for label in order]
+        row = {
+            "class": names[order[0]],
+            "probability": float(f"{probabilities[order[0]]:.6g}"),
+            "probabilities": by_class(names, probabilities),
+        }
+        draw = functools.partial(pictures.draw, pixels, classes, noted)
+        return Prediction({"probabilities": probabilities}, row, describe_shares(classes), draw)
+
+    def _features(self, features, pixels, noted):
+        """Returns the prediction of a model without classes for one image."""
+        from tokenvit_jax.tasks.classification import pictures
+
+        row = {"features": [float(f"{value:.6g}") for value in features]}
+        draw = functools.partial(pictures.draw, pixels, (), noted)
+        return Prediction({"features": features}, row, f"{len(features)} features", draw)

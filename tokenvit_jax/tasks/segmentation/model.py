@@ -32,7 +32,7 @@ class Segmenter(BackboneModel):
         logits = restore(self.head(tokens, train=train))
         # The map covers the image padded to whole patches.
         height, width = (cells * self.backbone.strides[0] for cells in logits.shape[1:3])
-        shape = (len(images), height, width, logits.shape[-1])
+        shape = (images.shape[0], height, width, logits.shape[-1])
         logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
         return logits[:, : images.shape[1], : images.shape[2]]
 

@@ -32,6 +32,7 @@ from tokenvit_jax.tasks.task import (
     Rngs,
     Task,
     apply_in_training,
+    by_class,
     describe_shares,
 )
 
@@ -86,6 +87,10 @@ class Segmentation(Task):
     def view_size(self) -> int:
         return window_side(self.config)
 
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits = model.apply(variables, images, train=False)
+        return {"labels": jnp.argmax(logits, -1).astype(jnp.uint8), "logits": logits}
+
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
@@ -105,11 +110,14 @@ class Segmentation(Task):
             labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
             top, left = np.maximum(size - side, 0) // 2  # the window in the middle
             window = pixels[top : top + side, left : left + side]
-            shares = [(names[label], share) for label, share in class_shares(labels)]
+            found = dict(class_shares(labels))
+            shares = [(names[label], share) for label, share in found.items()]
+            values = [found.get(label, 0.0) for label in range(len(names))]
+            row = {"shares": by_class(names, values)}
             superpixels = functools.partial(cluster, variables, window[None])
             draw = functools.partial(
                 pictures.draw, np.asarray(image), labels, names, window, superpixels
             )
-            return Prediction({"labels": labels}, describe_shares(shares), draw)
+            return Prediction({"labels": labels}, row, describe_shares(shares), draw)
 
         return predict

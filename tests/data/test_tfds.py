@@ -1,0 +1,197 @@
+"""Datasets that tensorflow_datasets prepared: their metadata give classes and splits."""
+
+import io
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tokenvit_jax.data import dataset_info, open_split
+from tokenvit_jax.data.tfds_files import write_splits
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks import create_task, default_config
+
+PETS = ("cat", "dog", "bird")
+
+
+def config_of(name, data_dir, task="classification", **data):
+    config = default_config(task)
+    config.dataset = f"tfds:{name}"
+    config.data.update({"data_dir": str(data_dir), **data})
+    return config
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer
+
+
+def examples(number):
+    for i in range(number):
+        yield (
+            str(i),
+            {
+                "picture": png(np.full((4, 6, 3), i, np.uint8)),
+                "species": PETS[i % 3],
+                "trimap": png(np.full((4, 6), i % 2, np.uint8)),
+            },
+        )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Pets in two versions and configurations; their features have unusual names."""
+    folder = tmp_path_factory.mktemp("tfds")
+    features = {
+        "picture": tfds.features.Image(),
+        "species": tfds.features.ClassLabel(names=PETS),
+        "trimap": tfds.features.LabeledImage(labels=["pet", "ground"], shape=(None, None, 1)),
+    }
+    for name, version, sizes in (
+        ("pets", "3.2.0", {"train": 20, "test": 3}),
+        ("pets", "3.10.0", {"train": 10, "test": 3, "validation": 2}),
+        ("more/small", "1.0.0", {"train": 10}),
+        ("more/large", "1.0.0", {"other": 1}),
+    ):
+        write_splits(folder, name, version, features, {s: examples(n) for s, n in sizes.items()})
+    return folder
+
+
+def test_metadata_give_classes_and_splits(data_dir):
+    config = config_of("pets", data_dir)
+    info = create_task(config).info
+    assert (info.name, info.classes, info.num_classes) == ("tfds:pets", PETS, 3)
+    assert info.splits == {"train": 10, "test": 3, "validation": 2}
+    assert (info.train_split, info.eval_split) == ("train", "validation")
+    source = pickle.loads(pickle.dumps(open_split(config, "train")))
+    records = [source.read(index) for index in range(len(source))]
+    levels = [int(np.asarray(record["image"])[0, 0, 0]) for record in records]
+    assert sorted(levels) == list(range(10))
+    assert [record["label"] for record in records] == [level % 3 for level in levels]
+    assert source.name(2) == "tfds:pets split 'train', record 2"
+
+
+@pytest.mark.parametrize("version", [":3.2.0", "/3.2.*", ":3.2"])
+def test_versions(data_dir, version):
+    if version == ":3.2":
+        with pytest.raises(UserError, match=r"tfds:pets:3.2 not found in data.data_dir="):
+            dataset_info(config_of(f"pets{version}", data_dir))
+        return
+    assert dataset_info(config_of(f"pets{version}", data_dir)).splits == {"train": 20, "test": 3}
+    assert dataset_info(config_of("pets/3.*", data_dir)).splits["train"] == 10
+
+
+def test_label_maps(data_dir):
+    config = config_of("pets", data_dir, "segmentation")
+    assert create_task(config).info.classes == ("pet", "ground")
+    record = open_split(config, "validation").read(1)
+    assert record["label_map"].shape == (4, 6) and record["label_map"].max() <= 1
+    # The names of a run may stand in another order.
+    config.data.classes = ("ground", "pet")
+    other = open_split(config, "validation").read(1)
+    np.testing.assert_array_equal(other["label_map"], 1 - record["label_map"])
+
+
+def test_a_part_of_the_training_split_is_kept(data_dir):
+    config = config_of("more/small", data_dir, split=0.3)
+    info = dataset_info(config)
+    assert (info.splits, info.eval_split) == ({"train": 7, "val": 3}, "val")
+    levels = []
+    for split in ("train", "val"):
+        source = open_split(config, split)
+        levels.append({int(np.asarray(source.read(i)["image"]).min()) for i in range(len(source))})
+    assert [len(found) for found in levels] == [7, 3]
+    assert levels[0] | levels[1] == set(range(10))
+
+
+def test_recorded_classes_need_no_files():
+    info = create_task(config_of("pets", "/nowhere", classes=PETS)).info
+    assert (info.name, info.classes) == ("tfds:pets", PETS)
+
+
+@pytest.mark.parametrize(
+    "name, task, data, message",
+    [
+        ("pet", "classification", {}, "tfds:pet not found in data.data_dir={d}; prepare it"),
+        ("pets/x/y/z", "classification", {}, "valid: tfds:NAME or tfds:NAME/CONFIG, also with"),
+        ("more", "classification", {}, "valid: tfds:more/large, tfds:more/small"),
+        ("more/small", "classification", {}, "has no split for evaluation (validation, val, vali"),
+        ("more/large", "classification", {}, "has the splits other; valid: one is 'train'"),
+        ("maps", "classification", {}, "has no feature that is a ClassLabel, which config.ta"),
+        ("maps", "segmentation", {}, "feature 'mask' of tfds:maps has no names of classes; valid:"),
+        ("pets", "classification", {"classes": ("a",)}, "differ from config.data.classes: 3 ins"),
+    ],
+)  # fmt: skip
+def test_datasets_that_do_not_fit(data_dir, name, task, data, message):
+    if name == "maps" and not (data_dir / "maps").exists():
+        features = {
+            "image": tfds.features.Image(),
+            "mask": tfds.features.Image(shape=(None, None, 1)),
+        }
+        example = {"image": png(np.zeros((4, 6, 3), np.uint8)), "mask": png(np.eye(4, 6) > 0)}
+        splits = {split: iter([("0", example)]) for split in ("train", "test")}
+        write_splits(data_dir, "maps", "1.0.0", features, splits)
+    with pytest.raises(UserError, match=re.escape(message.format(d=data_dir))):
+        open_split(config_of(name, data_dir, task, **data), "train")
+
+
+def test_another_file_format(data_dir, tmp_path):
+    (tmp_path / "pets").mkdir()
+    source = data_dir / "pets" / "3.2.0"
+    target = tmp_path / "pets" / "3.2.0"
+    target.mkdir()
+    for file in source.glob("*.json"):
+        target.joinpath(file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
+    for file in source.glob("*.txt"):
+        target.joinpath(file.name).write_text(file.read_text())
+    with pytest.raises(UserError, match="is not in the array_record format; into another fold"):
+        open_split(config_of("pets", tmp_path), "train")
+
+
+@pytest.fixture(params=["oxford_iiit_pet", "cifar10"])
+def published(request, tmp_path):
+    """Metadata that tensorflow_datasets' own code gives, with splits of five records."""
+    name = request.param
+    builder = tfds.builder(name, data_dir=str(tmp_path), file_format="array_record")
+    folder = tmp_path / name / str(builder.version)
+    folder.mkdir(parents=True)
+    builder.info.write_to_directory(folder)
+    builder.info.features.save_config(folder)
+    file = folder / "dataset_info.json"
+    splits = [{"name": s, "shardLengths": ["5"], "numBytes": "9"} for s in ("train", "test")]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"splits": splits}))
+    return builder
+
+
+def test_published_datasets(published, tmp_path):
+    name, classes = published.name, published.info.features["label"].names
+    record = {
+        "image": png(np.full((8, 9, 3), 7, np.uint8)).getvalue(),
+        "label": 3,
+        "segmentation_mask": png(np.full((8, 9), 3, np.uint8)).getvalue(),
+        "file_name": b"a.jpg",
+    }
+    config = config_of(name, tmp_path)
+    records = {"data_dir": str(tmp_path), "as_data_source_fn": lambda *_, **__: [record] * 5}
+    with tfds.testing.mock_data(**records):
+        assert create_task(config).info.classes == tuple(classes)
+        source = open_split(config, "test")
+        found = source.read(4)
+        assert (found["image"].size, found["label"], found["id"]) == ((9, 8), 3, 4)
+        assert source.name(4) == f"tfds:{name} split 'test', record 4 (a.jpg)"
+        if name == "oxford_iiit_pet":  # values 1 to 3, without names
+            config = config_of(f"{name}/{published.version.major}.*", tmp_path, "segmentation")
+            config.data.classes = ("nothing", "pet", "background", "border")
+            assert open_split(config, "train").read(0)["label_map"].min() == 3
+
+
+def test_metadata_without_features(published, tmp_path):
+    next(tmp_path.glob("*/*/features.json")).unlink()
+    with pytest.raises(UserError, match=r"has no features.json, .*; prepare it with: python -c"):
+        dataset_info(config_of(published.name, tmp_path))

@@ -1,0 +1,46 @@
+"""Exports a trained model as a folder that runs without this package.
+
+    python -m tokenvit_jax.export --workdir=RUN --out=FOLDER
+
+FOLDER holds three files:
+
+- model.jax: the model for any number of images, on CPU, CUDA and TPU (`jax.export`). It takes uint8
+  images of the run's size, and normalises them itself.
+- weights.safetensors: the weights, which `convert --layout=own` turns into a run again.
+- export.json: names of the classes, shapes of the images and outputs, versions.
+
+Three lines load it; they need jax, flatbuffers and safetensors:
+
+    import jax, safetensors.numpy
+    model = jax.jit(jax.export.deserialize(bytearray(open("FOLDER/model.jax", "rb").read())).call)
+    outputs = model(safetensors.numpy.load_file("FOLDER/weights.safetensors"), images)
+
+A classifier gives {"logits", "probabilities"} (B, classes), a segmentation model {"labels"} (B, H,
+W) and {"logits"} (B, H, W, classes). --checkpoint is last, best (highest score of the task) or a
+step.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from tokenvit_jax import cli
+from tokenvit_jax.training.exporting import check_new_path
+from tokenvit_jax.training.run import load_run
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "new folder for the exported model", flag_values=FLAGS)
+flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    """Writes the folder."""
+    workdir, out = Path(flag_values.workdir), Path(flag_values.out)
+    check_new_path(out)  # first, so that a mistake costs no time
+    load_run(workdir, flag_values.checkpoint).export(out)
+    print(f"{workdir} -> {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, required=("workdir", "out"))
