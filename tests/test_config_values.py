@@ -67,6 +67,34 @@ POOLED = {
     }.items()
 }  # fmt: skip
 
+DISTILLED = {"model_overrides.distilled": True, "distillation.weight": 0.5}
+FASHION_MNIST = {
+    "augment.flip": 0.5, "augment.translation": 0.05, "batch_size": 128,
+    "checkpoint_every_steps": 468, "data.eval_batch_size": 500, "dataset": "fashion_mnist",
+    "eval_every_steps": 468, "image_size": 32, "model_overrides.drop_path": 0.0,
+    "model_overrides.remat": False, "num_steps": 2340, "optimizer.learning_rate": 2e-3,
+    "optimizer.warmup_steps": 234,
+}  # fmt: skip
+# Argument of `finetune` -> entries that differ from training on ImageNet-1K from scratch.
+FINETUNE = IMAGENET | overrides(drop_path=0.1) | {"augment.erasing": 0.25}
+SWIN_FINETUNE = FINETUNE | {
+    "clip_norm": 5.0, "num_steps": 37_534, "optimizer.end_learning_rate": 4e-7,
+    "optimizer.learning_rate": 4e-5, "optimizer.warmup_learning_rate": 4e-8,
+    "optimizer.warmup_steps": 6256, "optimizer.weight_decay": 1e-8,
+}  # fmt: skip
+VIT_FINETUNE = FINETUNE | {
+    "num_steps": 125_114, "optimizer.end_learning_rate": 1e-6, "optimizer.layer_decay": 0.65,
+    "optimizer.learning_rate": 2e-3, "optimizer.warmup_learning_rate": 0.0,
+    "optimizer.warmup_steps": 6256,
+}  # fmt: skip
+FINETUNING = {
+    "vit_b": VIT_FINETUNE, "swin_t": SWIN_FINETUNE, "clustr_s": SWIN_FINETUNE,
+    "vit_b,3680": VIT_FINETUNE | {
+        "checkpoint_every_steps": 50, "eval_every_steps": 50, "num_steps": 359,
+        "optimizer.warmup_steps": 18,
+    },
+}  # fmt: skip
+
 # Family -> entries on ImageNet-1K, besides the entries of all families.
 PUBLISHED = {
     "dgt": {"augment.erasing": 0.25, "clip_norm": 5.0, "optimizer.warmup_steps": 25_020}
@@ -99,6 +127,7 @@ VARIANTS = {
     "tokens": TOKENS, "digits_tokens": TOKENS,
     "search": search(1e-3) | {"num_steps": 37_530}, "digits_search": search(3e-3),
     "pooled": POOLED, "digits_pooled": POOLED,
+    "distilled": DISTILLED, "digits_distilled": DISTILLED,
 }  # fmt: skip
 SIZES = {
     name: overrides(drop_path=drop_path)
@@ -150,6 +179,9 @@ SEGMENTER_DATASETS = {
 
 
 def expected_entries(name, arg):
+    if name == "finetune":
+        model, _, _ = arg.partition(",")
+        return {"model": model, "initial.workdir": f"runs/{model}"} | FINETUNING[arg]
     family, size = name.split("_")
     if family == "segmenter":
         ade20k = SEGMENTER | on_side(640 if size == "l" else 512)
@@ -157,6 +189,8 @@ def expected_entries(name, arg):
     if arg.startswith("level"):
         keep = TOKEN_POOLING[name][int(arg[-1])].keep
         return expected_entries(name, "pooled") | overrides(**{"token_reducer.keep": keep})
+    if arg == "fashion_mnist":
+        return {"model": name} | FASHION_MNIST | SHRUNK[family]
     if "digits" in arg:
         entries = DIGITS | SHRUNK[family]
     else:

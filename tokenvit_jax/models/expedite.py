@@ -161,7 +161,7 @@ class Expedite:
     def _given(self, temperature, tokens, grid):
         if temperature is not None:
             return temperature
-        return self.temperature_for(tokens.reshape(len(tokens), *grid, tokens.shape[-1]))
+        return self.temperature_for(tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1]))
 
     def shrink(self, images: jax.Array, patch_size: int) -> jax.Array:
         """Returns images (B, H, W, C) resized to h x w patches, bilinear and antialiased."""

@@ -101,30 +101,29 @@ def _reconstruct(
         case "soft":
             k = min(neighbors, num_centers)
             macs = length * (num_centers * dim + k * out_dim)
-            run = functools.partial(_by_nearest, k=k, temperature=temperature, normalize=normalize)
+            run = functools.partial(_by_nearest, k=k, normalize=normalize)
         case "hard":
             macs = length * num_centers * dim
-            run = functools.partial(_by_nearest, k=1, temperature=temperature, normalize=normalize)
+            run = functools.partial(_by_nearest, k=1, normalize=normalize)
         case "window":
             tiles = make_tiles(grid, clusters, window)
             macs = tiles.pairs * (dim + out_dim)
-            run = functools.partial(
-                _by_window, tiles=tiles, temperature=temperature, normalize=normalize
-            )
+            run = functools.partial(_by_window, tiles=tiles, normalize=normalize)
         case "bilinear":
             macs = 2 * grid[0] * (clusters[1] + grid[1]) * out_dim
             run = functools.partial(_bilinear, grid=grid, clusters=clusters)
 
-    def reconstruct(tokens, centers, refined):
+    def reconstruct(tokens, centers, refined, temperature):
         dtype = softmax_dtype(tokens.dtype)
         x, keys, values = (array.astype(dtype) for array in (tokens, centers, refined))
         mean = x.mean(1, keepdims=True)
-        return run(x - mean, keys - mean, values).astype(refined.dtype)
+        return run(x - mean, keys - mean, values, temperature).astype(refined.dtype)
 
-    return counted_as("reconstruct_tokens", macs, reconstruct)(tokens, centers, refined)
+    counted = counted_as("reconstruct_tokens", macs, reconstruct)
+    return counted(tokens, centers, refined, temperature)
 
 
-def _by_nearest(x, centers, refined, *, k, temperature, normalize):
+def _by_nearest(x, centers, refined, temperature, *, k, normalize):
     """Reconstructs from the k nearest centres: (B, N, C), (B, S, C), (B, S, D) -> (B, N, D)."""
     square = jnp.sum(centers**2, -1)[..., None]
 
@@ -184,7 +183,7 @@ def _normalize(weights, normalize):
     return weights / jnp.sqrt(jnp.sum(weights**2, -2, keepdims=True))
 
 
-def _by_window(x, centers, refined, *, tiles, temperature, normalize):
+def _by_window(x, centers, refined, temperature, *, tiles, normalize):
     weights = near_weights(take_all(x, tiles.tokens), centers, tiles, temperature)
     seen = tiles.near.any(1, keepdims=True)  # False: padding of a tile
     weights = jnp.where(seen, _normalize(jnp.where(seen, weights, 1), normalize), 0)
@@ -192,9 +191,9 @@ def _by_window(x, centers, refined, *, tiles, temperature, normalize):
     return take_all(y.reshape(y.shape[0], -1, y.shape[-1]), tiles.homes)
 
 
-def _bilinear(x, centers, refined, *, grid, clusters):
+def _bilinear(x, centers, refined, temperature, *, grid, clusters):
     """Resizes (B, h w, D) to (B, H W, D); beyond the outermost centres values are constant."""
-    del x, centers
+    del x, centers, temperature
 
     def mix(cells, length):
         at = np.clip((np.arange(length) + 0.5) * cells / length - 0.5, 0, cells - 1)

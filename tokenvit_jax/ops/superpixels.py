@@ -86,7 +86,7 @@ def _cluster(tokens, temperature, grid, clusters, window, iterations):
     _, length, dim = tokens.shape
     tiles = make_tiles(grid, clusters, window)
 
-    def cluster(tokens):
+    def cluster(tokens, temperature):
         x = tokens.astype(softmax_dtype(tokens.dtype))
         mean = x.mean(1, keepdims=True)
         x = x - mean  # far from the origin, digits are lost
@@ -96,7 +96,7 @@ def _cluster(tokens, temperature, grid, clusters, window, iterations):
         return (centers + mean).astype(tokens.dtype)
 
     macs = (length + 2 * iterations * tiles.pairs) * dim
-    return counted_as("cluster_superpixels", macs, cluster)(tokens)
+    return counted_as("cluster_superpixels", macs, cluster)(tokens, temperature)
 
 
 def _adaptive_average(x, grid, clusters):
