@@ -51,13 +51,13 @@ def rate_rivals(
     Args:
       model: classifier or segmentation model without clustering.
       variables: variables of the model.
-      images: (B, H, W, 3), normalised.
+      images: (B, H, W, channels), normalised.
       chosen: the setting and its MACs, as a fraction of the plain model's.
       similarity_of: function from a last map (B, h, w, C) to its similarity, such as
         :meth:`tokenvit_jax.expediting.similarity.Comparison.of_features`.
     """
-    size = images.shape[1:3]
-    plain, budget = macs_of(model, size), chosen.macs
+    size, channels = images.shape[1:3], images.shape[-1]
+    plain, budget = macs_of(model, size, channels), chosen.macs
     host = backbone_of(model).clone(remat=False)
     variables = jax.device_put(backbone_variables(model, variables))
 
@@ -66,21 +66,21 @@ def rate_rivals(
         return Rival(name, setting, macs, similarity)
 
     rivals = []
-    smaller = smaller_image(model, size, budget * plain)
+    smaller = smaller_image(model, size, budget * plain, channels)
     if smaller:
         height, width = smaller
         resized = jax.image.resize(images, (len(images), *smaller, images.shape[3]), "bilinear")
-        macs = macs_of(model, smaller) / plain
+        macs = macs_of(model, smaller, channels) / plain
         rivals.append(rate("smaller image", f"{height}x{width} pixels", host, resized, macs))
     pooled = adaptive_pooling(chosen.expedite)
-    macs = macs_of(with_expedite(model, pooled), size) / plain
+    macs = macs_of(with_expedite(model, pooled), size, channels) / plain
     setting = "{}x{} centres".format(*pooled.clusters)
     rivals.append(rate("adaptive pooling", setting, with_expedite(host, pooled), images, macs))
     for method in REDUCERS if allows_reducers(host) else ():
-        keep = reduced_tokens(model, size, method, budget * plain)
+        keep = reduced_tokens(model, size, method, budget * plain, channels)
         if keep:
             reducer = {"method": method, "keep": keep, "carry": True}
-            macs = macs_of(with_reducer(model, reducer), size) / plain
+            macs = macs_of(with_reducer(model, reducer), size, channels) / plain
             setting = f"--method={method} --carry --keep={','.join(map(str, keep))}"
             name = f"{method}, carry"
             rivals.append(rate(name, setting, with_reducer(host, reducer), images, macs))
@@ -95,7 +95,7 @@ def last_map(
     Args:
       backbone: result of :func:`tokenvit_jax.models.backbone.backbone_of`.
       variables: variables of the backbone.
-      images: (B, H, W, 3), normalised.
+      images: (B, H, W, channels), normalised.
       image_size: height and width [pixels] whose map the result fits.
     """
 
@@ -109,7 +109,7 @@ def last_map(
 
 
 def smaller_image(
-    model: nn.Module, image_size: tuple[int, int], budget: float
+    model: nn.Module, image_size: tuple[int, int], budget: float, channels: int = 3
 ) -> tuple[int, int] | None:
     """Returns the largest image of nearly the same shape within a budget; None: there is none.
 
@@ -117,6 +117,7 @@ def smaller_image(
       model: the model.
       image_size: height and width [pixels] of the full image.
       budget: highest allowed number of MACs.
+      channels: number of channels of the images.
     """
     backbone = backbone_of(model)
     stage = backbone.settings.expedited_stage if isinstance(backbone, swin.Swin) else 0
@@ -127,7 +128,8 @@ def smaller_image(
     sizes = [tuple(int(side) * stride for side in sides) for sides in maps]
     sizes = [(h, w) for h, w in sizes if h * w < math.prod(image_size) and h <= image_size[0]]
     sizes = [size for size in sizes if min(size) >= MIN_IMAGE_SIZE]
-    return largest_within(sorted(sizes, reverse=True), budget, functools.partial(macs_of, model))
+    cost = functools.partial(macs_of, model, channels=channels)
+    return largest_within(sorted(sizes, reverse=True), budget, cost)
 
 
 def adaptive_pooling(expedite: Any) -> Any:
@@ -147,7 +149,7 @@ def with_reducer(model: nn.Module, reducer: dict[str, Any]) -> nn.Module:
 
 
 def reduced_tokens(
-    model: nn.Module, image_size: tuple[int, int], method: str, budget: float
+    model: nn.Module, image_size: tuple[int, int], method: str, budget: float, channels: int = 3
 ) -> tuple[int, ...] | None:
     """Returns the most patches after each block within a budget; None: there are none.
 
@@ -159,6 +161,7 @@ def reduced_tokens(
       image_size: height and width [pixels].
       method: method of the reducer.
       budget: highest allowed number of MACs.
+      channels: number of channels of the images.
     """
     settings = backbone_of(model).settings
     num_patches = int(np.prod(settings.grid(*image_size)))
@@ -168,7 +171,7 @@ def reduced_tokens(
 
     def count(keep):
         reducer = {"method": method, "keep": keep, "carry": True}
-        return macs_of(with_reducer(model, reducer), image_size)
+        return macs_of(with_reducer(model, reducer), image_size, channels)
 
     return largest_within(keeps, budget, count)
 
