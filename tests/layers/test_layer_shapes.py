@@ -26,6 +26,7 @@ FUNCTIONS = {
     "blocks.check_num_heads": ((2, 8), {}),
     "blocks.dense": ((8, jnp.float32), {}),
     "blocks.gelu": ((TOKENS,), {}),
+    "blocks.quick_gelu": ((TOKENS,), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
