@@ -27,10 +27,7 @@ REDUCERS = {
     "ToMe": ("tome", False),
     "weighted K-Medoids, carry": ("weighted_kmedoids", True),
     "weighted K-Medoids": ("weighted_kmedoids", False),
-    "weighted K-Means, carry": ("weighted_kmeans", True),
     "EViT": ("evit", False),
-    "PoWER-BERT": ("powerbert", False),
-    "importance": ("importance", False),
     "random": ("random", False),
 }
 
