@@ -199,7 +199,8 @@ def test_a_run_becomes_a_file_and_a_run_again(monkeypatch, capsys, tmp_path, run
     workdir, _ = runs["segmentation"]
     file, again = tmp_path / "own.safetensors", tmp_path / "again"
     assert run_own(monkeypatch, capsys, source=workdir, out=file)[0] == 0
-    assert run_own(monkeypatch, capsys, source=file, out=again)[0] == 0
+    flags = {"layout": "auto", "source": file, "out": again}
+    assert run(monkeypatch, capsys, convert, ("source", "out"), **flags)[0] == 0
     first, second = tv.load_run(workdir), tv.load_run(again)
     assert second.config.to_dict() == first.config.to_dict()
     jax.tree.map(np.testing.assert_array_equal, second.variables, first.variables)

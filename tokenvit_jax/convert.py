@@ -31,7 +31,7 @@ When converting back, --checkpoint is last, best (highest accuracy or mIoU) or a
 configuration, so no other flag is needed to turn it into a run again:
 
     python -m tokenvit_jax.convert --layout=own --source=WORKDIR --out=FILE.safetensors
-    python -m tokenvit_jax.convert --layout=own --source=FILE.safetensors --out=NEW_WORKDIR
+    python -m tokenvit_jax.convert --source=FILE.safetensors --out=NEW_WORKDIR
 
 Segmenter: the position embeddings fit the crops of the training, and the images and windows of the
 run (`image_size`, `inference.window`) get the size of these crops. The file holds neither the
@@ -52,7 +52,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.conversion import AUTO, Choices, export_run, import_file
-from tokenvit_jax.training.own_weights import OWN, convert_own
+from tokenvit_jax.training.own_weights import OWN, convert_own, means_own
 from tokenvit_jax.weights import LAYOUTS
 
 FLAGS = flags.FlagValues()
@@ -108,7 +108,7 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = weights_file(Path(flag_values.source)), Path(flag_values.out)
     lines = []
-    if flag_values.layout == OWN:
+    if means_own(flag_values.layout, source):
         convert_own(source, out, flag_values.checkpoint)
     elif source.is_dir():
         export_run(source, out, flag_values.layout, flag_values.checkpoint)

@@ -11,13 +11,19 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.checkpoint import check_same_variables
+from tokenvit_jax.training.conversion import AUTO
 from tokenvit_jax.training.exporting import check_new_path, image_shape, write_weights
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import restore_config
-from tokenvit_jax.weights.own import named_arrays, read_own
+from tokenvit_jax.weights.own import is_own, named_arrays, read_own
 
 OWN = "own"  # the layout, as `convert` calls it
+
+
+def means_own(layout: str, source: Path) -> bool:
+    """Returns whether a layout, "own" or "auto", stands for our own names in this source."""
+    return layout == OWN or (layout == AUTO and is_own(source))
 
 
 def convert_own(source: Path, out: Path, checkpoint: str) -> None:

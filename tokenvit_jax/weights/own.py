@@ -48,6 +48,15 @@ def write_own(path: Path, variables: Mapping[str, Any], about: Mapping[str, Any]
         raise UserError(f"out={path} cannot be written: {error}") from error
 
 
+def is_own(path: Path) -> bool:
+    """Returns whether a file was written by :func:`write_own`."""
+    try:
+        with safe_open(path, "np") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a file of :func:`write_own`.
 
