@@ -247,7 +247,7 @@ def test_truncated_image(monkeypatch, capsys, tmp_path, workdir, images):
         ({"images": "*.none"}, 1, "--images: *.none: the pattern holds no image"),
         ({"results": "a.txt"}, 1, "--results=a.txt is not valid; valid: a file NAME.json or NAME"),
         ({"out": __file__}, 1, f"--out={__file__} is a file; valid: a folder"),
-        ({"images": ""}, 2, "--images= is empty; image files"),
+        ({"images": ""}, 2, "--images= is empty; images to predict"),
         ({"images": None}, 2, "--images is missing"),
     ],
 )

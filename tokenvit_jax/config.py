@@ -23,12 +23,15 @@ class Entry(NamedTuple):
       default: its default, without augmentation and regularisation; {}: a group whose keys the
         model or the head determines.
       meaning: what it means, with its unit or its valid values.
-      is_size: whether it is a size: one number, or one for each direction.
     """
 
     default: Any
     meaning: str
-    is_size: bool = False
+
+
+def size_entry(value: int) -> FieldReference:
+    """Returns an entry that holds one number or (height, width), also from the command line."""
+    return FieldReference(value, field_type=object)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -42,7 +45,7 @@ ENTRIES: dict[str, Entry] = {
     "initial.checkpoint": Entry("last", "last, best or a step"),
     # The data.
     "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)"),
-    "image_size": Entry(224, "one number for a square, or (height, width) [pixels]", is_size=True),
+    "image_size": Entry(size_entry(224), "one number for a square, or (height, width) [pixels]"),
     "in_channels": Entry(3, "channels of the images: 1 (grey) | 3 (RGB) | 4 (RGB and alpha)"),
     "batch_size": Entry(128, "images per step, over all devices of all processes"),
     "data.data_dir": Entry("~/tensorflow_datasets", "folder that prepare wrote the dataset into"),
@@ -105,13 +108,11 @@ def make_config(entries: Mapping[str, Entry]) -> ConfigDict:
             if part not in group:
                 group[part] = ConfigDict()
             group = group[part]
-        group[name] = size_entry(entry.default) if entry.is_size else entry.default
+        default = entry.default
+        if isinstance(default, FieldReference):  # it also fixes the type; no two may share it
+            default = FieldReference(default.get(), field_type=default.get_type())
+        group[name] = default
     return config
-
-
-def size_entry(value: int) -> FieldReference:
-    """Returns an entry that holds one number or (height, width), also from the command line."""
-    return FieldReference(value, field_type=object)
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:

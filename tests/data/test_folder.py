@@ -81,19 +81,19 @@ def test_a_run_keeps_its_classes(classes, tmp_path):
     config = with_class_names(config_of(classes))
     write_config(tmp_path / "run", config)
     assert read_config(tmp_path / "run").data.classes == ("cat", "dog")
-    check_same_run(tmp_path / "run", with_class_names(config_of(classes)))
+    check_same_run(tmp_path / "run", with_class_names(config_of(classes)), 0)
     for split in ("train", "val"):
         write_image(classes / split / "bird" / "1.png")
     with pytest.raises(
         UserError, match=r"the classes differ from the run in .*: 3 instead of 2 na"
     ):
-        check_same_run(tmp_path / "run", with_class_names(config_of(classes)))
+        check_same_run(tmp_path / "run", with_class_names(config_of(classes)), 0)
     # A run that was written before there were names of classes has the built-in ones.
     config = default_config("classification")
     entries = config.to_dict()
     del entries["data"]["classes"], entries["data"]["split"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(entries))
-    check_same_run(tmp_path / "run", config)
+    check_same_run(tmp_path / "run", config, 0)
 
 
 def test_label_files_must_have_as_many_records(classes, tmp_path):

@@ -246,12 +246,9 @@ def test_prefetched_batches_carry_the_state_of_their_own_position():
 
 def test_sigterm_asks_to_stop():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        stop = processes.StopRequest()
+    with processes.StopRequest() as stop:
         assert not stop.received(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received(2)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

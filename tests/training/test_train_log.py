@@ -110,10 +110,10 @@ def test_configuration_is_read_back_as_it_was_written(tmp_path):
     write_config(tmp_path / "run", config)
     found = read_config(tmp_path / "run")
     assert found.to_dict() == config.to_dict()
-    check_same_run(tmp_path / "run", config)
+    check_same_run(tmp_path / "run", config, 0)
     config.seed = 3
     with pytest.raises(UserError, match=r"config\.seed=0, now it is 3"):
-        check_same_run(tmp_path / "run", config)
+        check_same_run(tmp_path / "run", config, 0)
 
 
 def test_missing_or_damaged_configuration_is_named(tmp_path):

@@ -75,12 +75,6 @@ def taught_batches(
             f"config.{key}={workdir} has {theirs.num_classes} classes ({theirs.name}), the student "
             f"has {ours.num_classes} ({ours.name}); valid: a teacher with the same classes"
         )
-    channels, own = (run.config.get("in_channels", 3) for run in (teacher, task))
-    if channels != own:
-        raise UserError(
-            f"config.{key}={workdir} takes images of {channels} channels, the student of {own}"
-        )
-
     if teacher.config.in_channels != task.config.in_channels:
         raise UserError(
             f"config.{key}={workdir} sees images with {teacher.config.in_channels} channels, the "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import Entry, check_interval, check_size, check_values
+from tokenvit_jax.config import Entry, check_interval, check_size, check_values, size_entry
 from tokenvit_jax.data import MIN_IMAGE_SIZE
 from tokenvit_jax.errors import UserError
 
@@ -34,9 +34,9 @@ ENTRIES: dict[str, Entry] = {
     "augment.photometric": Entry(False, "brightness, contrast, saturation and hue, 1/2 each"),
     # An image that is larger than a window is predicted in several windows.
     # Both are one number, or one for each direction, (down, right).
-    "inference.window": Entry(0, "size of a window [pixels]; 0: image_size", is_size=True),
+    "inference.window": Entry(size_entry(0), "size of a window [pixels]; 0: image_size"),
     "inference.stride": Entry(
-        0, "stride of the windows [pixels]; 0: the window size (no overlap)", is_size=True
+        size_entry(0), "stride of the windows [pixels]; 0: the window size (no overlap)"
     ),
 }
 
