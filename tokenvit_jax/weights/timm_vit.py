@@ -1,6 +1,6 @@
 """timm's layouts of ViT and DeiT, `VisionTransformer` and `VisionTransformerDistilled`.
 
-timm's DINOv2 and CLIP are `VisionTransformer`s, too.
+timm builds DINOv2 and CLIP from `VisionTransformer`, too.
 """
 
 import math
