@@ -235,7 +235,11 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> list[st
     try:
         arrays = export_weights(run.variables["params"], run.model, found)
     except LookupError as error:
-        raise UserError(f"--layout={layout} cannot hold --source={source}: {error}") from error
+        others = [name for name in layouts_of(config.model, config.task) if name != layout]
+        raise UserError(
+            f"--layout={layout} cannot hold --source={source}: {error}; others of {config.model}: "
+            f"{', '.join([*others, 'own'])}"
+        ) from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, out)
