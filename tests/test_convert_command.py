@@ -151,6 +151,30 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     )
 
 
+def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_path, weights):
+    workdir, file = tmp_path / "run", tmp_path / "file"
+    flags = {"model": "deit_ti", "source": weights}
+    assert run(monkeypatch, capsys, out=workdir, **flags)[0] == 0
+    own = tmp_path / "own.safetensors"
+    assert run(monkeypatch, capsys, layout="own", source=workdir, out=own)[0] == 0
+    file.touch()
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "model.safetensors.index.json").touch()
+    for extra, message in (
+        ({"source": own, "num_classes": 0}, f"--num_classes has no effect: --source={own} holds"),
+        ({"source": workdir, "override": ["depth=2"]}, "--override has no effect: --source="),
+        ({"source": workdir, "out": own}, f"--out={own} exists already; valid: a path where"),
+        ({"source": workdir, "layout": "own", "out": file}, f"--out={file} exists already; valid"),
+        ({"source": workdir, "out": "back.npz"}, "--out=back.npz is not valid; valid: NAME.safet"),
+        ({**flags, "out": file}, f"--out={file} is a file; valid: a folder"),
+        ({**flags, "data_dir": tmp_path}, f"--data_dir={tmp_path} needs --dataset"),
+        ({**flags, "override": ["num_classes=3"]}, "--override=num_classes is not valid: the file"),
+        ({**flags, "source": tmp_path / "parts"}, "/parts holds weights in several files; valid"),
+    ):
+        status, _, err = run(monkeypatch, capsys, **{"out": tmp_path / "out"} | extra)
+        assert status == 1 and message in err, err
+
+
 DECODERS = {
     "mask_transformer": {
         "proj_dec.weight": (192, 192),

@@ -114,6 +114,11 @@ def test_a_folder_with_the_same_classes(run, imported, tmp_path):
     assert status == 1 and "dataset 'scenes' has 5 classes, the run has 10 (digits)" in err
 
 
+def test_an_insertion_that_does_not_fit_costs_no_evaluation(run, imported):
+    status, printed, err = run(evaluate, "workdir", workdir=imported[0], keep="3,2")
+    assert (status, printed) == (1, "") and "token_reducer.keep=(3, 2) is not valid" in err
+
+
 def test_a_reducer_is_inserted_without_training(run, imported):
     """The command prints a line without and a line with the reducer, for the same weights."""
     workdir, images, labels, logits = imported

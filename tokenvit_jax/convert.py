@@ -63,7 +63,8 @@ flags.DEFINE_enum(
     "layout",
     AUTO,
     [AUTO, *LAYOUTS, OWN],
-    "names and shapes of the arrays in the file; auto: the names decide",
+    "names and shapes of the arrays in the file; auto: the names decide; when converting back, the "
+    "first layout that has the model",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -108,10 +109,13 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = weights_file(Path(flag_values.source)), Path(flag_values.out)
     lines = []
-    if means_own(flag_values.layout, source):
+    own = means_own(flag_values.layout, source)
+    if own or source.is_dir():
+        _refuse_choices(flag_values, source)
+    if own:
         convert_own(source, out, flag_values.checkpoint)
     elif source.is_dir():
-        export_run(source, out, flag_values.layout, flag_values.checkpoint)
+        lines = export_run(source, out, flag_values.layout, flag_values.checkpoint)
     elif not source.exists():
         raise UserError(f"--source={source}: No such file or directory")
     elif flag_values.model is None:
@@ -125,9 +129,25 @@ def main(flag_values: flags.FlagValues) -> None:
     print(*lines, f"{source} -> {out}", sep="\n")
 
 
+def _refuse_choices(flag_values: flags.FlagValues, source: Path) -> None:
+    """Raises UserError for a flag about a published file where the source knows the answer."""
+    names = {"model_overrides": "override"}
+    for name in ("model", *(names.get(field, field) for field in Choices._fields)):
+        if flag_values[name].present:
+            raise UserError(
+                f"--{name} has no effect: --source={source} holds the configuration of its run"
+            )
+
+
 def weights_file(source: Path) -> Path:
-    """Returns the file of weights in a folder of Hugging Face's, or the source itself."""
+    """Returns the file of weights in a folder of Hugging Face's, or the source itself.
+
+    Raises:
+      UserError: the folder has its weights in several files.
+    """
     names = ("model.safetensors", "pytorch_model.bin")
+    if any((source / f"{name}.index.json").is_file() for name in names):
+        raise UserError(f"--source={source} holds weights in several files; valid: in one file")
     return next((source / name for name in names if (source / name).is_file()), source)
 
 

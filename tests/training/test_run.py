@@ -211,6 +211,10 @@ def test_attention_that_cannot_be_drawn(classifier, tmp_path):
             "images are uint8(1, 40, 50, 2); valid: uin",
         ),
         (lambda run: run.pooled(PIXELS / 255), "image is float64(40, 50, 3); valid: uint8"),
+        (lambda run: run.predict(PIXELS[..., 0]), "image is uint8(40, 50); valid: uint8 (height"),
+        (lambda run: run.pooled(jax.numpy.asarray(PIXELS[..., :2])), "image is uint8(40, 50, 2); "),
+        (lambda run: run.predict(3), "images is 3; valid: a path, a PIL image, a uint8 array"),
+        (lambda run: run.pooled(PIXELS[None][:0]), "images are uint8(0, 40, 50, 3); valid: uint8"),
         (lambda run: run.pooled([]), "images is empty; valid: at least one image"),
     ],
 )

@@ -170,7 +170,7 @@ def test_three_arrays_become_one():
     kernel = params["blocks_0"]["attention"]["proj"]["kernel"]
     np.testing.assert_array_equal(google[f"{name}/out/kernel"][1], kernel[8:])
     del arrays["encoder.layer.0.attention.attention.key.bias"]
-    with pytest.raises(UserError, match=r"1 entries .*attention\.key\.bias is missing"):
+    with pytest.raises(UserError, match=r"1 entry .*attention\.key\.bias is missing"):
         import_weights(arrays, model, layout)
 
 
@@ -273,7 +273,7 @@ def test_values_that_are_no_weights_are_refused():
         (np.ones(16, np.int8), "has the type int8, expected floating-point numbers"),
         (np.ones(16, bool), "has the type bool, expected"),
     ):
-        with pytest.raises(UserError, match=f"1 entries .*: norm.weight {message}"):
+        with pytest.raises(UserError, match=f"1 entry .*: norm.weight {message}"):
             import_weights(arrays | {"norm.weight": value}, model, layout)
     extra = {f"extra.{i}": np.zeros(1) for i in range(100)}
     with pytest.raises(UserError, match=r"^100 entries .*extra\.7 .*; and 92 more$"):

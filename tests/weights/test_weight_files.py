@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def read_torch(monkeypatch, tmp_path):
         torch.serialization = types.SimpleNamespace(safe_globals=safe_globals)
         monkeypatch.setitem(sys.modules, "torch", torch)
         path = tmp_path / "w.pth"
-        path.write_bytes(b"PK" + bytes(30))
+        zipfile.ZipFile(path, "w").close()
         return read_arrays(path, **options)
 
     return read
@@ -116,7 +117,7 @@ def test_files_of_torch_that_hold_something_else(read_torch, content, message):
         read_torch(content)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "model.", "net.", "model.module."])
+@pytest.mark.parametrize("wrapper", ["module.", "model.", "net.", "model.module.", "backbone."])
 def test_names_that_begin_with_a_wrapper(tmp_path, wrapper):
     save_file({wrapper + name: array for name, array in ARRAYS.items()}, tmp_path / "w")
     check(read_arrays(tmp_path / "w"))
@@ -138,6 +139,9 @@ def test_safetensors_files_whose_header_looks_like_another_file(tmp_path, start)
 def test_numpy_archives(tmp_path):
     np.savez(tmp_path / "w.npz", **ARRAYS)
     check(read_arrays(tmp_path / "w.npz"))
+    (tmp_path / "half.npz").write_bytes((tmp_path / "w.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"half\.npz is a damaged archive: its end is missing"):
+        read_arrays(tmp_path / "half.npz")
     np.savez(tmp_path / "o.npz", a=np.array([{}], object))
     with pytest.raises(UserError, match=r"o\.npz is a damaged NumPy archive: .*pickle"):
         read_arrays(tmp_path / "o.npz")

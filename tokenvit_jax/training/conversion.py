@@ -5,6 +5,7 @@ tasks.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.tasks import create_task, default_config
+from tokenvit_jax.training.exporting import check_parent
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
@@ -33,6 +35,13 @@ from tokenvit_jax.weights import (
 AUTO = "auto"
 # ImageNet is the dataset of most published classifiers; other numbers of classes have no names.
 _IMAGENET = "imagenet2012"
+_OTHER_FORMATS = (".npz", ".npy", ".pth", ".pt", ".bin", ".pkl", ".ckpt", ".onnx")
+# Settings of a model that --override cannot change, and where they come from.
+_SET_ELSEWHERE = {
+    "num_classes": "the file tells it; --num_classes=0 leaves the classifier out",
+    "dtype": "config.dtype of train and evaluate sets it",
+    "axis_name": "config.parallel of train sets it",
+}
 
 
 class Choices(NamedTuple):
@@ -118,6 +127,8 @@ def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
     """Raises UserError for the first setting with a value of another kind than the model's own."""
     settings = create_model(name).settings
     for key, value in overrides.items():
+        if key in _SET_ELSEWHERE:
+            raise UserError(f"--override={key} is not valid: {_SET_ELSEWHERE[key]}")
         default = getattr(settings, key, None)  # create_model refuses unknown names
         if default is None:
             continue
@@ -146,6 +157,8 @@ def _set_classes(
     name = choices.dataset
     if name is None and count == 1000 and layout.task == "classification":
         name = _IMAGENET
+    if name is None and choices.data_dir is not None:
+        raise UserError(f"--data_dir={choices.data_dir} needs --dataset, whose classes it names")
     lines = []
     if name is not None:
         config.dataset = name
@@ -193,8 +206,8 @@ def _set_images(
     return [f"not in the file, taken from the published models: {text}"]
 
 
-def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
-    """Writes the weights of a run as a safetensors file.
+def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> list[str]:
+    """Writes the weights of a run as a safetensors file, and returns a line about it.
 
     Args:
       source: folder of the run.
@@ -204,7 +217,8 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
 
     Raises:
       UserError: there is no such checkpoint, the layout does not cover the model or is for
-        another task, or the file cannot be written.
+        another task, or the file exists already, has the suffix of another format or cannot be
+        written.
     """
     config = read_config(source)
     if layout == AUTO:
@@ -216,13 +230,28 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> None:
         )
     if out.is_dir():
         raise UserError(f"--out={out} is a folder; valid: the path of a file")
+    check_new_weights(out)
     run = load_run(source, checkpoint, config=config)
     try:
         arrays = export_weights(run.variables["params"], run.model, found)
     except LookupError as error:
-        raise UserError(f"--layout={layout} cannot hold --source={source}: {error}") from error
+        others = [name for name in layouts_of(config.model, config.task) if name != layout]
+        raise UserError(
+            f"--layout={layout} cannot hold --source={source}: {error}; others of {config.model}: "
+            f"{', '.join([*others, 'own'])}"
+        ) from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out={out} cannot be written: {error}") from error
+    return [f"{config.model}, layout {layout}"]
+
+
+def check_new_weights(out: Path) -> None:
+    """Raises UserError if a file exists, or its suffix promises another format than safetensors."""
+    if out.suffix in _OTHER_FORMATS:
+        raise UserError(f"--out={out} is not valid; valid: NAME.safetensors, the only format")
+    if os.path.lexists(out):
+        raise UserError(f"--out={out} exists already; valid: a path where nothing exists")
+    check_parent(out, "--out")

@@ -124,11 +124,12 @@ def evaluate_insertions(
     Raises:
       UserError: as :func:`evaluate_run`, or an insertion does not fit the model.
     """
-    for label, overrides in {"none": {}, **inserted}.items():
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            for key, value in overrides.items():  # `update` would keep parts of the old value
-                changed.model_overrides[key] = value
+    all_overrides = {"none": {}, **inserted}
+    configs = {label: _insert(config, overrides) for label, overrides in all_overrides.items()}
+    for changed in configs.values():
+        create_task(changed).make_model()  # an insertion that does not fit costs no evaluation
+    for label, changed in configs.items():
+        overrides = all_overrides[label]
         if "expedite" in overrides:
             changed = with_measured_temperature(workdir, checkpoint, changed)
         metrics = evaluate_run(workdir, checkpoint, changed, per_class)
@@ -141,3 +142,12 @@ def evaluate_insertions(
             if "expedite" in overrides:
                 metrics["temperature"] = changed.model_overrides.expedite.temperature
         yield metrics
+
+
+def _insert(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of a configuration with some settings of the model replaced."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        for key, value in overrides.items():  # `update` would keep parts of the old value
+            changed.model_overrides[key] = value
+    return changed

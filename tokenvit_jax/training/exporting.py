@@ -33,11 +33,16 @@ def check_new_path(out: Path) -> None:
     """Raises UserError if something exists at a path, or nothing can be written there."""
     if os.path.lexists(out):
         raise UserError(f"out={out} exists already; valid: a path where nothing exists")
+    check_parent(out)
+
+
+def check_parent(out: Path, name: str = "out") -> None:
+    """Raises UserError if nothing can be written at a path; the message begins with its name."""
     parent = next(path for path in out.absolute().parents if os.path.lexists(path))
     if not parent.is_dir():
-        raise UserError(f"out={out} cannot be written: {parent} is not a folder")
+        raise UserError(f"{name}={out} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"out={out} cannot be written: no permission to write into {parent}")
+        raise UserError(f"{name}={out} cannot be written: no permission to write into {parent}")
 
 
 def write_export(

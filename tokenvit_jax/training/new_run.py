@@ -8,13 +8,17 @@ from ml_collections import ConfigDict
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints
+from tokenvit_jax.training.exporting import check_parent
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import first_state
 from tokenvit_jax.training.workdir import write_config
 
 
 def check_new(out: Path) -> None:
-    """Raises UserError if a folder already holds a run."""
+    """Raises UserError if a path cannot become the folder of a run, or already holds one."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; valid: a folder")
+    check_parent(out / FOLDER, "--out")
     if (out / FOLDER).exists():
         raise UserError(f"--out={out} holds checkpoints already; use another folder")
 

@@ -11,8 +11,8 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.checkpoint import check_same_variables
-from tokenvit_jax.training.conversion import AUTO
-from tokenvit_jax.training.exporting import check_new_path, image_shape, write_weights
+from tokenvit_jax.training.conversion import AUTO, check_new_weights
+from tokenvit_jax.training.exporting import image_shape, write_weights
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import restore_config
@@ -45,7 +45,7 @@ def export_own(source: Path, out: Path, checkpoint: str) -> None:
     Raises:
       UserError: there is no such checkpoint, the file exists already, or it cannot be written.
     """
-    check_new_path(out)
+    check_new_weights(out)
     run = load_run(source, checkpoint)
     write_weights(out, run.config, run.variables, run.step)
 

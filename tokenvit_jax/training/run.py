@@ -145,6 +145,7 @@ class Run:
         channels, normalised = self.task.input_shape[-1], jnp.issubdtype(images.dtype, jnp.floating)
         if (
             images.ndim != 4
+            or not images.size
             or images.shape[-1] != channels
             or not (normalised or images.dtype == np.uint8)
         ):
@@ -234,8 +235,16 @@ def load_run(
 
 def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Returns several images, also of a single one."""
-    single = isinstance(images, ImageLike) and getattr(images, "ndim", 3) == 3
-    return [images] if single else images
+    if isinstance(images, jax.Array):
+        images = np.asarray(images)
+    if isinstance(images, ImageLike) and getattr(images, "ndim", 3) in (2, 3):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise UserError(
+            f"images is {images!r}; valid: a path, a PIL image, a uint8 array (height, width, "
+            "channels), or several of these"
+        )
+    return images
 
 
 def _as_image(image: ImageLike) -> Image.Image:

@@ -17,9 +17,9 @@ from tokenvit_jax.errors import UserError
 # Where checkpoints keep their arrays, and the moving average of them: timm, DeiT, Swin, others.
 _ARRAYS = ("model", "state_dict", "module", "net", "network", "params")
 _AVERAGES = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "params_ema")
-# Names of wrappers (DataParallel, Lightning, torch.compile) that all arrays of a file may begin
-# with.
-_WRAPPERS = ("module.", "model.", "_orig_mod.", "net.")
+# Names of wrappers (DataParallel, Lightning, torch.compile, DINO) that all arrays of a file may
+# begin with.
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "net.", "backbone.")
 
 
 def read_arrays(path: Path, ema: bool = False) -> dict[str, np.ndarray]:
@@ -45,6 +45,8 @@ def read_arrays(path: Path, ema: bool = False) -> dict[str, np.ndarray]:
         raise UserError(f"--source={path}: {error.strerror}") from error
     # A safetensors file begins with the length of its header, whose bytes may look like anything.
     is_safetensors = start[8:] == b"{"
+    if start[:2] == b"PK" and not is_safetensors and not zipfile.is_zipfile(path):
+        raise UserError(f"--source={path} is a damaged archive: its end is missing")
     if not is_safetensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
         arrays = _read_numpy(path) if _is_numpy(path) else _read_torch(path, ema)
     else:
@@ -65,7 +67,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _is_numpy(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # a file of torch.save as it was before 1.6
         return False
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()

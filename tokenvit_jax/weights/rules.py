@@ -217,9 +217,8 @@ def import_weights(
     ]
     if wrong:
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-        raise UserError(
-            f"{len(wrong)} entries do not fit the model: {'; '.join(wrong[:_NAMED])}{more}"
-        )
+        entries = "1 entry does" if len(wrong) == 1 else f"{len(wrong)} entries do"
+        raise UserError(f"{entries} not fit the model: {'; '.join(wrong[:_NAMED])}{more}")
     return unflatten_dict(params, sep="/")
 
 
