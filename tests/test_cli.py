@@ -66,7 +66,7 @@ def test_program_passes_its_arguments_on(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         program.main()
     assert exit_info.value.code == 0
-    assert "digits" in capsys.readouterr().out.splitlines()
+    assert {"digits", "folder", "tfds:NAME"} <= set(capsys.readouterr().out.splitlines())
     for arguments, message in (
         (["lst"], "error: no command 'lst' (did you mean 'list'?); valid: train, "),
         (["list", "model"], "error: 'model' cannot be listed (did you mean 'models'?); valid: "),

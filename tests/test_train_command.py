@@ -19,7 +19,9 @@ import pytest
 import tiny_config
 from make_task import make_task
 
-from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.training import loop
+from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint, saved_steps
 from tokenvit_jax.training.devices import MeshParallel
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
@@ -390,6 +392,17 @@ def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path):
     assert "Not a directory" in line
     assert str(file) in line
     assert status == 1
+
+
+def test_an_evaluation_that_cannot_read_an_image_keeps_the_training(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise UserError("record 3 cannot be read")
+
+    monkeypatch.setattr(loop, "evaluate_batches", fail)
+    flags = [f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.eval_every_steps=1"]
+    status, line = run_here(monkeypatch, capsys, "train", *flags)
+    assert (status, line) == (1, "error: record 3 cannot be read")
+    assert saved_steps(tmp_path) == [1]
 
 
 def test_changed_settings_of_a_resumed_run_are_named(

@@ -25,9 +25,9 @@ def main(flag_values: flags.FlagValues, kind: str) -> None:
 
         print("\n".join(list_models()))
     elif kind == "datasets":
-        from tokenvit_jax.data import list_datasets
+        from tokenvit_jax.data import datasets_with
 
-        print("\n".join(list_datasets()))
+        print("\n".join(datasets_with(frozenset())))
     else:
         hint = did_you_mean(kind, KINDS)
         raise UserError(f"{kind!r} cannot be listed{hint}; valid: {', '.join(KINDS)}")

@@ -155,7 +155,12 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
             metrics = None
             if evaluates:
                 variables = eval_variables(state.params, state.model_state, state.ema)
-                metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
+                try:
+                    metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
+                except UserError:  # an image that cannot be read does not cost the steps before it
+                    if jax.process_count() == 1:  # saving needs all processes
+                        checkpoints.save(step, parallel.to_global(state), {"data": data_state})
+                    raise
                 log.write(step, metrics)
             if saves or (evaluates and checkpoints.is_best(metrics)):
                 checkpoints.save(step, parallel.to_global(state), {"data": data_state}, metrics)
