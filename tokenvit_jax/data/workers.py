@@ -137,8 +137,9 @@ class _WorkerReader:
             batch = future.result()
         except futures.BrokenExecutor as error:
             raise UserError(
-                "a worker process of the data pipeline died, possibly for lack of memory; lower "
-                "data.workers or the batch size"
+                "a worker process of the data pipeline died, possibly for lack of memory (lower "
+                "data.workers or the batch size), or because a script starts workers outside "
+                "`if __name__ == '__main__':`"
             ) from error
         batch |= {name: array.copy() for name, array in self._slots[slot].items()}
         self._submit(slot)
