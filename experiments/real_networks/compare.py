@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import pages, plots
 from experiments.real_networks import networks, photographs
-from experiments.real_networks.methods import Method, at_cost_of
+from experiments.real_networks.methods import REDUCERS, Method, at_cost_of
 from tokenvit_jax import cli
 from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.expediting.candidates import macs_of, with_expedite
@@ -52,7 +52,8 @@ class Plan(NamedTuple):
 
 
 CARRY = ["ToMe, carry", "weighted K-Medoids, carry"]
-ALL = [*CARRY, "EViT", "ToMe", "weighted K-Medoids", "random"]
+MOST = [*CARRY, "EViT", "ToMe", "weighted K-Medoids", "random"]
+ALL = list(REDUCERS)
 PLANS = {
     "vit_s14_dinov2": Plan(
         "ViT-S/14 (DINOv2, fine-tuned for saliency)",
@@ -65,7 +66,7 @@ PLANS = {
         ],
     ),
     "clip_vit_b16": Plan(
-        "CLIP ViT-B/16", "embedding", "second", [(224, Expedite(4, 8, (10, 10)), ALL)]
+        "CLIP ViT-B/16", "embedding", "second", [(224, Expedite(4, 8, (10, 10)), MOST)]
     ),
     "swin_b": Plan("Swin-B", "pooled features", "cosine", [(224, Expedite(4, 14, (5, 5)), [])]),
 }

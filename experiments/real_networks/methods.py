@@ -27,7 +27,12 @@ REDUCERS = {
     "ToMe": ("tome", False),
     "weighted K-Medoids, carry": ("weighted_kmedoids", True),
     "weighted K-Medoids": ("weighted_kmedoids", False),
+    "K-Medoids": ("kmedoids", False),
+    "weighted K-Means": ("weighted_kmeans", False),
+    "K-Means": ("kmeans", False),
     "EViT": ("evit", False),
+    "PoWER-BERT": ("powerbert", False),
+    "importance": ("importance", False),
     "random": ("random", False),
 }
 
