@@ -62,7 +62,7 @@ PLANS = {
         [
             (224, Expedite(4, 8, (11, 11)), ALL),
             (224, Expedite(6, 6, (11, 11)), ["ToMe, carry"]),
-            (448, Expedite(4, 8, (22, 22)), CARRY),
+            (448, Expedite(4, 8, (22, 22)), ["ToMe, carry"]),
         ],
     ),
     "clip_vit_b16": Plan(
