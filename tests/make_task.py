@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, make_config
+from tokenvit_jax.config import base_config
 from tokenvit_jax.data import Source, open_split
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.validate import check_task
@@ -26,7 +26,7 @@ def check_config(config: ConfigDict) -> None:
 
 def open_dataset(name: str, split: str, data_dir: str = "", **data: object) -> Source:
     """Returns a split of a dataset; `data` holds further entries of `config.data`."""
-    config = make_config(ENTRIES)
+    config = base_config()
     config.dataset = name
     config.data.update({"data_dir": data_dir, **data})
     return open_split(config, split)

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.config import ENTRIES, make_config
+from tokenvit_jax.config import ENTRIES, base_config
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -43,7 +43,7 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
         how = "comes with an installed package" if builtin else "is read as it is"
         print(f"{dataset} {how}: there is nothing to prepare")
         return
-    config = make_config(ENTRIES)
+    config = base_config()
     config.dataset, config.data.data_dir = dataset, str(data_dir)
     wanted = datasets.dataset_info(config).splits
     for split, count in count_records(folder).items():

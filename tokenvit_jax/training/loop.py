@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 from collections import deque
-from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -135,7 +134,8 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
             batch, data_state = next(batches)
             profile.before(step)
             # The first call returns when the step is compiled.
-            with timed("compiling the training step") if step == first_step else nullcontext():
+            compiles = step == first_step
+            with timed("compiling the training step") if compiles else contextlib.nullcontext():
                 state, step_metrics = train_step(state, batch)
             profile.after(step, step_metrics)
             pending.append((step, step_metrics))
