@@ -16,7 +16,7 @@ COMMANDS = (
 )
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
-    "progress errors"
+    "progress valid errors"
 )
 BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
@@ -31,20 +31,21 @@ MAY_IMPORT = {
     "measure": "heads models layers ops published errors",
     "pictures": "models layers ops errors",
     "weights": "heads models layers ops errors",
-    "heads": "models layers ops errors",
+    "heads": "models layers ops valid errors",
     "metrics": "errors",
-    "models": "layers ops published errors",
-    "data": "config progress errors",
-    "layers": "ops errors",
+    "models": "layers ops published valid errors",
+    "data": "config progress valid errors",
+    "layers": "ops valid errors",
     "ops": "kernels arrays errors",
     "kernels": "arrays errors",
     "arrays": "",
-    "config": "errors",
+    "config": "valid errors",
     "cli": "config_flag data errors",
     "config_flag": "tasks config errors",
     "memory": "",
     "published": "",
     "progress": "",
+    "valid": "errors",
     "errors": "",
 }
 # Packages that the mathematics may use, besides the standard library.

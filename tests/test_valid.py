@@ -1,0 +1,48 @@
+"""Rules accept exactly the values that they describe."""
+
+import numpy as np
+import pytest
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.valid import Either, Flag, Number, OneOf, Several, Text, check, check_all, whole
+
+ODD = [None, "1", (), [], {}, object(), 1j, True, float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "valid", "invalid", "text"),
+    [
+        (Number(0, 1), [0, 1, 0.5, np.float32(0.5)], [-1, 1.5, *ODD], "numbers from 0 to 1"),
+        (
+            Number(0, 1, above=True, below=True),
+            [0.5, 1e-30],
+            [0, 1, *ODD],
+            "numbers above 0 to below 1",
+        ),
+        (Number(), [0, -1e30, 10**400], ODD, "finite numbers"),
+        (whole(1), [1, 2, np.int64(3)], [0, 1.0, 2.5, *ODD], "whole numbers from 1"),
+        (whole(0, 2**15), [0, 2**15], [-1, 2**15 + 1, *ODD], "whole numbers from 0 to 32768"),
+        (OneOf(("jit", "pmap")), ["jit"], ["", "JIT", *ODD], "jit, pmap"),
+        (OneOf((1, 3)), [1], [0, 1.0, *ODD], "1, 3"),
+        (Flag(), [True, False], [0, 1, "True", None], "True, False"),
+        (Text(), ["", "a"], ["a\0", None, 1, True], "a text"),
+        (Text(empty=False), ["a"], ["", " ", None], "a text that is not empty"),
+        (Several(whole(1)), [(), (1,), [1, 2]], [(0,), (1.5,), 1, "11", None], None),
+        (Several(Number(0), 2), [(0, 1), [2, 1]], [(), (1,), (1, 2, 3), (1, None)], None),
+        (Several(Number(0), 2, ascending=True), [(1, 1), (0, 2)], [(2, 1)], None),
+        (Either((whole(1), OneOf(("auto",)))), [1, "auto"], [0, "a", None], None),
+    ],
+    ids=str,
+)
+def test_rules(rule, valid, invalid, text):
+    assert all(map(rule.accepts, valid))
+    assert not any(map(rule.accepts, invalid))
+    assert text is None or str(rule) == text
+
+
+def test_messages_name_the_setting_the_value_and_what_is_valid():
+    with pytest.raises(UserError, match=r"^depth=0 is not valid; valid: whole numbers from 1$"):
+        check("depth", 0, whole(1))
+    check_all("part.", {"a": 1, "b": 2}, {"a": whole(1)})
+    with pytest.raises(UserError, match=r"part\.a='x' is not valid"):
+        check_all("part.", {"a": "x"}, {"a": whole(1)})

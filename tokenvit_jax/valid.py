@@ -1,0 +1,157 @@
+"""Rules for the values of settings: each rule accepts some values and describes them in messages.
+
+A rule stands beside the setting that it is for: `Entry.valid` of an entry of a configuration,
+`valid` of the settings of a model.
+"""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tokenvit_jax.errors import UserError
+
+
+class Rule(Protocol):
+    """Accepts some values; its text describes them, such as "whole numbers from 1"."""
+
+    def accepts(self, value: Any) -> bool:
+        """Returns whether a value is valid; never raises."""
+
+
+class Number(NamedTuple):
+    """Finite numbers in an interval. Boolean values are no numbers.
+
+    Attributes:
+      low: lowest number.
+      high: highest number; None: any.
+      above: whether `low` itself is excluded.
+      below: whether `high` itself is excluded.
+      whole: whether only integers are valid.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        kind = numbers.Integral if self.whole else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return False
+        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
+            return False
+        if self.low is not None and not (value > self.low if self.above else value >= self.low):
+            return False
+        return self.high is None or (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        kind = "whole numbers" if self.whole else "numbers"
+        low = "" if self.low is None else f" {'above' if self.above else 'from'} {self.low:g}"
+        high = "" if self.high is None else f" {'to below' if self.below else 'to'} {self.high:g}"
+        return f"{kind}{low}{high}" if low or high else f"finite {kind}"
+
+
+class OneOf(NamedTuple):
+    """Some values; equality is not enough: True is not 1."""
+
+    values: Sequence[Any]
+
+    def accepts(self, value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in self.values)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
+
+class Flag(NamedTuple):
+    """True or False."""
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "True, False"
+
+
+class Text(NamedTuple):
+    """A text without a null character.
+
+    Attributes:
+      empty: whether the empty text is valid.
+    """
+
+    empty: bool = True
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) and "\0" not in value and (self.empty or bool(value.strip()))
+
+    def __str__(self) -> str:
+        return "a text" if self.empty else "a text that is not empty"
+
+
+class Several(NamedTuple):
+    """A tuple or list of values that a rule accepts.
+
+    Attributes:
+      rule: rule for every value.
+      length: number of values; None: any.
+      ascending: whether no value may be below the one before it.
+    """
+
+    rule: Rule
+    length: int | None = None
+    ascending: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, tuple | list) or self.length not in (None, len(value)):
+            return False
+        if not all(map(self.rule.accepts, value)):
+            return False
+        return not self.ascending or list(value) == sorted(value)
+
+    def __str__(self) -> str:
+        length = "" if self.length is None else f"{self.length} "
+        return f"{length}{'ascending ' if self.ascending else ''}values, each: {self.rule}"
+
+
+class Either(NamedTuple):
+    """Values that one of several rules accepts."""
+
+    rules: Sequence[Rule]
+
+    def accepts(self, value: Any) -> bool:
+        return any(rule.accepts(value) for rule in self.rules)
+
+    def __str__(self) -> str:
+        return "; or ".join(map(str, self.rules))
+
+
+def whole(low: int | None = None, high: int | None = None) -> Number:
+    """Returns the rule for the integers from `low` to `high`, both included."""
+    return Number(low, high, whole=True)
+
+
+def check(name: str, value: Any, rule: Rule) -> None:
+    """Raises UserError unless a rule accepts a value.
+
+    Args:
+      name: name of the setting as the user writes it, such as "config.batch_size".
+      value: its value.
+      rule: describes the valid values.
+    """
+    if not rule.accepts(value):
+        raise UserError(f"{name}={value!r} is not valid; valid: {rule}")
+
+
+def check_all(prefix: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raises UserError for the first value that its rule does not accept.
+
+    Args:
+      prefix: precedes the names in messages, such as "expedite.".
+      values: value of every setting that has a rule.
+      rules: rules by setting.
+    """
+    for name, rule in rules.items():
+        check(f"{prefix}{name}", values[name], rule)
