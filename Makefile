@@ -1,5 +1,6 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
 # make test: the test suite.
+# make stress: kills, signals, damaged files and random input, by the thousand (hours).
 # make docs: the documentation as a site, docs/_build/index.html.
 # make tutorial: runs docs/tutorial.ipynb (jupyter-execute --inplace also stores its outputs).
 # All of them first create .venv with the pinned versions.
@@ -8,13 +9,16 @@ PYTHON ?= python3
 RUN ?= runs/demo
 INSTALL = PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs tutorial clean
+.PHONY: demo test stress lint docs tutorial clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.dgt.demo $(RUN)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadfile
+
+stress: .venv/installed
+	.venv/bin/python -m pytest tests/stress -m stress -rs
 
 lint: .venv/installed
 	.venv/bin/ruff check .
