@@ -10,6 +10,8 @@ from tokenvit_jax import config_flag
 from tokenvit_jax.config import Entry, make_config
 from tokenvit_jax.tasks import TASKS, default_config, entries_of
 
+from tokenvit_jax.valid import whole
+
 
 @pytest.fixture
 def parse(monkeypatch):
@@ -135,7 +137,7 @@ def test_list_has_the_values_of_a_config(parse):
 
 
 def test_configs_share_no_reference():
-    entries = {"a.size": Entry(FieldReference(224, field_type=object), "a size")}
+    entries = {"a.size": Entry(FieldReference(224, field_type=object), "a size", whole(1))}
     first, second = make_config(entries).lock(), make_config(entries).lock()
     first.a.size = (256, 192)
     assert first.a.size == (256, 192)
