@@ -354,7 +354,7 @@ def test_wrong_argument_of_a_configuration_is_one_line(monkeypatch, capsys, tmp_
     config.write_text("def get_config(arg):\n    raise ValueError(f'no variant {arg!r}')\n")
     flags = [f"--config={config}:big", "--workdir=x"]
     status, line = run_here(monkeypatch, capsys, "train", *flags)
-    assert line == f"error: flag --config={config}:big: no variant 'big'"
+    assert line == f"error: --config={config}:big: ValueError: no variant 'big' (line 2)"
     assert status == 2
 
 

@@ -132,7 +132,7 @@ ENTRIES: dict[str, Entry] = {
     # Optimisation.
     "num_steps": Entry(1000, "length of the training", _STEPS),
     "accumulate_steps": Entry(1, "micro-batches per step, computed one after another", _BATCH),
-    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off", Number(0, 1e6)),
+    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off", Number(0, 10**6)),
     "ema_decay": Entry(
         0.0, "moving average of the parameters, used for evaluation; 0: off", _DECAY
     ),

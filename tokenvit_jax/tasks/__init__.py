@@ -111,9 +111,10 @@ def tasks_with(key: str) -> list[str]:
     Args:
       key: name of the entry or group, such as "augment.crop_scale" or "mix".
     """
-    keys = {name: _keys(default_config(name)) for name in TASKS}
     return [
-        name for name in TASKS if any(f"{other}.".startswith(f"{key}.") for other in keys[name])
+        name
+        for name in TASKS
+        if any(f"{other}.".startswith(f"{key}.") for other in entries_of(name))
     ]
 
 
