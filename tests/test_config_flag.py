@@ -180,6 +180,7 @@ SEGMENTER = "--config=segmenter_ti:scenes"
         (DEIT, "--config.augment.randaugment={}", ": augment.randaugment is a group of entries; "),
         (DEIT, "--config.model_overrides=5", "; valid: --config.model_overrides.NAME=VALUE, or"),
         (DEIT, "--config.model_overrides={1: 2}", "; valid: --config.model_overrides.NAME=VALUE"),
+        (DEIT, "--config.model_overrides.token_reducer={'a.b': 1}", "; valid: values by name in"),
         (DEIT, "--noconfig.seed", "; valid: --config.seed=VALUE"),
         (SEGMENTER, "--noconfig.augment.photometric=1", "; valid: --config.augment.photometric=VA"),
         (SEGMENTER, "--config.augment.photometric=maybe", "; valid: True, False"),
@@ -212,6 +213,7 @@ def test_override_needs_a_config(parse):
         "--config.seed=1 needs --config=FILE.py or --config=NAME"
     )
     assert parse() is None
+    assert "--config=a --config=b" in message_of(parse, "--config=a", "--config=b")
 
 
 def test_forms_of_overrides(parse):

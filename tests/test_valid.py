@@ -43,7 +43,12 @@ ODD = [None, "1", (), [], {}, object(), 1j, True, float("nan"), float("inf"), -f
         (Text(), ["", "a"], ["a\0", " ", None, 1, True], "a text, or '' for none"),
         (Text(empty=False), ["a"], ["", " ", None], "a text that is not empty"),
         (Form("|a+", "many a"), ["", "aa"], ["ab", "aa\n", None, 1], "many a"),
-        (Group(), [{}, {"a": 1}, ConfigDict({"a": 1})], [{1: 1}, dict, [], "a", None, 1], None),
+        (
+            Group(),
+            [{}, {"a": 1}, ConfigDict({"a": 1})],
+            [{1: 1}, {"a.b": 1}, {"a": {1: 1}}, dict, [], "a", None, 1],
+            None,
+        ),
         (Size(whole(1)), [1, (1, 2), [2, 1]], [0, (1, 0), (1,), (1, 2, 3), "1", None], None),
         (Several(whole(1)), [(), (1,), [1, 2]], [(0,), (1.5,), 1, "11", None], None),
         (Several(Number(0), 2), [(0, 1), [2, 1]], [(), (1,), (1, 2, 3), (1, None)], None),

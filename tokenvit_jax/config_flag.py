@@ -62,8 +62,12 @@ class ConfigFlags(flags.FlagValues):
           absl.flags.Error: another flag is wrong.
         """
         overrides, others = _split(argv)
-        rest = super().__call__(others, known_only)
         flag = self["config"]
+        flag.unparse()
+        files = [argument for argument in others if re.match("--?config=", argument)]
+        if len(set(files)) > 1:
+            raise UserError(f"{' '.join(files)} contradict each other; valid: one --config")
+        rest = super().__call__(others, known_only)
         if flag.value is not None:
             flag.value = _override(_load(flag.value), overrides)
         elif overrides:
@@ -291,9 +295,12 @@ def _set_setting(
         if not isinstance(group.get(part), ConfigDict):
             group[part] = ConfigDict()
         group = group[part]
+    value = _read(override, setting.type, lambda: setting.valid)
+    if isinstance(value, dict) and not Group().accepts(value):
+        raise UserError(f"{_short(override)} is not valid; valid: values by name in braces")
     if name in group:  # whose value may have the type of another one that is valid, too
         del group[name]
-    group[name] = _read(override, setting.type, lambda: setting.valid)
+    group[name] = value
 
 
 def _is_setting(key: str) -> bool:

@@ -121,15 +121,20 @@ class Form(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Values by name, in a dictionary or a `ConfigDict`."""
+    """Values by name, in dictionaries or `ConfigDict`s; a dot would end a name."""
 
     def accepts(self, value: Any) -> bool:
-        # A ConfigDict is no Mapping.
-        named = isinstance(value, Mapping) or type(value).__name__ == "ConfigDict"
-        return named and all(isinstance(name, str) for name in value)
+        if not _is_mapping(value):
+            return False
+        names = all(isinstance(name, str) and "." not in name for name in value)
+        return names and all(map(self.accepts, filter(_is_mapping, value.values())))
 
     def __str__(self) -> str:
         return "values by name"
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or type(value).__name__ == "ConfigDict"  # which is none
 
 
 class Several(NamedTuple):
