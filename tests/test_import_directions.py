@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "arrays": "",
     "config": "valid errors",
     "cli": "config_flag data errors",
-    "config_flag": "tasks config errors",
+    "config_flag": "tasks config valid errors",
     "memory": "",
     "published": "",
     "progress": "",

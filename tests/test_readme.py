@@ -31,7 +31,7 @@ def test_configuration_keys_exist():
     known = set()
     for name, arg in CONFIGS:
         config = load_config(name, arg)
-        known |= {*flatten_dict(config.to_dict(), sep="."), *list_settings(config, {})}
+        known |= {*flatten_dict(config.to_dict(), sep="."), *list_settings(config)}
     groups = {key.split(".")[0] for key in known if "." in key} - {"model_overrides"}
     text = "\n".join(page.read_text() for page in PAGES)
     flags = set(re.findall(r"--config\.([a-z_.\d]+)=", text))

@@ -69,11 +69,11 @@ def run(
     sys.exit(0)
 
 
-def define_config(flag_values: flags.FlagValues) -> None:
-    """Defines the flag --config=FILE.py[:ARGUMENT] and its overrides --config.key=value."""
+def config_flags() -> flags.FlagValues:
+    """Returns the flag --config=FILE.py[:ARGUMENT] with its overrides --config.key=value."""
     from tokenvit_jax import config_flag  # not every command has a config
 
-    config_flag.define(flag_values)
+    return config_flag.ConfigFlags()
 
 
 def read_config(flag_values: flags.FlagValues) -> "ConfigDict":

@@ -1,4 +1,4 @@
-"""Entries of a configuration that every task has, each with its default and its meaning.
+"""Entries of a configuration that every task has: defaults, meanings and valid values.
 
 Each task adds its own entries (see `tokenvit_jax.tasks`). The recipes in `tokenvit_jax.recipes`
 start from `tokenvit_jax.tasks.default_config`. The command line overrides an entry with
@@ -6,14 +6,37 @@ start from `tokenvit_jax.tasks.default_config`. The command line overrides an en
 documentation list `ENTRIES`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.valid import (
+    Form,
+    Group,
+    Number,
+    OneOf,
+    Rule,
+    Several,
+    Size,
+    Text,
+    check,
+    shown,
+    whole,
+)
 
+MIN_IMAGE_SIZE = 32  # one cell of the last map of a hierarchical backbone [pixels]
 MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
+
+# Rules of several entries.
+SIDE = whole(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+SHARE = Number(0, 1)
+CHECKPOINT = Form("last|best|[0-9]+", "last, best or a step")
+_STEPS = whole(1, 2**31 - 1)  # the step is a 32-bit integer
+_BATCH = whole(1, 2**20)
+_RATE = Number(0, 1000)
+_DECAY = Number(0, 1, below=True)
 
 
 class Entry(NamedTuple):
@@ -22,11 +45,34 @@ class Entry(NamedTuple):
     Attributes:
       default: its default, without augmentation and regularisation; {}: a group whose keys the
         model or the head determines.
-      meaning: what it means, with its unit or its valid values.
+      meaning: what it means, with its unit.
+      valid: rule for its value.
     """
 
     default: Any
     meaning: str
+    valid: Rule
+
+    @property
+    def text(self) -> str:
+        """The meaning, with the valid values unless these are any text or group."""
+        if isinstance(self.valid, Text | Group):
+            return self.meaning
+        return f"{self.meaning} ({self.valid})"
+
+
+class Need(NamedTuple):
+    """Entries that change nothing unless another entry has some value.
+
+    Attributes:
+      keys: the entries.
+      condition: the value of the other entry, in words.
+      holds: returns whether a configuration meets the condition.
+    """
+
+    keys: tuple[str, ...]
+    condition: str
+    holds: Callable[[ConfigDict], Any]
 
 
 def size_entry(value: int) -> FieldReference:
@@ -36,61 +82,142 @@ def size_entry(value: int) -> FieldReference:
 
 ENTRIES: dict[str, Entry] = {
     # The model.
-    "model": Entry("dgt_t", "name of the model (tokenvit list models)"),
-    "model_overrides": Entry({}, "settings of the model that replace the published ones"),
-    "dtype": Entry("float32", "compute: float32 | bfloat16; parameters stay float32"),
-    "seed": Entry(0, "seed of the parameters, the order of the images and the augmentation"),
+    "model": Entry("dgt_t", "name of the model (tokenvit list models)", Text(empty=False)),
+    "model_overrides": Entry({}, "settings of the model that replace the published ones", Group()),
+    "dtype": Entry(
+        "float32",
+        "type of the computation; parameters stay float32",
+        OneOf(("float32", "bfloat16")),
+    ),
+    "seed": Entry(
+        0,
+        "seed of the parameters, the order of the images and the augmentation",
+        whole(0, 2**32 - 1),
+    ),
     # The run whose parameters training starts from.
-    "initial.workdir": Entry("", "a trained run, or a run that convert wrote; empty: random"),
-    "initial.checkpoint": Entry("last", "last, best or a step"),
+    "initial.workdir": Entry(
+        "", "a trained run, or a run that convert wrote; empty: random", Text()
+    ),
+    "initial.checkpoint": Entry("last", "checkpoint of that run", CHECKPOINT),
     # The data.
-    "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)"),
-    "image_size": Entry(size_entry(224), "one number for a square, or (height, width) [pixels]"),
-    "in_channels": Entry(3, "channels of the images: 1 (grey) | 3 (RGB) | 4 (RGB and alpha)"),
-    "batch_size": Entry(128, "images per step, over all devices of all processes"),
-    "data.data_dir": Entry("~/tensorflow_datasets", "folder that prepare wrote the dataset into"),
-    "data.classes": Entry((), "names of the classes; (): the dataset's own"),
-    "data.split": Entry(0.0, "share of the images kept for evaluation; 0: own splits"),
-    "data.workers": Entry(0, "worker processes that read ahead; 0: read in the training process"),
-    "data.on_corrupt": Entry("raise", "unreadable image: raise | skip (counted and logged)"),
-    "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch"),
-    "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices"),
-    "data.normalization": Entry("imagenet", "imagenet | inception (mean 0.5, std 0.5) | clip"),
-    "augment.flip": Entry(0.0, "probability of a horizontal flip"),
+    "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)", Text(empty=False)),
+    "image_size": Entry(size_entry(224), "sides of the images [pixels]", Size(SIDE)),
+    "in_channels": Entry(
+        3, "channels of the images: grey, RGB, or RGB and alpha", OneOf((1, 3, 4))
+    ),
+    "batch_size": Entry(128, "images per step, over all devices of all processes", _BATCH),
+    "data.data_dir": Entry(
+        "~/tensorflow_datasets", "folder that prepare wrote the dataset into", Text(empty=False)
+    ),
+    "data.classes": Entry(
+        (), "names of the classes; (): the dataset's own", Several(Text(empty=False))
+    ),
+    "data.split": Entry(0.0, "share of the images kept for evaluation; 0: own splits", _DECAY),
+    "data.workers": Entry(
+        0, "worker processes that read ahead; 0: read in the training process", whole(0, 1000)
+    ),
+    "data.on_corrupt": Entry(
+        "raise",
+        "what follows an unreadable image; skipped ones are counted and logged",
+        OneOf(("raise", "skip")),
+    ),
+    "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch", _BATCH),
+    "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices", _BATCH),
+    "data.normalization": Entry(
+        "imagenet",
+        "mean and standard deviation of the pixels; inception: 0.5 and 0.5",
+        OneOf(("imagenet", "inception", "clip")),
+    ),
+    "augment.flip": Entry(0.0, "probability of a horizontal flip", SHARE),
     # Optimisation.
-    "num_steps": Entry(1000, "length of the training"),
-    "accumulate_steps": Entry(1, "micro-batches per step, computed one after another"),
-    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off"),
-    "ema_decay": Entry(0.0, "moving average of the parameters, used for evaluation; 0: off"),
-    "optimizer.name": Entry("adamw", "adamw | sgd (with Nesterov momentum)"),
-    "optimizer.learning_rate": Entry(1e-3, "after the warm-up"),
-    "optimizer.weight_decay": Entry(0.05, "not applied to norms, biases, scales and positions"),
-    "optimizer.b1": Entry(0.9, "adamw: decay of the mean of gradients; sgd: momentum"),
-    "optimizer.b2": Entry(0.999, "adamw: decay of the mean of squared gradients"),
-    "optimizer.schedule": Entry("cosine", "cosine | polynomial, per step, after the warm-up"),
-    "optimizer.power": Entry(1.0, "exponent of the polynomial schedule; 1: linear"),
-    "optimizer.warmup_steps": Entry(0, "length of the linear warm-up"),
-    "optimizer.warmup_learning_rate": Entry(1e-6, "learning rate at step 0"),
-    "optimizer.end_learning_rate": Entry(1e-5, "learning rate at the last step"),
+    "num_steps": Entry(1000, "length of the training", _STEPS),
+    "accumulate_steps": Entry(1, "micro-batches per step, computed one after another", _BATCH),
+    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off", Number(0, 10**6)),
+    "ema_decay": Entry(
+        0.0, "moving average of the parameters, used for evaluation; 0: off", _DECAY
+    ),
+    "optimizer.name": Entry(
+        "adamw", "the optimizer; sgd has Nesterov momentum", OneOf(("adamw", "sgd"))
+    ),
+    "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(0, 1000, above=True)),
+    "optimizer.weight_decay": Entry(
+        0.05, "not applied to norms, biases, scales and positions", Number(0, 100)
+    ),
+    "optimizer.b1": Entry(0.9, "adamw: decay of the mean of gradients; sgd: momentum", _DECAY),
+    "optimizer.b2": Entry(0.999, "adamw: decay of the mean of squared gradients", _DECAY),
+    "optimizer.schedule": Entry(
+        "cosine",
+        "course of the learning rate, per step, after the warm-up",
+        OneOf(("cosine", "polynomial")),
+    ),
+    "optimizer.power": Entry(1.0, "exponent of the polynomial schedule; 1: linear", Number(0, 100)),
+    "optimizer.warmup_steps": Entry(
+        0, "length of the linear warm-up, below num_steps", whole(0, 2**31 - 2)
+    ),
+    "optimizer.warmup_learning_rate": Entry(1e-6, "learning rate at step 0", _RATE),
+    "optimizer.end_learning_rate": Entry(1e-5, "learning rate at the last step", _RATE),
     "optimizer.layer_decay": Entry(
-        1.0, "factor of the learning rate from each layer to the layer below it; 1: off"
+        1.0,
+        "factor of the learning rate from each layer to the layer below it; 1: off",
+        Number(0, 1, above=True),
     ),
     "optimizer.freeze": Entry(
         "",
         "variables that stay as they are: backbone (all but the classifier or head), or patterns "
         "of their paths, such as patches,position,blocks_[0-3]; empty: none",
+        Form(
+            r"|\s*[^,\s\0][^,\0]*(,\s*[^,\s\0][^,\0]*)*",
+            "names and patterns, separated by commas",
+        ),
     ),
     # Devices.
-    "parallel": Entry("jit", "jit (over a mesh of all devices) | pmap"),
-    "mesh.fsdp": Entry(1, "devices over which parameters and optimizer state are sharded (jit)"),
+    "parallel": Entry(
+        "jit", "jit runs over a mesh of all devices, pmap over all devices", OneOf(("jit", "pmap"))
+    ),
+    "mesh.fsdp": Entry(
+        1,
+        "devices over which parameters and optimizer state are sharded (parallel=jit)",
+        whole(1, 2**20),
+    ),
     # Checkpoints and logs in the workdir.
-    "log_every_steps": Entry(50, "steps between two logged ones"),
-    "eval_every_steps": Entry(1000, "steps between two evaluations"),
-    "checkpoint_every_steps": Entry(1000, "steps between two checkpoints"),
-    "keep_last_checkpoints": Entry(2, "number of latest checkpoints that are kept"),
-    "keep_best_checkpoints": Entry(1, "number of checkpoints kept by score (accuracy or mIoU)"),
-    "profile": Entry("", "steps of a profiler trace, first:last; empty: none"),
+    "log_every_steps": Entry(50, "steps between two logged ones", _STEPS),
+    "eval_every_steps": Entry(1000, "steps between two evaluations", _STEPS),
+    "checkpoint_every_steps": Entry(1000, "steps between two checkpoints", _STEPS),
+    "keep_last_checkpoints": Entry(2, "number of latest checkpoints that are kept", _STEPS),
+    "keep_best_checkpoints": Entry(
+        1, "number of checkpoints kept by score (accuracy or mIoU)", whole(0, 2**31 - 1)
+    ),
+    "profile": Entry(
+        "",
+        "steps of a profiler trace; empty: none",
+        Form("|[1-9][0-9]{0,9}:[1-9][0-9]{0,9}", "first:last, steps from 1"),
+    ),
 }
+
+# What changes nothing is refused when training starts: it is a mistake, or a trial of something
+# else than its author thinks.
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("initial.checkpoint",),
+        "config.initial.workdir, the folder of a run",
+        lambda config: config.initial.workdir,
+    ),
+    Need(
+        ("optimizer.b2",),
+        "config.optimizer.name=adamw",
+        lambda config: config.optimizer.name == "adamw",
+    ),
+    Need(
+        ("optimizer.power",),
+        "config.optimizer.schedule=polynomial",
+        lambda config: config.optimizer.schedule == "polynomial",
+    ),
+    Need(
+        ("optimizer.warmup_learning_rate",),
+        "config.optimizer.warmup_steps above 0",
+        lambda config: config.optimizer.warmup_steps,
+    ),
+)
 
 
 def base_config() -> ConfigDict:
@@ -137,59 +264,33 @@ def read_entry(config: ConfigDict, key: str) -> Any:
     return config
 
 
-def check_values(
-    config: ConfigDict,
-    choices: dict[str, tuple[Any, ...]],
-    ranges: dict[str, tuple[float, float | None]],
-) -> None:
-    """Raises UserError for the first entry with an invalid value.
+def check_entries(config: ConfigDict, entries: Mapping[str, Entry]) -> None:
+    """Raises UserError for the first entry of a configuration whose value is not valid.
 
     Args:
       config: any configuration with these entries.
-      choices: valid values by key.
-      ranges: lowest and highest valid value by key; None: no upper limit.
+      entries: the entries by key, such as `ENTRIES`.
     """
-    for key, valid in choices.items():
-        if (value := read_entry(config, key)) not in valid:
-            raise UserError(
-                f"config.{key}={value!r} is not valid; valid: {', '.join(map(str, valid))}"
-            )
-    for key, (low, high) in ranges.items():
-        value = read_entry(config, key)
-        # The comparison is written so that nan is out of range.
-        if not value >= low or (high is not None and not value <= high):
-            limits = f"at least {low}" if high is None else f"{low} to {high}"
-            raise UserError(f"config.{key}={value} is not valid; valid: {limits}")
+    for key, entry in entries.items():
+        check(f"config.{key}", read_entry(config, key), entry.valid)
 
 
-def check_size(config: ConfigDict, key: str, lowest: int) -> None:
-    """Raises UserError unless an entry is one valid number of pixels, or two.
+def check_needs(config: ConfigDict, entries: Mapping[str, Entry], needs: Iterable[Need]) -> None:
+    """Raises UserError for the first entry that changes nothing, although it has been changed.
 
     Args:
-      config: any configuration with this entry, see :func:`size_entry`.
-      key: such as "image_size".
-      lowest: smallest valid number.
+      config: any configuration with these entries, whose values are valid.
+      entries: the entries by key, with their defaults.
+      needs: conditions of entries.
     """
-    value = read_entry(config, key)
-    sides = value if isinstance(value, tuple | list) else (value, value)
-    if len(sides) != 2 or not all(
-        type(side) is int and lowest <= side <= MAX_IMAGE_SIZE for side in sides
-    ):
-        raise UserError(
-            f"config.{key}={value!r} is not valid; valid: at least {lowest}, up to "
-            f"{MAX_IMAGE_SIZE}; one number, or (height, width)"
-        )
-
-
-def check_interval(config: ConfigDict, key: str, highest: float | None = None) -> None:
-    """Raises UserError unless an entry is two ascending numbers above 0.
-
-    Args:
-      config: any configuration with this entry.
-      key: such as "augment.crop_scale".
-      highest: largest valid number; None: no limit.
-    """
-    value = read_entry(config, key)
-    if len(value) != 2 or not 0 < value[0] <= value[1] or (highest and value[1] > highest):
-        limit = "" if highest is None else f" and up to {highest}"
-        raise UserError(f"config.{key}={value}; valid: lowest and highest, above 0{limit}")
+    for need in needs:
+        if need.holds(config):
+            continue
+        for key in need.keys:
+            value, default = read_entry(config, key), entries[key].default
+            default = default.get() if isinstance(default, FieldReference) else default
+            if value != default:
+                raise UserError(
+                    f"config.{key}={shown(value)} changes nothing without {need.condition}; "
+                    f"valid: {default!r}, the default, or both"
+                )

@@ -6,36 +6,73 @@ the model or the head that the configuration leaves at its published value.
 """
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import re
 import sys
+import traceback
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, base_config
-from tokenvit_jax.errors import did_you_mean
+from tokenvit_jax.config import ENTRIES, base_config, read_entry
+from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.valid import LONGEST, Group, Rule, shown
 
 # Fields of models and heads that the task or Flax sets.
 _SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
 
 
-def define(flag_values: flags.FlagValues) -> None:
-    """Defines the flag."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "configuration: FILE.py or the name of a config (tokenvit list configs), both with an "
-        "optional :ARGUMENT; --config.key=value changes an entry",
-        flag_values,
-    )
-    flag_values["config"].parser = _ConfigParser()
+class ConfigFlags(flags.FlagValues):
+    """The flags of a command that takes a configuration, with --config and its overrides.
+
+    Overrides may stand anywhere on the command line.
+    """
+
+    def __init__(self):
+        super().__init__()
+        flags.DEFINE_string(
+            "config",
+            None,
+            "configuration: FILE.py or the name of a config (tokenvit list configs), both with an "
+            "optional :ARGUMENT; --config.key=value changes an entry",
+            flag_values=self,
+        )
+
+    def __call__(self, argv: Sequence[str], known_only: bool = False) -> list[str]:
+        """Parses a command line: the value of the flag "config" becomes a `ConfigDict`, or None.
+
+        Args:
+          argv: name of the program and arguments.
+          known_only: as in absl.
+
+        Returns:
+          The name of the program and the arguments that are no flags.
+
+        Raises:
+          UserError: the configuration or an override is wrong.
+          absl.flags.Error: another flag is wrong.
+        """
+        overrides, others = _split(argv)
+        flag = self["config"]
+        flag.unparse()
+        files = [argument for argument in others if re.match("--?config=", argument)]
+        if len(set(files)) > 1:
+            raise UserError(f"{' '.join(files)} contradict each other; valid: one --config")
+        rest = super().__call__(others, known_only)
+        if flag.value is not None:
+            flag.value = _override(_load(flag.value), overrides)
+        elif overrides:
+            raise UserError(f"{overrides[0].flag} needs --config=FILE.py or --config=NAME")
+        return rest
 
 
 def config_files() -> dict[str, Path]:
@@ -51,50 +88,293 @@ def title_of(file: Path) -> str:
     return (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
 
 
-class _ConfigParser(flags.ArgumentParser):
-    """Reads the value of --config, and adds the settings that the command line overrides."""
+# ------------------------------------------------------------------------------------------------
+# Configurations
+# ------------------------------------------------------------------------------------------------
 
-    def parse(self, text: str) -> ConfigDict:
-        name, _, argument = text.partition(":")
-        config = _get_config(_find(name), argument)
-        if not isinstance(config, ConfigDict):
-            raise flags.Error(f"--config={text}: get_config() returned no ConfigDict")
-        given = _overrides()
-        with config.unlocked():
-            for key in given:
-                if not _has(config, key):
-                    _add(config, key, given)
-        return config.lock()
+
+def _load(text: str) -> ConfigDict:
+    """Returns the configuration that the value of --config names.
+
+    Raises:
+      UserError: there is no such configuration, or its file fails.
+    """
+    name, _, argument = text.partition(":")
+    file = _find(name)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the results of a command go to stdout
+            config = _get_config(file, argument)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the file is the user's code
+        raise UserError(f"--config={text}: {_describe(error, file)}") from error
+    if not isinstance(config, ConfigDict) or "task" not in config:
+        raise UserError(
+            f"--config={text}: get_config() returns {shown(config)}; valid: a configuration that "
+            "starts from tokenvit_jax.tasks.default_config"
+        )
+    return config.lock()
 
 
 def _find(name: str) -> Path:
-    file, shipped = Path(name).expanduser(), config_files()
+    if name.startswith("--"):
+        raise UserError(f"--config has no value: {name} follows it; write --config=NAME")
+    if not name.strip():
+        raise UserError(f"--config={name} is empty; `tokenvit list configs` prints the names")
+    try:
+        file, shipped = Path(name).expanduser(), config_files()
+    except RuntimeError as error:  # the home folder of an unknown user
+        raise UserError(f"--config={name}: {error}") from error
     if file.is_file():
         return file
     parts = Path(name).parts
     known = name in shipped or (parts[:-1] == ("configs",) and file.suffix == ".py")
     if known and file.stem in shipped:
         return shipped[file.stem]
+    if file.exists():
+        raise UserError(f"--config={name} is a folder; valid: FILE.py or the name of a config")
     hint = did_you_mean(file.stem, shipped)
-    raise flags.Error(
+    raise UserError(
         f"--config={name}: no such file, and no config has this name{hint}; `tokenvit list "
         "configs` prints the names"
     )
 
 
 def _get_config(file: Path, argument: str) -> Any:
+    """Runs a file and returns the result of its function `get_config`."""
     spec = importlib.util.spec_from_file_location("config_file", file)
     if spec is None:
-        raise flags.Error(f"--config={file} is no Python file")
+        raise UserError(f"--config={file} is no Python file; valid: a file with the suffix .py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
+    function = getattr(module, "get_config", None)
+    if not callable(function):
+        raise UserError(f"--config={file}: the file has no function get_config()")
+    arguments = (argument,) if argument else ()
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        form = "no :ARGUMENT" if argument else f"--config={file}:ARGUMENT"
+        raise UserError(
+            f"--config={file}{':' * bool(argument)}{argument} is not valid: get_config() has "
+            f"{'no' if argument else 'an'} argument; valid: {form}"
+        ) from error
+    return function(*arguments)
 
 
-def _overrides() -> dict[str, str]:
-    """Returns the text of every flag --config.key=text of the command line by key."""
-    found = (re.fullmatch(r"--?(?:no)?config\.([\w.]+)(?:=(.*))?", arg, re.S) for arg in sys.argv)
-    return {match[1]: match[2] or "" for match in found if match}
+def _describe(error: BaseException, file: Path) -> str:
+    """Returns an error of a configuration file, with the line of the file."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f"{type(error).__name__}: {error.msg} (line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    place = f" (line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Overrides
+# ------------------------------------------------------------------------------------------------
+
+
+class _Override(NamedTuple):
+    """An override on the command line.
+
+    Attributes:
+      flag: the argument, such as "--config.seed=1".
+      key: key of an entry or a setting, such as "seed".
+      text: the value; None: there is none, as for --config.augment.photometric.
+      negated: whether the flag begins with "no", as in --noconfig.augment.photometric.
+    """
+
+    flag: str
+    key: str
+    text: str | None
+    negated: bool
+
+
+def _split(argv: Sequence[str]) -> tuple[list[_Override], list[str]]:
+    """Separates overrides from the other arguments; "--" ends the flags."""
+    overrides, others, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if argument == "--":
+            others += [argument, *rest]
+            break
+        if not match:
+            others.append(argument)
+            continue
+        negated, key, text = match.groups()
+        if text is None and not negated and rest and re.match(r"(?!-)|-[.\d]", rest[0]):
+            text = rest.pop(0)  # --config.key value
+            argument = f"{argument}={text}"
+        overrides.append(_Override(argument, key, text, bool(negated)))
+    return overrides, others
+
+
+def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
+    """Changes entries and settings of a configuration, and returns it.
+
+    Raises:
+      UserError: a key is unknown, a value cannot be read, or two overrides contradict each other.
+    """
+    _check_overrides(overrides)
+    with config.unlocked():
+        # Entries first: they may choose another model, which has other settings.
+        for override in overrides:
+            if not _is_setting(override.key):
+                _set_entry(config, override)
+        settings = None
+        for override in overrides:
+            if _is_setting(override.key):
+                settings = settings or list_settings(config)
+                _set_setting(config, override, settings)
+    return config.lock()
+
+
+def _check_overrides(overrides: Sequence[_Override]) -> None:
+    given = {}
+    for override in overrides:
+        other = given.setdefault(override.key, override)
+        if (other.text, other.negated) != (override.text, override.negated):
+            raise UserError(f"{_short(other)} and {_short(override)} contradict each other")
+        for key, other in given.items():
+            if key.startswith(f"{override.key}."):
+                raise UserError(
+                    f"{_short(override)} replaces {_short(other)}, which stands before it; valid: "
+                    "the other order"
+                )
+
+
+def _set_entry(config: ConfigDict, override: _Override) -> None:
+    """Changes an entry, which the configuration must have."""
+    key = override.key
+    if not _has(config, key):
+        raise UserError(_unknown(config, key, ()))
+    *groups, name = key.split(".")
+    group = read_entry(config, ".".join(groups)) if groups else config
+    if isinstance(group[name], ConfigDict):
+        raise UserError(
+            f"{_short(override)} is not valid: {key} is a group of entries; valid: "
+            f"--config.{key}.NAME=VALUE with one of the names {', '.join(group[name])}"
+        )
+    kind = group.get_type(name)
+    group[name] = _read(override, kind, functools.partial(_rule_of, config, key))
+
+
+def _rule_of(config: ConfigDict, key: str) -> Rule | None:
+    """Returns the rule of an entry; None: it is an entry of the configuration file's own."""
+    if key not in ENTRIES:
+        from tokenvit_jax.tasks import entries_of  # imports jax
+
+        return getattr(entries_of(config.task).get(key), "valid", None)
+    return ENTRIES[key].valid
+
+
+def _set_setting(
+    config: ConfigDict, override: _Override, settings: Mapping[str, "Setting"]
+) -> None:
+    """Changes a setting of the model or the head, or replaces all of them by a dictionary."""
+    key = override.key
+    if "." not in key and _has(config, key):
+        value = _literal(override.text or "")
+        if not Group().accepts(value):
+            raise UserError(
+                f"{_short(override)} is not valid; valid: --config.{key}.NAME=VALUE, or values by "
+                "name in braces"
+            )
+        config[key] = ConfigDict(value)
+        return
+    if key not in settings:
+        raise UserError(_unknown(config, key, settings))
+    setting = settings[key]
+    *groups, name = key.split(".")
+    group = config
+    for part in groups:
+        if not isinstance(group.get(part), ConfigDict):
+            group[part] = ConfigDict()
+        group = group[part]
+    value = _read(override, setting.type, lambda: setting.valid)
+    if isinstance(value, dict) and not Group().accepts(value):
+        raise UserError(f"{_short(override)} is not valid; valid: values by name in braces")
+    if name in group:  # whose value may have the type of another one that is valid, too
+        del group[name]
+    group[name] = value
+
+
+def _is_setting(key: str) -> bool:
+    return key.split(".")[0].endswith("_overrides")
+
+
+# What the text of a value must be, if the entry has no rule.
+_FORMS = {bool: "True, False", int: "whole numbers", float: "numbers", tuple: "values in brackets"}
+
+
+def _read(override: _Override, kind: type, find_rule: Callable[[], Rule | None]) -> Any:
+    """Returns the value that an override gives to an entry or a setting.
+
+    The text must have the right form; whether the value is valid is checked with the whole
+    configuration.
+
+    Args:
+      override: the override.
+      kind: type of the value; any other than bool, int, float, str and tuple: a literal or a text.
+      find_rule: returns the rule for the value, for the message.
+
+    Raises:
+      UserError: the text has another form.
+    """
+    flag, text = override.flag, override.text
+    switches = kind in _READERS and kind is not bool
+    if override.negated and (switches or text is not None):
+        name = override.key
+        raise UserError(f"{_short(override)} is not valid; valid: --config.{name}=VALUE")
+    if text is None and switches:
+        raise UserError(f"{flag} has no value; valid: {_valid(kind, find_rule())}")
+    if text is None:
+        return not override.negated
+    try:
+        return _READERS.get(kind, _literal)(text)
+    except ValueError as error:
+        valid = _valid(kind, find_rule())
+        raise UserError(f"{_short(override)} is not valid; valid: {valid}") from error
+
+
+def _valid(kind: type, rule: Rule | None) -> str:
+    return str(rule) if rule is not None else _FORMS.get(kind, "a text")
+
+
+def _literal(text: str) -> Any:
+    """Returns the value of a Python literal, or the text itself if it is none."""
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _read_tuple(text: str) -> tuple[Any, ...]:
+    value = _literal(text)
+    if not isinstance(value, tuple | list):
+        raise ValueError("no values in brackets")
+    return tuple(value)
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise ValueError("neither True nor False")
+    return text.lower() in ("true", "1")
+
+
+_READERS = {bool: _read_bool, int: int, float: float, str: str, tuple: _read_tuple}
+
+
+def _short(override: _Override) -> str:
+    """Returns an override for a message, shortened if it is long."""
+    return override.flag if len(override.flag) <= LONGEST else f"{override.flag[:LONGEST]}..."
 
 
 def _has(config: ConfigDict, key: str) -> bool:
@@ -117,22 +397,21 @@ class Setting(NamedTuple):
       type: type of its value, as `ml_collections` knows it; object: any literal.
       value: the published value, or the default.
       meaning: its description.
+      valid: rule for its value; None: it has none.
     """
 
     type: type
     value: Any
     meaning: str
+    valid: Rule | None = None
 
 
-def list_settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Setting]:
+def list_settings(config: ConfigDict) -> dict[str, Setting]:
     """Returns all settings that the overrides of a configuration can replace, by key."""
     from tokenvit_jax.tasks import TASKS, entries_of  # imports jax
 
-    chosen = config.copy_and_resolve_references()
-    with chosen.unlocked():  # the command line may name another model
-        chosen.update({key: given[key] for key in ("task", "model", "head") if key in given})
-    entries_of(chosen.task)  # refuses an unknown task
-    owners = TASKS[chosen.task].overridable(chosen)
+    entries_of(config.task)  # refuses an unknown task
+    owners = TASKS[config.task].overridable(config)
     return {
         key: setting for group, owner in owners.items() for key, setting in _fields(group, owner)
     }
@@ -141,12 +420,15 @@ def list_settings(config: ConfigDict, given: Mapping[str, str]) -> dict[str, Set
 def _fields(prefix: str, owner: Any) -> Iterator[tuple[str, Setting]]:
     cls = owner if isinstance(owner, type) else type(owner)
     meanings, parts = attribute_meanings(cls), getattr(cls, "parts", {})
+    rules = {}
+    for base in reversed(cls.__mro__):
+        rules |= vars(base).get("valid", {})
     for field in dataclasses.fields(cls):
         if field.name not in _SET_ELSEWHERE:
             key, kind = f"{prefix}.{field.name}", typing.get_origin(field.type) or field.type
             kind = kind if kind in (bool, int, float, str, tuple) else object
             value = getattr(owner, field.name, None)
-            yield key, Setting(kind, value, meanings.get(field.name, ""))
+            yield key, Setting(kind, value, meanings.get(field.name, ""), rules.get(field.name))
             if field.name in parts:
                 yield from _fields(key, parts[field.name])
 
@@ -165,33 +447,17 @@ def attribute_meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def _add(config: ConfigDict, key: str, given: Mapping[str, str]) -> None:
-    """Adds an entry without a value for a setting that the command line overrides.
-
-    Raises:
-      flags.Error: the model or head has no such setting.
-    """
-    settings = list_settings(config, given) if key.split(".")[0].endswith("_overrides") else {}
-    if key not in settings:
-        raise flags.Error(_unknown(config, key, settings))
-    *groups, name = key.split(".")
-    group = config
-    for part in groups:
-        if not isinstance(group.get(part), ConfigDict):
-            group[part] = ConfigDict()
-        group = group[part]
-    # A reference, because None alone would not say which values fit.
-    group[name] = FieldReference(None, field_type=settings[key].type)
-
-
 def _unknown(config: ConfigDict, key: str, settings: Iterable[str]) -> str:
     from tokenvit_jax.tasks import tasks_with
 
-    if tasks := tasks_with(key):
-        hint = f"config.{key} is an entry of the tasks: {', '.join(tasks)}"
+    names = [name for name in (key, key.split(".")[0]) if not _has(config, name)]
+    if of_tasks := [name for name in names if tasks_with(name)]:
+        tasks = ", ".join(tasks_with(of_tasks[0]))
+        hint = f"config.{of_tasks[0]} is an entry of the tasks: {tasks}"
     else:
         near = did_you_mean(key, [*_values(config), *settings])
         hint = near.strip(" ()").rstrip("?") + "?" if near else "--help lists all keys"
+    key = key if len(key) <= LONGEST else f"{key[:LONGEST]}..."
     return f"--config.{key} is not a key of the configuration; {hint}"
 
 
@@ -211,7 +477,7 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
-    """Returns the entries of a configuration: keys, values and meanings.
+    """Returns the entries of a configuration: keys, values, and meanings with the valid values.
 
     Args:
       config: a configuration, whose settings of the model and the head are included; None: the
@@ -219,17 +485,17 @@ def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
     """
     if config is None:
         values = _values(base_config())
-        return [(key, values[key], entry.meaning) for key, entry in ENTRIES.items()]
+        return [(key, values[key], entry.text) for key, entry in ENTRIES.items()]
     from tokenvit_jax.tasks import entries_of
 
-    found, values, settings = [], _values(config), list_settings(config, {})
+    found, values, settings = [], _values(config), list_settings(config)
     for key, entry in entries_of(config.task).items():
         inner = [name for name in settings if name.startswith(f"{key}.")]
         if not inner:
-            found.append((key, values.get(key, entry.default), entry.meaning))
+            found.append((key, values.get(key, entry.default), entry.text))
         for name in inner:
-            _, value, meaning = settings[name]
+            setting = settings[name]
             parent = name.rpartition(".")[0]
             if parent == key or _has(config, parent):  # attributes of absent parts have no value
-                found.append((name, values.get(name, value), meaning))
+                found.append((name, values.get(name, setting.value), setting.meaning))
     return found

@@ -24,8 +24,7 @@ from tokenvit_jax.expediting import insertions
 from tokenvit_jax.training.evaluation import evaluate_insertions
 from tokenvit_jax.training.workdir import for_inference, read_config
 
-FLAGS = flags.FlagValues()
-cli.define_config(FLAGS)
+FLAGS = cli.config_flags()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 flags.DEFINE_string(

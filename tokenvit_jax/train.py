@@ -15,8 +15,7 @@ from tokenvit_jax import cli
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-FLAGS = flags.FlagValues()
-cli.define_config(FLAGS)
+FLAGS = cli.config_flags()
 flags.DEFINE_string(
     "workdir", None, "folder of the run, created if it does not exist", flag_values=FLAGS
 )

@@ -6,10 +6,13 @@ A rule stands beside the setting that it is for: `Entry.valid` of an entry of a 
 
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tokenvit_jax.errors import UserError
+
+LONGEST = 200  # characters of a value in a message
 
 
 class Rule(Protocol):
@@ -40,7 +43,8 @@ class Number(NamedTuple):
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
+        # Integers and fractions are finite, and perhaps too large for `math`.
+        if not isinstance(value, numbers.Rational) and not math.isfinite(value):
             return False
         if self.low is not None and not (value > self.low if self.above else value >= self.low):
             return False
@@ -48,9 +52,14 @@ class Number(NamedTuple):
 
     def __str__(self) -> str:
         kind = "whole numbers" if self.whole else "numbers"
-        low = "" if self.low is None else f" {'above' if self.above else 'from'} {self.low:g}"
-        high = "" if self.high is None else f" {'to below' if self.below else 'to'} {self.high:g}"
+        first, last = "above" if self.above else "from", "to below" if self.below else "to"
+        low = "" if self.low is None else f" {first} {_text(self.low)}"
+        high = "" if self.high is None else f" {last} {_text(self.high)}"
         return f"{kind}{low}{high}" if low or high else f"finite {kind}"
+
+
+def _text(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 class OneOf(NamedTuple):
@@ -76,7 +85,7 @@ class Flag(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text without a null character.
+    """A text without a null character, such as a name or a path; not only blanks.
 
     Attributes:
       empty: whether the empty text is valid.
@@ -85,10 +94,47 @@ class Text(NamedTuple):
     empty: bool = True
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, str) and "\0" not in value and (self.empty or bool(value.strip()))
+        if not isinstance(value, str) or "\0" in value:
+            return False
+        return bool(value.strip()) or (self.empty and not value)
 
     def __str__(self) -> str:
-        return "a text" if self.empty else "a text that is not empty"
+        return "a text, or '' for none" if self.empty else "a text that is not empty"
+
+
+class Form(NamedTuple):
+    """A text of some form.
+
+    Attributes:
+      pattern: regular expression for the whole text.
+      meaning: describes the form.
+    """
+
+    pattern: str
+    meaning: str
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+class Group(NamedTuple):
+    """Values by name, in dictionaries or `ConfigDict`s; a dot would end a name."""
+
+    def accepts(self, value: Any) -> bool:
+        if not _is_mapping(value):
+            return False
+        names = all(isinstance(name, str) and "." not in name for name in value)
+        return names and all(map(self.accepts, filter(_is_mapping, value.values())))
+
+    def __str__(self) -> str:
+        return "values by name"
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or type(value).__name__ == "ConfigDict"  # which is none
 
 
 class Several(NamedTuple):
@@ -116,6 +162,22 @@ class Several(NamedTuple):
         return f"{length}{'ascending ' if self.ascending else ''}values, each: {self.rule}"
 
 
+class Size(NamedTuple):
+    """One value for both directions, or (height, width).
+
+    Attributes:
+      rule: rule for every value.
+    """
+
+    rule: Rule
+
+    def accepts(self, value: Any) -> bool:
+        return self.rule.accepts(value) or Several(self.rule, 2).accepts(value)
+
+    def __str__(self) -> str:
+        return f"{self.rule}; one number, or (height, width)"
+
+
 class Either(NamedTuple):
     """Values that one of several rules accepts."""
 
@@ -133,6 +195,15 @@ def whole(low: int | None = None, high: int | None = None) -> Number:
     return Number(low, high, whole=True)
 
 
+def shown(value: Any) -> str:
+    """Returns the representation of any value as one line that is not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # the value's own method, or an integer with thousands of digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
 def check(name: str, value: Any, rule: Rule) -> None:
     """Raises UserError unless a rule accepts a value.
 
@@ -142,7 +213,7 @@ def check(name: str, value: Any, rule: Rule) -> None:
       rule: describes the valid values.
     """
     if not rule.accepts(value):
-        raise UserError(f"{name}={value!r} is not valid; valid: {rule}")
+        raise UserError(f"{name}={shown(value)} is not valid; valid: {rule}")
 
 
 def check_all(prefix: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:

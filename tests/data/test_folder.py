@@ -190,7 +190,7 @@ def remove(folder, name):
             "{f}/train has no classes; valid: one folder per class",
         ),
         (lambda f: None, {"split": 0.1}, "data.split=0.1 is for one folder of classes, {f} has tr"),
-        (lambda f: None, {"split": 1.5}, "config.data.split=1.5 is not valid; valid: 0 to 1"),
+        (lambda f: None, {"split": 1.5}, "config.data.split=1.5 is not valid; valid: numbe"),
         (lambda f: remove(f, "."), {}, "config.data.data_dir={f} is no folder"),
     ],
 )  # fmt: skip

@@ -321,14 +321,14 @@ def test_death_of_a_worker_is_an_error(config):
 @pytest.mark.parametrize(
     "key, value, valid",
     [
-        ("image_size", 31, "at least 32, up to 32768; one number, or (height, width)"),
+        ("image_size", 31, "whole numbers from 32 to 32768; one number, or (height, width)"),
         ("batch_size", 9, "positive multiples of the number of processes, 2"),
         ("data.eval_batch_size", 9, "positive multiples of the number of processes, 2"),
         ("data.on_corrupt", "ignore", "raise, skip"),
         ("data.normalization", "half", "imagenet, inception, clip"),
-        ("seed", -1, "0 to 4294967295"),
-        ("data.workers", -1, "at least 0"),
-        ("data.repeats", 0, "1, or more below config.batch_size=8"),
+        ("seed", -1, "whole numbers from 0 to 4294967295"),
+        ("data.workers", -1, "whole numbers from 0 to 1000"),
+        ("data.repeats", 0, "whole numbers from 1 to 1048576"),
         ("data.repeats", 8, "1, or more below config.batch_size=8"),
     ],
 )

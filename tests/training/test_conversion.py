@@ -106,7 +106,7 @@ def test_images_of_the_published_models(convert):
         "imagenet", 0.8, "bilinear",
     )  # fmt: skip
     assert len(lines) == 1  # nothing is taken from the published models
-    with pytest.raises(UserError, match=r"^config.data.eval_crop=1.5; valid: above 0, up to 1"):
+    with pytest.raises(UserError, match=r"^config.data.eval_crop=1.5 is not valid; valid: num"):
         convert(arrays_of(), eval_crop=1.5)
 
 

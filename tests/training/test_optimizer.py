@@ -132,8 +132,8 @@ def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
     [
         ("name", "adam", "config.optimizer.name='adam' is not valid; valid: adamw, sgd"),
         ("schedule", "step", "config.optimizer.schedule='step' is not valid; valid: cosine, poly"),
-        ("power", -1.0, "config.optimizer.power=-1.0 is not valid; valid: at least 0"),
-        ("b1", 1.5, "config.optimizer.b1=1.5 is not valid; valid: 0 to 1"),
+        ("power", -1.0, "config.optimizer.power=-1.0 is not valid; valid: numbers from 0"),
+        ("b1", 1.5, "config.optimizer.b1=1.5 is not valid; valid: numbers from 0"),
     ],
 )
 def test_settings_that_are_refused(key, value, message):

@@ -1,6 +1,6 @@
 """Records of datasets, transforms of images and batches for training and evaluation."""
 
-from tokenvit_jax.data.check import MIN_IMAGE_SIZE, check_data
+from tokenvit_jax.data.check import check_data
 from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import (
     builtin_info,
@@ -29,7 +29,6 @@ from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Sou
 __all__ = [
     "IGNORED",
     "INTERPOLATIONS",
-    "MIN_IMAGE_SIZE",
     "NORMALIZATIONS",
     "DatasetInfo",
     "Examples",

@@ -2,24 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import check_size, check_values
+from tokenvit_jax.config import ENTRIES, check_entries
 from tokenvit_jax.data.datasets import dataset_info
-from tokenvit_jax.data.images import MODES, NORMALIZATIONS
-from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
 
-MIN_IMAGE_SIZE = CELL_SIZE  # one cell of the last map [pixels]
-
-_CHOICES = {
-    "in_channels": tuple(MODES),
-    "data.on_corrupt": ("raise", "skip"),
-    "data.normalization": tuple(NORMALIZATIONS),
-}
-_RANGES = {
-    "seed": (0, 2**32 - 1),
-    "data.workers": (0, None),
-    "data.split": (0, 1),
-}
+_READ = (
+    "seed", "image_size", "in_channels", "batch_size", "data.split", "data.workers",
+    "data.on_corrupt", "data.repeats", "data.eval_batch_size", "data.normalization",
+)  # fmt: skip
 
 
 def check_data(config: ConfigDict) -> None:
@@ -27,15 +17,13 @@ def check_data(config: ConfigDict) -> None:
 
     Args:
       config: reads `dataset`, `seed`, `image_size`, `in_channels`, `batch_size`, and
-        `data.on_corrupt`, `data.normalization`, `data.workers`, `data.split`, `data.classes`
-        and `data.repeats`.
+        `data.on_corrupt`, `data.normalization`, `data.workers`, `data.split`, `data.classes`,
+        `data.repeats` and `data.eval_batch_size`.
     """
-    check_values(config, _CHOICES, _RANGES)
-    check_size(config, "image_size", MIN_IMAGE_SIZE)
+    check_entries(config, {key: ENTRIES[key] for key in _READ})
     dataset_info(config)
-    repeats = config.data.repeats
-    if repeats < 1 or (repeats > 1 and repeats >= config.batch_size):
+    if 1 < config.data.repeats >= config.batch_size:
         raise UserError(
-            f"config.data.repeats={repeats} is not valid; valid: 1, or more below "
+            f"config.data.repeats={config.data.repeats} is not valid; valid: 1, or more below "
             f"config.batch_size={config.batch_size}"
         )

@@ -56,7 +56,8 @@ class FinetuneRecipe:
         optimizer.warmup_steps = min(warmup, config.num_steps - 1)
         optimizer.layer_decay = self.layer_decay
         optimizer.learning_rate = self.base.learning_rate * scale
-        optimizer.warmup_learning_rate = self.warmup_learning_rate * scale
+        if optimizer.warmup_steps:
+            optimizer.warmup_learning_rate = self.warmup_learning_rate * scale
         optimizer.end_learning_rate = self.end_learning_rate * scale
         return config
 

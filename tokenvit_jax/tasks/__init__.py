@@ -3,12 +3,13 @@
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, Entry, make_config
+from tokenvit_jax.config import ENTRIES, Entry, check_entries, make_config
 from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
+from tokenvit_jax.valid import OneOf
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -24,6 +25,7 @@ __all__ = [
     "Prediction",
     "Segmentation",
     "Task",
+    "check_values",
     "create_task",
     "default_config",
     "entries_of",
@@ -63,7 +65,17 @@ def entries_of(task: str) -> dict[str, Entry]:
     if task not in TASKS:
         hint = did_you_mean(task, TASKS)
         raise UserError(f"config.task={task!r} is not valid{hint}; valid: {', '.join(TASKS)}")
-    return {"task": Entry(task, f"one of: {', '.join(TASKS)}"), **ENTRIES, **TASKS[task].entries}
+    own = Entry(task, "name of the task", OneOf(tuple(TASKS)))
+    return {"task": own, **ENTRIES, **TASKS[task].entries}
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises UserError for the first entry of a configuration whose value is not valid by itself.
+
+    Args:
+      config: configuration that has all entries of its task.
+    """
+    check_entries(config, entries_of(config.task))
 
 
 def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:
@@ -99,9 +111,10 @@ def tasks_with(key: str) -> list[str]:
     Args:
       key: name of the entry or group, such as "augment.crop_scale" or "mix".
     """
-    keys = {name: _keys(default_config(name)) for name in TASKS}
     return [
-        name for name in TASKS if any(f"{other}.".startswith(f"{key}.") for other in keys[name])
+        name
+        for name in TASKS
+        if any(f"{other}.".startswith(f"{key}.") for other in entries_of(name))
     ]
 
 

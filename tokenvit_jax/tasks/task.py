@@ -13,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.config import Entry, input_shape
+from tokenvit_jax.config import Entry, Need, input_shape
 from tokenvit_jax.data import (
     DatasetInfo,
     Examples,
@@ -125,6 +125,7 @@ class Task(abc.ABC):
 
     reads: ClassVar[frozenset[str]]  # fields of a Record from which the examples are made
     entries: ClassVar[Mapping[str, Entry]]  # the entries of a configuration that only this task has
+    needs: ClassVar[Sequence[Need]] = ()  # conditions under which some of them change something
 
     @staticmethod
     def overridable(config: ConfigDict) -> dict[str, Any]:
@@ -143,7 +144,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises UserError for the first invalid entry of this task."""
+        """Raises UserError for the first entry of this task that does not go with others.
+
+        The value of every entry is valid; see `tokenvit_jax.tasks.check_values`.
+        """
 
     def check_devices(self, devices: int) -> None:
         """Raises UserError unless a training batch can be divided over this number of devices."""

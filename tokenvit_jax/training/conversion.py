@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
-from tokenvit_jax.tasks import create_task, default_config
+from tokenvit_jax.tasks import check_values, create_task, default_config
 from tokenvit_jax.training.exporting import check_parent
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
@@ -105,7 +105,7 @@ def import_file(
     config.update(found.config_entries(arrays))
     model = create_task(config).make_model()
     lines += _set_images(config, found, arrays, model, choices)
-    create_task(config).check()
+    check_values(config)
     with _about(source):
         params = import_weights(arrays, model, found)
     write_run(out, config, {"params": params})

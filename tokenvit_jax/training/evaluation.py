@@ -88,7 +88,7 @@ def evaluate_run(
         the configuration is not valid.
     """
     config = for_inference(read_config(workdir)) if config is None else config
-    check_task(create_task(config))
+    check_task(create_task(config), training=False)
     parallel = make_parallel(config)
     run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
     task = run.task

@@ -4,68 +4,124 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import Entry, check_interval, check_values, read_entry
-from tokenvit_jax.data.images import INTERPOLATIONS
+from tokenvit_jax.config import CHECKPOINT, SHARE, Entry, Need, read_entry
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
+from tokenvit_jax.valid import Number, OneOf, Several, Text, whole
 
-_RANGES = {
-    "label_smoothing": (0, 1),
-    "mix.mixup": (0, None),
-    "mix.cutmix": (0, None),
-    "mix.mixtoken": (0, None),
-    "mix.probability": (0, 1),
-    "mix.switch_probability": (0, 1),
-    "token_labels.weight": (0, None),
-    "distillation.weight": (0, 1),
-}
-_CHOICES = {
-    "data.eval_interpolation": tuple(INTERPOLATIONS),
-    "distillation.kind": ("hard", "soft"),
-}
-
+_ALPHA = Number(0, 1000)
 
 ENTRIES: dict[str, Entry] = {
-    "label_smoothing": Entry(0.0, "weight of the uniform distribution in the targets"),
-    "data.eval_crop": Entry(0.875, "height of the centre crop / height the resized image covers"),
-    "data.eval_interpolation": Entry("bicubic", "of the resized image: bicubic | bilinear"),
-    "augment.crop_scale": Entry((1.0, 1.0), "random resized crop: area; (1, 1): no crop"),
-    "augment.crop_ratio": Entry((3 / 4, 4 / 3), "its width / height, relative to the image_size's"),
-    "augment.color_jitter": Entry(0.0, "strength of brightness, contrast, saturation"),
-    "augment.randaugment.num_ops": Entry(0, "operations per image; 0: none"),
-    "augment.randaugment.magnitude": Entry(9.0, "0 to 10"),
-    "augment.randaugment.magnitude_std": Entry(0.5, "standard deviation of the magnitude"),
-    "augment.erasing": Entry(0.0, "probability of random erasing; the box is filled with noise"),
-    "augment.rotation": Entry(0.0, "largest random rotation [degrees]"),
-    "augment.translation": Entry(0.0, "largest random shift / side of the image"),
+    "label_smoothing": Entry(
+        0.0, "weight of the uniform distribution in the targets", Number(0, 1, below=True)
+    ),
+    "data.eval_crop": Entry(
+        0.875, "height of the centre crop / height the resized image covers", Number(0.1, 1)
+    ),
+    "data.eval_interpolation": Entry(
+        "bicubic", "filter that resizes the image", OneOf(("bicubic", "bilinear"))
+    ),
+    "augment.crop_scale": Entry(
+        (1.0, 1.0),
+        "random resized crop: its area; (1, 1): no crop",
+        Several(Number(1e-4, 1), 2, ascending=True),
+    ),
+    "augment.crop_ratio": Entry(
+        (3 / 4, 4 / 3),
+        "its width / height, relative to the image_size's",
+        Several(Number(0.01, 100), 2, ascending=True),
+    ),
+    "augment.color_jitter": Entry(
+        0.0, "strength of brightness, contrast, saturation", Number(0, 10)
+    ),
+    "augment.randaugment.num_ops": Entry(0, "operations per image; 0: none", whole(0, 100)),
+    "augment.randaugment.magnitude": Entry(9.0, "mean level of an operation", Number(0, 10)),
+    "augment.randaugment.magnitude_std": Entry(
+        0.5, "standard deviation of the magnitude", Number(0, 10)
+    ),
+    "augment.erasing": Entry(
+        0.0, "probability of random erasing; the box is filled with noise", SHARE
+    ),
+    "augment.rotation": Entry(0.0, "largest random rotation [degrees]", Number(0, 180)),
+    "augment.translation": Entry(0.0, "largest random shift / side of the image", SHARE),
     # Mixing of the images of a batch, inside the training step.
-    "mix.mixup": Entry(0.0, "alpha of the Beta distribution; 0: off"),
-    "mix.cutmix": Entry(0.0, "alpha of the Beta distribution; 0: off"),
-    "mix.mixtoken": Entry(0.0, "alpha of the Beta distribution; 0: off; excludes mixup and cutmix"),
-    "mix.probability": Entry(1.0, "probability that a batch is mixed"),
-    "mix.switch_probability": Entry(0.5, "probability of CutMix if Mixup is also on"),
+    "mix.mixup": Entry(0.0, "alpha of the Beta distribution; 0: off", _ALPHA),
+    "mix.cutmix": Entry(0.0, "alpha of the Beta distribution; 0: off", _ALPHA),
+    "mix.mixtoken": Entry(
+        0.0, "alpha of the Beta distribution; 0: off; excludes mixup and cutmix", _ALPHA
+    ),
+    "mix.probability": Entry(1.0, "probability that a batch is mixed", Number(0, 1, above=True)),
+    "mix.switch_probability": Entry(0.5, "probability of CutMix if Mixup is also on", SHARE),
     # Labels for every cell of the last map; the model needs a token head.
-    "token_labels.weight": Entry(0.0, "weight of their loss beside the class loss; 0: off"),
-    "token_labels.teacher": Entry("", "workdir of a run that labels images during training"),
-    "token_labels.teacher_checkpoint": Entry("best", "last, best or a step"),
-    "token_labels.files": Entry("", "folder that label wrote, instead of a teacher"),
+    "token_labels.weight": Entry(
+        0.0, "weight of their loss beside the class loss; 0: off", Number(0, 1000)
+    ),
+    "token_labels.teacher": Entry(
+        "", "workdir of a run that labels images during training", Text()
+    ),
+    "token_labels.teacher_checkpoint": Entry("best", "checkpoint of the teacher", CHECKPOINT),
+    "token_labels.files": Entry("", "folder that label wrote, instead of a teacher", Text()),
     # A teacher from whose predictions the model also learns (DeiT).
-    "distillation.weight": Entry(0.0, "weight of its loss, 1 - weight for the labels; 0: off"),
-    "distillation.teacher": Entry("", "workdir of a run, also of one that convert wrote"),
-    "distillation.teacher_checkpoint": Entry("last", "last, best or a step"),
-    "distillation.kind": Entry("hard", "hard: its most probable class | soft: its probabilities"),
-    "distillation.temperature": Entry(1.0, "divides the logits of soft"),
+    "distillation.weight": Entry(
+        0.0, "weight of its loss, 1 - weight for the labels; 0: off", SHARE
+    ),
+    "distillation.teacher": Entry("", "workdir of a run, also of one that convert wrote", Text()),
+    "distillation.teacher_checkpoint": Entry("last", "checkpoint of the teacher", CHECKPOINT),
+    "distillation.kind": Entry(
+        "hard",
+        "hard: its most probable class; soft: its probabilities",
+        OneOf(("hard", "soft")),
+    ),
+    "distillation.temperature": Entry(1.0, "divides the logits of soft", Number(0.01, 1000)),
 }
 
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("augment.crop_ratio",),
+        "a crop, config.augment.crop_scale below (1, 1)",
+        lambda config: tuple(config.augment.crop_scale) != (1, 1),
+    ),
+    Need(
+        ("augment.randaugment.magnitude", "augment.randaugment.magnitude_std"),
+        "config.augment.randaugment.num_ops above 0",
+        lambda config: config.augment.randaugment.num_ops,
+    ),
+    Need(
+        ("mix.probability",),
+        "config.mix.mixup, config.mix.cutmix or config.mix.mixtoken above 0",
+        lambda config: config.mix.mixup or config.mix.cutmix or config.mix.mixtoken,
+    ),
+    Need(
+        ("mix.switch_probability",),
+        "both config.mix.mixup and config.mix.cutmix above 0",
+        lambda config: config.mix.mixup and config.mix.cutmix,
+    ),
+    Need(
+        ("token_labels.teacher", "token_labels.files"),
+        "config.token_labels.weight above 0",
+        lambda config: config.token_labels.weight,
+    ),
+    Need(
+        ("token_labels.teacher_checkpoint",),
+        "config.token_labels.teacher, the workdir of a run",
+        lambda config: config.token_labels.teacher,
+    ),
+    Need(
+        ("distillation.teacher", "distillation.teacher_checkpoint", "distillation.kind"),
+        "config.distillation.weight above 0",
+        lambda config: config.distillation.weight,
+    ),
+    Need(
+        ("distillation.temperature",),
+        "config.distillation.kind=soft and config.distillation.weight above 0",
+        lambda config: config.distillation.weight and config.distillation.kind == "soft",
+    ),
+)
 
-def check_entries(config: ConfigDict) -> None:
-    """Raises UserError for the first invalid one of these entries."""
-    check_values(config, _CHOICES, _RANGES)
-    if not 0 < config.data.eval_crop <= 1:
-        raise UserError(f"config.data.eval_crop={config.data.eval_crop}; valid: above 0, up to 1")
-    check_interval(config, "augment.crop_scale", highest=1)
-    check_interval(config, "augment.crop_ratio")
+
+def check_relations(config: ConfigDict) -> None:
+    """Raises UserError for the first of these entries that does not go with others."""
     _check_mixtoken(config)
     _check_token_labels(config)
     _check_distillation(config)
@@ -105,20 +161,16 @@ def _check_token_labels(config: ConfigDict) -> None:
 
 def _check_distillation(config: ConfigDict) -> None:
     """Checks that distillation is off, or has a teacher that sees what the model sees."""
-    weight, teacher = config.distillation.weight, config.distillation.teacher
-    if bool(weight) != bool(teacher):
-        missing = "teacher, the workdir of a run" if weight else "weight above 0"
+    weight = config.distillation.weight
+    if not weight:
+        return
+    if not config.distillation.teacher:
         raise UserError(
-            f"config.distillation.weight={weight} and config.distillation.teacher={teacher!r} go "
-            f"together; missing: config.distillation.{missing}"
+            f"config.distillation.weight={weight} needs a teacher; missing: "
+            "config.distillation.teacher, the workdir of a run"
         )
-    if not config.distillation.temperature > 0:
-        raise UserError(
-            f"config.distillation.temperature={config.distillation.temperature}; valid: above 0"
-        )
-    if weight:
-        others = ("token_labels.weight", "mix.mixtoken")
-        _refuse(config, "distillation.weight", others, "the teacher labels whole images")
+    others = ("token_labels.weight", "mix.mixtoken")
+    _refuse(config, "distillation.weight", others, "the teacher labels whole images")
 
 
 def _refuse(config: ConfigDict, key: str, others: Iterable[str], reason: str) -> None:

@@ -23,7 +23,7 @@ from tokenvit_jax.tasks.classification.mixing import (
     mix_batch,
     mix_targets,
 )
-from tokenvit_jax.tasks.classification.settings import ENTRIES, check_entries
+from tokenvit_jax.tasks.classification.settings import ENTRIES, NEEDS, check_relations
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -49,9 +49,16 @@ class Classification(Task):
 
     reads = frozenset({"image", "label"})
     entries = ENTRIES
+    needs = NEEDS
 
     def check(self) -> None:
-        check_entries(self.config)
+        check_relations(self.config)
+        crop = self.config.data.eval_crop
+        if not self.info.center_crop and crop != ENTRIES["data.eval_crop"].default:
+            raise UserError(
+                f"config.data.eval_crop={crop} changes nothing: config.dataset="
+                f"{self.config.dataset!r} is evaluated on whole images"
+            )
 
     def check_devices(self, devices: int) -> None:
         mix, batch_size = self.config.mix, self.config.batch_size

@@ -11,11 +11,10 @@ from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data import IGNORED
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.confusion import confusion_matrix
 from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.tasks.segmentation.settings import windows
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
 
 # Number of rows of a label map to predict at once: logits for all rows would not fit into memory.
@@ -44,18 +43,6 @@ def _pixel_losses(logits, labels):
     return jnp.where(counts, losses, 0.0)
 
 
-def window_size(config: ConfigDict) -> tuple[int, int]:
-    """Returns height and width of a window [pixels], from `inference.window` and `image_size`."""
-    return _or_default(config.inference.window, config.image_size)
-
-
-def _or_default(size, default):
-    """Returns height and width, those of the default where they are 0."""
-    pairs = zip(height_and_width(size), height_and_width(default), strict=True)
-    height, width = (side or other for side, other in pairs)
-    return height, width
-
-
 def predict_logits(
     model: nn.Module, config: ConfigDict, variables: Any, images: jax.Array, sizes: jax.Array
 ) -> jax.Array:
@@ -74,25 +61,9 @@ def predict_logits(
     Raises:
       UserError: the windows do not fit.
     """
-    window, buffer = window_size(config), images.shape[1:3]
-    stride = _or_default(config.inference.stride, window)
-    if any(side > room for side, room in zip(window, buffer, strict=True)):
-        raise UserError(
-            f"config.inference.window={config.inference.window} is not valid: windows of "
-            f"{_by(window)} pixels do not fit into config.data.eval_size={buffer}; valid: up to "
-            "its height and width"
-        )
-    if any(step > side for step, side in zip(stride, window, strict=True)):
-        raise UserError(
-            f"config.inference.stride={config.inference.stride} is not valid; valid: up to the "
-            f"windows' {_by(window)} pixels"
-        )
+    window, stride = windows(config, images.shape[1:3])
     apply = functools.partial(model.apply, variables, train=False)
     return sliding_logits(apply, images, sizes, window, stride)
-
-
-def _by(size: tuple[int, int]) -> str:
-    return " x ".join(map(str, size))
 
 
 def compare_with_labels(

@@ -4,62 +4,120 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import Entry, check_interval, check_size, check_values, size_entry
-from tokenvit_jax.data import MIN_IMAGE_SIZE
+from tokenvit_jax.config import (
+    MAX_IMAGE_SIZE,
+    SIDE,
+    Entry,
+    Need,
+    height_and_width,
+    size_entry,
+)
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.valid import Either, Flag, Group, Number, OneOf, Several, Size, whole
 
-_RANGES = {
-    "data.eval_short_side": (0, None),
-    "augment.short_side": (0, None),
-}
-
+_SIDE_OR_ZERO = Either((OneOf((0,)), SIDE))
+_ZEROS = OneOf(((0, 0),))
+_LENGTH = whole(0, MAX_IMAGE_SIZE)
 
 ENTRIES: dict[str, Entry] = {
-    "head": Entry("mask_transformer", "head on the tokens: mask_transformer | linear"),
-    "head_overrides": Entry({}, "settings of the head"),
+    "head": Entry("mask_transformer", "head on the tokens", OneOf(("mask_transformer", "linear"))),
+    "head_overrides": Entry({}, "settings of the head", Group()),
     # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
     # the predictions with the label maps at their own size.
     "data.eval_short_side": Entry(
-        0, "shorter side of the resized image in evaluation [pixels]; 0: of image_size"
+        0,
+        "shorter side of the resized image in evaluation [pixels]; 0: of image_size",
+        _SIDE_OR_ZERO,
     ),
-    "data.eval_size": Entry((0, 0), "height and width of the buffer [pixels]; zeros: image_size"),
+    "data.eval_size": Entry(
+        (0, 0),
+        "height and width of the buffer [pixels]; zeros: image_size",
+        Either((_ZEROS, Several(SIDE, 2))),
+    ),
     "data.label_size": Entry(
-        (0, 0), "buffer of the label maps [pixels]; zeros: size of the image buffer"
+        (0, 0),
+        "buffer of the label maps [pixels]; zeros: size of the image buffer",
+        Either((_ZEROS, Several(whole(1, MAX_IMAGE_SIZE), 2))),
     ),
     "augment.short_side": Entry(
-        0, "of the resized image, before the factor [pixels]; 0: covers image_size"
+        0,
+        "of the resized image, before the factor [pixels]; 0: covers image_size",
+        _SIDE_OR_ZERO,
     ),
-    "augment.scale_range": Entry((1.0, 1.0), "random factor of the size"),
-    "augment.max_class_share": Entry(1.0, "largest share of one class in a crop; 1: any crop"),
-    "augment.photometric": Entry(False, "brightness, contrast, saturation and hue, 1/2 each"),
+    "augment.scale_range": Entry(
+        (1.0, 1.0), "random factor of the size", Several(Number(0.01, 100), 2, ascending=True)
+    ),
+    "augment.max_class_share": Entry(
+        1.0, "largest share of one class in a crop; 1: any crop", Number(0, 1, above=True)
+    ),
+    "augment.photometric": Entry(
+        False, "brightness, contrast, saturation and hue, 1/2 each", Flag()
+    ),
     # An image that is larger than a window is predicted in several windows.
     # Both are one number, or one for each direction, (down, right).
-    "inference.window": Entry(size_entry(0), "size of a window [pixels]; 0: image_size"),
+    "inference.window": Entry(
+        size_entry(0), "size of a window [pixels]; 0: image_size", Size(_LENGTH)
+    ),
     "inference.stride": Entry(
-        size_entry(0), "stride of the windows [pixels]; 0: the window size (no overlap)"
+        size_entry(0),
+        "stride of the windows [pixels]; 0: the window size (no overlap)",
+        Size(_LENGTH),
     ),
 }
 
 
-def check_entries(config: ConfigDict) -> None:
-    """Raises UserError for the first invalid one of these entries."""
-    check_values(config, {}, _RANGES)
-    check_size(config, "inference.window", 0)
-    check_size(config, "inference.stride", 0)
-    data, augment = config.data, config.augment
-    _check_pair("data.eval_size", data.eval_size)
-    _check_pair("data.label_size", data.label_size)
-    if any(data.eval_size) and min(data.eval_size) < MIN_IMAGE_SIZE:
-        raise UserError(
-            f"config.data.eval_size={data.eval_size}; valid: at least {MIN_IMAGE_SIZE} each"
-        )
-    check_interval(config, "augment.scale_range")
-    if not 0 < augment.max_class_share <= 1:
-        raise UserError(
-            f"config.augment.max_class_share={augment.max_class_share}; valid: above 0, up to 1"
-        )
+def eval_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns height and width of the image buffer of the evaluation [pixels]."""
+    size = config.data.eval_size
+    return height_and_width(tuple(size) if any(size) else config.image_size)
 
 
-def _check_pair(key: str, value: Sequence[int]) -> None:
-    if len(value) != 2 or not (all(side > 0 for side in value) or not any(value)):
-        raise UserError(f"config.{key}={value}; valid: height and width, or (0, 0)")
+def window_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns height and width of a window [pixels], from `inference.window` and `image_size`."""
+    return _size_or_default(config.inference.window, config.image_size)
+
+
+def windows(config: ConfigDict, buffer: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns height and width of a window and of the stride [pixels].
+
+    Args:
+      config: provides `image_size`, `inference.window` and `inference.stride`.
+      buffer: height and width of the image buffer [pixels].
+
+    Raises:
+      UserError: the windows do not fit into the buffer, or leave gaps.
+    """
+    window = window_size(config)
+    stride = _size_or_default(config.inference.stride, window)
+    if any(side > room for side, room in zip(window, buffer, strict=True)):
+        raise UserError(
+            f"config.inference.window={config.inference.window} is not valid: windows of "
+            f"{_by(window)} pixels do not fit into config.data.eval_size={buffer}; valid: up to "
+            "its height and width"
+        )
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise UserError(
+            f"config.inference.stride={config.inference.stride} is not valid; valid: up to the "
+            f"windows' {_by(window)} pixels"
+        )
+    return window, stride
+
+
+def _size_or_default(size: int | Sequence[int], default: int | Sequence[int]) -> tuple[int, int]:
+    """Returns height and width, those of the default where they are 0."""
+    pairs = zip(height_and_width(size), height_and_width(default), strict=True)
+    height, width = (side or other for side, other in pairs)
+    return height, width
+
+
+def _by(size: tuple[int, int]) -> str:
+    return " x ".join(map(str, size))
+
+
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("inference.stride",),
+        "windows below config.data.eval_size",
+        lambda config: window_size(config) != eval_size(config),
+    ),
+)

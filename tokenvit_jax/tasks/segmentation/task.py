@@ -18,10 +18,15 @@ from tokenvit_jax.tasks.segmentation.inference import (
     largest_labels,
     pixel_cross_entropy,
     predict_logits,
-    window_size,
 )
 from tokenvit_jax.tasks.segmentation.model import head_class, make_segmenter
-from tokenvit_jax.tasks.segmentation.settings import ENTRIES, check_entries
+from tokenvit_jax.tasks.segmentation.settings import (
+    ENTRIES,
+    NEEDS,
+    eval_size,
+    window_size,
+    windows,
+)
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -48,13 +53,14 @@ class Segmentation(Task):
 
     reads = frozenset({"image", "label_map"})
     entries = ENTRIES
+    needs = NEEDS
 
     @staticmethod
     def overridable(config: ConfigDict) -> dict[str, Any]:
         return Task.overridable(config) | {"head_overrides": head_class(config.head)}
 
     def check(self) -> None:
-        check_entries(self.config)
+        windows(self.config, eval_size(self.config))
 
     def examples(self, *, train: bool) -> Examples:
         return SegmentationExamples(self.config, train=train)
