@@ -21,6 +21,7 @@ ODD = [None, "1", (), [], {}, object(), 1j, True, float("nan"), float("inf"), -f
         ),
         (Number(), [0, -1e30, 10**400], ODD, "finite numbers"),
         (whole(1), [1, 2, np.int64(3)], [0, 1.0, 2.5, *ODD], "whole numbers from 1"),
+        (whole(0, 10**7), [10**7], [10**7 + 1], "whole numbers from 0 to 10000000"),
         (whole(0, 2**15), [0, 2**15], [-1, 2**15 + 1, *ODD], "whole numbers from 0 to 32768"),
         (OneOf(("jit", "pmap")), ["jit"], ["", "JIT", *ODD], "jit, pmap"),
         (OneOf((1, 3)), [1], [0, 1.0, *ODD], "1, 3"),
@@ -43,6 +44,10 @@ def test_rules(rule, valid, invalid, text):
 def test_messages_name_the_setting_the_value_and_what_is_valid():
     with pytest.raises(UserError, match=r"^depth=0 is not valid; valid: whole numbers from 1$"):
         check("depth", 0, whole(1))
+    for odd in (np.zeros((50, 50)), 10**5000, "a\nb" * 1000):
+        with pytest.raises(UserError, match="depth=") as error:
+            check("depth", odd, whole(1, 9))
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
     check_all("part.", {"a": 1, "b": 2}, {"a": whole(1)})
     with pytest.raises(UserError, match=r"part\.a='x' is not valid"):
         check_all("part.", {"a": "x"}, {"a": whole(1)})

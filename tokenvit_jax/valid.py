@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenvit_jax.errors import UserError
 
+LONGEST = 200  # characters of a value in a message
+
 
 class Rule(Protocol):
     """Accepts some values; its text describes them, such as "whole numbers from 1"."""
@@ -40,7 +42,8 @@ class Number(NamedTuple):
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
+        # Integers and fractions are finite, and perhaps too large for `math`.
+        if not isinstance(value, numbers.Rational) and not math.isfinite(value):
             return False
         if self.low is not None and not (value > self.low if self.above else value >= self.low):
             return False
@@ -48,9 +51,14 @@ class Number(NamedTuple):
 
     def __str__(self) -> str:
         kind = "whole numbers" if self.whole else "numbers"
-        low = "" if self.low is None else f" {'above' if self.above else 'from'} {self.low:g}"
-        high = "" if self.high is None else f" {'to below' if self.below else 'to'} {self.high:g}"
+        first, last = "above" if self.above else "from", "to below" if self.below else "to"
+        low = "" if self.low is None else f" {first} {_text(self.low)}"
+        high = "" if self.high is None else f" {last} {_text(self.high)}"
         return f"{kind}{low}{high}" if low or high else f"finite {kind}"
+
+
+def _text(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 class OneOf(NamedTuple):
@@ -133,6 +141,15 @@ def whole(low: int | None = None, high: int | None = None) -> Number:
     return Number(low, high, whole=True)
 
 
+def shown(value: Any) -> str:
+    """Returns the representation of any value as one line that is not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # the value's own method, or an integer with thousands of digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
 def check(name: str, value: Any, rule: Rule) -> None:
     """Raises UserError unless a rule accepts a value.
 
@@ -142,7 +159,7 @@ def check(name: str, value: Any, rule: Rule) -> None:
       rule: describes the valid values.
     """
     if not rule.accepts(value):
-        raise UserError(f"{name}={value!r} is not valid; valid: {rule}")
+        raise UserError(f"{name}={shown(value)} is not valid; valid: {rule}")
 
 
 def check_all(prefix: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
