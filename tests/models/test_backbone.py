@@ -164,7 +164,7 @@ def test_models_without_classes_have_no_logits():
     for method in ("dense_logits", "token_logits"):
         with pytest.raises(UserError, match="num_classes=0"):
             jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), IMAGES)
-    with pytest.raises(UserError, match="num_classes=-1 is not valid; valid: at least 0"):
+    with pytest.raises(UserError, match="num_classes=-1 is not valid; valid: whole numbers from 0"):
         tv.create_model("swin_t", num_classes=-1)
 
 
@@ -352,7 +352,8 @@ def test_the_variables_of_the_backbone():
 )
 def test_centroids_move_by_the_rule_inside_a_model_too(rule, old_weight):
     """The rule is Eq. 4; all other variables stay unchanged."""
-    model = Wrapped(small_dgt().clone(centroid_rule=rule))
+    weight = old_weight if rule == "constant" else DGTSettings.centroid_old_weight
+    model = Wrapped(small_dgt().clone(centroid_rule=rule, centroid_old_weight=weight))
     given = variables(model)
     found = model.after_step(given, jnp.float32(0.02))
     expected = advance_centroids(given["centroids"]["backbone"], old_weight)
@@ -396,7 +397,11 @@ def test_sums_of_the_devices_move_the_centroids_together():
     ("settings", "message"),
     [
         ({"centroid_rule": "x"}, "centroid_rule='x' is not valid; valid: literal, swapped, const"),
-        ({"centroid_old_weight": 1.5}, "centroid_old_weight=1.5 is not valid; valid: 0 to 1"),
+        ({"centroid_old_weight": 1.5}, "centroid_old_weight=1.5 is not valid; valid: numbers from"),
+        (
+            {"centroid_rule": "literal", "centroid_old_weight": 0.5},
+            "centroid_old_weight=0.5 is not valid; valid: 0.9 with centroid_rule='literal'",
+        ),
     ],
 )
 def test_bad_rules_of_the_centroids_are_named(settings, message):

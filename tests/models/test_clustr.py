@@ -247,9 +247,11 @@ def test_an_adaptive_model_takes_images_of_any_size():
         (9, {}, "num_heads=2 does not divide 9 channels"),
         (8, {"aggregation": "grids"}, "aggregation='grids' is not valid; valid: clusters, grid"),
         (8, {"assign": "far"}, "assign='far' is not valid; valid: nearest, parent"),
-        (8, {"adaptive": 1.0}, "adaptive=1.0 is not valid; valid: from 0 to below 1"),
+        (8, {"adaptive": 1.0}, "adaptive=1.0 is not valid; valid: numbers from 0 to below 1"),
         (8, {"ratios": (4, 16)}, r"ratios=\(4, 16\) is not valid for a stage"),
-        (8, {"ratios": 4}, "ratios=4 is not valid for a stage"),
+        (8, {"ratios": (0,)}, r"ratios=\(0,\) is not valid; valid: values, each: whole"),
+        (8, {"ratios": (8,), "aggregation": "grid"}, r"ratios=\(8,\) .*; valid: squares"),
+        (8, {"ratios": 4}, "ratios=4 is not valid; valid: values, each: whole"),
         (8, {"ratios": (64,)}, r"ratios=\(64,\) needs at least 64 tokens; there are 16"),
     ],
 )

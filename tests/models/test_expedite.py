@@ -43,8 +43,9 @@ def blocks(x, first, last):
 
 def embedded():
     params = {k: v for k, v in variables()["params"].items() if "blocks" not in k}
-    model = VisionTransformer(ViTSettings(**SMALL | {"depth": 0}))
-    return model.apply({"params": params}, IMAGES, train=False, method="tokens")
+    model = VisionTransformer(ViTSettings(**SMALL))
+    embed = lambda module: module._embed(IMAGES, (4, 6))  # noqa: E731
+    return model.apply({"params": params}, method=embed)
 
 
 def test_middle_blocks_see_the_centers():
@@ -162,7 +163,7 @@ def test_the_parameters_are_those_of_the_host():
     [
         (
             {"alpha": -1, "beta": 1},
-            "expedite.alpha=-1 is not valid; valid: 0 to 3 in a model or stage of 4",
+            "expedite.alpha=-1 is not valid; valid: whole numbers from 0",
         ),
         (
             {"alpha": 2, "beta": 3},
@@ -176,11 +177,19 @@ def test_the_parameters_are_those_of_the_host():
         ({"alpha": 1, "beta": 1, "temperature": 0.0}, "expedite.temperature=0.0 is not valid"),
         (
             {"alpha": 1, "beta": 1, "temperature": "Auto"},
-            "expedite.temperature='Auto' is not valid; valid: numbers above 0, or 'auto'",
+            "expedite.temperature='Auto' is not valid; valid: numbers from .*; or auto",
         ),
         (
             {"alpha": 1, "beta": 1, "clusters": (5, 6)},
             r"clusters=\(5, 6\) is not valid; .*24 .* 4 x 6",
+        ),
+        (
+            {"alpha": 1, "beta": 1, "mode": "hard", "neighbors": 3},
+            "neighbors=3 is not valid; valid: 20 with expedite.mode='hard', where it has no effect",
+        ),
+        (
+            {"alpha": 1, "beta": 1, "iterations": 0, "window": 3},
+            "window=3 is not valid; valid: 5 with .* expedite.iterations=0",
         ),
         ({"alpha": 1, "beta": 1, "clusters": (0, 6)}, r"clusters=\(0, 6\) is not valid"),
         ({"alpha": 1, "beta": 1, "tau": 3}, "expedite has no 'tau'; valid: alpha, beta, clusters"),

@@ -395,7 +395,7 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
         ),
         (
             {"method": "convolution"},
-            r"blocks=\(\) is not valid; valid: one number or more from 1 to 3",
+            r"blocks=\(\) is not valid; valid: one or more different numbers from 1 to 3",
         ),
         ({"method": "convolution", "blocks": (0, 4)}, r"blocks=\(0, 4\) is not valid"),
         (
@@ -403,6 +403,15 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
             "the map is 2 x 1 before one of them",
         ),
         ({"method": "convolution", "blocks": (1,), "carry": True}, "carry=True is not valid"),
+        ({"method": "convolution", "blocks": (1, 1)}, r"blocks=\(1, 1\) is not valid"),
+        (
+            {"keep": (3, 3, 3), "method": "tome", "initial": "random"},
+            "initial='random' is not valid; valid: 'score' with method='tome', where it has no",
+        ),
+        (
+            {"keep": (3, 3, 3), "method": "kmeans", "initial": "random", "diagonal": False},
+            "diagonal=False is not valid; valid: True",
+        ),
         (
             {"keep": (3, 3, 3), "penalty": 0.1},
             "token_reducer.penalty=0.1 is not valid; valid: 0.0 with method='weighted_kmedoids'",

@@ -62,6 +62,8 @@ def test_unknown_names_list_the_valid_ones():
     [
         ((1, 31, 64, 3), "images are 31 x 64; height and width must be at least 32"),
         ((64, 64, 3), r"images have shape .* expected \(batch, height, width, channels\)"),
+        ((0, 64, 64, 3), "expected at least one image and one channel"),
+        ((1, 64, 64, 0), "expected at least one image and one channel"),
     ],
 )
 def test_bad_images_are_named(shape, message):
@@ -69,10 +71,39 @@ def test_bad_images_are_named(shape, message):
         tv.create_model("dgt_t").init(jax.random.key(0), jnp.zeros(shape), train=False)
 
 
+def test_images_of_another_type_are_named():
+    init = functools.partial(tv.create_model("vit_ti").init, jax.random.key(0))
+    with pytest.raises(UserError, match="images have type uint8; expected floating point"):
+        init(jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    with pytest.raises(UserError, match="images have type list"):
+        init([0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_ti", {"depth": 1}),
+        ("dgt_t", {}),
+        ("clustr_t", {}),
+        ("pale_t", {"position": "ape"}),
+        ("swin_t", {}),
+    ],
+)
+def test_images_with_other_channels_than_the_variables_are_named(name, settings):
+    settings = settings if "depth" in settings else {"depths": (1, 0, 0, 0), **settings}
+    model = tv.create_model(name, **settings)
+    variables = abstract_variables(model, (32, 32))
+    grey = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
+    with pytest.raises(UserError, match=r"images have 1 channels; .* initialised for 3"):
+        jax.eval_shape(model.apply, variables, grey)
+
+
 def test_heads_that_do_not_divide_the_channels_are_named():
-    model = tv.create_model("dgt_t", num_heads=(3, 4, 8, 16))
-    with pytest.raises(ValueError, match="num_heads=3 does not divide 64 channels"):
-        abstract_variables(model, (32, 32))
+    message = r"num_heads=3 does not divide 64 channels, dims=\(64, .*; valid: divisors of 64"
+    with pytest.raises(UserError, match=message):
+        tv.create_model("dgt_t", num_heads=(3, 4, 8, 16))
+    # A stage without blocks has no heads.
+    tv.create_model("dgt_t", num_heads=(3, 4, 8, 16), depths=(0, 1, 0, 0))
 
 
 def test_list_models_by_pattern():

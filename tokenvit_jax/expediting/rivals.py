@@ -134,7 +134,9 @@ def smaller_image(
 
 def adaptive_pooling(expedite: Any) -> Any:
     """Returns a setting with average pooling and bilinear upsampling in place of clustering."""
-    return dataclasses.replace(expedite, iterations=0, mode="bilinear")
+    default = {field.name: field.default for field in dataclasses.fields(expedite)}
+    unread = {name: default[name] for name in ("window", "neighbors", "normalize")}
+    return dataclasses.replace(expedite, iterations=0, mode="bilinear", **unread)
 
 
 def allows_reducers(backbone: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The decoders of Segmenter (Strudel et al. 2021), from patch tokens to patch logits."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,12 +10,33 @@ from jax.nn.initializers import normal, truncated_normal
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Attention, DropPath, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
+from tokenvit_jax.models.settings import (
+    BLOCKS,
+    CHANNELS,
+    CLASSES,
+    COMPUTATION,
+    EXPANSION,
+    RATE,
+    Rules,
+    rules_of,
+)
+from tokenvit_jax.valid import check_all, whole
 
 EPSILON = 1e-5  # epsilon of LayerNorm, as in the published weights
 INIT_STD = 0.02
 
 
-class LinearDecoder(nn.Module):
+class Head(nn.Module):
+    """A head whose attributes are checked when it is made, like the settings of a model."""
+
+    valid: ClassVar[Rules] = {"num_classes": whole(1, CLASSES), **COMPUTATION}
+
+    def __post_init__(self):
+        check_all("", vars(self), rules_of(type(self)))
+        super().__post_init__()
+
+
+class LinearDecoder(Head):
     """A linear layer: tokens (B, n, C) -> logits (B, n, num_classes) in float32.
 
     Attributes:
@@ -37,7 +58,7 @@ class LinearDecoder(nn.Module):
         return dense(self.num_classes, jnp.float32, "classifier")(tokens.astype(jnp.float32))
 
 
-class MaskTransformer(nn.Module):
+class MaskTransformer(Head):
     """Attends among patches and classes: tokens (B, n, C) -> logits (B, n, K) in float32.
 
     The logits are the cosines of a patch and all classes, with LayerNorm over the classes.
@@ -56,6 +77,10 @@ class MaskTransformer(nn.Module):
       Strudel et al. 2021, Section 3.2, "Mask Transformer".
     """
 
+    valid: ClassVar[Rules] = {
+        "depth": whole(0, BLOCKS), "head_dim": CHANNELS, "mlp_ratio": EXPANSION, "drop_path": RATE
+    }  # fmt: skip
+
     num_classes: int
     depth: int = 2
     head_dim: int = 64
@@ -67,7 +92,7 @@ class MaskTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
         batch, num_patches, dim = tokens.shape
-        if self.head_dim < 1 or dim % self.head_dim:
+        if dim % self.head_dim:
             raise UserError(
                 f"head_dim={self.head_dim} does not divide {dim} channels; valid: divisors of {dim}"
             )

@@ -142,5 +142,5 @@ def dense(
 
 def check_num_heads(num_heads: int, channels: int) -> None:
     """Raises UserError unless the channels can be divided into heads."""
-    if channels % num_heads:
+    if num_heads < 1 or channels % num_heads:
         raise UserError(f"num_heads={num_heads} does not divide {channels} channels")

@@ -16,10 +16,17 @@ from tokenvit_jax.layers.conv import conv_init
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.ops.density_peaks import RULES
 from tokenvit_jax.ops.heads import split_heads
+from tokenvit_jax.valid import Number, OneOf, Several, check_all, whole
 
 # Scope of the products that ClusTR's published FLOPs leave out; `published.LEFT_OUT` lists it.
 FINE_SCALE = "fine_scale"
-AGGREGATIONS = ("clusters", "grid")
+# Rules of the attributes of :class:`ClusterAttention`.
+CLUSTERING = {
+    "aggregation": OneOf(("clusters", "grid")),
+    "assign": OneOf(RULES),
+    "adaptive": Number(0, 1, below=True),
+}
+RATIOS = Several(whole(1, 2**16))
 # Momentum of the running threshold (adaptive number of clusters), as in BatchNorm's statistics.
 MOMENTUM = 0.9
 
@@ -80,18 +87,9 @@ class ClusterAttention(nn.Module):
 
     def _check(self, channels):
         check_num_heads(self.num_heads, channels)
-        for name, valid in (("aggregation", AGGREGATIONS), ("assign", RULES)):
-            value = getattr(self, name)
-            if value not in valid:
-                raise UserError(f"{name}={value!r} is not valid; valid: {', '.join(valid)}")
-        if not 0 <= self.adaptive < 1:
-            raise UserError(f"adaptive={self.adaptive} is not valid; valid: from 0 to below 1")
-        ratios = self.ratios if isinstance(self.ratios, tuple) else ()
-        if not ratios or any(ratio < 1 or ratios[0] % ratio for ratio in ratios):
-            raise UserError(
-                f"ratios={self.ratios} is not valid for a stage; valid: numbers from 1 that divide "
-                "the first, like (64, 16)"
-            )
+        rules = CLUSTERING | {"ratios": RATIOS}
+        check_all("", {name: getattr(self, name) for name in rules}, rules)
+        check_ratios(self.ratios, self.aggregation)
 
     def _clusters(self, tokens, train):
         """Returns the merged tokens (B, M, C) of each scale and which are used (B, M), or None."""
@@ -150,6 +148,20 @@ class ClusterAttention(nn.Module):
             )  # fmt: skip
             x = nn.LayerNorm(1e-6, dtype=self.dtype, name=f"reduce_norm{scale}")(conv(x))
         return x.reshape(x.shape[0], -1, channels)
+
+
+def check_ratios(ratios: tuple[int, ...], aggregation: str) -> None:
+    """Raises UserError unless the ratios of a stage, numbers from 1, fit together."""
+    if not ratios or any(ratios[0] % ratio for ratio in ratios):
+        raise UserError(
+            f"ratios={ratios} is not valid for a stage; valid: numbers from 1 that divide the "
+            "first, like (64, 16)"
+        )
+    if aggregation == "grid" and any(math.isqrt(ratio) ** 2 != ratio for ratio in ratios):
+        raise UserError(
+            f"ratios={ratios} is not valid for a stage with aggregation='grid'; valid: squares, "
+            "like (64, 16)"
+        )
 
 
 def cluster_numbers(num_tokens: int, ratios: tuple[int, ...]) -> list[int]:

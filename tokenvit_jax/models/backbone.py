@@ -118,6 +118,7 @@ class Backbone(Trainable):
       settings: the architecture. ``clone`` also accepts single settings by name:
         ``model.clone(drop_path=0.1)``.
       head_modules: names of the submodules that only the classifier uses.
+      first_layer: path of the module with the convolution of the images.
       optional_parameters: ends of the paths of parameters that exist only with some settings. Runs
         that differ in these parameters can start from each other.
     """
@@ -125,7 +126,22 @@ class Backbone(Trainable):
     settings: BackboneSettings
 
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    first_layer: ClassVar[str]
     optional_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @nn.nowrap
+    def check_images(self, images: Any) -> None:
+        """Raises UserError unless this model, with its variables, can be applied to images."""
+        check_images(images)
+        layer = self.variables.get("params", {})
+        for name in self.first_layer.split("/"):
+            layer = layer.get(name, {})
+        for kernel in (leaf for leaf in jax.tree.leaves(layer) if leaf.ndim == 4):
+            if images.shape[3] != kernel.shape[2]:
+                raise UserError(
+                    f"images have {images.shape[3]} channels; the model was initialised for "
+                    f"{kernel.shape[2]}"
+                )
 
     @nn.nowrap
     def clone(self, **updates) -> "Backbone":
@@ -325,12 +341,16 @@ def variable_shapes(model: nn.Module, images: Any) -> Any:
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
-def check_images(images: jax.Array) -> None:
-    """Raises UserError unless images are (B, H, W, C) with H and W of at least 32."""
-    if images.ndim != 4:
-        raise UserError(
-            f"images have shape {images.shape}; expected (batch, height, width, channels)"
-        )
+def check_images(images: Any) -> None:
+    """Raises UserError unless images are (B, H, W, C) float with H and W of at least 32."""
+    shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+    if shape is None or len(shape) != 4:
+        found = f"shape {shape}" if shape is not None else f"type {type(images).__name__}"
+        raise UserError(f"images have {found}; expected (batch, height, width, channels)")
+    if shape[0] == 0 or shape[3] == 0:
+        raise UserError(f"images have shape {shape}; expected at least one image and one channel")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"images have type {dtype}; expected floating point, normalised")
     height, width = images.shape[1:3]
     if min(height, width) < MIN_IMAGE_SIZE:
         raise UserError(

@@ -1,7 +1,7 @@
 """ClusTR: efficient self-attention via clustering (Figure 3 and Table A1)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,10 @@ from tokenvit_jax.layers import (
     dense,
     gelu,
 )
+from tokenvit_jax.layers.cluster_attention import CLUSTERING, RATIOS, check_ratios
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
+from tokenvit_jax.models.settings import EXPANSION, Rules, check_unused
+from tokenvit_jax.valid import Several
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +32,22 @@ class ClusTRSettings(PyramidSettings):
       adaptive: fraction of the clusters that images use on average, chosen by content; 0: all.
     """
 
+    valid: ClassVar[Rules] = {
+        "mlp_ratios": Several(EXPANSION), "ratios": Several(RATIOS), **CLUSTERING
+    }  # fmt: skip
+
     mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
     ratios: tuple[tuple[int, ...], ...] = ((64, 16), (16, 4), (4, 1), (1,))
     aggregation: str = "clusters"
     assign: str = "nearest"
     adaptive: float = 0.0
+
+    def check_relations(self) -> None:
+        super().check_relations()
+        for ratios in self.ratios:
+            check_ratios(ratios, self.aggregation)
+        if self.aggregation == "grid":
+            check_unused("", self, "aggregation='grid'", ("assign", "adaptive"))
 
 
 SIZES = {

@@ -1,12 +1,11 @@
 """Dynamic Group Transformer (Liu et al. 2022), Figure 2 and Table 1."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
     ConditionalPositionEncoding,
     Conv3x3,
@@ -21,7 +20,8 @@ from tokenvit_jax.layers import (
 from tokenvit_jax.layers.conv import conv_init
 from tokenvit_jax.models.backbone import Variables
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
-from tokenvit_jax.models.settings import check_choice
+from tokenvit_jax.models.settings import CHANNELS, EXPANSION, Rules, check_unused
+from tokenvit_jax.valid import Flag, Number, OneOf, whole
 
 CENTROID_RULES = ("literal", "swapped", "constant")
 
@@ -44,6 +44,17 @@ class DGTSettings(PyramidSettings):
       centroid_old_weight: weight of the old centroid with the rule "constant", in [0, 1].
     """
 
+    valid: ClassVar[Rules] = {
+        "stem_dim": CHANNELS,
+        "mlp_ratio": EXPANSION,
+        "num_groups": whole(1, 2**16),
+        "top_k": whole(1, 2**24),
+        "post_norm_cosine": Flag(),
+        "head_dim": CHANNELS,
+        "centroid_rule": OneOf(CENTROID_RULES),
+        "centroid_old_weight": Number(0, 1),
+    }
+
     depths: tuple[int, ...] = (1, 2, 17, 2)
     stem_dim: int
     mlp_ratio: int = 4
@@ -54,12 +65,11 @@ class DGTSettings(PyramidSettings):
     centroid_rule: str = "constant"
     centroid_old_weight: float = 0.9
 
-    def __post_init__(self):
-        check_choice("centroid_rule", self.centroid_rule, CENTROID_RULES)
-        if not 0 <= self.centroid_old_weight <= 1:
-            raise UserError(
-                f"centroid_old_weight={self.centroid_old_weight} is not valid; valid: 0 to 1"
-            )
+    def check_relations(self) -> None:
+        super().check_relations()
+        if self.centroid_rule != "constant":
+            reason = f"centroid_rule={self.centroid_rule!r}"
+            check_unused("", self, reason, ("centroid_old_weight",))
 
 
 SIZES = {
@@ -170,6 +180,7 @@ class DGT(Pyramid):
 
     block_type = DGTBlock
     head_modules = ("classifier", "head_conv", "head_norm")
+    first_layer = "first_layers/conv0"
 
     def setup(self):
         super().setup()

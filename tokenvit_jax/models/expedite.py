@@ -7,24 +7,28 @@ last ones all tokens again, reconstructed from the refined centres. The host kee
 
 import dataclasses
 import math
-import numbers
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.settings import BLOCKS, Checked, Rules, check_unused
 from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
+from tokenvit_jax.valid import Either, Number, OneOf, Several, whole
 
 WHERE = ("blocks", "logits")
 AUTO = "auto"
 # Temperature over the median squared distance of neighbouring tokens. 0.05 was the best or close to
 # it for three trained networks whose distances are 0.68, 12 and 534 (experiments/real_networks).
 FACTOR = 0.05
+TEMPERATURES = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
-class Expedite:
+class Expedite(Checked):
     """Where and how tokens are clustered and reconstructed.
 
     The paper's baselines are ``iterations=0`` (adaptive average pooling) and ``mode="bilinear"``,
@@ -53,6 +57,20 @@ class Expedite:
       normalize: normalisation of the centres' weights: "sum", or "l2" as in the released code.
     """
 
+    prefix: ClassVar[str] = "expedite."
+    valid: ClassVar[Rules] = {
+        "alpha": whole(0, BLOCKS),
+        "beta": whole(0, BLOCKS),  # 0: only the clustering, without blocks (expediting)
+        "clusters": Several(whole(1, 2**12), 2),
+        "where": OneOf(WHERE),
+        "window": whole(1, 255),
+        "iterations": whole(0, 1000),
+        "temperature": Either((Number(*TEMPERATURES), OneOf((AUTO,)))),
+        "neighbors": whole(1, 2**24),
+        "mode": OneOf(MODES),
+        "normalize": OneOf(NORMS),
+    }
+
     alpha: int
     beta: int
     clusters: tuple[int, int]
@@ -72,18 +90,8 @@ class Expedite:
                     f"expedite.{name}={getattr(self, name)} is not valid; valid: {first} to {last} "
                     f"in a model or stage of {depth} blocks"
                 )
-        for name, fits, valid in (
-            ("where", self.where in WHERE, ", ".join(WHERE)),
-            ("window", self.window >= 1 and self.window % 2 == 1, "odd numbers from 1"),
-            ("iterations", self.iterations >= 0, "numbers from 0"),
-            ("temperature", _is_temperature(self.temperature), f"numbers above 0, or {AUTO!r}"),
-            ("neighbors", self.neighbors >= 1, "numbers from 1"),
-            ("mode", self.mode in MODES, ", ".join(MODES)),
-            ("normalize", self.normalize in NORMS, ", ".join(NORMS)),
-        ):
-            if not fits:
-                value = getattr(self, name)
-                raise UserError(f"expedite.{name}={value!r} is not valid; valid: {valid}")
+        if self.window % 2 == 0:
+            raise UserError(f"expedite.window={self.window} is not valid; valid: odd numbers")
         if self.where == "logits" and self.alpha + self.beta < depth:
             raise UserError(
                 f"expedite.beta={self.beta} is not valid with expedite.where='logits'; valid: "
@@ -94,6 +102,21 @@ class Expedite:
                 f"expedite.mode={self.mode!r} is not valid with expedite.alpha=0, without "
                 "tokens to compare with; valid: 'bilinear'"
             )
+        check_unused(self.prefix, self, *self._unused())
+
+    def _unused(self):
+        """Returns why some settings have no effect, and their names.
+
+        The temperature is not among them: the commands measure it for every setting.
+        """
+        unused = {"bilinear": ("neighbors", "normalize"), "hard": ("neighbors", "normalize")}
+        names = unused.get(self.mode, ("neighbors",) if self.mode == "window" else ())
+        reason = f"expedite.mode={self.mode!r}"
+        clusters = self.iterations and self.alpha
+        if not clusters and self.mode != "window":
+            names += ("window",)
+            reason += f", expedite.iterations={self.iterations}, expedite.alpha={self.alpha}"
+        return reason, names
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises UserError if there are more centres than tokens in ``grid``.
@@ -102,7 +125,7 @@ class Expedite:
         needs them.
         """
         most = grid[0] * grid[1]
-        if len(self.clusters) != 2 or min(self.clusters) < 1 or math.prod(self.clusters) > most:
+        if math.prod(self.clusters) > most:
             raise UserError(
                 f"expedite.clusters={self.clusters} is not valid; valid: rows and columns from 1, "
                 f"at most {most} centres for a map of {grid[0]} x {grid[1]}"
@@ -205,7 +228,3 @@ def auto_temperature(tokens: jax.Array) -> jax.Array:
     # The median of a map is 0 if most of its neighbours are equal.
     info = jnp.finfo(jnp.float32)
     return jnp.maximum(FACTOR * neighbor_distance(x), info.eps * spread) + info.tiny
-
-
-def _is_temperature(value):
-    return value == AUTO or (isinstance(value, numbers.Real) and 0 < value < float("inf"))

@@ -1,7 +1,7 @@
 """Pale Transformer (Wu et al. 2022), Figure 2 and Table 1."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,9 @@ from tokenvit_jax.layers import (
 )
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings, pool_tokens
-from tokenvit_jax.models.settings import check_choice
+from tokenvit_jax.models.settings import EXPANSION, SIDE, Rules
+from tokenvit_jax.ops.pale_attention import HALVED
+from tokenvit_jax.valid import Flag, OneOf, Several, whole
 
 # Attention of the blocks, in turn from the first block of the network on (Table 8).
 ATTENTION_MODES = {
@@ -47,6 +49,16 @@ class PaleSettings(PyramidSettings):
       token_head: whether to add a classifier of single tokens, for :meth:`Pale.token_logits`.
     """
 
+    valid: ClassVar[Rules] = {
+        "mlp_ratio": EXPANSION,
+        "pale_sizes": Several(whole(1, 256)),
+        "mode": OneOf(tuple(ATTENTION_MODES)),
+        "mask_padding": Flag(),
+        "position": OneOf(POSITIONS),
+        "position_size": Several(SIDE, 2),
+        "token_head": Flag(),
+    }
+
     depths: tuple[int, ...] = (2, 2, 16, 2)
     mlp_ratio: int = 4
     pale_sizes: tuple[int, ...] = (7, 7, 7, 7)
@@ -56,9 +68,14 @@ class PaleSettings(PyramidSettings):
     position_size: tuple[int, int] = (224, 224)
     token_head: bool = False
 
-    def __post_init__(self):
-        check_choice("mode", self.mode, ATTENTION_MODES)
-        check_choice("position", self.position, POSITIONS)
+    def check_relations(self) -> None:
+        super().check_relations()
+        for heads, depth in zip(self.num_heads, self.depths, strict=True):
+            if depth and heads % 2 and not set(HALVED).isdisjoint(ATTENTION_MODES[self.mode]):
+                raise UserError(
+                    f"num_heads={heads} must be even: mode {self.mode!r} halves the heads; valid: "
+                    "even numbers, or another mode"
+                )
 
 
 SIZES = {

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import Dropout
-from tokenvit_jax.models.backbone import Backbone, Encoded, check_images
-from tokenvit_jax.models.settings import BackboneSettings
+from tokenvit_jax.models.backbone import Backbone, Encoded
+from tokenvit_jax.models.settings import (
+    BLOCKS,
+    CHANNELS,
+    HEADS,
+    BackboneSettings,
+    Rules,
+    check_heads,
+    rules_of,
+)
 from tokenvit_jax.ops.mix_boxes import mix_boxes
+from tokenvit_jax.valid import Several, whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +33,29 @@ class PyramidSettings(BackboneSettings):
       depths: number of blocks.
     """
 
+    valid: ClassVar[Rules] = {
+        "dims": Several(CHANNELS), "num_heads": Several(HEADS), "depths": Several(whole(0, BLOCKS))
+    }  # fmt: skip
+
     dims: tuple[int, ...]
     num_heads: tuple[int, ...]
     depths: tuple[int, ...]
+
+    def check_relations(self) -> None:
+        for name, rule in rules_of(type(self)).items():
+            # Tuples of any length have one entry per stage.
+            if isinstance(rule, Several) and rule.length is None:
+                value, stages = getattr(self, name), len(self.dims)
+                if not stages or len(value) != stages:
+                    raise UserError(
+                        f"{name}={value} does not fit dims={self.dims}; valid: one value for every "
+                        "stage, and at least one stage"
+                    )
+        if not self.num_blocks:
+            raise UserError(f"depths={self.depths} has no block; valid: at least one")
+        for stage, depth in enumerate(self.depths):
+            if depth:  # a stage without blocks has no heads
+                check_heads(self.num_heads[stage], self.dims[stage], f"dims={self.dims}")
 
     @property
     def num_blocks(self) -> int:
@@ -49,6 +78,7 @@ class Pyramid(Backbone):
     settings: PyramidSettings
 
     block_type: ClassVar[type[nn.Module]]
+    first_layer = "embeddings_0"
 
     def embedding(self, stage: int) -> nn.Module:
         """Returns the first layer of a stage, which leaves a quarter of the tokens."""
@@ -126,7 +156,7 @@ class Pyramid(Backbone):
             cells of the last map. Inside the box, the tokens of the first embedding come from image
             i ^ 1. None: nothing is mixed.
         """
-        check_images(images)
+        self.check_images(images)
         x = self.stem(images.astype(self.settings.dtype), train)
         maps = []
         for stage, embedding in enumerate(self.embeddings):

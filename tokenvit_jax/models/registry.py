@@ -8,6 +8,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.models import clustr, dgt, pale, swin, vit
 from tokenvit_jax.models.backbone import Backbone
 from tokenvit_jax.models.settings import BackboneSettings
+from tokenvit_jax.valid import shown
 
 _MODELS: dict[str, tuple[type[Backbone], BackboneSettings]] = {}
 
@@ -39,9 +40,9 @@ def model_settings(name: str) -> BackboneSettings:
     Raises:
       UserError: there is no such model.
     """
-    if name not in _MODELS:
-        hint = did_you_mean(name, _MODELS)
-        raise UserError(f"unknown model {name!r}{hint}; valid: {', '.join(list_models())}")
+    if not isinstance(name, str) or name not in _MODELS:
+        hint = did_you_mean(name, _MODELS) if isinstance(name, str) else ""
+        raise UserError(f"unknown model {shown(name)}{hint}; valid: {', '.join(list_models())}")
     return _MODELS[name][1]
 
 
@@ -57,10 +58,8 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
       A linen module; ``model.init(rng, images)`` with images (B, H, W, 3).
 
     Raises:
-      UserError: the name or a setting is unknown, or num_classes is negative.
+      UserError: the name or a setting is unknown, or a value is not valid.
     """
-    if num_classes < 0:
-        raise UserError(f"num_classes={num_classes} is not valid; valid: at least 0")
     settings = model_settings(name)
     valid = sorted(field.name for field in dataclasses.fields(settings))
     for key, value in overrides.items():
@@ -68,7 +67,10 @@ def create_model(name: str, *, num_classes: int = 1000, **overrides) -> Backbone
             hint = did_you_mean(key, valid)
             raise UserError(f"model {name} has no setting {key!r}{hint}; valid: {', '.join(valid)}")
         default = getattr(settings, key)
-        if isinstance(default, tuple) and len(value) != len(default):
-            raise UserError(f"{key} of model {name} is {value}; it needs {len(default)} entries")
+        given = isinstance(default, tuple) and isinstance(value, tuple | list)
+        if given and len(value) != len(default):
+            raise UserError(
+                f"{key} of model {name} is {shown(value)}; it needs {len(default)} entries"
+            )
     cls, _ = _MODELS[name]
     return cls(dataclasses.replace(settings, num_classes=num_classes, **overrides))

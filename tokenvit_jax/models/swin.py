@@ -23,10 +23,12 @@ from tokenvit_jax.layers import (
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
-from tokenvit_jax.models.settings import read_settings
+from tokenvit_jax.models.settings import EXPANSION, Part, Rules
 from tokenvit_jax.ops.windows import pad_to_windows, to_map, to_windows, whole_windows
+from tokenvit_jax.valid import Flag, Several, whole
 
 EPSILON = 1e-5  # LayerNorm's
+WINDOW = whole(1, 256)  # side of a window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,28 +50,30 @@ class SwinSettings(PyramidSettings):
     """
 
     parts: ClassVar[Mapping[str, type]] = {"expedite": Expedite}
+    valid: ClassVar[Rules] = {
+        "mlp_ratio": EXPANSION,
+        "window_size": WINDOW,
+        "expedite": Part(Expedite),
+        "released_mask": Flag(),
+    }
 
     mlp_ratio: int = 4
     window_size: int = 7
     expedite: Any = None
     released_mask: bool = False
 
-    def __post_init__(self):
-        # Attributes by name could not be hashed.
-        expedite = read_settings(Expedite, "expedite", self.expedite, max(self.depths))
-        object.__setattr__(self, "expedite", expedite)
-        self._check()
-
     @property
     def expedited_stage(self) -> int:
         """The stage that :attr:`expedite` acts in."""
         return self.depths.index(max(self.depths))
 
-    def _check(self):
+    def check_relations(self) -> None:
+        super().check_relations()
         if self.expedite is None:
             if self.released_mask:
                 raise UserError("released_mask=True is valid with expedite only")
             return
+        self.expedite.check(max(self.depths))
         if self.expedite.alpha == 0:
             raise UserError(
                 "expedite.alpha=0 is not valid in a Swin Transformer, whose first stages see all "
@@ -79,6 +83,11 @@ class SwinSettings(PyramidSettings):
             raise UserError(
                 f"expedite.where={self.expedite.where!r} is not valid in a Swin Transformer, whose "
                 "later stages need all tokens; valid: 'blocks'"
+            )
+        if max(self.expedite.clusters) > self.window_size:
+            raise UserError(
+                f"expedite.clusters={self.expedite.clusters} is not valid; valid: rows and columns "
+                f"from 1 to those of the window, {self.window_size} x {self.window_size}"
             )
         if self.released_mask and min(self.expedite.clusters) <= self.window_size // 2:
             raise UserError(
@@ -95,6 +104,8 @@ class SwinV2Settings(SwinSettings):
       pretrained_window_sizes: sides of the windows that are the units of offsets, one per stage:
         the windows of the pretraining, which are not larger than its maps.
     """
+
+    valid: ClassVar[Rules] = {"pretrained_window_sizes": Several(WINDOW)}
 
     window_size: int = 8
     pretrained_window_sizes: tuple[int, ...] = (8, 8, 8, 8)

@@ -7,6 +7,7 @@ al. 2021) have in addition.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,17 +22,29 @@ from tokenvit_jax.layers import ACTIVATIONS, Attention, Dropout, DropPath, Mlp
 from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
-from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables, check_images
+from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import Patches, TokenReducer
-from tokenvit_jax.models.settings import BackboneSettings, check_choice, read_settings
+from tokenvit_jax.models.settings import (
+    BLOCKS,
+    CHANNELS,
+    EXPANSION,
+    HEADS,
+    SIDE,
+    BackboneSettings,
+    Part,
+    Rules,
+    check_heads,
+)
 from tokenvit_jax.ops.gather import take
 from tokenvit_jax.ops.resize import resize_bicubic
 from tokenvit_jax.ops.windows import pad_to_windows
+from tokenvit_jax.valid import Flag, Number, OneOf, Several, whole
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
 POSITION_RESIZES = ("bicubic_antialias", "bicubic", "bilinear")
+MOST_POSITIONS = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +89,30 @@ class ViTSettings(BackboneSettings):
 
     parts: ClassVar[Mapping[str, type]] = {"token_reducer": TokenReducer, "expedite": Expedite}
 
+    valid: ClassVar[Rules] = {
+        "dim": CHANNELS,
+        "depth": whole(1, BLOCKS),
+        "num_heads": HEADS,
+        "mlp_ratio": EXPANSION,
+        "patch_size": whole(1, 1024),
+        "position_size": Several(SIDE, 2),
+        "position_resize": OneOf(POSITION_RESIZES),
+        "front_position": Flag(),
+        "num_registers": whole(0, 4096),
+        "pre_norm": Flag(),
+        "patch_bias": Flag(),
+        "layer_scale": Number(0, 100),
+        "activation": OneOf(tuple(ACTIVATIONS)),
+        "projection": whole(0, 2**16),
+        "pool": OneOf(POOLS),
+        "distilled": Flag(),
+        "token_reducer": Part(TokenReducer),
+        "expedite": Part(Expedite),
+        "qk_norm": OneOf(QK_NORMS),
+        "norm_epsilon": Number(1e-12, 1),
+        "init_std": Number(1e-8, 10),
+    }
+
     dim: int
     depth: int = 12
     num_heads: int
@@ -97,13 +134,6 @@ class ViTSettings(BackboneSettings):
     qk_norm: str = "none"
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
-
-    def __post_init__(self):
-        # Attributes by name could not be hashed.
-        for name, cls in self.parts.items():
-            part = read_settings(cls, name, getattr(self, name), self.depth)
-            object.__setattr__(self, name, part)
-        self._check()
 
     @property
     def num_blocks(self) -> int:
@@ -128,26 +158,27 @@ class ViTSettings(BackboneSettings):
         """Returns the rows and columns of patches of an image whose size is in pixels."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
-    def _check(self):
-        choices = {
-            "pool": POOLS, "qk_norm": QK_NORMS, "position_resize": POSITION_RESIZES,
-            "activation": ACTIVATIONS,
-        }  # fmt: skip
-        for name, valid in choices.items():
-            check_choice(name, getattr(self, name), valid)
+    def check_relations(self) -> None:
+        check_heads(self.num_heads, self.dim, f"dim={self.dim}")
+        for part in filter(None, (self.token_reducer, self.expedite)):
+            part.check(self.depth)
         if self.distilled and self.pool != "token":
             raise UserError(f"pool={self.pool!r} is not valid with distilled=True; valid: 'token'")
         if self.token_reducer and self.pool == "mean":
             raise UserError("pool='mean' is not valid with a token_reducer; valid: 'token'")
         if self.token_reducer and self.expedite:
             raise UserError("expedite is not valid with a token_reducer; valid: one of the two")
-        if self.patch_size < 1:
-            raise UserError(f"patch_size={self.patch_size} is not valid; valid: at least 1 pixel")
-        for name in ("num_registers", "layer_scale", "projection"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}={getattr(self, name)} is not valid; valid: at least 0")
-        if not self.norm_epsilon > 0:
-            raise UserError(f"norm_epsilon={self.norm_epsilon} is not valid; valid: above 0")
+        longest, rows_columns = max(self.position_size), self.grid(*self.position_size)
+        if self.patch_size > longest:
+            raise UserError(
+                f"patch_size={self.patch_size} is not valid with position_size="
+                f"{self.position_size}; valid: 1 to {longest}"
+            )
+        if math.prod(rows_columns) > MOST_POSITIONS:
+            raise UserError(
+                f"position_size={self.position_size} has {math.prod(rows_columns)} patches with "
+                f"patch_size={self.patch_size}; valid: at most {MOST_POSITIONS}"
+            )
 
 
 _TINY = ViTSettings(dim=192, num_heads=3)
@@ -320,6 +351,7 @@ class VisionTransformer(Backbone):
     settings: ViTSettings
 
     head_modules = ("classifier", "distillation_classifier")
+    first_layer = "patches"
     optional_parameters = (*reducers.OPTIONAL_PARAMETERS, "attention/alpha")
 
     def setup(self):
@@ -394,7 +426,7 @@ class VisionTransformer(Backbone):
 
     def _forward(self, images, train, restorable=False, visit=None):
         """Returns the tokens after the last block and the function back to all patches."""
-        check_images(images)
+        self.check_images(images)
         grid = self.settings.grid(*images.shape[1:3])
         if self.settings.expedite is not None:
             return self._expedited(images, grid, train, visit)

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.settings import BLOCKS, Checked, Rules, check_unused
+from tokenvit_jax.valid import Flag, Number, OneOf, Several, whole
 
 CLUSTERINGS = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
 SELECTIONS = ("powerbert", "random", "importance")
@@ -20,7 +22,7 @@ INITIAL = ("score", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenReducer:
+class TokenReducer(Checked):
     """How many patches every block passes on, and how they are chosen.
 
     Attributes:
@@ -46,6 +48,18 @@ class TokenReducer:
       learning_rate_factor: factor on the learning rate of the retention parameters.
     """
 
+    prefix: ClassVar[str] = "token_reducer."
+    valid: ClassVar[Rules] = {
+        "keep": Several(whole(0, 2**24)),
+        "method": OneOf(METHODS),
+        "initial": OneOf(INITIAL),
+        "carry": Flag(),
+        "diagonal": Flag(),
+        "blocks": Several(whole(1, BLOCKS)),
+        "penalty": Number(0, 1e6),
+        "learning_rate_factor": Number(0, 1e6),
+    }
+
     keep: tuple[int, ...] = ()
     method: str = "weighted_kmedoids"
     initial: str = "score"
@@ -57,31 +71,27 @@ class TokenReducer:
 
     def check(self, depth: int) -> None:
         """Raises UserError unless the settings fit a model of ``depth`` blocks."""
-        for name, valid in (("method", METHODS), ("initial", INITIAL)):
-            if getattr(self, name) not in valid:
-                self._refuse(name, ", ".join(valid))
-        convolves, searches = self.method == CONVOLUTION, self.method == SEARCH
-        if not reads_keep({"method": self.method}):
-            if self.keep:
-                self._refuse("keep", f"() with method={self.method!r}")
-        elif len(self.keep) != depth or min(self.keep) < 0:
+        check_unused(self.prefix, self, f"method={self.method!r}", self._unused())
+        if reads_keep({"method": self.method}) and len(self.keep) != depth:
             self._refuse("keep", f"{depth} numbers from 0, one for every block")
-        if self.carry and not reads_keep({"method": self.method}):
-            self._refuse("carry", f"False with method={self.method!r}")
-        if not convolves and self.blocks:
-            self._refuse("blocks", f"() with method={self.method!r}")
-        if convolves and not (self.blocks and set(self.blocks) <= set(range(1, depth + 1))):
-            self._refuse("blocks", f"one number or more from 1 to {depth}")
-        for name, only in (("penalty", 0.0), ("learning_rate_factor", 1.0)):
-            if not searches and getattr(self, name) != only:
-                self._refuse(name, f"{only} with method={self.method!r}")
-            if getattr(self, name) < 0:
-                self._refuse(name, "numbers from 0")
+        if self.method == CONVOLUTION:
+            blocks = set(self.blocks)
+            if not blocks or max(blocks) > depth or len(blocks) < len(self.blocks):
+                self._refuse("blocks", f"one or more different numbers from 1 to {depth}")
+
+    def _unused(self):
+        """Returns the settings that the method does not read."""
+        names = () if self.method in CLUSTERINGS else ("initial",)
+        names += () if self.method == CONVOLUTION else ("blocks",)
+        names += () if self.method == SEARCH else ("penalty", "learning_rate_factor")
+        names += () if reads_keep({"method": self.method}) else ("keep", "carry")
+        by_chance = ("random",) if self.initial == "score" else ("random", "kmeans", "kmedoids")
+        scored = self.scored_by == "all" and self.method not in by_chance
+        return names if scored else (*names, "diagonal")
 
     def _refuse(self, name, valid):
-        raise UserError(
-            f"token_reducer.{name}={getattr(self, name)!r} is not valid; valid: {valid}"
-        )
+        value = getattr(self, name)
+        raise UserError(f"token_reducer.{name}={value!r} is not valid; valid: {valid}")
 
     def acts(self, block: int, num_patches: int) -> bool:
         """Returns whether a block, counted from 0, changes ``num_patches`` patches."""

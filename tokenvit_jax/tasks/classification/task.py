@@ -13,7 +13,6 @@ from tokenvit_jax.data import Examples, eval_image, with_channels
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
-from tokenvit_jax.models import create_model
 from tokenvit_jax.ops.mix_boxes import mix_boxes
 from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples, eval_crop
@@ -24,6 +23,7 @@ from tokenvit_jax.tasks.classification.mixing import (
     mix_targets,
 )
 from tokenvit_jax.tasks.classification.settings import ENTRIES, NEEDS, check_relations
+from tokenvit_jax.tasks.overrides import make_backbone
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -80,12 +80,11 @@ class Classification(Task):
 
     def make_model(self) -> nn.Module:
         config = self.config
-        model = create_model(
-            config.model,
+        model = make_backbone(
+            config,
             num_classes=self.info.num_classes,
             dtype=jnp.dtype(config.dtype),
             axis_name=self.axis_name,
-            **config.model_overrides.to_dict(),
         )
         if self._trains_tokens and not getattr(model.settings, "token_head", False):
             raise UserError(

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import LinearDecoder, MaskTransformer
-from tokenvit_jax.models import create_model
 from tokenvit_jax.models.backbone import BackboneModel
+from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
 HEADS = {"mask_transformer": MaskTransformer, "linear": LinearDecoder}
 
@@ -61,10 +61,8 @@ def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) 
       UserError: the model, the head or an override is unknown.
     """
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
-    backbone = create_model(config.model, **common, **config.model_overrides.to_dict())
-    cls, overrides = head_class(config.head), config.head_overrides.to_dict()
-    try:
-        head = cls(num_classes=num_classes, **common, **overrides)
-    except TypeError as error:
-        raise UserError(f"config.head_overrides={overrides} of {config.head}: {error}") from error
-    return Segmenter(backbone=backbone, head=head)
+    cls = head_class(config.head)
+    return Segmenter(
+        backbone=make_backbone(config, **common),
+        head=make_head(cls, config, num_classes=num_classes, **common),
+    )
