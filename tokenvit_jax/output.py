@@ -9,6 +9,7 @@ Functions take the name of a path, such as "--out", for messages: "--out=PATH ca
 import contextlib
 import logging
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -197,22 +198,26 @@ def new_folder(path: Path, name: str = "") -> Iterator[Path]:
         folder names the file's final path.
     """
     check_new_folder(path, name)
+    exists = path.is_dir()  # such as a mounted disk, which cannot be replaced
+    base = path if exists else path.absolute().parent
     with writing(path, name):
-        exists = path.is_dir()  # such as a mounted disk, which cannot be replaced
-        base = path if exists else path.absolute().parent
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_HIDDEN, dir=base) as temporary:
-            folder = Path(temporary) / "new"  # unlike its parent, readable for others
-            folder.mkdir()
-            try:
-                yield folder
-            except UserError as error:
-                raise UserError(str(error).replace(str(folder), str(path))) from error
+        temporary = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=base))
+        folder = temporary / "new"  # unlike its parent, readable for others
+    try:
+        folder.mkdir()
+        try:
+            yield folder
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(path))) from error
+        with writing(path, name):
             if exists:
                 for part in sorted(folder.iterdir()):
                     part.rename(path / part.name)
             else:
                 folder.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Log:

@@ -78,7 +78,7 @@ def restore_config(stored: Any, path: Path) -> ConfigDict:
             f"{path} was damaged or edited after it was written: {why}; if the edit is intended, "
             f"remove the entry {_DIGEST!r}"
         )
-    raise UserError(f"{path}: {why}; another version of tokenvit_jax wrote this run, or an editor")
+    raise UserError(f"{path}: {why}; another version of tokenvit_jax wrote it, or it was edited")
 
 
 def _fill(config: ConfigDict, stored: dict[str, Any], group: str = "") -> None:
