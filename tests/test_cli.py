@@ -108,7 +108,7 @@ def test_picture_path_is_checked_before_the_work(run, tmp_path):
 
     path = tmp_path / "new" / "front.PNG"
     assert run("--workdir=x", f"--plot={path}", main=main) == (0, {}, f"{path}\n")
-    assert path.parent.is_dir()
+    assert not path.parent.exists()  # it is made with the picture
     assert run("--workdir=x", main=main)[2] == "None\n"
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
@@ -121,19 +121,6 @@ def test_picture_path_is_checked_before_the_work(run, tmp_path):
         status, _, err = run("--workdir=x", f"--plot={tmp_path / name}", main=main)
         assert status == 1
         assert message in err
-
-
-def test_output_folder_is_made_before_the_work(run, tmp_path):
-    def main(flag_values):
-        assert cli.output_folder(flag_values, "plot") is None
-        assert cli.output_folder(flag_values, "workdir").is_dir()
-
-    assert run(f"--workdir={tmp_path / 'new' / 'run'}", main=main)[0] == 0
-    (tmp_path / "file").write_text("")
-    for name in ("file", "file/run"):
-        status, _, err = run(f"--workdir={tmp_path / name}", main=main)
-        assert status == 1
-        assert err.startswith(f"error: --workdir={tmp_path / name} cannot be written: ")
 
 
 def test_signals_have_their_former_effect_after_training():

@@ -132,7 +132,8 @@ def test_command_writes_a_run_and_the_file_again(monkeypatch, capsys, tmp_path, 
     status, _, err = run(monkeypatch, capsys, **flags)
     assert (status, err) == (
         1,
-        f"error: --out={workdir} holds checkpoints already; use another folder\n",
+        f"error: --out={workdir} exists already; valid: a path where nothing exists, or an empty "
+        "folder\n",
     )
     # Back: into a folder that is created; not over a folder; not into a file.
     assert run(monkeypatch, capsys, source=workdir, out=tmp_path / "new" / "back")[0] == 0
@@ -166,7 +167,7 @@ def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_pa
         ({"source": workdir, "out": own}, f"--out={own} exists already; valid: a path where"),
         ({"source": workdir, "layout": "own", "out": file}, f"--out={file} exists already; valid"),
         ({"source": workdir, "out": "back.npz"}, "--out=back.npz is not valid; valid: NAME.safet"),
-        ({**flags, "out": file}, f"--out={file} is a file; valid: a folder"),
+        ({**flags, "out": file}, f"--out={file} exists already; valid: a path"),
         ({**flags, "data_dir": tmp_path}, f"--data_dir={tmp_path} needs --dataset"),
         ({**flags, "override": ["num_classes=3"]}, "--override=num_classes is not valid: the file"),
         ({**flags, "source": tmp_path / "parts"}, "/parts holds weights in several files; valid"),

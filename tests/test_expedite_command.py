@@ -163,7 +163,7 @@ def test_mistakes_are_named(run, tmp_path, monkeypatch, entries, flags, message)
 def test_a_run_is_not_overwritten(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     status, _, err = run(workdir=tmp_path, budget=0.5, out=tmp_path)
-    assert status == 1 and "holds checkpoints already" in err
+    assert status == 1 and "exists already; valid: a path where nothing exists, or an" in err
 
 
 # ------------------------------------------------------------------------------------------------

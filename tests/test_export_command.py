@@ -177,14 +177,17 @@ def test_mistakes_are_named_and_leave_nothing(monkeypatch, capsys, tmp_path, run
 
     for taken in (tmp_path, tmp_path / "file", tmp_path / "link"):
         assert error(out=taken) == (
-            f"error: out={taken} exists already; valid: a path where nothing exists\n"
+            f"error: --out={taken} exists already; valid: a path where nothing exists, or an empty "
+            "folder\n"
         )
     inside = tmp_path / "file" / "model"
     assert (
         error(out=inside)
-        == f"error: out={inside} cannot be written: {inside.parent} is not a folder\n"
+        == f"error: --out={inside} cannot be written: {inside.parent} is not a folder\n"
     )
-    assert "out=/proc/model cannot be written" in error(out="/proc/model")
+    assert "--out=/proc/model cannot be written: no file can be made in /proc (" in error(
+        out="/proc/model"
+    )
     assert "no checkpoint '7'" in error(out=tmp_path / "new", checkpoint=7)
     assert "holds no config.json" in error(workdir=tmp_path / "no", out=tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == before
@@ -229,12 +232,13 @@ def test_files_that_are_no_run_are_named(monkeypatch, capsys, tmp_path, runs):
     assert "belongs to another model" in error(source=tmp_path / "other", out=tmp_path / "a")
     about = json.dumps({"config": {"task": "classification", "seed": "x"}})
     save_file(array, tmp_path / "damaged", metadata={"tokenvit_jax": about})
-    assert "holds no configuration" in error(source=tmp_path / "damaged", out=tmp_path / "a")
+    assert "damaged: entry 'seed' is 'x'; valid: such as 0" in error(
+        source=tmp_path / "damaged", out=tmp_path / "a"
+    )
     variables = tv.load_run(workdir).variables
     variables["params"]["position"][0] = np.nan
     write_own(tmp_path / "nan", variables, {"config": config})
     assert "params/position has values" in error(source=tmp_path / "nan", out=tmp_path / "a")
     assert "exists already" in error(source=workdir, out=tmp_path / "text")
-    lost = tmp_path / "no" / "x"
-    assert f"out={lost} cannot be written" in error(source=workdir, out=lost)
+    assert "--out=/proc/x cannot be written" in error(source=workdir, out="/proc/x")
     assert not (tmp_path / "a").exists()

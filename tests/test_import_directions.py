@@ -16,7 +16,7 @@ COMMANDS = (
 )
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
-    "progress valid errors"
+    "progress valid output errors"
 )
 BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "expediting": "measure heads models layers ops published progress errors",
     "measure": "heads models layers ops published errors",
     "pictures": "models layers ops errors",
-    "weights": "heads models layers ops errors",
+    "weights": "heads models layers ops output errors",
     "heads": "models layers ops valid errors",
     "metrics": "errors",
     "models": "layers ops published valid errors",
@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "kernels": "arrays errors",
     "arrays": "",
     "config": "valid errors",
-    "cli": "config_flag data errors",
+    "cli": "config_flag data output errors",
     "config_flag": "tasks config valid errors",
     "memory": "",
+    "output": "errors",
     "published": "",
     "progress": "",
     "valid": "errors",

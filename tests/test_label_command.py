@@ -112,5 +112,6 @@ def test_labels_that_are_there_stay(run, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file"):
         status, _, error = run(out=out)
-        assert error == f"error: --out={out} exists and is not an empty folder\n"
+        message = "exists already; valid: a path where nothing exists, or an empty folder"
+        assert error == f"error: --out={out} {message}\n"
         assert status == 1

@@ -28,6 +28,7 @@ from tokenvit_jax.measure import models, operators, report, timing, timm_peers
 from tokenvit_jax.measure.macs import parse_image_size
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models import list_models
+from tokenvit_jax.output import write_figure
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
@@ -80,7 +81,7 @@ def main(flag_values: flags.FlagValues) -> None:
     environment = timing.environment() | (timm_peers.environment() if flag_values.against else {})
     print(report.format_results(rows, environment, flag_values.format))
     if out:
-        report.plot_cost(rows).savefig(out, dpi=150)
+        write_figure(out, report.plot_cost(rows), "--out")
 
 
 def _measure(flag_values):

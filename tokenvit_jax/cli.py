@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from tokenvit_jax import output
 from tokenvit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,14 +82,17 @@ def read_config(flag_values: flags.FlagValues) -> "ConfigDict":
     return flag_values["config"].value
 
 
-def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
-    """Returns the path of a flag for a picture, and makes its folder; None if it is not given.
+def picture_path(
+    flag_values: flags.FlagValues, name: str, inputs: Sequence[Path] = ()
+) -> Path | None:
+    """Returns the path of a flag for a picture; None if it is not given.
 
     Call this before the work: a picture that cannot be written would lose its result.
 
     Args:
       flag_values: parsed flags.
       name: name of the flag.
+      inputs: files that the picture must not replace.
 
     Raises:
       UserError: the picture cannot be written there, or not in this format.
@@ -100,40 +104,8 @@ def picture_path(flag_values: flags.FlagValues, name: str) -> Path | None:
     path, formats = Path(flag_values[name].value), FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UserError(f"--{name}={path} is not valid; valid suffixes: .{', .'.join(formats)}")
-    if path.is_dir():
-        raise UserError(f"--{name}={path} is a folder; valid: a file")
-    _make_folder(path.parent, f"--{name}={path}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"--{name}={path} cannot be written: no permission")
+    output.check_file(path, f"--{name}", inputs)
     return path
-
-
-def output_folder(flag_values: flags.FlagValues, name: str) -> Path | None:
-    """Returns the path of a flag for a folder, and makes it; None if it is not given.
-
-    Call this before the work, as :func:`picture_path`.
-
-    Args:
-      flag_values: parsed flags.
-      name: name of the flag.
-
-    Raises:
-      UserError: the folder cannot be made or written.
-    """
-    if flag_values[name].value is None:
-        return None
-    path = Path(flag_values[name].value)
-    _make_folder(path, f"--{name}={path}")
-    return path
-
-
-def _make_folder(path: Path, flag: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} cannot be written: {error}") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} cannot be written: no permission")
 
 
 def define_images(flag_values: flags.FlagValues, meaning: str) -> None:

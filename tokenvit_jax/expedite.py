@@ -44,14 +44,16 @@ def main(flag_values: flags.FlagValues) -> None:
     """Prints and draws the front, and writes the faster run."""
     from tokenvit_jax.expediting.front import format_front, format_rivals, plot_front
     from tokenvit_jax.expediting.search import pareto_front
+    from tokenvit_jax.output import write_figure
     from tokenvit_jax.training.expedite_run import search_run, write_expedited
     from tokenvit_jax.training.new_run import check_new
 
-    workdir, plot = Path(flag_values.workdir), cli.picture_path(flag_values, "plot")
-    if flag_values.out:
-        check_new(Path(flag_values.out))
-    out = cli.output_folder(flag_values, "out")
+    workdir = Path(flag_values.workdir)
     files = None if flag_values.images is None else cli.image_files(flag_values.images)
+    plot = cli.picture_path(flag_values, "plot", files or ())
+    out = Path(flag_values.out) if flag_values.out else None
+    if out:
+        check_new(out)
     search = search_run(
         workdir,
         flag_values.budget,
@@ -75,7 +77,7 @@ def main(flag_values: flags.FlagValues) -> None:
         write_expedited(out, search)
         print(f"{workdir} -> {out}")
     if plot:
-        plot_front(rated, chosen, flag_values.budget).savefig(plot, dpi=150)
+        write_figure(plot, plot_front(rated, chosen, flag_values.budget), "--plot")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ tasks.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from tokenvit_jax import output
 from tokenvit_jax.data import dataset_info
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model
 from tokenvit_jax.tasks import check_values, create_task, default_config
-from tokenvit_jax.training.exporting import check_parent
 from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
@@ -240,11 +239,8 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> list[st
             f"--layout={layout} cannot hold --source={source}: {error}; others of {config.model}: "
             f"{', '.join([*others, 'own'])}"
         ) from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out={out} cannot be written: {error}") from error
+    with output.new_file(out, "--out", (SafetensorError,)) as temporary:
+        save_file(arrays, temporary)
     return [f"{config.model}, layout {layout}"]
 
 
@@ -252,6 +248,4 @@ def check_new_weights(out: Path) -> None:
     """Raises UserError if a file exists, or its suffix promises another format than safetensors."""
     if out.suffix in _OTHER_FORMATS:
         raise UserError(f"--out={out} is not valid; valid: NAME.safetensors, the only format")
-    if os.path.lexists(out):
-        raise UserError(f"--out={out} exists already; valid: a path where nothing exists")
-    check_parent(out, "--out")
+    output.check_new(out, "--out")

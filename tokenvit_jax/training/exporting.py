@@ -6,8 +6,6 @@ description in JSON. The model normalises the images itself.
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +17,7 @@ from flax import linen as nn
 from jax import export
 from ml_collections import ConfigDict
 
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import new_folder, write_file
 from tokenvit_jax.tasks import Task
 from tokenvit_jax.training.workdir import plain_config
 from tokenvit_jax.weights.own import named_arrays, variables_of, write_own
@@ -29,24 +27,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # name of the number of images in the shapes
 
 
-def check_new_path(out: Path) -> None:
-    """Raises UserError if something exists at a path, or nothing can be written there."""
-    if os.path.lexists(out):
-        raise UserError(f"out={out} exists already; valid: a path where nothing exists")
-    check_parent(out)
-
-
-def check_parent(out: Path, name: str = "out") -> None:
-    """Raises UserError if nothing can be written at a path; the message begins with its name."""
-    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not parent.is_dir():
-        raise UserError(f"{name}={out} cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{name}={out} cannot be written: no permission to write into {parent}")
-
-
 def write_export(
-    out: Path, task: Task, model: nn.Module, variables: dict[str, Any], step: int
+    out: Path,
+    task: Task,
+    model: nn.Module,
+    variables: dict[str, Any],
+    step: int,
+    name: str = "out",
 ) -> None:
     """Writes a model as a folder, which appears when it is complete.
 
@@ -56,25 +43,28 @@ def write_export(
       model: linen module.
       variables: variables for `model.apply`.
       step: training step of the variables.
+      name: how the caller calls `out`, for messages.
 
     Raises:
       UserError: something exists at the path, or it cannot be written.
     """
-    with _new_folder(out) as folder:
+    with new_folder(out, name) as folder:
         exported = lower(task, model, variables)
-        (folder / MODEL_FILE).write_bytes(exported.serialize())
+        write_file(folder / MODEL_FILE, bytes(exported.serialize()))
         write_weights(folder / WEIGHTS_FILE, task.config, variables, step)
         about = {**_describe(task, exported), "step": step}
-        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        write_file(folder / ABOUT_FILE, json.dumps(about, indent=2) + "\n")
 
 
-def write_weights(path: Path, config: ConfigDict, variables: dict[str, Any], step: int) -> None:
+def write_weights(
+    path: Path, config: ConfigDict, variables: dict[str, Any], step: int, name: str = ""
+) -> None:
     """Writes variables as a safetensors file that also holds the configuration of their run.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written; the message begins with `name`, if any.
     """
-    write_own(path, variables, {"step": step, "config": plain_config(config)})
+    write_own(path, variables, {"step": step, "config": plain_config(config)}, name)
 
 
 def image_shape(task: Task) -> tuple[int, int, int]:
@@ -136,18 +126,3 @@ def _describe(task: Task, exported: export.Exported) -> dict[str, Any]:
         "platforms": list(exported.platforms),
         "versions": {name: version(name) for name in ("tokenvit_jax", "jax")},
     }
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Provides a folder, which gets its name `out` at the end; no part remains after an error."""
-    check_new_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-            folder = Path(temporary) / out.name  # unlike its parent, readable for others
-            folder.mkdir()
-            yield folder
-            folder.rename(out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror or error}") from error

@@ -47,7 +47,7 @@ def export_own(source: Path, out: Path, checkpoint: str) -> None:
     """
     check_new_weights(out)
     run = load_run(source, checkpoint)
-    write_weights(out, run.config, run.variables, run.step)
+    write_weights(out, run.config, run.variables, run.step, "--out")
 
 
 def import_own(source: Path, out: Path) -> None:

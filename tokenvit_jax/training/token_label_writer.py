@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.data.token_labels import FILES
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import check_new_folder, new_folder, writing
 from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks.classification.examples import WholeImages
 from tokenvit_jax.tasks.classification.teaching import cell_misfit, label_cells
@@ -27,7 +28,7 @@ def label_training_images(
     Args:
       workdir: folder of the teacher's run.
       checkpoint: "last", "best" or a step.
-      out: folder that receives the files; it must be empty if it exists.
+      out: folder, new or empty; it receives the files when they are complete.
       top_k: number of classes per cell.
       data_dir: folder of the prepared dataset; None: the folder in the run's configuration.
 
@@ -37,19 +38,14 @@ def label_training_images(
     Raises:
       UserError: a value is not valid, there is no such run, or an image cannot be read.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not an empty folder")
+    check_new_folder(out, "--out")
     teacher = load_teacher(workdir, checkpoint, lambda task, model: cell_misfit(model))
     num_classes = teacher.task.info.num_classes
     if not 1 <= top_k <= num_classes:
         raise UserError(f"--top_k={top_k}; valid: 1 to {num_classes}")
     config = for_inference(teacher.config, data_dir)
-    # The folder gets its name only when it is complete.
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    shape = write_labels(temporary, teacher, config, top_k)
-    temporary.rename(out)
-    return shape
+    with new_folder(out, "--out") as folder:
+        return write_labels(folder, teacher, config, top_k)
 
 
 def write_labels(
@@ -70,7 +66,7 @@ def write_labels(
       The shape of both arrays.
 
     Raises:
-      UserError: the dataset is not prepared, or an image cannot be read.
+      UserError: the dataset is not prepared, an image cannot be read, or a file cannot be written.
     """
     parallel, info = make_parallel(config), teacher.task.info
     source = open_split(config, info.train_split)
@@ -82,24 +78,31 @@ def write_labels(
 
     label = parallel.batch_step(label)
     types = np.min_scalar_type(info.num_classes - 1), np.float16
-    files, start = None, 0
+    paths, shape, left = [folder / name for name in FILES], None, len(source)
     batches = eval_batches(source, WholeImages(config, info), config)
     with contextlib.closing(iter(batches)) as iterator:
         for batch in progress(iterator, "labelling", "batch", len(batches)):
             images = parallel.put_batch({"image": batch["image"]})["image"]
             labels = jax.device_get(label(variables, images))
-            if files is None:
+            if shape is None:
                 shape = (len(source), *labels[0].shape[1:])
-                files = [
-                    np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
-                    for name, dtype in zip(FILES, types, strict=True)
-                ]
-            for file, values in zip(files, labels, strict=True):
-                file[start : start + len(values)] = values[: len(source) - start]  # no filling
-            start += len(images)
-    for file in files:
-        file.flush()
+                for path, dtype in zip(paths, types, strict=True):
+                    _begin_array(path, dtype, shape)
+            for path, dtype, values in zip(paths, types, labels, strict=True):
+                with writing(path), path.open("ab") as file:
+                    file.write(values[:left].astype(dtype).tobytes())  # without filling
+            left = max(left - len(images), 0)
     return shape
+
+
+def _begin_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Writes the head of a .npy file, whose values follow.
+
+    A file mapped into memory would kill the process if the disk gets full.
+    """
+    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with writing(path), path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
 
 
 def top_labels(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -6,21 +6,30 @@ A number has the same name in all logs, such as "loss", "grad_norm", "learning_r
 
 import contextlib
 import json
+import logging
+import os
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenvit_jax import progress
+from tokenvit_jax.output import Log, write_file
 from tokenvit_jax.training.processes import is_main_process
-from tokenvit_jax.training.workdir import replace_file
+from tokenvit_jax.training.workdir import read_file
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "metrics.jsonl.damaged"  # lines that could not be read when the run went on
+_NUM_NAMED = 5  # damaged lines that a warning names
 
 
 class TrainLog:
@@ -46,6 +55,9 @@ class TrainLog:
           batch_size: number of images per step.
           every_steps: number of steps between two logged ones.
           enabled: whether this process writes.
+
+        Raises:
+          UserError: a log cannot be read or written; later calls raise it, too.
         """
         self._enabled = enabled
         self._batch_size = batch_size
@@ -53,10 +65,9 @@ class TrainLog:
         self._clock = None
         if not enabled:
             return
-        path = workdir / METRICS_FILE
-        _drop_later_steps(path, steps_done)
-        self._file = path.open("a", buffering=1)  # line by line
-        self._events = SummaryWriter(str(workdir), purge_step=steps_done + 1)
+        _drop_later_steps(workdir, steps_done)
+        self._lines = Log(workdir / METRICS_FILE)
+        self._events = _Events(workdir, steps_done)
         self._bar = tqdm(
             total=num_steps, initial=steps_done, unit="step", disable=not progress.on_terminal()
         )
@@ -74,7 +85,7 @@ class TrainLog:
             self._redirected.close()
             self._bar.close()
             self._events.close()
-            self._file.close()
+            self._lines.close()
 
     def restart_clock(self, step: int) -> None:
         """Restarts the throughput clock, to leave out the time to compile, evaluate and save."""
@@ -104,10 +115,8 @@ class TrainLog:
         """Logs the metrics of a step and, if `visible`, also prints them."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        self._lines.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._events.write(step, metrics)
         if visible:
             numbers = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
             self.note(f"step {step}  {numbers}")
@@ -124,6 +133,30 @@ class TrainLog:
         clock_step, clock = self._clock
         images = (step - clock_step) * self._batch_size
         return {"images_per_second": images / (time.monotonic() - clock)}
+
+
+class _Events:
+    """A file of TensorBoard's, written in the thread of its caller, which receives the errors."""
+
+    def __init__(self, workdir: Path, steps_done: int):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._log = Log(workdir / name)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # TensorBoard hides what an interrupted run logged from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=steps_done + 1, session_log=start))
+        self.close = self._log.close
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of a step."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _add(self, event: Event) -> None:
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        check = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        self._log.append(size + check[0] + content + check[1])
 
 
 def announce(text: str) -> None:
@@ -154,15 +187,23 @@ class Profile:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._running:
+        if not self._running:
+            return
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
+        except (OSError, RuntimeError) as error:  # a trace that is lost does not end the training
+            logging.warning("%s cannot be written: %s", self._folder, error)
 
     def before(self, step: int) -> None:
         """Starts the trace if this is the first step to trace; call this before each step."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            try:
+                jax.profiler.start_trace(str(self._folder))
+            except (OSError, RuntimeError) as error:  # such as another trace in a notebook
+                logging.warning("%s cannot be written: %s", self._folder, error)
+            else:
+                self._running = True
 
     def after(self, step: int, results: Any) -> None:
         """Ends the trace if this was its last step; call this after each step with its results."""
@@ -172,17 +213,59 @@ class Profile:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """Returns the logged metrics of a run, in order; an incomplete last line is left out.
+    """Returns the logged metrics of a run, in order.
+
+    A last line that a killed process left incomplete is left out, and with a warning any other line
+    that cannot be read.
 
     Args:
       workdir: folder of the run.
+
+    Raises:
+      UserError: the file cannot be read.
     """
-    path = workdir / METRICS_FILE
-    # A process that is killed while it writes leaves a last line without a line end.
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    readable, _ = _read_lines(workdir / METRICS_FILE)
+    return [metrics for _, metrics in readable]
 
 
-def _drop_later_steps(path: Path, last_step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+def _drop_later_steps(workdir: Path, last_step: int) -> None:
+    """Keeps the lines up to a step, and moves those that cannot be read to another file."""
+    path, aside = workdir / METRICS_FILE, workdir / DAMAGED_FILE
+    if not os.path.lexists(path):
+        return
+    readable, damaged = _read_lines(path)
+    if damaged:
+        before = read_file(aside) if os.path.lexists(aside) else b""
+        write_file(aside, before + b"".join(line + b"\n" for line in damaged))
+        logging.warning("they are moved to %s", aside)
+    kept = [line + b"\n" for line, metrics in readable if metrics["step"] <= last_step]
+    write_file(path, b"".join(kept))
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], list[bytes]]:
+    """Returns the lines of a file with their metrics, and with a warning the damaged lines."""
+    if not os.path.lexists(path):
+        return [], []
+    *lines, last = read_file(path).split(b"\n")
+    if _parse(last):  # only its line end is missing
+        lines.append(last)
+    numbered = [(number, line, _parse(line)) for number, line in enumerate(lines, start=1)]
+    damaged = [(number, line) for number, line, metrics in numbered if not metrics]
+    if damaged:
+        named = ", ".join(str(number) for number, _ in damaged[:_NUM_NAMED])
+        more = ", ..." if len(damaged) > _NUM_NAMED else ""
+        what = f"{len(damaged)} of {len(lines)} lines cannot be read and are left out"
+        logging.warning("%s: %s: line %s%s", path, what, named, more)
+    readable = [(line, metrics) for _, line, metrics in numbered if metrics]
+    return readable, [line for _, line in damaged]
+
+
+def _parse(line: bytes) -> dict[str, float]:
+    """Returns the metrics in a line; empty if it is no line of :meth:`TrainLog.write`."""
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):  # also text that is not UTF-8
+        return {}
+    if not isinstance(metrics, dict) or type(metrics.get("step")) is not int:
+        return {}
+    return metrics if all(type(value) in (int, float) for value in metrics.values()) else {}

@@ -1,5 +1,6 @@
 """Reads and writes the configuration of a run, `config.json` in its workdir."""
 
+import hashlib
 import json
 import logging
 import os
@@ -11,9 +12,11 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data import different_names
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import write_file
 from tokenvit_jax.tasks import default_config
 
 CONFIG_FILE = "config.json"
+_DIGEST = "digest"  # of the other entries of the file; optional
 
 # A checkpoint depends on these: they determine its parameters, the images it has seen and the
 # state of the optimizer.
@@ -27,37 +30,83 @@ def read_config(workdir: Path) -> ConfigDict:
     """Returns the configuration that a workdir was written with.
 
     Raises:
-      UserError: the workdir has no configuration, or another version of this package wrote it.
+      UserError: the workdir has no configuration, it is damaged, or another version of this package
+        wrote it.
     """
-    return restore_config(_read_json(workdir), workdir / CONFIG_FILE)
+    path = workdir / CONFIG_FILE
+    if not os.path.lexists(path):
+        raise UserError(f"--workdir={workdir} holds no {CONFIG_FILE}: no run was started there")
+    try:
+        return restore_config(json.loads(read_file(path)), path)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise UserError(f"{path} is not readable: {error}") from error
 
 
-def restore_config(stored: dict[str, Any], path: Path) -> ConfigDict:
-    """Returns the configuration that :func:`plain_config` turned into plain values.
+def restore_config(stored: Any, path: Path) -> ConfigDict:
+    """Returns the configuration that :func:`plain_config` or :func:`write_config` wrote.
 
     Args:
-      stored: the plain values.
-      path: file that held them, for the message.
+      stored: the plain values, with or without a digest.
+      path: file that held them, for messages.
 
     Raises:
-      UserError: another version of this package wrote them.
+      UserError: the values were changed, or another version of this package wrote them.
     """
-    stored = _with_tuples(stored)
-    config = default_config(stored["task"])
-    known = flatten_dict(config.to_dict(), sep=".")
-    unknown = [
-        key
-        for key in flatten_dict(stored, sep=".")
-        if key not in known and not key.split(".")[0].endswith("_overrides")
-    ]
-    if unknown:
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds {_brief(stored)}; valid: the entries of a configuration")
+    values = {key: value for key, value in stored.items() if key != _DIGEST}
+    changed = _DIGEST in stored and stored[_DIGEST] != _digest(values)
+    if "task" not in values and not changed:
         raise UserError(
-            f"{path} has entries that config.task={config.task!r} does not have, such as "
-            f"{unknown[0]!r}: another version of tokenvit_jax wrote this run"
+            f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
+            "that version, or train anew in another folder"
         )
-    with config.unlocked():
-        config.update(stored)
-    return config
+    try:
+        config = default_config(str(values.get("task")))
+        with config.unlocked():
+            _fill(config, values)
+    except UserError as error:
+        why = str(error)
+    else:
+        if not changed:
+            return config
+        why = "its values do not match its digest"
+    if changed:
+        raise UserError(
+            f"{path} was damaged or edited after it was written: {why}; if the edit is intended, "
+            f"remove the entry {_DIGEST!r}"
+        )
+    raise UserError(f"{path}: {why}; another version of tokenvit_jax wrote it, or it was edited")
+
+
+def _fill(config: ConfigDict, stored: dict[str, Any], group: str = "") -> None:
+    """Sets entries of a configuration, or of a group of it, to stored values.
+
+    Raises:
+      UserError: an entry is unknown or has a value of another type; the message names it.
+    """
+    for key, value in stored.items():
+        name = f"{group}{key}"
+        if key not in config:
+            raise UserError(f"it has an unknown entry {name!r}")
+        default = config[key]
+        is_group = isinstance(default, ConfigDict)
+        try:
+            if is_group and name.endswith("_overrides"):
+                default.update(_with_tuples(dict(value)))
+            elif is_group:
+                _fill(default, dict(value), f"{name}.")
+            elif value is None:  # ConfigDict accepts it for any type
+                raise TypeError
+            else:
+                config[key] = _with_tuples(value)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            valid = "entries by name" if is_group else f"such as {default!r}"
+            raise UserError(f"entry {name!r} is {_brief(value)}; valid: {valid}") from error
 
 
 def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict:
@@ -74,27 +123,46 @@ def for_inference(config: ConfigDict, data_dir: str | None = None) -> ConfigDict
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes the configuration into the workdir, which is created if necessary."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(workdir / CONFIG_FILE, json.dumps(plain_config(config), indent=2) + "\n")
+    """Writes the configuration into the workdir, which is created if necessary.
+
+    The last entry is a digest, by which :func:`read_config` notices that the file was changed.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    values = plain_config(config)
+    values[_DIGEST] = _digest(values)
+    write_file(workdir / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Replaces a file atomically: a killed process leaves either the old text or the new text."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _digest(values: dict[str, Any]) -> str:
+    """Returns a digest of the values, whatever their order and the layout of the file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_file(path: Path) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+      UserError: it cannot be read, or is a device or a pipe, which might never end.
+    """
+    try:
+        if not (path.is_file() or path.is_dir()):
+            raise OSError("not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def has_config(workdir: Path) -> bool:
     """Returns whether a workdir holds the configuration of a run."""
-    return (workdir / CONFIG_FILE).exists()
+    return os.path.lexists(workdir / CONFIG_FILE)
 
 
 def check_version(workdir: Path) -> None:
-    """Raises UserError if an earlier version of this package wrote the run in a workdir."""
+    """Raises UserError if the run in a workdir is damaged, or of another version."""
     if has_config(workdir):
-        _read_json(workdir)
+        read_config(workdir)
 
 
 def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
@@ -110,17 +178,14 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
 
     Raises:
       UserError: an entry changed that a checkpoint depends on, the run has more steps than it
-        should have, or an earlier version of this package wrote it.
+        should have, or its configuration cannot be read.
     """
     if not has_config(workdir):
         return
-    stored = _read_json(workdir)
-    before, now, default = (
-        flatten_dict(tree, sep=".")
-        for tree in (stored, plain_config(config), plain_config(default_config(stored["task"])))
+    before, now = (
+        flatten_dict(plain_config(tree), sep=".") for tree in (read_config(workdir), config)
     )
-    before = {key: before.get(key, default.get(key)) for key in before.keys() | now.keys()}
-    changed = [(key, before[key], now.get(key)) for key in sorted(before)]
+    changed = [(key, before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())]
     changed = [(key, old, new) for key, old, new in changed if old != new]
     for key, old, new in changed:
         if key == "data.classes" and old:
@@ -143,22 +208,6 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
         logging.warning("config.%s changes from %r to %r in the resumed run", key, old, new)
 
 
-def _read_json(workdir: Path) -> dict[str, Any]:
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no {CONFIG_FILE}: no run was started there")
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not readable: {error}") from error
-    if "task" not in stored:
-        raise UserError(
-            f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
-            "that version, or train anew in another folder"
-        )
-    return stored
-
-
 def plain_config(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
@@ -169,3 +218,8 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."

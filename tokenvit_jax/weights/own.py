@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import new_file
 
 _KEY = "tokenvit_jax"  # of the description in the header
 
@@ -29,23 +30,24 @@ def variables_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(arrays, sep="/")
 
 
-def write_own(path: Path, variables: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def write_own(
+    path: Path, variables: Mapping[str, Any], about: Mapping[str, Any], name: str = ""
+) -> None:
     """Writes the variables of a model, and a description, as one safetensors file.
 
     Args:
       path: the new file.
       variables: variables for `model.apply`.
       about: description that :func:`read_own` returns, of values that JSON can hold.
+      name: how the caller calls the path, for messages.
 
     Raises:
       UserError: the file cannot be written.
     """
     # Not `np.ascontiguousarray`, which gives scalars an axis.
     arrays = {name: np.asarray(x, order="C") for name, x in named_arrays(variables).items()}
-    try:
-        save_file(arrays, path, metadata={_KEY: json.dumps(about)})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"out={path} cannot be written: {error}") from error
+    with new_file(path, name, (SafetensorError,)) as temporary:
+        save_file(arrays, temporary, metadata={_KEY: json.dumps(about)})
 
 
 def is_own(path: Path) -> bool:
