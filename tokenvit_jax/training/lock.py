@@ -105,5 +105,5 @@ def _holder(file: int) -> str:
     try:
         holder = json.loads(os.pread(file, 1000, 0))
         return f" (process {int(holder['pid'])} on {holder['host']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
