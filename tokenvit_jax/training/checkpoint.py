@@ -1,14 +1,17 @@
 """Checkpoints of a run in `WORKDIR/checkpoints/STEP`, written by orbax in the background.
 
-A checkpoint has three items: "model" (parameters, averages, other collections), "optimizer" and
-"progress" (the state of the data iterator, in JSON). A checkpoint gets its name only when it is
-complete.
+A checkpoint has four items: "model" (parameters, averages, other collections), "optimizer",
+"progress" (the state of the data iterator, in JSON) and "digests" (of the other three, in JSON). It
+gets its name only when it is complete. If its state is evaluated, the metrics are added afterwards
+as `metrics/metrics`. A checkpoint whose contents have other digests counts as one that cannot be
+read; one without digests is from an earlier version of this package and is not verified.
 """
 
 import contextlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +20,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from jax.experimental import multihost_utils
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
-from tokenvit_jax.training.processes import on_main_process
+from tokenvit_jax.training.digests import array_digests, describe, json_digest, sealed, unsealed
+from tokenvit_jax.training.processes import is_main_process, on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
-from tokenvit_jax.training.workdir import check_version
+from tokenvit_jax.training.workdir import check_version, replace_file
 
 FOLDER = "checkpoints"
 # The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
 _SCORE = "score"
+_DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 
 # orbax logs the errors that it raises, with tracebacks.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -35,8 +40,13 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 def saved_steps(workdir: Path) -> list[int]:
     """Returns the steps that have a complete checkpoint in a workdir, in order."""
-    folder = workdir / FOLDER
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    names = (path.name for path in (workdir / FOLDER).glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if _is_step(name))
+
+
+def _is_step(name: str) -> bool:
+    """Returns whether a folder has the name of a checkpoint; int() alone reads much more."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
 class Checkpoints:
@@ -60,72 +70,101 @@ class Checkpoints:
           keep_last: number of latest checkpoints to keep.
           keep_best: number of checkpoints with the highest scores to keep.
           score: maps the metrics of an evaluation to a number, such as `Task.score`.
+
+        Raises:
+          UserError: the folder cannot be read or written.
         """
-        self._folder = workdir.absolute() / FOLDER
-        for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
-            logging.warning("checkpoint %s was not finished and is removed", path)
-        self._set_aside(_steps_with_damaged_metrics(workdir))
-        best = preservation_policy.BestN(
-            get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
+        self._workdir = workdir.absolute()
+        self._folder = self._workdir / FOLDER
+        self._keep_last, self._keep_best, self._score_of = keep_last, keep_best, score
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                model=ocp.PyTreeCheckpointHandler(),
+                optimizer=ocp.PyTreeCheckpointHandler(),
+                progress=ocp.JsonCheckpointHandler(),
+                digests=ocp.JsonCheckpointHandler(),
+            )
         )
-        last = preservation_policy.LatestN(keep_last)
-        self._manager = _open_manager(
-            self._folder,
-            preservation_policy=preservation_policy.AnyPreservationPolicy([last, best]),
-            cleanup_tmp_directories=True,
-        )
-        self._keep_best = keep_best
-        self._score_of = score
-        self._best = self._best_score()
         self._writing = self._folder
+        with self._write_errors():
+            on_main_process(self._open_folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
         with self._write_errors():
-            self._manager.close()
+            self._checkpointer.close()
+            self._prune()
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, in order."""
-        return sorted(self._manager.all_steps())
+        return saved_steps(self._workdir)
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Returns whether a checkpoint with these metrics would be kept for its score."""
-        return self._keep_best > 0 and self._score_of(metrics) > self._best
+    def is_recorded(self, step: int) -> bool:
+        """Returns whether the checkpoint of a step has the metrics of its evaluation.
 
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        progress: dict,
-        metrics: dict[str, float] | None = None,
-    ) -> None:
+        It has not if the run ended between the two: then the evaluation is to be repeated.
+        """
+        return _metrics_file(self._folder / str(step)).exists()
+
+    def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Starts to save the state after a step; the state may be consumed afterwards.
 
         Args:
           step: number of steps done.
           state: result of `Parallel.to_global`.
           progress: JSON object, equal in all processes.
-          metrics: metrics of the evaluation of this state; None if it was not evaluated.
 
         Raises:
           UserError: this checkpoint or the previous one cannot be written.
         """
+        model = _model_item(state)
+        digests = {
+            "model": _described_digests(model),
+            "optimizer": _described_digests(state.opt_state),
+            "progress": json_digest(progress),
+        }
         items = ocp.args.Composite(
-            model=ocp.args.PyTreeSave(_model_item(state)),
+            model=ocp.args.PyTreeSave(model),
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             progress=ocp.args.JsonSave(progress),
+            digests=ocp.args.JsonSave(sealed(digests)),
         )
-        if metrics is not None:
-            metrics = {**metrics, _SCORE: self._score_of(metrics)}
+        self._finish()
+        path = self._writing = self._folder / str(step)
         with self._write_errors():
-            self._manager.wait_until_finished()
-        self._writing = self._folder / str(step)
+            self._prune()
+            if path.exists():  # it was not among the checkpoints when the run was resumed
+                self._set_aside([step])
+            self._checkpointer.save(path, args=items)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of its evaluation to the checkpoint of a step, all at once.
+
+        Args:
+          step: a step that was saved.
+          metrics: metrics of the evaluation of its state.
+
+        Raises:
+          UserError: the checkpoint or its metrics cannot be written.
+        """
+        self._finish()
+        path = self._folder / str(step)
+
+        def write() -> None:
+            if not path.is_dir():
+                logging.warning("checkpoint %s was deleted: its metrics are not kept", path)
+                return
+            file = _metrics_file(path)
+            file.parent.mkdir(exist_ok=True)
+            scored = {**metrics, _SCORE: self._score_of(metrics)}
+            replace_file(file, json.dumps(sealed(scored)))
+
+        self._writing = _metrics_file(path)
         with self._write_errors():
-            self._manager.save(step, args=items, metrics=metrics)
-        if metrics is not None:
-            self._best = max(self._best, _score(metrics))
+            on_main_process(write)
+            self._prune()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Restores the latest readable checkpoint; sets later ones aside.
@@ -137,45 +176,97 @@ class Checkpoints:
           The state and its progress; None if there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint belongs to another model, or none of several can be read.
+          UserError: the checkpoint belongs to another model or optimizer, or none of several can
+            be read.
         """
         unreadable = []
         for step in reversed(self.steps()):
+            restored, reason = None, None
             try:
                 restored = self._restore_step(step, like)
             except UserError:
                 raise
             except Exception as error:  # orbax raises many types on damaged files
-                path = self._folder / str(step)
-                logging.warning("checkpoint %s cannot be read: %s", path, _brief(error))
-                unreadable.append(step)
-                continue
-            self._set_aside(unreadable)
-            self._manager.reload()
-            self._best = self._best_score()
-            return restored
+                reason = _brief(error)
+            if _everywhere(restored is not None):
+                self._set_aside(unreadable)
+                return restored
+            reason = reason or "another process could not read it"
+            logging.warning("checkpoint %s cannot be read: %s", self._folder / str(step), reason)
+            unreadable.append(step)
         if unreadable:
             raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
         return None
 
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        model_item = _model_item(like)
-        found = self._manager.item_metadata(step)["model"].tree
-        check_same_variables(found, model_item, self._folder / str(step))
+        path = self._folder / str(step)
+        trees = {"model": _model_item(like), "optimizer": like.opt_state}
+        digests = _read_digests(path)
+        for name, tree in trees.items():
+            found = digests[name] if digests else _read_metadata(path / name)
+            _check_same(_types(found), describe(tree), path, name)
         args = {
             name: ocp.args.PyTreeRestore(
-                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
             )
-            for name, item in (("model", model_item), ("optimizer", like.opt_state))
+            for name, tree in trees.items()
         }
         args["progress"] = ocp.args.JsonRestore()
-        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        items = self._checkpointer.restore(path, args=ocp.args.Composite(**args))
+        if digests:
+            for name in trees:
+                _verify(items[name], digests[name])
+            if json_digest(items["progress"]) != digests["progress"]:
+                raise ValueError("the progress of its data is not what was saved")
         state = like.replace(opt_state=items["optimizer"], **items["model"])
         return state, items["progress"]
 
-    def _best_score(self) -> float:
-        best = self._manager.best_step()
-        return -math.inf if best is None else _score(self._manager.metrics(best))
+    def _open_folder(self) -> None:
+        """Creates the folder, and removes what a killed run left in it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._folder.iterdir()):
+            name, _, end = path.name.partition(".")
+            if _is_step(name) and end.startswith("orbax-checkpoint-tmp"):
+                logging.warning("checkpoint %s was not finished and is removed", path)
+                shutil.rmtree(path)
+            elif _is_step(name) and f".{end}".startswith(_DELETED):
+                shutil.rmtree(path, ignore_errors=True)
+        for step in self.steps():
+            try:
+                _score(self._folder / str(step))
+            except ValueError as error:
+                logging.warning("%s; the checkpoint is kept, whatever its score was", error)
+
+    def _prune(self) -> None:
+        """Deletes the checkpoints that are neither among the last nor among the best.
+
+        One with unreadable metrics stays: it may be the best.
+        """
+        if not is_main_process():
+            return
+        steps = self.steps()
+        kept, scored = set(steps[-max(self._keep_last, 1) :]), []
+        for step in steps:
+            try:
+                scored.append((_score(self._folder / str(step)), step))
+            except ValueError:
+                kept.add(step)
+        scored = sorted((score, step) for score, step in scored if score is not None)
+        kept |= {step for _, step in scored[max(len(scored) - self._keep_best, 0) :]}
+        for step in set(steps) - kept:
+            # First renamed: a half deleted checkpoint must not have the name of a whole one.
+            path = self._folder / str(step)
+            deleted = _unused(path.with_name(path.name + _DELETED))
+            try:
+                path.rename(deleted)
+            except OSError as error:  # such as: somebody else deleted it
+                logging.warning("checkpoint %s cannot be deleted: %s", path, error.strerror)
+            shutil.rmtree(deleted, ignore_errors=True)  # the rest when the run is opened again
+
+    def _finish(self) -> None:
+        """Waits until the checkpoint that is being written is complete."""
+        with self._write_errors():
+            self._checkpointer.wait_until_finished()
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints, so that the run can save these steps again."""
@@ -194,7 +285,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and its storage raise many types
-            whole = ", ".join(map(str, saved_steps(self._folder.parent))) or "none"
+            whole = ", ".join(map(str, self.steps())) or "none"
             raise UserError(
                 f"checkpoint {self._writing} cannot be written: {_brief(error)}; "
                 f"complete checkpoints: {whole}"
@@ -234,24 +325,19 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
     listed = ", ".join(map(str, steps))
     if which not in ("last", "best", *map(str, steps)):
         raise UserError(f"no checkpoint {which!r} in {folder}; valid: last, best, {listed}")
-    with _open_manager(folder, read_only=True) as manager:
-        best = manager.best_step()
-        if which == "best" and best is None:
-            raise UserError(f"none of the checkpoints {listed} in {folder} was evaluated")
-        named = {"last": steps[-1], "best": best}
-        step = named[which] if which in named else int(which)
-        try:
-            tree = manager.item_metadata(step)["model"].tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            args = ocp.args.Composite(model=ocp.args.PyTreeRestore(restore_args=as_numpy))
-            item = manager.restore(step, args=args)["model"]
-            variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {folder / str(step)} cannot be read: {_brief(error)}; "
-                f"there are: {listed}"
-            ) from error
-    return Checkpoint(step, folder / str(step), eval_variables(**variables))
+    if which == "best":
+        step = _best_step(folder, steps)
+    else:
+        step = steps[-1] if which == "last" else int(which)
+    path = folder / str(step)
+    try:
+        item = _read_model(path)
+        variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
+    except Exception as error:  # orbax raises many types on damaged files
+        raise UserError(
+            f"checkpoint {path} cannot be read: {_brief(error)}; there are: {listed}"
+        ) from error
+    return Checkpoint(step, path, eval_variables(**variables))
 
 
 def load_variables(
@@ -282,25 +368,34 @@ def check_same_variables(found: Any, expected: Any, path: Path) -> None:
       expected: variables that the model needs.
       path: folder of the checkpoint, for the message.
     """
-    found, expected = _describe(found), _describe(expected)
+    _check_same(describe(found), describe(expected), path, "model")
+
+
+def _check_same(found: dict[str, str], expected: dict[str, str], path: Path, kind: str) -> None:
+    """Raises UserError unless two descriptions of a "model" or an "optimizer" are equal."""
     differences = [
         f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} here"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name) != expected.get(name)
     ]
-    if differences:
-        raise UserError(
-            f"checkpoint {path} belongs to another model; {len(differences)} entries differ: "
-            + "; ".join(differences[:3])
-        )
+    if not differences:
+        return
+    raise UserError(
+        f"checkpoint {path} belongs to another {kind}{_cause(found, expected, kind)}; "
+        f"{len(differences)} entries differ: " + "; ".join(differences[:3])
+    )
 
 
-def _describe(tree: Any) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{x.shape}"
-        for path, x in leaves
-    }
+def _cause(found: dict[str, str], expected: dict[str, str], kind: str) -> str:
+    """Returns the entry of the configuration that made the difference, if it is known."""
+    if kind == "optimizer":
+        return " (config.optimizer)"
+    averages = {name for name in found | expected if name.startswith("ema/")}
+    if {k: v for k, v in found.items() if k not in averages} != {
+        k: v for k, v in expected.items() if k not in averages
+    }:
+        return ""
+    return f" (config.ema_decay was {'above 0' if averages & found.keys() else '0'} there)"
 
 
 def _model_item(state: TrainState) -> dict[str, Any]:
@@ -309,34 +404,114 @@ def _model_item(state: TrainState) -> dict[str, Any]:
     return fields if state.ema is None else {**fields, "ema": state.ema}
 
 
-def _open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(best_fn=_score, **options),
-        item_handlers={
-            "model": ocp.PyTreeCheckpointHandler(),
-            "optimizer": ocp.PyTreeCheckpointHandler(),
-            "progress": ocp.JsonCheckpointHandler(),
-        },
+def _described_digests(tree: Any) -> dict[str, list[str]]:
+    """Returns the type and shape of every array of a tree, and its digest."""
+    digests = array_digests(tree)
+    return {name: [kind, digests[name]] for name, kind in describe(tree).items()}
+
+
+def _types(described: dict[str, list[str]]) -> dict[str, str]:
+    return {name: kind for name, (kind, *_) in described.items()}
+
+
+def _verify(tree: Any, saved: dict[str, list[str]]) -> None:
+    """Raises ValueError unless the arrays of a tree are those that were saved."""
+    _check_saved(_described_digests(tree), saved)
+
+
+def _check_saved(found: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises ValueError unless two descriptions are equal."""
+    differ = sorted(k for k in found.keys() | saved.keys() if found.get(k) != saved.get(k))
+    if differ:
+        raise ValueError(
+            f"{len(differ)} of {len(saved)} arrays are not what was saved, such as {differ[0]}"
+        )
+
+
+def _read_digests(path: Path) -> dict[str, Any] | None:
+    """Returns the digests in a checkpoint; None if an earlier version wrote it.
+
+    Raises:
+      ValueError: they are damaged.
+    """
+    file = path / "digests" / "metadata"
+    if not file.parent.exists():
+        return None
+    try:
+        return unsealed(json.loads(file.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {_brief(error)}") from error
+
+
+def _read_metadata(path: Path) -> dict[str, list[str]]:
+    """Returns the types and shapes of the arrays of an item, in the form of its digests."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    return {name: [kind] for name, kind in describe(tree).items()}
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    """Returns the item "model" of a checkpoint as numpy arrays; raises many types on damage."""
+    digests = _read_digests(path)
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path / "model").tree
+    if digests:  # before memory is allocated for damaged shapes
+        _check_saved(describe(tree), _types(digests["model"]))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    item = handler.restore(path / "model", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    if digests:
+        _verify(item, digests["model"])
+    return item
+
+
+def _metrics_file(path: Path) -> Path:
+    return path / "metrics" / "metrics"
+
+
+def _score(path: Path) -> float | None:
+    """Returns the score of a checkpoint; None if it was not evaluated.
+
+    Raises:
+      ValueError: its metrics are damaged.
+    """
+    file = _metrics_file(path)
+    try:
+        stored = json.loads(file.read_bytes())
+        if "digest" in stored:  # an earlier version wrote none
+            stored = unsealed(stored)
+        score = float(stored[_SCORE])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {_brief(error)}") from error
+    return score if math.isfinite(score) else None
+
+
+def _best_step(folder: Path, steps: list[int]) -> int:
+    """Returns the step with the highest score, the latest of several.
+
+    Raises:
+      UserError: no checkpoint was evaluated, or the metrics of one are damaged.
+    """
+    listed = ", ".join(map(str, steps))
+    try:
+        scores = [(_score(folder / str(step)), step) for step in steps]
+    except ValueError as error:
+        raise UserError(
+            f"{error}; which checkpoint is best is not known; valid: last, {listed}"
+        ) from error
+    scored = [(score, step) for score, step in scores if score is not None]
+    if not scored:
+        raise UserError(f"none of the checkpoints {listed} in {folder} was evaluated")
+    return max(scored)[1]
+
+
+def _everywhere(fine: bool) -> bool:
+    """Returns whether all processes are fine."""
+    return (
+        fine
+        if jax.process_count() == 1
+        else bool(np.all(multihost_utils.process_allgather(np.array(fine))))
     )
-
-
-def _score(metrics: dict[str, float]) -> float:
-    return metrics[_SCORE]
-
-
-def _steps_with_damaged_metrics(workdir: Path) -> list[int]:
-    """Returns the checkpoints because of which orbax could not open the others."""
-    damaged = []
-    for step in saved_steps(workdir):
-        path = workdir / FOLDER / str(step) / "metrics" / "metrics"
-        try:
-            _score(json.loads(path.read_text()))
-        except FileNotFoundError:
-            pass  # saved without an evaluation
-        except (ValueError, KeyError, TypeError):
-            damaged.append(step)
-    return damaged
 
 
 def _brief(error: Exception) -> str:

@@ -24,6 +24,7 @@ from tokenvit_jax.training.initial import (
     with_initial_settings,
     with_searched_keep,
 )
+from tokenvit_jax.training.lock import workdir_lock
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
@@ -42,9 +43,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
-        cannot be written or read.
+        cannot be written or read, or another training runs there.
     """
-    with processes.StopRequest() as stop:
+    with processes.StopRequest() as stop, workdir_lock(workdir):
         _train(with_class_names(config), workdir, stop)
 
 
@@ -152,18 +153,14 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
             check_finite(done, workdir)
             log.write_steps(done)
 
-            metrics = None
+            # First saved: an evaluation that fails does not cost the steps before it.
+            if saves or evaluates:
+                checkpoints.save(step, parallel.to_global(state), {"data": data_state})
             if evaluates:
                 variables = eval_variables(state.params, state.model_state, state.ema)
-                try:
-                    metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
-                except UserError:  # an image that cannot be read does not cost the steps before it
-                    if jax.process_count() == 1:  # saving needs all processes
-                        checkpoints.save(step, parallel.to_global(state), {"data": data_state})
-                    raise
+                metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
                 log.write(step, metrics)
-            if saves or (evaluates and checkpoints.is_best(metrics)):
-                checkpoints.save(step, parallel.to_global(state), {"data": data_state}, metrics)
+                checkpoints.record(step, metrics)
             if evaluates or saves or step == first_step:
                 log.restart_clock(step)
             if stopping:
