@@ -26,7 +26,7 @@ from PIL import Image
 from experiments import pages
 from tokenvit_jax import cli
 from tokenvit_jax.data import Record, Spec, builtin_info, open_split, train_batches
-from tokenvit_jax.data.images import decode_image
+from tokenvit_jax.data.decoding import decode_image
 from tokenvit_jax.data.workers import Batches, BatchIterator
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples

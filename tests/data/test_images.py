@@ -1,11 +1,10 @@
-import io
 import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from tokenvit_jax.data import images
 from tokenvit_jax.data.dense_transforms import train_scene
@@ -23,93 +22,6 @@ def augment():
 def photo():
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC)
-
-
-def encode(image, file_format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "mode, file_format",
-    [
-        ("RGB", "PNG"),
-        ("RGB", "JPEG"),
-        ("CMYK", "JPEG"),
-        ("L", "JPEG"),
-        ("P", "PNG"),
-        ("RGBA", "PNG"),
-    ],
-)
-def test_decode_gives_rgb_and_keeps_alpha(photo, mode, file_format):
-    image = images.decode_image(encode(photo.convert(mode), file_format))
-    assert (image.mode, image.size) == ("RGBA" if mode == "RGBA" else "RGB", photo.size)
-    image = images.with_channels(image, 3)
-    reference = photo.convert("L").convert("RGB") if mode == "L" else photo
-    error = np.abs(np.asarray(image, int) - np.asarray(reference, int)).mean()
-    assert error < (25 if mode in ("P", "CMYK") else 5)  # a palette has 256 colours; ink is not RGB
-
-
-@pytest.mark.parametrize("orientation", range(9))
-def test_a_rotation_noted_in_exif_is_applied_where_asked(photo, orientation):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    encoded = encode(photo, "PNG", exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-    np.testing.assert_array_equal(images.decode_image(encoded, upright=True), expected)
-    np.testing.assert_array_equal(images.decode_image(encoded), photo)
-
-
-def test_malformed_exif_costs_no_image(photo):
-    encoded = encode(photo, "JPEG", exif=b"Exif\0\0no directory")
-    assert images.decode_image(encoded, upright=True).size == photo.size
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
-def test_grey_levels_of_16_bits_become_8_bits(file_format):
-    ramp = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
-    image = images.decode_image(encode(Image.fromarray(ramp), file_format))
-    np.testing.assert_array_equal(np.asarray(image)[..., 1], ramp // 257)
-
-
-def test_floats_are_refused():
-    image = Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4))
-    with pytest.raises(
-        UserError, match=r"grey levels are float32 from 0.0 to 1.0; valid: integers"
-    ):
-        images.decode_image(encode(image, "TIFF"))
-
-
-def test_size_is_no_reason_to_refuse_an_image(photo, monkeypatch):
-    """Pillow warns above its limit of pixels and raises above twice the limit."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60 // 2 - 1)
-    assert images.decode_image(encode(photo, "PNG")).size == photo.size
-    with pytest.raises(UserError):
-        images.decode_image(b"no image")
-    assert Image.MAX_IMAGE_PIXELS == 80 * 60 // 2 - 1
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_truncated_jpeg_is_never_half_an_image(photo, progressive):
-    encoded = encode(photo, "JPEG", quality=90, progressive=progressive)
-    whole = np.asarray(images.decode_image(encoded))
-    errors = 0
-    for length in range(0, len(encoded), 37):
-        try:
-            image = np.asarray(images.decode_image(encoded[:length]))
-        except UserError as error:
-            assert f"cannot decode {length} bytes" in str(error)
-            errors += 1
-        else:  # only bytes after the last pixel were cut off
-            np.testing.assert_array_equal(image, whole)
-    assert errors >= len(range(0, len(encoded), 37)) - 1
-
-
-@pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_bytes_that_are_not_an_image_are_refused(encoded):
-    with pytest.raises(UserError, match="cannot decode"):
-        images.decode_image(encoded)
 
 
 def test_eval_image_shows_the_centre():

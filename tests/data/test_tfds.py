@@ -8,7 +8,9 @@ import re
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 
 from tokenvit_jax.data import dataset_info, open_split
 from tokenvit_jax.data.tfds_files import write_splits
@@ -164,6 +166,12 @@ def published(request, tmp_path):
     builder.info.write_to_directory(folder)
     builder.info.features.save_config(folder)
     file = folder / "dataset_info.json"
+    for split in ("train", "test"):
+        path = folder / f"{name}-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for _ in range(5):
+            writer.write(b"made up")
+        writer.close()
     splits = [{"name": s, "shardLengths": ["5"], "numBytes": "9"} for s in ("train", "test")]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"splits": splits}))
     return builder
@@ -178,8 +186,8 @@ def test_published_datasets(published, tmp_path):
         "file_name": b"a.jpg",
     }
     config = config_of(name, tmp_path)
-    records = {"data_dir": str(tmp_path), "as_data_source_fn": lambda *_, **__: [record] * 5}
-    with tfds.testing.mock_data(**records):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadOnlyBuilder, "as_data_source", lambda *_, **__: [record] * 5)
         assert create_task(config).info.classes == tuple(classes)
         source = open_split(config, "test")
         found = source.read(4)
@@ -193,5 +201,5 @@ def test_published_datasets(published, tmp_path):
 
 def test_metadata_without_features(published, tmp_path):
     next(tmp_path.glob("*/*/features.json")).unlink()
-    with pytest.raises(UserError, match=r"has no features.json, .*; prepare it with: python -c"):
+    with pytest.raises(UserError, match=r"features.json is missing; delete .* and prepare the dat"):
         dataset_info(config_of(published.name, tmp_path))

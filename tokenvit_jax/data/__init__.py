@@ -11,16 +11,14 @@ from tokenvit_jax.data.datasets import (
     with_class_names,
     with_dataset,
 )
+from tokenvit_jax.data.decoding import decode_image, read_image, to_rgb
 from tokenvit_jax.data.images import (
     INTERPOLATIONS,
     NORMALIZATIONS,
-    decode_image,
     eval_image,
     from_array,
     mean_and_std,
-    read_image,
     to_array,
-    to_rgb,
     with_channels,
 )
 from tokenvit_jax.data.pipeline import eval_batches, train_batches

@@ -20,5 +20,10 @@ def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
       share: share of the names; the number is rounded, and at least one of two or more is drawn.
       seed: seed of the draw.
     """
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+
+    def key(name: str) -> bytes:
+        # Names of files may have bytes that are not UTF-8.
+        return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
+
+    order = sorted(names, key=key)
     return set(order[: num_held_out(len(names), share)])

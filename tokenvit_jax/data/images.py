@@ -1,22 +1,20 @@
-"""Decodes and transforms single images: PIL images in, uint8 arrays (H, W, C) out.
+"""Transforms single images: PIL images in, uint8 arrays (H, W, C) out.
 
 Pillow does the resampling, colour changes and warps, as in torchvision and timm, so that the pixels
 equal theirs exactly. All random numbers come from the generator that is passed in. Images are grey,
 RGB, or RGB with alpha; sizes are one number or (height, width) [pixels].
 """
 
-import io
 import math
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance
 
 from tokenvit_jax.config import height_and_width
+from tokenvit_jax.data.decoding import crop
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
@@ -31,25 +29,8 @@ NORMALIZATIONS = {
 }
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # `config.in_channels` -> Pillow's mode
 
-# Orientation in EXIF -> transposition that brings the image upright; 1: it is upright.
-_UPRIGHT = dict(
-    zip(
-        range(2, 9),
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT,
-            Image.Transpose.ROTATE_180,
-            Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-        strict=True,
-    )
-)
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
-_SIZE_LIMIT = threading.Lock()  # held while Pillow's limit is off
 # `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
 INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
@@ -92,97 +73,17 @@ def mean_pixel(normalization: str, channels: int) -> tuple[int, ...]:
     return tuple(round(255 * level) for level in mean)
 
 
-def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
-    """Decodes a whole image file.
-
-    CMYK, grey and palette images become RGB; alpha stays, for models that take it. Grey levels of
-    16 bits are divided by 257. The format is read from the contents, not from the file's extension
-    (one of ImageNet's .JPEG files is a PNG).
-
-    Args:
-      encoded: the contents of the file.
-      upright: whether a rotation noted in EXIF is applied. Prepared datasets are read as they are
-        stored, as in torchvision and timm, and images stay aligned with their label maps.
-
-    Returns:
-      An RGB image, or RGBA where the file has alpha.
-
-    Raises:
-      UserError: the bytes are not an image, the image is truncated, or its pixels are floats.
-    """
-    try:
-        with _open(encoded) as image:
-            image.load()
-            rotation = _rotation(image) if upright else None
-            image = to_rgb(image)
-        return image if rotation is None else image.transpose(rotation)
-    except UnidentifiedImageError as error:  # Pillow's own message names a Python object
-        message = f"cannot decode {len(encoded)} bytes as an image: no known format"
-        raise UserError(message) from error
-    except Exception as error:
-        # Pillow's decoders raise all kinds of errors on malformed files: OSError, SyntaxError,
-        # struct.error, ... Unlike OpenCV, Pillow does not return a truncated JPEG as half grey.
-        raise UserError(f"cannot decode {len(encoded)} bytes as an image: {error}") from error
-
-
-def _rotation(image: Image.Image) -> Image.Transpose | None:
-    """Returns the transposition that brings an image upright, as noted in EXIF; None if none is."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # the pixels are fine even if the note beside them is malformed
-        return None
-    return _UPRIGHT.get(orientation)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image in RGB, or RGBA if it has alpha; 16-bit grey 65,535 is white.
-
-    Raises:
-      UserError: grey levels are floats, or exceed 16 bits.
-    """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Pillow's own conversion would clip everything above 255 to white.
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise UserError(
-                f"grey levels are {levels.dtype} from {levels.min()} to {levels.max()}; valid: "
-                "integers of 8 or 16 bits"
-            )
-        image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def _open(encoded: bytes) -> Image.Image:
-    """Opens an image of any size: Pillow refuses very large ones, though a panorama is no attack.
-
-    The limit is a global of Pillow and is read only while an image is opened, not while its pixels
-    are decoded.
-    """
-    with _SIZE_LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(io.BytesIO(encoded))
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def read_image(path: Path) -> Image.Image:
-    """Reads an image file, upright; see :func:`decode_image`.
-
-    Raises:
-      UserError: the file cannot be read, or is not an image; the message names it.
-    """
-    try:
-        return decode_image(path.read_bytes(), upright=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Returns an image with 1, 3 or 4 channels; grey loses nothing by a detour through RGB."""
-    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+    """Returns an image with 1, 3 or 4 channels.
+
+    Transparent pixels become white for models without alpha: the colours that they hide, often
+    black, are nobody's picture. Grey loses nothing by a detour through RGB.
+    """
+    mode = MODES[channels]
+    if image.mode == "RGBA" and mode != "RGBA" and image.getextrema()[3][0] < 255:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -197,7 +98,8 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     Raises:
       UserError: the array has another shape or type.
     """
-    if pixels.ndim != 3 or pixels.shape[-1] not in MODES or pixels.dtype != np.uint8:
+    fits = pixels.ndim == 3 and pixels.shape[-1] in MODES and pixels.size
+    if not fits or pixels.dtype != np.uint8:
         raise UserError(
             f"image is {pixels.dtype}{pixels.shape}; valid: uint8 (height, width, channels) with "
             f"{', '.join(map(str, MODES))} channels"
@@ -251,7 +153,7 @@ def _middle_of_strip(image, height, width):
     left, top = (max(side - most, 0) // 2 for side in image.size)
     if not (left or top):
         return image
-    return image.crop((left, top, image.width - left, image.height - top))
+    return crop(image, (left, top, image.width - left, image.height - top))
 
 
 class View(NamedTuple):
@@ -321,7 +223,7 @@ def train_image(
     else:
         # Not `resize(box=...)`, whose filter would reach beyond the box.
         height, width = height_and_width(size)
-        image = image.crop(view.box).resize((width, height), _BICUBIC)
+        image = crop(image, view.box).resize((width, height), _BICUBIC)
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if augment.rotation or augment.translation:

@@ -1,19 +1,26 @@
 """Decodes label maps: image files with a class for every pixel."""
 
-import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from tokenvit_jax.data.decoding import opened
 from tokenvit_jax.errors import UserError
 
+# Formats that change the values of pixels when an image is saved.
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
-def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+
+def decode_label_map(
+    file: bytes | Path, table: np.ndarray, image_size: tuple[int, int]
+) -> np.ndarray:
     """Decodes a label map and translates its values to labels.
 
     Args:
-      encoded: contents of an image file with one byte per pixel: grey levels or palette indices.
+      file: contents or path of an image file with one byte per pixel: grey levels or palette
+        indices.
       table: value -> label, from :func:`label_table`.
       image_size: width and height of its image [pixels].
 
@@ -21,16 +28,11 @@ def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, i
       Labels, uint8 (height, width).
 
     Raises:
-      UserError: the bytes are not such a file, a value is unknown, or the size differs from the
-        image's.
+      UserError: the file is no such file, a value is unknown, or the size differs from the image's.
     """
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow raises all kinds of errors on malformed files
-        raise UserError(f"cannot decode {len(encoded)} bytes as a label map: {error}") from error
-    if mode not in ("L", "P"):
-        raise UserError(f"label map has mode {mode}; valid: L or P, one byte per pixel")
+    with opened(file, "a label map") as image:
+        _check_values_are_kept(image)  # before the pixels are read: afterwards nothing tells
+        values = np.asarray(image)
     if values.shape[::-1] != image_size:
         found, wanted = (" x ".join(map(str, size)) for size in (values.shape[::-1], image_size))
         raise UserError(f"label map has {found} pixels, its image {wanted} (width x height)")
@@ -41,6 +43,18 @@ def decode_label_map(encoded: bytes, table: np.ndarray, image_size: tuple[int, i
             f"label map has the value {unknown}; valid: {_ranges(np.flatnonzero(table >= 0))}"
         )
     return labels.astype(np.uint8)
+
+
+def _check_values_are_kept(image: Image.Image) -> None:
+    if image.format in _LOSSY:
+        raise UserError(f"label map is a {image.format}, which changes values; valid: PNG")
+    if image.mode not in ("L", "P"):
+        raise UserError(f"label map has mode {image.mode}; valid: L or P, one byte per pixel")
+    # Pillow stretches grey levels of 1, 2 or 4 bits to 255 ("L;4"), and inverts others ("L;I").
+    args = image.tile[0][3] if image.tile else None
+    for raw in args if isinstance(args, tuple) else (args,):
+        if isinstance(raw, str) and raw.startswith("L;"):
+            raise UserError(f"label map has grey levels of mode {raw}; valid: one byte per pixel")
 
 
 def label_table(labels: Mapping[int, int]) -> np.ndarray:

@@ -5,16 +5,18 @@ and the embedded datasets do not need it.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from tokenvit_jax.data.images import decode_image
-from tokenvit_jax.data.record import Record
+from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.files import error_text, list_folders
+from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.progress import progress
+from tokenvit_jax.progress import note, progress
 
 Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
 
@@ -54,7 +56,7 @@ class TfdsSource:
             image = decode_image(features[self.image])
             return Record(id=index, image=image) | self.ground_truth(features, image)
         except Exception as error:
-            raise UserError(f"{self._name_with(index, file)}: {error}") from error
+            raise UserError(f"{self._name_with(index, file)}: {error_text(error)}") from error
 
     def stored(self, index: int) -> dict[str, Any]:
         """Returns the stored record with an index; images are still encoded."""
@@ -74,16 +76,28 @@ class TfdsSource:
 
 
 class LabelSource(TfdsSource):
-    """Images with one class each, in the feature "label"."""
+    """Images with one class each, in the feature "label", of a built-in dataset."""
+
+    def __init__(self, info: DatasetInfo, split: str, records: Sequence[dict[str, Any]]):
+        super().__init__(info.name, split, records)
+        self._num_classes = info.num_classes
 
     def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
         """See :class:`TfdsSource`."""
-        return Record(label=int(features["label"]))
+        label = int(features["label"])
+        if not 0 <= label < self._num_classes:
+            raise UserError(f"label={label}; valid: 0 to {self._num_classes - 1}")
+        return Record(label=label)
 
 
 def _file_of(features: dict[str, Any]) -> str:
     """Returns the name of a record's file; "" if the dataset does not store it."""
-    return features.get("file_name", b"").decode()
+    return features.get("file_name", b"").decode(errors="backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
 
 
 def open_records(
@@ -99,52 +113,139 @@ def open_records(
       undecoded: features that are read as the bytes of their files.
 
     Raises:
-      UserError: the dataset has not been prepared in `data_dir`.
+      UserError: the dataset has not been prepared in `data_dir`, or its files are damaged.
     """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
-
-    data_dir = Path(data_dir).expanduser()
+    root = Path(data_dir).expanduser()
     how_to_prepare = (
         f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=DOWNLOADS "
-        f"--data_dir={data_dir}"
+        f"--data_dir={root}"
     )
+    versions = list_versions(root / folder)
+    if not versions:
+        raise UserError(f"dataset {name} not found in data.data_dir={root}; {how_to_prepare}")
     try:
-        return read_split(builder_from_files(folder, data_dir=str(data_dir)), split, undecoded)
-    except tfds.core.DatasetNotFoundError as error:
-        reason = f"dataset {name} not found in data.data_dir={data_dir}"
-        raise UserError(f"{reason}; {how_to_prepare}") from error
+        return read_split(open_metadata(versions[-1]), split, undecoded)
     except NotImplementedError as error:
-        reason = f"dataset {name} in data.data_dir={data_dir} is not in the array_record format"
+        reason = f"dataset {name} in data.data_dir={root} is not in the array_record format"
         raise UserError(f"{reason}; into another folder, {how_to_prepare}") from error
+
+
+def list_versions(folder: Path) -> list[Path]:
+    """Returns the folders of the prepared versions of a dataset, the highest last."""
+    names = list_folders(folder) if folder.is_dir() else ()
+    versions = [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+    return [folder / name for name in sorted(versions, key=lambda n: [*map(int, n.split("."))])]
+
+
+def open_metadata(folder: Path) -> Any:
+    """Returns a builder of `tensorflow_datasets` for a prepared dataset.
+
+    Args:
+      folder: one of :func:`list_versions`.
+
+    Raises:
+      UserError: a file with metadata is missing or damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    checks = {  # a file -> a function that reads it
+        "features.json": tfds.features.FeaturesDict.from_config,
+        "dataset_info.json": tfds.builder_from_directory,  # reads the features, too
+    }
+    for name, read in checks.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; {_again(folder)}")
+        try:
+            json.loads((folder / name).read_text("utf-8"))
+            builder = read(str(folder))
+            splits = dict(builder.info.splits) if name == "dataset_info.json" else {}
+            if any(length < 0 for split in splits.values() for length in split.shard_lengths):
+                raise ValueError("a split has a negative number of records")
+        except Exception as error:  # errors of json, protobuf and tensorflow_datasets
+            raise _damaged(folder, folder / name, error_text(error)) from error
+    return builder
 
 
 def read_split(builder: Any, split: str, undecoded: Sequence[str]) -> Sequence[dict[str, Any]]:
     """Returns the records of a split, read when they are needed.
 
     Args:
-      builder: a builder of `tensorflow_datasets` whose files exist.
+      builder: result of :func:`open_metadata`.
       split: one of its splits.
       undecoded: features that are read as the bytes of their files.
 
     Raises:
       NotImplementedError: the files are not in the array_record format.
+      UserError: there is no such split or feature, or a file is missing or damaged.
     """
     import tensorflow_datasets as tfds
 
+    folder, splits = Path(builder.data_dir), list(builder.info.splits)
+    for kind, names, found in (
+        ("split", [split], splits),
+        ("feature", undecoded, list(builder.info.features)),
+    ):
+        for name in names:
+            if name not in found:
+                has = ", ".join(found) or "none"
+                raise UserError(f"{folder} has no {kind} {name!r}; it has {has}")
     decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
-    return builder.as_data_source(split, decoders=decoders)
+    records = builder.as_data_source(split, decoders=decoders)
+    _check_shards(builder, split)
+    return records
+
+
+def _check_shards(builder: Any, split: str) -> None:
+    """Checks the files of a split: a fifth of a millisecond each.
+
+    Raises:
+      UserError: a file is missing, cut, or has another number of records than the metadata say.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    folder, info = Path(builder.data_dir), builder.info.splits[split]
+    for file, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {_again(folder)}")
+        try:
+            reader = ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+        except Exception as error:
+            raise _damaged(folder, path, error_text(error)) from error
+        if found != length:
+            raise _damaged(folder, path, f"{found:,} records, not {length:,}")
+
+
+def _damaged(folder: Path, file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}); {_again(folder)}")
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and prepare the dataset again"
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------------------------
 
 
 def is_prepared(folder: Path) -> bool:
     """Returns whether :func:`write_splits` has written a dataset into this folder."""
-    return (folder / "dataset_info.json").is_file()
+    return folder.exists()  # it appears when all its files are complete
 
 
 def count_records(folder: Path) -> dict[str, int]:
-    """Returns the number of records in each split of a prepared dataset."""
-    splits = json.loads((folder / "dataset_info.json").read_text())["splits"]
-    return {split["name"]: sum(map(int, split.get("shardLengths", ()))) for split in splits}
+    """Returns the number of records in each split of a prepared dataset.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    builder = open_metadata(folder)
+    for split in builder.info.splits:
+        _check_shards(builder, split)
+    return {name: split.num_examples for name, split in builder.info.splits.items()}
 
 
 def write_splits(
@@ -164,9 +265,15 @@ def write_splits(
       features: name of a feature -> feature of `tensorflow_datasets`.
       splits: name of a split -> its keys and examples, generated while they are written.
       **info: further arguments of `tensorflow_datasets.core.DatasetInfo`.
+
+    Raises:
+      UserError: the files cannot be written; nothing is left of them.
+      OSError: a folder cannot be written.
     """
     import tensorflow_datasets as tfds
 
+    for left in sorted((data_dir / folder).glob("incomplete.*")):
+        note(f"{left} is left from an interrupted preparation: delete it unless one is running")
     tfds.disable_progress_bar()  # it also writes where there is no terminal
     dataset, _, config = folder.partition("/")
 
@@ -193,4 +300,7 @@ def write_splits(
             raise NotImplementedError  # `_split_generators` returns the generators themselves
 
     builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except RuntimeError as error:  # array_record's writer, for example if the disk is full
+        raise UserError(f"cannot write {data_dir / folder}: {error_text(error)}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenvit_jax.config import height_and_width
+from tokenvit_jax.data.files import error_text
 from tokenvit_jax.data.images import View
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
@@ -46,7 +47,8 @@ class TokenLabelFiles:
         self._num_classes = num_classes
         self._classes, self._scores = (_open(self._folder / name) for name in FILES)
         shape = self._classes.shape
-        if len(shape) != 4 or shape[0] != num_records or self._scores.shape != shape:
+        fits = len(shape) == 4 and shape[0] == num_records and min(shape) > 0
+        if not fits or self._scores.shape != shape:
             raise UserError(
                 f"token_labels.files={folder}: the shapes of classes.npy, {shape}, and scores.npy, "
                 f"{self._scores.shape}, must both be ({num_records} records, height, width, "
@@ -83,7 +85,7 @@ class TokenLabelFiles:
           labels around its centre, K classes each, with their bilinear weights.
 
         Raises:
-          UserError: a class is out of range.
+          UserError: a class or a score is out of range.
         """
         classes = np.asarray(self._classes[record], np.int32)
         if classes.min() < 0 or classes.max() >= self._num_classes:
@@ -92,6 +94,11 @@ class TokenLabelFiles:
                 f"{classes.max()}; valid: 0 to {self._num_classes - 1}"
             )
         scores = np.asarray(self._scores[record], np.float32)
+        if not (scores.min() >= 0 and scores.max() <= 1):  # false for NaN, too
+            raise UserError(
+                f"{self._folder / FILES[1]}, record {record}: scores {scores.min()} to "
+                f"{scores.max()}; valid: 0 to 1"
+            )
         box = relative_box(view, image_size, size)
         return sample_labels(classes, scores, box, view.flip, grid_size(size))
 
@@ -170,7 +177,10 @@ def _centred_box(
 
 def _open(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # OSError, ValueError, EOFError, SyntaxError, ...
+        reason = error_text(error)
         raise UserError(f"token_labels.files: {path} cannot be read: {reason}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"token_labels.files: {path} is an archive; valid: an array, as np.save")
+    return array

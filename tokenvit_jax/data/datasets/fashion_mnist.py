@@ -53,7 +53,7 @@ def open_split(config: ConfigDict, split: str) -> LabelSource:
       UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
     records = open_records(INFO.name, split, config.data.data_dir, folder=INFO.name)
-    return LabelSource(INFO.name, split, records)
+    return LabelSource(INFO, split, records)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
@@ -93,10 +93,12 @@ def _examples(images: np.ndarray, labels: np.ndarray) -> Pairs:
 def _read_split(folder: Path, images_name: str, labels_name: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads the images (N, 28, 28) and the labels (N,) of a split, uint8."""
     images, labels = _read_idx(folder, images_name), _read_idx(folder, labels_name)
-    if images.shape != (len(labels), SIDE, SIDE) or labels.ndim != 1 or labels.max() >= 10:
+    highest = labels.max(initial=0)
+    num = labels.size
+    if labels.shape != (num,) or images.shape != (num, SIDE, SIDE) or not num or highest >= 10:
         raise UserError(
             f"{folder / images_name} holds an array {images.shape} and {labels_name} labels "
-            f"{labels.shape} up to {labels.max()}; valid: (N, 28, 28), and (N,) from 0 to 9"
+            f"{labels.shape} up to {highest}; valid: (N, 28, 28), and (N,) from 0 to 9"
         )
     return images, labels
 
@@ -106,8 +108,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     paths = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not paths:
         raise UserError(f"{name}[.gz] not found in --manual_dir={folder}; {_HOW_TO_GET}")
-    content = paths[0].read_bytes()
     try:
+        content = paths[0].read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{paths[0]} is damaged ({error}); download it again") from error

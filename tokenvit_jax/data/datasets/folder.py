@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data.class_names import different_names, labels_by_value
 from tokenvit_jax.data.datasets import none
-from tokenvit_jax.data.files import list_folders, list_images
+from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.files import list_folders, list_images, read_text
 from tokenvit_jax.data.held_out import held_out
-from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, Source, label_field
 from tokenvit_jax.errors import UserError
@@ -132,6 +132,9 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     names = list_folders(folder)
     if not names:
         raise UserError(f"{folder} has no classes; valid: one folder per class, with its images")
+    for name in names:
+        if not name.isprintable():  # bytes that are not UTF-8, or line breaks
+            raise UserError(f"{folder} has the folder {name!r}; valid: names that can be printed")
     return names
 
 
@@ -155,9 +158,8 @@ class _Files:
         """See :class:`tokenvit_jax.data.record.Source`."""
         try:
             return Record(id=index) | self._fields(index)
-        except (UserError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{self.name(index)}: {reason}") from error
+        except UserError as error:
+            raise UserError(f"{self.name(index)}: {error}") from error
 
     def _fields(self, index: int) -> Record:
         raise NotImplementedError
@@ -177,8 +179,8 @@ class ClassFiles(_Files):
         self._labels = [label for _, label in files]
 
     def _fields(self, index: int) -> Record:
-        encoded = (self._folder / self._paths[index]).read_bytes()
-        return Record(image=decode_image(encoded, upright=True), label=self._labels[index])
+        image = decode_image(self._folder / self._paths[index], upright=True)
+        return Record(image=image, label=self._labels[index])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def _label_table(file: Path, classes: Sequence[str]) -> np.ndarray:
 def _names_in(file: Path) -> tuple[str, ...]:
     if not file.is_file():
         raise UserError(f"{file} not found; valid: one class per line, for the values 0, 1, ...")
-    names = tuple(line.strip() for line in file.read_text("utf-8-sig").strip().splitlines())
+    names = tuple(line.strip() for line in read_text(file).strip().splitlines())
     if not all(names) or len(set(names)) != len(names):
         raise UserError(f"{file} has an empty line, a name twice or no name; valid: one per line")
     return names
@@ -274,9 +276,12 @@ class LabelMapFiles(_Files):
         self._table = table
 
     def _fields(self, index: int) -> Record:
-        image = decode_image((self._folder / self._paths[index]).read_bytes())
-        encoded = self._maps[index].read_bytes()
-        return Record(image=image, label_map=decode_label_map(encoded, self._table, image.size))
+        image = decode_image(self._folder / self._paths[index])
+        try:
+            labels = decode_label_map(self._maps[index], self._table, image.size)
+        except UserError as error:
+            raise UserError(f"{self._maps[index]}: {error}") from error
+        return Record(image=image, label_map=labels)
 
 
 # ------------------------------------------------------------------------------------------------

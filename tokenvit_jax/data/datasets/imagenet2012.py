@@ -8,16 +8,16 @@ References:
   Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
 """
 
-import contextlib
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data.files import is_hidden, list_folders, list_images
+from tokenvit_jax.data.files import image_suffixes, is_hidden, list_folders, list_images, read_file
 from tokenvit_jax.data.record import DatasetInfo
 from tokenvit_jax.data.tfds_files import (
     LabelSource,
@@ -49,6 +49,7 @@ _HOW_TO_GET = (
     "register at https://image-net.org/download-images and download the training and validation "
     "images of ILSVRC 2012 (task 1 & 2) into that folder, or unpack them there into train/ and val/"
 )
+_AGAIN = "download it again"
 
 
 def open_split(config: ConfigDict, split: str) -> LabelSource:
@@ -58,7 +59,7 @@ def open_split(config: ConfigDict, split: str) -> LabelSource:
       UserError: the dataset has not been prepared in `config.data.data_dir`.
     """
     records = open_records(INFO.name, split, config.data.data_dir, folder=INFO.name)
-    return LabelSource(INFO.name, split, records)
+    return LabelSource(INFO, split, records)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:
@@ -84,8 +85,10 @@ def prepare(manual_dir: Path, data_dir: Path) -> Path:
     archives = {name: manual_dir / name for name in sources if (manual_dir / name).is_file()}
     missing = [name for name in sources if name not in archives and not sources[name].is_dir()]
     if missing:
+        others = sorted(f.name for name in missing for f in manual_dir.glob(f"{Path(name).stem}*"))
+        found = f", only {', '.join(others)}" if others else ""
         raise UserError(
-            f"{' and '.join(missing)} not found in --manual_dir={manual_dir}; {_HOW_TO_GET}"
+            f"{' and '.join(missing)} not found in --manual_dir={manual_dir}{found}; {_HOW_TO_GET}"
         )
     import tensorflow_datasets as tfds
 
@@ -110,61 +113,101 @@ def _read_lines(resource: str) -> list[str]:
     return tfds.core.tfds_path(resource).read_text().split()
 
 
-@contextlib.contextmanager
-def _open(archive: Path) -> Iterator[tarfile.TarFile]:
-    try:
-        with tarfile.open(archive) as tar:
-            yield tar
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{archive} is damaged or not downloaded completely ({error}); download it again"
-        ) from error
-
-
 def _archived_classes(archive: Path) -> Pairs:
     """Yields the training images of an archive of one archive per class."""
-    classes, seen = set(_read_lines(_CLASSES)), set()
-    with _open(archive) as tar:
-        for member in _files(tar):
-            wordnet_id = Path(member.name).stem
-            if wordnet_id not in classes:
-                raise UserError(
-                    f"{archive} contains {member.name!r}; expected one archive per class, such as "
-                    "'n01440764.tar'"
-                )
-            _check_new(wordnet_id, seen, archive)
-            # Reads straight from the outer file: no class is held in memory.
-            with tarfile.open(fileobj=tar.extractfile(member)) as class_tar:
-                names = set()
-                for image in _files(class_tar):
-                    name = Path(image.name).name
-                    _check_new(name, names, archive)
-                    yield _example(name, class_tar.extractfile(image).read(), wordnet_id)
+    classes, names = set(_read_lines(_CLASSES)), set()
+    for file, class_archive in _members(archive, unread=True):
+        wordnet_id = Path(file).stem.lower()
+        if wordnet_id not in classes:
+            raise UserError(
+                f"{archive} contains {file!r}; expected one archive per class, such as "
+                "'n01440764.tar'"
+            )
+        # Reads straight from the outer file: no class is held in memory.
+        for name, content in _members(archive, class_archive, f" in {file}"):
+            if name in names:
+                raise UserError(f"{archive} contains {name!r} twice, again in {file}; {_AGAIN}")
+            names.add(name)
+            if Path(name).suffix.lower() in image_suffixes():
+                yield _example(name, content, wordnet_id, archive)
 
 
 def _archived(archive: Path) -> Pairs:
     """Yields the validation images of an archive."""
-    labels, seen = _read_lines(_VALIDATION_LABELS), set()
-    with _open(archive) as tar:
-        for member in _files(tar):
-            name = Path(member.name).name
-            _check_new(name, seen, archive)
-            label = _label_of(name, labels, archive)
-            yield _example(name, tar.extractfile(member).read(), label)
+    labels = _read_lines(_VALIDATION_LABELS)
+    for name, content in _members(archive):
+        yield _example(name, content, _label_of(name, labels, archive), archive)
+
+
+def _members(
+    archive: Path, stream: IO[bytes] | None = None, where: str = "", unread: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yields the name, without its folders, and the contents of each visible file of an archive.
+
+    Args:
+      archive: the file, for messages.
+      stream: an archive inside it that is read instead.
+      where: place of the stream in the archive, for messages.
+      unread: whether streams are returned in place of contents.
+
+    Raises:
+      UserError: the archive is damaged, holds a name twice, or something that is no file.
+    """
+    seen = set()
+    try:
+        # Not compressed: the archives are not, and going back in a compressed one takes hours.
+        with tarfile.open(archive, "r:", fileobj=stream) as tar:
+            for member in tar:
+                name = _visible_name(member)
+                if not name:
+                    continue
+                if not member.isreg():
+                    what = "is a link or a device"
+                elif name in seen:
+                    what = "is there twice"
+                elif not member.size:
+                    what = "is empty"
+                else:
+                    seen.add(name)
+                    content = tar.extractfile(member)
+                    yield name, content if unread else content.read()
+                    continue
+                raise UserError(f"{archive} contains {name!r}{where}, which {what}; {_AGAIN}")
+            # A damaged header looks like the end to tarfile.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no end at byte {tar.offset:,}")
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{archive} is damaged or not downloaded completely ({error}{where}); {_AGAIN}, or "
+            "unpack it if it is compressed"
+        ) from error
+
+
+def _visible_name(member: tarfile.TarInfo) -> str:
+    """Returns the name of a file without its folders; "" for folders and hidden files."""
+    parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+    hidden = member.isdir() or any(map(is_hidden, parts))
+    return "" if hidden or not parts else parts[-1]
 
 
 def _class_folders(folder: Path) -> Pairs:
     """Yields the images of one folder per class."""
-    classes = set(_read_lines(_CLASSES))
+    classes, seen = set(_read_lines(_CLASSES)), set()
     for wordnet_id in list_folders(folder):
         if wordnet_id not in classes:
             raise UserError(
                 f"{folder} contains the folder {wordnet_id!r}; expected one per class, such as "
                 "'n01440764'"
             )
-        for path in list_images(folder / wordnet_id):
-            content = (folder / wordnet_id / path).read_bytes()
-            yield _example(Path(path).name, content, wordnet_id)
+        for path in map(Path, list_images(folder / wordnet_id)):
+            if path.name in seen:
+                raise UserError(f"{folder} contains {path.name!r} twice, again in {wordnet_id}")
+            seen.add(path.name)
+            content = read_file(folder / wordnet_id / path)
+            yield _example(path.name, content, wordnet_id, folder)
 
 
 def _unpacked(folder: Path) -> Pairs:
@@ -174,35 +217,27 @@ def _unpacked(folder: Path) -> Pairs:
         return
     labels = _read_lines(_VALIDATION_LABELS)
     for name in list_images(folder):
-        label = _label_of(name, labels, folder)
-        yield _example(name, (folder / name).read_bytes(), label)
-
-
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yields the visible files of an archive."""
-    for member in tar:
-        if member.isfile() and not is_hidden(Path(member.name).name):
-            yield member
-
-
-def _check_new(name: str, seen: set[str], archive: Path) -> None:
-    if name in seen:
-        raise UserError(f"{archive} contains {name!r} twice; download it again")
-    seen.add(name)
+        content = read_file(folder / name)
+        yield _example(name, content, _label_of(name, labels, folder), folder)
 
 
 def _label_of(name: str, labels: list[str], source: Path) -> str:
     """Returns the WordNet id of a validation image; the first is ILSVRC2012_val_00000001.JPEG."""
-    number = name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG")
-    if not (number.isdecimal() and 1 <= int(number) <= len(labels)):
+    match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.jpe?g", name, re.IGNORECASE)
+    number = int(match[1]) if match else 0
+    if not 1 <= number <= len(labels):
         raise UserError(
             f"{source} contains {name!r}; expected ILSVRC2012_val_00000001.JPEG to "
             f"ILSVRC2012_val_{len(labels):08d}.JPEG"
         )
-    return labels[int(number) - 1]
+    return labels[number - 1]
 
 
-def _example(file_name: str, encoded: bytes, wordnet_id: str) -> tuple[str, dict[str, Any]]:
+def _example(
+    file_name: str, encoded: bytes, wordnet_id: str, source: Path
+) -> tuple[str, dict[str, Any]]:
+    if not encoded:
+        raise UserError(f"{source} contains {file_name!r}, which is empty; {_AGAIN}")
     return file_name, {
         "image": io.BytesIO(encoded),
         "label": wordnet_id,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenvit_jax.data.files import is_hidden
+from tokenvit_jax.data.decoding import opened
+from tokenvit_jax.data.files import is_hidden, read_file, read_text
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record
 from tokenvit_jax.data.tfds_files import Pairs, TfdsSource, is_prepared, open_records, write_splits
@@ -105,7 +106,7 @@ def _examples(layout: Layout, manual_dir: Path, files: list[tuple[Path, Path]]) 
     table = label_table(layout.labels)
     for image, label in files:
         name = image.relative_to(manual_dir).as_posix()
-        stored = {"image": io.BytesIO(image.read_bytes()), "file_name": name}
+        stored = {"image": io.BytesIO(read_file(image)), "file_name": name}
         yield name, stored | {"label": _label_map(image, label, table)}
 
 
@@ -146,7 +147,7 @@ def _glob(folder: Path, pattern: str) -> dict[str, Path]:
 
 
 def _listed(file: Path, pattern: str) -> set[str]:
-    stems = file.read_text().split() if file.is_file() else ()
+    stems = read_text(file).split() if file.is_file() else ()
     return {pattern.replace("*", stem) for stem in stems}
 
 
@@ -158,15 +159,14 @@ def _check_none(paths: set[str], what: str, folder: Path) -> None:
 
 def _label_map(image: Path, label: Path, table: np.ndarray) -> io.BytesIO:
     """Returns a PNG file with the labels of an image."""
+    file = image
     try:
-        with Image.open(image) as opened:
-            size = opened.size
-    except OSError as error:
-        raise UserError(f"{image} cannot be read as an image: {error}") from error
-    try:
-        labels = decode_label_map(label.read_bytes(), table, size)
+        with opened(image, "an image") as stored:
+            size = stored.size
+        file = label
+        labels = decode_label_map(label, table, size)
     except UserError as error:
-        raise UserError(f"{label}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
     buffer = io.BytesIO()
     Image.fromarray(labels).save(buffer, "PNG")
     buffer.seek(0)

@@ -19,10 +19,11 @@ from PIL import Image
 
 from tokenvit_jax.data.class_names import different_names, labels_by_value
 from tokenvit_jax.data.datasets import none
+from tokenvit_jax.data.files import list_folders
 from tokenvit_jax.data.held_out import held_out, num_held_out
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Record, label_field
-from tokenvit_jax.data.tfds_files import TfdsSource, read_split
+from tokenvit_jax.data.tfds_files import TfdsSource, list_versions, open_metadata, read_split
 from tokenvit_jax.errors import UserError
 
 _VERSION = re.compile(r"[\d*]+(\.[\d*]+)*")
@@ -239,30 +240,20 @@ def _choose(
 
 def _builder(config: ConfigDict) -> Any:
     """Opens the metadata of the highest prepared version that matches `config.dataset`."""
-    folders = _versions(config)
-    if not folders:
-        name, _ = _parse(config.dataset)
-        data_dir = config.data.data_dir
-        configs = sorted({path.parent.parent.name for path in _info_files(config, "*/*")})
-        if configs and "/" not in name:
-            raise UserError(
-                f"{config.dataset} has configurations in data.data_dir={data_dir}; valid: "
-                f"{', '.join(f'tfds:{name}/{found}' for found in configs)}"
-            )
+    if folders := _versions(config):
+        return open_metadata(folders[-1])
+    name, _ = _parse(config.dataset)
+    data_dir, folder = config.data.data_dir, _root(config) / name
+    inside = list_folders(folder) if folder.is_dir() else ()
+    configs = [found for found in inside if list_versions(folder / found)]
+    if configs and "/" not in name:
         raise UserError(
-            f"{config.dataset} not found in data.data_dir={data_dir}; {_how_to_prepare(config)}"
+            f"{config.dataset} has configurations in data.data_dir={data_dir}; valid: "
+            f"{', '.join(f'tfds:{name}/{found}' for found in configs)}"
         )
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
-
-    name, version = _parse(config.dataset)[0], folders[-1].name
-    try:
-        return builder_from_files(f"{name}:{version}", data_dir=str(_root(config)))
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(
-            f"{folders[-1]} has no features.json, an old version of tensorflow_datasets wrote it; "
-            f"{_how_to_prepare(config)}"
-        ) from error
+    raise UserError(
+        f"{config.dataset} not found in data.data_dir={data_dir}; {_how_to_prepare(config)}"
+    )
 
 
 def _how_to_prepare(config: ConfigDict) -> str:
@@ -294,19 +285,12 @@ def _parse(dataset: str) -> tuple[str, str]:
     return "/".join(parts), version
 
 
-def _info_files(config: ConfigDict, version: str) -> list[Path]:
-    folder = _root(config) / _parse(config.dataset)[0]
-    return list(folder.glob(f"{version}/dataset_info.json"))
-
-
 def _root(config: ConfigDict) -> Path:
     return Path(config.data.data_dir).expanduser()
 
 
 def _versions(config: ConfigDict) -> list[Path]:
     """Returns the folders of the prepared versions that match, the highest last."""
-    _, wanted = _parse(config.dataset)
-    folders = [file.parent for file in _info_files(config, "*")]
-    matching = [folder for folder in folders if fnmatch.fnmatch(folder.name, wanted)]
-    numbers = lambda folder: [int(n) for n in re.findall(r"\d+", folder.name)]  # noqa: E731
-    return sorted(matching, key=numbers)
+    name, wanted = _parse(config.dataset)
+    folders = list_versions(_root(config) / name)
+    return [folder for folder in folders if fnmatch.fnmatch(folder.name, wanted)]
