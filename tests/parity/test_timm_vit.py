@@ -1,21 +1,17 @@
 """ViT and DeiT with random weights: compares blocks and logits with timm."""
 
-import argparse
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 import tokenvit_jax as tv
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.vit import resize_positions
 from tokenvit_jax.weights import (
     LAYOUTS,
     export_weights,
     import_weights,
-    read_arrays,
     recognise_layout,
 )
 
@@ -127,32 +123,3 @@ def test_bicubic_resize_of_torch(timm, old):
             np.testing.assert_array_equal(found[0], position[0])
             expected = expected[0].permute(1, 2, 0).reshape(-1, 3)
             np.testing.assert_allclose(found[1:], expected, atol=1e-5)
-
-
-def test_files_of_torch(timm, tmp_path):
-    """Files may hold arrays directly or inside "model"; other pickled objects are refused."""
-    import safetensors.torch
-    import torch
-
-    arrays = {"cls_token": torch.randn(1, 1, 3), "half": torch.randn(2).half()}
-    flags = argparse.Namespace(lr=1e-3)  # of timm's and DeiT's training
-    named = dict(torch.nn.Linear(2, 2).named_parameters())
-    torch.save(named, tmp_path / "weights.pth")
-    assert read_arrays(tmp_path / "weights.pth").keys() == named.keys()
-    for content in (arrays, {"model": arrays, "epoch": 3}, {"state_dict": arrays, "args": flags}):
-        torch.save(content, tmp_path / "weights.pth")
-        found = read_arrays(tmp_path / "weights.pth")
-        assert found.keys() == arrays.keys()
-        for name, array in found.items():
-            np.testing.assert_array_equal(array, arrays[name].float().numpy())
-            assert array.dtype == np.float32
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth is refused: it is a TorchScript program"):
-        read_arrays(tmp_path / "weights.pth")
-    bfloat16 = {"a": torch.randn(3).bfloat16()}
-    safetensors.torch.save_file(bfloat16, tmp_path / "weights.safetensors")
-    (found,) = read_arrays(tmp_path / "weights.safetensors").values()
-    np.testing.assert_array_equal(found.astype(np.float32), bfloat16["a"].float())
-    torch.save({"model": arrays, "config": pathlib.Path("a")}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth is refused: it holds more than arrays"):
-        read_arrays(tmp_path / "weights.pth")

@@ -120,7 +120,14 @@ JOINED_BIAS = Change(lambda *x: np.concatenate(x), lambda x: tuple(np.split(x, 3
 
 # Suffixes of arrays that some files hold, but that the models here compute.
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
-_NAMED = 8  # entries that an error message names; the others are counted
+_NAMED = 10  # entries that an error message names; the others are counted
+_SHOWN = 80  # characters of a name in a message
+
+
+def shown(name: str) -> str:
+    """Returns a name from a file for a message: on one line, and not too long."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def linear(ours: str, theirs: str, change: Change = TRANSPOSED) -> list[Rule]:
@@ -213,7 +220,8 @@ def import_weights(
         if not any(problems):
             params[path] = np.ascontiguousarray(change.to_ours(*found), np.float32)
     wrong += [
-        f"{name} {array.shape} has no counterpart in the model" for name, array in left.items()
+        f"{shown(name)} {array.shape} has no counterpart in the model"
+        for name, array in left.items()
     ]
     if wrong:
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
