@@ -53,8 +53,15 @@ def one_line(message: str) -> str:
     if len(message) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2
         message = f"{message[:half]} ... {message[-half:]}"
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    return "".join(shown)
+    return "".join(map(_printable, message))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no text
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def _of_system(error: OSError) -> str:
