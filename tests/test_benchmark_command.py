@@ -13,7 +13,7 @@ import pytest
 from stateful_model import StatefulModel
 
 from tokenvit_jax import benchmark, cli
-from tokenvit_jax.measure import models, operators, timm_peers
+from tokenvit_jax.measure import macs, models, operators, timm_peers
 from tokenvit_jax.models.backbone import Trainable
 
 TINY = {
@@ -82,7 +82,7 @@ def test_training_of_a_model(monkeypatch, capsys):
 
 def test_several_models_against_a_peer(monkeypatch, capsys):
     widths = {"narrow": 1000, "wide": 2000}
-    monkeypatch.setattr(benchmark, "list_models", lambda: list(widths))
+    monkeypatch.setattr("tokenvit_jax.models.list_models", lambda: list(widths))
     monkeypatch.setattr(models, "create_model", lambda name, dtype: MeanModel(widths[name]))
     asked = []
 
@@ -115,10 +115,11 @@ def test_several_models_against_a_peer(monkeypatch, capsys):
 def test_token_reducers_against_the_model_without(monkeypatch, capsys):
     widths = {None: 4000, (3, 2): 1000}
 
-    def create(name, dtype, token_reducer=None):
+    def create(name, dtype=None, token_reducer=None):
         return MeanModel(widths[token_reducer and token_reducer["keep"]])
 
     monkeypatch.setattr(models, "create_model", create)
+    monkeypatch.setattr(macs, "create_model", create)
     args = ("--model=host", "--keep=3,2", "--method=tome", "--image_size=32", "--batch_size=2")
     status, out, err = run(monkeypatch, capsys, *args, "--format=json")
     assert status == 0, err
@@ -170,17 +171,18 @@ def test_peer_that_is_not_installed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        ([], 1, "one of --model=NAME and --op=NAME is needed"),
-        (["--model=dgt_t", "--op=depthwise_conv"], 1, "one of --model=NAME and --op=NAME"),
+        ([], 2, "one of --model=NAME and --op=NAME is needed"),
+        (["--model=dgt_t", "--op=depthwise_conv"], 2, "one of --model=NAME and --op=NAME"),
         (["--model=dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--model=dgt_t", "--image_size=16"], 1, "--image_size=16: both sides must be at least"),
-        (["--op=depthwise_conv", "--image_size=64"], 1, "--image_size goes with --model"),
-        (["--op=depthwise_conv", "--against=a"], 1, "--against goes with --model"),
+        (["--op=depthwise_conv", "--image_size=64"], 2, "--image_size goes with --model"),
+        (["--op=depthwise_conv", "--against=a"], 2, "--against goes with --model"),
         (["--model=dgt_t,dgt"], 1, "unknown model 'dgt' (did you mean"),
-        (["--op=depthwise_conv", "--out=a.png"], 1, "--out goes with --op=group_attention"),
-        (["--op=kmeans", "--keep=3"], 1, "--keep goes with --model; nothing is inserted"),
+        (["--op=depthwise_conv", "--out=a.png"], 2, "--out goes with --op=group_attention"),
+        (["--op=kmeans", "--keep=3"], 2, "--keep goes with --model; nothing is inserted"),
         (["--op=conv"], 2, "flag --op=conv: value should be one of <group_attention|"),
-        (["--model=dgt_t", "--batch_size=0"], 2, "flag --batch_size=0"),
+        (["--op=kmeans", "--carry"], 2, "--carry goes with --model"),
+        (["--model=dgt_t", "--batch_size=0"], 2, "--batch_size=0 is not valid; valid: whole"),
         (["--model=dgt_t", "--dtype=float16"], 2, "should be one of <float32|bfloat16>"),
     ],
 )
@@ -188,3 +190,7 @@ def test_mistakes(monkeypatch, capsys, args, status, message):
     found, out, err = run(monkeypatch, capsys, *args)
     assert (found, out, len(err.splitlines())) == (status, "", 1)
     assert message in err
+
+
+def test_operators_are_those_that_are_measured():
+    assert list(operators.CASES) == list(benchmark.OPERATORS)

@@ -1,5 +1,6 @@
 """The program `tokenvit`, and what all commands have in common."""
 
+import errno
 import logging
 import os
 import signal
@@ -12,8 +13,10 @@ import pytest
 from absl import flags
 
 from tokenvit_jax import __main__ as program
-from tokenvit_jax import cli, progress
+from tokenvit_jax import cli, failures, progress
+from tokenvit_jax.errors import UserError, blame
 from tokenvit_jax.training.processes import StopRequest
+from tokenvit_jax.valid import Number, whole
 
 
 @pytest.fixture
@@ -37,9 +40,9 @@ def run(monkeypatch, capsys):
 def test_help_and_lists_of_files_need_no_jax():
     code = """
 import contextlib, io, sys
-from tokenvit_jax.__main__ import main
+from tokenvit_jax.__main__ import COMMANDS, main
 for arguments in ([], ["--help"], ["list", "configs"], *(
-    [name, "--help"] for name in ("train", "label", "expedite", "prepare", "list")
+    [name, "--help"] for name in COMMANDS if name not in ("convert",)
 )):
     sys.argv = ["tokenvit", *arguments]
     with contextlib.suppress(SystemExit):
@@ -75,7 +78,7 @@ def test_program_passes_its_arguments_on(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["tokenvit", *arguments])
         with pytest.raises(SystemExit) as exit_info:
             program.main()
-        assert exit_info.value.code in (1, 2)
+        assert exit_info.value.code == 2
         assert capsys.readouterr().err.startswith(message)
 
 
@@ -93,6 +96,164 @@ def test_empty_value_is_refused(run, flag):
     assert status == 2
     assert not found
     assert err.startswith(f"error: --{flag}= is empty; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir", "--plot=a.png"], "--workdir has no value: --plot=a.png follows it; "),
+        (["--workdir=~nobody-here/run"], "~nobody-here is no home folder; valid: ./~nobody-here"),
+        (["--workdir=a\0b"], r"--workdir='a\x00b' is not valid; valid: a text without null"),
+        (["--flagfile=/dev/zero"], "unknown flag --flagfile=/dev/zero; --help lists all flags"),
+        (["--undefok=wordir", "--wordir=a"], "unknown flag --undefok=wordir"),
+        (["--workdir=run", "more"], "unexpected argument 'more'; flags have the form --name=value"),
+        (["--workdir=run", "--plott=a.png"], "Unknown command line flag 'plott'. Did you mean"),
+    ],
+)
+def test_what_no_flag_can_mean_is_refused(run, arguments, message):
+    status, found, err = run(*arguments)
+    assert (status, found, len(err.splitlines())) == (2, {}, 1)
+    assert message in err
+
+
+def test_numbers_have_bounds():
+    rules = {"count": whole(1, 9), "part": Number(0, 1, above=True)}
+
+    def parse(*arguments):
+        flag_values = flags.FlagValues()
+        for name, rule in rules.items():
+            cli.define_number(flag_values, name, None, "a number", rule)
+        flag_values(["command", *arguments])
+        return flag_values.count, flag_values.part
+
+    assert parse("--count=9", "--part=1e-3") == (9, 0.001)
+    assert parse() == (None, None)
+    for argument in (
+        "--count=0", "--count=10", "--count=1.0", "--count=", "--count=one",
+        f"--count={'9' * 5000}", "--part=0", "--part=1.5", "--part=nan", "--part=inf", "--part=1e999", "--part=1,5",
+    ):  # fmt: skip
+        with pytest.raises(flags.Error) as error:
+            parse(argument)
+        message = str(error.value.__context__)
+        assert message.startswith(argument.split("=")[0]) and "is not valid; valid: " in message
+
+
+def test_output_that_nobody_reads_does_not_end_the_work(run, monkeypatch):
+    done = []
+
+    def main(_):
+        for _ in range(1000):
+            print("a line of output")
+        progress.note("the end")
+        done.append(1)
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert run("--workdir=run", main=main)[::2] == (0, "")
+        assert sys.stdout is pipe
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        message = "error: standard output cannot be written: No space left on device\n"
+        assert run("--workdir=run", main=main)[::2] == (1, message)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        assert run("--plot=a.png", main=main)[0] == 2
+        monkeypatch.setattr(progress, "EVERY_SECONDS", 0)
+        bars = lambda _: done.extend(progress.progress([1, 1], "evaluating", "batch"))  # noqa: E731
+        assert run("--workdir=run", main=bars)[0] == 0
+    assert len(done) == 4
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    code = """
+import sys
+from absl import flags
+from tokenvit_jax import cli
+def main(_):
+    with open("file", "w") as file:
+        assert file.fileno() > 2
+        print("output")
+        print("errors", file=sys.stderr)
+        file.write("done")
+cli.run(main, flags.FlagValues())
+"""
+    command = f"cd {tmp_path}; exec {sys.executable} -c '{code}' <&- >&- 2>&-"
+    root = Path(program.__file__).parent.parent
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert (tmp_path / "file").read_text() == "done"
+
+
+class JaxRuntimeError(Exception):
+    """Has the name of jax's own."""
+
+
+def failing(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.png"), "a.png: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), "left on device (--workdir=run)"),
+        (OSError(errno.EMFILE, "Too many open files"), "raise the limit of open files"),
+        (OSError("a library's text"), "error: a library's text"),
+        (OSError(), "error: OSError"),
+        (MemoryError("Unable to allocate 3 TiB"), "out of memory: Unable to allocate 3 TiB; use a"),
+        (MemoryError(), "out of memory; use a smaller batch size or smaller images"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), "out of memory: RESOURCE_"),
+        (RecursionError("maximum recursion depth"), "the input is nested too deeply"),
+        (UserWarning("soon gone"), "PYTHONWARNINGS turns a UserWarning of a library into an error"),
+        (ModuleNotFoundError("No module named 'cv2.x'", name="cv2.x"), "missing: pip install cv2"),
+        (ImportError("libGL.so.1", name="cv2"), "cv2 cannot be imported: libGL.so.1"),
+        (UnicodeEncodeError("ascii", "a\u2192", 1, 2, "ordinal"), "set LC_ALL=C.UTF-8"),
+        (RuntimeError("Could not determine home directory."), "there is no home folder; set HOME"),
+        (UserError("a\nb\x1b[31m\udcff"), r"error: a b\x1b[31m\xff" + "\n"),
+        (UserError("x" * 10**6), "x ... x"),
+    ],
+)
+def test_failures_of_the_machine_are_one_line(run, error, message):
+    status, _, err = run("--workdir=run", main=failing(error))
+    assert status == 1
+    assert message in err
+    assert len(err.splitlines()) == 1 and len(err) < 3000
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), ImportError("x", name="tokenvit_jax.ops"), JaxRuntimeError("x")]
+)
+def test_bugs_keep_their_traceback(run, error):
+    with pytest.raises(type(error)):
+        run("--workdir=run", main=failing(error))
+
+
+def test_a_current_folder_that_was_deleted(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    _, _, err = run("--workdir=run", main=lambda _: Path("a").absolute())
+    assert err.startswith("error: the current folder does not exist any more; change to another")
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    try:
+        exec(compile("assert False", "/jax/_src/xla_bridge.py", "exec"))
+    except AssertionError as error:
+        assert failures.describe(error).startswith("JAX_PLATFORMS=cuda: JAX finds no such device; ")
+
+
+def test_an_error_of_a_flag_becomes_the_error_of_an_entry():
+    flag, entry = "--workdir=a", "config.initial.workdir=~/a"
+    found = blame(UserError("--workdir=a holds no checkpoints"), flag, entry)
+    assert str(found) == "config.initial.workdir=~/a holds no checkpoints"
+    found = blame(UserError("no checkpoint '7'"), flag, entry)
+    assert str(found) == "config.initial.workdir=~/a: no checkpoint '7'"
 
 
 def test_interrupt_is_one_line(run):

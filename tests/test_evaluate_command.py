@@ -116,8 +116,12 @@ def test_a_folder_with_the_same_classes(run, imported, tmp_path):
 
 
 def test_an_insertion_that_does_not_fit_costs_no_evaluation(run, imported):
-    status, printed, err = run(evaluate, "workdir", workdir=imported[0], keep="3,2")
-    assert (status, printed) == (1, "") and "token_reducer.keep=(3, 2) is not valid" in err
+    for flags, message in (
+        ({"keep": "3,2"}, "--keep=3,2 does not fit the model: token_reducer.keep=(3, 2) is not"),
+        ({"expedite": "1,1,9x9"}, "--expedite=1,1,9x9 does not fit the model: "),  # of 2 x 2
+    ):
+        status, printed, err = run(evaluate, "workdir", workdir=imported[0], **flags)
+        assert (status, printed) == (1, "") and message in err
 
 
 def test_a_reducer_is_inserted_without_training(run, imported):

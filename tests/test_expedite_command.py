@@ -128,8 +128,6 @@ def test_evaluate_measures_the_temperature(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entries", "flags", "message"),
     [
-        ({}, {"budget": 1.5}, "--budget=1.5 is not valid; valid: between 0 and 1"),
-        ({}, {"budget": "nan"}, "--budget=nan is not valid; valid: between 0 and 1"),
         ({}, {"images": "none.jpg"}, "--images: none.jpg: No such file or directory"),
         (
             {"model": "dgt_t", "model_overrides": {}},
@@ -158,6 +156,18 @@ def test_mistakes_are_named(run, tmp_path, monkeypatch, entries, flags, message)
     status, printed, err = run(**{"workdir": tmp_path, "budget": 0.5} | flags)
     assert (status, printed, len(err.splitlines())) == (1, "", 1)
     assert message in err
+
+
+def test_wrong_flags(run):
+    for flags, message in (
+        ({"budget": 1.5}, "--budget=1.5 is not valid; valid: numbers above 0 to below 1"),
+        ({"budget": "nan"}, "--budget=nan is not valid; valid: numbers above 0"),
+        ({"budget": 0.5, "num_images": "1e3"}, "--num_images='1e3' is not valid; valid: whole"),
+        ({"budget": 0.5, "num_images": 2, "images": "a.png"}, "--num_images has no effect"),
+    ):
+        status, printed, err = run(workdir="run", **flags)
+        assert (status, printed, len(err.splitlines())) == (2, "", 1)
+        assert message in err
 
 
 def test_a_run_is_not_overwritten(run, tmp_path):

@@ -83,7 +83,7 @@ def test_expedited_hosts(monkeypatch, capsys):
     ("arg", "status", "message"),
     [
         ("--model=deit_s --expedite=4,6", 1, "--expedite=4,6 is not valid; valid: ALPHA,BETA,ROWS"),
-        ("--model=deit_s --expedite=12,1,9x9", 1, "expedite.alpha=12 is not valid; valid: 0 to 11"),
+        ("--model=deit_s --expedite=12,1,9x9", 1, "9x9 does not fit the model: expedite.alpha=12"),
         ("--model=dgt_tt", 1, "unknown model 'dgt_tt' (did you mean 'dgt_t'?); valid: clustr_b"),
         (
             "--model=deit_s --keep=level8",
@@ -93,10 +93,17 @@ def test_expedited_hosts(monkeypatch, capsys):
         (
             "--model=deit_s --keep=3,2",
             1,
-            "token_reducer.keep=(3, 2) is not valid; valid: 12 numbers",
+            "--keep=3,2 does not fit the model: token_reducer.keep=(3, 2) is not valid; valid: 12",
         ),
         ("--model=dgt_t --keep=level3", 1, "model dgt_t has no setting 'token_reducer'"),
-        ("--model=deit_s --method=mean", 1, "--method=mean is not valid; valid: kmeans, weighted"),
+        (
+            "--model=deit_s --method=tom",
+            1,
+            "--method=tom is not valid (did you mean 'tome'?); valid:",
+        ),
+        ("--model=deit_s --method=tome", 1, "--method has no effect without --keep"),
+        ("--model=deit_s --carry", 1, "--carry has no effect without --keep"),
+        ("--model=deit_s --expedite=4,6,99x9", 1, "--expedite=4,6,99x9 does not fit the model: "),
         ("--image_size=31", 1, "--image_size=31: both sides must be at least 32"),
         ("--image_size=224x20", 1, "--image_size=224x20: both sides must be at least 32"),
         (

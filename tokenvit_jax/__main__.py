@@ -4,6 +4,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from absl import flags
+
 from tokenvit_jax import cli
 from tokenvit_jax.config_flag import title_of
 from tokenvit_jax.errors import did_you_mean
@@ -27,15 +29,18 @@ COMMANDS = (
 def main() -> None:
     """Runs the command that the first argument names, as `python -m tokenvit_jax.COMMAND` does."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in cli.HELP:
-        print(usage())
-        return
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS)
-        print(f"error: no command {name!r}{hint}; valid: {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        sys.argv = sys.argv[:1]
+        cli.run(lambda _: _without_command(name), flags.FlagValues())
     sys.argv = [f"tokenvit {name}", *sys.argv[2:]]
     runpy.run_module(f"tokenvit_jax.{name}", run_name="__main__", alter_sys=True)
+
+
+def _without_command(name: str) -> None:
+    if name not in cli.HELP:
+        hint = did_you_mean(name, COMMANDS)
+        raise cli.UsageError(f"no command {name!r}{hint}; valid: {', '.join(COMMANDS)}")
+    print(usage())
 
 
 def usage() -> str:

@@ -18,17 +18,17 @@ Temporary memory is the memory that XLA plans; allocations of the libraries that
 included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
 """
 
-import jax.numpy as jnp
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting import insertions
-from tokenvit_jax.measure import models, operators, report, timing, timm_peers
-from tokenvit_jax.measure.macs import parse_image_size
-from tokenvit_jax.memory import keep_pages
-from tokenvit_jax.models import list_models
-from tokenvit_jax.output import write_figure
+from tokenvit_jax.valid import whole
+
+# A test compares them with `measure.operators`, whose import is too slow for --help.
+OPERATORS = (
+    "group_attention", "depthwise_conv", "dot_product_attention", "cluster_density_peaks",
+    "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
+)  # fmt: skip
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
@@ -42,17 +42,14 @@ flags.DEFINE_string("image_size", None, "224 (default) or HEIGHTxWIDTH [pixels]"
 flags.DEFINE_enum(
     "op",
     None,
-    list(operators.CASES),
+    OPERATORS,
     "a single operator, at the shapes of the models, instead of a model",
     flag_values=FLAGS,
 )
-flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "images per batch; default: 8, or the operator's own",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
+cli.define_number(
+    FLAGS, "batch_size", None, "images per batch; default: 8, or the operator's own",
+    whole(1, 2**16),
+)  # fmt: skip
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "dtype of the computation", flag_values=FLAGS
 )
@@ -74,46 +71,60 @@ def main(flag_values: flags.FlagValues) -> None:
     """Prints the measurements."""
     _check_flags(flag_values)
     out = cli.picture_path(flag_values, "out")
+    from tokenvit_jax.measure import report, timing, timm_peers
+    from tokenvit_jax.memory import keep_pages
+
     if flag_values.against:
         timm_peers.share_memory()
     keep_pages()
     rows = _measure(flag_values)
     environment = timing.environment() | (timm_peers.environment() if flag_values.against else {})
-    print(report.format_results(rows, environment, flag_values.format))
     if out:
+        from tokenvit_jax.output import write_figure
+
         write_figure(out, report.plot_cost(rows), "--out")
+    print(report.format_results(rows, environment, flag_values.format))
 
 
 def _measure(flag_values):
+    import jax.numpy as jnp
+
+    from tokenvit_jax.measure import macs, models, operators
+    from tokenvit_jax.models import list_models
+
     dtype = jnp.dtype(flag_values.dtype)
     mode = flag_values.mode or ("both" if flag_values.op else "forward")
     modes = ["forward", "train"] if mode == "both" else [mode]
     if flag_values.op:
         return operators.benchmark_operator(flag_values.op, flag_values.batch_size, dtype, modes)
     names = list_models() if flag_values.model == ["all"] else flag_values.model
+    image_size = macs.parse_image_size(flag_values.image_size or "224")
     return models.benchmark_models(
         names,
-        parse_image_size(flag_values.image_size or "224"),
+        image_size,
         flag_values.batch_size or 8,
         dtype,
         modes,
         against=flag_values.against,
-        insertions={name: insertions.from_flags(flag_values, name) for name in names},
+        insertions={
+            name: insertions.from_flags(flag_values, name, macs.fits(name, image_size))
+            for name in names
+        },
     )
 
 
 def _check_flags(flag_values):
     if bool(flag_values.model) == bool(flag_values.op):
-        raise UserError("one of --model=NAME and --op=NAME is needed")
+        raise cli.UsageError("one of --model=NAME and --op=NAME is needed")
     if flag_values.op and flag_values.image_size:
-        raise UserError("--image_size goes with --model; operators have their own shapes")
+        raise cli.UsageError("--image_size goes with --model; operators have their own shapes")
     if flag_values.op and flag_values.against:
-        raise UserError("--against goes with --model; operators have their own alternatives")
-    for name in ("keep", "expedite"):
-        if flag_values.op and flag_values[name].value:
-            raise UserError(f"--{name} goes with --model; nothing is inserted into operators")
+        raise cli.UsageError("--against goes with --model; operators have their own alternatives")
+    for name in ("keep", "method", "carry", "expedite"):
+        if flag_values.op and flag_values[name].present:
+            raise cli.UsageError(f"--{name} goes with --model; nothing is inserted into operators")
     if flag_values.out and flag_values.op != "group_attention":
-        raise UserError("--out goes with --op=group_attention")
+        raise cli.UsageError("--out goes with --op=group_attention")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 import logging
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from tokenvit_jax import output
+from tokenvit_jax import failures, output, streams
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.valid import Number, check
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 HELP = ("--help", "-h")
 COLUMN = 44  # where the meanings begin in the text of --help
+
+
+class UsageError(UserError):
+    """A wrong flag or argument that parsing alone does not find: exit status 2."""
 
 
 def run(
@@ -31,8 +37,9 @@ def run(
     """Parses the command line and calls ``main``; never returns.
 
     Exit status 0: done. 1: the work failed for a reason in the message (a missing file, a bad
-    value). 2: a flag or a configuration key is wrong. Anything else is a bug of this package and
-    keeps its traceback.
+    value, a lack of memory). 2: a flag or a configuration key is wrong. 130: interrupted. Anything
+    else is a bug of this package and keeps its traceback. A reader of the output that goes away
+    (``| head``) does not end the work.
 
     Args:
       main: the command; takes the parsed flags, then the positional arguments.
@@ -40,15 +47,45 @@ def run(
       required: names of flags that must be given.
       positional: names of the arguments that have no flag; all must be given.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.captureWarnings(True)  # progress bars make room for log messages only
-    # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
-    flags.FLAGS.mark_as_parsed()
+    with streams.guarded() as output:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        logging.captureWarnings(True)  # progress bars make room for log messages only
+        # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
+        flags.FLAGS.mark_as_parsed()
+        os.environ.pop("MPLBACKEND", None)  # no picture needs a display, whatever it names
+        try:
+            main(flag_values, *_parse(flag_values, required, positional))
+            output.flush()
+        except KeyboardInterrupt:
+            _exit(130, "interrupted")
+        except Exception as error:
+            message = failures.describe(error)
+            if message is None:
+                raise
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                message = f"{message} ({_outputs(flag_values) or 'path unknown'})"
+            _exit(2 if isinstance(error, UsageError) else 1, message)
+        if output.error is not None and not isinstance(output.error, BrokenPipeError):
+            _exit(1, f"standard output cannot be written: {output.error.strerror}")
+        sys.exit(0)
+
+
+def _parse(
+    flag_values: flags.FlagValues, required: Sequence[str], positional: Sequence[str]
+) -> list[str]:
+    """Parses the command line, or prints the help; returns the positional arguments.
+
+    Raises:
+      UsageError: the command line is wrong.
+    """
     arguments = [argument for argument in sys.argv if argument not in HELP]
     try:
         if len(arguments) < len(sys.argv):
             print(_help(flag_values, arguments))
             sys.exit(0)
+        for argument in arguments:
+            if re.match("--?(flagfile|undefok)(=|$)", argument):  # absl's own, for all programs
+                raise UserError(f"unknown flag {argument}; --help lists all flags")
         rest = flag_values(arguments)[1:]
         if len(rest) > len(positional):
             unexpected = rest[len(positional)]
@@ -60,14 +97,15 @@ def run(
                 raise UserError(f"--{name} is missing; {flag_values[name].help}")
         _check_texts(flag_values)
     except Exception as error:  # a configuration file is the user's code, which may raise any error
-        _exit(2, _parse_message(error))
-    try:
-        main(flag_values, *rest)
-    except (UserError, OSError) as error:
-        _exit(1, str(error))
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
-    sys.exit(0)
+        raise UsageError(_parse_message(error)) from error
+    return rest
+
+
+def _outputs(flag_values: flags.FlagValues) -> str:
+    """Returns the flags that name what a command writes, for errors that name no path."""
+    names = ("workdir", "out", "results", "plot", "data_dir")
+    given = [name for name in names if name in flag_values and flag_values[name].value is not None]
+    return " ".join(f"--{name}={flag_values[name].value}" for name in given)
 
 
 def config_flags() -> flags.FlagValues:
@@ -80,6 +118,41 @@ def config_flags() -> flags.FlagValues:
 def read_config(flag_values: flags.FlagValues) -> "ConfigDict":
     """Returns the locked `ConfigDict` of the flag --config."""
     return flag_values["config"].value
+
+
+def define_number(
+    flag_values: flags.FlagValues,
+    name: str,
+    default: float | None,
+    meaning: str,
+    valid: Number,
+) -> None:
+    """Defines a flag for a number.
+
+    Args:
+      flag_values: the flags that receive it.
+      name: name of the flag.
+      default: its default.
+      meaning: its description.
+      valid: rule that tells the valid numbers.
+    """
+    serializer = flags.ArgumentSerializer()
+    flags.DEFINE(_NumberParser(name, valid), name, default, meaning, flag_values, serializer)
+
+
+class _NumberParser(flags.ArgumentParser):
+    """Reads the value of a flag for a number."""
+
+    def __init__(self, name: str, valid: Number):
+        self._name, self._valid = name, valid
+
+    def parse(self, text: Any) -> float:
+        try:
+            value = int(text) if self._valid.whole else float(text)
+        except ValueError:
+            value = text  # which the rule refuses
+        check(f"--{self._name}", value, self._valid)
+        return value
 
 
 def picture_path(
@@ -186,28 +259,49 @@ def _line(start: str, meaning: str) -> str:
 
 
 def _check_texts(flag_values: flags.FlagValues) -> None:
-    """Expands "~" to the home folder, and refuses empty values, which unset variables leave.
+    """Expands "~" to the home folder, and refuses values that no flag can mean.
 
-    This covers all flags that name files: no other flag has values that begin with "~".
+    These are empty values, which unset variables leave, flags in the place of values, and homes of
+    unknown users. This covers all flags that name files: no other flag has values that begin with
+    "~".
     """
     for name in flag_values:
         flag = flag_values[name]
         if name.split(".")[0] == "config":  # an empty entry of a configuration has a meaning
             continue
-        texts = flag.value if isinstance(flag.value, list) else [flag.value]
-        texts = [os.path.expanduser(text) if isinstance(text, str) else text for text in texts]
-        if flag.present and (not texts or "" in texts):
+        given = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flag.present and (not given or "" in given):
             raise UserError(f"--{name}= is empty; {flag.help}")
+        texts = [_expanded(name, text) if isinstance(text, str) else text for text in given]
         flag.value = texts if isinstance(flag.value, list) else texts[0]
 
 
+def _expanded(name: str, text: str) -> str:
+    """Returns the value of a flag with the home folder in place of "~"."""
+    if text.startswith("--"):
+        raise UserError(f"--{name} has no value: {text} follows it; write --{name}=VALUE")
+    if "\0" in text:
+        raise UserError(f"--{name}={text!r} is not valid; valid: a text without null characters")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        user = path.split("/")[0]
+        raise UserError(f"--{name}={text} is not valid: {user} is no home folder; valid: ./{user}")
+    return path
+
+
 def _parse_message(error: Exception) -> str:
+    """Returns the message for an error of the command line; blames what was given."""
     if isinstance(error, flags.Error) and isinstance(error.__context__, UserError):
         error = error.__context__
-    known = isinstance(error, UserError | flags.Error | OSError)
-    return str(error) if known else f"--config: {type(error).__name__}: {error}"
+    if isinstance(error, flags.Error):
+        return str(error)
+    config = " ".join(argument for argument in sys.argv if argument.startswith("--config"))
+    message = failures.describe(error)
+    if isinstance(error, UserError | OSError) or (message and not config):
+        return message
+    return f"{config or 'the command line'}: {type(error).__name__}: {error}"
 
 
 def _exit(status: int, message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {failures.one_line(message)}", file=sys.stderr)
     sys.exit(status)

@@ -13,16 +13,14 @@ then a line for every --keep and --method, with the multiply-adds per image.
 the temperature on the first images of the evaluation split.
 """
 
+import functools
 import json
 from pathlib import Path
 
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.data import with_dataset
 from tokenvit_jax.expediting import insertions
-from tokenvit_jax.training.evaluation import evaluate_insertions
-from tokenvit_jax.training.workdir import for_inference, read_config
 
 FLAGS = cli.config_flags()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -45,6 +43,10 @@ insertions.define_flags(FLAGS)
 
 def main(flag_values: flags.FlagValues) -> None:
     """Evaluates the checkpoint, also with each insertion."""
+    from tokenvit_jax.data import with_dataset
+    from tokenvit_jax.training.evaluation import check_insertion, evaluate_insertions
+    from tokenvit_jax.training.workdir import for_inference, read_config
+
     workdir, checkpoint = Path(flag_values.workdir), flag_values.checkpoint
     if flag_values["config"].value is None:
         config = for_inference(read_config(workdir), flag_values.data_dir)
@@ -54,7 +56,8 @@ def main(flag_values: flags.FlagValues) -> None:
             config.data.data_dir = flag_values.data_dir
     if flag_values.dataset is not None:
         config = with_dataset(config, flag_values.dataset)
-    inserted = insertions.from_flags(flag_values, config.model)
+    fits = functools.partial(check_insertion, config)
+    inserted = insertions.from_flags(flag_values, config.model, fits)
     per_class = flag_values.per_class
     for metrics in evaluate_insertions(workdir, checkpoint, config, inserted, per_class):
         print(json.dumps(metrics), flush=True)

@@ -19,20 +19,22 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.valid import Number, whole
 
 # Below this similarity the command warns. Table 1 of the paper reports 0.94 to 0.96.
 SIMILAR = 0.9
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
-flags.DEFINE_float(
-    "budget", None, "fraction of the plain model's cost, between 0 and 1", flag_values=FLAGS
-)
+cli.define_number(
+    FLAGS, "budget", None, "fraction of the plain model's cost, between 0 and 1",
+    Number(0, 1, above=True, below=True),
+)  # fmt: skip
 flags.DEFINE_enum(
     "of", "macs", ["macs", "latency"], "cost that the budget limits", flag_values=FLAGS
 )
-flags.DEFINE_integer(
-    "num_images", 8, "images of the evaluation split to compare", lower_bound=1, flag_values=FLAGS
+cli.define_number(
+    FLAGS, "num_images", 8, "images of the evaluation split to compare", whole(1, 1024)
 )
 cli.define_images(FLAGS, "images to compare instead")
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
@@ -42,6 +44,8 @@ flags.DEFINE_string("out", None, "new folder for the faster run", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints and draws the front, and writes the faster run."""
+    if flag_values.images is not None and flag_values["num_images"].present:
+        raise cli.UsageError("--num_images has no effect with --images")
     from tokenvit_jax.expediting.front import format_front, format_rivals, plot_front
     from tokenvit_jax.expediting.search import pareto_front
     from tokenvit_jax.output import write_figure

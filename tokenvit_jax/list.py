@@ -8,7 +8,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.config_flag import config_files, title_of
-from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.errors import did_you_mean
 
 FLAGS = flags.FlagValues()
 KINDS = ("models", "configs", "datasets")
@@ -30,7 +30,7 @@ def main(flag_values: flags.FlagValues, kind: str) -> None:
         print("\n".join(datasets_with(frozenset())))
     else:
         hint = did_you_mean(kind, KINDS)
-        raise UserError(f"{kind!r} cannot be listed{hint}; valid: {', '.join(KINDS)}")
+        raise cli.UsageError(f"{kind!r} cannot be listed{hint}; valid: {', '.join(KINDS)}")
 
 
 if __name__ == "__main__":

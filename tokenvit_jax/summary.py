@@ -16,8 +16,6 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.expediting import insertions
-from tokenvit_jax.measure import macs
-from tokenvit_jax.models import list_models
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas; default: all", flag_values=FLAGS)
@@ -28,9 +26,15 @@ insertions.define_flags(FLAGS)
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the summary of each model."""
+    from tokenvit_jax.measure import macs
+    from tokenvit_jax.models import list_models
+
     names = flag_values.model or list_models()
     image_size = macs.parse_image_size(flag_values.image_size)
-    variants = {name: insertions.from_flags(flag_values, name) for name in names}
+    variants = {
+        name: insertions.from_flags(flag_values, name, macs.fits(name, image_size))
+        for name in names
+    }
     summaries = macs.summarize_models(names, image_size, variants)
     if flag_values.format == "json":
         print(json.dumps([summary._asdict() for summary in summaries], indent=2))

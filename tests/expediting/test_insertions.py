@@ -7,6 +7,7 @@ from absl import flags as flag_values
 
 from tokenvit_jax.expediting import insertions
 from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.reducers import METHODS, reads_keep
 
 
 @pytest.mark.parametrize(
@@ -19,9 +20,15 @@ from tokenvit_jax.models.expedite import Expedite
     ],
 )
 def test_settings_are_written_as_other_commands_read_them(setting):
-    flags = flag_values.FlagValues()
+    flags, checked = flag_values.FlagValues(), []
     insertions.define_flags(flags)
     flags(["evaluate", f"--expedite={insertions.describe(setting)}"])
-    (found,) = insertions.from_flags(flags, "deit_s").values()
+    (found,) = insertions.from_flags(flags, "deit_s", checked.append).values()
+    assert checked == [{}, found]
     assert Expedite(**found["expedite"]) == setting
     assert json.dumps(found)
+
+
+def test_methods_are_the_reducers_that_keep_given_numbers():
+    kept = [method for method in METHODS if reads_keep({"method": method})]
+    assert list(insertions.KEPT_METHODS) == kept

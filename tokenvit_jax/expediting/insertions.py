@@ -5,19 +5,28 @@ Several commands share these flags; :func:`describe` writes what --expedite read
 """
 
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from tokenvit_jax.errors import UserError
-from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.reducers import METHODS, reads_keep
+from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.published import TOKEN_POOLING
 
+if TYPE_CHECKING:
+    from tokenvit_jax.models.expedite import Expedite
+
+# Numbers have few digits: Python refuses to read thousands of them.
 EXPEDITE = re.compile(
-    r"(\d+),(\d+),(\d+)x(\d+)(,logits)?(?:,temperature=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?))?"
+    r"(\d{1,9}),(\d{1,9}),(\d{1,9})x(\d{1,9})(,logits)?"
+    r"(?:,temperature=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?))?"
 )
-KEPT_METHODS = [method for method in METHODS if reads_keep({"method": method})]
+# The reducers that keep given numbers of tokens. A test compares them with `models.reducers`, whose
+# import is too slow for --help.
+KEPT_METHODS = (
+    "kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids", "powerbert", "random",
+    "importance", "evit", "tome",
+)  # fmt: skip
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -52,37 +61,54 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     )
 
 
-def from_flags(flag_values: flags.FlagValues, model: str) -> dict[str, dict[str, Any]]:
+def from_flags(
+    flag_values: flags.FlagValues, model: str, check: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, dict[str, Any]]:
     """Returns the insertions that the flags request, as settings of a model.
 
     Args:
       flag_values: parsed flags.
       model: name of the model. "level3" means the level that Token Pooling reports for this model,
         or the level of DeiT-S if the paper reports none.
+      check: function of overrides of the model, without computation, such as
+        `models.backbone.variable_shapes`; raises UserError where they do not fit.
 
     Returns:
       Label -> overrides of `create_model`: `token_reducer` for every --keep and every --method,
       `expedite` for every --expedite.
 
     Raises:
-      UserError: a value is not valid.
+      UserError: a value is not valid or does not fit the model, or a flag has no effect.
     """
     for method in flag_values.method:
         if method not in KEPT_METHODS:
-            raise UserError(f"--method={method} is not valid; valid: {', '.join(KEPT_METHODS)}")
-    reducers = {
-        f"{method}{' carry' if flag_values.carry else ''} {text}": {
-            "token_reducer": {
-                "keep": parse_keep(text, model), "method": method, "carry": flag_values.carry
-            }
-        }
-        for text in flag_values.keep
-        for method in flag_values.method
-    }  # fmt: skip
-    expedited = {
-        f"expedite {text}": {"expedite": parse_expedite(text)} for text in flag_values.expedite
-    }
-    return reducers | expedited
+            hint = did_you_mean(method, KEPT_METHODS)
+            valid = ", ".join(KEPT_METHODS)
+            raise UserError(f"--method={method} is not valid{hint}; valid: {valid}")
+    for name in ("method", "carry"):
+        if flag_values[name].present and not flag_values.keep:
+            raise UserError(f"--{name} has no effect without --keep")
+    found = {}
+    if flag_values.keep or flag_values.expedite:
+        check({})  # no insertion is to blame for a model that is wrong without it
+    for text in flag_values.keep:
+        for method in flag_values.method:
+            keep, carry = parse_keep(text, model), flag_values.carry
+            overrides = {"token_reducer": {"keep": keep, "method": method, "carry": carry}}
+            _check(check, overrides, f"--keep={text}")
+            found[f"{method}{' carry' * carry} {text}"] = overrides
+    for text in flag_values.expedite:
+        overrides = {"expedite": parse_expedite(text)}
+        _check(check, overrides, f"--expedite={text}")
+        found[f"expedite {text}"] = overrides
+    return found
+
+
+def _check(check, overrides, flag):
+    try:
+        check(overrides)
+    except UserError as error:
+        raise UserError(f"{flag} does not fit the model: {error}") from error
 
 
 def parse_keep(text: str, model: str) -> tuple[int, ...]:
@@ -99,7 +125,7 @@ def parse_keep(text: str, model: str) -> tuple[int, ...]:
     level = re.fullmatch(r"level(\d)", text)
     if level and int(level[1]) < len(levels):
         return levels[int(level[1])].keep
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
         raise UserError(
             f"--keep={text} is not valid; valid: numbers separated by commas, one for every block, "
             f"or level0 to level{len(levels) - 1}"
@@ -125,10 +151,10 @@ def parse_expedite(text: str) -> dict[str, Any]:
     return settings | ({"temperature": float(found[6])} if found[6] else {})
 
 
-def describe(expedite: Expedite) -> str:
+def describe(expedite: "Expedite") -> str:
     """Returns a setting as a value of --expedite, such as "10,14,28x28,logits"."""
     text = f"{expedite.alpha},{expedite.beta},{'x'.join(map(str, expedite.clusters))}"
     text += ",logits" * (expedite.where == "logits")
-    if expedite.temperature != Expedite.temperature:
+    if expedite.temperature != type(expedite).temperature:
         text += f",temperature={expedite.temperature:g}"
     return text

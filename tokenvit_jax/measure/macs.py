@@ -105,13 +105,24 @@ def summarize_model(
     return Summary(name, params, _count(jaxpr, frozenset()), macs_as_published)
 
 
+def fits(name: str, image_size: tuple[int, int]) -> Callable[[Mapping[str, Any]], Any]:
+    """Returns a function that raises UserError for overrides that do not fit a model.
+
+    Args:
+      name: one of :func:`tokenvit_jax.list_models`.
+      image_size: height and width [pixels].
+    """
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    return lambda overrides: variable_shapes(create_model(name, **overrides), images)
+
+
 def parse_image_size(text: str) -> tuple[int, int]:
     """Reads "224" or "HEIGHTxWIDTH" as height and width [pixels].
 
     Raises:
       UserError: the text has another form, or a side is too small or too large for every model.
     """
-    sizes = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    sizes = re.fullmatch(r"(\d{1,99})(?:x(\d{1,99}))?", text)
     if not sizes:
         raise UserError(f"--image_size={text} is neither a number nor HEIGHTxWIDTH, like 224x320")
     height, width = int(sizes[1]), int(sizes[2] or sizes[1])

@@ -8,10 +8,13 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
 from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks import Outcome, Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
@@ -126,8 +129,6 @@ def evaluate_insertions(
     """
     all_overrides = {"none": {}, **inserted}
     configs = {label: _insert(config, overrides) for label, overrides in all_overrides.items()}
-    for changed in configs.values():
-        create_task(changed).make_model()  # an insertion that does not fit costs no evaluation
     for label, changed in configs.items():
         overrides = all_overrides[label]
         if "expedite" in overrides:
@@ -142,6 +143,18 @@ def evaluate_insertions(
             if "expedite" in overrides:
                 metrics["temperature"] = changed.model_overrides.expedite.temperature
         yield metrics
+
+
+def check_insertion(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Raises UserError unless a model with other settings can see the images; computes nothing.
+
+    Args:
+      config: configuration of the run.
+      overrides: settings of the model that replace those of the run.
+    """
+    task = create_task(_insert(config, overrides))
+    images = jax.ShapeDtypeStruct((1, *task.input_shape), jnp.float32)
+    variable_shapes(task.make_model(), images)
 
 
 def _insert(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

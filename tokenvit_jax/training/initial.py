@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.errors import UserError, blame
 from tokenvit_jax.models.backbone import BACKBONE, backbone_of, variable_shapes
 from tokenvit_jax.models.reducers import reads_keep, searched_keep
 from tokenvit_jax.tasks import Task, create_task
@@ -59,7 +59,8 @@ def load_initial(config: ConfigDict) -> Initial | None:
         found = load_checkpoint(workdir, str(config.initial.checkpoint))
         return Initial(found.path, found.variables, create_task(read_config(workdir)))
     except UserError as error:
-        raise UserError(f"config.initial.workdir={config.initial.workdir}: {error}") from error
+        entry = f"config.initial.workdir={config.initial.workdir}"
+        raise blame(error, f"--workdir={workdir}", entry) from error
 
 
 def with_initial_settings(config: ConfigDict, source: ConfigDict | None) -> ConfigDict:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.errors import UserError, blame
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel
 from tokenvit_jax.training.run import Run, load_run
@@ -65,10 +65,11 @@ def taught_batches(
     if task.teacher is None:
         return lambda batch, step: parallel.put_batch(batch)
     workdir, checkpoint, key = task.teacher
+    path = Path(workdir).expanduser()
     try:
-        teacher = load_teacher(Path(workdir).expanduser(), checkpoint, task.misfit)
+        teacher = load_teacher(path, checkpoint, task.misfit)
     except UserError as error:
-        raise UserError(f"config.{key}={workdir}: {error}") from error
+        raise blame(error, f"--workdir={path}", f"config.{key}={workdir}") from error
     theirs, ours = teacher.task.info, task.info
     if not theirs.same_classes(ours):
         raise UserError(
