@@ -24,10 +24,11 @@ from jax.experimental import multihost_utils
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.output import write_file
 from tokenvit_jax.training.digests import array_digests, describe, json_digest, sealed, unsealed
 from tokenvit_jax.training.processes import is_main_process, on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
-from tokenvit_jax.training.workdir import check_version, replace_file
+from tokenvit_jax.training.workdir import check_version
 
 FOLDER = "checkpoints"
 # The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
@@ -157,9 +158,8 @@ class Checkpoints:
                 logging.warning("checkpoint %s was deleted: its metrics are not kept", path)
                 return
             file = _metrics_file(path)
-            file.parent.mkdir(exist_ok=True)
             scored = {**metrics, _SCORE: self._score_of(metrics)}
-            replace_file(file, json.dumps(sealed(scored)))
+            write_file(file, json.dumps(sealed(scored)))
 
         self._writing = _metrics_file(path)
         with self._write_errors():
@@ -284,6 +284,8 @@ class Checkpoints:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
+        except UserError:  # it names the file
+            raise
         except Exception as error:  # orbax and its storage raise many types
             whole = ", ".join(map(str, self.steps())) or "none"
             raise UserError(

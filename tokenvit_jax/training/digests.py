@@ -1,9 +1,9 @@
 """Digests of arrays and JSON objects: they tell whether what is read back is what was written.
 
-Orbax 0.12 has no such check. Its storage, tensorstore's OCDBT, has CRC-32C sums of its index, not of
-the data of the arrays. The format zarr 2 that orbax writes has no checksums and reads a missing
-chunk as zeros; in zarr 3, orbax fixes the codecs, with a CRC-32C sum of the index of a chunk only. A
-digest of the values, in contrast, covers the whole way: devices, memory, compression and files.
+Orbax 0.12 has no such check. Its storage, tensorstore's OCDBT, has CRC-32C sums of its index, not
+of the data of the arrays. The format zarr 2 that orbax writes has no checksums and reads a missing
+chunk as zeros; in zarr 3, orbax fixes the codecs, with a CRC-32C sum of the index of a chunk only.
+A digest of the values, in contrast, covers the whole way: devices, memory, compression and files.
 
 The digest of an array is made of integers alone, so that it is the same for every sharding, number
 of devices and order of summation. The bits of the array are read as 32-bit words w_i (elements of
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+DIGEST = "digest"  # entry of a JSON object that holds the digest of the others
 
 # m_i = a(i mod _BLOCK) b(i div _BLOCK): numpy then needs only one table of multipliers.
 _BLOCK = 1 << 16
@@ -71,7 +73,7 @@ def json_digest(value: Any) -> str:
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a JSON object with its own digest, for :func:`unsealed`."""
-    return {**value, "digest": json_digest(value)}
+    return {**value, DIGEST: json_digest(value)}
 
 
 def unsealed(value: Any) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def unsealed(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     plain = dict(value)
-    if plain.pop("digest", None) != json_digest(plain):
+    if plain.pop(DIGEST, None) != json_digest(plain):
         raise ValueError("its digest is another one than that of its contents")
     return plain
 

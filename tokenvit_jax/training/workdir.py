@@ -1,6 +1,5 @@
 """Reads and writes the configuration of a run, `config.json` in its workdir."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,9 +13,9 @@ from tokenvit_jax.data import different_names
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.output import write_file
 from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training.digests import DIGEST, json_digest, sealed
 
 CONFIG_FILE = "config.json"
-_DIGEST = "digest"  # of the other entries of the file; optional
 
 # A checkpoint depends on these: they determine its parameters, the images it has seen and the
 # state of the optimizer.
@@ -56,8 +55,8 @@ def restore_config(stored: Any, path: Path) -> ConfigDict:
     """
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds {_brief(stored)}; valid: the entries of a configuration")
-    values = {key: value for key, value in stored.items() if key != _DIGEST}
-    changed = _DIGEST in stored and stored[_DIGEST] != _digest(values)
+    values = {key: value for key, value in stored.items() if key != DIGEST}
+    changed = DIGEST in stored and stored[DIGEST] != json_digest(values)
     if "task" not in values and not changed:
         raise UserError(
             f"{path} has no entry 'task': an earlier version of tokenvit_jax wrote this run; use "
@@ -76,7 +75,7 @@ def restore_config(stored: Any, path: Path) -> ConfigDict:
     if changed:
         raise UserError(
             f"{path} was damaged or edited after it was written: {why}; if the edit is intended, "
-            f"remove the entry {_DIGEST!r}"
+            f"remove the entry {DIGEST!r}"
         )
     raise UserError(f"{path}: {why}; another version of tokenvit_jax wrote it, or it was edited")
 
@@ -130,14 +129,8 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    values = plain_config(config)
-    values[_DIGEST] = _digest(values)
+    values = sealed(plain_config(config))
     write_file(workdir / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """Returns a digest of the values, whatever their order and the layout of the file."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_file(path: Path) -> bytes:
