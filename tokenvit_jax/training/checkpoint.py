@@ -2,11 +2,12 @@
 
 A checkpoint has four items: "model" (parameters, averages, other collections), "optimizer",
 "progress" (the state of the data iterator, in JSON) and "digests" (of the other three, in JSON). It
-gets its name only when it is complete. If its state is evaluated, the metrics are added afterwards
-as `metrics/metrics`. A checkpoint whose contents have other digests counts as one that cannot be
-read; one without digests is from an earlier version of this package and is not verified.
+gets its name only when it is complete. The file `metrics/metrics` is empty JSON until the state has
+been evaluated. A checkpoint whose contents have other digests counts as one that cannot be read;
+one without digests is from an earlier version of this package and is not verified.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -84,17 +85,20 @@ class Checkpoints:
                 optimizer=ocp.PyTreeCheckpointHandler(),
                 progress=ocp.JsonCheckpointHandler(),
                 digests=ocp.JsonCheckpointHandler(),
+                metrics=ocp.JsonCheckpointHandler("metrics"),
             )
         )
+        self._loops = contextlib.ExitStack()
         self._writing = self._folder
         with self._write_errors():
             on_main_process(self._open_folder)
 
     def __enter__(self) -> "Checkpoints":
+        self._loops.enter_context(_patient_loops())
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with self._write_errors():
+        with self._loops, self._write_errors():
             self._checkpointer.close()
             self._prune()
 
@@ -107,7 +111,10 @@ class Checkpoints:
 
         It has not if the run ended between the two: then the evaluation is to be repeated.
         """
-        return _metrics_file(self._folder / str(step)).exists()
+        try:
+            return _metrics(self._folder / str(step)) is not None
+        except ValueError:  # damaged: it was recorded, or cannot be
+            return True
 
     def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Starts to save the state after a step; the state may be consumed afterwards.
@@ -131,6 +138,7 @@ class Checkpoints:
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             progress=ocp.args.JsonSave(progress),
             digests=ocp.args.JsonSave(sealed(digests)),
+            metrics=ocp.args.JsonSave(sealed({})),
         )
         self._finish()
         path = self._writing = self._folder / str(step)
@@ -212,7 +220,8 @@ class Checkpoints:
             for name, tree in trees.items()
         }
         args["progress"] = ocp.args.JsonRestore()
-        items = self._checkpointer.restore(path, args=ocp.args.Composite(**args))
+        with _patient_loops():
+            items = self._checkpointer.restore(path, args=ocp.args.Composite(**args))
         if digests:
             for name in trees:
                 _verify(items[name], digests[name])
@@ -333,7 +342,8 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
         step = steps[-1] if which == "last" else int(which)
     path = folder / str(step)
     try:
-        item = _read_model(path)
+        with _patient_loops():
+            item = _read_model(path)
         variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
     except Exception as error:  # orbax raises many types on damaged files
         raise UserError(
@@ -465,27 +475,65 @@ def _read_model(path: Path) -> dict[str, Any]:
     return item
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that closes when everything it started has ended."""
+
+    def close(self) -> None:
+        while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> _PatientLoop:
+        return _PatientLoop()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+    """Makes orbax wait for all arrays when one of them cannot be read or written.
+
+    Otherwise the others would go on in the background, and report to a loop that is closed: that
+    prints tracebacks.
+    """
+    former = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(former)
+
+
 def _metrics_file(path: Path) -> Path:
     return path / "metrics" / "metrics"
 
 
-def _score(path: Path) -> float | None:
-    """Returns the score of a checkpoint; None if it was not evaluated.
+def _metrics(path: Path) -> dict[str, float] | None:
+    """Returns the metrics of a checkpoint and their score; None if it was not evaluated.
 
     Raises:
-      ValueError: its metrics are damaged.
+      ValueError: they are damaged.
     """
     file = _metrics_file(path)
     try:
         stored = json.loads(file.read_bytes())
-        if "digest" in stored:  # an earlier version wrote none
+        if "digest" in stored:  # an earlier version wrote none, and no file without an evaluation
             stored = unsealed(stored)
-        score = float(stored[_SCORE])
-    except FileNotFoundError:
-        return None
+        return {**stored, _SCORE: float(stored[_SCORE])} if stored else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, FileNotFoundError) and not (path / "digests").exists():
+            return None
         raise ValueError(f"{file} is damaged: {_brief(error)}") from error
-    return score if math.isfinite(score) else None
+
+
+def _score(path: Path) -> float | None:
+    """Returns the score of a checkpoint; None if it was not evaluated, or its score is no number.
+
+    Raises:
+      ValueError: its metrics are damaged.
+    """
+    metrics = _metrics(path)
+    return metrics[_SCORE] if metrics and math.isfinite(metrics[_SCORE]) else None
 
 
 def _best_step(folder: Path, steps: list[int]) -> int:
