@@ -100,7 +100,14 @@ ENTRIES: dict[str, Entry] = {
     ),
     "initial.checkpoint": Entry("last", "checkpoint of that run", CHECKPOINT),
     # The data.
-    "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)", Text(empty=False)),
+    "dataset": Entry(
+        "digits",
+        "name of the dataset",
+        Form(
+            r"tfds:\S+|[\w-]+(\.[\w-]+)*",
+            "a name that tokenvit list datasets prints, tfds:NAME, or a module",
+        ),
+    ),
     "image_size": Entry(size_entry(224), "sides of the images [pixels]", Size(SIDE)),
     "in_channels": Entry(
         3, "channels of the images: grey, RGB, or RGB and alpha", OneOf((1, 3, 4))
