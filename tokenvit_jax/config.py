@@ -56,9 +56,12 @@ class Entry(NamedTuple):
     @property
     def text(self) -> str:
         """The meaning, with the valid values unless these are any text or group."""
-        if isinstance(self.valid, Text | Group):
-            return self.meaning
-        return f"{self.meaning} ({self.valid})"
+        return with_valid(self.meaning, self.valid)
+
+
+def with_valid(meaning: str, valid: Rule | None) -> str:
+    """Returns a meaning, followed by the valid values unless these are any text or group."""
+    return meaning if valid is None or isinstance(valid, Text | Group) else f"{meaning} ({valid})"
 
 
 class Need(NamedTuple):

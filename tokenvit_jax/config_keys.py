@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, base_config
+from tokenvit_jax.config import ENTRIES, base_config, with_valid
 from tokenvit_jax.errors import did_you_mean
 from tokenvit_jax.valid import LONGEST, Rule
 
@@ -158,5 +158,6 @@ def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
             setting = settings[name]
             parent = name.rpartition(".")[0]
             if parent == key or has_key(config, parent):  # attributes of absent parts have no value
-                found.append((name, values.get(name, setting.value), setting.meaning))
+                meaning = with_valid(setting.meaning, setting.valid)
+                found.append((name, values.get(name, setting.value), meaning))
     return found
