@@ -115,10 +115,9 @@ ENTRIES_PAGES = re.compile(r"tokenvit_jax\.(config|tasks\.\w+\.settings)")
 
 
 def list_entries(entries) -> list[str]:
-    """Lists the entries of a configuration, with their defaults and meanings."""
+    """Lists the entries of a configuration, with their defaults, meanings and valid values."""
     rows = [
-        f"* ``{key} = {entry.default!r}``: {escape(entry.meaning)}"
-        for key, entry in entries.items()
+        f"* ``{key} = {entry.default!r}``: {escape(entry.text)}" for key, entry in entries.items()
     ]
     return ["", "Entries and their defaults:", "", *rows, ""]
 

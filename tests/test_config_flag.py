@@ -6,6 +6,7 @@ from ml_collections import FieldReference
 
 from tokenvit_jax import config_flag
 from tokenvit_jax.config import Entry, make_config
+from tokenvit_jax.config_keys import list_entries
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import TASKS, default_config, entries_of
 from tokenvit_jax.valid import whole
@@ -239,7 +240,7 @@ def test_forms_of_overrides(parse):
 def test_every_entry_has_a_meaning_and_its_default(task):
     entries, config = entries_of(task), default_config(task)
     assert all(entry.meaning for entry in entries.values())
-    listed = {key: (value, meaning) for key, value, meaning in config_flag.list_entries(config)}
+    listed = {key: (value, meaning) for key, value, meaning in list_entries(config)}
     assert entries.keys() - listed.keys() <= {"model_overrides", "head_overrides"}
     for key, entry in entries.items():
         reference = isinstance(entry.default, FieldReference)
@@ -251,12 +252,12 @@ def test_every_entry_has_a_meaning_and_its_default(task):
 
 def test_list_has_the_values_of_a_config(parse):
     config = parse("--config=deit_ti:digits", "--config.model_overrides.token_reducer.method=tome")
-    listed = {key: value for key, value, _ in config_flag.list_entries(config)}
+    listed = {key: value for key, value, _ in list_entries(config)}
     assert listed["model_overrides.dim"] == 64
     assert listed["model_overrides.pool"] == "token"  # the published value
     assert listed["model_overrides.token_reducer.method"] == "tome"
     assert "model_overrides.expedite.alpha" not in listed
-    meanings = {key: meaning for key, _, meaning in config_flag.list_entries(config)}
+    meanings = {key: meaning for key, _, meaning in list_entries(config)}
     assert meanings["model_overrides.token_reducer"].startswith("a TokenReducer or its attributes")
     assert meanings["model_overrides.depth"] == "number of blocks"
 

@@ -18,7 +18,7 @@ BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "progress valid output errors"
 )
-BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag"
+BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
 MAY_IMPORT = {
@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "kernels": "arrays errors",
     "arrays": "",
     "config": "valid errors",
-    "cli": "config_flag data failures output streams valid errors",
-    "config_flag": "tasks config valid errors",
+    "cli": "config_flag config_keys data failures output streams valid errors",
+    "config_flag": "config_keys config valid errors",
+    "config_keys": "tasks config valid errors",
     "failures": "errors",
     "streams": "",
     "memory": "",

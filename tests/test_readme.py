@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from shipped_configs import load_config
 
 import tokenvit_jax as tv
-from tokenvit_jax.config_flag import list_settings
+from tokenvit_jax.config_keys import list_settings
 from tokenvit_jax.measure.macs import format_known
 from tokenvit_jax.published import PUBLISHED
 

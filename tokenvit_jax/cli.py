@@ -238,13 +238,13 @@ def _help(flag_values: flags.FlagValues, arguments: Sequence[str]) -> str:
         default = "" if flag.default in (None, []) else f"={flag.default_as_str.strip(chr(39))}"
         lines.append(_line(f"--{name}{default}", flag.help))
     if "config" in flag_values:
-        from tokenvit_jax import config_flag
+        from tokenvit_jax import config_keys
 
         flag_values(arguments)
         config = flag_values["config"].value
         more = "; with --config=..., --help lists those of that configuration" * (config is None)
         lines += ["", f"Entries of the configuration, changed by --config.KEY=VALUE{more}:", ""]
-        entries = config_flag.list_entries(config)
+        entries = config_keys.list_entries(config)
         lines += [_line(f"{key}={value!r}", meaning) for key, value, meaning in entries]
     return "\n".join(lines)
 

@@ -56,9 +56,12 @@ class Entry(NamedTuple):
     @property
     def text(self) -> str:
         """The meaning, with the valid values unless these are any text or group."""
-        if isinstance(self.valid, Text | Group):
-            return self.meaning
-        return f"{self.meaning} ({self.valid})"
+        return with_valid(self.meaning, self.valid)
+
+
+def with_valid(meaning: str, valid: Rule | None) -> str:
+    """Returns a meaning, followed by the valid values unless these are any text or group."""
+    return meaning if valid is None or isinstance(valid, Text | Group) else f"{meaning} ({valid})"
 
 
 class Need(NamedTuple):
@@ -100,7 +103,14 @@ ENTRIES: dict[str, Entry] = {
     ),
     "initial.checkpoint": Entry("last", "checkpoint of that run", CHECKPOINT),
     # The data.
-    "dataset": Entry("digits", "name of the dataset (tokenvit list datasets)", Text(empty=False)),
+    "dataset": Entry(
+        "digits",
+        "name of the dataset",
+        Form(
+            r"tfds:\S+|[\w-]+(\.[\w-]+)*",
+            "a name that tokenvit list datasets prints, tfds:NAME, or a module",
+        ),
+    ),
     "image_size": Entry(size_entry(224), "sides of the images [pixels]", Size(SIDE)),
     "in_channels": Entry(
         3, "channels of the images: grey, RGB, or RGB and alpha", OneOf((1, 3, 4))

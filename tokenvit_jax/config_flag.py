@@ -1,4 +1,4 @@
-"""The flag --config: configurations by file or by name, overrides, and the list of the entries.
+"""The flag --config: configurations by file or by name, and overrides.
 
 ``--config=FILE.py[:ARGUMENT]`` reads a file; ``--config=NAME[:ARGUMENT]`` reads a file of
 `configs/`, which is part of the package. ``--config.key=value`` overrides an entry, or a setting of
@@ -7,28 +7,24 @@ the model or the head that the configuration leaves at its published value.
 
 import ast
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import inspect
 import re
 import sys
 import traceback
-import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, base_config, read_entry
+from tokenvit_jax.config import read_entry
+from tokenvit_jax.config_keys import Setting, has_key, list_settings, rule_of, unknown_key
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.valid import LONGEST, Group, Rule, shown
-
-# Fields of models and heads that the task or Flax sets.
-_SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
 
 
 class ConfigFlags(flags.FlagValues):
@@ -250,8 +246,8 @@ def _check_overrides(overrides: Sequence[_Override]) -> None:
 def _set_entry(config: ConfigDict, override: _Override) -> None:
     """Changes an entry, which the configuration must have."""
     key = override.key
-    if not _has(config, key):
-        raise UserError(_unknown(config, key, ()))
+    if not has_key(config, key):
+        raise UserError(unknown_key(config, key, ()))
     *groups, name = key.split(".")
     group = read_entry(config, ".".join(groups)) if groups else config
     if isinstance(group[name], ConfigDict):
@@ -260,24 +256,13 @@ def _set_entry(config: ConfigDict, override: _Override) -> None:
             f"--config.{key}.NAME=VALUE with one of the names {', '.join(group[name])}"
         )
     kind = group.get_type(name)
-    group[name] = _read(override, kind, functools.partial(_rule_of, config, key))
+    group[name] = _read(override, kind, functools.partial(rule_of, config, key))
 
 
-def _rule_of(config: ConfigDict, key: str) -> Rule | None:
-    """Returns the rule of an entry; None: it is an entry of the configuration file's own."""
-    if key not in ENTRIES:
-        from tokenvit_jax.tasks import entries_of  # imports jax
-
-        return getattr(entries_of(config.task).get(key), "valid", None)
-    return ENTRIES[key].valid
-
-
-def _set_setting(
-    config: ConfigDict, override: _Override, settings: Mapping[str, "Setting"]
-) -> None:
+def _set_setting(config: ConfigDict, override: _Override, settings: Mapping[str, Setting]) -> None:
     """Changes a setting of the model or the head, or replaces all of them by a dictionary."""
     key = override.key
-    if "." not in key and _has(config, key):
+    if "." not in key and has_key(config, key):
         value = _literal(override.text or "")
         if not Group().accepts(value):
             raise UserError(
@@ -287,7 +272,7 @@ def _set_setting(
         config[key] = ConfigDict(value)
         return
     if key not in settings:
-        raise UserError(_unknown(config, key, settings))
+        raise UserError(unknown_key(config, key, settings))
     setting = settings[key]
     *groups, name = key.split(".")
     group = config
@@ -375,127 +360,3 @@ _READERS = {bool: _read_bool, int: int, float: float, str: str, tuple: _read_tup
 def _short(override: _Override) -> str:
     """Returns an override for a message, shortened if it is long."""
     return override.flag if len(override.flag) <= LONGEST else f"{override.flag[:LONGEST]}..."
-
-
-def _has(config: ConfigDict, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(config, ConfigDict) or part not in config:
-            return False
-        config = config[part]
-    return True
-
-
-# ------------------------------------------------------------------------------------------------
-# Settings of models and heads
-# ------------------------------------------------------------------------------------------------
-
-
-class Setting(NamedTuple):
-    """A setting of a model or a head.
-
-    Attributes:
-      type: type of its value, as `ml_collections` knows it; object: any literal.
-      value: the published value, or the default.
-      meaning: its description.
-      valid: rule for its value; None: it has none.
-    """
-
-    type: type
-    value: Any
-    meaning: str
-    valid: Rule | None = None
-
-
-def list_settings(config: ConfigDict) -> dict[str, Setting]:
-    """Returns all settings that the overrides of a configuration can replace, by key."""
-    from tokenvit_jax.tasks import TASKS, entries_of  # imports jax
-
-    entries_of(config.task)  # refuses an unknown task
-    owners = TASKS[config.task].overridable(config)
-    return {
-        key: setting for group, owner in owners.items() for key, setting in _fields(group, owner)
-    }
-
-
-def _fields(prefix: str, owner: Any) -> Iterator[tuple[str, Setting]]:
-    cls = owner if isinstance(owner, type) else type(owner)
-    meanings, parts = attribute_meanings(cls), getattr(cls, "parts", {})
-    rules = {}
-    for base in reversed(cls.__mro__):
-        rules |= vars(base).get("valid", {})
-    for field in dataclasses.fields(cls):
-        if field.name not in _SET_ELSEWHERE:
-            key, kind = f"{prefix}.{field.name}", typing.get_origin(field.type) or field.type
-            kind = kind if kind in (bool, int, float, str, tuple) else object
-            value = getattr(owner, field.name, None)
-            yield key, Setting(kind, value, meanings.get(field.name, ""), rules.get(field.name))
-            if field.name in parts:
-                yield from _fields(key, parts[field.name])
-
-
-def attribute_meanings(cls: type) -> dict[str, str]:
-    """Returns the descriptions of the attributes in the docstrings of a class and its bases."""
-    found = {}
-    for base in reversed(cls.__mro__):
-        docstring = inspect.cleandoc(base.__doc__ or "")
-        section = re.search(r"^Attributes:\n((?:  .*\n?|\n)*)", docstring, re.MULTILINE)
-        for name, text in re.findall(
-            r"^  (\w+): (.*(?:\n    .*)*)", section[1] if section else "", re.MULTILINE
-        ):
-            text = re.sub(r":\w+:`(.*?)`", r"\1", " ".join(text.split()))
-            found[name] = text.removesuffix(".")
-    return found
-
-
-def _unknown(config: ConfigDict, key: str, settings: Iterable[str]) -> str:
-    from tokenvit_jax.tasks import tasks_with
-
-    names = [name for name in (key, key.split(".")[0]) if not _has(config, name)]
-    if of_tasks := [name for name in names if tasks_with(name)]:
-        tasks = ", ".join(tasks_with(of_tasks[0]))
-        hint = f"config.{of_tasks[0]} is an entry of the tasks: {tasks}"
-    else:
-        near = did_you_mean(key, [*_values(config), *settings])
-        hint = near.strip(" ()").rstrip("?") + "?" if near else "--help lists all keys"
-    key = key if len(key) <= LONGEST else f"{key[:LONGEST]}..."
-    return f"--config.{key} is not a key of the configuration; {hint}"
-
-
-def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a configuration by key, such as "data.workers"."""
-    found = {}
-    for name, value in config.items():
-        inner = isinstance(value, ConfigDict) and len(value)
-        empty = {} if isinstance(value, ConfigDict) else value
-        found |= _values(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": empty}
-    return found
-
-
-# ------------------------------------------------------------------------------------------------
-# The list of the entries
-# ------------------------------------------------------------------------------------------------
-
-
-def list_entries(config: ConfigDict | None) -> list[tuple[str, Any, str]]:
-    """Returns the entries of a configuration: keys, values, and meanings with the valid values.
-
-    Args:
-      config: a configuration, whose settings of the model and the head are included; None: the
-        entries that all tasks have, with their defaults.
-    """
-    if config is None:
-        values = _values(base_config())
-        return [(key, values[key], entry.text) for key, entry in ENTRIES.items()]
-    from tokenvit_jax.tasks import entries_of
-
-    found, values, settings = [], _values(config), list_settings(config)
-    for key, entry in entries_of(config.task).items():
-        inner = [name for name in settings if name.startswith(f"{key}.")]
-        if not inner:
-            found.append((key, values.get(key, entry.default), entry.text))
-        for name in inner:
-            setting = settings[name]
-            parent = name.rpartition(".")[0]
-            if parent == key or _has(config, parent):  # attributes of absent parts have no value
-                found.append((name, values.get(name, setting.value), setting.meaning))
-    return found

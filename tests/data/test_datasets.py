@@ -141,7 +141,7 @@ def test_entries_that_do_not_fit_a_built_in_dataset():
         dataset_info(config)
     for name in ("digits:3", "tfds"):
         config.dataset = name
-        with pytest.raises(UserError, match=f"no dataset '{name}'"):
+        with pytest.raises(UserError, match=f"'{name}'.*; valid: "):
             dataset_info(config)
     config.dataset = "scenes"
     config.data.split = 0.0

@@ -45,6 +45,7 @@ RIGHT = {
     "data.eval_crop": [1, 0.1],
     "data.eval_size": [(0, 0), (32, 48), [48, 32]],
     "data.split": [0, 0.999],
+    "dataset": ["digits", "tfds:a/b:1.*", "my_package.my_dataset"],
     "dtype": ["float32", "bfloat16"],
     "augment.crop_scale": [(1, 1), (0.08, 1.0), [0.5, 0.5]],
     "augment.randaugment.magnitude": [0, 10, 3.5],
@@ -74,7 +75,7 @@ WRONG = {
     "data.eval_size": [(32, 0), (31, 32), (0,), (32, 10**12)],
     "data.label_size": [(-1, 8), (0, 8)],
     "data.split": [1, 1.0],
-    "dataset": [""],
+    "dataset": ["", ".x", "a..b", "a b", "tfds:", "a.", "../a"],
     "ema_decay": [1, 1.0],
     "image_size": [31, 0, (31, 64), "64", (8, 2, 1), 2**15 + 1],
     "in_channels": [0, 2, 5, 3.0],
@@ -163,6 +164,29 @@ def test_defaults_are_valid_and_values_of_a_config_are_checked_in_order(task):
         changed.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=f"^config.{key}=.* is not valid; valid: "):
             check_values(changed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset": None}, {"dataset": ".x"}, {"data.classes": None}, {"data.split": NAN},
+        {"task": None}, {"data.data_dir": ""},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_task_is_made_from_is_checked_first(changes):
+    config = default_config("classification")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=f"^config.{next(iter(changes))}=.* is not valid; valid"):
+        create_task(config)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "tfds:x"])
+def test_home_of_an_unknown_user_is_no_folder(dataset):
+    config = default_config("classification")
+    config.dataset, config.data.data_dir = dataset, "~nobody_here/data"
+    with pytest.raises(UserError, match="data_dir=~nobody_here/data"):
+        create_task(config)
 
 
 def test_choices_are_those_of_the_code():

@@ -9,7 +9,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
-from tokenvit_jax.valid import OneOf
+from tokenvit_jax.valid import OneOf, shown
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -62,9 +62,9 @@ def entries_of(task: str) -> dict[str, Entry]:
     Raises:
       UserError: there is no such task.
     """
-    if task not in TASKS:
-        hint = did_you_mean(task, TASKS)
-        raise UserError(f"config.task={task!r} is not valid{hint}; valid: {', '.join(TASKS)}")
+    if not isinstance(task, str) or task not in TASKS:
+        hint = did_you_mean(task, TASKS) if isinstance(task, str) else ""
+        raise UserError(f"config.task={shown(task)} is not valid{hint}; valid: {', '.join(TASKS)}")
     own = Entry(task, "name of the task", OneOf(tuple(TASKS)))
     return {"task": own, **ENTRIES, **TASKS[task].entries}
 

@@ -19,6 +19,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import ENTRIES, check_entries
 from tokenvit_jax.data.record import DatasetInfo, Source
 from tokenvit_jax.errors import UserError, did_you_mean
 
@@ -31,6 +32,8 @@ NAMES = (
     "pascal_context",
     "scenes",
 )
+# Entries of the configuration from which the facts about a dataset follow.
+_READ = ("dataset", "data.data_dir", "data.classes", "data.split")
 # Names of modules with `read_info`, and how they are written in `config.dataset`.
 _READERS = {"folder": "folder", "none": "none", "tfds": "tfds:NAME"}
 
@@ -68,8 +71,10 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
         dataset that is not built in also `data.data_dir` and `data.split`.
 
     Raises:
-      UserError: there is no such dataset, it cannot be read, or it has another number of classes.
+      UserError: an entry is not valid, there is no such dataset, it cannot be read, or it has
+        another number of classes.
     """
+    check_entries(config, {key: ENTRIES[key] for key in _READ})
     module, classes = _module(config.dataset), tuple(config.data.classes)
     if hasattr(module, "read_info"):
         return module.read_info(config)
@@ -178,7 +183,7 @@ def _module(name: str) -> ModuleType:
         raise _unknown(name)
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: the name begins with a dot
         raise UserError(f"config.dataset={name!r}: cannot import this module: {error}") from error
     if not (hasattr(module, "INFO") or hasattr(module, "read_info")):
         raise UserError(f"config.dataset={name!r}: this module has neither INFO nor read_info")

@@ -8,6 +8,7 @@ highest prepared version that matches is read.
 
 import dataclasses
 import fnmatch
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -286,7 +287,7 @@ def _parse(dataset: str) -> tuple[str, str]:
 
 
 def _root(config: ConfigDict) -> Path:
-    return Path(config.data.data_dir).expanduser()
+    return Path(os.path.expanduser(config.data.data_dir))
 
 
 def _versions(config: ConfigDict) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import CHECKPOINT, SHARE, Entry, Need, read_entry
+from tokenvit_jax.data import DatasetInfo
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
@@ -120,8 +121,19 @@ NEEDS: tuple[Need, ...] = (
 )
 
 
-def check_relations(config: ConfigDict) -> None:
-    """Raises UserError for the first of these entries that does not go with others."""
+def check_relations(config: ConfigDict, info: DatasetInfo) -> None:
+    """Raises UserError for the first of these entries that does not go with others.
+
+    Args:
+      config: configuration of the task, whose values are valid.
+      info: facts about its dataset.
+    """
+    crop = config.data.eval_crop
+    if not info.center_crop and crop != ENTRIES["data.eval_crop"].default:
+        raise UserError(
+            f"config.data.eval_crop={crop} changes nothing: config.dataset={config.dataset!r} is "
+            "evaluated on whole images"
+        )
     _check_mixtoken(config)
     _check_token_labels(config)
     _check_distillation(config)

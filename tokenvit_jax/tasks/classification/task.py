@@ -52,13 +52,7 @@ class Classification(Task):
     needs = NEEDS
 
     def check(self) -> None:
-        check_relations(self.config)
-        crop = self.config.data.eval_crop
-        if not self.info.center_crop and crop != ENTRIES["data.eval_crop"].default:
-            raise UserError(
-                f"config.data.eval_crop={crop} changes nothing: config.dataset="
-                f"{self.config.dataset!r} is evaluated on whole images"
-            )
+        check_relations(self.config, self.info)
 
     def check_devices(self, devices: int) -> None:
         mix, batch_size = self.config.mix, self.config.batch_size

@@ -1,5 +1,7 @@
 """Labels that a trained classifier gives to training images."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +18,8 @@ def teacher_of(config: ConfigDict) -> Teacher | None:
     for name in ("token_labels", "distillation"):
         entries = config[name]
         if entries.weight and entries.teacher:
-            return Teacher(entries.teacher, entries.teacher_checkpoint, f"{name}.teacher")
+            workdir = os.path.expanduser(entries.teacher)
+            return Teacher(workdir, entries.teacher_checkpoint, f"{name}.teacher")
     return None
 
 
