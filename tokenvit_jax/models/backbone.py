@@ -118,7 +118,8 @@ class Backbone(Trainable):
       settings: the architecture. ``clone`` also accepts single settings by name:
         ``model.clone(drop_path=0.1)``.
       head_modules: names of the submodules that only the classifier uses.
-      first_layer: path of the module with the convolution of the images.
+      first_layer: path of the module with the convolution of the images; "": the channels of
+        images are not checked.
       optional_parameters: ends of the paths of parameters that exist only with some settings. Runs
         that differ in these parameters can start from each other.
     """
@@ -126,7 +127,7 @@ class Backbone(Trainable):
     settings: BackboneSettings
 
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
-    first_layer: ClassVar[str]
+    first_layer: ClassVar[str] = ""
     optional_parameters: ClassVar[tuple[str, ...]] = ()
 
     @nn.nowrap

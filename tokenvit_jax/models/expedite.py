@@ -24,7 +24,7 @@ AUTO = "auto"
 # Temperature over the median squared distance of neighbouring tokens. 0.05 was the best or close to
 # it for three trained networks whose distances are 0.68, 12 and 534 (experiments/real_networks).
 FACTOR = 0.05
-TEMPERATURES = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+TEMPERATURES = Number(float(np.finfo(np.float32).tiny), 1e20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Expedite(Checked):
         "where": OneOf(WHERE),
         "window": whole(1, 255),
         "iterations": whole(0, 1000),
-        "temperature": Either((Number(*TEMPERATURES), OneOf((AUTO,)))),
+        "temperature": Either((TEMPERATURES, OneOf((AUTO,)))),
         "neighbors": whole(1, 2**24),
         "mode": OneOf(MODES),
         "normalize": OneOf(NORMS),
