@@ -162,12 +162,20 @@ def test_paths_that_cannot_be_written(tmp_path, path, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = names(tmp_path)
-    checks = (output.check_folder, output.check_file, output.check_new, output.check_new_folder)
+    checks = (
+        output.check_folder,
+        output.check_file,
+        output.check_new_file,
+        output.check_new_folder,
+    )
     for check in checks:
         with pytest.raises(UserError, match=rf"--out=.* cannot be written: .*{message}"):
             check(tmp_path / path, "--out")
     assert names(tmp_path) == before
-    output.check_writable(tmp_path / "new" / "a")
+    output.check_writable(tmp_path / "new" / "a" / "b")
+    output.check_new_file(tmp_path / "new" / "a")
+    with pytest.raises(UserError, match=f"cannot be written: there is no folder {tmp_path}/new$"):
+        output.check_new_file(tmp_path / "new" / "a" / "b")
     with pytest.raises(UserError, match=f"--out={tmp_path}/file is a file; valid: a folder"):
         output.check_folder(tmp_path / "file", "--out")
 

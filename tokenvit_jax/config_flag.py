@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import typing
@@ -68,7 +69,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def _find(name: str) -> Path:
-    file, shipped = Path(name).expanduser(), config_files()
+    file, shipped = Path(os.path.expanduser(name)), config_files()
     if file.is_file():
         return file
     parts = Path(name).parts

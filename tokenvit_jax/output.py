@@ -84,11 +84,17 @@ def check_file(path: Path, name: str = "", inputs: Iterable[Path] = ()) -> None:
     check_writable(path, name)
 
 
-def check_new(path: Path, name: str = "") -> None:
-    """Raises UserError if something exists at a path, or nothing can be written there."""
+def check_new_file(path: Path, name: str = "") -> None:
+    """Raises UserError if something exists at a path, or no file can be written there.
+
+    One new folder is made for it; a path with several is more likely misspelt.
+    """
     if os.path.lexists(path):
         raise UserError(f"{_named(path, name)} exists already; valid: a path where nothing exists")
     check_writable(path, name)
+    above = path.absolute().parent.parent
+    if not above.exists():
+        raise UserError(f"{_named(path, name)} cannot be written: there is no folder {above}")
 
 
 def check_new_folder(path: Path, name: str = "") -> None:

@@ -5,6 +5,7 @@ References:
   et al., "Re-labeling ImageNet".
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class TokenLabelFiles:
 
     def __init__(self, folder: str, num_records: int, num_classes: int):
         self._args = folder, num_records, num_classes
-        self._folder = Path(folder).expanduser()
+        self._folder = Path(os.path.expanduser(folder))
         self._num_classes = num_classes
         self._classes, self._scores = (_open(self._folder / name) for name in FILES)
         shape = self._classes.shape

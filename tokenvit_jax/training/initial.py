@@ -1,6 +1,7 @@
 """Starts training from another run: from its variables and the token numbers its search found."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_initial(config: ConfigDict) -> Initial | None:
     """
     if not config.initial.workdir:
         return None
-    workdir = Path(config.initial.workdir).expanduser()
+    workdir = Path(os.path.expanduser(config.initial.workdir))
     try:
         found = load_checkpoint(workdir, str(config.initial.checkpoint))
         return Initial(found.path, found.variables, create_task(read_config(workdir)))

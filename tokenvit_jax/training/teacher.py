@@ -11,6 +11,7 @@ References:
   attention".
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def taught_batches(
         return lambda batch, step: parallel.put_batch(batch)
     workdir, checkpoint, key = task.teacher
     try:
-        teacher = load_teacher(Path(workdir).expanduser(), checkpoint, task.misfit)
+        teacher = load_teacher(Path(os.path.expanduser(workdir)), checkpoint, task.misfit)
     except UserError as error:
         raise UserError(f"config.{key}={workdir}: {error}") from error
     theirs, ours = teacher.task.info, task.info

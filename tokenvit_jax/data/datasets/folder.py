@@ -12,6 +12,7 @@ Everything that Pillow reads is an image; hidden files and folders are passed ov
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -83,7 +84,7 @@ def _read_classes(config: ConfigDict) -> tuple[str, ...]:
 
 
 def _root(config: ConfigDict) -> Path:
-    root = Path(config.data.data_dir).expanduser()
+    root = Path(os.path.expanduser(config.data.data_dir))
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={config.data.data_dir} is no folder")
     return root

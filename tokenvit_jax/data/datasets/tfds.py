@@ -8,6 +8,7 @@ highest prepared version that matches is read.
 
 import dataclasses
 import fnmatch
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -300,7 +301,7 @@ def _info_files(config: ConfigDict, version: str) -> list[Path]:
 
 
 def _root(config: ConfigDict) -> Path:
-    return Path(config.data.data_dir).expanduser()
+    return Path(os.path.expanduser(config.data.data_dir))
 
 
 def _versions(config: ConfigDict) -> list[Path]:
