@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -117,10 +118,7 @@ def _find(name: str) -> Path:
         raise UserError(f"--config has no value: {name} follows it; write --config=NAME")
     if not name.strip():
         raise UserError(f"--config={name} is empty; `tokenvit list configs` prints the names")
-    try:
-        file, shipped = Path(name).expanduser(), config_files()
-    except RuntimeError as error:  # the home folder of an unknown user
-        raise UserError(f"--config={name}: {error}") from error
+    file, shipped = Path(os.path.expanduser(name)), config_files()
     if file.is_file():
         return file
     parts = Path(name).parts

@@ -42,15 +42,15 @@ def check_writable(path: Path, name: str = "") -> None:
     while not os.path.lexists(existing):
         missing.append(existing.name)
         existing = existing.parent
-    if missing and not existing.is_dir():
+    if missing and not os.path.isdir(existing):
         raise UserError(f"{_named(path, name)} cannot be written: {existing} is not a folder")
-    folder = existing if existing.is_dir() else existing.parent
+    folder = existing if os.path.isdir(existing) else existing.parent
     if not os.access(existing, os.W_OK) or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{_named(path, name)} cannot be written: no permission to write {folder}")
     with writing(path, name):
-        for part in missing:  # a name may be too long
+        for long in (path, *(folder / part for part in missing)):  # perhaps too long
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(folder / part)
+                os.lstat(long)
     try:  # permissions do not tell everything, such as for /proc
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -62,7 +62,7 @@ def check_writable(path: Path, name: str = "") -> None:
 
 def check_folder(path: Path, name: str = "") -> None:
     """Raises UserError unless a path is a folder that can be written, or can become one."""
-    if os.path.lexists(path) and not path.is_dir():
+    if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{_named(path, name)} is a file; valid: a folder")
     check_writable(path, name)
 
@@ -75,7 +75,7 @@ def check_file(path: Path, name: str = "", inputs: Iterable[Path] = ()) -> None:
       name: how the caller calls the path, such as "--plot".
       inputs: files that must not be replaced.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{_named(path, name)} is a folder; valid: a file")
     with writing(path, name):
         _target(path)
@@ -84,17 +84,23 @@ def check_file(path: Path, name: str = "", inputs: Iterable[Path] = ()) -> None:
     check_writable(path, name)
 
 
-def check_new(path: Path, name: str = "") -> None:
-    """Raises UserError if something exists at a path, or nothing can be written there."""
+def check_new_file(path: Path, name: str = "") -> None:
+    """Raises UserError if something exists at a path, or no file can be written there.
+
+    One new folder is made for it; a path with several is more likely misspelt.
+    """
     if os.path.lexists(path):
         raise UserError(f"{_named(path, name)} exists already; valid: a path where nothing exists")
     check_writable(path, name)
+    above = path.absolute().parent.parent
+    if not above.exists():
+        raise UserError(f"{_named(path, name)} cannot be written: there is no folder {above}")
 
 
 def check_new_folder(path: Path, name: str = "") -> None:
     """Raises UserError unless a path can become a folder, or is an empty one."""
     with writing(path, name):
-        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        if os.path.lexists(path) and not (os.path.isdir(path) and not any(path.iterdir())):
             raise UserError(
                 f"{_named(path, name)} exists already; valid: a path where nothing exists, or an "
                 "empty folder"
@@ -170,8 +176,9 @@ def write_file(path: Path, content: bytes | str, name: str = "") -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    with new_file(path, name) as temporary, temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    content = content.encode() if isinstance(content, str) else content
+    with new_file(path, name) as temporary, temporary.open("wb", buffering=0) as file:
+        _write_all(file.fileno(), content)
 
 
 def write_figure(path: Path, figure: "Figure", name: str = "") -> None:
@@ -198,7 +205,7 @@ def new_folder(path: Path, name: str = "") -> Iterator[Path]:
         folder names the file's final path.
     """
     check_new_folder(path, name)
-    exists = path.is_dir()  # such as a mounted disk, which cannot be replaced
+    exists = os.path.isdir(path)  # such as a mounted disk, which cannot be replaced
     base = path if exists else path.absolute().parent
     with writing(path, name):
         base.mkdir(parents=True, exist_ok=True)
@@ -227,13 +234,17 @@ class Log:
     again with all records.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, end: bytes = b""):
         """Opens a new file, or one that exists, for more records.
+
+        Args:
+          path: the file.
+          end: what follows the last record; a file that exists ends with it.
 
         Raises:
           UserError: the file cannot be written.
         """
-        self._path = path
+        self._path, self._end = path, end
         with writing(path):
             self._file = self._open()
 
@@ -245,12 +256,15 @@ class Log:
         """
         with writing(self._path):
             self._find_again()
-            size = os.fstat(self._file.fileno()).st_size
+            size = self._file.seek(0, os.SEEK_END)
+            place = self._file.seek(max(size - len(self._end), 0))
             try:
-                _write_all(self._file.fileno(), record)
+                _write_all(self._file.fileno(), record + self._end)
             except OSError:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(size)
+                    self._file.truncate(place)
+                    self._file.seek(place)
+                    _write_all(self._file.fileno(), self._end)
                 raise
 
     def close(self) -> None:
@@ -260,7 +274,8 @@ class Log:
 
     def _open(self):
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return _target(self._path).open("a+b", buffering=0)
+        descriptor = os.open(_target(self._path), os.O_RDWR | os.O_CREAT, 0o666)
+        return os.fdopen(descriptor, "r+b", buffering=0)
 
     def _find_again(self) -> None:
         """Opens the file again if it was deleted or replaced by another one."""
@@ -268,7 +283,7 @@ class Log:
             if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                 return
         except FileNotFoundError:
-            logging.warning("%s was deleted while this run writes it: written again", self._path)
+            logging.warning("%s was deleted while it is written: written again", self._path)
             self._file.seek(0)
             write_file(self._path, self._file.read())
         self._file.close()
@@ -285,8 +300,8 @@ def _write_all(descriptor: int, content: bytes) -> None:
 def _target(path: Path) -> Path:
     """Returns the file that a path leads to, through links; refuses devices and pipes."""
     target = Path(os.path.realpath(path))
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(target.stat().st_mode) and not target.is_dir():
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(target.stat().st_mode) and not os.path.isdir(target):
             raise OSError("not a regular file")
     return target
 

@@ -3,9 +3,10 @@
     python -m tokenvit_jax.predict --workdir=RUN --images=photos,a.jpg --out=PICTURES
 
 --images names files, folders (with all images below them) and quoted patterns such as
-'photos/**/*.jpg', separated by commas. Pictures go to the folder --out; a table with one row per
-image goes to --results, a .json or .csv file, by default PICTURES.json next to the folder. Files
-that cannot be read are passed over and reported at the end, with exit status 1.
+'photos/**/*.jpg', separated by commas. Pictures go to the folder --out, where none replaces an
+image; a table with one row per image goes to --results, a .json or .csv file, by default
+PICTURES.json next to the folder. Files that cannot be read are passed over and reported at the end,
+with exit status 1.
 
 A classifier gives the probabilities of the classes; a model without classes gives its features. A
 model with dynamic groups also shows the largest query groups with the keys that each group selects;
@@ -24,6 +25,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import check_folder
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -44,11 +46,10 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.workdir import read_config
 
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; valid: a folder")
-    table = Table(_results_path(flag_values.results, out))
+    check_folder(out, "--out")
     config = read_config(workdir)
     files = cli.image_files(flag_values.images)  # first: a mistake in a name costs no time
+    table = Table(_results_path(flag_values.results, out), files)
     run = load_run(workdir, flag_values.checkpoint, config=config)
     lines = predict_files(run, files, out, table, attention=flag_values.attention)
     for line in progress(lines, "predicting", "image", total=len(files)):
@@ -60,6 +61,8 @@ def _results_path(results: str | None, out: Path) -> Path:
     if results is not None:
         return Path(results)
     folder = out.resolve() if out.name in ("", "..") else out
+    if not folder.name:
+        raise UserError(f"--out={out} has no name for the table; valid: --results, too")
     return folder.with_name(f"{folder.name}.json")
 
 

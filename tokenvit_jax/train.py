@@ -5,12 +5,14 @@ run it on each with --coordinator=host:port --num_processes=N --process_id=I; on
 SLURM these are found automatically.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.output import check_folder
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -36,17 +38,18 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training import processes
     from tokenvit_jax.training.validate import check_task
 
-    config = cli.read_config(flag_values)
+    config, workdir = cli.read_config(flag_values), Path(flag_values.workdir)
+    check_folder(workdir, "--workdir")
     check_task(create_task(config))  # here too: a mistake shows before processes wait for others
     processes.connect(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
-    train(config, Path(flag_values.workdir))
+    train(config, workdir)
 
 
 def train(config: "ConfigDict", workdir: Path) -> None:
     """Trains a model, also in a notebook; see `tokenvit_jax.training.loop.train`."""
     from tokenvit_jax.training import loop
 
-    loop.train(config, workdir)
+    loop.train(config, Path(os.path.expanduser(workdir)))
 
 
 if __name__ == "__main__":

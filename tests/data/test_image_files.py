@@ -70,6 +70,7 @@ def test_the_home_folder(folder):
         (["a.png,none.png,b.JPG"], "^none.png: No such file or directory$"),
         (["only text"], "^only text: the folder holds no image$"),
         (["only*/*"], r"^only\*/\*: the pattern holds no image$"),
+        (["~nobody.png"], "^~nobody.png: No such file or directory$"),  # no user has this name
         (["*.gif"], r"^\*.gif: the pattern holds no image$"),
     ],
 )

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.task import Prediction, by_class
@@ -44,6 +47,87 @@ def test_files_are_read_when_their_turn_comes(tmp_path):
         "0.png", "1.png", "2.png",
     ]  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+class FakeRun:
+    """Predicts nothing; draws two small pictures of each image that it can read."""
+
+    def read(self, file):
+        if b"broken" in os.fsencode(file.name):
+            raise UserError(f"{file}: cannot decode 3 bytes as an image")
+        return Image.new("RGB", (2, 2))
+
+    def predictor(self, image):
+        def draw(caption):
+            caption.encode()  # matplotlib needs a text
+            return {"classes": Figure(figsize=(0.1, 0.1)), "labels": image}
+
+        return Prediction({}, {"class": "cat"}, "cat 100.0%", draw)
+
+
+def write_images(folder, names):
+    files = [folder / os.fsdecode(name) for name in names]
+    for number, file in enumerate(files):
+        file.write_bytes(b"image %d" % number)
+    return files
+
+
+def test_no_output_replaces_an_image_or_another_output(tmp_path):
+    """Images and pictures are in the same folder, and images have the names of pictures."""
+    names = [
+        b"a.jpg", b"a.png", b"A.bmp", b"a_1.png", b"a_1_classes.png", b"b.png", b"b_labels.png",
+        b"b_2.png", b"a,b.png", b"cost $5_a$ %s {0} 'x' \"y\".png", b"new\nline\x1b.png",
+        b"not utf-8 \xff.png", b"x" * 251 + b".png", b"x" * 250 + b"y.png", "漢".encode() * 83,
+    ]  # fmt: skip
+    files = write_images(tmp_path, names)
+    (tmp_path / "c_classes.png").symlink_to(files[0])  # also through a link
+    files.append(*write_images(tmp_path, [b"c.png"]))
+    before = {file: file.read_bytes() for file in files}
+    for results in ("a.json", "a.csv"):
+        table = Table(tmp_path / results, files)
+        lines = list(predict_files(FakeRun(), files, tmp_path, table))
+        assert len(lines) == len(files)
+        assert all(line.isprintable() for line in lines)
+    assert {file: file.read_bytes() for file in files} == before
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [Path(row["image"]) for row in rows] == files
+    pictures = [tmp_path / path for row in rows for path in row["pictures"].values()]
+    assert len({str(path).casefold() for path in pictures}) == 2 * len(files)
+    for path in pictures:
+        assert Image.open(path).format == "PNG"
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        assert sum(1 for _ in csv.DictReader(file)) == len(files)
+    assert len(list(tmp_path.iterdir())) == 3 * len(files) + 3  # the link and two tables
+
+
+def test_a_broken_image_does_not_stop_the_others(tmp_path):
+    files = write_images(tmp_path, [b"broken 1.png", b"good.png", b"broken 2.png"])
+    table = Table(tmp_path / "a.json", files)
+    lines = predict_files(FakeRun(), files, tmp_path / "out", table)
+    assert next(lines).startswith(f"{files[1]}: cat 100.0%")
+    with pytest.raises(UserError, match=r"2 of 3 cannot be read: .*broken 1.png: .*broken 2.png"):
+        next(lines)
+    assert len(json.loads((tmp_path / "a.json").read_text())) == 1
+
+
+def test_results_replace_only_results(tmp_path):
+    (file,) = write_images(tmp_path, [b"a.json"])  # an image may have any suffix
+    with pytest.raises(UserError, match=r"--results=.*a\.json is an input, which is never replace"):
+        Table(file, [file])
+    for name, content in (("config.json", '{"task": 1}'), ("b.json", "[1]"), ("c.csv", "id,x\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="is a file, but no table of results; valid: a new"):
+            Table(tmp_path / name)
+        assert (tmp_path / name).read_text() == content
+    for name in ("new.json", "new.csv"):
+        for row in ROWS:  # the second table replaces the first
+            table = Table(tmp_path / name)
+            table.add(row)
+            table.close()
+        assert (tmp_path / name).read_text().count(".png") == 1
+    for path in ("/proc/a.json", tmp_path / "a.json" / "b.json", tmp_path / f"{'x' * 300}.json"):
+        with pytest.raises(UserError, match=f"--results={path} cannot be written: "):
+            Table(Path(path))
 
 
 def test_json(tmp_path):

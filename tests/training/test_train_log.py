@@ -164,7 +164,7 @@ def test_logs_that_are_deleted_while_training_are_written_again(tmp_path, gone, 
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
     found = list(events(next(workdir.glob("events.out.tfevents.*"))))
     assert found == [(1, "loss", 1.0), (2, "loss", 0.5)]
-    assert "was deleted while this run writes it: written again" in caplog.text
+    assert "was deleted while it is written: written again" in caplog.text
 
 
 def test_a_profile_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):

@@ -52,7 +52,7 @@ def _is_found(name: str) -> bool:
 
 def _expand(name: str) -> list[Path]:
     """Returns the files of a name without commas."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         files, kind = _below(path), "folder"
     elif path.exists():

@@ -248,4 +248,4 @@ def check_new_weights(out: Path) -> None:
     """Raises UserError if a file exists, or its suffix promises another format than safetensors."""
     if out.suffix in _OTHER_FORMATS:
         raise UserError(f"--out={out} is not valid; valid: NAME.safetensors, the only format")
-    output.check_new(out, "--out")
+    output.check_new_file(out, "--out")

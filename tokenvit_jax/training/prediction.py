@@ -2,10 +2,11 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +16,88 @@ from PIL import Image
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of
+from tokenvit_jax.output import (
+    Log,
+    check_file,
+    identities,
+    is_one_of,
+    shown,
+    write_figure,
+    write_file,
+)
 from tokenvit_jax.pictures import attention as attention_pictures
 from tokenvit_jax.pictures.draw import as_rgb
 from tokenvit_jax.training.run import Run
+from tokenvit_jax.training.workdir import read_file
 
 _NUM_REPORTED = 3  # unreadable files that the error names
+_MAX_BYTES = 200  # of the name of an image in the names of its pictures; file systems allow 255
 
 
 class Table:
-    """A file with a row per image, written row by row.
+    """A file with a row per image, which is complete after every row.
 
-    The suffix of the path decides the format. ".json": a list of objects, complete after
-    :meth:`close`. ".csv": nested entries become columns with dots in their names, such as
-    "probabilities.cat", as in `pandas.json_normalize`. The file is made for the first row.
-
-    Raises:
-      UserError: the suffix is another one, or the path is a folder.
+    The suffix of the path decides the format. ".json": a list of objects. ".csv": nested entries
+    become columns with dots in their names, such as "probabilities.cat", as in
+    `pandas.json_normalize`. The file is made for the first row, and replaces an earlier table.
     """
 
-    def __init__(self, path: Path):
-        if path.suffix not in (".json", ".csv") or path.is_dir():
+    def __init__(self, path: Path, inputs: Iterable[Path] = ()):
+        """Checks the path.
+
+        Args:
+          path: the file.
+          inputs: files that it must not replace.
+
+        Raises:
+          UserError: the suffix is another one, the path cannot be written, or it holds a file that
+            is no table of this class.
+        """
+        if path.suffix not in (".json", ".csv") or os.path.isdir(path):
             raise UserError(f"--results={path} is not valid; valid: a file NAME.json or NAME.csv")
-        self.path, self._file, self._writer = path, None, None
+        check_file(path, "--results", inputs)
+        self.path, self._log = path, None
+        self._is_json = path.suffix == ".json"
+        begin = b'[\n{"image":' if self._is_json else b"image,"
+        if os.path.exists(path) and read_file(path)[: len(begin)] not in (b"", begin):
+            raise UserError(
+                f"--results={path} is a file, but no table of results; valid: a new one"
+            )
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Writes the next row; all rows have the same entries."""
-        first = self._file is None
+        """Writes the next row; all rows have the same entries.
+
+        Raises:
+          UserError: the row cannot be written; the file is as before.
+        """
+        first = self._log is None
+        content = self._json(row, first) if self._is_json else self._csv(flatten(row), first)
         if first:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        if self.path.suffix == ".json":
-            self._file.write(("[\n" if first else ",\n") + json.dumps(row, ensure_ascii=False))
+            end = b"\n]\n" if self._is_json else b""
+            write_file(self.path, content + end)
+            self._log = Log(self.path, end)
         else:
-            flat = flatten(row)
-            if first:
-                self._writer = csv.DictWriter(self._file, list(flat))
-                self._writer.writeheader()
-            self._writer.writerow(flat)
-        self._file.flush()
+            self._log.append(content)
 
     def close(self) -> None:
-        """Completes the file."""
-        if self._file is None:
-            return
-        if self.path.suffix == ".json":
-            self._file.write("\n]\n")
-        self._file.close()
+        """Closes the file."""
+        if self._log is not None:
+            self._log.close()
+
+    def _json(self, row: Mapping[str, Any], first: bool) -> bytes:
+        try:
+            content = json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # the name of a file is no text; as escapes it can be read again
+            content = json.dumps(row).encode()
+        return (b"[\n" if first else b",\n") + content
+
+    def _csv(self, row: Mapping[str, Any], first: bool) -> bytes:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, list(row))
+        if first:
+            writer.writeheader()
+        writer.writerow(row)
+        return lines.getvalue().encode(errors="backslashreplace")
 
 
 def flatten(row: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
@@ -79,7 +116,7 @@ def predict_files(
     """Predicts files one after another, and yields a line about each.
 
     Memory does not grow with the number of files. Files that cannot be read are passed over and
-    reported at the end.
+    reported at the end. No picture replaces one of the files.
 
     Args:
       run: the trained model.
@@ -89,25 +126,27 @@ def predict_files(
       attention: whether to draw the attention of the model, too.
 
     Raises:
-      UserError: at the end, if a file could not be read; or the model has no attention to draw.
+      UserError: at the end, if a file could not be read; or the model has no attention to draw, or
+        a result cannot be written.
     """
-    unread = []
+    unread, pictures_of = [], _Pictures(files, out)
     with contextlib.closing(table):
         for file, name in zip(files, picture_names(files), strict=True):
             try:
                 image = run.read(file)
+                prediction = run.predictor(image)
             except UserError as error:
-                unread.append(str(error))
+                named = str(error) if str(file) in str(error) else f"{file}: {error}"
+                unread.append(named if len(unread) < _NUM_REPORTED else "")
                 continue
-            prediction = run.predictor(image)
-            drawn = prediction.draw(file.name)
+            drawn = prediction.draw(shown(file.name))
             if attention:
-                drawn |= _draw_attention(run, image, file.name)
-            paths = _save(drawn, out, name)
+                drawn |= _draw_attention(run, image, shown(file.name))
+            paths = pictures_of.save(drawn, name)
             pictures = {k: os.path.relpath(path, table.path.parent) for k, path in paths.items()}
             table.add({"image": str(file), **prediction.row, "pictures": pictures})
-            saved = "".join(f" {path}" for path in paths.values())
-            yield f"{file}: {prediction.text}" + (f" ->{saved}" if saved else "")
+            saved = "".join(f" {shown(path)}" for path in paths.values())
+            yield f"{shown(file)}: {prediction.text}" + (f" ->{saved}" if saved else "")
     if unread:
         raise UserError(_describe_unread(unread, len(files)))
 
@@ -138,9 +177,10 @@ def _draw_attention(run: Run, image: Image.Image, caption: str) -> dict[str, Fig
 def picture_names(files: Sequence[Path]) -> list[str]:
     """Returns a name for each file's pictures, different even where case does not count.
 
-    The name is the file's own without suffix; files of the same name get their place in the list.
+    The name is the file's own without suffix; files of the same name get their place in the list,
+    and long names are cut.
     """
-    stems = [file.stem for file in files]
+    stems = [_shortened(file.stem) for file in files]
     counts = Counter(map(str.casefold, stems))
     taken = {stem for stem, count in counts.items() if count == 1}
     names = []
@@ -154,13 +194,40 @@ def picture_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def _save(drawn: Mapping[str, Figure | Image.Image], out: Path, name: str) -> dict[str, Path]:
-    """Writes the pictures of an image into a folder, and returns their paths."""
-    paths = {kind: out / f"{name}_{kind}.png" for kind in drawn}
-    for kind, picture in drawn.items():
-        out.mkdir(parents=True, exist_ok=True)
-        if isinstance(picture, Figure):
-            picture.savefig(paths[kind], dpi=150)
-        else:
-            picture.save(paths[kind])
-    return paths
+def _shortened(stem: str) -> str:
+    """Returns a name, cut to the bytes that leave space for the kind of a picture and a number."""
+    while len(os.fsencode(stem)) > _MAX_BYTES:
+        stem = stem[:-1]
+    return stem
+
+
+class _Pictures:
+    """Writes the pictures of images into a folder, and never over one of the images."""
+
+    def __init__(self, files: Sequence[Path], out: Path):
+        self._out, self._inputs = out, identities(files)
+        self._names = {name.casefold() for name in picture_names(files)}
+
+    def save(self, drawn: Mapping[str, Figure | Image.Image], name: str) -> dict[str, Path]:
+        """Writes the pictures of an image, and returns their paths.
+
+        Args:
+          drawn: pictures by kind.
+          name: name of the image, a result of :func:`picture_names`.
+        """
+        paths, number = self._paths(drawn, name), 1
+        while any(is_one_of(path, self._inputs) for path in paths.values()):
+            number += 1
+            if f"{name}_{number}".casefold() not in self._names:
+                paths = self._paths(drawn, f"{name}_{number}")
+        for kind, picture in drawn.items():
+            if isinstance(picture, Figure):
+                write_figure(paths[kind], picture)
+            else:
+                content = io.BytesIO()
+                picture.save(content, "PNG")
+                write_file(paths[kind], content.getvalue())
+        return paths
+
+    def _paths(self, kinds: Iterable[str], name: str) -> dict[str, Path]:
+        return {kind: self._out / f"{name}_{kind}.png" for kind in kinds}

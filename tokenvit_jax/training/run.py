@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ class Run:
         Raises:
           UserError: something exists at the path, or it cannot be written.
         """
-        write_export(Path(out).expanduser(), self.task, self.model, self.variables, self.step)
+        write_export(
+            Path(os.path.expanduser(out)), self.task, self.model, self.variables, self.step
+        )
 
     @functools.cached_property
     def predictor(self):
@@ -225,7 +228,7 @@ def load_run(
       UserError: there is no such run or checkpoint, the checkpoint cannot be read, or it does not
         fit the configuration.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = Path(os.path.expanduser(workdir))
     config = read_config(workdir) if config is None else config
     task = create_task(config, axis_name)
     model = task.make_model()
@@ -249,5 +252,5 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 def _as_image(image: ImageLike) -> Image.Image:
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(os.path.expanduser(image)))
     return to_rgb(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))

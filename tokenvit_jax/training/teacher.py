@@ -11,6 +11,7 @@ References:
   attention".
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def taught_batches(
     if task.teacher is None:
         return lambda batch, step: parallel.put_batch(batch)
     workdir, checkpoint, key = task.teacher
-    path = Path(workdir).expanduser()
+    path = Path(os.path.expanduser(workdir))
     try:
         teacher = load_teacher(path, checkpoint, task.misfit)
     except UserError as error:
