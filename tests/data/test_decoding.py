@@ -6,11 +6,11 @@ import resource
 import struct
 import sys
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from png_file import png
 
 from tokenvit_jax.data import decoding, images
 from tokenvit_jax.data.decoding import decode_image, read_image, to_rgb
@@ -30,18 +30,6 @@ def encode(image, file_format, **options):
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
-
-
-def png(width, height, depth=8, color=0, data=b""):
-    """Returns a PNG that claims a size, with the given bytes of pixels."""
-
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # ------------------------------------------------------------------------------------------------
