@@ -209,9 +209,9 @@ def test_damaged_files_are_named(data_dir, tmp_path, change, message):
 
 def test_names_that_the_metadata_lack(data_dir):
     builder = open_metadata(data_dir / "pets" / "3.10.0")
-    with pytest.raises(UserError, match=r"has no split 'val'; it has train, test, validat"):
+    with pytest.raises(UserError, match=r"has no split 'val'; it has test, train, validat"):
         read_split(builder, "val", ())
-    with pytest.raises(UserError, match=r"has no feature 'image'; it has picture, trimap, "):
+    with pytest.raises(UserError, match=r"has no feature 'image'; it has picture, species, tr"):
         read_split(builder, "train", ("image",))
 
 
