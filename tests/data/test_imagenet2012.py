@@ -299,9 +299,7 @@ def test_damaged_archive_of_a_class_is_named(archives, tmp_path):
     for content, reason in ((b"words" * 300, "invalid header in"), (b"", "")):
         with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as tar:
             imagenet_archives.add(tar, "n01751748.tar", content)
-        with pytest.raises(
-            UserError, match=rf"train.tar .*n01751748.tar.*{reason}|{reason}.* in n"
-        ):
+        with pytest.raises(UserError, match=rf"img_train.tar .*{reason}.*n01751748.tar"):
             imagenet2012.prepare(folder, tmp_path)
 
 

@@ -169,8 +169,10 @@ class _Unlimited:
 
     def _change(self) -> None:
         limit, logger = Image.MAX_IMAGE_PIXELS, logging.getLogger("PIL")
-        self._restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        # Not `catch_warnings`: it makes Python forget which warnings of others it has shown.
+        filters, ignore = warnings.filters, ("ignore", None, Warning, None, 0)
+        filters.insert(0, ignore)
+        self._restore.callback(filters.remove, ignore)
         self._restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", limit)
         Image.MAX_IMAGE_PIXELS = None
         self._restore.callback(logger.setLevel, logger.level)
