@@ -287,7 +287,7 @@ def raise_(error):
 def test_pillow_is_left_as_it_was(photo):
     """Its limit and the filters of warnings are those of the whole process."""
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
-    with decoding.unlimited(), decoding.unlimited():
+    with decoding.unlimited, decoding.unlimited:
         assert Image.MAX_IMAGE_PIXELS is None
         decode_image(encode(photo, "PNG"))
         assert Image.MAX_IMAGE_PIXELS is None
