@@ -63,6 +63,9 @@ def test_images_and_labels(files, tmp_path, name):
         ("t10k-images-idx3-ubyte", b"no idx", "is no complete IDX file of bytes; download it"),
         ("t10k-images-idx3-ubyte", b"", "is no complete IDX file of bytes; download it"),
         ("t10k-labels-idx1-ubyte", idx(np.zeros(2, np.uint8)), "holds an array (3, 28, 28) and"),
+        ("t10k-labels-idx1-ubyte", idx(np.zeros(0, np.uint8)), "labels (0,) up to 0; valid: (N"),
+        ("t10k-labels-idx1-ubyte", idx(np.zeros((), np.uint8)), "labels () up to 0; valid: (N"),
+        ("t10k-labels-idx1-ubyte", idx(np.zeros(3, np.uint8))[:-1], "is no complete IDX file"),
         ("t10k-labels-idx1-ubyte", idx(np.full(3, 10, np.uint8)), "up to 10; valid: (N, 28, 28), "),
     ],
 )  # fmt: skip

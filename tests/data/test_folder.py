@@ -1,6 +1,7 @@
 """Folders of images: one folder per class, or label maps beside the images."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from make_task import open_dataset
 from PIL import ExifTags, Image
+from png_file import png
 
 from tokenvit_jax.data import (
     check_data,
@@ -203,6 +205,62 @@ def test_folders_that_do_not_fit(classes, change, data, message):
             open_split(config, split)
 
 
+def test_links_are_followed_and_circles_are_not(classes):
+    cats, dogs = (classes / "train" / name for name in ("cat", "dog"))
+    write_image(classes / "elsewhere" / "more" / "5.png")
+    (cats / "linked").symlink_to(classes / "elsewhere")
+    (classes / "elsewhere" / "back").symlink_to(cats)  # a circle
+    (cats / "itself").symlink_to(cats)
+    (dogs / "dangling.png").symlink_to("/nowhere/1.png")
+    source = open_dataset("folder", "train", str(classes))
+    assert len(source) == 10
+    names = [source.name(index) for index in range(10)]
+    assert sum("cat/linked/more/5.png" in name for name in names) == 1
+    with pytest.raises(UserError, match=r"dog/dangling.png\): No such file or directory$"):
+        source.read(next(i for i, name in enumerate(names) if "dangling" in name))
+
+
+def test_what_is_no_file_is_named_at_once(classes, label_maps):
+    """A pipe would wait for its writer for ever."""
+    pipe = classes / "train" / "cat" / "pipe.png"
+    os.mkfifo(pipe)
+    source = open_dataset("folder", "train", str(classes))
+    index = next(i for i in range(len(source)) if "pipe" in source.name(i))
+    with pytest.raises(UserError, match=r"cat/pipe.png\): is a pipe or a device; valid: a file"):
+        source.read(index)
+    label = label_maps / "train" / "labels" / "in" / "1.png"
+    label.unlink()
+    os.mkfifo(label)
+    with pytest.raises(UserError, match=r"images/in/1.JPG\): .*labels/in/1.png: is a pipe or a d"):
+        open_split(config_of(label_maps, "segmentation"), "train").read(0)
+
+
+def test_names_of_folders(tmp_path):
+    names = ("Ärger", "a b", "a,b", "日本", "x$y")
+    for split in ("train", "val"):
+        for name in (*names, ".hidden"):
+            write_image(tmp_path / split / name / "1.png")
+    assert dataset_info(config_of(tmp_path)).classes == names[1:3] + names[4:] + (names[0], "日本")
+    (tmp_path / "train" / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(UserError, match=r"train has the folder 'caf\\udce9'; valid: names that"):
+        dataset_info(config_of(tmp_path))
+    write_image(tmp_path / "one" / "train" / "cat" / "1.png")
+    with pytest.raises(UserError, match="one has one class, 'cat'; valid: two or more"):
+        dataset_info(config_of(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-16-le"])
+def test_encodings_of_names_of_classes(label_maps, encoding):
+    names = ("Straße", "Bäume", "Schnee")
+    (label_maps / "classes.txt").write_text("\r\n".join(names), encoding)
+    config = config_of(label_maps, "segmentation")
+    if encoding in ("latin-1", "utf-16-le"):
+        with pytest.raises(UserError, match=r"classes.txt is not a text in UTF-8: .*save it as UT"):
+            dataset_info(config)
+    else:
+        assert dataset_info(config).classes == names
+
+
 def test_files_that_do_not_fit(classes, tmp_path):
     with pytest.raises(
         UserError, match=r"differ from config.data.classes: 2 instead of 2 names, wi"
@@ -215,9 +273,14 @@ def test_files_that_do_not_fit(classes, tmp_path):
     (classes / "val" / "dog").mkdir()
     with pytest.raises(UserError, match="val/dog holds no image that Pillow reads"):
         open_dataset("folder", "val", str(classes))
-    write_image(tmp_path / "one" / "a" / "1.png")
+    for name in "ab":
+        write_image(tmp_path / "one" / name / "1.png")
     with pytest.raises(UserError, match=r"no image for the split 'val'; config.data.split=0.5 nee"):
         open_split(config_of(tmp_path / "one", split=0.5), "val")
+
+
+def write_label_map(folder, mode, file_format="PNG", size=(6, 4)):
+    Image.new(mode, size).save(folder / "train/labels/in/1.png", file_format)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +294,35 @@ def test_files_that_do_not_fit(classes, tmp_path):
             "train/images/in/1.JPG has no label map in",
         ),
         (lambda f: (f / "train/images/in/1.JPG").unlink(), "train/labels/in/1.png has no image in"),
-        (lambda f: (f / "classes.txt").write_text("a\nb\n"), "the value 2; valid: 0 to 1, 255"),
+        (
+            lambda f: (f / "classes.txt").write_text("a\nb\n"),
+            "train/labels/in/1.png: label map has the value 2; valid: 0 to 1, 255",
+        ),
+        (lambda f: (f / "classes.txt").write_text("a\n"), "has one class, 'a'; valid: two or more"),
+        (
+            lambda f: write_label_map(f, "RGB"),
+            "labels/in/1.png: label map has mode RGB; valid: L or P, one byte per pixel",
+        ),
+        (
+            lambda f: write_label_map(f, "L", size=(3, 3)),
+            "labels/in/1.png: label map has 3 x 3 pixels, its image 6 x 4 (width x height)",
+        ),
+        (
+            lambda f: write_label_map(f, "L", "JPEG"),
+            "labels/in/1.png: label map is a JPEG, which changes values; valid: PNG",
+        ),
+        (
+            lambda f: (f / "train/labels/in/1.png").write_bytes(png(6, 4, 4, bytes(16))),
+            "labels/in/1.png: label map has grey levels of mode L;4; valid: one byte per pixel",
+        ),
+        (
+            lambda f: (f / "train/labels/in/1.png").write_bytes(b""),
+            "labels/in/1.png: cannot decode 0 bytes as a label map",
+        ),
+        (
+            lambda f: shutil.copy(f / "train/labels/in/1.png", f / "train/labels/in/1.bmp"),
+            "train/labels has two label maps for one image: in/1.bmp and in/1.png",
+        ),
         (
             lambda f: (f / "classes.txt").write_text("\n".join(map(str, range(256)))),
             "classes.txt has 256 classes; valid: up to 255",

@@ -60,6 +60,18 @@ def test_names(folder, names, expected):
     assert find_images(names) == [Path(name) for name in expected]
 
 
+def test_circles_of_links(folder):
+    (folder / "inner" / "back").symlink_to(folder / "inner")
+    expected = [Path("inner/a.png"), Path("inner/deep/c.webp")]
+    for name in ("inner", "inner/**", "inner/**/*.*"):
+        assert find_images([name]) == expected
+
+
+def test_dangling_links_are_left_to_the_reader(folder):
+    (folder / "gone.png").symlink_to("nowhere")
+    assert find_images(["gone.png,a.png"]) == [Path("gone.png"), Path("a.png")]
+
+
 def test_the_home_folder(folder):
     assert find_images(["~/a.png,~/inner/*.png"]) == [folder / "a.png", folder / "inner/a.png"]
 
@@ -71,6 +83,7 @@ def test_the_home_folder(folder):
         (["only text"], "^only text: the folder holds no image$"),
         (["only*/*"], r"^only\*/\*: the pattern holds no image$"),
         (["~nobody.png"], "^~nobody.png: No such file or directory$"),  # no user has this name
+        (["x" * 300], "^x+: No such file or directory$"),
         (["*.gif"], r"^\*.gif: the pattern holds no image$"),
     ],
 )

@@ -1,6 +1,10 @@
 import copy
+import gzip
 import io
 import logging
+import resource
+import shutil
+import signal
 import sys
 import tarfile
 
@@ -205,6 +209,128 @@ def test_a_file_that_is_there_twice_is_named(archives, tmp_path):
         UserError, match=r"train.tar contains 'n01751748_0.JPEG' in n01751748.tar, .*twice"
     ):
         imagenet2012.prepare(tmp_path, tmp_path / "out")
+
+
+def link(name, target="n01751748_1.JPEG", kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def write_validation(folder, archives, members):
+    """Writes an archive of validation images beside the training images."""
+    folder.mkdir()
+    train = "ILSVRC2012_img_train.tar"
+    (folder / train).symlink_to(archives / train)
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for member in members:
+            if isinstance(member, str):
+                imagenet_archives.add(tar, member, b"" if "empty" in member else encode(1))
+            else:
+                tar.addfile(member)
+
+
+VAL = "ILSVRC2012_val_00000001.JPEG"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [f"/etc/{VAL}"],
+        [f"../../{VAL}"],
+        ["__MACOSX/._a", ".DS_Store", "val/Thumbs.db", VAL.replace("JPEG", "jpg")],
+    ],
+)
+def test_names_in_archives_are_no_paths(archives, tmp_path, members):
+    write_validation(tmp_path / "downloads", archives, members)
+    imagenet2012.prepare(tmp_path / "downloads", tmp_path)
+    assert len(records(tmp_path, "validation")) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["downloads", "imagenet2012"]
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([VAL, VAL], "val.tar contains 'ILSVRC2012_val_00000001.JPEG', which is there twice; down"),
+        ([VAL, "readme.txt"], "contains 'readme.txt'; expected ILSVRC2012_val_00000001.JPEG to"),
+        (["ILSVRC2012_val_00050001.JPEG"], "expected ILSVRC2012_val_00000001.JPEG to ILSVRC2012_v"),
+        (["empty.JPEG"], "contains 'empty.JPEG', which is empty; download it again"),
+        ([link(VAL)], "contains 'ILSVRC2012_val_00000001.JPEG', which is a link or a device"),
+        ([VAL, link("b.JPEG", VAL, tarfile.LNKTYPE)], "contains 'b.JPEG', which is a link or"),
+        ([link("a.JPEG", kind=tarfile.FIFOTYPE)], "contains 'a.JPEG', which is a link or a device"),
+    ],
+)
+def test_members_that_are_no_images_are_named(archives, tmp_path, members, message):
+    write_validation(tmp_path / "downloads", archives, members)
+    with pytest.raises(UserError) as error:
+        imagenet2012.prepare(tmp_path / "downloads", tmp_path)
+    assert message in str(error.value)
+    with pytest.raises(UserError, match="not found in"):  # nothing half prepared is left
+        open_dataset("imagenet2012", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda content, end: b"", "empty file"),
+        (lambda content, end: b"words" * 300, "invalid header"),
+        (lambda content, end: gzip.compress(content), "invalid header"),
+        (lambda content, end: content[: end - 600], "unexpected end of data"),
+        (lambda content, end: content[:end], "no end at byte"),  # between two images
+        (lambda content, end: content[: end + 100], "no end at byte"),  # in a header
+        (lambda content, end: content[:end] + b"x" * 9 + content[end + 9 :], "no end at byte"),
+    ],
+)
+def test_damaged_archives_are_never_read_in_part(archives, tmp_path, change, reason):
+    """For tarfile, a damaged header is the end of the archive."""
+    write_validation(tmp_path / "downloads", archives, [VAL, VAL.replace("1.", "2.")])
+    archive = tmp_path / "downloads" / "ILSVRC2012_img_val.tar"
+    with tarfile.open(archive) as tar:
+        end = tar.getmembers()[1].offset
+    archive.write_bytes(change(archive.read_bytes(), end))
+    with pytest.raises(UserError, match=f"val.tar is damaged or not downloaded .*{reason}"):
+        imagenet2012.prepare(tmp_path / "downloads", tmp_path)
+
+
+def test_damaged_archive_of_a_class_is_named(archives, tmp_path):
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    (folder / "ILSVRC2012_img_val.tar").symlink_to(archives / "ILSVRC2012_img_val.tar")
+    for content, reason in ((b"words" * 300, "invalid header in"), (b"", "")):
+        with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as tar:
+            imagenet_archives.add(tar, "n01751748.tar", content)
+        with pytest.raises(UserError, match=rf"img_train.tar .*{reason}.*n01751748.tar"):
+            imagenet2012.prepare(folder, tmp_path)
+
+
+def test_compressed_archives_are_found(archives, tmp_path):
+    (tmp_path / "ILSVRC2012_img_train.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val.tar not found in .*, only ILSVRC2012_img_train.tar"):
+        imagenet2012.prepare(tmp_path, tmp_path)
+
+
+def test_damaged_data_are_not_called_prepared(prepared, monkeypatch, capsys, tmp_path):
+    shutil.copytree(prepared / "imagenet2012", tmp_path / "imagenet2012")
+    next(tmp_path.rglob("*validation.array_record*")).unlink()
+    assert run_command(monkeypatch, "imagenet2012", f"--data_dir={tmp_path}") == 1
+    assert "-00000-of-00001 is missing; delete" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(archives, tmp_path):
+    """A limit for files stands for the disk: the writer in C++ sees the same kind of error."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: Failed to finalize .*File too larg"):
+            imagenet2012.prepare(archives, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list((tmp_path / "imagenet2012").iterdir())
+    (tmp_path / "imagenet2012" / "incomplete.ABCDEF_5.1.0").mkdir()
+    imagenet2012.prepare(archives, tmp_path)
+    assert len(records(tmp_path, "train")) == len(CLASSES) * IMAGES_PER_CLASS
 
 
 def run_command(monkeypatch, *arguments):

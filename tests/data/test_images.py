@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenvit_jax.data import images
-from tokenvit_jax.data.dense_transforms import train_scene
+from tokenvit_jax.data.dense_transforms import fit_image, train_scene
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
@@ -77,8 +77,15 @@ def test_the_longest_strips_take_no_gigabytes(augment):
         strip, label = Image.new("RGB", size), np.zeros(size[::-1], np.uint8)
         images.eval_image(strip, 224, 0.875)
         images.train_image(strip, (256, 192), augment, np.random.default_rng(0))
+        whole = default_config("classification").augment
+        whole.update(crop_scale=(0.08, 1.0), flip=0.5, color_jitter=0.4, erasing=1.0)
+        whole.update(rotation=10.0, translation=0.1)
+        whole.randaugment.num_ops = 4
+        images.train_image(strip, 224, whole, np.random.default_rng(0))
         segmentation = default_config("segmentation").augment
+        segmentation.update(photometric=True, max_class_share=0.75, short_side=0)
         train_scene(strip, label, 224, segmentation, (0, 0, 0), np.random.default_rng(0))
+        fit_image(strip, 224, 448, 448)
     assert time.process_time() - before < 1  # 6 GiB of pixels take longer
 
 
@@ -121,7 +128,7 @@ def test_augmentation_of_grey_images_and_of_alpha(photo, augment, channels):
         assert found.shape == (32, 24, channels) and found.dtype == np.uint8
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 2), (1, 4, 5, 3)])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 2), (1, 4, 5, 3), (0, 5, 3), (4, 0, 1)])
 def test_arrays_that_are_no_images_are_named(shape):
     with pytest.raises(UserError, match=r"valid: uint8 \(height, width, channels\) with 1, 3, 4"):
         images.from_array(np.zeros(shape, np.uint8))

@@ -89,6 +89,26 @@ def test_suffixes_in_upper_case_and_hidden_files(tmp_path):
     assert names == {image.replace(".jpg", ".JPG"), other.replace(".jpg", ".jpeg")}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_that_windows_wrote(tmp_path, encoding):
+    segmentation_files.write_dataset("pascal_context", tmp_path)
+    for file in (tmp_path / "VOCdevkit/VOC2010/ImageSets/SegmentationContext").iterdir():
+        file.write_text(file.read_text().replace("\n", "\r\n"), encoding)
+    datasets.prepare("pascal_context", tmp_path, tmp_path / "out")
+    assert len(open_dataset("pascal_context", "train", str(tmp_path / "out"))) == 2
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_file_that_is_no_image_is_named(tmp_path, part):
+    segmentation_files.write_dataset("ade20k", tmp_path)
+    file = tmp_path / PAIRS["ade20k"][1][part]
+    for content in (b"", b"no image", None):
+        file.unlink()
+        file.mkdir() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{file}: (cannot decode [08] bytes as|is a folder)"):
+            datasets.prepare("ade20k", tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_missing_folders_are_named_with_instructions(name, tmp_path):
     with pytest.raises(UserError) as error:

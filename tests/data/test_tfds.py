@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 
 from tokenvit_jax.data import dataset_info, open_split
-from tokenvit_jax.data.tfds_files import write_splits
+from tokenvit_jax.data.tfds_files import count_records, open_metadata, read_split, write_splits
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
 
@@ -141,6 +142,77 @@ def test_datasets_that_do_not_fit(data_dir, name, task, data, message):
         write_splits(data_dir, "maps", "1.0.0", features, splits)
     with pytest.raises(UserError, match=re.escape(message.format(d=data_dir))):
         open_split(config_of(name, data_dir, task, **data), "train")
+
+
+SHARD = "pets-train.array_record-00000-of-00001"
+
+
+def change_metadata(folder, change):
+    file = folder / "dataset_info.json"
+    entries = json.loads(file.read_text())
+    change(next(split for split in entries["splits"] if split["name"] == "train"))
+    file.write_text(json.dumps(entries))
+
+
+def cut(file, length):
+    content = file.read_bytes()
+    file.write_bytes(content[: length if length >= 0 else len(content) + length])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *(
+            (lambda f, n=name, t=text: (f / n).write_text(t), f"{name} is damaged (")
+            for name in ("dataset_info.json", "features.json")
+            for text in ("", "{}", "{", "null", "[]", "\0\0", "words")
+        ),
+        (lambda f: (f / "features.json").unlink(), "features.json is missing; delete {f} and pr"),
+        (lambda f: (f / "dataset_info.json").unlink(), "dataset_info.json is missing; delete {f} "),
+        (
+            lambda f: (f / "features.json").write_bytes(b"\xff\xfe"),
+            "features.json is damaged (",
+        ),
+        (lambda f: (f / SHARD).unlink(), SHARD + " is missing; delete {f} and prepare the dataset"),
+        (lambda f: cut(f / SHARD, 0), SHARD + " is damaged (ArrayRecord file should be at least"),
+        (lambda f: cut(f / SHARD, -1), SHARD + " is damaged ("),
+        (lambda f: cut(f / SHARD, 66_000), SHARD + " is damaged ("),
+        (
+            lambda f: change_metadata(f, lambda split: split.update(shardLengths=["9"])),
+            SHARD + " is damaged (10 records, not 9); delete {f} and prepare the dataset again",
+        ),
+        (
+            lambda f: change_metadata(f, lambda split: split.update(shardLengths=["5", "5"])),
+            "pets-train.array_record-00000-of-00002 is missing",
+        ),
+        (
+            lambda f: change_metadata(f, lambda split: split.update(shardLengths=["-1"])),
+            "dataset_info.json is damaged (a split has a negative number of records)",
+        ),
+        (
+            lambda f: change_metadata(f, lambda split: split.update(filepathTemplate="../{SPLIT}")),
+            "{f}/../train is missing; delete {f} and prepare",
+        ),
+    ],
+)
+def test_damaged_files_are_named(data_dir, tmp_path, change, message):
+    folder = tmp_path / "pets" / "3.10.0"
+    shutil.copytree(data_dir / "pets" / "3.10.0", folder)
+    change(folder)
+    with pytest.raises(UserError) as error:
+        open_split(config_of("pets", tmp_path), "train")
+    assert message.replace("{f}", str(folder)) in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError):  # `prepare` reads them, too
+        count_records(folder)
+
+
+def test_names_that_the_metadata_lack(data_dir):
+    builder = open_metadata(data_dir / "pets" / "3.10.0")
+    with pytest.raises(UserError, match=r"has no split 'val'; it has test, train, validat"):
+        read_split(builder, "val", ())
+    with pytest.raises(UserError, match=r"has no feature 'image'; it has picture, species, tr"):
+        read_split(builder, "train", ("image",))
 
 
 def test_another_file_format(data_dir, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +181,27 @@ def test_missing_files(config, tmp_path):
     config.token_labels.files = str(tmp_path)
     with pytest.raises(UserError, match=r"classes.npy cannot be read: No such file or directory"):
         train_dataset(config)
+
+
+def test_scores_out_of_range(config):
+    folder = Path(config.token_labels.files)
+    scores = np.load(folder / "scores.npy")
+    for value in (np.nan, np.inf, -0.5, 1.5):
+        np.save(folder / "scores.npy", np.full_like(scores, value))
+        with pytest.raises(UserError, match=r"scores.npy, record 0: scores .*; valid: 0 to 1"):
+            TokenLabelFiles(str(folder), RECORDS, 10).read(0, View(None, False), (9, 9), (64, 64))
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\0", b"PK\3\4", "archive"])
+def test_damaged_files(config, content):
+    file = Path(config.token_labels.files) / "scores.npy"
+    if content == "archive":
+        with file.open("wb") as stream:
+            np.savez(stream, scores=np.zeros(3))
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"^token_labels.files: .*scores.npy (cannot be|is an)"):
+        TokenLabelFiles(str(file.parent), RECORDS, 10)
 
 
 def test_class_out_of_range(config, tmp_path):

@@ -104,7 +104,7 @@ def opened(file: bytes | Path, what: str) -> Iterator[Image.Image]:
     """
     size = None
     try:
-        with _stream(file) as stream, unlimited():
+        with _stream(file) as stream, unlimited:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             # Other formats are not tried: EPS would run Ghostscript on the file.
@@ -147,39 +147,35 @@ def _rotation(image: Image.Image) -> Image.Transpose | None:
 class _Unlimited:
     """See :data:`unlimited`; counts its users, as the settings belong to the whole process."""
 
+    # Not `warnings.catch_warnings`: it makes Python forget which warnings of others it has shown.
+    _IGNORE = ("ignore", None, Warning, None, 0)
+
     def __init__(self):
         self._lock = threading.Lock()
         self._users = 0
-        self._restore = contextlib.ExitStack()
-
-    def __call__(self) -> "_Unlimited":
-        return self
+        self._limit = None
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._users:
-                self._change()
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                warnings.filters.insert(0, self._IGNORE)
             self._users += 1
 
     def __exit__(self, *_) -> None:
         with self._lock:
             self._users -= 1
             if not self._users:
-                self._restore.close()
-
-    def _change(self) -> None:
-        limit, logger = Image.MAX_IMAGE_PIXELS, logging.getLogger("PIL")
-        self._restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        self._restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", limit)
-        Image.MAX_IMAGE_PIXELS = None
-        self._restore.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL)
+                Image.MAX_IMAGE_PIXELS = self._limit
+                if self._IGNORE in warnings.filters:  # another thread may have replaced them
+                    warnings.filters.remove(self._IGNORE)
 
 
 # A context in which Pillow opens and crops images of any size (its own limit is 179 million pixels)
-# and prints nothing about damaged metadata, which would be a line per image.
+# and warns of nothing: damaged metadata would be a line per image.
 unlimited = _Unlimited()
+# It logs the cause of an error that it raises anyway.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey_to_rgb(image)
     if image.mode == "La":  # grey, premultiplied by alpha: Pillow has no direct way
         image = image.convert("LA")
-    with unlimited():
+    with unlimited:
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -243,5 +239,5 @@ def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
 
 def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     """Returns a box of an image, also one that Pillow's limit would refuse."""
-    with unlimited():
+    with unlimited:
         return image.crop(box)

@@ -47,15 +47,15 @@ def _split(text: str) -> Iterator[str]:
 def _is_found(name: str) -> bool:
     path = os.path.expanduser(name)
     # Not Path.exists, which raises OSError for a name that is too long.
-    return os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
+    return os.path.lexists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
 
 
 def _expand(name: str) -> list[Path]:
     """Returns the files of a name without commas."""
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    if os.path.isdir(path):
         files, kind = _below(path), "folder"
-    elif path.exists():
+    elif os.path.lexists(path):  # reading tells what is wrong with a dangling link
         return [path]
     elif glob.has_magic(name):
         files, kind = _matches(str(path)), "pattern"
@@ -68,13 +68,18 @@ def _expand(name: str) -> list[Path]:
 
 def _matches(pattern: str) -> list[Path]:
     """Returns the images that match a pattern, and those below the folders that match it."""
-    found = set()
+    found = {}
     for path in map(Path, glob.iglob(pattern, recursive=True)):
-        if path.is_dir():
-            found.update(_below(path))
-        elif not is_hidden(path.name) and path.suffix.lower() in image_suffixes():
-            found.add(path)
-    return sorted(found)
+        if os.path.isdir(path):
+            images = _below(path)
+        else:
+            visible = not is_hidden(path.name) and path.suffix.lower() in image_suffixes()
+            images = [path] if visible else []
+        for image in images:
+            # Linked folders may form circles, in which a pattern finds an image again and again.
+            real = os.path.realpath(image.parent), image.name
+            found[real] = min(found.get(real, image), image, key=lambda p: (len(p.parts), p))
+    return sorted(found.values())
 
 
 def _below(folder: Path) -> list[Path]:

@@ -188,7 +188,7 @@ def read_split(builder: Any, split: str, undecoded: Sequence[str]) -> Sequence[d
     ):
         for name in names:
             if name not in found:
-                has = ", ".join(found) or "none"
+                has = ", ".join(sorted(found)) or "none"
                 raise UserError(f"{folder} has no {kind} {name!r}; it has {has}")
     decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
     records = builder.as_data_source(split, decoders=decoders)

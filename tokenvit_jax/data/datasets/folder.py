@@ -48,6 +48,8 @@ def read_info(config: ConfigDict) -> DatasetInfo:
     if info.classes:
         return info
     classes = _read_classes(config)
+    if len(classes) == 1:
+        raise UserError(f"{_root(config)} has one class, {classes[0]!r}; valid: two or more")
     return dataclasses.replace(info, classes=classes, num_classes=len(classes))
 
 
@@ -192,7 +194,11 @@ class ClassFiles(_Files):
 def _open_label_maps(config: ConfigDict, split: str, classes: Sequence[str]) -> "LabelMapFiles":
     table = _label_table(_root(config) / CLASSES_FILE, classes)
     images, labels = _image_folders(config, split)
-    by_stem = {_stem(path): path for path in list_images(labels)}
+    by_stem = {}
+    for path in list_images(labels):
+        other = by_stem.setdefault(_stem(path), path)
+        if other != path:
+            raise UserError(f"{labels} has two label maps for one image: {other} and {path}")
     paths = list_images(images)
     missing = [path for path in paths if _stem(path) not in by_stem]
     if missing:
