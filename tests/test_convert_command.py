@@ -170,7 +170,10 @@ def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_pa
         ({**flags, "out": file}, f"--out={file} exists already; valid: a path"),
         ({**flags, "data_dir": tmp_path}, f"--data_dir={tmp_path} needs --dataset"),
         ({**flags, "override": ["num_classes=3"]}, "--override=num_classes is not valid: the file"),
-        ({**flags, "source": tmp_path / "parts"}, "/parts holds weights in several files; valid"),
+        (
+            {**flags, "source": tmp_path / "parts"},
+            "parts/model.safetensors.index.json is no",
+        ),
     ):
         status, _, err = run(monkeypatch, capsys, **{"out": tmp_path / "out"} | extra)
         assert status == 1 and message in err, err
@@ -286,7 +289,7 @@ def test_all_mismatches_are_reported_together(monkeypatch, capsys, tmp_path, wei
             "is neither a safetensors file, a NumPy archive, nor a file of torch",
         ),
         (pickle.dumps({"cls_token": np.zeros(3)}), "(was written by torch.save|is refused)"),
-        (None, "No such file or directory"),
+        (None, "no such file or folder"),
     ],
 )
 def test_unreadable_file_is_rejected(monkeypatch, capsys, tmp_path, content, message):
@@ -309,14 +312,20 @@ def test_unknown_normalization_is_rejected(monkeypatch, capsys, tmp_path, weight
 
 def test_source_that_does_not_exist_is_named(monkeypatch, capsys, tmp_path):
     source = tmp_path / "runn"  # the model is not needed when converting back
-    for flags in ({}, {"model": "deit_ti"}):
+    (tmp_path / "run").mkdir()
+    hint = " (did you mean 'run'?)"
+    for flags in ({}, {"model": "deit_ti"}, {"layout": "own"}):
         status, _, err = run(monkeypatch, capsys, source=source, out=tmp_path / "out", **flags)
-        assert (status, err) == (1, f"error: --source={source}: No such file or directory\n")
+        assert (status, err) == (1, f"error: --source={source}: no such file or folder{hint}\n")
 
 
 def test_folder_of_hugging_face_has_a_file_of_weights(tmp_path):
-    assert convert.weights_file(tmp_path) == tmp_path  # the workdir of a run
-    for name in ("pytorch_model.bin", "model.safetensors"):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(UserError, match=r"holds neither a run nor model.* or .*; it holds a\.pth$"):
+        convert.weights_file(tmp_path)
+    (tmp_path / "config.json").touch()  # the workdir of a run
+    assert convert.weights_file(tmp_path) == tmp_path
+    for name in ("pytorch_model.bin", "model.safetensors.index.json", "model.safetensors"):
         (tmp_path / name).touch()
         assert convert.weights_file(tmp_path) == tmp_path / name
 

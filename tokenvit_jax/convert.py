@@ -4,8 +4,9 @@
     python -m tokenvit_jax.convert --source=WORKDIR --out=FILE.safetensors
 
 FILE is a safetensors file, a file of torch.save (read without running code; needs PyTorch), a NumPy
-archive of Google's ViT, or a folder of Hugging Face's with such a file. WORKDIR becomes a run at
-step 0: predict, evaluate and train read it like any other run.
+archive of Google's ViT, the index of weights in several files (*.index.json), or a folder of
+Hugging Face's with such a file. WORKDIR becomes a run at step 0: predict, evaluate and train read
+it like any other run.
 
 --layout names the code base whose names the arrays have; by default the names decide:
 
@@ -51,9 +52,13 @@ from absl import flags
 from tokenvit_jax import cli
 from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.training.checkpoint import FOLDER
 from tokenvit_jax.training.conversion import AUTO, Choices, export_run, import_file
 from tokenvit_jax.training.own_weights import OWN, convert_own, means_own
-from tokenvit_jax.weights import LAYOUTS
+from tokenvit_jax.training.workdir import has_config
+from tokenvit_jax.weights import INDEX, LAYOUTS, SUFFIXES, check_file
+
+_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # files of weights in its folders
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -109,6 +114,8 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
     source, out = weights_file(Path(flag_values.source)), Path(flag_values.out)
     lines = []
+    if not source.is_dir():
+        check_file(source)
     own = means_own(flag_values.layout, source)
     if own or source.is_dir():
         _refuse_choices(flag_values, source)
@@ -116,8 +123,6 @@ def main(flag_values: flags.FlagValues) -> None:
         convert_own(source, out, flag_values.checkpoint)
     elif source.is_dir():
         lines = export_run(source, out, flag_values.layout, flag_values.checkpoint)
-    elif not source.exists():
-        raise UserError(f"--source={source}: No such file or directory")
     elif flag_values.model is None:
         raise UserError("--model is missing: the file does not name its model")
     else:
@@ -142,13 +147,25 @@ def _refuse_choices(flag_values: flags.FlagValues, source: Path) -> None:
 def weights_file(source: Path) -> Path:
     """Returns the file of weights in a folder of Hugging Face's, or the source itself.
 
+    Of weights in several files, it is their index.
+
     Raises:
-      UserError: the folder has its weights in several files.
+      UserError: the folder holds neither such a file nor a run.
     """
-    names = ("model.safetensors", "pytorch_model.bin")
-    if any((source / f"{name}.index.json").is_file() for name in names):
-        raise UserError(f"--source={source} holds weights in several files; valid: in one file")
-    return next((source / name for name in names if (source / name).is_file()), source)
+    if not source.is_dir():
+        return source
+    names = [f"{name}{end}" for name in _HUGGING_FACE for end in ("", INDEX)]
+    for path in (source / name for name in names):
+        if path.is_file():
+            return path
+    if has_config(source) or (source / FOLDER).is_dir():
+        return source
+    inside = sorted(path.name for path in source.iterdir() if path.suffix in SUFFIXES)
+    hint = f"; it holds {', '.join(inside[:5])}" if inside else ""
+    raise UserError(
+        f"--source={source} holds neither a run nor {' or '.join(_HUGGING_FACE)}; valid: the "
+        f"workdir of a run, or a file of weights{hint}"
+    )
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def test_windows_of_swin_v2_are_not_guessed_in_silence(convert):
     assert "override" not in lines[-1]
 
 
+def test_a_file_of_another_model_is_recognised(convert):
+    with pytest.raises(UserError, match=r"; the file looks like --model=deit_ti or vit_ti$"):
+        convert(arrays_of(settings={}), "vit_s", {})
+    arrays = arrays_of()
+    arrays["norm.weight"][:] = np.inf
+    with pytest.raises(UserError, match=r"1 entry .*norm\.weight has values that are not finite$"):
+        convert(arrays)
+
+
 def test_messages(convert):
     arrays = arrays_of()
     for changes, message in (
@@ -139,7 +148,8 @@ def test_messages(convert):
             {"layout": "timm", "dataset": "scenes"},
             r"^--layout=timm is for classification: config.dataset='scenes' has no label",
         ),
-        ({"model_overrides": {"windows": 3}}, "model vit_ti has no setting 'windows'"),
+        ({"model_overrides": {"windows": 3}}, "^--override: model vit_ti has no setting 'windows'"),
+        ({"model_overrides": {"patch_size": 0}}, "^--override.*patch_size=0"),
         (
             {"model_overrides": {"dim": "abc"}},
             "^--override=dim='abc' is not valid; valid: such as 192",

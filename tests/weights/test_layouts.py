@@ -14,6 +14,7 @@ from tokenvit_jax.weights import (
     import_weights,
     parameter_shapes,
     recognise_layout,
+    similar_models,
 )
 
 NARROW = {"dim": 16, "depth": 1, "num_heads": 2}
@@ -234,7 +235,7 @@ def test_windows_of_swin_v2(name, attention):
         ),
         (
             ["patch_embed.norm.weight", "layers.0.blocks.0.attn.qkv.weight"], "swin_t",
-            r"nearest is --layout=timm, which has layers\.3\.downsample\.norm\.weight; valid: timm",
+            r"nearest is --layout=timm, which has layers\.0\.blocks\.0\.attn\.relative_.*; valid",
         ),
         (["a"], "dgt_t", "no layout has the model 'dgt_t'; valid: vit, deit, swin, swinv2"),
     ],
@@ -276,11 +277,51 @@ def test_values_that_are_no_weights_are_refused():
         with pytest.raises(UserError, match=f"1 entry .*: norm.weight {message}"):
             import_weights(arrays | {"norm.weight": value}, model, layout)
     extra = {f"extra.{i}": np.zeros(1) for i in range(100)}
-    with pytest.raises(UserError, match=r"^100 entries .*extra\.7 .*; and 92 more$"):
+    with pytest.raises(UserError, match=r"^100 entries .*extra\.9 .*; and 90 more$"):
         import_weights(arrays | extra, model, layout)
     for dtype in (np.float16, jnp.bfloat16):
         half = {name: array.astype(dtype) for name, array in arrays.items()}
         assert import_weights(half, model, layout)["norm"]["scale"].dtype == np.float32
+
+
+BLOCK = "layers.{}.blocks.{}"
+SIMILAR = {  # models -> some names in their files, number of blocks per stage, width
+    ("deit_s", "vit_s"): (
+        ["pos_embed", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"],
+        ("blocks.{1}.norm1.weight", "blocks.{1}.norm2.weight", "blocks.{1}.ls1.gamma"), (12,), 384,
+    ),
+    ("vit_b",): (
+        ["embedding/kernel"],
+        ("Transformer/encoderblock_{1}/LayerNorm_0/scale",
+         "Transformer/encoderblock_{1}/LayerNorm_2/scale"), (12,), 768,
+    ),
+    ("deit_b", "vit_b"): (
+        ["encoder.layer.0.attention.attention.query.weight",
+         "embeddings.patch_embeddings.projection.weight"],
+        ("encoder.layer.{1}.layernorm_before.weight",), (12,), 768,
+    ),
+    ("swin_s",): (
+        ["layers.3.downsample.norm.weight", "patch_embed.norm.weight", "patch_embed.proj.weight"],
+        (f"{BLOCK}.norm1.weight", f"{BLOCK}.attn.qkv.weight",
+         f"{BLOCK}.attn.relative_position_bias_table"), (2, 2, 18, 2), 96,
+    ),
+    ("swinv2_t",): (
+        ["layers.0.downsample.norm.weight", "patch_embed.norm.weight", "patch_embed.proj.weight"],
+        (f"{BLOCK}.norm1.weight", f"{BLOCK}.attn.qkv.weight", f"{BLOCK}.attn.logit_scale",
+         f"{BLOCK}.attn.cpb_mlp.0.weight", f"{BLOCK}.attn.cpb_mlp.2.weight"), (2, 2, 6, 2), 96,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("models", SIMILAR, ids="-".join)
+def test_models_that_a_file_may_belong_to(models):
+    names, of_blocks, depths, width = SIMILAR[models]
+    blocks = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    arrays = {name.format(*block): np.ones(1) for name in of_blocks for block in blocks}
+    kernel = (16, 16, 3, width) if names[-1].endswith("kernel") else (width, 3, 16, 16)
+    arrays |= dict.fromkeys(names, np.ones(1)) | {names[-1]: np.broadcast_to(1, kernel)}
+    assert similar_models(arrays) == list(models)
+    assert similar_models(arrays | {names[-1]: np.ones((100, 3, 16, 100))}) == []
 
 
 def test_classifier_is_left_out():

@@ -22,6 +22,7 @@ from tokenvit_jax.training.new_run import check_new, write_run
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import (
+    Arrays,
     Layout,
     export_weights,
     find_layout,
@@ -29,6 +30,7 @@ from tokenvit_jax.weights import (
     layouts_of,
     read_arrays,
     recognise_layout,
+    similar_models,
 )
 
 AUTO = "auto"
@@ -91,12 +93,14 @@ def import_file(
     layouts_of(name)  # raises UserError for a model without layouts
     _check_overrides(name, choices.model_overrides or {})
     check_new(out)
-    arrays = read_arrays(source, choices.ema)
-    with _about(source):
-        layout = recognise_layout(arrays, name) if found is None else layout
+    published = read_arrays(source, choices.ema)
+    with _about(source, published, name):
+        layout = recognise_layout(published, name) if found is None else layout
         found = find_layout(layout, name)
-        arrays = found.prepare(arrays)
-        overrides = found.model_overrides(arrays) | dict(choices.model_overrides or {})
+        arrays = found.prepare(published)
+        told = found.model_overrides(arrays)
+        create_model(name, **told)
+    overrides = _with_choices(name, told, choices.model_overrides or {})
     config = default_config(found.task)
     config.model, config.model_overrides = name, overrides
     lines = _set_classes(config, found, arrays, layout, choices)
@@ -105,7 +109,7 @@ def import_file(
     model = create_task(config).make_model()
     lines += _set_images(config, found, arrays, model, choices)
     check_values(config)
-    with _about(source):
+    with _about(source, published, name):
         params = import_weights(arrays, model, found)
     write_run(out, config, {"params": params})
     classes = f"{len(config.data.classes)} classes" if config.data.classes else "no classifier"
@@ -114,12 +118,29 @@ def import_file(
 
 
 @contextlib.contextmanager
-def _about(source: Path) -> Iterator[None]:
-    """Adds the name of a file to error messages about its arrays."""
+def _about(source: Path, arrays: Arrays, model: str) -> Iterator[None]:
+    """Adds the name of a file to error messages about its arrays, and the model they belong to."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"--source={source}: {error}") from error
+        similar = similar_models(arrays)
+        is_other = similar and model not in similar
+        hint = f"; the file looks like --model={' or '.join(similar)}" if is_other else ""
+        raise UserError(f"--source={source}: {error}{hint}") from error
+
+
+def _with_choices(name: str, told: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a file tells, with those that the user chose in their place.
+
+    Raises:
+      UserError: a choice is not valid.
+    """
+    overrides = dict(told) | dict(chosen)
+    try:
+        create_model(name, **overrides)
+    except UserError as error:
+        raise UserError(f"--override: {error}") from error
+    return overrides
 
 
 def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:

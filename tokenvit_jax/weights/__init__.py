@@ -1,15 +1,20 @@
 """Reads published weights: one file per layout, and the rules and readers that layouts share."""
 
+import re
+from collections import Counter
+
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.models import create_model
+from tokenvit_jax.models import create_model, list_models
+from tokenvit_jax.models.registry import model_settings
 from tokenvit_jax.weights import clip, dinov2, google, huggingface, segmenter, swin, timm_vit
-from tokenvit_jax.weights.files import read_arrays
+from tokenvit_jax.weights.files import INDEX, SUFFIXES, check_file, read_arrays
 from tokenvit_jax.weights.rules import (
     Arrays,
     Layout,
     export_weights,
     import_weights,
     parameter_shapes,
+    shown,
 )
 
 LAYOUTS = {  # name of a layout -> family of models -> its layout
@@ -91,7 +96,7 @@ def recognise_layout(arrays: Arrays, model: str) -> str:
     names.sort(key=lambda name: -len(find_layout(name, model).marks))
     best = min(names, key=lambda name: len(missing(name)))
     if lacking := missing(best):
-        have = ", ".join(sorted(arrays)[:3])
+        have = ", ".join(map(shown, sorted(arrays)[:3]))
         raise UserError(
             f"the names of its {len(arrays)} arrays ({have}, ...) fit no layout of {model}; the "
             f"nearest is --layout={best}, which has {lacking[0]}; valid: "
@@ -100,7 +105,36 @@ def recognise_layout(arrays: Arrays, model: str) -> str:
     return best
 
 
+def similar_models(arrays: Arrays) -> list[str]:
+    """Returns the models that a file of weights may belong to.
+
+    Args:
+      arrays: published name -> array.
+
+    Returns:
+      Names of the models with a layout that fits the names, as many channels after the patch
+      embedding, and as many blocks.
+    """
+    kernels = [array.shape for array in arrays.values() if array.ndim == 4]
+    widths = {side for shape in kernels for side in (shape[0], shape[-1])}
+    norms = [name for name in arrays if re.search(r"norm|ln_", name.lower())]
+    blocks = Counter(re.sub(r"(?<=\.|_)\d+(?=\.|/LayerNorm_0)", "0", x) for x in norms).values()
+
+    def is_similar(name):
+        settings = model_settings(name)
+        width = getattr(settings, "dim", None) or settings.dims[0]
+        layouts = (families.get(name.split("_")[0]) for families in LAYOUTS.values())
+        return (
+            width in widths
+            and settings.num_blocks in blocks
+            and not all(layout is None or layout.missing_marks(arrays) for layout in layouts)
+        )
+
+    return [name for name in list_models() if is_similar(name)]
+
+
 __all__ = [
-    "LAYOUTS", "Layout", "export_weights", "find_layout", "import_weights", "layouts_of",
-    "parameter_shapes", "read_arrays", "recognise_layout",
+    "INDEX", "LAYOUTS", "SUFFIXES", "Arrays", "Layout", "check_file", "export_weights",
+    "find_layout", "import_weights", "layouts_of", "parameter_shapes", "read_arrays",
+    "recognise_layout", "similar_models",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from tokenvit_jax.weights.rules import shown
 from tokenvit_jax.weights.torch_files import LEGACY, read_torch
 
 INDEX = ".index.json"  # end of the name of a file that lists the files of sharded weights
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # usual for weights
 _PART = re.compile(r"(.+-)(\d+)-of-(\d+)(\.\w+)")  # name of one of these files
 # Parts of names that wrappers add anywhere (DataParallel, torch.compile, FSDP), ...
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -26,18 +26,28 @@ from tokenvit_jax.weights.rules import (
     linear,
     norm,
     rows_of,
+    shown,
     size_of,
     timm_crop,
 )
 
-_PREFIX = re.compile(r"(vit|deit|dinov2|dinov2_with_registers|swin|swinv2|backbone)\.")
+_PREFIX = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers|swin|swinv2|backbone)\.")
 _CLASSIFIERS = ("classifier.weight", "cls_classifier.weight")
 
 
 def without_prefix(arrays: Arrays) -> Arrays:
-    """Returns the arrays with names that do not begin with that of the model."""
-    return {_PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name: array
-            for name, array in arrays.items()}  # fmt: skip
+    """Returns the arrays with names that do not begin with that of the model.
+
+    Raises:
+      UserError: two arrays would get the same name.
+    """
+    found, originals = {}, {}
+    for name, array in arrays.items():
+        short = _PREFIX.sub("", name, count=1)
+        if other := originals.get(short):
+            raise UserError(f"{shown(other)} and {shown(name)} are the same array; valid: one")
+        found[short], originals[short] = array, name
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,7 +212,7 @@ def swin_rules(model: nn.Module) -> list[Rule]:
         *norm(f"{ours}/norm1", f"{theirs}.layernorm_before"),
         *joined(f"{attention}/qkv", query, key, value),
         *linear(f"{attention}/proj", f"{theirs}.attention.output.dense"),
-        Rule(f"{attention}/relative_position_bias", f"{attn}.relative_position_bias_table", TABLE),
+        Rule(f"{attention}/relative_position_bias", f"{attn}.{swin.TABLE_NAME}", TABLE),
         Rule(f"{attention}/q_bias", f"{query}.bias", SAME),
         Rule(f"{attention}/v_bias", f"{value}.bias", SAME),
         Rule(f"{attention}/logit_scale", f"{attn}.logit_scale", FLAT),
@@ -222,6 +232,7 @@ LAYOUT_SWIN = swin.TIMM._replace(
     marks=(
         r"embeddings\.patch_embeddings\.projection\.weight",
         rf"{re.escape(_ATTENTION.format(0))}\.query\.weight",
+        rf"{re.escape(_ATTENTION.format(0))}\.{swin.TABLE_NAME}",
     ),
     rules=swin_rules,
     num_classes=rows_of("classifier.weight"),

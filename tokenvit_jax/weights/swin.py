@@ -25,6 +25,8 @@ from tokenvit_jax.weights.rules import (
 
 # Image size of most published Swin v2, if the file does not tell.
 V2_IMAGE_SIZE = 256
+# End of the names of tables of position biases, which Swin has and Swin v2 does not.
+TABLE_NAME = "relative_position_bias_table"
 
 
 def rules(model: nn.Module, merging_first: bool, classifier: str) -> list[Rule]:
@@ -45,7 +47,7 @@ def rules(model: nn.Module, merging_first: bool, classifier: str) -> list[Rule]:
         *norm(f"{ours}/norm1", f"{theirs}.norm1"),
         *linear(f"{attention}/qkv", f"{attn}.qkv"),
         *linear(f"{attention}/proj", f"{attn}.proj"),
-        Rule(f"{attention}/relative_position_bias", f"{attn}.relative_position_bias_table", TABLE),
+        Rule(f"{attention}/relative_position_bias", f"{attn}.{TABLE_NAME}", TABLE),
         Rule(f"{attention}/q_bias", f"{attn}.q_bias", SAME),
         Rule(f"{attention}/v_bias", f"{attn}.v_bias", SAME),
         Rule(f"{attention}/logit_scale", f"{attn}.logit_scale", FLAT),
@@ -90,7 +92,7 @@ def window_overrides(arrays: Arrays, attention: str) -> dict[str, Any]:
       arrays: arrays of a file.
       attention: name of the attention of the first block of a stage, with `{}` for the stage.
     """
-    table = arrays.get(f"{attention.format(0)}.relative_position_bias_table")
+    table = arrays.get(f"{attention.format(0)}.{TABLE_NAME}")
     if table is not None and table.ndim == 2:
         return {"window_size": max((math.isqrt(len(table)) + 1) // 2, 1)}
     sides = stage_windows(arrays, attention)
@@ -151,6 +153,7 @@ def _v2_image_size(attention: str, model: nn.Module, arrays: Arrays) -> int:
 def version2(layout: Layout, attention: str) -> Layout:
     """Returns the layout of Swin v2 from that of Swin; ``attention`` as in window_overrides."""
     return layout._replace(
+        marks=tuple(mark.replace(TABLE_NAME, "logit_scale") for mark in layout.marks),
         image_size=functools.partial(_v2_image_size, attention),
         assumed=functools.partial(_assumed_windows, attention),
     )
@@ -166,7 +169,11 @@ def _assumed_windows(attention: str, arrays: Arrays) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------
 
 _ATTENTION = "layers.{}.blocks.0.attn"
-_MARKS = (r"patch_embed\.norm\.weight", r"layers\.0\.blocks\.0\.attn\.qkv\.weight")
+_MARKS = (
+    r"patch_embed\.norm\.weight",
+    r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
+    rf"layers\.0\.blocks\.0\.attn\.{TABLE_NAME}",
+)
 
 TIMM = Layout(
     task="classification",
