@@ -130,7 +130,8 @@ def test_numbers_have_bounds():
     assert parse() == (None, None)
     for argument in (
         "--count=0", "--count=10", "--count=1.0", "--count=", "--count=one",
-        f"--count={'9' * 5000}", "--part=0", "--part=1.5", "--part=nan", "--part=inf", "--part=1e999", "--part=1,5",
+        f"--count={'9' * 5000}", "--part=0", "--part=1.5", "--part=nan", "--part=inf",
+        "--part=1e999", "--part=1,5",
     ):  # fmt: skip
         with pytest.raises(flags.Error) as error:
             parse(argument)
