@@ -1,5 +1,6 @@
 """Parses flags and configs for all commands, and prints one-line errors instead of tracebacks."""
 
+import contextlib
 import logging
 import os
 import re
@@ -47,7 +48,7 @@ def run(
       required: names of flags that must be given.
       positional: names of the arguments that have no flag; all must be given.
     """
-    with streams.guarded() as output:
+    with streams.guarded() as stdout, interruptible():
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         logging.captureWarnings(True)  # progress bars make room for log messages only
         # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
@@ -55,9 +56,7 @@ def run(
         os.environ.pop("MPLBACKEND", None)  # no picture needs a display, whatever it names
         try:
             main(flag_values, *_parse(flag_values, required, positional))
-            output.flush()
-        except KeyboardInterrupt:
-            _exit(130, "interrupted")
+            stdout.flush()
         except Exception as error:
             message = failures.describe(error)
             if message is None:
@@ -65,9 +64,18 @@ def run(
             if isinstance(error, OSError) and error.errno and error.filename is None:
                 message = f"{message} ({_outputs(flag_values) or 'path unknown'})"
             _exit(2 if isinstance(error, UsageError) else 1, message)
-        if output.error is not None and not isinstance(output.error, BrokenPipeError):
-            _exit(1, f"standard output cannot be written: {output.error.strerror}")
+        if stdout.error is not None and not isinstance(stdout.error, BrokenPipeError):
+            _exit(1, f"standard output cannot be written: {stdout.error.strerror}")
         sys.exit(0)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ends the program in one line where Ctrl-C interrupts its context, such as imports."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
 
 
 def _parse(

@@ -25,6 +25,8 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.training.exporting import check_new_path
+from tokenvit_jax.training.run import load_run
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -34,9 +36,6 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the folder."""
-    from tokenvit_jax.training.exporting import check_new_path
-    from tokenvit_jax.training.run import load_run
-
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_new_path(out)  # first, so that a mistake costs no time
     load_run(workdir, flag_values.checkpoint).export(out)

@@ -24,6 +24,10 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import note, progress
+from tokenvit_jax.training.prediction import Table, predict_files
+from tokenvit_jax.training.run import load_run
+from tokenvit_jax.training.workdir import read_config
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -38,11 +42,6 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the pictures and the table, and prints one line per image."""
-    from tokenvit_jax.progress import note, progress
-    from tokenvit_jax.training.prediction import Table, predict_files
-    from tokenvit_jax.training.run import load_run
-    from tokenvit_jax.training.workdir import read_config
-
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; valid: a folder")
