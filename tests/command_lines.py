@@ -154,6 +154,7 @@ def draw_line(rng: random.Random, number: int) -> Line:
         meaningless += [word] * (word not in words[command])
     if not plausible and rng.random() < 0.25:
         _spoil(rng, arguments, meaningless)
+    meaningless = [argument for argument in meaningless if argument in arguments]
     return Line(command, tuple(arguments), tuple(meaningless))
 
 

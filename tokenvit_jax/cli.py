@@ -105,7 +105,10 @@ def _parse(
                 raise UserError(f"--{name} is missing; {flag_values[name].help}")
         _check_texts(flag_values)
     except Exception as error:  # a configuration file is the user's code, which may raise any error
-        raise UsageError(_parse_message(error)) from error
+        message = _parse_message(error)
+        if message is None:
+            raise
+        raise UsageError(message) from error
     return rest
 
 
@@ -316,7 +319,7 @@ def _check_texts(flag_values: flags.FlagValues) -> None:
 def _expanded(name: str, text: str) -> str:
     """Returns the value of a flag with the home folder in place of "~"."""
     if text.startswith("--"):
-        raise UserError(f"--{name} has no value: {text} follows it; write --{name}=VALUE")
+        raise UserError(f"--{name} has no value but a flag, {text}; valid: --{name}=VALUE")
     if "\0" in text:
         raise UserError(f"--{name}={text!r} is not valid; valid: a text without null characters")
     path = os.path.expanduser(text)
@@ -326,17 +329,16 @@ def _expanded(name: str, text: str) -> str:
     return path
 
 
-def _parse_message(error: Exception) -> str:
-    """Returns the message for an error of the command line; blames what was given."""
+def _parse_message(error: Exception) -> str | None:
+    """Returns the message for an error of the command line; None for a bug of this package."""
     if isinstance(error, flags.Error) and isinstance(error.__context__, UserError):
         error = error.__context__
     if isinstance(error, flags.Error):
         return str(error)
     config = " ".join(argument for argument in sys.argv if argument.startswith("--config"))
-    message = failures.describe(error)
-    if isinstance(error, UserError | OSError) or (message and not config):
-        return message
-    return f"{config or 'the command line'}: {type(error).__name__}: {error}"
+    if isinstance(error, UserError | OSError) or not config:
+        return failures.describe(error)
+    return f"{config}: {type(error).__name__}: {error}"
 
 
 def _exit(status: int, message: str) -> None:
