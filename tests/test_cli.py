@@ -1,6 +1,7 @@
 """The program `tokenvit`, and what all commands have in common."""
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -42,7 +43,7 @@ def test_help_and_lists_of_files_need_no_jax():
 import contextlib, io, sys
 from tokenvit_jax.__main__ import COMMANDS, main
 for arguments in ([], ["--help"], ["list", "configs"], *(
-    [name, "--help"] for name in COMMANDS if name not in ("convert",)
+    [name, "--help"] for name in COMMANDS if name not in ("convert", "export", "predict")
 )):
     sys.argv = ["tokenvit", *arguments]
     with contextlib.suppress(SystemExit):
@@ -101,7 +102,7 @@ def test_empty_value_is_refused(run, flag):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workdir", "--plot=a.png"], "--workdir has no value: --plot=a.png follows it; "),
+        (["--workdir", "--plot=a.png"], "--workdir has no value but a flag, --plot=a.png; "),
         (["--workdir=~nobody-here/run"], "~nobody-here is no home folder; valid: ./~nobody-here"),
         (["--workdir=a\0b"], r"--workdir='a\x00b' is not valid; valid: a text without null"),
         (["--flagfile=/dev/zero"], "unknown flag --flagfile=/dev/zero; --help lists all flags"),
@@ -130,7 +131,8 @@ def test_numbers_have_bounds():
     assert parse() == (None, None)
     for argument in (
         "--count=0", "--count=10", "--count=1.0", "--count=", "--count=one",
-        f"--count={'9' * 5000}", "--part=0", "--part=1.5", "--part=nan", "--part=inf", "--part=1e999", "--part=1,5",
+        f"--count={'9' * 5000}", "--part=0", "--part=1.5", "--part=nan", "--part=inf",
+        "--part=1e999", "--part=1,5",
     ):  # fmt: skip
         with pytest.raises(flags.Error) as error:
             parse(argument)
@@ -164,6 +166,13 @@ def test_output_that_nobody_reads_does_not_end_the_work(run, monkeypatch):
         bars = lambda _: done.extend(progress.progress([1, 1], "evaluating", "batch"))  # noqa: E731
         assert run("--workdir=run", main=bars)[0] == 0
     assert len(done) == 4
+
+
+def test_characters_that_the_output_lacks_are_written_as_codes(run, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert run("--workdir=run", main=lambda _: print("a\u2192b\udcff"))[0] == 0
+    assert ascii_only.buffer.getvalue() == b"a\\u2192b\\udcff\n"
 
 
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):

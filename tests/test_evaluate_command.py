@@ -175,13 +175,20 @@ def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path
     file = tmp_path / "config.py"
     file.write_text(
         "from tokenvit_jax.tasks import default_config\n"
-        "get_config = lambda: default_config('classification')\n"
+        "def get_config():\n"
+        "    config = default_config('classification')\n"
+        "    config.dataset = 'imagenet2012'\n"
+        "    return config\n"
     )
     flags = {"config": file} if with_config else {}
-    for data_dir in ({}, {"data_dir": "DATA"}):
-        assert run(evaluate, "workdir", **flags, workdir=imported[0], **data_dir)[0] == 0
-    assert [config.model for config in seen] == ["dgt_t" if with_config else "deit_ti"] * 2
-    assert [config.data.data_dir for config in seen] == ["~/tensorflow_datasets", "DATA"]
+    assert run(evaluate, "workdir", **flags, workdir=imported[0])[0] == 0
+    status, _, err = run(evaluate, "workdir", **flags, workdir=imported[0], data_dir="DATA")
+    found = [(config.model, config.data.data_dir) for config in seen]
+    if with_config:
+        assert found == [("dgt_t", "~/tensorflow_datasets"), ("dgt_t", "DATA")]
+    else:  # of the digits, which are not read from a folder
+        assert found == [("deit_ti", "~/tensorflow_datasets")]
+        assert status == 1 and "--data_dir=DATA has no effect: dataset 'digits' comes" in err
 
 
 def test_mistakes_are_named(run, imported, tmp_path):

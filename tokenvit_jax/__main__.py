@@ -33,7 +33,8 @@ def main() -> None:
         sys.argv = sys.argv[:1]
         cli.run(lambda _: _without_command(name), flags.FlagValues())
     sys.argv = [f"tokenvit {name}", *sys.argv[2:]]
-    runpy.run_module(f"tokenvit_jax.{name}", run_name="__main__", alter_sys=True)
+    with cli.interruptible():
+        runpy.run_module(f"tokenvit_jax.{name}", run_name="__main__", alter_sys=True)
 
 
 def _without_command(name: str) -> None:

@@ -1,5 +1,6 @@
 """Parses flags and configs for all commands, and prints one-line errors instead of tracebacks."""
 
+import contextlib
 import logging
 import os
 import re
@@ -47,7 +48,7 @@ def run(
       required: names of flags that must be given.
       positional: names of the arguments that have no flag; all must be given.
     """
-    with streams.guarded() as output:
+    with streams.guarded() as stdout, interruptible():
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         logging.captureWarnings(True)  # progress bars make room for log messages only
         # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
@@ -55,9 +56,7 @@ def run(
         os.environ.pop("MPLBACKEND", None)  # no picture needs a display, whatever it names
         try:
             main(flag_values, *_parse(flag_values, required, positional))
-            output.flush()
-        except KeyboardInterrupt:
-            _exit(130, "interrupted")
+            stdout.flush()
         except Exception as error:
             message = failures.describe(error)
             if message is None:
@@ -65,9 +64,18 @@ def run(
             if isinstance(error, OSError) and error.errno and error.filename is None:
                 message = f"{message} ({_outputs(flag_values) or 'path unknown'})"
             _exit(2 if isinstance(error, UsageError) else 1, message)
-        if output.error is not None and not isinstance(output.error, BrokenPipeError):
-            _exit(1, f"standard output cannot be written: {output.error.strerror}")
+        if stdout.error is not None and not isinstance(stdout.error, BrokenPipeError):
+            _exit(1, f"standard output cannot be written: {stdout.error.strerror}")
         sys.exit(0)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ends the program in one line where Ctrl-C interrupts its context, such as imports."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
 
 
 def _parse(
@@ -97,7 +105,10 @@ def _parse(
                 raise UserError(f"--{name} is missing; {flag_values[name].help}")
         _check_texts(flag_values)
     except Exception as error:  # a configuration file is the user's code, which may raise any error
-        raise UsageError(_parse_message(error)) from error
+        message = _parse_message(error)
+        if message is None:
+            raise
+        raise UsageError(message) from error
     return rest
 
 
@@ -279,7 +290,7 @@ def _check_texts(flag_values: flags.FlagValues) -> None:
 def _expanded(name: str, text: str) -> str:
     """Returns the value of a flag with the home folder in place of "~"."""
     if text.startswith("--"):
-        raise UserError(f"--{name} has no value: {text} follows it; write --{name}=VALUE")
+        raise UserError(f"--{name} has no value but a flag, {text}; valid: --{name}=VALUE")
     if "\0" in text:
         raise UserError(f"--{name}={text!r} is not valid; valid: a text without null characters")
     path = os.path.expanduser(text)
@@ -289,17 +300,16 @@ def _expanded(name: str, text: str) -> str:
     return path
 
 
-def _parse_message(error: Exception) -> str:
-    """Returns the message for an error of the command line; blames what was given."""
+def _parse_message(error: Exception) -> str | None:
+    """Returns the message for an error of the command line; None for a bug of this package."""
     if isinstance(error, flags.Error) and isinstance(error.__context__, UserError):
         error = error.__context__
     if isinstance(error, flags.Error):
         return str(error)
     config = " ".join(argument for argument in sys.argv if argument.startswith("--config"))
-    message = failures.describe(error)
-    if isinstance(error, UserError | OSError) or (message and not config):
-        return message
-    return f"{config or 'the command line'}: {type(error).__name__}: {error}"
+    if isinstance(error, UserError | OSError) or not config:
+        return failures.describe(error)
+    return f"{config}: {type(error).__name__}: {error}"
 
 
 def _exit(status: int, message: str) -> None:

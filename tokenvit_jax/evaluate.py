@@ -43,7 +43,7 @@ insertions.define_flags(FLAGS)
 
 def main(flag_values: flags.FlagValues) -> None:
     """Evaluates the checkpoint, also with each insertion."""
-    from tokenvit_jax.data import with_dataset
+    from tokenvit_jax.data import check_reads_files, with_dataset
     from tokenvit_jax.training.evaluation import check_insertion, evaluate_insertions
     from tokenvit_jax.training.workdir import for_inference, read_config
 
@@ -56,6 +56,7 @@ def main(flag_values: flags.FlagValues) -> None:
             config.data.data_dir = flag_values.data_dir
     if flag_values.dataset is not None:
         config = with_dataset(config, flag_values.dataset)
+    check_reads_files(config, flag_values.data_dir)
     fits = functools.partial(check_insertion, config)
     inserted = insertions.from_flags(flag_values, config.model, fits)
     per_class = flag_values.per_class

@@ -25,6 +25,8 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.training.exporting import check_new_path
+from tokenvit_jax.training.run import load_run
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)

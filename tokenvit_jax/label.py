@@ -27,11 +27,14 @@ flags.DEFINE_string(
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the labels and prints their number."""
+    from tokenvit_jax.data import check_reads_files
     from tokenvit_jax.training.token_label_writer import label_training_images
+    from tokenvit_jax.training.workdir import read_config
 
-    out = Path(flag_values.out)
+    workdir, out = Path(flag_values.workdir), Path(flag_values.out)
+    check_reads_files(read_config(workdir), flag_values.data_dir)
     records, height, width, top_k = label_training_images(
-        Path(flag_values.workdir),
+        workdir,
         flag_values.checkpoint,
         out,
         flag_values.top_k,

@@ -39,7 +39,7 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int = 0) -> Ite
 
 def on_terminal() -> bool:
     """Returns whether there is a terminal for bars."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def note(text: str) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.output import check_folder
+from tokenvit_jax.valid import whole
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -24,11 +25,9 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "coordinator", None, "several processes: host:port of process 0", flag_values=FLAGS
 )
-flags.DEFINE_integer(
-    "num_processes", None, "several processes: number of processes", flag_values=FLAGS
-)
-flags.DEFINE_integer(
-    "process_id", None, "several processes: number of this process, from 0", flag_values=FLAGS
+cli.define_number(FLAGS, "num_processes", None, "several processes: number of processes", whole(1))
+cli.define_number(
+    FLAGS, "process_id", None, "several processes: number of this process, from 0", whole(0)
 )
 
 

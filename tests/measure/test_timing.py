@@ -4,6 +4,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tokenvit_jax.measure import timing
 
@@ -25,3 +26,10 @@ def test_contenders_take_turns():
     assert len(order) == len(times["slow"]) + len(times["fast"])
     turns = np.flatnonzero(np.array(order) == "slow")
     assert np.diff(turns).min() > 8
+
+
+def test_what_exceeds_all_memory_is_refused():
+    with pytest.raises(
+        MemoryError, match=r"1048576 x 1048576 numbers, with its copy, needs 8192 of"
+    ):
+        timing.normal(0, (2**20, 2**20))

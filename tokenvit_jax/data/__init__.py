@@ -4,6 +4,7 @@ from tokenvit_jax.data.check import check_data
 from tokenvit_jax.data.class_names import different_names
 from tokenvit_jax.data.datasets import (
     builtin_info,
+    check_reads_files,
     dataset_info,
     datasets_with,
     list_datasets,
@@ -35,6 +36,7 @@ __all__ = [
     "Spec",
     "builtin_info",
     "check_data",
+    "check_reads_files",
     "dataset_info",
     "datasets_with",
     "decode_image",

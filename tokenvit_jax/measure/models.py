@@ -17,6 +17,7 @@ from tokenvit_jax.measure import timm_peers
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.measure.timing import (
     Program,
+    check_memory,
     compile_program,
     describe_times,
     normal,
@@ -138,8 +139,10 @@ def _contender(model, image_size, batch_size, mode):
     macs = count_macs(forward, variables, images[:1])
     if mode == "forward":
         program = compile_program(forward, variables, images)
+        check_memory(program.temp_bytes, f"a forward pass of {batch_size} images")
         return Contender(program._replace(call=lambda: program.call(variables, images)), macs)
     program = compile_program(train_step_of(model), variables, images, labels, donate_argnums=(0,))
+    check_memory(program.temp_bytes, f"a training step on {batch_size} images")
 
     def call():
         nonlocal variables  # the old variables are donated

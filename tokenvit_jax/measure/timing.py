@@ -5,6 +5,7 @@ plans; allocations of the libraries that XLA calls are not included.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -119,6 +120,26 @@ def fits_memory(num_bytes: int) -> bool:
     return True
 
 
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raises MemoryError for more than all memory of the device or machine.
+
+    On CPU, an allocation that is too large kills the process instead of raising an error.
+
+    Args:
+      num_bytes: memory that is needed [bytes].
+      what: what needs it, for the message.
+    """
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        total = stats["bytes_limit"]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if num_bytes > total:
+        raise MemoryError(f"{what} needs {num_bytes / 2**30:.0f} of {total / 2**30:.0f} GiB")
+
+
 def environment() -> dict[str, Any]:
     """Returns the versions and the device of a measurement."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
@@ -135,5 +156,11 @@ def environment() -> dict[str, Any]:
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Returns normal random numbers that depend on the seed only."""
+    """Returns normal random numbers that depend on the seed only.
+
+    Raises:
+      MemoryError: they do not fit into memory.
+    """
+    shape_text = " x ".join(map(str, shape))
+    check_memory(8 * math.prod(shape), f"an array of {shape_text} numbers, with its copy,")
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)

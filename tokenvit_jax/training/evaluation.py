@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
@@ -153,7 +152,7 @@ def check_insertion(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
       overrides: settings of the model that replace those of the run.
     """
     task = create_task(_insert(config, overrides))
-    images = jax.ShapeDtypeStruct((1, *task.input_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *task.input_shape), "float32")
     variable_shapes(task.make_model(), images)
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.candidates import list_candidates
 from tokenvit_jax.expediting.search import Found, check_budget, search_budget
 from tokenvit_jax.expediting.similarity import Comparison, measured
@@ -70,7 +71,10 @@ def search_run(
     check_budget(budget)
     config = read_config(workdir)
     task = create_task(config)
-    candidates = list_candidates(task.make_model(), task.view_size, task.input_shape[-1])
+    try:
+        candidates = list_candidates(task.make_model(), task.view_size, task.input_shape[-1])
+    except UserError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from error
     batch = load_images(task, images, num_images)
     run = load_run(workdir, checkpoint, config=config)
     found = search_budget(candidates, budget, of, run.model, run.variables, batch)

@@ -107,6 +107,21 @@ def open_split(config: ConfigDict, split: str) -> Source:
     return _module(config.dataset).open_split(config, split)
 
 
+def check_reads_files(config: ConfigDict, data_dir: str | None) -> None:
+    """Raises UserError if a folder is named for a dataset that comes with an installed package.
+
+    Args:
+      config: reads `dataset`.
+      data_dir: value of the flag --data_dir; None: it is not given.
+    """
+    embedded = config.dataset in NAMES and not hasattr(_module(config.dataset), "prepare")
+    if data_dir is not None and embedded:
+        raise UserError(
+            f"--data_dir={data_dir} has no effect: dataset {config.dataset!r} comes with an "
+            "installed package; for images of a folder, also give --dataset=folder to evaluate"
+        )
+
+
 def with_class_names(config: ConfigDict) -> ConfigDict:
     """Returns a configuration that holds the names of the classes of its dataset.
 
