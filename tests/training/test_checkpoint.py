@@ -40,8 +40,9 @@ def workdir(tmp_path):
     """Checkpoints of the steps 10, 20 and 30, the best one first."""
     with open_checkpoints(tmp_path, keep_last=3) as checkpoints:
         for step, accuracy in ((10, 0.9), (20, 0.5), (30, None)):
-            metrics = None if accuracy is None else {"eval/accuracy": accuracy}
-            checkpoints.save(step, state_at(step), {"data": {"next_index": step}}, metrics)
+            checkpoints.save(step, state_at(step), {"data": {"next_index": step}})
+            if accuracy is not None:
+                checkpoints.record(step, {"eval/accuracy": accuracy})
     return tmp_path
 
 
@@ -60,18 +61,11 @@ def test_restores_the_latest_state_and_its_progress(workdir):
 def test_keeps_the_last_and_the_best(workdir):
     with open_checkpoints(workdir, keep_last=2, keep_best=1) as checkpoints:
         checkpoints.restore(abstract(state_at(0)))
-        assert not checkpoints.is_best({"eval/accuracy": 0.8})
-        assert checkpoints.is_best({"eval/accuracy": 0.95})
-        checkpoints.save(40, state_at(40), {}, {"eval/accuracy": 0.7})
+        checkpoints.save(40, state_at(40), {})
+        checkpoints.record(40, {"eval/accuracy": 0.7})
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "30", "40"]
     assert load_checkpoint(workdir, "best").step == 10
     assert load_checkpoint(workdir, "last").step == 40
-
-
-def test_nothing_is_best_when_no_best_is_kept(tmp_path):
-    with open_checkpoints(tmp_path, keep_best=0) as checkpoints:
-        assert not checkpoints.is_best({"eval/accuracy": 1.0})
-        assert checkpoints.restore(abstract(state_at(0))) is None
 
 
 def test_saved_values_are_those_before_the_state_was_consumed(tmp_path):
@@ -114,7 +108,8 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_used(workdir, caplog, 
 def test_damaged_metrics_are_named(tmp_path, caplog):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, state_at(step), {}, {"eval/accuracy": 0.5})
+            checkpoints.save(step, state_at(step), {})
+            checkpoints.record(step, {"eval/accuracy": 0.5})
     damaged(tmp_path / "checkpoints" / "2" / "metrics" / "metrics", "truncate")
     with open_checkpoints(tmp_path) as checkpoints:
         assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(1))

@@ -23,7 +23,7 @@ from tokenvit_jax.data.images import (
     to_rgb,
     with_channels,
 )
-from tokenvit_jax.data.pipeline import eval_batches, train_batches
+from tokenvit_jax.data.pipeline import check_records, eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Spec",
     "builtin_info",
     "check_data",
+    "check_records",
     "dataset_info",
     "datasets_with",
     "decode_image",

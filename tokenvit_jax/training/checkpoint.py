@@ -8,7 +8,6 @@ complete.
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.training.processes import on_main_process
 from tokenvit_jax.training.state import TrainState, eval_variables
-from tokenvit_jax.training.workdir import check_version
+from tokenvit_jax.training.workdir import check_version, replace_file
 
 FOLDER = "checkpoints"
 # The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
@@ -74,9 +73,7 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy([last, best]),
             cleanup_tmp_directories=True,
         )
-        self._keep_best = keep_best
         self._score_of = score
-        self._best = self._best_score()
         self._writing = self._folder
 
     def __enter__(self) -> "Checkpoints":
@@ -90,24 +87,13 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Returns whether a checkpoint with these metrics would be kept for its score."""
-        return self._keep_best > 0 and self._score_of(metrics) > self._best
-
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        progress: dict,
-        metrics: dict[str, float] | None = None,
-    ) -> None:
+    def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Starts to save the state after a step; the state may be consumed afterwards.
 
         Args:
           step: number of steps done.
           state: result of `Parallel.to_global`.
           progress: JSON object, equal in all processes.
-          metrics: metrics of the evaluation of this state; None if it was not evaluated.
 
         Raises:
           UserError: this checkpoint or the previous one cannot be written.
@@ -117,15 +103,32 @@ class Checkpoints:
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             progress=ocp.args.JsonSave(progress),
         )
-        if metrics is not None:
-            metrics = {**metrics, _SCORE: self._score_of(metrics)}
-        with self._write_errors():
-            self._manager.wait_until_finished()
+        self.wait()
         self._writing = self._folder / str(step)
         with self._write_errors():
-            self._manager.save(step, args=items, metrics=metrics)
-        if metrics is not None:
-            self._best = max(self._best, _score(metrics))
+            self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being written is complete."""
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of its evaluation to the checkpoint of a step.
+
+        Args:
+          step: a step that was saved.
+          metrics: metrics of the evaluation of its state.
+        """
+        self.wait()
+        file = self._folder / str(step) / "metrics" / "metrics"
+
+        def write() -> None:
+            file.parent.mkdir(exist_ok=True)
+            replace_file(file, json.dumps({**metrics, _SCORE: self._score_of(metrics)}))
+
+        on_main_process(write)
+        self._manager.reload()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Restores the latest readable checkpoint; sets later ones aside.
@@ -152,7 +155,6 @@ class Checkpoints:
                 continue
             self._set_aside(unreadable)
             self._manager.reload()
-            self._best = self._best_score()
             return restored
         if unreadable:
             raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
@@ -172,10 +174,6 @@ class Checkpoints:
         items = self._manager.restore(step, args=ocp.args.Composite(**args))
         state = like.replace(opt_state=items["optimizer"], **items["model"])
         return state, items["progress"]
-
-    def _best_score(self) -> float:
-        best = self._manager.best_step()
-        return -math.inf if best is None else _score(self._manager.metrics(best))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints, so that the run can save these steps again."""
