@@ -68,10 +68,10 @@ def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
     return create_task(config).normalize(images)
 
 
-def _test_data(config: ConfigDict):
+def _test_data(config: ConfigDict, devices: int = 1):
     task = create_task(config)
     source = open_split(config, task.info.eval_split)
-    return eval_batches(source, task.examples(train=False), config)
+    return eval_batches(source, task.examples(train=False), config, devices=devices)
 
 
 def test_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +117,8 @@ def make_evaluate(config: ConfigDict, model: nn.Module) -> Callable[[Variables],
 
     def evaluate(variables):
         placed = parallel.put_variables(variables)
-        return evaluate_batches(task, step, placed, _test_data(config), parallel)
+        test_data = _test_data(config, jax.device_count())
+        return evaluate_batches(task, step, placed, test_data, parallel)
 
     return evaluate
 

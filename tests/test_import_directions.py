@@ -18,13 +18,13 @@ BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "progress valid output errors"
 )
-BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys"
+BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys stopping"
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
 MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
     "__init__": "training models ops",
-    "training": f"tasks memory {BELOW_TASKS}",
+    "training": f"tasks memory stopping {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,
     "expediting": "measure heads models layers ops published progress errors",
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "heads": "models layers ops valid errors",
     "metrics": "errors",
     "models": "layers ops published valid errors",
-    "data": "config progress valid errors",
+    "data": "config progress stopping valid errors",
     "layers": "ops valid errors",
     "ops": "kernels arrays errors",
     "kernels": "arrays errors",
@@ -49,6 +49,8 @@ MAY_IMPORT = {
     "output": "errors",
     "published": "",
     "progress": "",
+    "stopping": "",
+    "worker": "data stopping",
     "valid": "errors",
     "errors": "",
 }

@@ -19,10 +19,12 @@ import pytest
 import tiny_config
 from make_task import make_task
 
+from tokenvit_jax import stopping
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training import loop
 from tokenvit_jax.training.checkpoint import Checkpoints, load_checkpoint, saved_steps
 from tokenvit_jax.training.devices import MeshParallel
+from tokenvit_jax.training.evaluation import check_metrics
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 
@@ -202,13 +204,9 @@ def poison(workdir, step):
 def run_here(monkeypatch, capsys, command, *arguments):
     """Returns exit status and last stderr line of a command that fails before any computation."""
     monkeypatch.setattr(sys, "argv", [command, *arguments])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_module(f"tokenvit_jax.{command}", run_name="__main__")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    monkeypatch.setattr(stopping, "watch", lambda: None)  # this process is not only the command's
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module(f"tokenvit_jax.{command}", run_name="__main__")
     lines = capsys.readouterr().err.strip().splitlines()
     assert not any("Traceback" in line for line in lines)
     return exit_info.value.code, lines[-1]
@@ -395,15 +393,45 @@ def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path):
     assert status == 1
 
 
-def test_an_evaluation_that_cannot_read_an_image_keeps_the_training(monkeypatch, capsys, tmp_path):
-    def fail(*_):
+def test_no_end_of_an_evaluation_costs_steps_or_metrics(monkeypatch, capsys, tmp_path):
+    """One that fails, one that a signal ends, and one whose training goes on."""
+    config = tiny_config.get_config().unlock()
+    config.eval_every_steps = 1
+    evaluate = loop.evaluate_batches
+
+    def fail(*_, **kwargs):
         raise UserError("record 3 cannot be read")
 
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    def last(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+        return metrics
+
     monkeypatch.setattr(loop, "evaluate_batches", fail)
-    flags = [f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.eval_every_steps=1"]
-    status, line = run_here(monkeypatch, capsys, "train", *flags)
-    assert (status, line) == (1, "error: record 3 cannot be read")
+    with pytest.raises(UserError, match="record 3 cannot be read"):
+        loop.train(config, tmp_path)
     assert saved_steps(tmp_path) == [1]
+    monkeypatch.setattr(loop, "evaluate_batches", interrupted)
+    loop.train(config, tmp_path)
+    assert "stopped and saved after step 1; the same command" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "evaluate_batches", last)
+    loop.train(config, tmp_path)
+    logged = [(line["step"], "eval/loss" in line) for line in metrics_of(tmp_path)]
+    assert logged == [(1, False), (1, True), (2, False)]
+    assert saved_steps(tmp_path) == [1, 2]
+    assert load_checkpoint(tmp_path, "best").step == 1
+
+
+def test_metrics_that_are_not_finite_are_refused(tmp_path):
+    absent = {"eval/loss": 1.0, "per_class/iou": {"sky": None}}
+    check_metrics(absent, tmp_path / "5")
+    message = f"eval/loss is nan in the evaluation of the checkpoint {tmp_path / '5'}"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_metrics(absent | {"eval/loss": float("nan")}, tmp_path / "5")
 
 
 def test_changed_settings_of_a_resumed_run_are_named(
@@ -413,6 +441,7 @@ def test_changed_settings_of_a_resumed_run_are_named(
     shutil.copytree(reference, workdir)
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.label_smoothing=0.1"]
     monkeypatch.setattr(sys, "argv", ["train", *flags])
+    monkeypatch.setattr(stopping, "watch", lambda: None)
     with contextlib.suppress(SystemExit):
         runpy.run_module("tokenvit_jax.train", run_name="__main__")
     assert "config.label_smoothing changes from 0.0 to 0.1 in the resumed run" in caplog.text

@@ -25,8 +25,6 @@ from pathlib import Path
 from absl import flags
 
 from tokenvit_jax import cli
-from tokenvit_jax.training.exporting import check_new_path
-from tokenvit_jax.training.run import load_run
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
@@ -38,7 +36,6 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the folder."""
     from tokenvit_jax.output import check_new_folder
     from tokenvit_jax.training.exporting import write_export
-    from tokenvit_jax.training.run import load_run
 
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_new_folder(out, "--out")  # first, so that a mistake costs no time

@@ -5,6 +5,11 @@ run it on each with --coordinator=host:port --num_processes=N --process_id=I; on
 SLURM these are found automatically.
 """
 
+from tokenvit_jax import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the imports, which take seconds
+
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING

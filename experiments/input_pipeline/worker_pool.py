@@ -9,7 +9,6 @@ times of a turn: the median over the turns, and the lowest and highest, which sh
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from experiments import pages
 from tokenvit_jax import cli
 from tokenvit_jax.data import Record, Spec, builtin_info, open_split, train_batches
 from tokenvit_jax.data.decoding import decode_image
-from tokenvit_jax.data.workers import Batches, BatchIterator
+from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples
 
@@ -103,7 +102,7 @@ def make_batches(case: str, batch_size: int) -> Batches:
 
 def open_ours(batches: Batches, workers: int = WORKERS) -> Iterator:
     """Starts the pool of `tokenvit_jax.data.workers`."""
-    return BatchIterator(batches._batches, batches._specs, workers)
+    return iter(Batches(batches._batches, batches._specs, workers))
 
 
 def open_grain(batches: Batches, workers: int = WORKERS) -> Iterator:
@@ -128,9 +127,18 @@ def time_batches(pool: str, batches: Batches, count: int) -> tuple[float, float]
 
 
 def _cpu_seconds() -> float:
-    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    pids = [os.getpid(), *_children()]
     stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
     return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def _children() -> list[int]:
+    """Returns the ids of the workers that this process has started."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    pids = [pid for task in tasks for pid in task.read_text().split()]
+    # Python starts one more process for grain's shared memory.
+    started = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+    return [pid for pid, command in started.items() if "resource_tracker" not in command]
 
 
 def measure_ratios(case: str, batch_size: int, turns: int) -> np.ndarray:
@@ -185,7 +193,7 @@ def kill_parent(pool: str) -> None:
     iterator = POOLS[pool](make_batches("transport", 64))
     for _ in range(3):
         next(iterator)
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    print(*_children(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

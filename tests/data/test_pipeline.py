@@ -1,5 +1,5 @@
+import contextlib
 import logging
-import multiprocessing.spawn
 import os
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from batches import eval_dataset, train_dataset
+from batches import children, eval_dataset, train_dataset
 from PIL import Image
 
 from tokenvit_jax.data import Spec, train_batches
@@ -154,12 +154,20 @@ def test_workers_change_neither_batches_nor_state(config):
     config.image_size = 64  # 96 KiB per batch: through shared memory
     expected = take(train_dataset(augmented(config)), 7)
     config.data.workers = 2
-    iterator = iter(train_dataset(config))
+    before = children(os.getpid())
+    dataset = train_dataset(config)
+    iterator = iter(dataset)
     assert_equal([next(iterator) for _ in range(4)], expected[:4])
+    workers = children(os.getpid()) - before
     state = iterator.get_state()
     iterator.set_state({"next_index": 1})
     assert_equal([next(iterator)], expected[1:2])
     iterator.close()
+    # The next iterator has the same workers, and none of the batches that they have made.
+    with contextlib.closing(dataset), contextlib.closing(iter(dataset)) as iterator:
+        assert_equal([next(iterator) for _ in range(2)], expected[:2])
+        assert children(os.getpid()) - before == workers
+    assert not children(os.getpid()) & workers
 
     config.data.workers = 0  # continues with another number of workers
     resumed = iter(train_dataset(config))
@@ -291,26 +299,6 @@ def test_nothing_readable_is_an_error(config):
         next(iter(train_dataset(config, source)))
 
 
-def test_a_script_without_a_guard_ends(config, monkeypatch):
-    """Its workers run the script again, and end before they read what they are sent."""
-    config.data.workers = 1
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match="if __name__ == '__main__'"),
-    ):
-        patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-        next(iter(train_dataset(config)))
-    prepare = multiprocessing.spawn.get_preparation_data
-    # A worker that cannot change into this folder ends as early.
-    monkeypatch.setattr(
-        multiprocessing.spawn, "get_preparation_data", lambda name: prepare(name) | {"dir": "/no"}
-    )
-    source = NumberedSource(8)
-    source.padding = bytes(200_000)  # more than the buffer of a pipe
-    with pytest.raises(UserError, match="a worker process of the data pipeline died"):
-        next(iter(train_dataset(config, source)))
-
-
 def test_death_of_a_worker_is_an_error(config):
     source = NumberedSource(8, fatal=(3,))
     config.data.workers = 1
@@ -346,40 +334,49 @@ def test_unknown_dataset_is_named(config):
         train_dataset(config)
 
 
+# Without a guard, and read from standard input: the workers do not run it again.
 SCRIPT = """
-import multiprocessing, os, signal, sys
-from batches import train_dataset
+import os, signal, sys, threading
+from batches import children, train_dataset
 from tokenvit_jax.tasks import default_config
 
-if __name__ == "__main__":
-    config = default_config("classification")
-    config.image_size, config.data.workers = 32, 1
-    iterator = iter(train_dataset(config))
+config = default_config("classification")
+config.image_size, config.data.workers = 32, 1
+iterator = iter(train_dataset(config))
+
+def signal_worker():  # as a cluster does to all processes of a job, from their first moment
+    while not (workers := children(os.getpid())):
+        pass
+    print(*workers, flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(*workers, number)
+
+thread = threading.Thread(target=signal_worker)
+thread.start()
+next(iterator)
+thread.join()
+for number in (signal.SIGTERM, signal.SIGINT):
+    os.kill(*children(os.getpid()), number)
+for _ in range(3):
     next(iterator)
-    worker = multiprocessing.active_children()[0].pid
-    print(worker, flush=True)
-    os.kill(worker, signal.SIGTERM)  # as a cluster does to all processes of a job
-    for _ in range(3):
-        next(iterator)
-    if sys.argv[1] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
-def test_workers_end_with_their_parent(tmp_path, how):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_workers_end_with_their_parent(how):
     result = subprocess.run(
-        [sys.executable, script, how],
+        [sys.executable, "-", how],
+        input=SCRIPT,
         capture_output=True,
         text=True,
         timeout=60,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    worker = int(result.stdout)
     if how == "exit":
         assert (result.returncode, result.stderr) == (0, "")
+    worker = int(result.stdout)
     deadline = time.monotonic() + 10
     while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -196,7 +197,6 @@ def test_training_batches_that_do_not_fit_are_named(changes, message):
     [
         ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the number of devices, 8"),
         ({"mesh.fsdp": 2, "parallel": "pmap"}, "mesh.fsdp=2 needs config.parallel='jit'"),
-        ({"data.eval_batch_size": 20}, "eval_batch_size=20 is not a multiple of 8 devices"),
     ],
 )
 def test_devices_that_do_not_fit_are_named(changes, message):
@@ -245,10 +245,25 @@ def test_prefetched_batches_carry_the_state_of_their_own_position():
 
 
 def test_sigterm_asks_to_stop():
+    """In a notebook: a second signal and those afterwards have their former effect."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with processes.StopRequest() as stop:
-        assert not stop.received(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received(2)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with processes.StopRequest() as stop:
+            assert not stop.received()
+            os.kill(os.getpid(), number)
+            assert stop.received()
+            assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+        assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_another_thread_handles_no_signals():
+    with futures.ThreadPoolExecutor() as executor, processes.StopRequest() as outer:
+        handler = signal.getsignal(signal.SIGINT)
+
+        def inner():
+            with processes.StopRequest() as stop:
+                assert signal.getsignal(signal.SIGINT) is handler
+                return stop.received()
+
+        assert not executor.submit(inner).result()
+        assert not outer.received()

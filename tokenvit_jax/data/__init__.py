@@ -22,7 +22,7 @@ from tokenvit_jax.data.images import (
     to_array,
     with_channels,
 )
-from tokenvit_jax.data.pipeline import eval_batches, train_batches
+from tokenvit_jax.data.pipeline import check_records, eval_batches, train_batches
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "builtin_info",
     "check_data",
     "check_reads_files",
+    "check_records",
     "dataset_info",
     "datasets_with",
     "decode_image",

@@ -31,7 +31,7 @@ def train_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
+) -> Batches:
     """Returns endless, shuffled, augmented batches of a split.
 
     Global batch s holds the records [s B, (s + 1) B) of a stream that passes over the split again
@@ -75,9 +75,10 @@ def eval_batches(
     examples: Examples,
     config: ConfigDict,
     *,
+    devices: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
+) -> Batches:
     """Returns the batches of one pass over a split, in its order, every record once.
 
     The last batches are filled with empty examples, so that all processes have the same number of
@@ -87,12 +88,13 @@ def eval_batches(
       source: the records.
       examples: turns records into examples.
       config: provides `data.eval_batch_size`, `data.workers` and `data.on_corrupt`.
+      devices: number of devices of all processes; a batch has the next multiple of it as its size.
       process_index: number of this process, which makes this part of each batch.
       process_count: number of processes.
 
     Returns:
-      A dataset of dicts, with b = data.eval_batch_size / process_count: the arrays of
-      `examples.specs`, (b, *shape) each; `index` int32 (b,), the records' numbers in the source,
+      A dataset of dicts, with b = (data.eval_batch_size, rounded up) / process_count: the arrays
+      of `examples.specs`, (b, *shape) each; `index` int32 (b,), the records' numbers in the source,
       -1 for filling; `mask` float32 (b,), 1 for a record, 0 for filling and for an unreadable
       record; `skipped` int32 (b,), 1 for an unreadable record.
 
@@ -100,13 +102,38 @@ def eval_batches(
       UserError: as in :func:`train_batches`.
     """
     check_data(config)
-    batch = _part(config.data.eval_batch_size, "data.eval_batch_size", process_count)
-    num_batches = -(-len(source) // config.data.eval_batch_size)
-    indices = grain.MapDataset.range(num_batches * config.data.eval_batch_size)
+    whole = -(-config.data.eval_batch_size // devices) * devices
+    batch = _part(whole, "data.eval_batch_size", process_count)
+    indices = grain.MapDataset.range(-(-len(source) // whole) * whole)
     skip = config.data.on_corrupt == "skip"
     parts = indices.map(_EvalExample(source, examples, skip))
     parts = parts.batch(batch)[process_index::process_count]
     return Batches(parts, _batch_specs(examples, batch), config.data.workers)
+
+
+def check_records(source: Source, examples: Examples, config: ConfigDict) -> None:
+    """Raises UserError for a fault of a split that shows without reading all of it.
+
+    The first and the last record must become examples for evaluation. With `data.on_corrupt`
+    "skip", at least one record of the split must.
+
+    Args:
+      source: the records.
+      examples: turns records into examples.
+      config: reads `data.on_corrupt`.
+    """
+    if not len(source):
+        raise UserError(f"config.dataset={config.dataset!r}: a split holds no records")
+    example = _EvalExample(source, examples, config.data.on_corrupt == "skip")
+    if config.data.on_corrupt != "skip":
+        for index in (0, len(source) - 1):
+            example.map(index)
+    elif not any(example.map(index)["mask"] for index in range(len(source))):
+        raise UserError(_none_readable(source))
+
+
+def _none_readable(source: Source) -> str:
+    return f"none of the {len(source)} records can be read, from {source.name(0)} on"
 
 
 def _batch_specs(examples: Examples, batch: int) -> dict[str, Spec]:
@@ -155,7 +182,7 @@ class _TrainExample(grain.transforms.RandomMap):
             with _named(self._source, number):
                 example = self._examples(record, rng)
             return example | {"index": np.int32(number), "skipped": np.int32(skipped)}
-        raise UserError(f"none of the {len(self._source)} records can be read")
+        raise UserError(_none_readable(self._source))
 
 
 class _EvalExample(grain.transforms.Map):

@@ -4,31 +4,40 @@ grain's own process prefetch (`mp_prefetch` of grain 0.2.18) makes the same batc
 
 - its state has an entry per worker, so a run could not go on with another number of workers; here
   the state is one number;
-- its workers go on when their parent is killed; here they end;
+- its workers go on when their parent is killed, and end when a signal is sent to the process group;
+  here they end with their parent, and only then;
+- its workers import the program again, which therefore needs a guard (`if __name__ ==
+  "__main__":`) and a file; here a program may be typed, piped or a notebook;
 - the way from a worker to this process takes about 1.3 times as long (without decoding and
   augmentation, which take far more; with them the two do not differ beyond the noise);
-- its arrays must fit into /dev/shm, which many containers limit to less than one large batch; the
-  shared memory here falls back to a file in the temporary folder.
+- its arrays must fit into /dev/shm, which many containers limit to less than one large batch.
 
 `experiments/input_pipeline` has the measurements.
 """
 
 import collections
-import ctypes
+import contextlib
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
 import signal
-import threading
-from concurrent import futures
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
 
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.stopping import SIGNALS
 
 Batch = dict[str, np.ndarray]
 Specs = dict[str, Spec]
@@ -38,8 +47,11 @@ _MAX_PIPE_BYTES = 64 * 1024
 _ALIGNMENT = 8  # alignment of arrays in shared memory [bytes]
 
 
-class Batches(grain.IterDataset):
+class Batches:
     """Iterates over batches in order, with the state `{"next_index": number of returned batches}`.
+
+    Workers live until :meth:`close`, or until neither this object nor an iterator needs them: the
+    next iterator uses the workers of one that was closed.
 
     Args:
       batches: dicts of arrays, equal in shapes and types.
@@ -48,36 +60,62 @@ class Batches(grain.IterDataset):
     """
 
     def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
-        super().__init__(batches)
         self._batches = batches
         self._specs = specs
         self._workers = workers
+        self._pools = []  # those that no iterator uses
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._batches, self._specs, self._workers)
+        return BatchIterator(self)
+
+    def close(self) -> None:
+        """Ends the workers; close the iterators first."""
+        while self._pools:
+            self._pools.pop().close()
+
+    def open_reader(self, first: int) -> "Reader":
+        """Returns an iterator over the batches from a position on."""
+        if not self._workers:
+            rest = self._batches[first:]
+            return iter(rest.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=2)))
+        pool = self._pools.pop() if self._pools else None
+        pool = pool or _Pool(self._batches, self._specs, self._workers)
+        pool.restart(first)
+        return pool
+
+    def close_reader(self, reader: "Reader") -> None:
+        """Takes an iterator back."""
+        if isinstance(reader, _Pool):
+            self._pools.append(reader)
+        else:
+            reader.close()
 
 
-class BatchIterator(grain.DatasetIterator):
+class BatchIterator:
     """See :class:`Batches`; an error in making a batch is raised when the batch is requested.
 
     Close the iterator when no more batches are needed: at exit, Python waits for unfinished ones.
     """
 
-    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
-        super().__init__()
-        self._batches = batches
-        self._specs = specs
-        self._workers = workers
+    def __init__(self, dataset: Batches):
+        self._dataset = dataset
         self._next_index = 0
         self._reader = None  # opened at the first batch, because the state may be set before
 
+    def __iter__(self) -> "BatchIterator":
+        return self
+
     def __next__(self) -> Batch:
         if self._reader is None:
-            self._reader = self._open_reader()
-        batch = next(self._reader)
+            self._reader = self._dataset.open_reader(self._next_index)
+        try:
+            batch = next(self._reader)
+        except UserError as error:
+            vars(error).pop("__notes__", None)  # grain's, about frames that it has removed
+            raise
         self._next_index += 1
         return batch
 
@@ -89,78 +127,132 @@ class BatchIterator(grain.DatasetIterator):
         self._next_index = state["next_index"]
 
     def close(self) -> None:
-        super().close()
         self._close_reader()
-
-    def _open_reader(self) -> "grain.DatasetIterator | _WorkerReader":
-        rest = self._batches[self._next_index :]
-        if self._workers:
-            return _WorkerReader(rest, self._specs, self._workers)
-        return iter(rest.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=2)))
 
     def _close_reader(self) -> None:
         if self._reader is not None:
-            self._reader.close()
+            self._dataset.close_reader(self._reader)
             self._reader = None
 
 
-class _WorkerReader:
-    """Makes batches in worker processes; large arrays come back through shared memory."""
+class _Pool:
+    """Makes batches in worker processes; large arrays come back through shared memory.
+
+    Batch i is made by worker i modulo their number, into slot i modulo the number of slots.
+    """
 
     def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
-        _check_guard(workers)
-        num_slots = workers + 1  # one batch is ready while each worker makes another
-        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        shared = {name: spec for name, spec in specs.items() if _num_bytes(spec) > _MAX_PIPE_BYTES}
-        num_bytes = max(1, sum(map(_padded_bytes, shared.values())))
-        memory = [context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(num_slots)]
-        self._slots = [_arrays(slot, shared) for slot in memory]
-        # Not as an argument: if a worker ends before it reads arguments that are larger than the
-        # buffer of a pipe, this process waits forever (CPython keeps the reading end open).
-        pickled = np.frombuffer(pickle.dumps(batches), np.uint8)
-        source = context.RawArray(ctypes.c_uint8, len(pickled))
-        np.frombuffer(source, np.uint8)[:] = pickled
-        self._executor = futures.ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(source, memory, shared)
-        )
         self._num_batches = len(batches)
-        self._next_index = 0  # next batch to hand to a worker
-        self._pending = collections.deque()
-        for slot in range(num_slots):
-            self._submit(slot)
+        shared = {name: spec for name, spec in specs.items() if _num_bytes(spec) > _MAX_PIPE_BYTES}
+        pickled = pickle.dumps((batches, shared))
+        num_bytes = max(1, sum(map(_padded_bytes, shared.values())))
+        source, num_slots = _SharedMemory(len(pickled)), workers + 1
+        # One batch is ready while each worker makes another.
+        slots = [_SharedMemory(num_bytes) for _ in range(num_slots)]
+        source.memory[:] = pickled
+        self._workers = [_Worker(source, slots) for _ in range(workers)]
+        for memory in (source, *slots):
+            os.close(memory.file)
+        self._slots = [_arrays(slot.memory, shared) for slot in slots]
+        self._next_index = 0  # next batch to request
+        self._pending = collections.deque()  # batches that are requested
+        self._end = weakref.finalize(self, _end, self._workers)
+
+    def restart(self, first: int) -> None:
+        """Goes to a batch; what was requested before is dropped."""
+        while self._pending:
+            self._receive()
+        self._next_index = first
+        for _ in self._slots:
+            self._request()
 
     def __next__(self) -> Batch:
         if not self._pending:
             raise StopIteration
-        slot, future = self._pending.popleft()
-        try:
-            batch = future.result()
-        except futures.BrokenExecutor as error:
-            raise UserError(
-                "a worker process of the data pipeline died, possibly for lack of memory (lower "
-                "data.workers or the batch size), or because a script starts workers outside "
-                "`if __name__ == '__main__':`"
-            ) from error
-        batch |= {name: array.copy() for name, array in self._slots[slot].items()}
-        self._submit(slot)
+        index, (done, result) = self._pending[0], self._receive()
+        if not done:
+            error, trace = result
+            raise error from (RuntimeError(trace) if trace else None)
+        slot = self._slots[index % len(self._slots)]
+        batch = result | {name: array.copy() for name, array in slot.items()}
+        self._request()
         return batch
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._end()
 
-    def _submit(self, slot: int) -> None:
-        if self._next_index < self._num_batches:
-            self._pending.append((slot, self._executor.submit(_make, self._next_index, slot)))
+    def _request(self) -> None:
+        index = self._next_index
+        if index < self._num_batches:
+            with contextlib.suppress(OSError):  # it died: its result will be missing
+                self._worker(index).connection.send((index, index % len(self._slots)))
+            self._pending.append(index)
             self._next_index += 1
 
+    def _receive(self) -> Any:
+        worker = self._worker(self._pending.popleft())
+        try:
+            return worker.connection.recv()
+        except (EOFError, OSError) as error:
+            status = worker.process.wait()
+            raise UserError(
+                f"a worker process of the data pipeline died (status {status}), possibly for lack "
+                "of memory; lower data.workers or the batch size"
+            ) from error
 
-def _check_guard(workers: int) -> None:
-    """Raises UserError in a worker that runs the script again which started it."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            f"data.workers={workers}: workers import the script, which starts more; put its "
-            "commands under: if __name__ == '__main__':"
-        )
+    def _worker(self, index: int) -> "_Worker":
+        return self._workers[index % len(self._workers)]
+
+
+Reader = grain.DatasetIterator | _Pool
+
+
+class _Worker:
+    """A process that runs `tokenvit_jax.worker`, and the connection to it."""
+
+    def __init__(self, source: "_SharedMemory", slots: list["_SharedMemory"]):
+        self.connection, theirs = multiprocessing.Pipe()
+        # Not multiprocessing.Process, whose workers import the program of their parent.
+        code = "import sys; sys.path[:] = {!r}; from tokenvit_jax.worker import main; main({})"
+        # The new process inherits what this thread blocks; the worker then ignores the signals.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code.format([*map(str, sys.path)], theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), source.file, *(slot.file for slot in slots)),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        files = [(memory.file, len(memory.memory)) for memory in (source, *slots)]
+        self.connection.send(files)
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()  # it holds nothing that could be lost
+    for worker in workers:
+        worker.process.wait()
+        worker.connection.close()
+
+
+class _SharedMemory:
+    """Memory that worker processes inherit as a file without a name.
+
+    Attributes:
+      file: file descriptor; may be closed when the workers are started.
+      memory: the memory.
+    """
+
+    def __init__(self, num_bytes: int):
+        if hasattr(os, "memfd_create"):  # on Linux
+            self.file = os.memfd_create("batches")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.file = os.dup(file.fileno())
+        os.ftruncate(self.file, num_bytes)
+        self.memory = mmap.mmap(self.file, num_bytes)
 
 
 def _num_bytes(spec: Spec) -> int:
@@ -171,7 +263,7 @@ def _padded_bytes(spec: Spec) -> int:
     return -(-_num_bytes(spec) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _arrays(memory: ctypes.Array, specs: Specs) -> Batch:
+def _arrays(memory: mmap.mmap, specs: Specs) -> Batch:
     """Returns the arrays that are stored one after another in shared memory."""
     arrays, offset = {}, 0
     for name, spec in specs.items():
@@ -180,29 +272,52 @@ def _arrays(memory: ctypes.Array, specs: Specs) -> Batch:
     return arrays
 
 
-# Set in a worker: the batches, and the slots for their large arrays.
-_batches = None
-_slots = None
+def serve(receive: Callable[[], Any], send: Callable[[Any], None]) -> None:
+    """Makes batches in a worker process, forever.
 
-
-def _start_worker(batches: ctypes.Array, memory: list[ctypes.Array], specs: Specs) -> None:
-    global _batches, _slots
-    _batches = pickle.loads(batches)
-    _slots = [_arrays(slot, specs) for slot in memory]
+    Args:
+      receive: returns first (file descriptor, bytes) of the pickled batches and of the slots, then
+        pairs (number of the batch, number of the slot).
+      send: takes (True, the small arrays of a batch) or (False, (error, its traceback)).
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    # A signal to the whole process group is meant for the parent, which may still need batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    source, *slots = (mmap.mmap(file, num_bytes) for file, num_bytes in receive())
+    try:
+        batches, specs = pickle.loads(source)
+    except Exception as error:  # a module of the program may raise any error
+        send((False, (_not_loaded(error), "")))
+        return
+    slots = [_arrays(slot, specs) for slot in slots]
+    while True:
+        index, slot = receive()
+        try:
+            result = True, _make(batches, index, slots[slot])
+        except Exception as error:
+            result = False, _sendable(error)
+        send(result)
 
 
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _make(index: int, slot: int) -> Batch:
-    batch = dict(_batches[index])
-    for name, array in _slots[slot].items():
+def _make(batches: grain.MapDataset, index: int, slot: Batch) -> Batch:
+    batch = dict(batches[index])
+    for name, array in slot.items():
         np.copyto(array, batch.pop(name), casting="no")  # another type than the spec is an error
     return batch
+
+
+def _not_loaded(error: Exception) -> UserError:
+    return UserError(
+        f"data.workers: a worker process cannot load the data ({type(error).__name__}: {error}); "
+        "classes that it needs must be in a module, not in the program itself"
+    )
+
+
+def _sendable(error: Exception) -> tuple[Exception, str]:
+    """Returns an error and its traceback, which is "" if the message says everything."""
+    if isinstance(error, UserError):
+        return UserError(*error.args), ""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an error may hold anything
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return error, trace

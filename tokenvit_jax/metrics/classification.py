@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tokenvit_jax.errors import UserError
+
 TOP_K = 5
 
 
@@ -58,9 +60,14 @@ class AccuracyMeter:
         Returns:
           Fractions: "eval/accuracy" and, with more than five classes, "eval/accuracy_top5".
           "eval/loss" is in nats per image.
+
+        Raises:
+          UserError: no image counts.
         """
         totals = dict(self._totals)
-        count = totals.pop("count").sum()
+        count = totals.pop("count", np.zeros(1)).sum()
+        if not count:
+            raise UserError("nothing was evaluated: no image of the split can be read")
         totals["accuracy"] = totals.pop("correct").sum()
         return {f"eval/{name}": float(totals[name] / count) for name in sorted(totals)}
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenvit_jax.errors import UserError
+
 
 def confusion_matrix(
     predicted: jax.Array, labels: jax.Array, num_classes: int, ignored: int
@@ -47,8 +49,15 @@ class ConfusionMeter:
           averaged over the classes that occur in either; "eval/accuracy", the accuracy of the
           pixels; "eval/class_accuracy", the accuracy averaged over the classes that occur in the
           labels. "eval/loss" is in nats per pixel.
+
+        Raises:
+          UserError: no pixel counts.
         """
         right, wanted = np.diag(self._confusion), self._confusion.sum(1)
+        if not wanted.any():
+            raise UserError(
+                "nothing was evaluated: no image of the split can be read, or no pixel has a class"
+            )
         return {
             "eval/miou": float(np.nanmean(self.per_class()["iou"])),
             "eval/accuracy": float(right.sum() / wanted.sum()),

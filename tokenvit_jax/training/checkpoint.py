@@ -106,16 +106,6 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, in order."""
         return saved_steps(self._workdir)
 
-    def is_recorded(self, step: int) -> bool:
-        """Returns whether the checkpoint of a step has the metrics of its evaluation.
-
-        It has not if the run ended between the two: then the evaluation is to be repeated.
-        """
-        try:
-            return _metrics(self._folder / str(step)) is not None
-        except ValueError:  # damaged: it was recorded, or cannot be
-            return True
-
     def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Starts to save the state after a step; the state may be consumed afterwards.
 
@@ -140,13 +130,18 @@ class Checkpoints:
             digests=ocp.args.JsonSave(sealed(digests)),
             metrics=ocp.args.JsonSave(sealed({})),
         )
-        self._finish()
+        self.wait()
         path = self._writing = self._folder / str(step)
         with self._write_errors():
             self._prune()
             if path.exists():  # it was not among the checkpoints when the run was resumed
                 self._set_aside([step])
             self._checkpointer.save(path, args=items)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being written is complete."""
+        with self._write_errors():
+            self._checkpointer.wait_until_finished()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of its evaluation to the checkpoint of a step, all at once.
@@ -158,7 +153,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint or its metrics cannot be written.
         """
-        self._finish()
+        self.wait()
         path = self._folder / str(step)
 
         def write() -> None:
@@ -271,11 +266,6 @@ class Checkpoints:
             except OSError as error:  # such as: somebody else deleted it
                 logging.warning("checkpoint %s cannot be deleted: %s", path, error.strerror)
             shutil.rmtree(deleted, ignore_errors=True)  # the rest when the run is opened again
-
-    def _finish(self) -> None:
-        """Waits until the checkpoint that is being written is complete."""
-        with self._write_errors():
-            self._checkpointer.wait_until_finished()
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints, so that the run can save these steps again."""

@@ -192,10 +192,10 @@ def make_parallel(config: ConfigDict) -> Parallel:
     """Returns the way to run on the available devices.
 
     Args:
-      config: provides `parallel`, `mesh.fsdp` and `data.eval_batch_size`.
+      config: provides `parallel` and `mesh.fsdp`.
 
     Raises:
-      UserError: `mesh.fsdp` or the evaluation batch does not fit the number of devices.
+      UserError: `mesh.fsdp` does not fit the number of devices.
     """
     devices = jax.device_count()
     fsdp = config.mesh.fsdp
@@ -203,9 +203,4 @@ def make_parallel(config: ConfigDict) -> Parallel:
         raise UserError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {devices}")
     if config.parallel == "pmap" and fsdp > 1:
         raise UserError(f"config.mesh.fsdp={fsdp} needs config.parallel='jit', not 'pmap'")
-    if config.data.eval_batch_size % devices:
-        raise UserError(
-            f"config.data.eval_batch_size={config.data.eval_batch_size} is not a multiple of "
-            f"{devices} devices"
-        )
     return PmapParallel() if config.parallel == "pmap" else MeshParallel(fsdp)

@@ -12,10 +12,11 @@ import jax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.progress import progress
-from tokenvit_jax.tasks import Outcome, Task, create_task
+from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
 from tokenvit_jax.training.expedite_run import with_measured_temperature
 from tokenvit_jax.training.run import load_run
@@ -31,7 +32,8 @@ def evaluate_batches(
     batches: Iterable,
     parallel: Parallel,
     per_class: bool = False,
-) -> dict[str, Any]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Returns the metrics of a model over all batches.
 
     Args:
@@ -42,10 +44,25 @@ def evaluate_batches(
       parallel: places batches on the devices.
       per_class: whether to add metrics of every class, such as "per_class/iou": {name: value}, with
         None where the metric is not defined.
+      stopped: called with every batch, equally in all processes; True ends the evaluation.
+
+    Returns:
+      The metrics by name; None if the evaluation was stopped.
+
+    Raises:
+      UserError: a record cannot be read, or none counts.
     """
-    meter = task.meter()
-    for outcome in _outcomes(eval_step, variables, batches, parallel):
-        meter.add(outcome)
+    meter, pending = task.meter(), deque()
+    with contextlib.closing(iter(batches)) as iterator:
+        for batch in progress(iterator, "evaluating", "batch", length_hint(batches)):
+            if stopped():
+                return None
+            pending.append(eval_step(variables, parallel.put_batch(batch)))
+            # Two batches in flight keep the devices busy without filling their memory.
+            if len(pending) > 2:
+                meter.add(parallel.fetch(pending.popleft()))
+    for outcome in pending:
+        meter.add(parallel.fetch(outcome))
     metrics = meter.result()
     if per_class:
         for name, values in meter.per_class().items():
@@ -54,17 +71,16 @@ def evaluate_batches(
     return metrics
 
 
-def _outcomes(eval_step, variables, batches, parallel) -> Iterator[Outcome]:
-    """Yields the outcome of every batch, on the host."""
-    pending = deque()
-    with contextlib.closing(iter(batches)) as iterator:
-        for batch in progress(iterator, "evaluating", "batch", length_hint(batches)):
-            pending.append(eval_step(variables, parallel.put_batch(batch)))
-            # Two batches in flight keep the devices busy without filling their memory.
-            if len(pending) > 2:
-                yield parallel.fetch(pending.popleft())
-        while pending:
-            yield parallel.fetch(pending.popleft())
+def check_metrics(metrics: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises UserError if a metric of a whole evaluation is infinite or not a number.
+
+    Args:
+      metrics: result of :func:`evaluate_batches`.
+      checkpoint: folder of the weights that were evaluated.
+    """
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value} in the evaluation of the checkpoint {checkpoint}")
 
 
 def evaluate_run(
@@ -86,8 +102,8 @@ def evaluate_run(
       "step" and the metrics of the task's meter.
 
     Raises:
-      UserError: there is no such checkpoint, the checkpoint does not fit the model, or a value of
-        the configuration is not valid.
+      UserError: there is no such checkpoint, the checkpoint does not fit the model, a value of the
+        configuration is not valid, or a metric is not finite.
     """
     config = for_inference(read_config(workdir)) if config is None else config
     check_task(create_task(config), training=False)
@@ -95,10 +111,12 @@ def evaluate_run(
     run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
     task = run.task
     source = open_split(config, task.info.eval_split)
-    batches = eval_batches(source, task.examples(train=False), config)
+    batches = eval_batches(source, task.examples(train=False), config, devices=jax.device_count())
     eval_step = parallel.eval_step(make_eval_step(task, run.model))
     variables = parallel.put_variables(run.variables)
-    metrics = evaluate_batches(task, eval_step, variables, batches, parallel, per_class)
+    with contextlib.closing(batches):
+        metrics = evaluate_batches(task, eval_step, variables, batches, parallel, per_class)
+    check_metrics(metrics, workdir / "checkpoints" / str(run.step))
     return {"step": run.step, **metrics}
 
 

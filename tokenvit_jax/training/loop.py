@@ -10,14 +10,21 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.data import eval_batches, open_split, train_batches, with_class_names
+from tokenvit_jax import stopping
+from tokenvit_jax.data import (
+    check_records,
+    eval_batches,
+    open_split,
+    train_batches,
+    with_class_names,
+)
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.batches import check_train_batch, prefetch
 from tokenvit_jax.training.checkpoint import Checkpoints, saved_steps
-from tokenvit_jax.training.evaluation import evaluate_batches
+from tokenvit_jax.training.evaluation import check_metrics, evaluate_batches
 from tokenvit_jax.training.initial import (
     load_initial,
     start_from,
@@ -29,7 +36,7 @@ from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import eval_variables, init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
 from tokenvit_jax.training.teacher import taught_batches
-from tokenvit_jax.training.train_log import Profile, TrainLog, announce, timed
+from tokenvit_jax.training.train_log import Profile, TrainLog, announce, read_metrics, timed
 from tokenvit_jax.training.validate import check_task, profiled_steps
 from tokenvit_jax.training.workdir import check_same_run, has_config, read_config, write_config
 
@@ -72,12 +79,11 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     }
     sizes = (f"{len(source):,} images of the split {name}" for name, source in splits.items())
     announce(f"data     {config.dataset}: {', '.join(sizes)}")
-    training = iter(
-        train_batches(splits[task.info.train_split], task.examples(train=True), config, **process)
-    )
-    evaluation = eval_batches(
-        splits[task.info.eval_split], task.examples(train=False), config, **process
-    )
+    train_data = splits[task.info.train_split], task.examples(train=True), config
+    eval_data = splits[task.info.eval_split], task.examples(train=False), config
+    check_records(*eval_data)  # before the first step, not after the first epoch
+    training = train_batches(*train_data, **process)
+    evaluation = eval_batches(*eval_data, devices=jax.device_count(), **process)
     put_train_batch = taught_batches(task, parallel)
 
     # ---------------------------------------------------------------- model and steps
@@ -109,7 +115,9 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     else:
         global_state, progress = restored
         state = parallel.from_global(global_state)
-        training.set_state(progress["data"])
+    iterator = iter(training)
+    if restored is not None:
+        iterator.set_state(progress["data"])
     first_step = int(state.step) + 1
     processes.on_main_process(functools.partial(write_config, workdir, config))
     log = TrainLog(
@@ -124,53 +132,89 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     for note in notes:
         log.note(note)
 
+    def evaluated(step: int) -> bool:
+        """Evaluates the state after a step, which is saved; returns False if it was stopped."""
+        checkpoints.wait()
+        stopping.hold(False)  # nothing would be lost: a signal ends the process at any moment
+        variables = eval_variables(state.params, state.model_state, state.ema)
+        metrics = evaluate_batches(
+            task, eval_step, variables, evaluation, parallel, stopped=stop.received
+        )
+        if metrics is None:
+            return False
+        check_metrics(metrics, workdir / "checkpoints" / str(step))
+        checkpoints.record(step, metrics)
+        log.write(step, metrics)  # last: a resumed run repeats an evaluation that is not logged
+        return True
+
     # ---------------------------------------------------------------- steps
     pending = deque()  # (step, metrics) that are still being computed
     step = first_step - 1
     numbers = itertools.count(step)  # of the steps that the batches are for, from 0
-    batches = prefetch(training, lambda batch: put_train_batch(batch, next(numbers)))
+    batches = prefetch(iterator, lambda batch: put_train_batch(batch, next(numbers)))
     profile = Profile(workdir, *profiled_steps(config))
-    with contextlib.closing(training), checkpoints, log, profile:
-        for step in range(first_step, config.num_steps + 1):
+    with (
+        contextlib.closing(evaluation),
+        contextlib.closing(training),
+        contextlib.closing(iterator),
+        checkpoints,
+        log,
+        profile,
+    ):
+        stopped = owes_evaluation(config, workdir, step) and not evaluated(step)
+        steps = range(first_step, config.num_steps + 1)
+        for step in () if stopped else steps:
             batch, data_state = next(batches)
             profile.before(step)
             # The first call returns when the step is compiled.
             compiles = step == first_step
             with timed("compiling the training step") if compiles else contextlib.nullcontext():
                 state, step_metrics = train_step(state, batch)
+            stopping.hold(True)  # from here on, a signal waits until this step is saved
             profile.after(step, step_metrics)
             pending.append((step, step_metrics))
 
             is_last = step == config.num_steps
-            stopping = stop.received(step)
+            stopped = stop.received()
             evaluates = is_last or step % config.eval_every_steps == 0
-            saves = is_last or stopping or step % config.checkpoint_every_steps == 0
+            saves = evaluates or stopped or step % config.checkpoint_every_steps == 0
 
             # Metrics are fetched a step late, while the next step runs: the devices never wait for
-            # the host. But nothing is evaluated or saved before it is known to be finite.
-            fetched = len(pending) if evaluates or saves or step == first_step else len(pending) - 1
+            # the host. But nothing is saved before it is known to be finite.
+            fetched = len(pending) if saves or step == first_step else len(pending) - 1
             done = jax.device_get([pending.popleft() for _ in range(fetched)])
             check_finite(done, workdir)
             log.write_steps(done)
-
-            # First saved: an evaluation that fails does not cost the steps before it.
-            if saves or evaluates:
+            if saves:
                 checkpoints.save(step, parallel.to_global(state), {"data": data_state})
-            if evaluates:
-                variables = eval_variables(state.params, state.model_state, state.ema)
-                metrics = evaluate_batches(task, eval_step, variables, evaluation, parallel)
-                log.write(step, metrics)
-                checkpoints.record(step, metrics)
-            if evaluates or saves or step == first_step:
+            if evaluates and not stopped:
+                stopped = not evaluated(step)
+            if saves or step == first_step:
                 log.restart_clock(step)
-            if stopping:
+            if stopped:
                 break
 
     # ---------------------------------------------------------------- end
-    if step < config.num_steps:
+    if stopped:
         log.note(f"stopped and saved after step {step}; the same command resumes from there")
     else:
         log.note(f"finished {config.num_steps} steps in {workdir}")
+
+
+def owes_evaluation(config: ConfigDict, workdir: Path, step: int) -> bool:
+    """Returns whether a resumed run has yet to evaluate the step that it resumes from.
+
+    Args:
+      config: reads `num_steps` and `eval_every_steps`.
+      workdir: folder of the run, whose log tells.
+      step: number of steps done.
+    """
+    if step == 0 or not (step == config.num_steps or step % config.eval_every_steps == 0):
+        return False
+    logged = [line for line in read_metrics(workdir) if line["step"] == step]
+    # In the training log, steps may be left out, evaluations never.
+    owes = not any(name.startswith("eval/") for line in logged for name in line)
+    return processes.from_main_process(owes)
 
 
 def check_finite(done: list[tuple[int, dict[str, float]]], workdir: Path) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from tokenvit_jax import stopping
 from tokenvit_jax.errors import UserError
 
 CONNECT_TIMEOUT_SECONDS = 120  # to wait for the process that coordinates the others
@@ -80,41 +82,54 @@ def _wait_for(host: str, port: int) -> None:
 
 
 class StopRequest:
-    """Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C) in its context.
+    """Notices requests to stop, SIGTERM and SIGINT, in its context.
 
-    Afterwards the signals have their former effect again: training may run in a notebook. Python
-    allows handlers in the main thread only; in another thread nothing is noticed.
+    In a program that watches the signals (:mod:`tokenvit_jax.stopping`), this only asks it.
+    Elsewhere, such as in a notebook, it handles the signals itself: afterwards they have their
+    former effect again, and so has a second signal. Python allows handlers in the main thread only;
+    in another thread nothing is noticed.
     """
 
     def __init__(self):
+        self._several = jax.process_count() > 1
         self._received = False
+        self._polls = 0
         self._former = {}  # signal -> handler
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        if jax.process_count() == 1:
+        # With several processes, jax handles SIGTERM itself and tells the other processes.
+        if stopping.watching():
+            if self._several:
+                stopping.forward()
+        elif threading.current_thread() is threading.main_thread():
             handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
-        else:
-            # With several processes, jax handles SIGTERM itself and tells the other processes.
-            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
+            if self._several:
+                handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+            self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        self._restore()
 
-    def received(self, step: int) -> bool:
-        """Returns whether to stop; every process must call this after every step."""
-        if jax.process_count() == 1:
-            return self._received
-        return multihost_utils.reached_preemption_sync_point(step)
+    def received(self) -> bool:
+        """Returns whether to stop; every process must call this equally often."""
+        if not self._several:
+            self._received = self._received or stopping.requested()
+        elif not self._received:
+            self._polls += 1
+            self._received = multihost_utils.reached_preemption_sync_point(self._polls)
+            if self._received and stopping.watching():
+                stopping.agreed()  # a second signal ends this process at once
+        return self._received
 
     def _receive(self, signum: int, _frame: Any) -> None:
         logging.warning("%s: stopping after this step", signal.Signals(signum).name)
         self._received = True
-        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+        self._restore()  # a second one stops at once
+
+    def _restore(self) -> None:
+        while self._former:
+            signal.signal(*self._former.popitem())
 
 
 def is_main_process() -> bool:
@@ -127,3 +142,10 @@ def on_main_process(action: Callable[[], None]) -> None:
     if is_main_process():
         action()
     multihost_utils.sync_global_devices("on_main_process")
+
+
+def from_main_process(value: bool) -> bool:
+    """Returns the value of the main process, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))

@@ -79,7 +79,7 @@ def write_labels(
     label = parallel.batch_step(label)
     types = np.min_scalar_type(info.num_classes - 1), np.float16
     paths, shape, left = [folder / name for name in FILES], None, len(source)
-    batches = eval_batches(source, WholeImages(config, info), config)
+    batches = eval_batches(source, WholeImages(config, info), config, devices=jax.device_count())
     with contextlib.closing(iter(batches)) as iterator:
         for batch in progress(iterator, "labelling", "batch", len(batches)):
             images = parallel.put_batch({"image": batch["image"]})["image"]

@@ -1,0 +1,121 @@
+"""Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C) in a program.
+
+Python runs its signal handlers between two instructions of the main thread, which may import,
+compile or wait for minutes. A program that calls :func:`watch` first therefore has a thread that
+learns of a signal at once, and ends the process unless a result would be lost.
+
+This module imports nothing heavy: a program imports it before anything else.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# `timeout` and cluster managers signal a process and then its group: that is one request [s].
+_SAME_REQUEST = 0.1
+
+_lock = threading.Lock()
+_watching = False
+_asked_at = None  # time of the first signal; None: there was none
+_unsaved = False  # whether ending now would lose finished steps
+_forwards = False  # whether another handler of SIGTERM, which tells other processes, takes over
+
+
+def watch() -> None:
+    """Starts to watch the signals, once; call it in the main thread.
+
+    The first signal ends the process with status 0 if nothing would be lost; otherwise
+    :func:`requested` becomes true, and the program is expected to save and end. A second signal
+    ends the process at once, with the status of a shell for this signal (130 or 143).
+    """
+    global _watching
+    if _watching:
+        return
+    _watching = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=_wait, args=(reader,), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _install()
+    # At its end Python gives signals back their default effect, while libraries still shut down.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
+
+
+def watching() -> bool:
+    """Returns whether :func:`watch` was called."""
+    return _watching
+
+
+def forward() -> None:
+    """Leaves requests to another handler of SIGTERM, which was installed after this one."""
+    global _forwards
+    with _lock:
+        _forwards = True
+
+
+def agreed() -> None:
+    """Takes the signals back when the other handler has received a request, in the main thread."""
+    global _asked_at
+    with _lock:
+        _asked_at = _asked_at or time.monotonic()
+    _install()
+
+
+def requested() -> bool:
+    """Returns whether a signal has come."""
+    return _asked_at is not None
+
+
+def hold(unsaved: bool) -> None:
+    """Says whether ending now would lose finished steps.
+
+    Args:
+      unsaved: True: the next signal waits until the program has saved; False: it ends the process.
+    """
+    global _unsaved
+    with _lock:  # waits forever if the process is just ending
+        _unsaved = unsaved
+
+
+def _install() -> None:
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)  # the thread acts
+
+
+def _wait(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                _receive(signal.Signals(number))
+
+
+def _receive(number: signal.Signals) -> None:
+    global _asked_at
+    with _lock:
+        now = time.monotonic()
+        if _asked_at is not None:
+            if now - _asked_at > _SAME_REQUEST:
+                _say(f"{number.name}: ended at once; the last checkpoint may be incomplete")
+                os._exit(128 + number)
+            return
+        _asked_at = now
+        if _forwards:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif _unsaved:
+            _say(f"{number.name}: stopping after this step is saved; once more: at once")
+        else:
+            _say(f"{number.name}: stopped; there was nothing to save")
+            os._exit(0)
+
+
+def _say(text: str) -> None:
+    """Writes a line on standard error, whatever the main thread is doing with its streams."""
+    start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # after a progress bar
+    with contextlib.suppress(OSError):  # nobody may read it
+        os.write(2, f"{start}{text}\n".encode())
