@@ -297,9 +297,9 @@ def test_signals_have_their_former_effect_after_training():
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     with StopRequest() as stop:
-        assert not stop.received(1)
+        assert not stop.received()
         signal.raise_signal(signal.SIGINT)
-        assert stop.received(1)
+        assert stop.received()
     assert [signal.getsignal(number) for number in numbers] == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -313,7 +313,7 @@ def test_training_in_another_thread_leaves_the_signals_alone():
 
     def work():
         with StopRequest() as stop:
-            found.append(stop.received(1))
+            found.append(stop.received())
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)

@@ -232,7 +232,7 @@ class Checkpoints:
             name, _, end = path.name.partition(".")
             if _is_step(name) and end.startswith("orbax-checkpoint-tmp"):
                 logging.warning("checkpoint %s was not finished and is removed", path)
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             elif _is_step(name) and f".{end}".startswith(_DELETED):
                 shutil.rmtree(path, ignore_errors=True)
         for step in self.steps():
