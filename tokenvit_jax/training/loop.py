@@ -135,6 +135,8 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     def evaluated(step: int) -> bool:
         """Evaluates the state after a step, which is saved; returns False if it was stopped."""
         checkpoints.wait()
+        if stop.received():
+            return False
         stopping.hold(False)  # nothing would be lost: a signal ends the process at any moment
         variables = eval_variables(state.params, state.model_state, state.ema)
         metrics = evaluate_batches(

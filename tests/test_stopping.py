@@ -1,0 +1,83 @@
+"""A program that watches its signals, without jax: the first signal and the second one."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# The main thread computes in C for a minute and more, as it does while it compiles.
+BUSY = """
+import hashlib
+from tokenvit_jax import stopping
+stopping.watch()
+stopping.hold({unsaved})
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+POLLING = """
+import time
+from tokenvit_jax import stopping
+stopping.watch()
+stopping.hold(True)
+print("ready", flush=True)
+while not stopping.requested():
+    time.sleep(0.01)
+print("saved", flush=True)
+stopping.hold(False)
+"""
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.fixture
+def start():
+    """Starts a program and waits until it watches."""
+    started = []
+
+    def start_program(code):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start_program
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_nothing_to_save(start, number):
+    program = start(BUSY.format(unsaved=False))
+    program.send_signal(number)
+    _, err = program.communicate(timeout=20)
+    assert (program.returncode, err) == (0, f"{number.name}: stopped; there was nothing to save\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_at_once(start, number):
+    program = start(BUSY.format(unsaved=True))
+    program.send_signal(number)
+    program.send_signal(number)  # `timeout` does this
+    time.sleep(0.3)
+    assert program.poll() is None
+    program.send_signal(number)
+    _, err = program.communicate(timeout=20)
+    assert program.returncode == 128 + number
+    assert err.splitlines() == [
+        f"{number.name}: stopping after this step is saved; once more: at once",
+        f"{number.name}: ended at once; the last checkpoint may be incomplete",
+    ]
+
+
+def test_a_program_saves_and_ends(start):
+    program = start(POLLING)
+    program.send_signal(signal.SIGTERM)
+    out, err = program.communicate(timeout=20)
+    assert (program.returncode, out) == (0, "saved\n")
+    assert err == "SIGTERM: stopping after this step is saved; once more: at once\n"
