@@ -1,10 +1,15 @@
+import contextlib
+import json
 import logging
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.checkpoint import (
@@ -13,6 +18,7 @@ from tokenvit_jax.training.checkpoint import (
     load_checkpoint,
     saved_steps,
 )
+from tokenvit_jax.training.digests import sealed, unsealed
 from tokenvit_jax.training.state import TrainState
 
 
@@ -174,7 +180,10 @@ def test_nothing_is_lost_when_no_checkpoint_can_be_read(workdir):
     ("other", "difference"),
     [
         ({"width": 5}, r"head/bias is float32\(4,\) there, float32\(5,\) here"),
-        ({"ema": True}, r"ema/params/head/bias is missing there"),
+        (
+            {"ema": True},
+            r"another model \(config.ema_decay was 0 there\); .* ema/params/head/bias is missing",
+        ),
     ],
 )
 def test_checkpoint_of_another_model_is_named(workdir, other, difference):
@@ -183,21 +192,164 @@ def test_checkpoint_of_another_model_is_named(workdir, other, difference):
     assert str(workdir / "checkpoints" / "30") in str(e.value)
 
 
+def test_checkpoint_with_averages_names_the_entry(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_at(1, ema=True), {})
+    refused = pytest.raises(UserError, match=r"\(config.ema_decay was above 0 there\)")
+    with open_checkpoints(tmp_path) as checkpoints, refused:
+        checkpoints.restore(abstract(state_at(1)))
+
+
+def test_checkpoint_of_another_optimizer_names_the_entry(workdir):
+    other = abstract(state_at(0).replace(opt_state=(jnp.int32(0),)))
+    with (
+        open_checkpoints(workdir) as checkpoints,
+        pytest.raises(
+            UserError, match=r"30 belongs to another optimizer \(config.optimizer\); 4 en"
+        ),
+    ):
+        checkpoints.restore(other)
+    assert saved_steps(workdir) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_restores_on_another_number_of_devices(tmp_path, fsdp):
+    kernel = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+
+    def sharded(devices, spec):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+        state = state_at(1).replace(params={"kernel": kernel}, model_state={"mean": kernel[0]})
+        return jax.device_put(state, NamedSharding(mesh, P())).replace(
+            params={"kernel": jax.device_put(kernel, NamedSharding(mesh, spec))}
+        )
+
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, sharded(4, P("fsdp")), {})
+    here = sharded(fsdp, P(None, "fsdp"))
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(abstract(here))
+    assert_state(restored, here)
+    assert restored.params["kernel"].sharding == here.params["kernel"].sharding
+    np.testing.assert_array_equal(load_checkpoint(tmp_path).variables["params"]["kernel"], kernel)
+
+
+def test_other_values_than_those_saved_are_named(workdir, caplog):
+    file = workdir / "checkpoints" / "30" / "digests" / "metadata"
+    digests = unsealed(json.loads(file.read_text()))
+    digests["model"]["params/head/bias"][1] = "0123456789abcdef"
+    file.write_text(json.dumps(sealed(digests)))
+    message = "1 of 5 arrays are not what was saved, such as params/head/bias"
+    with pytest.raises(UserError, match=f"30 cannot be read: {message}; there are: 10, 20, 30"):
+        load_checkpoint(workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(20))
+    assert f"30 cannot be read: {message}" in caplog.text
+
+
+def test_run_of_an_earlier_version_has_no_digests(workdir):
+    for step in (10, 20, 30):
+        folder = workdir / "checkpoints" / str(step)
+        shutil.rmtree(folder / "digests")
+        metrics = unsealed(json.loads((folder / "metrics" / "metrics").read_text()))
+        (folder / "metrics" / "metrics").write_text(json.dumps(metrics))
+    shutil.rmtree(workdir / "checkpoints" / "30" / "metrics")
+    assert load_checkpoint(workdir, "best").step == 10
+    with open_checkpoints(workdir, keep_last=1) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(30))
+        with pytest.raises(UserError, match=r"another model; 2 entries"):
+            checkpoints.restore(abstract(state_at(0).replace(params={"head": {}})))
+    assert saved_steps(workdir) == [10, 30]
+
+
+def test_strange_names_are_no_checkpoints(workdir, caplog):
+    folder = workdir / "checkpoints"
+    for name in (
+        "²",
+        "٣١",
+        "007",
+        "1e3",
+        "-5",
+        "40 (copy)",
+        ".50",
+        "60.orbax",
+        "latest",
+        "x.deleted",
+    ):
+        (folder / name).mkdir()
+    (folder / "31").write_text("a file")
+    (folder / "32").symlink_to("nowhere")
+    (folder / "33").symlink_to("20")
+    before = sorted(folder.iterdir())
+    assert saved_steps(workdir) == [10, 20, 30, 33]
+    assert load_checkpoint(workdir).step == 33  # a link to a checkpoint is one
+    (folder / "33").unlink()
+    (folder / "40").mkdir()  # empty: unreadable
+    with open_checkpoints(workdir, keep_last=4) as checkpoints:
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(30))
+        checkpoints.save(31, state_at(31), {})
+    assert "checkpoints/31 is renamed to unreadable-31" in caplog.text
+    assert saved_steps(workdir) == [10, 20, 30, 31]
+    assert {path.name for path in before} - {path.name for path in folder.iterdir()} == {"33"}
+
+
+def test_checkpoints_that_are_deleted_while_it_runs(workdir, caplog):
+    folder = workdir / "checkpoints"
+    with open_checkpoints(workdir, keep_last=1, keep_best=1) as checkpoints:
+        shutil.rmtree(folder / "30")
+        checkpoints.record(30, {"eval/accuracy": 0.5})
+        assert f"checkpoint {folder / '30'} was deleted" in caplog.text
+        shutil.rmtree(folder)
+        checkpoints.save(40, state_at(40), {})
+        checkpoints.record(40, {"eval/accuracy": 0.5})
+    assert load_checkpoint(workdir, "best").step == 40
+
+
+def test_what_a_killed_deletion_left_is_removed(workdir):
+    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "10.deleted")
+    with open_checkpoints(workdir):
+        pass
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=f"{tmp_path}/checkpoints cannot be written: .*File exists"):
+        open_checkpoints(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        load_checkpoint(tmp_path)
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """Lets every write beyond the first `limit` bytes of a file fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_metrics_that_cannot_be_written_leave_the_checkpoint(workdir):
+    folder = workdir / "checkpoints" / "30"
+    with open_checkpoints(workdir, keep_last=3) as checkpoints:
+        with full_disk(20), pytest.raises(UserError, match=f"{folder}/metrics.* cannot be written"):
+            checkpoints.record(30, {"eval/accuracy": 0.5})
+        assert not checkpoints.is_recorded(30)
+        assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(30))
+    assert load_checkpoint(workdir, "best").step == 10
+
+
 def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state_at(1), {})
     large = state_at(2)
     noise = jax.random.normal(jax.random.key(0), (1024, 1024))  # does not compress
     large = large.replace(params={"kernel": noise})
-    # As on a full disk, writing beyond this size fails.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     message = r"cannot be written: .*; complete checkpoints: 1$"
-    try:
-        with pytest.raises(UserError, match=message) as error, open_checkpoints(tmp_path) as c:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-            c.save(2, large, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused = pytest.raises(UserError, match=message)
+    with refused as error, full_disk(100_000), open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, large, {})
     assert str(tmp_path / "checkpoints" / "2") in str(error.value)
     with open_checkpoints(tmp_path) as checkpoints:
         assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(1))

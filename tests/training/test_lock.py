@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import tiny_config
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.lock import LOCK_FILE, workdir_lock
+from tokenvit_jax.training.loop import train
 
 # Holds a lock as a training does, and says so; the standard library starts at once.
 HOLD = """
@@ -51,6 +53,17 @@ def test_second_training_is_refused_until_the_first_ends(tmp_path):
         1 / 0  # noqa: B018
     with workdir_lock(workdir):
         pass
+
+
+def test_refused_training_touches_nothing(tmp_path):
+    unfinished = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7')
+    with workdir_lock(tmp_path):
+        before = {path: path.stat() for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="another training"):
+            train(tiny_config.get_config(), tmp_path)
+        assert {path: path.stat() for path in tmp_path.rglob("*")} == before
 
 
 def test_nothing_remains_locked_after_a_kill(tmp_path, hold):

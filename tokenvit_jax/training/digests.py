@@ -1,9 +1,9 @@
 """Digests of arrays and JSON objects: they tell whether what is read back is what was written.
 
-Orbax 0.12 has no such check. Its storage, tensorstore's OCDBT, has CRC-32C sums of its index only,
-not of the data of arrays. The format zarr 2 that orbax writes has no checksums and reads a missing
-chunk as zeros; in zarr 3, orbax fixes the codecs, with a CRC-32C sum of the index of a chunk. A
-digest of the values, in contrast, covers the whole way: devices, memory, compression and files.
+Orbax 0.12 has no such check. Its storage, tensorstore's OCDBT, has CRC-32C sums of its index, not
+of the data of the arrays. The format zarr 2 that orbax writes has no checksums and reads a missing
+chunk as zeros; in zarr 3, orbax fixes the codecs, with a CRC-32C sum of the index of a chunk only.
+A digest of the values, in contrast, covers the whole way: devices, memory, compression and files.
 
 The digest of an array is made of integers alone, so that it is the same for every sharding, number
 of devices and order of summation. The bits of the array are read as 32-bit words w_i (elements of
