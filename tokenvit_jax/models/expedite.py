@@ -20,6 +20,13 @@ from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
 from tokenvit_jax.valid import Either, Number, OneOf, Several, whole
 
 WHERE = ("blocks", "logits")
+# Settings that a kind of reconstruction does not read.
+UNREAD = {
+    "soft": (),
+    "hard": ("neighbors", "normalize"),
+    "window": ("neighbors",),
+    "bilinear": ("neighbors", "normalize"),
+}
 AUTO = "auto"
 # Temperature over the median squared distance of neighbouring tokens. 0.05 was the best or close to
 # it for three trained networks whose distances are 0.68, 12 and 534 (experiments/real_networks).
@@ -102,21 +109,15 @@ class Expedite(Checked):
                 f"expedite.mode={self.mode!r} is not valid with expedite.alpha=0, without "
                 "tokens to compare with; valid: 'bilinear'"
             )
-        check_unused(self.prefix, self, *self._unused())
+        self._check_unused()
 
-    def _unused(self):
-        """Returns why some settings have no effect, and their names.
-
-        The temperature is not among them: the commands measure it for every setting.
-        """
-        unused = {"bilinear": ("neighbors", "normalize"), "hard": ("neighbors", "normalize")}
-        names = unused.get(self.mode, ("neighbors",) if self.mode == "window" else ())
-        reason = f"expedite.mode={self.mode!r}"
-        clusters = self.iterations and self.alpha
-        if not clusters and self.mode != "window":
-            names += ("window",)
-            reason += f", expedite.iterations={self.iterations}, expedite.alpha={self.alpha}"
-        return reason, names
+    def _check_unused(self):
+        """Refuses settings without effect, except the temperature, which the commands measure."""
+        check_unused(self.prefix, self, f"expedite.mode={self.mode!r}", UNREAD[self.mode])
+        if self.alpha == 0:
+            check_unused(self.prefix, self, "expedite.alpha=0", ("window", "iterations"))
+        elif self.iterations == 0 and self.mode != "window":
+            check_unused(self.prefix, self, "expedite.iterations=0", ("window",))
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises UserError if there are more centres than tokens in ``grid``.
