@@ -100,12 +100,17 @@ def check_new_file(path: Path, name: str = "") -> None:
 def check_new_folder(path: Path, name: str = "") -> None:
     """Raises UserError unless a path can become a folder, or is an empty one."""
     with writing(path, name):
-        if os.path.lexists(path) and not (os.path.isdir(path) and not any(path.iterdir())):
+        if os.path.lexists(path) and not (os.path.isdir(path) and _is_empty(path)):
             raise UserError(
                 f"{_named(path, name)} exists already; valid: a path where nothing exists, or an "
                 "empty folder"
             )
     check_writable(path, name)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Returns whether a folder has nothing but what a killed process left incomplete."""
+    return all(path.name.startswith(_HIDDEN) for path in folder.iterdir())
 
 
 def identities(files: Iterable[Path]) -> set[tuple[int, int]]:

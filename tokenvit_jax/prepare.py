@@ -14,6 +14,7 @@ from absl import flags
 
 from tokenvit_jax import cli
 from tokenvit_jax.config import ENTRIES, base_config
+from tokenvit_jax.output import check_folder
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -36,6 +37,7 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
     from tokenvit_jax.data.tfds_files import count_records
 
     data_dir, manual_dir = Path(flag_values.data_dir), flag_values.manual_dir
+    check_folder(data_dir, "--data_dir")
     manual_dir = Path(manual_dir) if manual_dir is not None else None
     folder = datasets.prepare(dataset, manual_dir, data_dir)
     if folder is None:

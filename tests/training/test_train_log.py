@@ -156,12 +156,14 @@ def test_metrics_that_cannot_be_read_are_one_line(tmp_path):
 @pytest.mark.parametrize("gone", ["metrics.jsonl", "events", "run"])
 def test_logs_that_are_deleted_while_training_are_written_again(tmp_path, gone, caplog):
     workdir = tmp_path / "run"
+    write_config(workdir, default_config("classification"))
     with open_log(workdir) as log:
         log.write(1, {"loss": 1.0})
         for path in [workdir] if gone == "run" else workdir.glob(f"{gone}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         log.write(2, {"loss": 0.5})
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    assert read_config(workdir).seed == 0
     found = list(events(next(workdir.glob("events.out.tfevents.*"))))
     assert found == [(1, "loss", 1.0), (2, "loss", 0.5)]
     assert "was deleted while it is written: written again" in caplog.text

@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tokenvit_jax import progress
 from tokenvit_jax.output import Log, write_file
 from tokenvit_jax.training.processes import is_main_process
-from tokenvit_jax.training.workdir import read_file
+from tokenvit_jax.training.workdir import CONFIG_FILE, has_config, read_file
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.jsonl.damaged"  # lines that could not be read when the run went on
@@ -68,6 +68,8 @@ class TrainLog:
         _drop_later_steps(workdir, steps_done)
         self._lines = Log(workdir / METRICS_FILE)
         self._events = _Events(workdir, steps_done)
+        self._config_file = workdir / CONFIG_FILE
+        self._config = read_file(self._config_file) if has_config(workdir) else None
         self._bar = tqdm(
             total=num_steps, initial=steps_done, unit="step", disable=not progress.on_terminal()
         )
@@ -117,6 +119,9 @@ class TrainLog:
             return
         self._lines.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
         self._events.write(step, metrics)
+        if self._config is not None and not os.path.lexists(self._config_file):
+            logging.warning("%s was deleted: written again", self._config_file)
+            write_file(self._config_file, self._config)
         if visible:
             numbers = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
             self.note(f"step {step}  {numbers}")
