@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import struct
 import warnings
 
@@ -133,6 +134,24 @@ def test_images_of_every_mode_become_rgb(photo, mode):
                 images.with_channels(found, 3), images.with_channels(rgb, 3), dtype=int
             )
             assert np.abs(error).max() <= 2
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "ICO"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_images_can_be_used_after_their_file_is_closed(photo, file_format, mode, tmp_path):
+    if (mode, file_format) == ("RGBA", "JPEG"):
+        return
+    image = photo.resize((64, 64)).convert(mode)
+    image.save(tmp_path / "a", file_format)
+    found = read_image(tmp_path / "a")
+    (tmp_path / "a").unlink()
+    pixels = np.asarray(found)
+    assert np.asarray(found.resize((5, 4))).shape == (4, 5, len(found.mode))
+    np.testing.assert_array_equal(found.copy(), pixels)
+    np.testing.assert_array_equal(found.crop((1, 2, 9, 9)), pixels[2:9, 1:9])
+    mirrored = found.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    np.testing.assert_array_equal(mirrored, pixels[:, ::-1])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)), pixels)
 
 
 def test_transparent_colours_of_every_kind(photo):

@@ -316,6 +316,14 @@ def test_damaged_data_are_not_called_prepared(prepared, monkeypatch, capsys, tmp
     assert "-00000-of-00001 is missing; delete" in capsys.readouterr().err
 
 
+def test_folders_that_cannot_be_written(archives, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = f"--manual_dir={archives}", f"--data_dir={tmp_path / 'file'}"
+    assert run_command(monkeypatch, "imagenet2012", *arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot prepare imagenet2012 in --data_dir={tmp_path}/file: [")
+
+
 def test_a_full_disk_leaves_nothing(archives, tmp_path):
     """A limit for files stands for the disk: the writer in C++ sees the same kind of error."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

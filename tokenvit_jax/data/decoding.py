@@ -194,8 +194,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey_to_rgb(image)
     if image.mode == "La":  # grey, premultiplied by alpha: Pillow has no direct way
         image = image.convert("LA")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    if image.mode == mode:
+        return image  # a copy of the largest image would take 2 GB
     with unlimited:
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image.convert(mode)
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:

@@ -55,6 +55,8 @@ def read_info(config: ConfigDict) -> DatasetInfo:
             f"feature {feature!r} of {config.dataset} has no names of classes; valid: "
             "--config.data.classes=\"('a', 'b')\", the names of the values 0, 1, ..."
         )
+    if len(classes) == 1 and not info.classes:
+        raise UserError(f"{config.dataset} has one class, {classes[0]!r}; valid: two or more")
     train, evaluation = _split_names(config, builder)
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
     if config.data.split:
