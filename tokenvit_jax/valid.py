@@ -62,6 +62,22 @@ def _text(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
+class ZeroOr(NamedTuple):
+    """0, which turns something off, or the numbers of a rule.
+
+    Attributes:
+      rule: the rule; its lowest number is above 0.
+    """
+
+    rule: Number
+
+    def accepts(self, value: Any) -> bool:
+        return Number(0, 0, whole=self.rule.whole).accepts(value) or self.rule.accepts(value)
+
+    def __str__(self) -> str:
+        return f"0, or {self.rule}"
+
+
 class OneOf(NamedTuple):
     """Some values; equality is not enough: True is not 1."""
 
