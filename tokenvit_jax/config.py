@@ -152,7 +152,7 @@ ENTRIES: dict[str, Entry] = {
     "optimizer.name": Entry(
         "adamw", "the optimizer; sgd has Nesterov momentum", OneOf(("adamw", "sgd"))
     ),
-    "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(1e-30, 1000)),
+    "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(1e-12, 1000)),
     "optimizer.weight_decay": Entry(
         0.05, "not applied to norms, biases, scales and positions", Number(0, 100)
     ),
