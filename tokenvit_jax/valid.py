@@ -62,6 +62,18 @@ def _text(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
+class OneOf(NamedTuple):
+    """Some values; equality is not enough: True is not 1."""
+
+    values: Sequence[Any]
+
+    def accepts(self, value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in self.values)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
+
 class ZeroOr(NamedTuple):
     """0, which turns something off, or the numbers of a rule.
 
@@ -76,18 +88,6 @@ class ZeroOr(NamedTuple):
 
     def __str__(self) -> str:
         return f"0, or {self.rule}"
-
-
-class OneOf(NamedTuple):
-    """Some values; equality is not enough: True is not 1."""
-
-    values: Sequence[Any]
-
-    def accepts(self, value: Any) -> bool:
-        return any(type(value) is type(one) and value == one for one in self.values)
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.values))
 
 
 class Flag(NamedTuple):

@@ -5,7 +5,6 @@ and the embedded datasets do not need it.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def open_records(
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
-    data_dir = Path(os.path.expanduser(data_dir))
+    data_dir = Path(data_dir).expanduser()
     how_to_prepare = (
         f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=DOWNLOADS "
         f"--data_dir={data_dir}"
