@@ -173,7 +173,7 @@ SEGMENTER = "--config=segmenter_ti:scenes"
         (DEIT, "--config.num_steps=True", "; valid: whole numbers from 1"),
         (DEIT, "--config.num_steps=", "; valid: whole numbers from 1"),
         (DEIT, f"--config.num_steps={'9' * 5000}", "; valid: whole numbers from 1"),
-        (DEIT, "--config.clip_norm=(1)", "; valid: numbers from 0 to 1000000"),
+        (DEIT, "--config.clip_norm=(1)", "; valid: 0, or numbers from 1e-06 to 1000000"),
         (DEIT, "--config.augment.crop_scale=(1,", "; valid: 2 ascending values"),
         (DEIT, "--config.augment.crop_scale=0.5", "; valid: 2 ascending values"),
         (DEIT, f"--config.augment.crop_scale={'(' * 9000}", "; valid: 2 ascending values"),

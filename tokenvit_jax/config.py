@@ -21,6 +21,7 @@ from tokenvit_jax.valid import (
     Several,
     Size,
     Text,
+    ZeroOr,
     check,
     shown,
     whole,
@@ -142,14 +143,16 @@ ENTRIES: dict[str, Entry] = {
     # Optimisation.
     "num_steps": Entry(1000, "length of the training", _STEPS),
     "accumulate_steps": Entry(1, "micro-batches per step, computed one after another", _BATCH),
-    "clip_norm": Entry(0.0, "largest global norm of the gradient; 0: off", Number(0, 10**6)),
+    "clip_norm": Entry(
+        0.0, "largest global norm of the gradient; 0: off", ZeroOr(Number(1e-6, 10**6))
+    ),
     "ema_decay": Entry(
         0.0, "moving average of the parameters, used for evaluation; 0: off", _DECAY
     ),
     "optimizer.name": Entry(
         "adamw", "the optimizer; sgd has Nesterov momentum", OneOf(("adamw", "sgd"))
     ),
-    "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(0, 1000, above=True)),
+    "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(1e-12, 1000)),
     "optimizer.weight_decay": Entry(
         0.05, "not applied to norms, biases, scales and positions", Number(0, 100)
     ),
@@ -169,7 +172,7 @@ ENTRIES: dict[str, Entry] = {
     "optimizer.layer_decay": Entry(
         1.0,
         "factor of the learning rate from each layer to the layer below it; 1: off",
-        Number(0, 1, above=True),
+        Number(0.001, 1),
     ),
     "optimizer.freeze": Entry(
         "",

@@ -22,7 +22,7 @@ from tokenvit_jax.tasks import (
 )
 from tokenvit_jax.tasks.segmentation.model import HEADS
 from tokenvit_jax.training.validate import check_task
-from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, check
+from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, ZeroOr, check
 
 DATASETS = {"classification": "digits", "segmentation": "scenes"}
 NAN, INF = math.nan, math.inf
@@ -108,6 +108,9 @@ def values_for(key, entry):
     kind, rule = kind_of(entry), entry.valid
     bad = [*NONSENSE, *WRONG_KIND[kind], *WRONG.get(key, ())]
     good = list(RIGHT.get(key, ()))
+    if isinstance(rule, ZeroOr):
+        good, rule = [*good, 0], rule.rule
+        bad += [rule.low / 2, -rule.low]
     if isinstance(rule, Number):
         good += [value for value in (rule.low, rule.high) if value is not None]
         good = [value for value in good if not (rule.above and value == rule.low)]

@@ -308,7 +308,7 @@ LABELLED = {"token_labels.weight": 0.5, "token_labels.files": "labels"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mix.mixtoken": -1.0}, "config.mix.mixtoken=-1.0 is not valid; valid: numbers from 0"),
+        ({"mix.mixtoken": -1.0}, "config.mix.mixtoken=-1.0 is not valid; valid: 0, or num"),
         ({"token_labels.weight": -1.0}, "config.token_labels.weight=-1.0 is not valid"),
         ({"token_labels.weight": 0.5}, "token_labels.files, and none is given"),
         (LABELLED | {"token_labels.teacher": "run"}, "token_labels.files, and both are given"),

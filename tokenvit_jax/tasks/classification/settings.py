@@ -9,9 +9,9 @@ from tokenvit_jax.data import DatasetInfo
 from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.classification.mixing import MIN_MIXTOKEN_GRID
-from tokenvit_jax.valid import Number, OneOf, Several, Text, whole
+from tokenvit_jax.valid import Number, OneOf, Several, Text, ZeroOr, whole
 
-_ALPHA = Number(0, 1000)
+_ALPHA = ZeroOr(Number(0.001, 1000))
 
 ENTRIES: dict[str, Entry] = {
     "label_smoothing": Entry(
@@ -52,11 +52,11 @@ ENTRIES: dict[str, Entry] = {
     "mix.mixtoken": Entry(
         0.0, "alpha of the Beta distribution; 0: off; excludes mixup and cutmix", _ALPHA
     ),
-    "mix.probability": Entry(1.0, "probability that a batch is mixed", Number(0, 1, above=True)),
+    "mix.probability": Entry(1.0, "probability that a batch is mixed", Number(1e-6, 1)),
     "mix.switch_probability": Entry(0.5, "probability of CutMix if Mixup is also on", SHARE),
     # Labels for every cell of the last map; the model needs a token head.
     "token_labels.weight": Entry(
-        0.0, "weight of their loss beside the class loss; 0: off", Number(0, 1000)
+        0.0, "weight of their loss beside the class loss; 0: off", ZeroOr(Number(1e-6, 1000))
     ),
     "token_labels.teacher": Entry(
         "", "workdir of a run that labels images during training", Text()
@@ -65,7 +65,7 @@ ENTRIES: dict[str, Entry] = {
     "token_labels.files": Entry("", "folder that label wrote, instead of a teacher", Text()),
     # A teacher from whose predictions the model also learns (DeiT).
     "distillation.weight": Entry(
-        0.0, "weight of its loss, 1 - weight for the labels; 0: off", SHARE
+        0.0, "weight of its loss, 1 - weight for the labels; 0: off", ZeroOr(Number(1e-6, 1))
     ),
     "distillation.teacher": Entry("", "workdir of a run, also of one that convert wrote", Text()),
     "distillation.teacher_checkpoint": Entry("last", "checkpoint of the teacher", CHECKPOINT),

@@ -13,9 +13,8 @@ from tokenvit_jax.config import (
     size_entry,
 )
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.valid import Either, Flag, Group, Number, OneOf, Several, Size, whole
+from tokenvit_jax.valid import Either, Flag, Group, Number, OneOf, Several, Size, ZeroOr, whole
 
-_SIDE_OR_ZERO = Either((OneOf((0,)), SIDE))
 _ZEROS = OneOf(((0, 0),))
 _LENGTH = whole(0, MAX_IMAGE_SIZE)
 
@@ -27,7 +26,7 @@ ENTRIES: dict[str, Entry] = {
     "data.eval_short_side": Entry(
         0,
         "shorter side of the resized image in evaluation [pixels]; 0: of image_size",
-        _SIDE_OR_ZERO,
+        ZeroOr(SIDE),
     ),
     "data.eval_size": Entry(
         (0, 0),
@@ -42,13 +41,13 @@ ENTRIES: dict[str, Entry] = {
     "augment.short_side": Entry(
         0,
         "of the resized image, before the factor [pixels]; 0: covers image_size",
-        _SIDE_OR_ZERO,
+        ZeroOr(SIDE),
     ),
     "augment.scale_range": Entry(
         (1.0, 1.0), "random factor of the size", Several(Number(0.01, 100), 2, ascending=True)
     ),
     "augment.max_class_share": Entry(
-        1.0, "largest share of one class in a crop; 1: any crop", Number(0, 1, above=True)
+        1.0, "largest share of one class in a crop; 1: any crop", Number(0.001, 1)
     ),
     "augment.photometric": Entry(
         False, "brightness, contrast, saturation and hue, 1/2 each", Flag()
