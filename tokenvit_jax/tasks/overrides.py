@@ -27,8 +27,9 @@ def make_backbone(config: ConfigDict, **given: Any) -> Backbone:
     Raises:
       UserError: there is no such model, or an override is unknown or not valid.
     """
+    model_settings(config.model)  # raises UserError for an unknown name
     make = functools.partial(create_model, config.model)
-    return _make(make, model_settings(config.model), config, "model_overrides", given)
+    return _make(make, "model_overrides", config, given)
 
 
 def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Module:
@@ -42,21 +43,22 @@ def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Modu
     Raises:
       UserError: an override is unknown or not valid.
     """
-    return _make(cls, cls, config, "head_overrides", given)
-
-
-def _make(
-    make: Callable[..., Any], owner: Any, config: ConfigDict, group: str, given: Mapping[str, Any]
-) -> Any:
-    overrides = config[group].to_dict()
-    valid = [field.name for field in dataclasses.fields(owner) if field.name not in _SET_ELSEWHERE]
-    for name in overrides:
+    valid = [field.name for field in dataclasses.fields(cls) if field.name not in _SET_ELSEWHERE]
+    for name in config.head_overrides:
         if name not in valid:
-            hint = did_you_mean(name, valid)
             raise UserError(
-                f"config.{group}={shown(overrides)} has no valid setting {name!r}{hint}; valid: "
-                f"{', '.join(valid)}"
+                f"config.head_overrides={shown(config.head_overrides.to_dict())}: the head "
+                f"{config.head} has no setting {name!r}{did_you_mean(name, valid)}; valid: "
+                f"{', '.join(valid) or 'none'}"
             )
+    return _make(cls, "head_overrides", config, given)
+
+
+def _make(make: Callable[..., Any], group: str, config: ConfigDict, given: Mapping[str, Any]):
+    overrides = config[group].to_dict()
+    for name in overrides:
+        if name in _SET_ELSEWHERE:
+            raise UserError(f"config.{group}.{name} is not valid: the task sets {name}")
     try:
         return make(**given, **overrides)
     except UserError as error:
