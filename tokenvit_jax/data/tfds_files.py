@@ -14,6 +14,7 @@ from PIL import Image
 from tokenvit_jax.data.images import decode_image
 from tokenvit_jax.data.record import Record
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import writing
 from tokenvit_jax.progress import progress
 
 Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
@@ -193,4 +194,5 @@ def write_splits(
             raise NotImplementedError  # `_split_generators` returns the generators themselves
 
     builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
+    with writing(data_dir / folder, kinds=(RuntimeError,)):  # also of the writer in C++
+        builder.download_and_prepare()
