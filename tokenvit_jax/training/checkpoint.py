@@ -29,8 +29,9 @@ FOLDER = "checkpoints"
 # The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
 _SCORE = "score"
 
-# orbax logs the errors that it raises, with tracebacks.
+# orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def saved_steps(workdir: Path) -> list[int]:

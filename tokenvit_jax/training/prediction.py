@@ -130,9 +130,10 @@ def predict_files(
       UserError: at the end, if a file could not be read; or the model has no attention to draw, or
         a result cannot be written.
     """
-    unread, pictures_of = [], _Pictures(files, out)
+    unread, names = [], picture_names(files)
+    folder = _PictureFolder(out, files, names)
     with contextlib.closing(table):
-        for file, name in zip(files, picture_names(files), strict=True):
+        for file, name in zip(files, names, strict=True):
             try:
                 image = run.read(file)
                 prediction = run.predictor(image)
@@ -143,7 +144,7 @@ def predict_files(
             drawn = prediction.draw(shown(file.name))
             if attention:
                 drawn |= _draw_attention(run, image, shown(file.name))
-            paths = pictures_of.save(drawn, name)
+            paths = folder.save(drawn, name)
             pictures = {k: os.path.relpath(path, table.path.parent) for k, path in paths.items()}
             table.add({"image": str(file), **prediction.row, "pictures": pictures})
             saved = "".join(f" {shown(path)}" for path in paths.values())
@@ -202,12 +203,12 @@ def _shortened(stem: str) -> str:
     return stem
 
 
-class _Pictures:
+class _PictureFolder:
     """Writes the pictures of images into a folder; replaces only pictures that it has written."""
 
-    def __init__(self, files: Sequence[Path], out: Path):
+    def __init__(self, out: Path, files: Sequence[Path], names: Sequence[str]):
         self._out, self._inputs = out, identities(files)
-        self._names = {name.casefold() for name in picture_names(files)}
+        self._names = set(map(str.casefold, names))
 
     def save(self, drawn: Mapping[str, Figure | Image.Image], name: str) -> dict[str, Path]:
         """Writes the pictures of an image, and returns their paths.
