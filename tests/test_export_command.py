@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from full_disk import largest_file
 from make_task import make_task
 from random_variables import random_variables
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
 from tokenvit_jax import cli, convert, export
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
 from tokenvit_jax.training.new_run import write_run
@@ -191,6 +193,24 @@ def test_mistakes_are_named_and_leave_nothing(monkeypatch, capsys, tmp_path, run
     assert "no checkpoint '7'" in error(out=tmp_path / "new", checkpoint=7)
     assert "holds no config.json" in error(workdir=tmp_path / "no", out=tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, runs):
+    workdir, _ = runs["classification"]
+    commands = {
+        "export/model.jax": (export, ("workdir", "out"), {"workdir": workdir}),
+        "own.safetensors": (convert, ("source", "out"), {"source": workdir, "layout": "own"}),
+    }
+    for name, (command, required, flags) in commands.items():
+        out = tmp_path / name.split("/")[0]
+        with largest_file(1000):
+            status, _, err = run(monkeypatch, capsys, command, required, out=out, **flags)
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"{tmp_path / name} cannot be written: " in err and "too large" in err
+    loaded = tv.load_run(workdir)
+    with largest_file(1000), pytest.raises(UserError, match=f"{tmp_path}/run/.* cannot be written"):
+        write_run(tmp_path / "run", loaded.config, loaded.variables)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------

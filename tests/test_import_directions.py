@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "heads": "models layers ops valid errors",
     "metrics": "errors",
     "models": "layers ops published valid errors",
-    "data": "config progress stopping valid errors",
+    "data": "config output progress stopping valid errors",
     "layers": "ops valid errors",
     "ops": "kernels arrays errors",
     "kernels": "arrays errors",

@@ -1,13 +1,12 @@
 """Files and folders that are written whole or not at all."""
 
-import contextlib
 import errno
 import json
 import os
-import resource
 from pathlib import Path
 
 import pytest
+from full_disk import largest_file
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,17 +17,6 @@ from tokenvit_jax.tasks.task import Prediction
 from tokenvit_jax.training.prediction import Table, predict_files
 from tokenvit_jax.training.train_log import TrainLog, read_metrics
 from tokenvit_jax.training.workdir import read_config, write_config
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Limits the size of files: the kernel takes bytes up to it, then refuses, as a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def names(folder):

@@ -3,10 +3,10 @@
     python -m tokenvit_jax.predict --workdir=RUN --images=photos,a.jpg --out=PICTURES
 
 --images names files, folders (with all images below them) and quoted patterns such as
-'photos/**/*.jpg', separated by commas. Pictures go to the folder --out, where none replaces an
-image; a table with one row per image goes to --results, a .json or .csv file, by default
-PICTURES.json next to the folder. Files that cannot be read are passed over and reported at the end,
-with exit status 1.
+'photos/**/*.jpg', separated by commas. Pictures go to the folder --out, where they replace only
+those of earlier calls; a table with one row per image goes to --results, a .json or .csv file, by
+default PICTURES.json next to the folder. Files that cannot be read are passed over and reported at
+the end, with exit status 1.
 
 A classifier gives the probabilities of the classes; a model without classes gives its features. A
 model with dynamic groups also shows the largest query groups with the keys that each group selects;

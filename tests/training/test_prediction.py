@@ -100,6 +100,19 @@ def test_no_output_replaces_an_image_or_another_output(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3 * len(files) + 3  # the link and two tables
 
 
+def test_pictures_replace_only_pictures_of_earlier_calls(tmp_path):
+    files = write_images(tmp_path, [b"a.png", b"b.png"])
+    (tmp_path / "a_labels.png").write_bytes(b"ground truth")
+    (tmp_path / "b_classes.png").mkdir()
+    for _ in range(2):
+        list(predict_files(FakeRun(), files, tmp_path, Table(tmp_path / "table.json", files)))
+        assert (tmp_path / "a_labels.png").read_bytes() == b"ground truth"
+        assert sorted(path.name for path in tmp_path.glob("*_*.png")) == [
+            "a_2_classes.png", "a_2_labels.png", "a_labels.png",
+            "b_2_classes.png", "b_2_labels.png", "b_classes.png",
+        ]  # fmt: skip
+
+
 def test_a_broken_image_does_not_stop_the_others(tmp_path):
     files = write_images(tmp_path, [b"broken 1.png", b"good.png", b"broken 2.png"])
     table = Table(tmp_path / "a.json", files)

@@ -17,6 +17,7 @@ from tokenvit_jax.data.decoding import decode_image
 from tokenvit_jax.data.files import error_text, list_folders
 from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.output import writing
 from tokenvit_jax.progress import note, progress
 
 Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
@@ -301,7 +302,5 @@ def write_splits(
             raise NotImplementedError  # `_split_generators` returns the generators themselves
 
     builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
-    try:
+    with writing(data_dir / folder, kinds=(RuntimeError,)):  # also of the writer in C++
         builder.download_and_prepare()
-    except RuntimeError as error:  # array_record's writer, for example if the disk is full
-        raise UserError(f"cannot write {data_dir / folder}: {error_text(error)}") from error

@@ -36,8 +36,9 @@ FOLDER = "checkpoints"
 _SCORE = "score"
 _DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 
-# orbax logs the errors that it raises, with tracebacks.
+# orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of
@@ -22,7 +23,6 @@ from tokenvit_jax.output import (
     identities,
     is_one_of,
     shown,
-    write_figure,
     write_file,
 )
 from tokenvit_jax.pictures import attention as attention_pictures
@@ -31,6 +31,7 @@ from tokenvit_jax.training.run import Run
 from tokenvit_jax.training.workdir import read_file
 
 _NUM_REPORTED = 3  # unreadable files that the error names
+_MARK = "tokenvit_jax predict"  # in every picture, which a later call may then replace
 _MAX_BYTES = 200  # of the name of an image in the names of its pictures; file systems allow 255
 
 
@@ -116,7 +117,7 @@ def predict_files(
     """Predicts files one after another, and yields a line about each.
 
     Memory does not grow with the number of files. Files that cannot be read are passed over and
-    reported at the end. No picture replaces one of the files.
+    reported at the end. A picture replaces nothing but a picture of an earlier call.
 
     Args:
       run: the trained model.
@@ -129,9 +130,10 @@ def predict_files(
       UserError: at the end, if a file could not be read; or the model has no attention to draw, or
         a result cannot be written.
     """
-    unread, pictures_of = [], _Pictures(files, out)
+    unread, names = [], picture_names(files)
+    folder = _PictureFolder(out, files, names)
     with contextlib.closing(table):
-        for file, name in zip(files, picture_names(files), strict=True):
+        for file, name in zip(files, names, strict=True):
             try:
                 image = run.read(file)
                 prediction = run.predictor(image)
@@ -142,7 +144,7 @@ def predict_files(
             drawn = prediction.draw(shown(file.name))
             if attention:
                 drawn |= _draw_attention(run, image, shown(file.name))
-            paths = pictures_of.save(drawn, name)
+            paths = folder.save(drawn, name)
             pictures = {k: os.path.relpath(path, table.path.parent) for k, path in paths.items()}
             table.add({"image": str(file), **prediction.row, "pictures": pictures})
             saved = "".join(f" {shown(path)}" for path in paths.values())
@@ -201,12 +203,12 @@ def _shortened(stem: str) -> str:
     return stem
 
 
-class _Pictures:
-    """Writes the pictures of images into a folder, and never over one of the images."""
+class _PictureFolder:
+    """Writes the pictures of images into a folder; replaces only pictures that it has written."""
 
-    def __init__(self, files: Sequence[Path], out: Path):
+    def __init__(self, out: Path, files: Sequence[Path], names: Sequence[str]):
         self._out, self._inputs = out, identities(files)
-        self._names = {name.casefold() for name in picture_names(files)}
+        self._names = set(map(str.casefold, names))
 
     def save(self, drawn: Mapping[str, Figure | Image.Image], name: str) -> dict[str, Path]:
         """Writes the pictures of an image, and returns their paths.
@@ -216,18 +218,34 @@ class _Pictures:
           name: name of the image, a result of :func:`picture_names`.
         """
         paths, number = self._paths(drawn, name), 1
-        while any(is_one_of(path, self._inputs) for path in paths.values()):
+        while any(map(self._is_taken, paths.values())):
             number += 1
             if f"{name}_{number}".casefold() not in self._names:
                 paths = self._paths(drawn, f"{name}_{number}")
         for kind, picture in drawn.items():
-            if isinstance(picture, Figure):
-                write_figure(paths[kind], picture)
-            else:
-                content = io.BytesIO()
-                picture.save(content, "PNG")
-                write_file(paths[kind], content.getvalue())
+            write_file(paths[kind], _as_png(picture))
         return paths
 
     def _paths(self, kinds: Iterable[str], name: str) -> dict[str, Path]:
         return {kind: self._out / f"{name}_{kind}.png" for kind in kinds}
+
+    def _is_taken(self, path: Path) -> bool:
+        """Returns whether a path leads to an image that is read, or to a file of the user."""
+        if not os.path.lexists(path):
+            return False
+        if is_one_of(path, self._inputs) or not path.is_file():
+            return True
+        with path.open("rb") as file:
+            return _MARK.encode() not in file.read(2048)  # the mark precedes the pixels
+
+
+def _as_png(picture: Figure | Image.Image) -> bytes:
+    """Returns a PNG file with a mark."""
+    content = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(content, format="png", dpi=150, metadata={"Software": _MARK})
+    else:
+        info = PngInfo()
+        info.add_text("Software", _MARK)
+        picture.save(content, "PNG", pnginfo=info)
+    return content.getvalue()

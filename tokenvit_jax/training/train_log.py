@@ -187,6 +187,7 @@ class Profile:
         self._folder = workdir / "profile"
         self._first, self._last = first, last
         self._running = False
+        self._before: set[Path] = set()  # files of earlier traces
 
     def __enter__(self) -> "Profile":
         return self
@@ -199,10 +200,14 @@ class Profile:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:  # a trace that is lost does not end the training
             logging.warning("%s cannot be written: %s", self._folder, error)
+            for path in set(self._folder.rglob("*.*")) - self._before:  # parts of the trace
+                if path.is_file():
+                    path.unlink()
 
     def before(self, step: int) -> None:
         """Starts the trace if this is the first step to trace; call this before each step."""
         if step == self._first:
+            self._before = set(self._folder.rglob("*.*"))
             try:
                 jax.profiler.start_trace(str(self._folder))
             except (OSError, RuntimeError) as error:  # such as another trace in a notebook
