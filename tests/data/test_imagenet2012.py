@@ -255,6 +255,7 @@ def test_names_in_archives_are_no_paths(archives, tmp_path, members):
         ([VAL, "readme.txt"], "contains 'readme.txt'; expected ILSVRC2012_val_00000001.JPEG to"),
         (["ILSVRC2012_val_00050001.JPEG"], "expected ILSVRC2012_val_00000001.JPEG to ILSVRC2012_v"),
         (["empty.JPEG"], "contains 'empty.JPEG', which is empty; download it again"),
+        ([], "there is no image for the split 'validation' among the original files"),
         ([link(VAL)], "contains 'ILSVRC2012_val_00000001.JPEG', which is a link or a device"),
         ([VAL, link("b.JPEG", VAL, tarfile.LNKTYPE)], "contains 'b.JPEG', which is a link or"),
         ([link("a.JPEG", kind=tarfile.FIFOTYPE)], "contains 'a.JPEG', which is a link or a device"),

@@ -267,7 +267,7 @@ def write_splits(
       **info: further arguments of `tensorflow_datasets.core.DatasetInfo`.
 
     Raises:
-      UserError: the files cannot be written; nothing is left of them.
+      UserError: a split is empty, or the files cannot be written; nothing is left of them.
       OSError: a folder cannot be written.
     """
     import tensorflow_datasets as tfds
@@ -292,7 +292,7 @@ def write_splits(
 
         def _split_generators(self, dl_manager):
             return {
-                split: progress(pairs, f"preparing {dataset} {split}", "example")
+                split: progress(_some(pairs, split), f"preparing {folder} {split}", "example")
                 for split, pairs in splits.items()
             }
 
@@ -304,3 +304,13 @@ def write_splits(
         builder.download_and_prepare()
     except RuntimeError as error:  # array_record's writer, for example if the disk is full
         raise UserError(f"cannot write {data_dir / folder}: {error_text(error)}") from error
+
+
+def _some(pairs: Pairs, split: str) -> Pairs:
+    """Yields the pairs; UserError if there is none."""
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
+    if empty:
+        raise UserError(f"there is no image for the split {split!r} among the original files")

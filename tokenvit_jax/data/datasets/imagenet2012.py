@@ -85,7 +85,8 @@ def prepare(manual_dir: Path, data_dir: Path) -> Path:
     archives = {name: manual_dir / name for name in sources if (manual_dir / name).is_file()}
     missing = [name for name in sources if name not in archives and not sources[name].is_dir()]
     if missing:
-        others = sorted(f.name for name in missing for f in manual_dir.glob(f"{Path(name).stem}*"))
+        # Such as compressed archives.
+        others = sorted(f.name for name in missing for f in manual_dir.glob(f"{name}?*"))
         found = f", only {', '.join(others)}" if others else ""
         raise UserError(
             f"{' and '.join(missing)} not found in --manual_dir={manual_dir}{found}; {_HOW_TO_GET}"
