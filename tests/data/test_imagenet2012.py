@@ -305,9 +305,12 @@ def test_damaged_archive_of_a_class_is_named(archives, tmp_path):
 
 
 def test_compressed_archives_are_found(archives, tmp_path):
-    (tmp_path / "ILSVRC2012_img_train.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val.tar not found in .*, only ILSVRC2012_img_train.tar"):
-        imagenet2012.prepare(tmp_path, tmp_path)
+    for suffix in ("tar.gz", "zip"):
+        archive = tmp_path / f"ILSVRC2012_img_train.{suffix}"
+        archive.write_bytes(b"")
+        with pytest.raises(UserError, match=rf"val.tar not found in .*, only {archive.name}; reg"):
+            imagenet2012.prepare(tmp_path, tmp_path)
+        archive.unlink()
 
 
 def test_damaged_data_are_not_called_prepared(prepared, monkeypatch, capsys, tmp_path):

@@ -104,7 +104,7 @@ def test_two_files_for_one_image_are_named(tmp_path, part):
     segmentation_files.write_dataset("ade20k", tmp_path)
     file = tmp_path / PAIRS["ade20k"][1][part]
     shutil.copy(file, file.with_suffix(file.suffix.upper()))
-    with pytest.raises(UserError, match="ADE_train_00000002.* are the same image; delete one of"):
+    with pytest.raises(UserError, match=r"ADE_train_00000002.* are the same image; delete one of"):
         datasets.prepare("ade20k", tmp_path, tmp_path / "out")
 
 
