@@ -316,7 +316,7 @@ def test_pillow_is_left_as_it_was(photo):
 def test_boxes_of_any_size_are_cut(monkeypatch, photo):
     """Pillow applies its limit to crops of decoded images, too."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert decoding.crop(photo, (0, 0, 80, 50)).size == (80, 50)
+    assert decoding.crop_box(photo, (0, 0, 80, 50)).size == (80, 50)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_names_in_archives_are_no_paths(archives, tmp_path, members):
         ([VAL, "readme.txt"], "contains 'readme.txt'; expected ILSVRC2012_val_00000001.JPEG to"),
         (["ILSVRC2012_val_00050001.JPEG"], "expected ILSVRC2012_val_00000001.JPEG to ILSVRC2012_v"),
         (["empty.JPEG"], "contains 'empty.JPEG', which is empty; download it again"),
+        ([], "there is no image for the split 'validation' among the original files"),
         ([link(VAL)], "contains 'ILSVRC2012_val_00000001.JPEG', which is a link or a device"),
         ([VAL, link("b.JPEG", VAL, tarfile.LNKTYPE)], "contains 'b.JPEG', which is a link or"),
         ([link("a.JPEG", kind=tarfile.FIFOTYPE)], "contains 'a.JPEG', which is a link or a device"),
@@ -304,9 +305,12 @@ def test_damaged_archive_of_a_class_is_named(archives, tmp_path):
 
 
 def test_compressed_archives_are_found(archives, tmp_path):
-    (tmp_path / "ILSVRC2012_img_train.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val.tar not found in .*, only ILSVRC2012_img_train.tar"):
-        imagenet2012.prepare(tmp_path, tmp_path)
+    for suffix in ("tar.gz", "zip"):
+        archive = tmp_path / f"ILSVRC2012_img_train.{suffix}"
+        archive.write_bytes(b"")
+        with pytest.raises(UserError, match=rf"val.tar not found in .*, only {archive.name}; reg"):
+            imagenet2012.prepare(tmp_path, tmp_path)
+        archive.unlink()
 
 
 def test_damaged_data_are_not_called_prepared(prepared, monkeypatch, capsys, tmp_path):

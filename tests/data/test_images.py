@@ -76,6 +76,7 @@ def test_the_longest_strips_take_no_gigabytes(augment):
     for size in ((30000, 1), (1, 30000)):
         strip, label = Image.new("RGB", size), np.zeros(size[::-1], np.uint8)
         images.eval_image(strip, 224, 0.875)
+        images.eval_image(strip, (48, 64), 0.1)
         images.train_image(strip, (256, 192), augment, np.random.default_rng(0))
         whole = default_config("classification").augment
         whole.update(crop_scale=(0.08, 1.0), flip=0.5, color_jitter=0.4, erasing=1.0)

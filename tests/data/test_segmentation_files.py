@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,15 @@ def test_lists_that_windows_wrote(tmp_path, encoding):
         file.write_text(file.read_text().replace("\n", "\r\n"), encoding)
     datasets.prepare("pascal_context", tmp_path, tmp_path / "out")
     assert len(open_dataset("pascal_context", "train", str(tmp_path / "out"))) == 2
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_two_files_for_one_image_are_named(tmp_path, part):
+    segmentation_files.write_dataset("ade20k", tmp_path)
+    file = tmp_path / PAIRS["ade20k"][1][part]
+    shutil.copy(file, file.with_suffix(file.suffix.upper()))
+    with pytest.raises(UserError, match=r"ADE_train_00000002.* are the same image; delete one of"):
+        datasets.prepare("ade20k", tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -240,7 +240,7 @@ def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
     return value[0] if isinstance(value, tuple) else value
 
 
-def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+def crop_box(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     """Returns a box of an image, also one that Pillow's limit would refuse."""
     with unlimited:
         return image.crop(box)

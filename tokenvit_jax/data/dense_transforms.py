@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.config import height_and_width
-from tokenvit_jax.data.decoding import crop
+from tokenvit_jax.data.decoding import crop_box
 from tokenvit_jax.data.images import strip_length, to_array
 from tokenvit_jax.data.record import IGNORED
 
@@ -87,7 +87,7 @@ def _piece_of_strip(image, label, size, rng):
     else:
         box = 0, start, image.width, start + most
     left, top, right, bottom = box
-    return crop(image, box), label[top:bottom, left:right]
+    return crop_box(image, box), label[top:bottom, left:right]
 
 
 def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> np.ndarray:

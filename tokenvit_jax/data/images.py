@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from tokenvit_jax.config import height_and_width
-from tokenvit_jax.data.decoding import crop
+from tokenvit_jax.data.decoding import crop_box
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
@@ -31,6 +31,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # `config.in_channels` -> Pillow's mode
 
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
+_LEAST_PART = 1 / 4  # of the length of a strip that remains for small crops
 # `config.data.eval_interpolation` -> Pillow's filter, which antialiases.
 INTERPOLATIONS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ATTEMPTS = 10  # attempts to place a random box, as in torchvision and timm
@@ -122,7 +123,7 @@ def eval_image(
       uint8 (H, W, C); if H = W, equal to timm's evaluation transform.
     """
     height, width = height_and_width(size)
-    image = _middle_of_strip(image, height, width)
+    image = _middle_of_strip(image, height, width, crop)
     tall, wide = math.floor(height / crop), math.floor(width / crop)
     if image.width * tall <= image.height * wide:
         tall = int(wide * image.height / image.width)
@@ -146,14 +147,15 @@ def strip_length(short: int, height: int, width: int) -> int:
     return math.ceil(_STRIP * short * max(height, width) / min(height, width))
 
 
-def _middle_of_strip(image, height, width):
+def _middle_of_strip(image, height, width, crop):
     """Returns the middle of a strip, and any other image as it is."""
-    most = strip_length(min(image.size), height, width)
+    # A small crop shows less of an image that is resized to more pixels.
+    most = math.ceil(strip_length(min(image.size), height, width) * max(crop, _LEAST_PART))
     # An even number of pixels is cut off, so that the centre stays where it is.
     left, top = (max(side - most, 0) // 2 for side in image.size)
     if not (left or top):
         return image
-    return crop(image, (left, top, image.width - left, image.height - top))
+    return crop_box(image, (left, top, image.width - left, image.height - top))
 
 
 class View(NamedTuple):
@@ -223,7 +225,7 @@ def train_image(
     else:
         # Not `resize(box=...)`, whose filter would reach beyond the box.
         height, width = height_and_width(size)
-        image = crop(image, view.box).resize((width, height), _BICUBIC)
+        image = crop_box(image, view.box).resize((width, height), _BICUBIC)
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if augment.rotation or augment.translation:

@@ -269,7 +269,7 @@ def write_splits(
       **info: further arguments of `tensorflow_datasets.core.DatasetInfo`.
 
     Raises:
-      UserError: the files cannot be written; nothing is left of them.
+      UserError: a split is empty, or the files cannot be written; nothing is left of them.
       OSError: a folder cannot be written.
     """
     import tensorflow_datasets as tfds
@@ -294,7 +294,7 @@ def write_splits(
 
         def _split_generators(self, dl_manager):
             return {
-                split: progress(pairs, f"preparing {dataset} {split}", "example")
+                split: progress(_some(pairs, split), f"preparing {folder} {split}", "example")
                 for split, pairs in splits.items()
             }
 
@@ -304,3 +304,13 @@ def write_splits(
     builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
     with writing(data_dir / folder, kinds=(RuntimeError,)):  # also of the writer in C++
         builder.download_and_prepare()
+
+
+def _some(pairs: Pairs, split: str) -> Pairs:
+    """Yields the pairs; UserError if there is none."""
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
+    if empty:
+        raise UserError(f"there is no image for the split {split!r} among the original files")

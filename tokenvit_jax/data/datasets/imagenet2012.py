@@ -35,7 +35,9 @@ INFO = DatasetInfo(
     eval_split="validation",
     fields=frozenset({"image", "label"}),
     num_classes=1000,
-    classes=tuple(Path(__file__).with_name("imagenet2012_classes.txt").read_text().splitlines()),
+    classes=tuple(
+        Path(__file__).with_name("imagenet2012_classes.txt").read_text("utf-8").splitlines()
+    ),
     center_crop=True,
 )
 VERSION = "5.1.0"
@@ -85,7 +87,9 @@ def prepare(manual_dir: Path, data_dir: Path) -> Path:
     archives = {name: manual_dir / name for name in sources if (manual_dir / name).is_file()}
     missing = [name for name in sources if name not in archives and not sources[name].is_dir()]
     if missing:
-        others = sorted(f.name for name in missing for f in manual_dir.glob(f"{Path(name).stem}*"))
+        # Compressed archives, for example.
+        similar = {f.name for name in missing for f in manual_dir.glob(f"{Path(name).stem}*")}
+        others = sorted(similar - set(missing))
         found = f", only {', '.join(others)}" if others else ""
         raise UserError(
             f"{' and '.join(missing)} not found in --manual_dir={manual_dir}{found}; {_HOW_TO_GET}"

@@ -142,7 +142,9 @@ def _glob(folder: Path, pattern: str) -> dict[str, Path]:
         path = file.relative_to(folder)
         same = file.suffix.lower().replace(".jpeg", ".jpg") == suffix
         if same and not any(map(is_hidden, path.parts)):
-            found[path.with_suffix(suffix).as_posix()] = file
+            other = found.setdefault(path.with_suffix(suffix).as_posix(), file)
+            if other != file:
+                raise UserError(f"{other} and {file.name} are the same image; delete one of them")
     return found
 
 
