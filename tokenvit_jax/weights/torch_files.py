@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.weights.rules import shown
+from tokenvit_jax.weights.rules import reason, shown
 
 # First bytes of a file of torch.save before PyTorch 1.6; later files are zip archives.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -98,7 +98,7 @@ def _load(path: Path, zipped: bool, torch: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # pickletools raises many kinds
-        raise UserError(f"--source={path} is truncated or damaged: {error}") from error
+        raise UserError(f"--source={path} is truncated or damaged: {reason(error)}") from error
     stand_ins = {name: kind for name in names if (kind := _stand_in(name))}
     if unknown := [name for name in names if not (name in stand_ins or _is_checked(name))]:
         raise UserError(_refusal(path, unknown))
@@ -110,8 +110,7 @@ def _load(path: Path, zipped: bool, torch: Any) -> Any:
     except Exception as error:  # errors of pickle, zipfile and torch
         text = str(error)
         if not zipped and "GLOBAL" not in text:
-            reason = " ".join(text.split())[:200] or type(error).__name__
-            raise UserError(f"--source={path} is truncated or damaged: {reason}") from error
+            raise UserError(f"--source={path} is truncated or damaged: {reason(error)}") from error
         unknown = re.findall(r"GLOBAL ([\w.]+)", text)
         raise UserError(_refusal(path, unknown)) from error
 
@@ -307,8 +306,9 @@ def _to_array(path: Path, name: str, tensor: Any, torch: Any) -> np.ndarray:
             return dense.float().numpy()
         return dense.resolve_conj().resolve_neg().numpy()
     except Exception as error:  # torch raises many kinds, such as for types that numpy lacks
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--source={path}: {shown(name)} cannot be read: {reason}") from error
+        raise UserError(
+            f"--source={path}: {shown(name)} cannot be read: {reason(error)}"
+        ) from error
 
 
 def _why_unreadable(tensor: Any, torch: Any) -> str | None:
