@@ -395,7 +395,7 @@ def read_torch(monkeypatch, tmp_path):
 
         @contextlib.contextmanager
         def safe_globals(classes):
-            stand_ins.update({name: kind for kind, name in classes})
+            stand_ins.update({f"{kind.__module__}.{kind.__name__}": kind for kind in classes})
             yield
 
         torch = types.ModuleType("torch")

@@ -88,6 +88,11 @@ def read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
         ) from error
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise UserError(
+            f"--source={path} needs PyTorch 2.6 or later; found {torch.__version__}; or a copy "
+            "written by safetensors.torch.save_file"
+        )
     tensors = choose(path, _load(path, zipped, torch), torch.Tensor, ema)
     return {name: _to_array(path, name, tensor, torch) for name, tensor in tensors.items()}
 
@@ -103,11 +108,10 @@ def _load(path: Path, zipped: bool, torch: Any) -> Any:
     stand_ins = {name: kind for name in names if (kind := _stand_in(name))}
     if unknown := [name for name in names if not (name in stand_ins or _is_checked(name))]:
         raise UserError(_refusal(path, unknown))
-    safe = [(kind, name) for name, kind in stand_ins.items()]
     try:
         with (
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(safe),
+            torch.serialization.safe_globals(list(stand_ins.values())),
             torch.sparse.check_sparse_tensor_invariants(),  # wrong indices end the process else
         ):
             warnings.simplefilter("ignore")  # about versions of pickle
@@ -180,13 +184,16 @@ class _List:
 
 
 def _stand_in(name: str) -> type | None:
-    """Returns what stands for a class of objects beside the arrays; None: it may run code."""
+    """Returns a class that stands for a class of objects beside the arrays; None: it may run code.
+
+    PyTorch finds the stand-in by the name of the class.
+    """
     if name.split(".")[0] not in _RECORD_PACKAGES and name not in _RECORDS:
         return None
-    kind = name.rpartition(".")[2]
-    if kind.lower().endswith(("dict", "cfgnode")):
-        return _Dict
-    return _List if kind == "deque" else _Empty
+    module, _, kind = name.rpartition(".")
+    base = _List if kind == "deque" else _Empty
+    base = _Dict if kind.lower().endswith(("dict", "cfgnode")) else base
+    return type(kind, (base,), {"__module__": module, "__qualname__": kind})
 
 
 def _is_checked(name: str) -> bool:
