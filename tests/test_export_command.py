@@ -241,7 +241,7 @@ def test_files_that_are_no_run_are_named(monkeypatch, capsys, tmp_path, runs):
     assert "is not a readable safetensors file" in error(
         source=tmp_path / "text", out=tmp_path / "a"
     )
-    assert "is not a readable safetensors file" in error(source=tmp_path / "no", out=tmp_path / "a")
+    assert "no such file or folder" in error(source=tmp_path / "no", out=tmp_path / "a")
     array = {"params/x": np.zeros(2, np.float32)}
     save_file(array, tmp_path / "foreign")
     assert "does not name its model" in error(source=tmp_path / "foreign", out=tmp_path / "a")

@@ -259,6 +259,10 @@ REFUSED = {  # kind -> content, words of the message
         using(w=torch.sparse_coo_tensor([[0]], [1.0], (2**40,))),
         "w is sparse and too large",
     ),
+    "sparse with a wrong place": (  # which PyTorch follows, unless it is told to check
+        using(w=torch.sparse_coo_tensor([[10**9]], [1.0], (3,), check_invariants=False)),
+        "is truncated or damaged",
+    ),
     "without elements": (using(w=torch.ones(1, 0, 4)), r"w has no elements: \(1, 0, 4\)"),
     "same names": (
         PLAIN | named("module."),

@@ -142,7 +142,7 @@ def test_messages(convert):
         ({"dataset": "digts"}, r"^no dataset 'digts' \(did you mean 'digits'\?\)"),
         (
             {"layout": "google"},
-            r"^--source=.*w.safetensors: \d+ entries do not fit .*; and \d+ more",
+            r"^--source=.*w.safetensors: \d+ entries .*; and \d+ more; .* like --layout=timm$",
         ),
         (
             {"layout": "timm", "dataset": "scenes"},

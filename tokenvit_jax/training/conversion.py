@@ -94,7 +94,7 @@ def import_file(
     _check_overrides(name, choices.model_overrides or {})
     check_new(out)
     published = read_arrays(source, choices.ema)
-    with _about(source, published, name):
+    with _about(source, published, name, layout):
         layout = recognise_layout(published, name) if found is None else layout
         found = find_layout(layout, name)
         arrays = found.prepare(published)
@@ -109,7 +109,7 @@ def import_file(
     model = create_task(config).make_model()
     lines += _set_images(config, found, arrays, model, choices)
     check_values(config)
-    with _about(source, published, name):
+    with _about(source, published, name, layout):
         params = import_weights(arrays, model, found)
     write_run(out, config, {"params": params})
     classes = f"{len(config.data.classes)} classes" if config.data.classes else "no classifier"
@@ -118,15 +118,25 @@ def import_file(
 
 
 @contextlib.contextmanager
-def _about(source: Path, arrays: Arrays, model: str) -> Iterator[None]:
-    """Adds the name of a file to error messages about its arrays, and the model they belong to."""
+def _about(source: Path, arrays: Arrays, model: str, layout: str) -> Iterator[None]:
+    """Adds to error messages about arrays the name of their file, and what they look like."""
     try:
         yield
     except UserError as error:
-        similar = similar_models(arrays)
-        is_other = similar and model not in similar
-        hint = f"; the file looks like --model={' or '.join(similar)}" if is_other else ""
+        hint = _look(arrays, model, layout)
         raise UserError(f"--source={source}: {error}{hint}") from error
+
+
+def _look(arrays: Arrays, model: str, layout: str) -> str:
+    """Returns the model or layout that arrays look like, if it is not the given one."""
+    similar = similar_models(arrays)
+    if similar and model not in similar:
+        return f"; the file looks like --model={' or '.join(similar)}"
+    with contextlib.suppress(UserError):
+        found = recognise_layout(arrays, model)
+        if layout not in (AUTO, found):
+            return f"; the file looks like --layout={found}"
+    return ""
 
 
 def _with_choices(name: str, told: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:

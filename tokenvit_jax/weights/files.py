@@ -1,6 +1,7 @@
 """Reads files of published weights without running code from them."""
 
 import json
+import os
 import re
 import zipfile
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.weights.rules import shown
+from tokenvit_jax.weights.rules import reason, shown
 from tokenvit_jax.weights.torch_files import LEGACY, read_torch
 
 INDEX = ".index.json"  # end of the name of a file that lists the files of sharded weights
@@ -51,6 +52,7 @@ _MISTAKEN = {
     b"\x93NUMPY": "one NumPy array without a name, or pickled objects: save arrays by name with "
     "numpy.savez",
 }
+METADATA = "__metadata__"  # texts in the header of a safetensors file
 _VALID = "valid: a safetensors file, a NumPy archive (.npz), or a file of torch.save"
 _TAR = slice(257, 262)  # where a tar archive says so
 
@@ -153,7 +155,9 @@ def _listed_in(index: Path) -> list[str]:
         if not files or not plain:
             raise ValueError("'weight_map' holds no names of files in its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"--source={index} is no index of weights: {error!r}") from error
+        raise UserError(
+            f"--source={index} is no index of weights: {type(error).__name__} ({reason(error)})"
+        ) from error
     return sorted(files)
 
 
@@ -178,8 +182,7 @@ def _read_file(path: Path, ema: bool) -> dict[str, np.ndarray]:
         raise UserError(f"--source={path} is empty: it has 0 bytes")
     if not start.strip(b"\0"):
         raise UserError(f"--source={path} is damaged: it begins with zeros")
-    # A safetensors file begins with the length of its header, whose bytes may look like anything.
-    if start[8:9] != b"{":
+    if not is_safetensors(path):
         if start[:2] == b"PK":
             return _read_archive(path, ema)
         if start.startswith(LEGACY):
@@ -187,7 +190,7 @@ def _read_file(path: Path, ema: bool) -> dict[str, np.ndarray]:
         _refuse(path, start, size)
     if ema:
         _refuse_average(path)
-    return _read_safetensors(path, size)
+    return read_safetensors(path)[0]
 
 
 def _refuse_average(path: Path) -> None:
@@ -213,7 +216,22 @@ def _refuse(path: Path, start: bytes, size: int) -> None:
     )
 
 
-def _read_safetensors(path: Path, size: int) -> dict[str, np.ndarray]:
+def is_safetensors(path: Path) -> bool:
+    """Returns whether a file begins like a safetensors file, which may be damaged.
+
+    It begins with the length of its header, whose bytes may look like those of any other file.
+    """
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Returns the header of a safetensors file.
+
+    Raises:
+      UserError: the file is truncated or damaged.
+    """
+    size = check_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
@@ -224,23 +242,36 @@ def _read_safetensors(path: Path, size: int) -> dict[str, np.ndarray]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_once)
-        header.pop("__metadata__", None)
-        last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = [entry for name, entry in header.items() if name != METADATA]
+        last = max((entry["data_offsets"][1] for entry in entries), default=0)
         if last > size - 8 - length:
             raise UserError(
                 f"--source={path} is truncated: its arrays need {last} bytes, it has "
                 f"{size - 8 - length}"
             )
         with safe_open(path, "np"):  # checks the header
-            pass
+            return header
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError,
             IndexError, RecursionError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--source={path} is damaged, or no safetensors file: {reason}") from error
-    data = np.fromfile(path, np.uint8, offset=8 + length)
-    return {name: _array_in(path, name, entry, data) for name, entry in header.items()}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the arrays of a safetensors file by name, and its texts by name.
+
+    Raises:
+      UserError: the file is truncated or damaged, or an array has a type that numpy lacks.
+    """
+    header = read_header(path)
+    metadata = header.pop(METADATA, {})
+    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    with path.open("rb") as file:
+        file.seek(-size, os.SEEK_END)
+        data = np.fromfile(file, np.uint8)
+    return {name: _array_in(path, name, entry, data) for name, entry in header.items()}, metadata
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -263,7 +294,9 @@ def _array_in(path: Path, name: str, entry: Mapping[str, Any], data: np.ndarray)
         array = data[start:stop].view(np.dtype(_TYPES[entry["dtype"]]))
         return array.reshape(entry["shape"])
     except ValueError as error:  # more axes than numpy has
-        raise UserError(f"--source={path}: {shown(name)} cannot be read: {error}") from error
+        raise UserError(
+            f"--source={path}: {shown(name)} cannot be read: {reason(error)}"
+        ) from error
 
 
 def _read_archive(path: Path, ema: bool) -> dict[str, np.ndarray]:
@@ -275,9 +308,7 @@ def _read_archive(path: Path, ema: bool) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # zipfile raises many kinds for damaged archives
-        raise UserError(
-            f"--source={path} is a damaged archive: {error or type(error).__name__}"
-        ) from error
+        raise UserError(f"--source={path} is a damaged archive: {reason(error)}") from error
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise UserError(f"--source={path} holds two members named {shown(twice)}")
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
@@ -318,9 +349,8 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
                         f"--source={path} is refused: {shown(name)} holds pickled objects, and "
                         "reading them could run code; valid: arrays of numbers"
                     ) from error
-                reason = f"{type(error).__name__}: {error}"[:200]
                 raise UserError(
-                    f"--source={path} is damaged: {shown(name)} cannot be read ({reason})"
+                    f"--source={path} is damaged: {shown(name)} cannot be read ({reason(error)})"
                 ) from error
     return arrays
 

@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.output import new_file
+from tokenvit_jax.weights.files import (
+    METADATA,
+    check_file,
+    is_safetensors,
+    read_header,
+    read_safetensors,
+)
+from tokenvit_jax.weights.rules import reason
 
 _KEY = "tokenvit_jax"  # of the description in the header
 
@@ -51,12 +59,12 @@ def write_own(
 
 
 def is_own(path: Path) -> bool:
-    """Returns whether a file was written by :func:`write_own`."""
-    try:
-        with safe_open(path, "np") as file:
-            return _KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    """Returns whether a file was written by :func:`write_own`.
+
+    Raises:
+      UserError: it is a safetensors file that is truncated or damaged.
+    """
+    return path.is_file() and is_safetensors(path) and _KEY in read_header(path).get(METADATA, {})
 
 
 def read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,15 +79,20 @@ def read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: the file does not exist, is damaged, or comes from another program.
     """
+    check_file(path)
+    if not is_safetensors(path):
+        raise UserError(
+            f"--source={path} is not a readable safetensors file; valid: a file of --layout=own"
+        )
+    arrays, metadata = read_safetensors(path)
     try:
-        with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"--source={path} is not a readable safetensors file: {error}") from error
+        about = json.loads(metadata.get(_KEY, "null"))
+        variables = variables_of(arrays)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--source={path} is damaged: {reason(error)}") from error
     if not isinstance(about, dict):
         raise UserError(
             f"--source={path} does not name its model: tokenvit_jax did not write it; valid: the "
             "--layout of the program that did"
         )
-    return variables_of(arrays), about
+    return variables, about

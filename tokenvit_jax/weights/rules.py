@@ -121,13 +121,18 @@ JOINED_BIAS = Change(lambda *x: np.concatenate(x), lambda x: tuple(np.split(x, 3
 # Suffixes of arrays that some files hold, but that the models here compute.
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 _NAMED = 10  # entries that an error message names; the others are counted
-_SHOWN = 80  # characters of a name in a message
+_SHOWN, _REASON = 80, 200  # characters of a name, and of another program's error, in a message
 
 
 def shown(name: str) -> str:
     """Returns a name from a file for a message: on one line, and not too long."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def reason(error: Exception) -> str:
+    """Returns an error of another program for a message: on one line, and not too long."""
+    return " ".join(str(error).split())[:_REASON] or type(error).__name__
 
 
 def linear(ours: str, theirs: str, change: Change = TRANSPOSED) -> list[Rule]:

@@ -117,10 +117,11 @@ def stage_windows(arrays: Arrays, attention: str) -> tuple[int, ...]:
     """
     sides, stage = [], 0
     while (name := f"{attention.format(stage)}.relative_position_index") in arrays:
-        index = arrays[name]
         # (side**2, side**2), or flat in early versions of timm.
-        tokens = len(index) if index.ndim == 2 else math.isqrt(index.size)
-        sides.append(max(math.isqrt(tokens), 1))
+        side = math.isqrt(math.isqrt(arrays[name].size))
+        if side**4 != arrays[name].size:
+            break
+        sides.append(side)
         stage += 1
     return tuple(sides)
 

@@ -12,12 +12,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.weights.rules import shown
+from tokenvit_jax.weights.rules import reason, shown
 
 # First bytes of a file of torch.save before PyTorch 1.6; later files are zip archives.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -87,6 +88,11 @@ def read_torch(path: Path, ema: bool) -> dict[str, np.ndarray]:
         ) from error
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise UserError(
+            f"--source={path} needs PyTorch 2.6 or later; found {torch.__version__}; or a copy "
+            "written by safetensors.torch.save_file"
+        )
     tensors = choose(path, _load(path, zipped, torch), torch.Tensor, ema)
     return {name: _to_array(path, name, tensor, torch) for name, tensor in tensors.items()}
 
@@ -98,22 +104,23 @@ def _load(path: Path, zipped: bool, torch: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # pickletools raises many kinds
-        raise UserError(f"--source={path} is truncated or damaged: {error}") from error
+        raise UserError(f"--source={path} is truncated or damaged: {reason(error)}") from error
     stand_ins = {name: kind for name in names if (kind := _stand_in(name))}
     if unknown := [name for name in names if not (name in stand_ins or _is_checked(name))]:
         raise UserError(_refusal(path, unknown))
-    safe = [(kind, name) for name, kind in stand_ins.items()]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(list(stand_ins.values())),
+            torch.sparse.check_sparse_tensor_invariants(),  # wrong indices end the process else
+        ):
             warnings.simplefilter("ignore")  # about versions of pickle
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of pickle, zipfile and torch
-        text = str(error)
-        if not zipped and "GLOBAL" not in text:
-            reason = " ".join(text.split())[:200] or type(error).__name__
-            raise UserError(f"--source={path} is truncated or damaged: {reason}") from error
-        unknown = re.findall(r"GLOBAL ([\w.]+)", text)
-        raise UserError(_refusal(path, unknown)) from error
+        found = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, UnpicklingError) and (found or zipped):  # archives have checksums
+            raise UserError(_refusal(path, found)) from error
+        raise UserError(f"--source={path} is truncated or damaged: {reason(error)}") from error
 
 
 def _class_names(path: Path, zipped: bool) -> list[str]:
@@ -177,13 +184,16 @@ class _List:
 
 
 def _stand_in(name: str) -> type | None:
-    """Returns what stands for a class of objects beside the arrays; None: it may run code."""
+    """Returns a class that stands for a class of objects beside the arrays; None: it may run code.
+
+    PyTorch finds the stand-in by the name of the class.
+    """
     if name.split(".")[0] not in _RECORD_PACKAGES and name not in _RECORDS:
         return None
-    kind = name.rpartition(".")[2]
-    if kind.lower().endswith(("dict", "cfgnode")):
-        return _Dict
-    return _List if kind == "deque" else _Empty
+    module, _, kind = name.rpartition(".")
+    base = _List if kind == "deque" else _Empty
+    base = _Dict if kind.lower().endswith(("dict", "cfgnode")) else base
+    return type(kind, (base,), {"__module__": module, "__qualname__": kind})
 
 
 def _is_checked(name: str) -> bool:
@@ -307,8 +317,9 @@ def _to_array(path: Path, name: str, tensor: Any, torch: Any) -> np.ndarray:
             return dense.float().numpy()
         return dense.resolve_conj().resolve_neg().numpy()
     except Exception as error:  # torch raises many kinds, such as for types that numpy lacks
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--source={path}: {shown(name)} cannot be read: {reason}") from error
+        raise UserError(
+            f"--source={path}: {shown(name)} cannot be read: {reason(error)}"
+        ) from error
 
 
 def _why_unreadable(tensor: Any, torch: Any) -> str | None:
