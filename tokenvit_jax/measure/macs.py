@@ -145,14 +145,14 @@ def format_summaries(summaries: Sequence[Summary], image_size: tuple[int, int]) 
     lines = [
         f"one image of {image_size[0]} x {image_size[1]} pixels; published: at 224 x 224",
         f"{'model':<{width}}{'parameters':>14}{'published':>12}"
-        f"{'GMACs':>10}{'as published':>14}{'published':>12}",
+        f"{'GMACs':>14}{'as published':>16}{'published':>12}",
     ]
     for name, params, macs, macs_as_published in summaries:
         paper = PUBLISHED.get(name)
         known = [f"{paper.params_m:g} M", format_known(paper.gmacs)] if paper else ["", ""]
         lines.append(
             f"{name:<{width}}{params:>14,}{known[0]:>12}"
-            f"{macs / 1e9:>10.3f}{macs_as_published / 1e9:>14.3f}{known[1]:>12}"
+            f"{macs / 1e9:>14.3f}{macs_as_published / 1e9:>16.3f}{known[1]:>12}"
         )
     return "\n".join(lines)
 
