@@ -52,7 +52,7 @@ def _is_found(name: str) -> bool:
 
 def _expand(name: str) -> list[Path]:
     """Returns the files of a name without commas."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         files, kind = _below(path), "folder"
     elif os.path.lexists(path):  # reading tells what is wrong with a dangling link

@@ -5,6 +5,7 @@ and the embedded datasets do not need it.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def open_records(
     Raises:
       UserError: the dataset has not been prepared in `data_dir`, or its files are damaged.
     """
-    root = Path(data_dir).expanduser()
+    root = Path(os.path.expanduser(data_dir))
     how_to_prepare = (
         f"prepare it with: python -m tokenvit_jax.prepare {name} --manual_dir=DOWNLOADS "
         f"--data_dir={root}"
