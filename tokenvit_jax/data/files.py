@@ -19,9 +19,18 @@ _LEFT_BY_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@ea
 
 
 def list_folders(folder: Path) -> tuple[str, ...]:
-    """Returns the sorted names of the visible folders in a folder."""
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name)))
+    """Returns the sorted names of the visible folders in a folder.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        _cannot_read(error)
+    # Not the entries of os.scandir, which raise an error for links that form a circle.
+    visible = (name for name in names if not is_hidden(name))
+    return tuple(sorted(name for name in visible if os.path.isdir(os.path.join(folder, name))))
 
 
 def list_images(folder: Path) -> list[str]:
