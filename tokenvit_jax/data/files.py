@@ -6,7 +6,7 @@ import functools
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from PIL import Image
 
@@ -25,12 +25,17 @@ def list_folders(folder: Path) -> tuple[str, ...]:
       UserError: the folder cannot be read.
     """
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            return tuple(sorted(e.name for e in entries if not is_hidden(e.name) and _is_folder(e)))
     except OSError as error:
         _cannot_read(error)
-    # Not the entries of os.scandir, which raise an error for links that form a circle.
-    visible = (name for name in names if not is_hidden(name))
-    return tuple(sorted(name for name in visible if os.path.isdir(os.path.join(folder, name))))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that form a circle
+        return False
 
 
 def list_images(folder: Path) -> list[str]:
@@ -57,7 +62,7 @@ def list_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _cannot_read(error: OSError) -> None:
+def _cannot_read(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
