@@ -49,10 +49,11 @@ def list_images(folder: Path) -> list[str]:
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, onerror=_cannot_read, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not is_hidden(name) and real not in seen)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         inside = Path(parent).relative_to(folder)
         found += [
             (inside / name).as_posix()
