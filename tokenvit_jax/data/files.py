@@ -6,7 +6,7 @@ import functools
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from PIL import Image
 
@@ -19,9 +19,23 @@ _LEFT_BY_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@ea
 
 
 def list_folders(folder: Path) -> tuple[str, ...]:
-    """Returns the sorted names of the visible folders in a folder."""
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name)))
+    """Returns the sorted names of the visible folders in a folder.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(sorted(e.name for e in entries if not is_hidden(e.name) and _is_folder(e)))
+    except OSError as error:
+        _cannot_read(error)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that form a circle
+        return False
 
 
 def list_images(folder: Path) -> list[str]:
@@ -35,10 +49,11 @@ def list_images(folder: Path) -> list[str]:
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, onerror=_cannot_read, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not is_hidden(name) and real not in seen)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         inside = Path(parent).relative_to(folder)
         found += [
             (inside / name).as_posix()
@@ -48,7 +63,7 @@ def list_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _cannot_read(error: OSError) -> None:
+def _cannot_read(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
