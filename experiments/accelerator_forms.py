@@ -1,0 +1,217 @@
+"""Times forms of operators on a GPU, to choose the form that wins there.
+
+    python -m experiments.accelerator_forms
+
+Every form is one compiled program in bfloat16 (distances and clustering in float32), timed as the
+median of 20 calls after three; a "-" is a form without gradient, or one that the library refuses.
+Writes docs/benchmarks/gpu_forms.md.
+"""
+
+import datetime
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from experiments import pages
+from tokenvit_jax import ops
+from tokenvit_jax.measure.operators import forward_backward
+from tokenvit_jax.ops.selection import largest_mask
+
+RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gpu_forms.md"
+CALLS = 20
+# (images, length, heads, head dim): DeiT-S without and with class token; stages 2 and 4 of DGT-T;
+# windows of Swin-T; stage 1 of DGT-T; ViT-L/16 at 1024 x 1024.
+ATTENTION_SHAPES = (
+    (128, 196, 6, 64), (128, 197, 6, 64), (128, 784, 4, 32), (128, 49, 16, 32), (8192, 49, 3, 32),
+    (8, 3136, 2, 32), (8, 4096, 16, 64),
+)  # fmt: skip
+MAX_LOGITS = 3e9  # more are not held in memory
+# (side, channels): the feed-forward networks of DGT-T.
+DEPTHWISE_SHAPES = ((56, 256), (28, 512), (14, 1024), (7, 2048))
+NUM_GROUPS, TOP_K = 48, 98
+
+
+class Form(NamedTuple):
+    """A form of an operator at one shape.
+
+    Attributes:
+      operator: the operator with its shape.
+      name: the form.
+      fn: function of the inputs.
+      inputs: arrays.
+      num_differentiated: number of leading inputs that have a gradient.
+    """
+
+    operator: str
+    name: str
+    fn: Callable[..., jax.Array]
+    inputs: tuple[jax.Array, ...]
+    num_differentiated: int
+
+
+def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    """Returns normal random numbers."""
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def attention_forms() -> Iterator[Form]:
+    """Yields attention by XLA and by cuDNN, also padded to a multiple of 64."""
+
+    def padded(q, k, v):
+        length, to = q.shape[1], -(-q.shape[1] // 64) * 64
+        q, k, v = (jnp.pad(x, ((0, 0), (0, to - length), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = jnp.full((len(q),), length, jnp.int32)
+        out = jax.nn.dot_product_attention(
+            q, k, v, implementation="cudnn", query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+        )  # fmt: skip
+        return out[:, :length]
+
+    for shape in ATTENTION_SHAPES:
+        images, length, heads, _ = shape
+        forms = {
+            name: functools.partial(jax.nn.dot_product_attention, implementation=name)
+            for name in ("xla", "cudnn")
+        }
+        if images * heads * length**2 > MAX_LOGITS:
+            del forms["xla"]
+        for name, fn in (forms | {"cudnn, padded": padded}).items():
+            inputs = tuple(normal(seed, *shape) for seed in range(3))
+            yield Form(f"attention {shape}", name, fn, inputs, 3)
+
+
+def group_attention_forms() -> Iterator[Form]:
+    """Yields dynamic group attention, its mask of selected keys, and cuDNN's share of it."""
+
+    def as_attention(q, k, v, groups, selected):
+        """The group of a query, one-hot, is appended to it; a bias per group to every key."""
+        dim = q.shape[-1]
+        q = jnp.concatenate(
+            [
+                q * ((dim + NUM_GROUPS) / dim) ** 0.5,
+                jax.nn.one_hot(groups, NUM_GROUPS, dtype=q.dtype),
+            ],
+            -1,
+        )
+        k = jnp.concatenate([k, jnp.where(selected, 0, -1e4).astype(k.dtype)], -1)
+        v = jnp.pad(v, ((0, 0),) * 3 + ((0, NUM_GROUPS),))
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[..., :dim]
+
+    def ours(q, k, v, centroids):
+        return ops.group_attention(q, k, v, centroids, top_k=TOP_K).output
+
+    for length, heads in ((196, 8), (784, 4)):
+        operator = f"group attention (128, {length}, {heads}, 32)"
+        qkv = tuple(normal(seed, 128, length, heads, 32) for seed in range(3))
+        centroids = normal(3, heads, NUM_GROUPS, 32, dtype=jnp.float32)
+        groups = jax.random.randint(jax.random.key(4), (128, length, heads), 0, NUM_GROUPS)
+        selected = normal(5, 128, length, heads, NUM_GROUPS) > 1
+        scores = normal(6, 128, heads, length, NUM_GROUPS, dtype=jnp.float32)
+        yield Form(operator, "ours", ours, (*qkv, centroids), 3)
+        yield Form(operator, "cudnn, given the mask", as_attention, (*qkv, groups, selected), 3)
+        yield Form(operator, "mask: ours", lambda x: largest_mask(x, TOP_K), (scores,), 0)
+        yield Form(operator, "keys: lax.top_k", _top_keys, (scores,), 0)
+
+
+def _top_keys(scores):
+    return lax.top_k(jnp.swapaxes(scores, 2, 3), TOP_K)[1]
+
+
+def depthwise_forms() -> Iterator[Form]:
+    """Yields the depthwise 3 x 3 convolution as shifted products and as XLA's convolution."""
+
+    def library(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel[:, :, None], (1, 1), "SAME", feature_group_count=x.shape[-1],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    for side, channels in DEPTHWISE_SHAPES:
+        inputs = normal(0, 128, side, side, channels), normal(1, 3, 3, channels)
+        for name, fn in (("ours", ops.depthwise_conv), ("conv_general_dilated", library)):
+            yield Form(f"depthwise 3 x 3 (128, {side}, {side}, {channels})", name, fn, inputs, 2)
+
+
+def distance_forms() -> Iterator[Form]:
+    """Yields the nearest token of every token with products of several precisions."""
+    tokens = normal(0, 16, 3136, 64, dtype=jnp.float32)
+    presets = lax.DotAlgorithmPreset
+    for name, precision in (
+        ("HIGHEST", "highest"),
+        ("TF32_TF32_F32_X3", presets.TF32_TF32_F32_X3),
+        ("BF16_BF16_F32_X3", presets.BF16_BF16_F32_X3),
+        ("TF32_TF32_F32", presets.TF32_TF32_F32),
+    ):
+        fn = functools.partial(_nearest, precision=precision)
+        yield Form("products and arg min (16, 3136, 3136), 64 channels", name, fn, (tokens,), 0)
+
+
+def _nearest(x, precision):
+    return jnp.argmin(jnp.einsum("bld,bsd->bls", x, x, precision=precision), -1)
+
+
+def measure(form: Form) -> dict[str, float | None]:
+    """Returns the times of the forward pass, and of forward and backward together [ms]."""
+    times = {"forward": _median(form.fn, form.inputs), "both": None}
+    if form.num_differentiated and times["forward"] is not None:
+        d_output = normal(9, *jax.eval_shape(form.fn, *form.inputs).shape)
+        both = forward_backward(form.fn, form.num_differentiated)
+        times["both"] = _median(both, (d_output, *form.inputs))
+    return times
+
+
+def _median(fn: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> float | None:
+    """Returns the median time of a call [ms]; None if the library or the memory refuses it."""
+    fn = jax.jit(fn)
+    try:
+        times = [_duration(fn, inputs) for _ in range(3 + CALLS)]
+    except Exception:  # jax raises many types
+        return None
+    return 1e3 * statistics.median(times[3:])
+
+
+def _duration(fn, inputs):
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*inputs))
+    return time.perf_counter() - start
+
+
+def page(rows: list[tuple[str, str, float | None, float | None]], where: str) -> str:
+    """Returns the page for rows (operator, form, forward [ms], forward and backward [ms])."""
+    text = lambda number: "-" if number is None else f"{number:.3f}"  # noqa: E731
+    lines = [
+        *pages.heading(
+            "Forms of operators on a GPU",
+            __file__,
+            f"{where} Shapes are (images, tokens, heads, head dim) or (images, height, width, "
+            "channels); times in milliseconds, including the launch of a call.",
+        ),
+        "",
+        *pages.table(
+            ["operator", "form", "forward", "forward and backward"],
+            ([operator, form, text(first), text(both)] for operator, form, first, both in rows),
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    rows = []
+    for forms in (attention_forms, group_attention_forms, depthwise_forms, distance_forms):
+        for form in forms():
+            rows.append((form.operator, form.name, *measure(form).values()))
+            print(*rows[-1], flush=True)
+    where = f"{datetime.date.today()}, {jax.devices()[0].device_kind}, jax {jax.__version__}."
+    RESULT.write_text(page(rows, where))
+
+
+if __name__ == "__main__":
+    main()
