@@ -474,6 +474,11 @@ class _PatientLoop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        # orbax raises the first error and does not look at those of the other arrays.
+        if "never retrieved" not in context["message"]:
+            super().call_exception_handler(context)
+
 
 class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
     def new_event_loop(self) -> _PatientLoop:
@@ -484,7 +489,7 @@ class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
 def _patient_loops() -> Iterator[None]:
     """Makes orbax wait for all arrays when one of them cannot be read or written.
 
-    Otherwise the others would go on in the background, and report to a loop that is closed: that
+    Otherwise the others would go on in the background and report to a loop that is closed, which
     prints tracebacks.
     """
     former = asyncio.get_event_loop_policy()

@@ -48,7 +48,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     if jax.process_count() > 1:
         refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
         if refused and refusal is None:
-            refusal = UserError(f"the main process could not lock --workdir={workdir}")
+            refusal = UserError(f"the main process could not lock --workdir={workdir}; it says why")
     if refusal is not None:
         raise refusal
     try:
