@@ -58,6 +58,7 @@ def start(environment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
 
     return start_process
@@ -120,7 +121,8 @@ def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp
     run.communicate()
     assert last_logged(tmp_path) < 40
 
-    run = start("train", tmp_path)
+    # A signal to the whole group of processes, as from a terminal or a cluster.
+    run = start("train", tmp_path, "--config.data.workers=1")
     # The resumed run drops what the killed one logged after its last checkpoint.
     first = list(itertools.takewhile(lambda line: "resumed" not in line, run.stdout))
     assert first == [
@@ -134,8 +136,9 @@ def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp
     first_step = last_logged(tmp_path)
     assert 5 <= first_step < 40
     wait_for(run, lambda: last_logged(tmp_path) > first_step)
-    run.terminate()
-    out, _ = finish(run)
+    os.killpg(run.pid, signal.SIGTERM)
+    out, err = finish(run)
+    assert "SIGTERM: stopping after this step is saved; once more: at once\n" in err
     stopped_at = last_logged(tmp_path)
     assert first_step < stopped_at < 40
     assert f"stopped and saved after step {stopped_at}; the same command resumes" in out
@@ -396,7 +399,7 @@ def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path):
 def test_no_end_of_an_evaluation_costs_steps_or_metrics(monkeypatch, capsys, tmp_path):
     """One that fails, one that a signal ends, and one whose training goes on."""
     config = tiny_config.get_config().unlock()
-    config.eval_every_steps = 1
+    config.eval_every_steps, config.data.eval_batch_size = 1, 100  # no multiple of 8 devices
     evaluate = loop.evaluate_batches
 
     def fail(*_, **kwargs):

@@ -11,9 +11,9 @@ import pytest
 from batches import children, eval_dataset, train_dataset
 from PIL import Image
 
-from tokenvit_jax.data import Spec, train_batches
+from tokenvit_jax.data import Spec, check_records, train_batches
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks import create_task, default_config
 
 
 class NumberedSource:
@@ -175,15 +175,25 @@ def test_workers_change_neither_batches_nor_state(config):
     assert_equal([next(resumed) for _ in range(3)], expected[4:])
 
 
-@pytest.mark.parametrize("process_count, workers", [(1, 0), (2, 0), (1, 1)])
-def test_evaluation_counts_every_record_once(config, process_count, workers):
+@pytest.mark.parametrize(
+    "process_count, workers, size, devices",
+    [(1, 0, 8, 1), (2, 0, 8, 8), (1, 1, 8, 1), (1, 0, 1, 8), (2, 0, 7, 4), (1, 0, 7, 3)],
+)
+def test_evaluation_counts_every_record_once(config, process_count, workers, size, devices):
+    """With the size of a batch rounded up to a multiple of the devices."""
     source = NumberedSource(21)
-    config.data.workers = workers
+    config.data.workers, config.data.eval_batch_size = workers, size
     passes = [
-        list(eval_dataset(config, source, process_index=p, process_count=process_count))
+        list(
+            eval_dataset(
+                config, source, devices=devices, process_index=p, process_count=process_count
+            )
+        )
         for p in range(process_count)
     ]
-    assert [len(batches) for batches in passes] == [3] * process_count
+    whole = sum(len(batches[0]["mask"]) for batches in passes)
+    assert size <= whole < size + devices and whole % devices == 0
+    assert [len(batches) for batches in passes] == [-(-21 // whole)] * process_count
     batches = [batch for one in passes for batch in one]
     masks = np.concatenate([batch["mask"] for batch in batches])
     assert masks.sum() == 21
@@ -192,6 +202,30 @@ def test_evaluation_counts_every_record_once(config, process_count, workers):
     np.testing.assert_array_equal(indices, np.where(masks == 1, labels_of(batches), -1))
     images = np.concatenate([batch["image"] for batch in batches])
     np.testing.assert_array_equal(images[masks == 1][:, 0, 0, 0], labels_of(batches)[masks == 1])
+
+
+@pytest.mark.parametrize(
+    "corrupt, on_corrupt, message",
+    [
+        ((), "raise", None),
+        ((3,), "raise", None),  # found when it is read
+        ((0,), "raise", "faults, record 0: unreadable"),
+        ((7,), "raise", "faults, record 7: unreadable"),
+        (range(7), "skip", None),
+        (range(8), "skip", "none of the 8 records can be read, from faults, record 0 on"),
+    ],
+)
+def test_faults_of_a_split_that_show_early(config, corrupt, on_corrupt, message):
+    config.data.on_corrupt = on_corrupt
+    source, examples = NumberedSource(8, corrupt), create_task(config).examples(train=False)
+    source.name = "faults, record {}".format  # a warning is logged once per record
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_records(source, examples, config)
+
+
+def test_an_empty_split_is_an_error(config):
+    with pytest.raises(UserError, match=r"config\.dataset='digits': a split holds no records"):
+        check_records(NumberedSource(0), create_task(config).examples(train=False), config)
 
 
 def test_digits_are_evaluated_whole(config):
@@ -288,8 +322,21 @@ def test_arrays_of_all_types_come_back_from_workers(config):
 
 def test_array_of_another_type_than_its_spec_is_an_error(config):
     config.data.workers = 1
-    with pytest.raises(TypeError, match=r"float32.*float64"):
+    with pytest.raises(TypeError, match=r"float32.*float64") as error:
         next(iter(train_batches(NumberedSource(9), WrongType(), config)))
+    assert "in _make" in str(error.value.__cause__)  # the traceback of the worker
+
+
+class InProgram(ManyArrays):
+    """Belongs to no module that a worker could import."""
+
+
+def test_a_class_that_workers_cannot_import_is_named(config, monkeypatch):
+    config.data.workers = 1
+    monkeypatch.setattr(InProgram, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "InProgram", InProgram, raising=False)
+    with pytest.raises(UserError, match=r"AttributeError: .*InProgram.*must be in a module, not"):
+        next(iter(train_batches(NumberedSource(9), InProgram(), config)))
 
 
 def test_nothing_readable_is_an_error(config):
