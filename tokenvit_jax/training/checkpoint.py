@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,23 @@ _SCORE = "score"
 # orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _hide_late_writers(show: Callable[..., None]) -> Callable[..., None]:
+    """Returns an exception hook that passes over writers that end after one that failed.
+
+    orbax has then closed the event loop that they report to, and tensorstore prints that, with a
+    traceback, from its own threads.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            show(kind, error, trace)
+
+    return hook
+
+
+sys.excepthook = _hide_late_writers(sys.excepthook)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -342,7 +360,8 @@ def _steps_with_damaged_metrics(workdir: Path) -> list[int]:
 
 def _brief(error: Exception) -> str:
     """Returns the first line of a message; storage errors go on with locations in their source."""
-    return str(error).partition("\n")[0][:300] or type(error).__name__
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
 def _unused(path: Path) -> Path:
