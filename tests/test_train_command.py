@@ -387,12 +387,22 @@ def test_checkpoint_of_another_model(monkeypatch, capsys, reference, tmp_path, c
     assert status == 1
 
 
-def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("{file}", "{file} is a file; valid: a folder"),
+        ("{file}/run", "{file}/run cannot be written: {file} is not a folder"),
+        ("/dev/null/run", "/dev/null/run cannot be written: /dev/null is not a folder"),
+        ("/proc", "/proc cannot be written: no file can be made in /proc ("),
+        ("/proc/run", "/proc/run cannot be written: no file can be made in /proc ("),
+    ],
+)
+def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path, workdir, message):
     file = tmp_path / "file"
     file.write_text("")
-    flags = [f"--config={CONFIG}", f"--workdir={file}/run"]
+    flags = [f"--config={CONFIG}", f"--workdir={workdir.format(file=file)}"]
     status, line = run_here(monkeypatch, capsys, "train", *flags)
-    assert line == f"error: --workdir={file}/run cannot be written: {file} is not a folder"
+    assert line.startswith(f"error: --workdir={message.format(file=file)}")
     assert status == 1
 
 

@@ -155,14 +155,16 @@ def test_csv(tmp_path):
     table = Table(tmp_path / "a.csv")
     for row in ROWS:
         table.add({**row, "features": [1.5, 2.0]})
+    table.add({"class": "owl", "image": "c.png"})  # in another order
     table.close()
     with (tmp_path / "a.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
+        first, second, third = csv.DictReader(file)
     assert first == {
         "image": "a,b.png", "class": "cat", "probabilities.cat": "0.75",
         "probabilities.dog": "0.25", "features.0": "1.5", "features.1": "2.0",
     }  # fmt: skip
     assert second["probabilities.dog"] == "0.75"
+    assert (third["image"], third["class"], third["features.0"]) == ("c.png", "owl", "")
 
 
 def test_a_table_without_rows_is_not_written(tmp_path):

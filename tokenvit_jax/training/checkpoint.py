@@ -562,7 +562,8 @@ def _everywhere(fine: bool) -> bool:
 
 def _brief(error: Exception) -> str:
     """Returns the first line of a message; storage errors go on with locations in their source."""
-    return str(error).partition("\n")[0][:300] or type(error).__name__
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
 def _unused(path: Path) -> Path:

@@ -58,6 +58,7 @@ class Table:
             raise UserError(f"--results={path} is not valid; valid: a file NAME.json or NAME.csv")
         check_file(path, "--results", inputs)
         self.path, self._log = path, None
+        self._columns: list[str] = []  # of the .csv file
         self._is_json = path.suffix == ".json"
         begin = b'[\n{"image":' if self._is_json else b"image,"
         if os.path.exists(path) and read_file(path)[: len(begin)] not in (b"", begin):
@@ -94,7 +95,9 @@ class Table:
 
     def _csv(self, row: Mapping[str, Any], first: bool) -> bytes:
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, list(row))
+        if first:
+            self._columns = list(row)
+        writer = csv.DictWriter(lines, self._columns)
         if first:
             writer.writeheader()
         writer.writerow(row)
