@@ -167,6 +167,7 @@ def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_pa
         ({"source": workdir, "layout": "own", "out": file}, f"--out={file} exists already; valid"),
         ({"source": workdir, "out": "back.npz"}, "--out=back.npz is not valid; valid: NAME.safet"),
         ({**flags, "out": file}, f"--out={file} is a file; valid: a folder"),
+        ({**flags, "checkpoint": "best"}, f"--checkpoint has no effect: --source={weights} is a"),
         ({**flags, "data_dir": tmp_path}, f"--data_dir={tmp_path} needs --dataset"),
         ({**flags, "override": ["num_classes=3"]}, "--override=num_classes is not valid: the file"),
         (
@@ -257,6 +258,7 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
             {"dataset": "scnes"},
             r"error: no dataset 'scnes' \(did you mean 'scenes'\?\); valid: ade",
         ),
+        ({"eval_crop": 0.9}, "--eval_crop has no effect: segmentation shows the whole image"),
         ({"model": "swin_t"}, "layout=segmenter has no model 'swin_t'; valid: vit, deit"),
     ):
         status, _, err = run(monkeypatch, capsys, out=tmp_path / "run", **flags | changes)
@@ -339,6 +341,10 @@ def test_settings_are_literals_or_strings():
     for text in ("window_size", "=3", "a b=3"):
         with pytest.raises(UserError, match=f"^--override={text} is not valid; valid: NAME=VALUE"):
             convert.parse_overrides([text])
+    with pytest.raises(UserError, match=r"^--override=dim is given twice; valid: once$"):
+        convert.parse_overrides(["dim=1", "dim=2"])
+    for text in ("{[]: 1}", "-" * 99999, "(" * 99999, "1" * 9999):
+        assert convert.parse_overrides([f"dim={text}"]) == {"dim": text}
 
 
 def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):
