@@ -161,13 +161,13 @@ def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_pa
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "model.safetensors.index.json").touch()
     for extra, message in (
+        ({**flags, "checkpoint": "best"}, f"--checkpoint has no effect: --source={weights} is a"),
         ({"source": own, "num_classes": 0}, f"--num_classes has no effect: --source={own} holds"),
         ({"source": workdir, "override": ["depth=2"]}, "--override has no effect: --source="),
         ({"source": workdir, "out": own}, f"--out={own} exists already; valid: a path where"),
         ({"source": workdir, "layout": "own", "out": file}, f"--out={file} exists already; valid"),
         ({"source": workdir, "out": "back.npz"}, "--out=back.npz is not valid; valid: NAME.safet"),
         ({**flags, "out": file}, f"--out={file} is a file; valid: a folder"),
-        ({**flags, "checkpoint": "best"}, f"--checkpoint has no effect: --source={weights} is a"),
         ({**flags, "data_dir": tmp_path}, f"--data_dir={tmp_path} needs --dataset"),
         ({**flags, "override": ["num_classes=3"]}, "--override=num_classes is not valid: the file"),
         (
