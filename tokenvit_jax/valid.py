@@ -73,6 +73,22 @@ class OneOf(NamedTuple):
         return ", ".join(map(str, self.values))
 
 
+class ZeroOr(NamedTuple):
+    """0, which turns something off, or the numbers of a rule.
+
+    Attributes:
+      rule: the rule; its lowest number is above 0.
+    """
+
+    rule: Number
+
+    def accepts(self, value: Any) -> bool:
+        return Number(0, 0, whole=self.rule.whole).accepts(value) or self.rule.accepts(value)
+
+    def __str__(self) -> str:
+        return f"0, or {self.rule}"
+
+
 class Flag(NamedTuple):
     """True or False."""
 
