@@ -65,6 +65,7 @@ ZERO = {
     "num_classes", "drop_path", "dropout", "num_registers", "layer_scale", "projection", "adaptive",
     "centroid_old_weight", "penalty", "learning_rate_factor", "alpha", "iterations",
 }  # fmt: skip
+RATES = {"drop_path", "dropout", "adaptive", "centroid_old_weight"}
 ZERO_IN_HEADS = ZERO - {"num_classes"} | {"depth"}
 
 # Values that are valid, or that are valid with some values of the other settings.
@@ -170,6 +171,8 @@ def meaningless_values(owner: str, name: str) -> list[Any]:
     values = list(MEANINGLESS[kind])
     if kind in (int, float) and name not in (ZERO_IN_HEADS if owner in HEADS else ZERO):
         values += [0, 0.0]
+    if kind is float and name not in RATES:
+        values += [1e-300]  # 0 in 32 bits
     return values
 
 

@@ -422,7 +422,7 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
         ),
         (
             {"method": "soft_extract", "penalty": -1.0},
-            "token_reducer.penalty=-1.0 is not valid; valid: numbers from 0",
+            "token_reducer.penalty=-1.0 is not valid; valid: 0, or numbers",
         ),
     ],
 )

@@ -261,7 +261,10 @@ def test_parameters_with_distillation(name, number):
         ),
         ({"num_heads": 3}, "num_heads=3 does not divide 8 channels"),
         ({"num_registers": -1}, "num_registers=-1 is not valid; valid: whole numbers from 0"),
-        ({"layer_scale": math.nan}, "layer_scale=nan is not valid; valid: numbers from 0"),
+        (
+            {"layer_scale": math.nan},
+            "layer_scale=nan is not valid; valid: 0, or numbers from 1e-12",
+        ),
         ({"activation": "relu"}, "activation='relu' is not valid; valid: gelu, quick_gelu"),
         ({"patch_size": 0}, "patch_size=0 is not valid; valid: whole numbers from 1"),
         ({"patch_size": 65}, r"patch_size=65 .* position_size=\(48, 32\); valid: 1 to 48"),

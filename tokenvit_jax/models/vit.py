@@ -39,7 +39,7 @@ from tokenvit_jax.models.settings import (
 from tokenvit_jax.ops.gather import take
 from tokenvit_jax.ops.resize import resize_bicubic
 from tokenvit_jax.ops.windows import pad_to_windows
-from tokenvit_jax.valid import Flag, Number, OneOf, Several, whole
+from tokenvit_jax.valid import Flag, Number, OneOf, Several, ZeroOr, whole
 
 POOLS = ("token", "mean")
 QK_NORMS = ("none", "fixed", "learned")
@@ -101,7 +101,7 @@ class ViTSettings(BackboneSettings):
         "num_registers": whole(0, 4096),
         "pre_norm": Flag(),
         "patch_bias": Flag(),
-        "layer_scale": Number(0, 100),
+        "layer_scale": ZeroOr(Number(1e-12, 100)),
         "activation": OneOf(tuple(ACTIVATIONS)),
         "projection": whole(0, 2**16),
         "pool": OneOf(POOLS),

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.settings import BLOCKS, Checked, Rules, check_unused
-from tokenvit_jax.valid import Flag, Number, OneOf, Several, whole
+from tokenvit_jax.valid import Flag, Number, OneOf, Several, ZeroOr, whole
 
 CLUSTERINGS = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
 SELECTIONS = ("powerbert", "random", "importance")
@@ -56,8 +56,8 @@ class TokenReducer(Checked):
         "carry": Flag(),
         "diagonal": Flag(),
         "blocks": Several(whole(1, BLOCKS)),
-        "penalty": Number(0, 1e6),
-        "learning_rate_factor": Number(0, 1e6),
+        "penalty": ZeroOr(Number(1e-12, 1e6)),
+        "learning_rate_factor": ZeroOr(Number(1e-9, 1e6)),
     }
 
     keep: tuple[int, ...] = ()

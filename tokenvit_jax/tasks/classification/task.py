@@ -14,6 +14,7 @@ from tokenvit_jax.data.token_labels import grid_size
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.classification import AccuracyMeter, accuracy_sums
 from tokenvit_jax.ops.mix_boxes import mix_boxes
+from tokenvit_jax.tasks import overrides
 from tokenvit_jax.tasks.classification import losses, teaching
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples, eval_crop
 from tokenvit_jax.tasks.classification.mixing import (
@@ -23,7 +24,6 @@ from tokenvit_jax.tasks.classification.mixing import (
     mix_targets,
 )
 from tokenvit_jax.tasks.classification.settings import ENTRIES, NEEDS, check_relations
-from tokenvit_jax.tasks.overrides import make_backbone
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -74,7 +74,7 @@ class Classification(Task):
 
     def make_model(self) -> nn.Module:
         config = self.config
-        model = make_backbone(
+        model = overrides.make_backbone(
             config,
             num_classes=self.info.num_classes,
             dtype=jnp.dtype(config.dtype),
