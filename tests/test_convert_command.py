@@ -162,6 +162,7 @@ def test_flags_and_paths_without_effect_are_rejected(monkeypatch, capsys, tmp_pa
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "model.safetensors.index.json").touch()
     for extra, message in (
+        ({**flags, "checkpoint": "best"}, f"--checkpoint has no effect: --source={weights} is a"),
         ({"source": own, "num_classes": 0}, f"--num_classes has no effect: --source={own} holds"),
         ({"source": workdir, "override": ["depth=2"]}, "--override has no effect: --source="),
         ({"source": workdir, "out": own}, f"--out={own} exists already; valid: a path where"),
@@ -258,6 +259,7 @@ def test_file_that_does_not_fit_a_segmenter_is_rejected(monkeypatch, capsys, tmp
             {"dataset": "scnes"},
             r"error: no dataset 'scnes' \(did you mean 'scenes'\?\); valid: ade",
         ),
+        ({"eval_crop": 0.9}, "--eval_crop has no effect: segmentation shows the whole image"),
         ({"model": "swin_t"}, "layout=segmenter has no model 'swin_t'; valid: vit, deit"),
     ):
         status, _, err = run(monkeypatch, capsys, out=tmp_path / "run", **flags | changes)
@@ -340,6 +342,10 @@ def test_settings_are_literals_or_strings():
     for text in ("window_size", "=3", "a b=3"):
         with pytest.raises(UserError, match=f"^--override={text} is not valid; valid: NAME=VALUE"):
             convert.parse_overrides([text])
+    with pytest.raises(UserError, match=r"^--override=dim is given twice; valid: once$"):
+        convert.parse_overrides(["dim=1", "dim=2"])
+    for text in ("{[]: 1}", "-" * 99999, "(" * 99999, "1" * 9999):
+        assert convert.parse_overrides([f"dim={text}"]) == {"dim": text}
 
 
 def test_wrong_model_is_rejected(monkeypatch, capsys, tmp_path, weights):

@@ -116,6 +116,8 @@ def main(flag_values: flags.FlagValues) -> None:
     lines = []
     if not source.is_dir():
         check_file(source)
+        if flag_values["checkpoint"].present:
+            raise UserError(f"--checkpoint has no effect: --source={source} is a file, not a run")
     own = means_own(flag_values.layout, source)
     if own or source.is_dir():
         _refuse_choices(flag_values, source)
@@ -172,16 +174,18 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """Returns settings by name from texts "NAME=VALUE"; a value that is no literal is a string.
 
     Raises:
-      UserError: a text has another form.
+      UserError: a text has another form, or a name occurs twice.
     """
     overrides = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals):
             raise UserError(f"--override={text} is not valid; valid: NAME=VALUE")
+        if name in overrides:
+            raise UserError(f"--override={name} is given twice; valid: once")
         try:
             overrides[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             overrides[name] = value
     return overrides
 

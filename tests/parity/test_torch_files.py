@@ -231,11 +231,11 @@ READ = {  # kind -> content, from which the numbers of PLAIN are read
 FLOATS = ("float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 REFUSED = {  # kind -> content, words of the message
-    "a list": ([1], "holds a list; valid: arrays by name"),
-    "a list of dictionaries": ([PLAIN], "holds a list; valid: arrays by name"),
-    "a tensor": (torch.ones(3), "holds a Tensor; valid: arrays by name"),
-    "a number": (3, "holds a int; valid"),
-    "nothing": (None, "holds a NoneType; valid"),
+    "a list": ([1], "holds an object of type list; valid: arrays by name"),
+    "a list of dictionaries": ([PLAIN], "holds an object of type list; valid: arrays by name"),
+    "a tensor": (torch.ones(3), "holds an object of type Tensor; valid: arrays by name"),
+    "a number": (3, "holds an object of type int; valid"),
+    "nothing": (None, "holds an object of type NoneType; valid"),
     "an empty dictionary": ({}, "holds no arrays with names"),
     "text": ({"model": "x"}, "holds no arrays with names"),
     "numbers as names": ({1: torch.ones(3)}, "holds no arrays with names"),

@@ -418,7 +418,7 @@ def test_files_of_torch(read_torch):
     assert "argparse.Namespace" in stand_ins and "numpy.dtype" in stand_ins
     assert argparse.Namespace not in stand_ins.values()  # no class of the file is called
     for content, message in (
-        ([1, 2], "holds a list; valid: arrays by name"),
+        ([1, 2], "holds an object of type list; valid: arrays by name"),
         (
             pickle.UnpicklingError("GLOBAL a.b was not"),
             r"is refused: .*\(a.b\).*KEY is 'state_dict'",

@@ -220,6 +220,9 @@ def _set_images(
     if layout.eval_crop is not None:
         config.data.eval_crop = layout.eval_crop(config.image_size, arrays)
         keys += ["eval_crop", "eval_interpolation"]
+    for key in ("eval_crop", "eval_interpolation"):
+        if key not in keys and getattr(choices, key) is not None:
+            raise UserError(f"--{key} has no effect: {layout.task} shows the whole image")
     for key in keys:
         if (value := getattr(choices, key)) is not None:
             config.data[key] = value

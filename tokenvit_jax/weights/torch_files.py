@@ -241,7 +241,7 @@ def choose(path: Path, content: Any, tensor: type, ema: bool) -> dict[str, Any]:
     """
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        raise UserError(f"--source={path} holds a {kind}; valid: arrays by name")
+        raise UserError(f"--source={path} holds an object of type {kind}; valid: arrays by name")
     found = list(_state_dicts(content, tensor, (), set()))
     average = _largest(path, [one for one in found if one.is_average])
     arrays = _largest(path, [one for one in found if not one.is_average])
