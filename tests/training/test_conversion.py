@@ -136,6 +136,29 @@ def test_a_file_of_another_model_is_recognised(convert):
         convert(arrays)
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "array", "shapes"),
+    [
+        ("timm", "vit_ti", "pos_embed", [(1, 1, 16), (1, 10**5, 1), (16,)]),
+        ("timm", "vit_ti", "patch_embed.proj.weight", [(1,), (1, 1, 1, 10**5)]),
+        ("timm", "vit_ti", "reg_token", [(16,), (1, 10**5, 1)]),
+        ("google", "vit_ti", "embedding/kernel", [(3, 16)]),
+        ("clip", "vit_ti", "visual.positional_embedding", [(), (10**5, 1)]),
+        ("timm", "swin_t", "layers.0.blocks.0.attn.relative_position_bias_table",
+         [(10**6, 1), (3,)]),
+    ],
+)  # fmt: skip
+def test_strange_shapes_are_mismatches(convert, layout, name, array, shapes):
+    """Settings are read from the shapes of arrays, which may be any."""
+    settings = NARROW if name == "vit_ti" else SWIN
+    clip = {"pre_norm": True, "patch_bias": False, "projection": 8} if layout == "clip" else {}
+    arrays = arrays_of(layout, name, 0 if clip else 10, settings, **clip)
+    for shape in shapes:
+        strange = arrays | {array: np.ones(shape, np.float32)}
+        with pytest.raises(UserError, match=r"^--(source=.*w|override).*(do|does) not fit|valid:"):
+            convert(strange, name, settings)
+
+
 def test_messages(convert):
     arrays = arrays_of()
     for changes, message in (
@@ -149,17 +172,17 @@ def test_messages(convert):
             r"^--layout=timm is for classification: config.dataset='scenes' has no label",
         ),
         ({"model_overrides": {"windows": 3}}, "^--override: model vit_ti has no setting 'windows'"),
-        ({"model_overrides": {"patch_size": 0}}, "^--override.*patch_size=0"),
-        (
-            {"model_overrides": {"dim": "abc"}},
-            "^--override=dim='abc' is not valid; valid: such as 192",
+        *(
+            ({"model_overrides": {key: value}}, f"^--override: {key}={value!r} is not valid; valid")
+            for key, value in (
+                ("dim", "abc"),
+                ("dim", True),
+                ("num_heads", 0),
+                ("layer_scale", "x"),
+                ("patch_size", 0),
+                ("drop_path", 2),
+            )
         ),
-        ({"model_overrides": {"dim": True}}, "^--override=dim=True is not valid"),
-        (
-            {"model_overrides": {"num_heads": 0}},
-            "^--override=num_heads=0 is not valid; valid: at least 1",
-        ),
-        ({"model_overrides": {"layer_scale": "x"}}, "^--override=layer_scale='x' is not valid"),
         ({"name": "vit_t"}, "unknown model 'vit_t'"),
         ({"name": "swin_t", "settings": {}}, "fit no layout of swin_t; the nearest is"),
     ):

@@ -91,7 +91,9 @@ def import_file(
     choices = choices or Choices()
     found = find_layout(layout, name) if layout != AUTO else None
     layouts_of(name)  # raises UserError for a model without layouts
-    _check_overrides(name, choices.model_overrides or {})
+    for key in choices.model_overrides or {}:
+        if key in _SET_ELSEWHERE:
+            raise UserError(f"--override={key} is not valid: {_SET_ELSEWHERE[key]}")
     check_new(out)
     published = read_arrays(source, choices.ema)
     with _about(source, published, name, layout):
@@ -151,27 +153,6 @@ def _with_choices(name: str, told: Mapping[str, Any], chosen: Mapping[str, Any])
     except UserError as error:
         raise UserError(f"--override: {error}") from error
     return overrides
-
-
-def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
-    """Raises UserError for the first setting with a value of another kind than the model's own."""
-    settings = create_model(name).settings
-    for key, value in overrides.items():
-        if key in _SET_ELSEWHERE:
-            raise UserError(f"--override={key} is not valid: {_SET_ELSEWHERE[key]}")
-        default = getattr(settings, key, None)  # create_model refuses unknown names
-        if default is None:
-            continue
-        numbers = (int, float) if isinstance(default, float) else type(default)
-        is_kind = isinstance(value, numbers) and isinstance(value, bool) == isinstance(
-            default, bool
-        )
-        if not is_kind:
-            raise UserError(f"--override={key}={value!r} is not valid; valid: such as {default!r}")
-        if isinstance(default, int) and value < min(default, 1):
-            raise UserError(
-                f"--override={key}={value!r} is not valid; valid: at least {min(default, 1)}"
-            )
 
 
 def _set_classes(
