@@ -105,16 +105,6 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, in order."""
         return saved_steps(self._workdir)
 
-    def is_recorded(self, step: int) -> bool:
-        """Returns whether the checkpoint of a step has the metrics of its evaluation.
-
-        It has not if the run ended between the two: then the evaluation is to be repeated.
-        """
-        try:
-            return _metrics(self._folder / str(step)) is not None
-        except ValueError:  # damaged: it was recorded, or cannot be
-            return True
-
     def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Starts to save the state after a step; the state may be consumed afterwards.
 
