@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -211,8 +212,11 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
     """Changes entries and settings of a configuration, and returns it.
 
     Raises:
-      UserError: a key is unknown, a value cannot be read, or two overrides contradict each other.
+      UserError: a key is unknown, a value cannot be read, or an override replaces the one before it.
     """
+    # Of several values of a key, the last counts.
+    last = {override.key: override for override in reversed(overrides)}
+    overrides = list(reversed(last.values()))
     _check_overrides(overrides)
     with config.unlocked():
         # Entries first: they may choose another model, which has other settings.
@@ -228,17 +232,12 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
 
 
 def _check_overrides(overrides: Sequence[_Override]) -> None:
-    given = {}
-    for override in overrides:
-        other = given.setdefault(override.key, override)
-        if (other.text, other.negated) != (override.text, override.negated):
-            raise UserError(f"{_short(other)} and {_short(override)} contradict each other")
-        for key, other in given.items():
-            if key.startswith(f"{override.key}."):
-                raise UserError(
-                    f"{_short(override)} replaces {_short(other)}, which stands before it; valid: "
-                    "the other order"
-                )
+    for override, other in itertools.combinations(reversed(overrides), 2):
+        if other.key.startswith(f"{override.key}."):
+            raise UserError(
+                f"{_short(override)} replaces {_short(other)}, which stands before it; valid: the "
+                "other order"
+            )
 
 
 def _set_entry(config: ConfigDict, override: _Override) -> None:

@@ -560,8 +560,14 @@ def _everywhere(fine: bool) -> bool:
     )
 
 
-def _brief(error: Exception) -> str:
-    """Returns the first line of a message; storage errors go on with locations in their source."""
+def _brief(error: BaseException) -> str:
+    """Returns the first line of the message of the first cause of an error.
+
+    Errors of storage go on with locations in its source; those that orbax wraps around them begin
+    with indices into an array.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = str(error).partition("\n")[0] or type(error).__name__
     return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
