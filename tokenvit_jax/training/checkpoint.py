@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,23 +32,6 @@ _SCORE = "score"
 # orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def _hide_late_writers(show: Callable[..., None]) -> Callable[..., None]:
-    """Returns an exception hook that passes over writers that end after one that failed.
-
-    orbax has then closed the event loop that they report to, and tensorstore prints that, with a
-    traceback, from its own threads.
-    """
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            show(kind, error, trace)
-
-    return hook
-
-
-sys.excepthook = _hide_late_writers(sys.excepthook)
 
 
 def saved_steps(workdir: Path) -> list[int]:
