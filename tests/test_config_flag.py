@@ -258,7 +258,7 @@ def test_list_has_the_values_of_a_config(parse):
     assert "model_overrides.expedite.alpha" not in listed
     meanings = {key: meaning for key, _, meaning in list_entries(config)}
     assert meanings["model_overrides.token_reducer"].startswith("a TokenReducer or its attributes")
-    assert meanings["model_overrides.depth"] == "number of blocks"
+    assert meanings["model_overrides.depth"].startswith("number of blocks (whole numbers from ")
 
 
 def test_configs_share_no_reference():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from full_disk import largest_file
@@ -250,3 +251,12 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkey
     # The configuration, three files of metrics, six events, two tables with four pictures each
     # and two rows, and the plot.
     assert count > 20
+
+
+def test_only_writers_that_end_after_a_failed_one_are_passed_over():
+    found = []
+    hook = output._without_late_writers(found.append)
+    errors = [RuntimeError("Event loop is closed"), RuntimeError("a"), ValueError("b")]
+    for error in errors:
+        hook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [entry.exc_value for entry in found] == errors[1:]

@@ -212,11 +212,10 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
     """Changes entries and settings of a configuration, and returns it.
 
     Raises:
-      UserError: a key is unknown, a value cannot be read, or an override replaces the one before it.
+      UserError: a key is unknown, a value cannot be read, or an override replaces another one.
     """
-    # Of several values of a key, the last counts.
-    last = {override.key: override for override in reversed(overrides)}
-    overrides = list(reversed(last.values()))
+    last = {override.key: place for place, override in enumerate(overrides)}
+    overrides = [overrides[place] for place in sorted(last.values())]
     _check_overrides(overrides)
     with config.unlocked():
         # Entries first: they may choose another model, which has other settings.
