@@ -30,7 +30,6 @@ TRIALS = int(os.environ.get("STRESS_TRIALS", 1000))
 SEED = 0
 RESUME_EVERY = 4  # damages
 SHORT_TRIALS = 40
-SHORT_WITHOUT = ("config.json", "metrics.jsonl")  # their damages are not found yet
 
 STEPS = (10, 20, 30)
 SCORES = {10: 0.5, 20: 0.9, 30: 0.7}
@@ -82,9 +81,8 @@ def open_log(workdir, config, step):
 class Damaged:
     """A run whose files are damaged one after the other; `counts` says what came of it."""
 
-    def __init__(self, folder, without=()):
+    def __init__(self, folder):
         self.workdir, self._copy = folder / "run", folder / "copy"
-        self._without = without
         self._random = random.Random(SEED)
         self.counts = collections.Counter()
         self.wrong = []
@@ -130,7 +128,7 @@ class Damaged:
         """Returns a file and a damage; more often files that are read, and large ones."""
         draw, checkpoints = self._random.random, self.workdir / FOLDER
         below = checkpoints / str(STEPS[-1]) if resumes and draw() < 0.7 else self.workdir
-        paths = sorted(path for path in below.rglob("*") if path.name not in self._without)
+        paths = sorted(below.rglob("*"))
         if draw() < 0.05:
             folders = [path for path in paths if path.is_dir() and checkpoints in path.parents]
             return self._random.choice(folders), self.missing_folder
@@ -239,11 +237,11 @@ def same(found, expected):
     return None
 
 
-def check(folder, number, caplog, monkeypatch, without=()):
+def check(folder, number, caplog, monkeypatch):
     noise = []
     monkeypatch.setattr(threading, "excepthook", noise.append)
     monkeypatch.setattr(sys, "unraisablehook", noise.append)
-    damaged = Damaged(folder, without)
+    damaged = Damaged(folder)
     damaged.trials(number)
     print(json.dumps(damaged.counts, indent=2))
     assert not damaged.wrong, "\n".join(damaged.wrong)
@@ -255,7 +253,7 @@ def check(folder, number, caplog, monkeypatch, without=()):
 
 
 def test_damages(tmp_path, caplog, monkeypatch):
-    check(tmp_path, SHORT_TRIALS, caplog, monkeypatch, SHORT_WITHOUT)
+    check(tmp_path, SHORT_TRIALS, caplog, monkeypatch)
 
 
 @pytest.mark.stress
