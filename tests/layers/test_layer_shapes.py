@@ -27,6 +27,7 @@ FUNCTIONS = {
     "blocks.dense": ((8, jnp.float32), {}),
     "blocks.gelu": ((TOKENS,), {}),
     "blocks.quick_gelu": ((TOKENS,), {}),
+    "cluster_attention.check_ratios": (((4, 2), "clusters"), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
