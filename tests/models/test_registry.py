@@ -20,8 +20,12 @@ def abstract_variables(model, size):
 PLAIN = [*tv.list_models("deit_*"), *tv.list_models("vit_*")]
 
 
-@pytest.mark.parametrize("name", tv.list_models())
-@pytest.mark.parametrize("size", [(224, 224), (33, 97)])
+# The sizes of a family differ in widths, which do not meet the padding of odd images.
+SIZES = [(name, (224, 224)) for name in tv.list_models()]
+SIZES += [(name, (33, 97)) for name in tv.list_models("*_t*")]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_contract_of_shapes(name, size):
     plain = name in PLAIN
     depth = {"depth": 1} if plain else {"depths": (1, 1, 1, 1)}
