@@ -134,8 +134,8 @@ def draw_line(rng: random.Random, number: int) -> Line:
     arguments, meaningless = [], []
     for name in chosen:
         bad, good = VALUES[name]
-        if command == "prepare":
-            bad = ("path",)  # it makes the folder, and passes over the files of built-in datasets
+        if command == "prepare" or (command, name) == ("train", "workdir"):
+            bad = ("path",)  # these make the folder
         if name in wrong or not good:
             value = rng.choice([v for kind in bad for v in MEANINGLESS[kind]])
             meaningless.append(f"--{name}={value}")
