@@ -11,12 +11,11 @@ import logging
 import os
 import shutil
 import stat
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenvit_jax.errors import UserError
 
@@ -323,20 +322,3 @@ def _reason(error: Exception) -> str:
 def shown(name: str | Path) -> str:
     """Returns a name with escapes in place of bytes that are no text, line ends and the like."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
-
-
-def _without_late_writers(show: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns a hook for errors in foreign threads that passes over writers of a checkpoint.
-
-    If the disk is full, the first of them fails and is reported; orbax closes the event loop, and
-    tensorstore prints a traceback for every other one, which cannot report to it any more.
-    """
-
-    def hook(found: Any) -> None:
-        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
-            show(found)
-
-    return hook
-
-
-sys.unraisablehook = _without_late_writers(sys.unraisablehook)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import different_names
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.output import write_file
-from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks import check_values, default_config
 from tokenvit_jax.training.digests import DIGEST, json_digest, sealed
 
 CONFIG_FILE = "config.json"
@@ -66,6 +66,7 @@ def restore_config(stored: Any, path: Path) -> ConfigDict:
         config = default_config(str(values.get("task")))
         with config.unlocked():
             _fill(config, values)
+        check_values(config)
     except UserError as error:
         why = str(error)
     else:
