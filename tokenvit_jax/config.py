@@ -30,6 +30,9 @@ from tokenvit_jax.valid import (
 MIN_IMAGE_SIZE = 32  # one cell of the last map of a hierarchical backbone [pixels]
 MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
 
+# Fields of models and heads that are no settings: the task or Flax sets them.
+SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
+
 # Rules of several entries.
 SIDE = whole(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
 SHARE = Number(0, 1)

@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, base_config, with_valid
+from tokenvit_jax.config import ENTRIES, SET_ELSEWHERE, base_config, with_valid
 from tokenvit_jax.errors import did_you_mean
 from tokenvit_jax.valid import LONGEST, Rule
-
-# Fields of models and heads that the task or Flax sets.
-_SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
 
 
 def has_key(config: ConfigDict, key: str) -> bool:
@@ -63,13 +60,12 @@ def list_settings(config: ConfigDict) -> dict[str, Setting]:
 
 
 def _fields(prefix: str, owner: Any) -> Iterator[tuple[str, Setting]]:
+    from tokenvit_jax.models.settings import rules_of  # imports jax
+
     cls = owner if isinstance(owner, type) else type(owner)
-    meanings, parts = attribute_meanings(cls), getattr(cls, "parts", {})
-    rules = {}
-    for base in reversed(cls.__mro__):
-        rules |= vars(base).get("valid", {})
+    meanings, parts, rules = attribute_meanings(cls), getattr(cls, "parts", {}), rules_of(cls)
     for field in dataclasses.fields(cls):
-        if field.name not in _SET_ELSEWHERE:
+        if field.name not in SET_ELSEWHERE:
             key, kind = f"{prefix}.{field.name}", typing.get_origin(field.type) or field.type
             kind = kind if kind in (bool, int, float, str, tuple) else object
             value = getattr(owner, field.name, None)

@@ -8,13 +8,11 @@ from typing import Any
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import SET_ELSEWHERE
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.models import create_model, model_settings
 from tokenvit_jax.models.backbone import Backbone
 from tokenvit_jax.valid import shown
-
-# Fields of models and heads that the task or Flax sets.
-_SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
 
 
 def make_backbone(config: ConfigDict, **given: Any) -> Backbone:
@@ -43,7 +41,7 @@ def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Modu
     Raises:
       UserError: an override is unknown or not valid.
     """
-    valid = [field.name for field in dataclasses.fields(cls) if field.name not in _SET_ELSEWHERE]
+    valid = [field.name for field in dataclasses.fields(cls) if field.name not in SET_ELSEWHERE]
     for name in config.head_overrides:
         if name not in valid:
             raise UserError(
@@ -57,7 +55,7 @@ def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Modu
 def _make(make: Callable[..., Any], group: str, config: ConfigDict, given: Mapping[str, Any]):
     overrides = config[group].to_dict()
     for name in overrides:
-        if name in _SET_ELSEWHERE:
+        if name in SET_ELSEWHERE:
             raise UserError(f"config.{group}.{name} is not valid: the task sets {name}")
     try:
         return make(**given, **overrides)
