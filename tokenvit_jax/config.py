@@ -136,7 +136,11 @@ ENTRIES: dict[str, Entry] = {
         OneOf(("raise", "skip")),
     ),
     "data.repeats": Entry(1, "repeated augmentation: copies of an image in a batch", _BATCH),
-    "data.eval_batch_size": Entry(128, "images per evaluation step, over all devices", _BATCH),
+    "data.eval_batch_size": Entry(
+        128,
+        "images per evaluation step, over all devices; rounded up to a multiple of their number",
+        _BATCH,
+    ),
     "data.normalization": Entry(
         "imagenet",
         "mean and standard deviation of the pixels; inception: 0.5 and 0.5",
