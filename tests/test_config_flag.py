@@ -216,6 +216,17 @@ def test_override_needs_a_config(parse):
     assert "--config=a --config=b" in message_of(parse, "--config=a", "--config=b")
 
 
+def test_what_an_override_switches_off_gets_its_default(parse):
+    config, off = "--config=segmenter_s", "--config.optimizer.schedule=cosine"
+    assert parse(config).optimizer.power == 0.9
+    assert parse(config, off).optimizer.power == 1.0
+    assert parse(config, off, "--config.optimizer.power=0.9").optimizer.power == 0.9
+    assert parse(config, off, "--config.seed=-1").optimizer.power == 0.9  # will be refused
+    config = parse("--config=finetune:vit_b,3680", "--config.optimizer.warmup_steps=0")
+    assert config.optimizer.warmup_learning_rate == 1e-6
+    assert config.is_locked
+
+
 def test_forms_of_overrides(parse):
     config = parse(
         "--config.seed=007", "-config.batch_size", "32", "--workdir", "x", DEIT,

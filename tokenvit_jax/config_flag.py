@@ -211,12 +211,18 @@ def _split(argv: Sequence[str]) -> tuple[list[_Override], list[str]]:
 def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
     """Changes entries and settings of a configuration, and returns it.
 
+    Entries that then change nothing, such as the learning rate of a warmup that is switched off,
+    get their defaults unless they are overridden: nobody asked for them.
+
     Raises:
       UserError: a key is unknown, a value cannot be read, or an override replaces another one.
     """
+    from tokenvit_jax.tasks import default_config, idle_entries  # imports jax
+
     last = {override.key: place for place, override in enumerate(overrides)}
     overrides = [overrides[place] for place in sorted(last.values())]
     _check_overrides(overrides)
+    idle = idle_entries(config) | {override.key for override in overrides}
     with config.unlocked():
         # Entries first: they may choose another model, which has other settings.
         for override in overrides:
@@ -227,6 +233,9 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
             if _is_setting(override.key):
                 settings = settings or list_settings(config)
                 _set_setting(config, override, settings)
+        for key in idle_entries(config) - idle:
+            value = read_entry(default_config(config.task), key)
+            config.update_from_flattened_dict({key: value})
     return config.lock()
 
 

@@ -381,7 +381,8 @@ def test_unknown_dataset_is_named(config):
         train_dataset(config)
 
 
-# Without a guard, and read from standard input: the workers do not run it again.
+# Without a guard, and read from standard input: the workers do not run it again. They use the same
+# package as this program, wherever its path leads now.
 SCRIPT = """
 import os, signal, sys, threading
 from batches import children, train_dataset
@@ -390,6 +391,7 @@ from tokenvit_jax.tasks import default_config
 config = default_config("classification")
 config.image_size, config.data.workers = 32, 1
 iterator = iter(train_dataset(config))
+sys.path.insert(0, sys.argv[2])
 
 def signal_worker():  # as a cluster does to all processes of a job, from their first moment
     while not (workers := children(os.getpid())):
@@ -412,9 +414,11 @@ if sys.argv[1] == "kill":
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
-def test_workers_end_with_their_parent(how):
+def test_workers_end_with_their_parent(tmp_path, how):
+    (tmp_path / "tokenvit_jax").mkdir()
+    (tmp_path / "tokenvit_jax" / "__init__.py").touch()
     result = subprocess.run(
-        [sys.executable, "-", how],
+        [sys.executable, "-", how, tmp_path],
         input=SCRIPT,
         capture_output=True,
         text=True,

@@ -353,6 +353,14 @@ def test_runs_that_lack_new_entries_are_read_and_go_on(tmp_path, caplog):
         other.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=f"holds a run with config.{key}=.* now it is"):
             check_same_run(tmp_path, other, steps_done=0)
+    distilled = config.copy_and_resolve_references()
+    distilled.model_overrides.distilled = True
+    name = "config.model_overrides.distilled"
+    with pytest.raises(UserError, match=f"a run without {name}, now it is True"):
+        check_same_run(tmp_path, distilled, steps_done=0)
+    write_config(tmp_path, distilled)
+    with pytest.raises(UserError, match=f"a run with {name}=True, now it is not set"):
+        check_same_run(tmp_path, config, steps_done=0)
 
 
 class LowDigits(digits.DigitsSource):

@@ -255,3 +255,14 @@ def test_mistakes_are_named(runs, tmp_path):
 def test_given_numbers_are_not_searched():
     config = stage({"keep": (3, 2), "method": "kmeans"})
     assert with_searched_keep(config, None) is config
+
+
+def test_reducer_that_is_not_valid_is_left_to_the_model():
+    for reducer in (3, "tome", {"method": "none"}):
+        config = stage()
+        config.model_overrides.token_reducer = reducer
+        assert with_searched_keep(config, None) is config
+    config, resumed = stage({"keep": (), "method": "kmeans"}), stage()
+    resumed.model_overrides.token_reducer = None
+    with pytest.raises(UserError, match="no search"):
+        with_searched_keep(config, None, resumed)

@@ -141,6 +141,9 @@ def test_damaged_lines_are_set_aside_and_the_run_goes_on(tmp_path, caplog):
     path.write_bytes(good[0])  # only the line end is missing
     assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5]
     assert caplog.text == ""
+    path.write_bytes(bytes(64))
+    assert not read_metrics(tmp_path)
+    assert f"{path}: 1 of 1 lines cannot be read" in caplog.text
 
 
 def test_metrics_that_cannot_be_read_are_one_line(tmp_path):

@@ -35,6 +35,7 @@ from typing import Any
 import grain
 import numpy as np
 
+import tokenvit_jax
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.stopping import SIGNALS
@@ -135,6 +136,20 @@ class BatchIterator:
             self._reader = None
 
 
+# Runs `tokenvit_jax.worker`. The package is loaded from its file: the path of the parent may name
+# its folder relative to another current folder, or lead to another version.
+_CODE = """
+import sys
+from importlib import util
+sys.path[:] = {!r}
+spec = util.spec_from_file_location("tokenvit_jax", {!r})
+sys.modules[spec.name] = package = util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from tokenvit_jax.worker import main
+main({})
+"""
+
+
 class _Pool:
     """Makes batches in worker processes; large arrays come back through shared memory.
 
@@ -195,9 +210,11 @@ class _Pool:
             return worker.connection.recv()
         except (EOFError, OSError) as error:
             status = worker.process.wait()
+            why = "its error is above"  # on standard error
+            if status < 0:  # a signal
+                why = "possibly for lack of memory; lower data.workers or the batch size"
             raise UserError(
-                f"a worker process of the data pipeline died (status {status}), possibly for lack "
-                "of memory; lower data.workers or the batch size"
+                f"a worker process of the data pipeline died (status {status}): {why}"
             ) from error
 
     def _worker(self, index: int) -> "_Worker":
@@ -213,12 +230,12 @@ class _Worker:
     def __init__(self, source: "_SharedMemory", slots: list["_SharedMemory"]):
         self.connection, theirs = multiprocessing.Pipe()
         # Not multiprocessing.Process, whose workers import the program of their parent.
-        code = "import sys; sys.path[:] = {!r}; from tokenvit_jax.worker import main; main({})"
+        code = _CODE.format([*map(str, sys.path)], tokenvit_jax.__file__, theirs.fileno())
         # The new process inherits what this thread blocks; the worker then ignores the signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code.format([*map(str, sys.path)], theirs.fileno())],
+                [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), source.file, *(slot.file for slot in slots)),
             )

@@ -97,14 +97,14 @@ def with_searched_keep(
     Raises:
       UserError: the run that training starts from was not a search.
     """
-    reducer = config.model_overrides.get("token_reducer")
-    if not reducer or not reads_keep(reducer.to_dict()) or reducer.get("keep"):
+    reducer = _reducer(config)
+    if not reducer or not reads_keep(reducer) or reducer.get("keep"):
         return config
     found = ()
     if initial is not None:
         found = searched_keep(initial.variables["params"])
     elif resumed is not None:
-        found = resumed.model_overrides.get("token_reducer", {}).get("keep", ())
+        found = _reducer(resumed).get("keep")
     if not found:
         raise UserError(
             "config.model_overrides.token_reducer.keep=() takes the numbers that a search found, "
@@ -115,6 +115,15 @@ def with_searched_keep(
     with config.unlocked():
         config.model_overrides.token_reducer.keep = found
     return config
+
+
+def _reducer(config: ConfigDict) -> dict[str, Any]:
+    """Returns the settings of the token reducer; empty if there is none.
+
+    What is no group of settings is refused when the model is made.
+    """
+    reducer = config.model_overrides.get("token_reducer")
+    return reducer.to_dict() if isinstance(reducer, ConfigDict) else {}
 
 
 def start_from(state: TrainState, initial: Initial, task: Task) -> tuple[TrainState, list[str]]:

@@ -30,6 +30,7 @@ from tokenvit_jax.training.workdir import CONFIG_FILE, has_config, read_file
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.jsonl.damaged"  # lines that could not be read when the run went on
 _NUM_NAMED = 5  # damaged lines that a warning names
+_START = b'{"step": '  # of each line
 
 
 class TrainLog:
@@ -257,7 +258,8 @@ def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, float]]], list[
     if not os.path.lexists(path):
         return [], []
     *lines, last = read_file(path).split(b"\n")
-    if _parse(last):  # only its line end is missing
+    # A killed process may leave a part of a line; what begins otherwise is damaged.
+    if _parse(last) or last[: len(_START)] != _START[: len(last)]:
         lines.append(last)
     numbered = [(number, line, _parse(line)) for number, line in enumerate(lines, start=1)]
     damaged = [(number, line) for number, line, metrics in numbered if not metrics]

@@ -189,9 +189,11 @@ def check_same_run(workdir: Path, config: ConfigDict, steps_done: int) -> None:
             )
         averages = key == "ema_decay" and bool(old) != bool(new)
         if averages or key in _FIXED_KEYS or key.split(".")[0] in _FIXED_KEYS:
+            has = f"without config.{key}" if old is None else f"with config.{key}={old!r}"
+            now = "not set" if new is None else repr(new)
             raise UserError(
-                f"{workdir} holds a run with config.{key}={old!r}, now it is {new!r}; use another "
-                "--workdir, or the old value to go on with that run"
+                f"{workdir} holds a run {has}, now it is {now}; use another --workdir, or the old "
+                "value to go on with that run"
             )
     if config.num_steps < steps_done:
         raise UserError(

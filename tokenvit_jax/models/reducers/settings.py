@@ -17,7 +17,8 @@ EVIT = "evit"
 MERGING = "tome"
 CONVOLUTION = "convolution"
 SEARCH = "soft_extract"
-METHODS = (*CLUSTERINGS, *SELECTIONS, EVIT, MERGING, CONVOLUTION, SEARCH)
+_KEEPING = (*CLUSTERINGS, *SELECTIONS, EVIT, MERGING)  # methods that read `keep`
+METHODS = (*_KEEPING, CONVOLUTION, SEARCH)
 INITIAL = ("score", "random")
 
 
@@ -124,7 +125,7 @@ class TokenReducer(Checked):
 
 def reads_keep(settings: Mapping[str, Any]) -> bool:
     """Returns whether a reducer with these attributes, given by name, needs `keep`."""
-    return settings.get("method") not in (CONVOLUTION, SEARCH)
+    return settings.get("method", TokenReducer.method) in _KEEPING
 
 
 def tome_keep(num_patches: int, depth: int, merged: int) -> tuple[int, ...]:
