@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from absl import flags
 
 from tokenvit_jax import __main__ as program
-from tokenvit_jax import cli, failures, progress
+from tokenvit_jax import cli, failures, progress, streams
 from tokenvit_jax.errors import UserError, blame
 from tokenvit_jax.training.processes import StopRequest
 from tokenvit_jax.valid import Number, whole
@@ -363,3 +364,18 @@ def test_wheel_holds_the_configs_and_the_marker_of_types():
     for package in packages:
         assert f"'{'.'.join(package.parts)}'" in out
     assert (root / "tokenvit_jax" / "py.typed").exists()
+
+
+def test_a_closed_terminal_is_a_reader_that_went_away():
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as stream:
+        guarded = streams.Guarded(stream)
+        os.close(ours)
+        guarded.write("text")
+        guarded.flush()
+        assert (guarded.error.errno, guarded.unread) == (errno.EIO, True)
+    with open("/dev/full", "w") as stream:
+        guarded = streams.Guarded(stream)
+        guarded.write("text")
+        guarded.flush()
+        assert (guarded.error.errno, guarded.unread) == (errno.ENOSPC, False)

@@ -75,6 +75,26 @@ def test_a_second_signal_ends_at_once(start, number):
     ]
 
 
+def test_a_closed_terminal_asks_once(start):
+    program = start(BUSY.format(unsaved=True))
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):  # the shell repeats it
+        program.send_signal(number)
+        time.sleep(0.3)
+    _, err = program.communicate(timeout=20)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["SIGHUP", "SIGTERM"]
+
+
+def test_nohup_goes_on(start):
+    program = start("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + POLLING)
+    program.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    out, _ = program.communicate(timeout=20)
+    assert (program.returncode, out) == (0, "saved\n")
+
+
 def test_a_program_saves_and_ends(start):
     program = start(POLLING)
     program.send_signal(signal.SIGTERM)

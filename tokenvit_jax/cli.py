@@ -64,7 +64,7 @@ def run(
             if isinstance(error, OSError) and error.errno and error.filename is None:
                 message = f"{message} ({_outputs(flag_values) or 'path unknown'})"
             _exit(2 if isinstance(error, UsageError) else 1, message)
-        if stdout.error is not None and not isinstance(stdout.error, BrokenPipeError):
+        if stdout.error is not None and not stdout.unread:
             _exit(1, f"standard output cannot be written: {stdout.error.strerror}")
         sys.exit(0)
 

@@ -1,4 +1,6 @@
-"""Notices SIGTERM (sent before a machine is taken away) and SIGINT (Ctrl-C) in a program.
+"""Notices SIGTERM, SIGINT and SIGHUP in a program, which ask it to end.
+
+They come before a machine is taken away, from Ctrl-C, and when a terminal is closed.
 
 Python runs its signal handlers between two instructions of the main thread, which may import,
 compile or wait for minutes. A program that calls :func:`watch` first therefore has a thread that
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # `timeout` and cluster managers signal a process and then its group: that is one request [s].
 _SAME_REQUEST = 0.1
@@ -32,7 +34,8 @@ def watch() -> None:
 
     The first signal ends the process with status 0 if nothing would be lost; otherwise
     :func:`requested` becomes true, and the program is expected to save and end. A second signal
-    ends the process at once, with the status of a shell for this signal (130 or 143).
+    ends the process at once, with the status of a shell for this signal (130 or 143). SIGHUP counts
+    once, because both the terminal and its shell send it, and not at all under `nohup`.
     """
     global _watching
     if _watching:
@@ -85,7 +88,8 @@ def hold(unsaved: bool) -> None:
 
 def _install() -> None:
     for number in SIGNALS:
-        signal.signal(number, lambda *_: None)  # the thread acts
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # by `nohup`
+            signal.signal(number, lambda *_: None)  # the thread acts
 
 
 def _wait(reader: int) -> None:
@@ -100,7 +104,7 @@ def _receive(number: signal.Signals) -> None:
     with _lock:
         now = time.monotonic()
         if _asked_at is not None:
-            if now - _asked_at > _SAME_REQUEST:
+            if number != signal.SIGHUP and now - _asked_at > _SAME_REQUEST:
                 _say(f"{number.name}: ended at once; the last checkpoint may be incomplete")
                 os._exit(128 + number)
             return

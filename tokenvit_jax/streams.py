@@ -1,6 +1,7 @@
 """Standard streams that may be closed, full, or of an encoding that lacks a character."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,17 @@ class Guarded:
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self._is_terminal = hasattr(stream, "isatty") and stream.isatty()
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    @property
+    def unread(self) -> bool:
+        """Whether the reader went away: a pipe has no other end, or a terminal was closed."""
+        closed = self._is_terminal and self.error is not None and self.error.errno == errno.EIO
+        return closed or isinstance(self.error, BrokenPipeError)
 
     def write(self, text: str) -> int:
         """Writes a text unless the stream has failed."""
