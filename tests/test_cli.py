@@ -66,6 +66,14 @@ def test_every_command_is_listed_and_has_a_title():
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
 
 
+def test_warnings_look_the_same_if_a_library_has_set_up_logging(monkeypatch, run):
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    status, _, err = run("--workdir=x", main=lambda _: logging.warning("a warning"))
+    assert (status, err) == (0, "WARNING: a warning\n")
+
+
 def test_program_passes_its_arguments_on(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tokenvit", "list", "datasets"])
     with pytest.raises(SystemExit) as exit_info:

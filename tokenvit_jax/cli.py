@@ -28,6 +28,9 @@ class UsageError(UserError):
     """A wrong flag or argument that parsing alone does not find: exit status 2."""
 
 
+_LOG_FORMAT = "%(levelname)s: %(message)s"
+
+
 def run(
     main: Callable[..., None],
     flag_values: flags.FlagValues,
@@ -49,7 +52,10 @@ def run(
       positional: names of the arguments that have no flag; all must be given.
     """
     with streams.guarded() as stdout, interruptible():
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        logging.basicConfig(level=logging.WARNING, format=_LOG_FORMAT)
+        for handler in logging.root.handlers:
+            if type(handler) is logging.StreamHandler:  # absl's, from the imports of a command
+                handler.setFormatter(logging.Formatter(_LOG_FORMAT))
         logging.captureWarnings(True)  # progress bars make room for log messages only
         # grain and tensorflow_datasets read absl's global flags, which are not parsed here.
         flags.FLAGS.mark_as_parsed()
