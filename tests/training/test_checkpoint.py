@@ -341,6 +341,17 @@ def test_metrics_that_cannot_be_written_leave_the_checkpoint(workdir):
     assert load_checkpoint(workdir, "best").step == 30
 
 
+@pytest.mark.parametrize("name", ["[a] b", "a*", "a?b", "a\\b", "gs:", "\udcff"])
+def test_paths_that_the_storage_misreads_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"cannot hold checkpoints, because .*; valid: "):
+        open_checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_a_path_like_a_pattern_is_read(workdir):
+    assert load_checkpoint(workdir.rename(workdir.with_name("[a]*?, ü"))).step == 30
+
+
 def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state_at(1), {})

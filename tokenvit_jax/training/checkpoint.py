@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,11 @@ FOLDER = "checkpoints"
 # The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
 _SCORE = "score"
 _DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
+
+# What paths must not contain: tensorstore reads "/" for a backslash, orbax "gs://" for "gs:/", and
+# when orbax puts the files of a checkpoint together it takes the path for a pattern.
+_NEVER_READ = ("\\", "gs:/")
+_NEVER_WRITTEN = ("[", "*", "?")
 
 # orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -80,6 +85,7 @@ class Checkpoints:
         """
         self._workdir = workdir.absolute()
         self._folder = self._workdir / FOLDER
+        _check_path(self._folder, (*_NEVER_READ, *_NEVER_WRITTEN))
         self._keep_last, self._keep_best, self._score_of = keep_last, keep_best, score
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -296,6 +302,25 @@ class Checkpoints:
             ) from error
 
 
+def _check_path(path: Path, refused: Sequence[str]) -> None:
+    """Raises UserError if the storage of checkpoints takes a path for another one.
+
+    It would write there, or say that all is saved and write nothing that can be read.
+    """
+    if found := [part for part in refused if part in str(path)]:
+        raise UserError(
+            f"{path} cannot hold checkpoints, because of {found[0]}; valid: a path without "
+            f"{' '.join(refused)}"
+        )
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} cannot hold checkpoints, because its name is not in UTF-8; valid: another "
+            "path, or with LC_ALL=C.UTF-8 if the name is right there"
+        ) from error
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint for inference.
 
@@ -323,6 +348,7 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
     """
     check_version(workdir)
     folder = workdir.absolute() / FOLDER
+    _check_path(folder, _NEVER_READ)
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir} holds no checkpoints")
