@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.memory import keep_pages, release_pages
 
 
 def pretend(monkeypatch, system, backend, load):
@@ -29,9 +29,18 @@ def test_glibc_takes_the_settings(monkeypatch):
     assert noted == [(-4, 0, 1), (-1, -1, 1)]
 
 
-def test_a_c_library_without_mallopt(monkeypatch):
+def test_all_pages_are_released(monkeypatch):
+    noted = []
+    library = SimpleNamespace(malloc_trim=noted.append)
+    pretend(monkeypatch, "linux", "gpu", lambda name: library)
+    release_pages()
+    assert noted == [0]
+
+
+def test_a_c_library_without_these_functions(monkeypatch):
     pretend(monkeypatch, "linux", "cpu", lambda name: SimpleNamespace())
     keep_pages()
+    release_pages()
 
 
 @pytest.mark.parametrize(("system", "backend"), [("darwin", "cpu"), ("linux", "gpu")])
@@ -42,3 +51,4 @@ def test_does_nothing_elsewhere(monkeypatch, system, backend):
 
 def test_returns_on_this_platform():
     keep_pages()
+    release_pages()

@@ -25,6 +25,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.memory import release_pages
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.output import write_file
 from tokenvit_jax.training.digests import array_digests, describe, json_digest, sealed, unsealed
@@ -140,6 +141,7 @@ class Checkpoints:
             metrics=ocp.args.JsonSave(sealed({})),
         )
         self.wait()
+        release_pages()  # of the checkpoint before
         path = self._writing = self._folder / str(step)
         with self._write_errors():
             self._prune()
