@@ -30,12 +30,12 @@ import tempfile
 import traceback
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-import tokenvit_jax
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.stopping import SIGNALS
@@ -230,7 +230,8 @@ class _Worker:
     def __init__(self, source: "_SharedMemory", slots: list["_SharedMemory"]):
         self.connection, theirs = multiprocessing.Pipe()
         # Not multiprocessing.Process, whose workers import the program of their parent.
-        code = _CODE.format([*map(str, sys.path)], tokenvit_jax.__file__, theirs.fileno())
+        package = str(Path(__file__).parents[1] / "__init__.py")
+        code = _CODE.format([*map(str, sys.path)], package, theirs.fileno())
         # The new process inherits what this thread blocks; the worker then ignores the signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
