@@ -4,7 +4,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from full_disk import largest_file
@@ -101,6 +100,13 @@ def test_names_are_shown_without_control_characters():
 # ------------------------------------------------------------------------------------------------
 # Folders
 # ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_any_script_is_drawn_without_a_warning():
+    figure = Figure(figsize=(0.1, 0.1))
+    figure.suptitle("\N{CJK UNIFIED IDEOGRAPH-672C}")
+    assert output.figure_bytes(figure, "png", {"Software": "mark"}).count(b"Software\0mark") == 1
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -251,12 +257,3 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkey
     # The configuration, three files of metrics, six events, two tables with four pictures each
     # and two rows, and the plot.
     assert count > 20
-
-
-def test_only_writers_that_end_after_a_failed_one_are_passed_over():
-    found = []
-    hook = output._without_late_writers(found.append)
-    errors = [RuntimeError("Event loop is closed"), RuntimeError("a"), ValueError("b")]
-    for error in errors:
-        hook(SimpleNamespace(exc_type=type(error), exc_value=error))
-    assert [entry.exc_value for entry in found] == errors[1:]

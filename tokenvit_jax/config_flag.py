@@ -24,7 +24,14 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import read_entry
-from tokenvit_jax.config_keys import Setting, has_key, list_settings, rule_of, unknown_key
+from tokenvit_jax.config_keys import (
+    Setting,
+    has_key,
+    idle_entries,
+    list_settings,
+    rule_of,
+    unknown_key,
+)
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.valid import LONGEST, Group, Rule, shown
 
@@ -217,12 +224,10 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
     Raises:
       UserError: a key is unknown, a value cannot be read, or an override replaces another one.
     """
-    from tokenvit_jax.tasks import default_config, idle_entries  # imports jax
-
     last = {override.key: place for place, override in enumerate(overrides)}
     overrides = [overrides[place] for place in sorted(last.values())]
     _check_overrides(overrides)
-    idle = idle_entries(config) | {override.key for override in overrides}
+    kept = {*idle_entries(config), *(override.key for override in overrides)}
     with config.unlocked():
         # Entries first: they may choose another model, which has other settings.
         for override in overrides:
@@ -233,9 +238,8 @@ def _override(config: ConfigDict, overrides: Sequence[_Override]) -> ConfigDict:
             if _is_setting(override.key):
                 settings = settings or list_settings(config)
                 _set_setting(config, override, settings)
-        for key in idle_entries(config) - idle:
-            value = read_entry(default_config(config.task), key)
-            config.update_from_flattened_dict({key: value})
+        idle = {key: value for key, value in idle_entries(config).items() if key not in kept}
+        config.update_from_flattened_dict(idle)
     return config.lock()
 
 

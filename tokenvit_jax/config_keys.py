@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, SET_ELSEWHERE, base_config, with_valid
-from tokenvit_jax.errors import did_you_mean
+from tokenvit_jax.config import (
+    ENTRIES,
+    NEEDS,
+    SET_ELSEWHERE,
+    base_config,
+    read_entry,
+    with_valid,
+)
+from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.valid import LONGEST, Rule
 
 
@@ -25,6 +32,25 @@ def has_key(config: ConfigDict, key: str) -> bool:
             return False
         config = config[part]
     return True
+
+
+def idle_entries(config: ConfigDict) -> dict[str, Any]:
+    """Returns the entries that change nothing, with their defaults.
+
+    Args:
+      config: a configuration; none are found if an entry is missing or a value is not valid.
+    """
+    from tokenvit_jax.tasks import TASKS, check_values, default_config, entries_of  # imports jax
+
+    try:
+        if not all(has_key(config, key) for key in entries_of(config.task)):
+            return {}
+        check_values(config)
+    except UserError:
+        return {}
+    defaults, needs = default_config(config.task), (*NEEDS, *TASKS[config.task].needs)
+    keys = (key for need in needs if not need.holds(config) for key in need.keys)
+    return {key: read_entry(defaults, key) for key in keys}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,9 +193,22 @@ def write_figure(path: Path, figure: "Figure", name: str = "") -> None:
     Raises:
       UserError: the file cannot be written.
     """
+    write_file(path, figure_bytes(figure, path.suffix[1:].lower()), name)
+
+
+def figure_bytes(figure: "Figure", kind: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a picture of a figure.
+
+    Args:
+      figure: the figure.
+      kind: a format of matplotlib, such as "png".
+      metadata: what the file says about itself, in the terms of its format.
+    """
     content = BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower(), dpi=150)
-    write_file(path, content.getvalue(), name)
+    with warnings.catch_warnings():  # names of files and classes may be in any script: boxes
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        figure.savefig(content, format=kind, dpi=150, metadata=metadata)
+    return content.getvalue()
 
 
 @contextlib.contextmanager

@@ -196,7 +196,8 @@ def directory(name):
 
 def test_archives_with_folders_and_hidden_files(archives, prepared, tmp_path):
     def change(files):
-        return [(f"class/{name}", content) for name, content in files] + [("class/._a", b"1")]
+        others = [("class/._a", b"1"), ("class/readme.txt", b"in every class")]
+        return [(f"class/{name}", content) for name, content in files] + others
 
     repack(archives, tmp_path, change)
     imagenet2012.prepare(tmp_path, tmp_path / "out")

@@ -3,7 +3,7 @@
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import ENTRIES, NEEDS, Entry, check_entries, make_config
+from tokenvit_jax.config import ENTRIES, Entry, check_entries, make_config
 from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
@@ -29,7 +29,6 @@ __all__ = [
     "create_task",
     "default_config",
     "entries_of",
-    "idle_entries",
     "tasks_with",
 ]
 
@@ -77,18 +76,6 @@ def check_values(config: ConfigDict) -> None:
       config: configuration that has all entries of its task.
     """
     check_entries(config, entries_of(config.task))
-
-
-def idle_entries(config: ConfigDict) -> set[str]:
-    """Returns the entries that change nothing, by key; none if a value is missing or not valid."""
-    try:
-        if _keys(default_config(config.task)) - _keys(config):
-            return set()
-        check_values(config)
-    except UserError:
-        return set()
-    needs = (*NEEDS, *TASKS[config.task].needs)
-    return {key for need in needs if not need.holds(config) for key in need.keys}
 
 
 def create_task(config: ConfigDict, axis_name: str | None = None) -> Task:

@@ -20,6 +20,7 @@ from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.output import (
     Log,
     check_file,
+    figure_bytes,
     identities,
     is_one_of,
     shown,
@@ -244,11 +245,9 @@ class _PictureFolder:
 
 def _as_png(picture: Figure | Image.Image) -> bytes:
     """Returns a PNG file with a mark."""
-    content = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(content, format="png", dpi=150, metadata={"Software": _MARK})
-    else:
-        info = PngInfo()
-        info.add_text("Software", _MARK)
-        picture.save(content, "PNG", pnginfo=info)
+        return figure_bytes(picture, "png", {"Software": _MARK})
+    content, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", _MARK)
+    picture.save(content, "PNG", pnginfo=info)
     return content.getvalue()

@@ -129,11 +129,12 @@ def _archived_classes(archive: Path) -> Pairs:
             )
         # Reads straight from the outer file: no class is held in memory.
         for name, content in _members(archive, class_archive, f" in {file}"):
+            if Path(name).suffix.lower() not in image_suffixes():
+                continue  # a note, which every class may have
             if name in names:
                 raise UserError(f"{archive} contains {name!r} twice, again in {file}; {_AGAIN}")
             names.add(name)
-            if Path(name).suffix.lower() in image_suffixes():
-                yield _example(name, content, wordnet_id, archive)
+            yield _example(name, content, wordnet_id, archive)
 
 
 def _archived(archive: Path) -> Pairs:
