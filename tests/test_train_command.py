@@ -461,3 +461,11 @@ def test_changed_settings_of_a_resumed_run_are_named(
     # The run was finished: nothing is computed or logged again.
     assert "finished 40 steps" in capsys.readouterr().out
     assert metrics_of(workdir) == metrics_of(reference)
+
+
+def test_another_number_of_images_of_a_resumed_run_is_named(tmp_path, caplog):
+    for progress in ({"records": 3}, {}):
+        loop.warn_of_other_records(progress, [0, 1, 2], tmp_path)
+    assert not caplog.records
+    loop.warn_of_other_records({"records": 1200}, [0, 1, 2], tmp_path)
+    assert "1,200 images so far, now there are 3:" in caplog.text

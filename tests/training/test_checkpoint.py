@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import gc
 import json
 import logging
 import resource
@@ -12,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.training import checkpoint
 from tokenvit_jax.training.checkpoint import (
     Checkpoints,
     check_same_variables,
@@ -350,6 +353,17 @@ def test_paths_that_the_storage_misreads_are_refused(tmp_path, name):
 
 def test_a_run_in_a_path_like_a_pattern_is_read(workdir):
     assert load_checkpoint(workdir.rename(workdir.with_name("[a]*?, ü"))).step == 30
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_event_loop_without_files_leaves_nothing_to_close(monkeypatch):
+    def fails(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint._PatientLoop, "_make_self_pipe", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        checkpoint._PatientLoop()
+    gc.collect()
 
 
 def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):

@@ -499,6 +499,13 @@ def _read_model(path: Path) -> dict[str, Any]:
 class _PatientLoop(asyncio.SelectorEventLoop):
     """An event loop that closes when everything it started has ended."""
 
+    def __init__(self):
+        try:
+            super().__init__()
+        except OSError:  # too many open files
+            self._closed = True  # asyncio would try to close what was not opened
+            raise
+
     def close(self) -> None:
         while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import itertools
+import logging
 import math
 from collections import deque
+from collections.abc import Sized
 from pathlib import Path
 
 import jax
@@ -118,6 +120,7 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     iterator = iter(training)
     if restored is not None:
         iterator.set_state(progress["data"])
+        warn_of_other_records(progress, train_data[0], workdir)
     first_step = int(state.step) + 1
     processes.on_main_process(functools.partial(write_config, workdir, config))
     log = TrainLog(
@@ -188,7 +191,8 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
             check_finite(done, workdir)
             log.write_steps(done)
             if saves:
-                checkpoints.save(step, parallel.to_global(state), {"data": data_state})
+                progress = {"data": data_state, "records": len(train_data[0])}
+                checkpoints.save(step, parallel.to_global(state), progress)
             if evaluates and not stopped:
                 stopped = not evaluated(step)
             if saves or step == first_step:
@@ -217,6 +221,19 @@ def owes_evaluation(config: ConfigDict, workdir: Path, step: int) -> bool:
     # In the training log, steps may be left out, evaluations never.
     owes = not any(name.startswith("eval/") for line in logged for name in line)
     return processes.from_main_process(owes)
+
+
+def warn_of_other_records(progress: dict, source: Sized, workdir: Path) -> None:
+    """Warns if a resumed run has another number of training records, which change its stream."""
+    before = progress.get("records", len(source))  # an earlier version did not store it
+    if before != len(source):
+        logging.warning(
+            "the run in %s was trained on %s images so far, now there are %s: they come in another "
+            "order",
+            workdir,
+            f"{before:,}",
+            f"{len(source):,}",
+        )
 
 
 def check_finite(done: list[tuple[int, dict[str, float]]], workdir: Path) -> None:
