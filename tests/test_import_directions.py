@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "arrays": "",
     "config": "valid errors",
     "cli": "config_flag config_keys data failures output streams valid errors",
-    "config_flag": "config_keys tasks config valid errors",
+    "config_flag": "config_keys config valid errors",
     "config_keys": "tasks models config valid errors",
     "failures": "errors",
     "streams": "",
