@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.training import checkpoint
+from tokenvit_jax.training import quiet_orbax
 from tokenvit_jax.training.checkpoint import (
     Checkpoints,
     check_same_variables,
@@ -360,9 +360,9 @@ def test_an_event_loop_without_files_leaves_nothing_to_close(monkeypatch):
     def fails(_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(checkpoint._PatientLoop, "_make_self_pipe", fails)
+    monkeypatch.setattr(quiet_orbax.PatientLoop, "_make_self_pipe", fails)
     with pytest.raises(OSError, match="Too many open files"):
-        checkpoint._PatientLoop()
+        quiet_orbax.PatientLoop()
     gc.collect()
 
 

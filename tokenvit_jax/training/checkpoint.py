@@ -7,11 +7,9 @@ been evaluated. A checkpoint whose contents have other digests counts as one tha
 one without digests is from an earlier version of this package and is not verified.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
@@ -30,22 +27,18 @@ from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.output import write_file
 from tokenvit_jax.training.digests import array_digests, describe, json_digest, sealed, unsealed
 from tokenvit_jax.training.processes import is_main_process, on_main_process
+from tokenvit_jax.training.quiet_orbax import brief, no_counters, patient_loops
+from tokenvit_jax.training.scores import SCORE, best_step, metrics_file, score_of
 from tokenvit_jax.training.state import TrainState, eval_variables
 from tokenvit_jax.training.workdir import check_version
 
 FOLDER = "checkpoints"
-# The task's score, stored with the metrics of an evaluation: it selects the "best" checkpoint.
-_SCORE = "score"
 _DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 
 # What paths must not contain: tensorstore reads "/" for a backslash, orbax "gs://" for "gs:/", and
 # when orbax puts the files of a checkpoint together it takes the path for a pattern.
 _NEVER_READ = ("\\", "gs:/")
 _NEVER_WRITTEN = ("[", "*", "?")
-
-# orbax logs the errors that it raises, with tracebacks; asyncio those of its other writers.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -103,8 +96,8 @@ class Checkpoints:
             on_main_process(self._open_folder)
 
     def __enter__(self) -> "Checkpoints":
-        self._patches.enter_context(_patient_loops())
-        self._patches.enter_context(_no_counters())
+        self._patches.enter_context(patient_loops())
+        self._patches.enter_context(no_counters())
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -171,11 +164,11 @@ class Checkpoints:
             if not path.is_dir():
                 logging.warning("checkpoint %s was deleted: its metrics are not kept", path)
                 return
-            file = _metrics_file(path)
-            scored = {**metrics, _SCORE: self._score_of(metrics)}
+            file = metrics_file(path)
+            scored = {**metrics, SCORE: self._score_of(metrics)}
             write_file(file, json.dumps(sealed(scored)))
 
-        self._writing = _metrics_file(path)
+        self._writing = metrics_file(path)
         with self._write_errors():
             on_main_process(write)
             self._prune()
@@ -201,7 +194,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # orbax raises many types on damaged files
-                reason = _brief(error)
+                reason = brief(error)
             if _everywhere(restored is not None):
                 self._set_aside(unreadable)
                 return restored
@@ -226,7 +219,7 @@ class Checkpoints:
             for name, tree in trees.items()
         }
         args["progress"] = ocp.args.JsonRestore()
-        with _patient_loops():
+        with patient_loops():
             items = self._checkpointer.restore(path, args=ocp.args.Composite(**args))
         if digests:
             for name in trees:
@@ -248,7 +241,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         for step in self.steps():
             try:
-                _score(self._folder / str(step))
+                score_of(self._folder / str(step))
             except ValueError as error:
                 logging.warning("%s; the checkpoint is kept, whatever its score was", error)
 
@@ -263,7 +256,7 @@ class Checkpoints:
         kept, scored = set(steps[-max(self._keep_last, 1) :]), []
         for step in steps:
             try:
-                scored.append((_score(self._folder / str(step)), step))
+                scored.append((score_of(self._folder / str(step)), step))
             except ValueError:
                 kept.add(step)
         scored = sorted((score, step) for score, step in scored if score is not None)
@@ -299,7 +292,7 @@ class Checkpoints:
         except Exception as error:  # orbax and its storage raise many types
             whole = ", ".join(map(str, self.steps())) or "none"
             raise UserError(
-                f"checkpoint {self._writing} cannot be written: {_brief(error)}; "
+                f"checkpoint {self._writing} cannot be written: {brief(error)}; "
                 f"complete checkpoints: {whole}"
             ) from error
 
@@ -358,17 +351,17 @@ def load_checkpoint(workdir: Path, which: str = "last") -> Checkpoint:
     if which not in ("last", "best", *map(str, steps)):
         raise UserError(f"no checkpoint {which!r} in {folder}; valid: last, best, {listed}")
     if which == "best":
-        step = _best_step(folder, steps)
+        step = best_step(folder, steps)
     else:
         step = steps[-1] if which == "last" else int(which)
     path = folder / str(step)
     try:
-        with _patient_loops():
+        with patient_loops():
             item = _read_model(path)
         variables = {k: item[k] for k in ("params", "model_state", "ema") if k in item}
     except Exception as error:  # orbax raises many types on damaged files
         raise UserError(
-            f"checkpoint {path} cannot be read: {_brief(error)}; there are: {listed}"
+            f"checkpoint {path} cannot be read: {brief(error)}; there are: {listed}"
         ) from error
     return Checkpoint(step, path, eval_variables(**variables))
 
@@ -473,7 +466,7 @@ def _read_digests(path: Path) -> dict[str, Any] | None:
     try:
         return unsealed(json.loads(file.read_bytes()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {_brief(error)}") from error
+        raise ValueError(f"{file} is damaged: {brief(error)}") from error
 
 
 def _read_metadata(path: Path) -> dict[str, list[str]]:
@@ -496,112 +489,6 @@ def _read_model(path: Path) -> dict[str, Any]:
     return item
 
 
-class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that closes when everything it started has ended."""
-
-    def __init__(self):
-        try:
-            super().__init__()
-        except OSError:  # too many open files
-            self._closed = True  # asyncio would try to close what was not opened
-            raise
-
-    def close(self) -> None:
-        while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None:
-        # orbax raises the first error and does not look at those of the other arrays.
-        if "never retrieved" not in context["message"]:
-            super().call_exception_handler(context)
-
-
-class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> _PatientLoop:
-        return _PatientLoop()
-
-
-@contextlib.contextmanager
-def _patient_loops() -> Iterator[None]:
-    """Makes orbax wait for all arrays when one of them cannot be read or written.
-
-    Otherwise the others would go on in the background and report to a loop that is closed, which
-    prints tracebacks.
-    """
-    former = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_PatientPolicy())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(former)
-
-
-@contextlib.contextmanager
-def _no_counters() -> Iterator[None]:
-    """Keeps orbax from asking tensorstore for its counters, which only a log of orbax shows.
-
-    With every answer tensorstore 0.1.86 loses memory, about 60 kB per checkpoint.
-    """
-    former = tensorstore.experimental_collect_matching_metrics
-    tensorstore.experimental_collect_matching_metrics = lambda *_: []
-    try:
-        yield
-    finally:
-        tensorstore.experimental_collect_matching_metrics = former
-
-
-def _metrics_file(path: Path) -> Path:
-    return path / "metrics" / "metrics"
-
-
-def _metrics(path: Path) -> dict[str, float] | None:
-    """Returns the metrics of a checkpoint and their score; None if it was not evaluated.
-
-    Raises:
-      ValueError: they are damaged.
-    """
-    file = _metrics_file(path)
-    try:
-        stored = json.loads(file.read_bytes())
-        if "digest" in stored:  # an earlier version wrote none, and no file without an evaluation
-            stored = unsealed(stored)
-        return {**stored, _SCORE: float(stored[_SCORE])} if stored else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, FileNotFoundError) and not (path / "digests").exists():
-            return None
-        raise ValueError(f"{file} is damaged: {_brief(error)}") from error
-
-
-def _score(path: Path) -> float | None:
-    """Returns the score of a checkpoint; None if it was not evaluated, or its score is no number.
-
-    Raises:
-      ValueError: its metrics are damaged.
-    """
-    metrics = _metrics(path)
-    return metrics[_SCORE] if metrics and math.isfinite(metrics[_SCORE]) else None
-
-
-def _best_step(folder: Path, steps: list[int]) -> int:
-    """Returns the step with the highest score, the latest of several.
-
-    Raises:
-      UserError: no checkpoint was evaluated, or the metrics of one are damaged.
-    """
-    listed = ", ".join(map(str, steps))
-    try:
-        scores = [(_score(folder / str(step)), step) for step in steps]
-    except ValueError as error:
-        raise UserError(
-            f"{error}; which checkpoint is best is not known; valid: last, {listed}"
-        ) from error
-    scored = [(score, step) for score, step in scores if score is not None]
-    if not scored:
-        raise UserError(f"none of the checkpoints {listed} in {folder} was evaluated")
-    return max(scored)[1]
-
-
 def _everywhere(fine: bool) -> bool:
     """Returns whether all processes are fine."""
     return (
@@ -609,18 +496,6 @@ def _everywhere(fine: bool) -> bool:
         if jax.process_count() == 1
         else bool(np.all(multihost_utils.process_allgather(np.array(fine))))
     )
-
-
-def _brief(error: BaseException) -> str:
-    """Returns the first line of the message of the first cause of an error.
-
-    Errors of storage go on with locations in its source; those that orbax wraps around them begin
-    with indices into an array.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = str(error).partition("\n")[0] or type(error).__name__
-    return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
 def _unused(path: Path) -> Path:
