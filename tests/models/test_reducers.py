@@ -84,7 +84,9 @@ def gmacs(name, keep, method):
 @pytest.mark.parametrize("name", TOKEN_POOLING)
 def test_costs_of_the_published_levels(name):
     dim = tv.create_model(name).settings.dim
-    for level in TOKEN_POOLING[name]:
+    # Tracing takes seconds: of the narrower models some levels. The next test counts all.
+    levels = TOKEN_POOLING[name] if name == "deit_s" else TOKEN_POOLING[name][::4]
+    for level in levels:
         # The paper also clusters N tokens to N; here they are left unchanged.
         left = np.minimum.accumulate((196, *level.keep))
         idle = sum(n**2 * dim for n, k in itertools.pairwise(left) if n == k) / 1e9

@@ -275,7 +275,11 @@ def test_labels_are_resized_to_the_grid_of_the_student():
     [
         ({}, 1000, "has 10 classes (digits), the student has 1000 (digits)"),
         ({"in_channels": 1}, 10, "sees images with 3 channels, the student sees config.in_channel"),
-        ({"token_labels.teacher": "/nowhere"}, 10, "config.token_labels.teacher=/nowhere: "),
+        (
+            {"token_labels.teacher": "/nowhere"},
+            10,
+            "config.token_labels.teacher=/nowhere holds no config.json: ",
+        ),
         ({"token_labels.teacher_checkpoint": "7"}, 10, "no checkpoint '7'"),
     ],
 )
