@@ -134,7 +134,6 @@ class Checkpoints:
             metrics=ocp.args.JsonSave(sealed({})),
         )
         self.wait()
-        release_pages()  # of the checkpoint before
         path = self._writing = self._folder / str(step)
         with self._write_errors():
             self._prune()
@@ -146,6 +145,7 @@ class Checkpoints:
         """Waits until the checkpoint that is being written is complete."""
         with self._write_errors():
             self._checkpointer.wait_until_finished()
+        release_pages()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of its evaluation to the checkpoint of a step, all at once.
