@@ -137,7 +137,7 @@ class Form(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Values by name, in dictionaries or `ConfigDict`s; a dot would end a name."""
+    """Values by name, in a dictionary or a `ConfigDict`; a dot would end a name."""
 
     def accepts(self, value: Any) -> bool:
         if not _is_mapping(value):
