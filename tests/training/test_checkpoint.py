@@ -1,15 +1,14 @@
-import contextlib
 import errno
 import gc
 import json
 import logging
-import resource
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import largest_file
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -322,21 +321,13 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@contextlib.contextmanager
-def full_disk(limit):
-    """Lets every write beyond the first `limit` bytes of a file fail."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_metrics_that_cannot_be_written_leave_the_checkpoint(workdir):
     folder = workdir / "checkpoints" / "30"
     with open_checkpoints(workdir, keep_last=3) as checkpoints:
-        with full_disk(20), pytest.raises(UserError, match=f"{folder}/metrics.* cannot be written"):
+        with (
+            largest_file(20),
+            pytest.raises(UserError, match=f"{folder}/metrics.* cannot be written"),
+        ):
             checkpoints.record(30, {"eval/accuracy": 0.5})
         assert_state(checkpoints.restore(abstract(state_at(0)))[0], state_at(30))
         assert load_checkpoint(workdir, "best").step == 10
@@ -374,7 +365,7 @@ def test_failing_write_names_the_checkpoint_and_keeps_the_previous(tmp_path):
     large = large.replace(params={"kernel": noise})
     message = r"cannot be written: .*; complete checkpoints: 1$"
     refused = pytest.raises(UserError, match=message)
-    with refused as error, full_disk(100_000), open_checkpoints(tmp_path) as checkpoints:
+    with refused as error, largest_file(100_000), open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, large, {})
     assert str(tmp_path / "checkpoints" / "2") in str(error.value)
     with open_checkpoints(tmp_path) as checkpoints:

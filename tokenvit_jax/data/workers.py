@@ -8,11 +8,9 @@ grain's own process prefetch (`mp_prefetch` of grain 0.2.18) makes the same batc
   here they end with their parent, and only then;
 - its workers import the program again, which therefore needs a guard (`if __name__ ==
   "__main__":`) and a file; here a program may be typed, piped or a notebook;
-- the way from a worker to this process takes about 1.3 times as long (without decoding and
-  augmentation, which take far more; with them the two do not differ beyond the noise);
 - its arrays must fit into /dev/shm, which many containers limit to less than one large batch.
 
-`experiments/input_pipeline` has the measurements.
+`experiments/input_pipeline` compares the two.
 """
 
 import collections
