@@ -251,4 +251,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS)
+    # Imported: the workers find the classes of a module, but not those of a program.
+    from experiments.input_pipeline import worker_pool
+
+    cli.run(worker_pool.main, worker_pool.FLAGS)
