@@ -15,7 +15,7 @@ FUNCTIONS = {
     name: function
     for package in (ops, kernels)
     for name, function in public_callables(package)
-    if not isinstance(function, type)
+    if not isinstance(function, type) and name != "platforms.noted_misfits"  # a context
 }
 KEY = jax.random.key(0)
 
@@ -74,7 +74,10 @@ CALLS = {
     "center_tiles.check_temperature": [((50.0,), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
-    "chunked.planned_batch": [((2,), {})],
+    "platforms.by_platform": [(("cluster sums", TOKENS), {"cpu": jnp.sum, "default": jnp.sum})],
+    "platforms.device_batch": [((2,), {})],
+    "platforms.num_devices": [((), {})],
+    "platforms.on_each_device": [((jnp.sum,), {})],
     "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
     "chunks.num_chunks": [((30, 7), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],

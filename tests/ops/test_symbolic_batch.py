@@ -8,7 +8,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import chunked, cluster_sums
+from tokenvit_jax.kernels import cluster_sums, platforms
 from tokenvit_jax.ops import chunks
 
 
@@ -46,5 +46,5 @@ def test_chunks_of_one_image(monkeypatch, name):
 
 
 def test_a_known_batch_is_planned_as_it_is():
-    assert chunked.planned_batch(3) == 3
-    assert chunked.planned_batch(export.symbolic_shape("4*b")[0]) == 1
+    assert platforms.device_batch(3) == 3
+    assert platforms.device_batch(export.symbolic_shape("4*b")[0]) == 1

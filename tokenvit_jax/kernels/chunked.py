@@ -8,20 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from tokenvit_jax.kernels.platforms import device_batch
+
 # Largest number of logits to hold at once on a CPU (16 MiB): more would not fit into the cache.
 MAX_LOGITS = 2**22
-
-
-def planned_batch(batch: int) -> int:
-    """Returns the number of images for which the sizes of chunks and the forms are chosen.
-
-    Args:
-      batch: number of images; symbolic while a model is exported for any number (`jax.export`).
-
-    Returns:
-      The number of images; 1 for a symbolic one, because shapes and forms must be known then.
-    """
-    return batch if isinstance(batch, int) else 1
 
 
 def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
@@ -55,7 +45,7 @@ def map_queries(
       (B, N, L, ...).
     """
     batch, heads, length = queries[0].shape[:3]
-    logits = planned_batch(batch) * heads * length * num_keys
+    logits = device_batch(batch) * heads * length * num_keys
     chunks = min(-(-logits // MAX_LOGITS), length)
     if chunks == 1:
         return run(*queries)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.kernels.chunked import planned_batch
+from tokenvit_jax.kernels.platforms import device_batch
 
 
 def sums_by_scatter(
@@ -28,7 +28,7 @@ def sums_by_products(
     Deterministic on accelerators, where a scatter adds in any order.
     """
     batch, length, dim = x.shape
-    size = min(max(chunk // (planned_batch(batch) * num_clusters), 1), length)
+    size = min(max(chunk // (device_batch(batch) * num_clusters), 1), length)
     cluster = jnp.arange(num_clusters, dtype=assignment.dtype)[:, None]
 
     def step(i, sums):

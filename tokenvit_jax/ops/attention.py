@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from tokenvit_jax.kernels.attention import attend, attend_by_library, attend_heads_first
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
@@ -52,7 +52,7 @@ def dot_product_attention(
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v)
     elsewhere = functools.partial(attend_by_library, scale=scale, mask=mask)
-    return lax.platform_dependent(q, k, v, cpu=on_cpu, default=elsewhere)
+    return by_platform("attention", q, k, v, cpu=on_cpu, default=elsewhere)
 
 
 class ScoredAttention(NamedTuple):

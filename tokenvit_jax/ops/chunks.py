@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import lax
 
-from tokenvit_jax.kernels.chunked import planned_batch
+from tokenvit_jax.kernels.platforms import device_batch
 
 # Elements per chunk. On CPU a chunk stays in the cache; elsewhere it should fill the device (this
 # has not been measured).
@@ -36,7 +36,7 @@ def in_chunks(
         return run(min(chunk_size, length))
 
     def even(numbers):
-        most = min(max(numbers // (planned_batch(batch) * width), 2 * LANES), length)
+        most = min(max(numbers // (device_batch(batch) * width), 2 * LANES), length)
         size = -(-length // num_chunks(length, most))
         return min(-(-size // LANES) * LANES, length)
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.depthwise_conv import (
@@ -11,6 +10,7 @@ from tokenvit_jax.kernels.depthwise_conv import (
     kernel_gradient_by_entries,
     kernel_gradient_by_lines,
 )
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 
 
@@ -65,7 +65,7 @@ def _convolve_backward(residuals, dy):
     dx = _convolve(dy, kernel[::-1, ::-1])  # the transpose of a same-size convolution
     forms = (kernel_gradient_by_lines, kernel_gradient_by_entries)
     by_lines, by_entries = (functools.partial(form, shape=kernel.shape) for form in forms)
-    dkernel = lax.platform_dependent(x, dy, cpu=by_lines, default=by_entries)
+    dkernel = by_platform("depthwise kernel gradient", x, dy, cpu=by_lines, default=by_entries)
     return dx, dkernel.astype(kernel.dtype)
 
 

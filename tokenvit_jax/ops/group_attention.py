@@ -25,6 +25,7 @@ from tokenvit_jax.kernels.group_attention_tiles import (
     plan_tiles,
     tile_size,
 )
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.attention import check_qkv, dot_product_attention
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
@@ -228,7 +229,7 @@ def _attend_dense(q, k, v, groups, selected):
     def in_chunks(q, groups):
         return map_queries(at_once, k.shape[2], q, groups)
 
-    return lax.platform_dependent(q, groups, cpu=in_chunks, default=at_once)
+    return by_platform("group attention, dense", q, groups, cpu=in_chunks, default=at_once)
 
 
 def _check_routing(q, k, centroids, top_k, path):

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tokenvit_jax.kernels.cluster_sums import sums_by_products, sums_by_scatter
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import take
@@ -109,9 +110,8 @@ def cluster_sums(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _cluster_sums(x, assignment, num_clusters):
     by = lambda sums: functools.partial(sums, num_clusters=num_clusters)  # noqa: E731
-    return lax.platform_dependent(
-        x, assignment, cpu=by(sums_by_scatter), default=by(sums_by_products)
-    )
+    forms = {"cpu": by(sums_by_scatter), "default": by(sums_by_products)}
+    return by_platform("cluster sums", x, assignment, **forms)
 
 
 def _cluster_sums_forward(x, assignment, num_clusters):

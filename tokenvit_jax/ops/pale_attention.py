@@ -14,10 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from tokenvit_jax.kernels.chunked import MAX_LOGITS, one_by_one, planned_batch
+from tokenvit_jax.kernels.chunked import MAX_LOGITS, one_by_one
+from tokenvit_jax.kernels.platforms import by_platform, device_batch
 from tokenvit_jax.ops.attention import dot_product_attention
 from tokenvit_jax.ops.windows import to_map, to_windows
 
@@ -118,9 +118,9 @@ def _attend_groups(q, k, v, mask, scale):
     # On a CPU, one group of all images at a time was measured 1.3 to 1.5 times faster, forward and
     # backward, than the chunks of queries in `dot_product_attention`.
     batch, num_groups, length, heads, _ = q.shape
-    if planned_batch(batch) * num_groups * heads * length**2 <= MAX_LOGITS:
+    if device_batch(batch) * num_groups * heads * length**2 <= MAX_LOGITS:
         return at_once(q, k, v, mask)
-    return lax.platform_dependent(q, k, v, mask, cpu=by_groups, default=at_once)
+    return by_platform("pale attention", q, k, v, mask, cpu=by_groups, default=at_once)
 
 
 def _attend_pales(q, k, v, pale, mask, scale):

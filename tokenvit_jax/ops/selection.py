@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.kernels.top_indices import by_sorting, by_top_k
 
 # Values per group in :func:`smallest_k`, at every level of groups of groups.
@@ -15,7 +16,7 @@ GROUP = 8
 def top_indices(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
     """Returns the indices (..., k) of the largest scores (..., L), falling, ties to the lowest."""
     on_cpu, elsewhere = (functools.partial(form, top_k=top_k) for form in (by_top_k, by_sorting))
-    return lax.platform_dependent(scores, cpu=on_cpu, default=elsewhere)
+    return by_platform("top indices", scores, cpu=on_cpu, default=elsewhere)
 
 
 def smallest(

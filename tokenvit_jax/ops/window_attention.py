@@ -4,11 +4,11 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.attention import attend
-from tokenvit_jax.kernels.chunked import one_by_one, planned_batch
+from tokenvit_jax.kernels.chunked import one_by_one
+from tokenvit_jax.kernels.platforms import by_platform, device_batch
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.windows import to_map, to_windows
 
@@ -70,11 +70,11 @@ def window_attention(
 
     windows = [split(x) for x in (q * scale, k, v)]
     windows.append(_parts((height, width), window, shift) if any(shift) else None)
-    if planned_batch(batch) * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
+    if device_batch(batch) * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
         y = within(*windows)
     else:
         row_by_row = functools.partial(one_by_one, within)
-        y = lax.platform_dependent(*windows, cpu=row_by_row, default=within)
+        y = by_platform("window attention", *windows, cpu=row_by_row, default=within, shared=(3,))
     y = y.reshape(rows, batch, columns, heads, *window, dim)
     return to_map(y.transpose(1, 0, 2, 4, 5, 3, 6))
 

@@ -5,6 +5,7 @@ with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the 
 give the same numbers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ class MeshParallel:
         def gathering_step(state, batch):
             # Without this, the partitioner gathers the activations of some layers instead.
             params = jax.lax.with_sharding_constraint(state.params, self._replicated)
-            return step(state.replace(params=params), batch)
+            return self._on_mesh(step)(state.replace(params=params), batch)
 
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         out_shardings = (shardings, self._replicated)
@@ -73,7 +74,8 @@ class MeshParallel:
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> Outcome`."""
-        return jax.jit(step, out_shardings=Outcome(self._replicated, self._batch_sharding))
+        shardings = Outcome(self._replicated, self._batch_sharding)
+        return jax.jit(self._on_mesh(step), out_shardings=shardings)
 
     def fetch(self, outcome: Outcome) -> Outcome:
         """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
@@ -86,7 +88,7 @@ class MeshParallel:
 
     def batch_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
-        return jax.jit(step, out_shardings=self._batch_sharding)
+        return jax.jit(self._on_mesh(step), out_shardings=self._batch_sharding)
 
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
@@ -95,6 +97,16 @@ class MeshParallel:
     def from_global(self, state: Any) -> Any:
         """Undoes :meth:`to_global`."""
         return state
+
+    def _on_mesh(self, step: Callable) -> Callable:
+        """Traces a step in the context of the mesh, which kernels and sizes of chunks depend on."""
+
+        @functools.wraps(step)
+        def on_mesh(*args):
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                return step(*args)
+
+        return on_mesh
 
     def _shardings(self, state: Any) -> Any:
         """Shardings of a state: everything that grows with the parameters is sharded."""

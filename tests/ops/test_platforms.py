@@ -1,0 +1,112 @@
+"""The choice between the forms of an operator, under jit over a mesh, pmap, vmap and shard_map."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from tokenvit_jax.kernels import forms, platforms
+
+
+@pytest.fixture
+def operator(monkeypatch):
+    """An operator that has a kernel; its name."""
+    monkeypatch.setitem(forms.FORMS, "double", {"default": "adds", "cuda": "a kernel"})
+    return "double"
+
+
+def test_form_without_a_description(operator):
+    with pytest.raises(KeyError, match="double"):
+        platforms.by_platform(operator, jnp.ones(2), default=lambda x: x)
+
+
+def misfits_of(operator, *args, **options):
+    double = lambda x, *_: x + x  # noqa: E731
+    with platforms.noted_misfits() as misfits:
+        result = platforms.by_platform(operator, *args, default=double, cuda=double, **options)
+    np.testing.assert_array_equal(result, 2 * args[0])
+    return [(misfit.platform, misfit.reason, misfit.shapes) for misfit in misfits]
+
+
+def test_misfits(operator):
+    x = jnp.ones((2, 3))
+    assert misfits_of(operator, x) == []
+    assert misfits_of(operator, x, misfits={"cuda": "3 is odd"}) == [
+        ("cuda", "3 is odd", ((2, 3),))
+    ]
+    with jax.enable_x64(True):
+        assert misfits_of(operator, jnp.ones(2, jnp.float64)) == [("cuda", "float64", ((2,),))]
+
+
+def mesh_of(devices):
+    return jax.make_mesh((devices // 2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def in_mesh(mesh, fn):
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return jax.jit(traced)
+
+
+def test_kernels_see_the_part_of_a_device():
+    """Under jit over a mesh, with arguments that all images share and in a vmap."""
+    mesh = mesh_of(8)
+    seen = []
+
+    def kernel(x, weight):
+        seen.append(x.shape)
+        return x * weight, x.sum(0, keepdims=True)
+
+    x = jnp.arange(48.0).reshape(16, 3)
+    x = jax.device_put(x, jax.NamedSharding(mesh, P(("data", "fsdp"))))
+    weight = jnp.arange(3.0)
+
+    def run(x, weight):
+        y, sums = platforms.on_each_device(kernel, shared=(1,))(x, weight)
+        return y, sums.sum(0), sums.shape
+
+    run_in_mesh = in_mesh(mesh, lambda x, weight: run(x, weight)[:2])
+    y, sums = run_in_mesh(x, weight)
+    assert seen == [(2, 3)]
+    np.testing.assert_array_equal(y, np.arange(48.0).reshape(16, 3) * np.arange(3.0))
+    np.testing.assert_array_equal(sums, np.arange(48.0).reshape(16, 3).sum(0))
+    assert y.sharding.is_equivalent_to(x.sharding, 2)
+    text = run_in_mesh.lower(x, weight).compile().as_text()
+    assert "all-gather" not in text and text.count("all-reduce(") == 1
+
+    stacked = in_mesh(mesh, jax.vmap(lambda x: run(x, weight)[0], 1, 1))
+    np.testing.assert_array_equal(stacked(jnp.stack([x, x], 1))[:, 1], y)
+
+
+def test_device_batch():
+    assert platforms.device_batch(16) == 16
+    found = []
+
+    def note(x):
+        found.append((platforms.num_devices(), platforms.device_batch(16)))
+        found.append((platforms.num_devices(), platforms.device_batch(9)))
+        return x
+
+    in_mesh(mesh_of(8), note)(jnp.ones(8))
+    assert found == [(8, 2), (8, 9)]
+    found.clear()
+    jax.pmap(note)(jnp.ones((8, 1)))
+    assert set(found) == {(1, 16), (1, 9)}
+    found.clear()
+    mapped = functools.partial(jax.shard_map, in_specs=P("data"), out_specs=P("data"))
+    in_mesh(mesh_of(8), mapped(note, mesh=mesh_of(8), check_vma=False))(jnp.ones(8))
+    assert set(found) == {(1, 16), (1, 9)}
+
+
+def test_kernels_off(operator, monkeypatch):
+    kernel, plain = (lambda x: x + 1), (lambda x: x)
+    run = functools.partial(platforms.by_platform, operator, default=plain, cuda=kernel)
+    assert "platform_index" in str(jax.make_jaxpr(run)(1.0 * jnp.ones(2)))
+    monkeypatch.setenv("TOKENVIT_JAX_KERNELS", "off")
+    assert "platform_index" not in str(jax.make_jaxpr(lambda x: run(x))(jnp.ones(2)))
