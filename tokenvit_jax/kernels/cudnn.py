@@ -32,6 +32,7 @@ MIN_LENGTH = 64
 # lies far below all logits and is small enough for exp(a logit - the largest) to be finite where
 # the kernel rounds the two after scaling them, so that tiles of excluded keys only make no NaN.
 BIAS_UNIT = 64.0
+BIAS_COLUMNS = 3
 NEVER = -(2.0**20)
 
 
@@ -156,7 +157,7 @@ def attend(
       v: values (B, S, N, D).
       scale: factor of the products.
       key_bias: added to the logits of each key (B, S), float32, at least :data:`NEVER`, which
-        excludes a key; it takes 3 columns of the head dim. None: 0.
+        excludes a key; it takes :data:`BIAS_COLUMNS` of the head dim. None: 0.
 
     Returns:
       (B, T, N, D) in the type of ``v``; it can be differentiated.
@@ -164,8 +165,8 @@ def attend(
     if key_bias is None:
         return _attend(q, k, v, scale)
     columns = split_in_three(key_bias / BIAS_UNIT, k.dtype)[:, :, None]  # (B, S, 1, 3)
-    columns = jnp.broadcast_to(columns, (*k.shape[:3], 3))
-    units = jnp.full((*q.shape[:3], 3), BIAS_UNIT, q.dtype)
+    columns = jnp.broadcast_to(columns, (*k.shape[:3], BIAS_COLUMNS))
+    units = jnp.full((*q.shape[:3], BIAS_COLUMNS), BIAS_UNIT, q.dtype)
     q = jnp.concatenate([(q * scale).astype(q.dtype), units], -1)
     return attend_augmented(q, jnp.concatenate([k, columns], -1), v, scale=1.0)
 
@@ -206,7 +207,7 @@ def split_in_three(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..
     """
     info = jnp.finfo(dtype)
     parts = []
-    for _ in range(3):
+    for _ in range(BIAS_COLUMNS):
         # Unlike a pair of conversions, the compiler may not leave this rounding out.
         parts.append(lax.reduce_precision(x, info.nexp, info.nmant))
         x = x - parts[-1]

@@ -4,7 +4,8 @@
 FORMS: dict[str, dict[str, str]] = {
     "attention": {
         "cpu": "heads first, in chunks of queries: plain batched products are 3 times as fast",
-        "default": "jax.nn.dot_product_attention",
+        "cuda": "cuDNN, no logits in memory: on an H100 2 to 4 times as fast from 196 tokens on",
+        "default": "jax.nn.dot_product_attention, in XLA's operations",
     },
     "cluster sums": {
         "cpu": "scatter: 5 to 100 times as fast as products",
