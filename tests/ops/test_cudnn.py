@@ -2,13 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
+from tokenvit_jax import ops
 from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.group_attention_dense import attend_dense, attend_dense_by_cudnn
 
 KERNELS = [
     export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{suffix}")
@@ -75,6 +78,21 @@ def test_a_bias_is_not_rounded_to_the_short_type(dtype):
     np.testing.assert_allclose(parts.astype(jnp.float32).sum(-1), x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_group_attention_is_plain_attention(by_xla, dtype):
+    q, k, v = (normal(i, 2, 3, 7, 8, dtype=dtype) for i in range(3))
+    groups = jax.random.randint(jax.random.key(3), (2, 3, 7), 0, 5)
+    selected = jax.random.uniform(jax.random.key(4), (2, 3, 7, 5)) < 0.4
+    selected = selected.at[:, :, 0].set(True)
+    found, expected = (
+        differentiated(lambda *qkv, form=form: form(*qkv, groups, selected), q, k, v)
+        for form in (attend_dense_by_cudnn, attend_dense)
+    )
+    eps = float(jnp.finfo(dtype).eps)
+    chex.assert_trees_all_close(found, expected, rtol=10 * eps, atol=20 * eps)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+
+
 def test_misfits():
     q = jnp.zeros((2, 196, 3, 32), jnp.bfloat16)
     assert cudnn.misfit(q, q, q) == "no NVIDIA GPU of compute capability 8.0 with cuDNN 9"
@@ -101,7 +119,7 @@ def test_lowers_for_a_gpu_that_is_not_there():
     assert not form()
     with cudnn.assumed():
         assert form()
-        fn = functools.partial(differentiated, functools.partial(cudnn.attend, scale=1.0))
+        fn = functools.partial(differentiated, ops.dot_product_attention)
         exported = export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=KERNELS)(q, q, q)
     text = exported.mlir_module()
     assert "__cudnn$fmhaSoftmaxBackward" in text and "66x3x32" in text

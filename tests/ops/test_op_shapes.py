@@ -37,6 +37,7 @@ def masks(*shape):
 Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
 SHORT = [x.astype(jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
+SHORT_HEADS_FIRST = HEADS_FIRST.astype(jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
 TOKENS = floats(2, 30, 7)
 GRID, CLUSTERS = (6, 5), (3, 2)
@@ -124,6 +125,9 @@ CALLS = {
     "group_attention_dense.attend_dense": [
         ((HEADS_FIRST, floats(2, 3, 13, 8), floats(2, 3, 13, 8), integers(2, 3, 11),
           masks(2, 3, 13, 4)), {})
+    ],
+    "group_attention_dense.attend_dense_by_cudnn": [
+        ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
     ],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
