@@ -73,7 +73,7 @@ def assumed() -> Iterator[None]:
 
 
 def _mesh_of_assumed():
-    """Returns the mesh of the context on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
+    """Returns the context's mesh on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
     mesh = jax.sharding.get_abstract_mesh()
     device = jax.sharding.AbstractDevice(ASSUMED_KIND, num_cores=None, platform="gpu")
     return jax.sharding.AbstractMesh(
