@@ -181,10 +181,10 @@ class _Reader:
         for instruction in computation.values():
             opcode, rest = instruction.opcode, instruction.rest
             if opcode == "while":
-                rounds = re.search(r"known_trip_count[^0-9]*(\d+)", rest)
+                rounds = self._rounds(rest)
                 self._unknown_loops += rounds is None
                 body = re.search(r"body=%?([\w.\-]+)", rest)[1]
-                yield from self._walk(body, times * int(rounds[1]) if rounds else times)
+                yield from self._walk(body, times * (1 if rounds is None else rounds))
             elif opcode == "conditional":  # the first branch: where the predicate is false
                 branches = re.search(r"(?:branch_computations=\{|false_computation=)(.*)", rest)[1]
                 yield from self._walk(re.match(r"%?([\w.\-]+)", branches)[1], times)
@@ -195,9 +195,28 @@ class _Reader:
             else:
                 yield times, computation, instruction
 
+    def _rounds(self, rest: str) -> int | None:
+        """Returns the number of rounds of a loop; None: it depends on data."""
+        known = re.search(r"known_trip_count[^0-9]*(\d+)", rest)
+        if known:
+            return int(known[1])
+        # A TPU's compiler does not say it; counters begin at 0 and end before a constant.
+        condition = self._computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
+        *_, root = condition.values()
+        bound = condition.get(root.operands[-1]) if root.operands else None
+        counts = root.opcode == "compare" and "direction=LT" in root.rest
+        if counts and bound is not None and bound.opcode == "constant":
+            return int(bound.rest.split(")")[0])
+        return None
+
     def _kernel(self, times, computation, instruction):
         operands = [computation[x].shape for x in instruction.operands if x in computation]
-        size = sum(map(shape_bytes, (instruction.shape, *operands)))
+        shape = instruction.shape
+        if instruction.target.startswith("__cu"):  # a library's result is first; then its workspace
+            shape = re.sub(r"\b[su]8\[\d+\]", "", shape)
+        size = sum(map(shape_bytes, (shape, *operands)))
+        if instruction.opcode in ("copy-start", "slice-start"):  # results: the copy, its source
+            size = shape_bytes(shape)
         return Kernel(
             times,
             instruction.opcode,
