@@ -68,7 +68,7 @@ def excess(compiled: Compiled, step: int) -> str:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
         f"{compiled.batch_per_device} images per device do not fit into the memory: a step needs "
-        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} too much; "
+        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too much; "
         f"{advice}"
     )
 
