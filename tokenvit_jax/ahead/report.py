@@ -68,8 +68,8 @@ def excess(compiled: Compiled, step: int) -> str:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
         f"{compiled.batch_per_device} images per device do not fit into the memory: a step needs "
-        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too much; "
-        f"{advice}"
+        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too "
+        f"much; {advice}"
     )
 
 
