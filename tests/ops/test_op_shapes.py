@@ -35,7 +35,7 @@ def masks(*shape):
 Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
 HEADS_FIRST = floats(2, 3, 11, 8)
 MAP = floats(2, 6, 4, 2, 5)
-TOKENS = floats(2, 30, 7)
+TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
@@ -78,12 +78,19 @@ CALLS = {
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
-    "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
+    "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
+    "density_peaks.misfit": [((7, 5), {})],
+    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
+    "density_peaks.nearest_denser": [
+        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
+    ],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.cluster_density_peaks": [
         ((TOKENS, 5), {}),
         ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
