@@ -39,7 +39,7 @@ SHORT = [x.astype(jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
 SHORT_HEADS_FIRST = HEADS_FIRST.astype(jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
-TOKENS = floats(2, 30, 7)
+TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
@@ -83,7 +83,7 @@ CALLS = {
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
-    "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
+    "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
@@ -94,6 +94,13 @@ CALLS = {
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
     "cudnn.attend_augmented": [((*SHORT[:2], SHORT[2][..., :5]), {})],
     "cudnn.split_in_three": [((floats(2, 13), jnp.bfloat16), {})],
+    "density_peaks.misfit": [((7, 5), {})],
+    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
+    "density_peaks.nearest_denser": [
+        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
+    ],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.cluster_density_peaks": [
         ((TOKENS, 5), {}),
         ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
