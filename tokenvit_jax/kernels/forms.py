@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, str]] = {
         "launches in place of 584",
         "default": "one masked sum over all distances a round (H200: .23 ms in place of .41), "
         "without a choice that depends on all images",
+    },
     "nearest center": {
         "cpu": "in chunks of tokens, which stay in the cache",
         "default": "in chunks of tokens that fill the device",
