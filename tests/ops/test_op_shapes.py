@@ -164,6 +164,15 @@ CALLS = {
     ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
+    "scored_attention.received_attention": [
+        ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
+    ],
+    "scored_attention.score_by_kernels": [
+        ((*SHORT, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "scored_attention.score_with_logits": [
+        ((Q, K, K, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],

@@ -41,7 +41,7 @@ class _Device(NamedTuple):
     version: int  # of cuDNN
 
 
-ASSUMED = _Device(HOPPER, 91200)
+ASSUMED, ASSUMED_KIND = _Device(HOPPER, 91200), "NVIDIA H100 80GB HBM3"
 
 # A user context is part of the keys of jax's caches: what was traced without cuDNN is traced again.
 _assumed = jax.make_user_context(False)
@@ -65,11 +65,20 @@ def assumed() -> Iterator[None]:
     try:
         for name, answer in _ANSWERS.items():
             setattr(library, name, answer)
-        with _assumed(True):
+        with _assumed(True), jax.sharding.use_abstract_mesh(_mesh_of_assumed()):
             yield
     finally:
         for name, function in saved.items():
             setattr(library, name, function)
+
+
+def _mesh_of_assumed():
+    """Returns the context's mesh on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.sharding.AbstractDevice(ASSUMED_KIND, num_cores=None, platform="gpu")
+    return jax.sharding.AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
 
 
 def _capability_of(text):
