@@ -135,11 +135,20 @@ CALLS = {
     ],
     "group_attention_dense.attend_dense_by_cudnn": [
         ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
+    "group_attention_fused.attend_fused": [
+        ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
     ],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_routing.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
+    "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
+    "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],
+    "group_routing.routing_misfit": [((Q, 4), {})],
+    "group_routing.unpack": [((integers(2, 3, 2, 11), 20), {})],
+    "group_sums.group_sums_misfit": [((Q, 4), {})],
+    "group_sums.sum_groups": [((Q, integers(2, 3, 11), 4), {"interpret": True})],
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],

@@ -25,6 +25,9 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "group attention, dense": {
         "cpu": "in chunks of queries, which stay in the cache",
+        "cuda": "bfloat16 and float16: two kernels, one of them for the selection; compiled for an "
+        "H200, training at 196 tokens moves a fifth of the bytes of cuDNN's attention of head "
+        "dim 80 on copies with the groups, in 4 instead of 190 launches a block",
         "default": "all queries at once",
     },
     "k-medoids": {
@@ -48,6 +51,9 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "in chunks of tokens, which stay in the cache",
         "default": "in chunks of tokens that fill the device",
         "cuda": "streams over all tokens: no distances in memory, one launch",
+    "group sums": {
+        "cuda": "one pass over the queries; compiled for an H200: a fifth of the bytes",
+        "default": "products with the membership matrix in full precision",
     },
     "pale attention": {
         "cpu": "group by group: 1.3 to 1.5 times as fast as chunks of queries",
