@@ -13,6 +13,7 @@ FORMS: dict[str, dict[str, str]] = {
     "cluster sums": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",
+        "cuda": "products with the membership matrix in registers; deterministic",
     },
     "depthwise kernel gradient": {
         "cpu": "line by line: up to 10 times as fast as strided reductions",
@@ -25,6 +26,11 @@ FORMS: dict[str, dict[str, str]] = {
     "group attention, dense": {
         "cpu": "in chunks of queries, which stay in the cache",
         "default": "all queries at once",
+    },
+    "merge tokens": {
+        "cpu": "scatter: 5 to 100 times as fast as products",
+        "default": "products with the membership matrix, deterministic on accelerators",
+        "cuda": "maximum, weights and sums in one pass; compiled for an H200: 1 launch for 7",
     },
     "nearest center": {
         "cpu": "in chunks of tokens, which stay in the cache",
