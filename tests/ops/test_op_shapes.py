@@ -79,12 +79,18 @@ CALLS = {
     "center_tiles.check_temperature": [((50.0,), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
-    "platforms.by_platform": [(("cluster sums", TOKENS), {"cpu": jnp.sum, "default": jnp.sum})],
+    "platforms.by_platform": [
+        (("cluster sums", TOKENS), dict.fromkeys(("cpu", "default", "cuda"), jnp.sum))
+    ],
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
+    "cluster_sums.means_by_kernel": [
+        ((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})
+    ],
+    "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
