@@ -172,6 +172,7 @@ CALLS = {
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
     ],
+    "precise_product.precise_product": [(("bnc,bmc->bnm", TOKENS, floats(2, 4, 7)), {})],
     "reconstruct_tokens.reconstruct_tokens": [
         ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
