@@ -37,6 +37,7 @@ FORMS: dict[str, dict[str, str]] = {
         "launches in place of 584",
         "default": "one masked sum over all distances a round (H200: .23 ms in place of .41), "
         "without a choice that depends on all images",
+    },
     "merge tokens": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",
@@ -56,6 +57,7 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "in chunks of tokens, which stay in the cache",
         "default": "in chunks of tokens that fill the device",
         "cuda": "streams over all tokens: no distances in memory, one launch",
+    },
     "group sums": {
         "cuda": "one pass over the queries; compiled for an H200: a fifth of the bytes",
         "default": "products with the membership matrix in full precision",
@@ -73,6 +75,7 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "cuDNN, and a kernel that sums up the weights; compiled for an H200, a seventh of "
         "the bytes at 197 tokens, and 3 launches instead of 11",
         "default": "all logits at once",
+    },
     "precise product": {
         "cuda": "three TF32 products: nearest of 3,136 tokens in .77 ms in place of 1.02 on an "
         "H100, and the same tokens",
