@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from shape_checks import check_call, missing_annotations, public_callables, trace_checked
 
 from tokenvit_jax import kernels, ops
+from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
@@ -119,9 +120,32 @@ CALLS = {
         ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
     ],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "depthwise_block.block_backward": [
+        ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
+         {"block": Block(), "interpret": True}),
+    ],
+    "depthwise_block.block_forward": [
+        ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
+         {"block": Block(with_sums=True), "interpret": True}),
+    ],
+    "depthwise_block.gelu_backward": [
+        ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
+    ],
+    "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
+    "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
+    "depthwise_conv.defer_gelu": [
+        ((floats(2, 6, 4, 5), floats(5)), {"with_sums": flag}) for flag in (True, False)
+    ],
+    "depthwise_conv.depthwise_block": [
+        ((floats(2, 6, 4, 5), floats(3, 1, 5)), {}),
+        ((floats(2, 6, 4, 5), floats(3, 3, 5), floats(5)),
+         {"input_bias": floats(5), "scale": floats(5), "shift": floats(5), "with_sums": True,
+          "deferred": True, "activate": True}),
+    ],
     "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
-    "depthwise_conv.kernel_gradient_by_entries": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "depthwise_conv.kernel_gradient_by_library": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
@@ -178,6 +202,8 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "gelu.gelu": [((TOKENS,), {})],
+    "gelu.gelu_and_slope": [((TOKENS,), {})],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "scored_attention.received_attention": [
