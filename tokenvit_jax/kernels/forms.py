@@ -96,6 +96,7 @@ FORMS: dict[str, dict[str, str]] = {
     "reconstruction": {
         "cpu": "in chunks of tokens, whose distances stay in the cache",
         "default": "all tokens at once",
+    },
     "sums of gelu": {
         "cuda": "Pallas: one pass for both sums",
         "default": "XLA's operations",
