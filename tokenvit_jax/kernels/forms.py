@@ -18,6 +18,14 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "in chunks of queries, which stay in the cache",
         "default": "all queries at once",
     },
+    "layer norm": {
+        "cuda": "one launch that reads the tokens once",
+        "default": "XLA's reductions and fusions",
+    },
+    "layer norm gradient": {
+        "cuda": "one launch that reads tokens and gradients once and adds the residual's gradient",
+        "default": "XLA's reductions and fusions",
+    },
     "pale attention": {
         "cpu": "group by group: 1.3 to 1.5 times as fast as chunks of queries",
         "default": "all groups at once",
