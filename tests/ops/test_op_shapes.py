@@ -40,6 +40,7 @@ GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
+AFFINE = ops.BatchAffine(*(floats(7),) * 4)
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
@@ -57,6 +58,14 @@ CALLS = {
     ],
     "attention.attend_by_library": [((Q, K, K), {"scale": 1.0, "mask": None})],
     "attention.attend_heads_first": [((Q, K, K), {"scale": 1.0, "mask": masks(2, 1, 1, 13)})],
+    "batch_norm.affine_gradient": [((floats(2, 7), floats(2, 7), 60, AFFINE, 1e-5), {})],
+    "batch_norm.affine_of": [((floats(2, 7), 60, floats(7), floats(7), 1e-5), {})],
+    "batch_norm.batch_norm": [
+        ((TOKENS, floats(7), floats(7)), {"epsilon": 1e-5, "with_gelu": True}),
+        ((TOKENS.astype(jnp.bfloat16), floats(7), floats(7)), {"epsilon": 1e-5}),
+    ],
+    "batch_norm.global_count": [((TOKENS, None), {})],
+    "batch_norm.over_devices": [((floats(2, 7), None), {})],
     "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
     "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
@@ -103,6 +112,8 @@ CALLS = {
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
+    "gelu.gelu": [((TOKENS,), {})],
+    "gelu.gelu_and_slope": [((TOKENS.astype(jnp.bfloat16),), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],
     "group_attention.group_attention": [
         ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")
@@ -123,6 +134,19 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "layer_norm.add_layer_norm": [
+        ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
+        ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
+    ],
+    "layer_norm.backward_pass": [
+        ((TOKENS, TOKENS, None, floats(7), floats(2, 30), floats(2, 30)), {"interpret": True})
+    ],
+    "layer_norm.forward_pass": [
+        ((TOKENS, TOKENS, floats(7), floats(7)),
+         {"epsilon": 1e-6, "dtype": jnp.bfloat16, "interpret": True})
+    ],
+    "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
+    "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})

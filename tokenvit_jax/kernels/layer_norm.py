@@ -187,8 +187,8 @@ def _backward_kernel(
 
     steps = pl.cdiv(tiling.num_blocks, programs)
     zeros = jnp.zeros((tiling.height, tiling.width), jnp.float32)
-    dscale, dbias = lax.fori_loop(0, steps, block, (zeros, zeros))
-    columns = pl.ds(0, tiling.width)
+    sums = lax.fori_loop(0, steps, block, (zeros, zeros))
     mask = jnp.arange(tiling.width) < tiling.channels
-    plt.store(sums_ref.at[program, 0, columns], jnp.sum(dscale, 0), mask=mask)
-    plt.store(sums_ref.at[program, 1, columns], jnp.sum(dbias, 0), mask=mask)
+    for number, parts in enumerate(sums):
+        place = pl.ds(program, 1), pl.ds(number, 1), pl.ds(0, tiling.width)
+        plt.store(sums_ref.at[place], jnp.sum(parts, 0)[None, None], mask=mask[None, None])
