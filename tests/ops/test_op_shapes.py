@@ -8,14 +8,16 @@ from jaxtyping import Array, Float
 from shape_checks import check_call, missing_annotations, public_callables, trace_checked
 
 from tokenvit_jax import kernels, ops
+from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
+CONTEXTS = ("cudnn.assumed", "platforms.noted_misfits")
 FUNCTIONS = {
     name: function
     for package in (ops, kernels)
     for name, function in public_callables(package)
-    if not isinstance(function, type) and name != "platforms.noted_misfits"  # a context
+    if not isinstance(function, type) and name not in CONTEXTS
 }
 KEY = jax.random.key(0)
 
@@ -33,9 +35,11 @@ def masks(*shape):
 
 
 Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
+SHORT = [x.astype(jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
+SHORT_HEADS_FIRST = HEADS_FIRST.astype(jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
-TOKENS = floats(2, 30, 7)
+TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
@@ -55,8 +59,9 @@ CALLS = {
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
-    "attention.attend_by_library": [((Q, K, K), {"scale": 1.0, "mask": None})],
-    "attention.attend_heads_first": [((Q, K, K), {"scale": 1.0, "mask": masks(2, 1, 1, 13)})],
+        "attention.attend_by_cudnn": [((*SHORT, masks(2, 13)), {"scale": 1.0})],
+    "attention.attend_by_library": [((Q, K, K, None), {"scale": 1.0})],
+    "attention.attend_heads_first": [((Q, K, K, masks(2, 13)), {"scale": 1.0})],
     "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
     "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
@@ -78,12 +83,24 @@ CALLS = {
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
-    "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
+    "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
+    "cudnn.available": [((), {})],
+    "cudnn.misfit": [(SHORT, {}), (SHORT, {"extra": 3})],
+    "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
+    "cudnn.attend_augmented": [((*SHORT[:2], SHORT[2][..., :5]), {})],
+    "cudnn.split_in_three": [((floats(2, 13), jnp.bfloat16), {})],
+    "density_peaks.misfit": [((7, 5), {})],
+    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
+    "density_peaks.nearest_denser": [
+        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
+    ],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.cluster_density_peaks": [
         ((TOKENS, 5), {}),
         ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
@@ -116,6 +133,9 @@ CALLS = {
         ((HEADS_FIRST, floats(2, 3, 13, 8), floats(2, 3, 13, 8), integers(2, 3, 11),
           masks(2, 3, 13, 4)), {})
     ],
+    "group_attention_dense.attend_dense_by_cudnn": [
+        ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
+    ],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
@@ -123,6 +143,10 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
+    "kmedoids.kmedoids_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
@@ -177,8 +201,9 @@ def test_everything_has_a_type(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_shapes_are_as_stated(name):
-    for args, kwargs in CALLS[name]:
-        trace_checked(FUNCTIONS[name], *args, **kwargs)
+    with cudnn.assumed():  # the forms by cuDNN are traced, too
+        for args, kwargs in CALLS[name]:
+            trace_checked(FUNCTIONS[name], *args, **kwargs)
 
 
 def test_wrong_shapes_are_found():

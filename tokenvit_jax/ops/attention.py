@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from tokenvit_jax.kernels.attention import attend, attend_by_library, attend_heads_first
+from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.attention import (
+    attend,
+    attend_by_cudnn,
+    attend_by_library,
+    attend_heads_first,
+)
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
@@ -46,13 +52,17 @@ def dot_product_attention(
     if key_mask is not None and key_mask.shape != k.shape[:2]:
         raise ValueError(f"key_mask has shape {key_mask.shape}; expected {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, S)
-
-    on_cpu = functools.partial(attend_heads_first, scale=scale, mask=mask)
+    on_cpu, by_cudnn, elsewhere = (
+        functools.partial(form, scale=scale)
+        for form in (attend_heads_first, attend_by_cudnn, attend_by_library)
+    )
     if softmax_dtype(q.dtype) == jnp.float64:
-        return on_cpu(q, k, v)
-    elsewhere = functools.partial(attend_by_library, scale=scale, mask=mask)
-    return by_platform("attention", q, k, v, cpu=on_cpu, default=elsewhere)
+        return on_cpu(q, k, v, key_mask)
+    misfit = cudnn.misfit(q, k, v, extra=0 if key_mask is None else cudnn.BIAS_COLUMNS)
+    return by_platform(
+        "attention", q, k, v, key_mask, cpu=on_cpu, cuda=by_cudnn, default=elsewhere,
+        misfits={"cuda": misfit},
+    )  # fmt: skip
 
 
 class ScoredAttention(NamedTuple):
