@@ -125,7 +125,9 @@ def _own_device():
     return _Device(_capability_of(device.compute_capability), version)
 
 
-def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
+def misfit(
+    q: Array, k: Array, v: Array, *, extra: int = 0, shortest: int = MIN_LENGTH
+) -> str | None:
     """Returns why :func:`attend` cannot take the arguments, or None.
 
     Args:
@@ -133,6 +135,7 @@ def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       extra: number of columns that are appended to queries and keys.
+      shortest: smallest number of queries and of keys for which cuDNN is the faster form.
     """
     device = _device()
     if device is None:
@@ -145,8 +148,8 @@ def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
         return f"head dim {dim} is not a multiple of 8"
     if dim + extra > largest:
         return f"head dim {dim + extra} is above {largest}"
-    if min(q.shape[1], k.shape[1]) < MIN_LENGTH:
-        return f"fewer than {MIN_LENGTH} queries or keys: XLA's form is as fast"
+    if min(q.shape[1], k.shape[1]) < shortest:
+        return f"fewer than {shortest} queries or keys: XLA's form is as fast"
     return None
 
 

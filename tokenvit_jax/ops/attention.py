@@ -18,6 +18,9 @@ from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_l
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
+# Fewest queries and keys for which two kernels are taken instead of about 10 short launches.
+MIN_SCORED = 16
+
 
 def _macs(inputs, outputs):
     batch, queries, heads, dim = inputs[0]
@@ -119,7 +122,8 @@ def scored_attention(
         functools.partial(form, scale=scale, diagonal=diagonal)
         for form in (score_by_kernels, score_with_logits)
     )
-    misfit = cudnn.misfit(q, k, v, extra=0 if size is None else cudnn.BIAS_COLUMNS)
+    extra = 0 if size is None else cudnn.BIAS_COLUMNS
+    misfit = cudnn.misfit(q, k, v, extra=extra, shortest=MIN_SCORED)
     scored = by_platform(
         "scored attention", q, k, v, size, cuda=by_kernels, default=with_logits,
         misfits={"cuda": misfit},
