@@ -10,6 +10,7 @@ from shape_checks import check_call, missing_annotations, public_callables, trac
 from tokenvit_jax import kernels, ops
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.depthwise_block import Block
+from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
@@ -46,6 +47,10 @@ TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
 AFFINE = ops.BatchAffine(*(floats(7),) * 4)
+SORTED = SortedGroups(
+    integers(2, 3, 12), integers(2, 3, 5), integers(2, 3, 4, 6),
+    jnp.zeros((2, 3, 4, 11), jnp.int16),
+)  # fmt: skip
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
@@ -174,10 +179,17 @@ CALLS = {
     "group_attention_fused.attend_fused": [
         ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
     ],
+    "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
+    "group_attention_sorted.sort_groups": [
+        ((integers(2, 3, 11), floats(2, 3, 4, 11), 5), {"interpret": True})
+    ],
+    "group_attention_sorted.sorted_misfit": [((Q, 5), {})],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
+    "group_routing.assign_misfit": [((Q, 4), {})],
     "group_routing.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
     "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],

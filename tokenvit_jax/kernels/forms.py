@@ -38,10 +38,15 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "group attention, dense": {
         "cpu": "in chunks of queries, which stay in the cache",
-        "cuda": "bfloat16 and float16: two kernels, one of them for the selection; compiled for an "
-        "H200, training at 196 tokens moves a fifth of the bytes of cuDNN's attention of head "
-        "dim 80 on copies with the groups, in 4 instead of 190 launches a block",
+        "cuda": "bfloat16 and float16: one kernel routes, one attends; compiled for an H200 (128 "
+        "images of 784 tokens, training) 4 launches and 0.1 ms of floor instead of 248 and 4.2",
         "default": "all queries at once",
+    },
+    "group attention, tiles": {
+        "cuda": "bfloat16 and float16: kernels that read the queries and keys of a group in place; "
+        "compiled for an H200 (128 images of 3,136 tokens, training) 10 launches and 0.5 ms of "
+        "floor instead of 46 and 3.8",
+        "default": "gathers the queries of each tile and the keys of each group",
     },
     "group sums": {
         "cuda": "one pass over the queries; compiled for an H200: a fifth of the bytes",
