@@ -83,6 +83,8 @@ CALLS = {
     "center_tiles.check_temperature": [((50.0,), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
+    "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
+    "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "platforms.by_platform": [(("cluster sums", TOKENS), {"cpu": jnp.sum, "default": jnp.sum})],
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],

@@ -34,6 +34,10 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "lax.top_k: several times as fast as sorting",
         "default": "sorting, which the compiler can divide over devices",
     },
+    "updates of vectors": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all as one vector: compiled for an H200, a launch for many",
+    },
     "window attention": {
         "cpu": "row by row of windows, to save memory",
         "default": "all windows at once",

@@ -24,6 +24,7 @@ from tokenvit_jax.measure.timing import (
     time_in_turns,
 )
 from tokenvit_jax.models import create_model
+from tokenvit_jax.ops.packed import map_packed
 
 SECONDS = 10.0  # approximate time to spend on each model
 
@@ -171,7 +172,7 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, state), grads = grad_fn(variables["params"])
-        params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+        params = map_packed(lambda p, g: p - 1e-3 * g, variables["params"], grads)
         return model.after_step({"params": params, **state}, jnp.float32(1e-3)), loss
 
     return step
