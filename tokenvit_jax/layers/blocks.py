@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
+from tokenvit_jax.layers.conv import Weights, conv_init, depthwise_init, linear_init
 from tokenvit_jax.layers.norm import LayerNorm
 from tokenvit_jax.ops import gelu
 
@@ -69,7 +70,8 @@ class ConditionalPositionEncoding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return x + DepthwiseConv3x3(dtype=self.dtype, name="conv")(x)
+        kernel, bias = Weights((3, 3, x.shape[-1]), depthwise_init, name="conv")()
+        return ops.depthwise_block(x.astype(self.dtype), kernel, bias, residual=True)[0]
 
 
 class Mlp(nn.Module):

@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from tokenvit_jax import ops
 from tokenvit_jax.layers import (
     AddLayerNorm,
     ClusterAttention,
-    DepthwiseConv3x3,
     DropPath,
     LayerNorm,
     PatchEmbedding,
     dense,
-    gelu,
 )
 from tokenvit_jax.layers.cluster_attention import CLUSTERING, RATIOS, check_ratios
+from tokenvit_jax.layers.conv import Weights, depthwise_init, linear_init, product
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import EXPANSION, Rules, check_unused
 from tokenvit_jax.valid import Several
@@ -74,8 +74,13 @@ class ConvFFN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        x = dense(self.ratio * channels, self.dtype, "fc1")(x)
-        x = gelu(x + DepthwiseConv3x3(dtype=self.dtype, name="depthwise")(x))
+        hidden = self.ratio * channels
+        kernel, input_bias = Weights((channels, hidden), linear_init, name="fc1")()
+        x = product(x.astype(self.dtype), kernel)
+        kernel, bias = Weights((3, 3, hidden), depthwise_init, name="depthwise")()
+        x, _ = ops.depthwise_block(
+            x, kernel, bias, input_bias=input_bias, residual=True, activate=True
+        )
         return dense(channels, self.dtype, "fc2")(x)
 
 

@@ -5,21 +5,28 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from tokenvit_jax import ops
 from tokenvit_jax.layers import (
     AddLayerNorm,
     ConditionalPositionEncoding,
     Conv3x3,
-    DepthwiseConv3x3,
     DropPath,
     DynamicGroupAttention,
     LayerNorm,
     PatchEmbedding,
     advance_centroids,
     batch_norm,
-    gelu,
 )
-from tokenvit_jax.layers.conv import conv_init
+from tokenvit_jax.layers.conv import (
+    Weights,
+    conv_init,
+    depthwise_init,
+    fold,
+    folded_batch_norm,
+    product,
+)
 from tokenvit_jax.models.backbone import Variables
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import CHANNELS, EXPANSION, Rules, check_unused
@@ -94,19 +101,41 @@ class InvertedResidualFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        channels = x.shape[-1]
+        channels, pixels = x.shape[-1], x.size // x.shape[-1]
+        hidden = self.ratio * channels
 
-        def norm(x, name):
-            layer = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name=name)
-            return layer(x, use_running_average=not train)
+        def norm(name, sums, channels=hidden):
+            layer = folded_batch_norm(axis_name=self.axis_name, name=name)
+            return layer(sums, channels, pixels, use_running_average=not train)
 
-        def conv1x1(x, dim, name):
-            return nn.Dense(dim, dtype=self.dtype, kernel_init=conv_init, name=name)(x)
+        # Each of the three steps on the hidden map reads and writes it once: GELU and norm1 are
+        # taken along by the depthwise convolution, and norm2 by the kernel of "reduce".
+        kernel, input_bias = Weights((channels, hidden), conv_init, name="expand")()
+        x = product(x.astype(self.dtype), kernel)
+        x, sums = ops.defer_gelu(x, input_bias, with_sums=train)
+        factor, offset = norm("norm1", sums)
+        kernel, bias = Weights((3, 3, hidden), depthwise_init, name="depthwise")()
+        x, sums = ops.depthwise_block(
+            x, kernel, bias, input_bias=input_bias, scale=factor, shift=offset,
+            deferred=True, residual=True, activate=True, with_sums=train,
+        )  # fmt: skip
+        factor, offset = norm("norm2", sums)
+        weights = Weights((hidden, channels), conv_init, name="reduce")()
+        kernel, bias = fold(*weights, factor, offset)
+        x = product(x, kernel)
+        return self._normalize(x, bias, norm, train)
 
-        x = norm(gelu(conv1x1(x, self.ratio * channels, "expand")), "norm1")
-        x = x + DepthwiseConv3x3(dtype=self.dtype, name="depthwise")(x)
-        x = norm(gelu(x), "norm2")
-        return norm(conv1x1(x, channels, "reduce"), "norm3")
+    def _normalize(self, x, bias, norm, train):
+        """Adds the bias and applies norm3."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        sums = None
+        if train:
+            # The sums of x + bias follow from those of x.
+            total, squares = wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))
+            shifted = bias * (x.size // x.shape[-1])
+            sums = jnp.stack([total + shifted, squares + bias * (2 * total + shifted)])
+        factor, offset = norm("norm3", sums, x.shape[-1])
+        return (wide * factor + (offset + bias * factor)).astype(self.dtype)
 
 
 class DGTBlock(nn.Module):

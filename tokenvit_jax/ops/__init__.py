@@ -21,7 +21,7 @@ from tokenvit_jax.ops.density_peaks import (
     density_peaks,
     used_clusters,
 )
-from tokenvit_jax.ops.depthwise_conv import depthwise_conv
+from tokenvit_jax.ops.depthwise_conv import defer_gelu, depthwise_block, depthwise_conv
 from tokenvit_jax.ops.gelu import gelu
 from tokenvit_jax.ops.group_attention import (
     GroupAttention,
@@ -61,7 +61,9 @@ __all__ = [
     "bipartite_matching",
     "cluster_density_peaks",
     "cluster_superpixels",
+    "defer_gelu",
     "density_peaks",
+    "depthwise_block",
     "depthwise_conv",
     "dot_product_attention",
     "gelu",
