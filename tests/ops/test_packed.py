@@ -77,3 +77,19 @@ def test_optimizer(accelerator, frozen):
             params = optax.apply_updates(params, updates)
         results.append((params, state))
     assert_near(*results[::-1])
+
+
+def test_arrays_of_one_shape(accelerator, monkeypatch):
+    """Small arrays of a shape that is frequent are joined, too; a cast has float32 gradients."""
+    monkeypatch.setattr(packed, "_MANY", 2)
+    arrays = [jnp.full(shape, i / 3) for i, shape in enumerate([(2, 3), (4,), (2, 3), (3, 3), ()])]
+    others = [x + 1 for x in arrays]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        map_packed(jnp.multiply, arrays, others, limit=6),
+        [x * y for x, y in zip(arrays, others, strict=True)],
+    )
+    cast, pull = jax.vjp(lambda arrays: packed.cast_packed(arrays, jnp.bfloat16), arrays)
+    jax.tree.map(np.testing.assert_array_equal, cast, [x.astype(jnp.bfloat16) for x in arrays])
+    (gradients,) = pull(cast)
+    jax.tree.map(np.testing.assert_array_equal, gradients, [x.astype(jnp.float32) for x in cast])

@@ -11,6 +11,10 @@ FORMS: dict[str, dict[str, str]] = {
         "default": "the largest scores, and a scatter of their numbers",
         "cuda": "counts the larger scores of every token in one launch, instead of a sort",
     },
+    "casts of weights": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all of a shape at once: compiled for an H200, a launch for many",
+    },
     "cluster sums": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",

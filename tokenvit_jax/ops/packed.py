@@ -2,17 +2,28 @@
 
 A training step updates hundreds of biases and scales, and on a GPU each update is a launch that
 takes longer than its work. The compiler does not merge these launches, but it merges slices of a
-long vector: one launch for all slices of the same size.
+long vector: one launch for all slices of the same shape.
 """
 
+import collections
+import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.platforms import by_platform
+
+# Joining arrays of one shape takes up to three launches instead of one for each array.
+_MANY = 4
+# Values of a weight whose cast takes longer than a launch even if it is joined with others.
+_LARGE = 2**20
 
 
 class Packing:
@@ -30,6 +41,11 @@ class Packing:
         leaves, self._structure = jax.tree.flatten(like)
         self._shapes = [x.shape if _is_vector(x) else None for x in leaves]
 
+    @property
+    def empty(self) -> bool:
+        """Whether no array is joined."""
+        return all(shape is None for shape in self._shapes)
+
     def pack(self, tree: Any) -> Any:
         """Packs a tree of this structure."""
         leaves = self._structure.flatten_up_to(tree)
@@ -41,18 +57,12 @@ class Packing:
     def unpack(self, packed: Any) -> Any:
         """Undoes :meth:`pack`."""
         others = self._structure.flatten_up_to(packed["others"])
-        # The compiler merges slices of a computed vector, and not slices of a vector in memory. So
-        # the vector goes to memory and is multiplied by a number that the compiler does not know.
-        vectors, one = lax.optimization_barrier((packed["vectors"], jnp.float32(1)))
-        vectors = vectors * one
-        leaves, first = [], 0
-        for other, shape in zip(others, self._shapes, strict=True):
-            if shape is None:
-                leaves.append(other)
-                continue
-            size = shape[0] if shape else 1
-            leaves.append(vectors[first : first + size].reshape(shape))
-            first += size
+        shapes = [shape for shape in self._shapes if shape is not None]
+        joined = iter(_split(packed["vectors"], shapes))
+        leaves = [
+            other if shape is None else next(joined)
+            for other, shape in zip(others, self._shapes, strict=True)
+        ]
         return self._structure.unflatten(leaves)
 
     def pack_parts(self, tree: Any) -> Any:
@@ -66,26 +76,26 @@ class Packing:
         return _map_parts(self.unpack, tree, structure)
 
 
-def map_packed(function: Callable[..., Any], *trees: Any) -> Any:
-    """Maps an elementwise function over the leaves of equal trees, over all vectors at once.
+def map_packed(function: Callable[..., Any], *trees: Any, limit: int = 0) -> Any:
+    """Maps an elementwise function over the leaves of equal trees, over many leaves at once.
 
-    On a CPU, where packing saves nothing, vectors are separate.
+    On a CPU, where packing saves nothing, leaves are separate.
 
     Args:
-      function: elementwise function of one leaf of each tree; its result has the leaves' type.
+      function: elementwise function of one leaf of each tree.
       trees: trees of arrays.
+      limit: vectors are joined, and arrays of the same shape with at most this many values.
     """
 
-    def packed(*trees):
-        packing = Packing(trees[0])
-        return packing.unpack(jax.tree.map(function, *map(packing.pack, trees)))
+    def together(*trees):
+        lists = [jax.tree.leaves(tree) for tree in trees]
+        results = _map_groups(function, lists, limit)
+        return jax.tree.unflatten(jax.tree.structure(trees[0]), results)
 
-    if not any(map(_is_vector, jax.tree.leaves(trees[0]))):
-        return jax.tree.map(function, *trees)
     return by_platform(
         "updates of vectors",
         *trees,
-        default=packed,
+        default=together,
         cpu=lambda *trees: jax.tree.map(function, *trees),
         shared=tuple(range(len(trees))),
     )
@@ -109,14 +119,15 @@ def update_packed(
       The updates and the new state, which are not packed.
     """
 
+    packing = Packing(params)
+
     def packed(updates, state, params):
-        packing = Packing(params)
         updates, state = update(
             packing.pack(updates), packing.pack_parts(state), packing.pack(params)
         )
         return packing.unpack(updates), packing.unpack_parts(state)
 
-    if not any(map(_is_vector, jax.tree.leaves(params))):
+    if packing.empty:
         return update(updates, state, params)
     return by_platform(
         "updates of vectors",
@@ -129,8 +140,80 @@ def update_packed(
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def cast_packed(arrays: list[Float[Array, "..."]], dtype: DTypeLike) -> list[Float[Array, "..."]]:
+    """Casts float32 arrays to a narrower type, on accelerators with one launch for each shape.
+
+    Args:
+      arrays: arrays of any shapes.
+      dtype: type of the results; the gradients of the arrays are float32.
+    """
+
+    def cast(x):
+        return x.astype(dtype)
+
+    return by_platform(
+        "casts of weights",
+        arrays,
+        default=lambda arrays: _map_groups(cast, [arrays], limit=_LARGE),
+        cpu=lambda arrays: [cast(x) for x in arrays],
+        shared=(0,),
+    )
+
+
+def _cast_backward(dtype, _, gradients):
+    del dtype
+    return ([x.astype(jnp.float32) for x in gradients],)
+
+
+cast_packed.defvjp(lambda arrays, dtype: (cast_packed(arrays, dtype), None), _cast_backward)
+
+
+def _map_groups(function, lists, limit):
+    """Maps an elementwise function over lists of arrays, with few operations."""
+    results = [None] * len(lists[0])
+    for group in _groups(lists[0], limit):
+        if len(group) == 1:
+            results[group[0]] = function(*(arrays[group[0]] for arrays in lists))
+            continue
+        joined = [jnp.concatenate([arrays[i].reshape(-1) for i in group]) for arrays in lists]
+        parts = _split(function(*joined), [lists[0][i].shape for i in group])
+        for i, part in zip(group, parts, strict=True):
+            results[i] = part
+    return results
+
+
+def _groups(arrays, limit):
+    """Returns the places of arrays to be joined: all vectors, or many of one small shape."""
+    groups = collections.defaultdict(list)
+    for i, x in enumerate(arrays):
+        key = "vectors" if _is_vector(x) else (x.shape, x.dtype)
+        groups[key if x.ndim < 2 or x.size <= limit else i].append(i)
+    enough = {key for key, group in groups.items() if len(group) >= _MANY or key == "vectors"}
+    return [
+        part
+        for key, group in groups.items()
+        for part in ([group] if key in enough else [[i] for i in group])
+    ]
+
+
+def _split(flat, shapes):
+    """Splits a vector into arrays.
+
+    The compiler merges slices of a computed vector, and not slices of a vector in memory. So the
+    vector goes to memory and is multiplied by a number that the compiler does not know.
+    """
+    flat, one = lax.optimization_barrier((flat, jnp.ones((), flat.dtype)))
+    flat = flat * one
+    ends = itertools.accumulate(math.prod(shape) for shape in shapes)
+    return [
+        flat[end - math.prod(shape) : end].reshape(shape)
+        for shape, end in zip(shapes, ends, strict=True)
+    ]
+
+
 def _is_vector(x):
-    return x.ndim < 2 and x.dtype == jnp.float32
+    return x.dtype == jnp.float32 and x.ndim < 2
 
 
 def _map_parts(function, tree, structure):
