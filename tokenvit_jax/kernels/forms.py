@@ -7,6 +7,10 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "cuDNN, no logits in memory: on an H100 2 to 4 times as fast from 196 tokens on",
         "default": "jax.nn.dot_product_attention, in XLA's operations",
     },
+    "casts of weights": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all of a shape at once: compiled for an H200, a launch for many",
+    },
     "cluster centers": {
         "default": "the largest scores, and a scatter of their numbers",
         "cuda": "counts the larger scores of every token in one launch, instead of a sort",
@@ -122,6 +126,10 @@ FORMS: dict[str, dict[str, str]] = {
     "top indices": {
         "cpu": "lax.top_k: several times as fast as sorting",
         "default": "sorting, which the compiler can divide over devices",
+    },
+    "updates of vectors": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all as one vector: compiled for an H200, a launch for many",
     },
     "window attention": {
         "cpu": "row by row of windows, to save memory",
