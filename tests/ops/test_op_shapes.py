@@ -90,6 +90,9 @@ CALLS = {
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
+    "density_peaks.insert_entry": [
+        ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
+    ],
     "density_peaks.misfit": [((7, 5), {})],
     "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
     "density_peaks.nearest_denser": [
@@ -109,6 +112,9 @@ CALLS = {
         ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
     ],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
+    "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
     "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.kernel_gradient_by_entries": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
