@@ -90,6 +90,9 @@ def test_nearest_center():
     for image in range(2):
         away = distances(x[image], np.ones(LENGTH, bool))[:, centers[image, : used[image]]]
         np.testing.assert_array_equal(nearest[image], away.argmin(1))
+    at_centers = np.stack([x[image][centers[image]] for image in range(2)])
+    on_tpu = jitted("nearest_center", tpu_kernels)(x, at_centers, used)
+    np.testing.assert_array_equal(on_tpu, nearest)
     none = jitted("nearest_center")(x, square, centers, jnp.zeros(2, jnp.int32))
     assert not none.any()
 
@@ -100,5 +103,5 @@ def test_limits():
     assert kernels.misfit(64, 17) == "17 neighbors are more than 16"
     assert tpu_kernels.misfit(3136, 64, 5, masked=False) is None
     assert tpu_kernels.misfit(3136, 64, 5, masked=True) == "masked tokens"
-    assert "67200 tokens" in tpu_kernels.misfit(67200, 64, 5, masked=False)
+    assert "67200 keys" in tpu_kernels.misfit(67200, 64, 5, masked=False)
     assert tpu_kernels.misfit(49, 64, 17, masked=False) == "17 neighbors are more than 16"

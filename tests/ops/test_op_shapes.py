@@ -88,6 +88,8 @@ CALLS = {
     "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums_tpu.misfit": [((5, 7), {})],
+    "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "density_peaks.insert_entry": [
@@ -113,6 +115,7 @@ CALLS = {
     ],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
     "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
     "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
     "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
     "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],

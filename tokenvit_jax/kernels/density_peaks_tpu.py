@@ -1,6 +1,6 @@
-"""Kernels of density peaks for TPUs (Pallas-Mosaic).
+"""Kernels of clustering by density peaks for TPUs (Pallas-Mosaic).
 
-A program holds all tokens of an image and a block of queries, and streams over blocks of keys. The
+A program holds the keys of an image and a block of queries, and streams over blocks of keys. The
 matrix unit is fast enough to search all tokens for a denser one, without a list of those that have
 none among their neighbours: a TPU cannot gather them.
 """
@@ -22,19 +22,19 @@ BLOCK = 128
 MOST_NUMBERS, MOST_NEIGHBORS = 1 << 20, 16
 
 
-def misfit(length: int, channels: int, neighbors: int, masked: bool) -> str | None:
+def misfit(num_keys: int, channels: int, neighbors: int = 1, masked: bool = False) -> str | None:
     """Returns why the kernels cannot take such images, or None.
 
     Args:
-      length: N.
+      num_keys: tokens or centres that are searched.
       channels: C.
       neighbors: k.
-      masked: whether tokens are masked.
+      masked: whether tokens are masked; centres cannot be.
     """
     if masked:
         return "masked tokens"
-    if _padded(length) * max(channels, BLOCK) > MOST_NUMBERS:
-        return f"{length} tokens with {channels} channels exceed {4 * MOST_NUMBERS >> 20} MiB"
+    if _padded(num_keys) * max(channels, BLOCK) > MOST_NUMBERS:
+        return f"{num_keys} keys with {channels} channels exceed {4 * MOST_NUMBERS >> 20} MiB"
     if neighbors > MOST_NEIGHBORS:
         return f"{neighbors} neighbors are more than {MOST_NEIGHBORS}"
     return None
@@ -213,3 +213,59 @@ def _denser_kernel(x, queries, square, density, found, parent, *, length):
     as_row = lambda column: jnp.broadcast_to(column, (BLOCK, BLOCK)).T[:1]  # noqa: E731
     found[...] = jnp.maximum(as_row(low) + _part(square, block), 0)
     parent[...] = as_row(at)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters. Keys are along the sublanes, queries along the lanes
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_center(
+    x: Float[Array, "B N C"],
+    centers: Float[Array, "B M C"],
+    num_used: Int32[Array, " B"],
+    *,
+    interpret: bool = False,
+) -> Int32[Array, "B N"]:
+    """Returns the number of the nearest centre of every token.
+
+    Args:
+      x: tokens (B, N, C).
+      centers: tokens at the centres (B, M, C).
+      num_used: number of centres that can be nearest, the first ones (B,); 0: the result is 0.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      (B, N), in [0, M).
+    """
+    batch, length, channels = x.shape
+    missing = _padded(centers.shape[1]) - centers.shape[1]
+    centers = jnp.pad(centers, ((0, 0), (0, missing), (0, 0)))
+    nearest = pl.pallas_call(
+        _nearest_center_kernel,
+        grid=(batch, _padded(length) // BLOCK),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((None, *centers.shape[1:]), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, 1, BLOCK), lambda i, j: (i, 0, j)),
+        out_shape=jax.ShapeDtypeStruct((batch, 1, length), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+    )(num_used, centers, x)
+    return nearest[:, 0]
+
+
+def _nearest_center_kernel(num_used, centers, queries, nearest):
+    used, query = num_used[pl.program_id(0)], queries[...]
+
+    def step(i, carry):
+        best, number = carry
+        keys, index = _keys(centers, i), i * BLOCK + _iota(0)
+        tile = _products(keys, query) + jnp.sum(keys * keys, 1, keepdims=True)
+        low, at = _first(jnp.where(index < used, tile, jnp.inf), index, 0)
+        return jnp.where(low < best, low, best), jnp.where(low < best, at, number)
+
+    best, number = jnp.full((1, BLOCK), jnp.inf, jnp.float32), jnp.zeros((1, BLOCK), jnp.int32)
+    nearest[...] = lax.fori_loop(0, centers.shape[0] // BLOCK, step, (best, number))[1]

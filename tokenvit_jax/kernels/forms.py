@@ -31,11 +31,13 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",
         "cuda": "maximum, weights and sums in one pass; compiled for an H200: 1 launch for 7",
+        "tpu": "maximum, weights and sums in one pass",
     },
     "nearest center": {
         "cpu": "in chunks of tokens, which stay in the cache",
         "default": "in chunks of tokens that fill the device",
         "cuda": "streams over the centres: no distances in memory, one launch",
+        "tpu": "streams over the centres: no distances in memory",
     },
     "nearest denser token": {
         "cpu": "in chunks of the tokens that have no denser neighbour, which stay in the cache",

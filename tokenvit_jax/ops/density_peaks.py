@@ -553,7 +553,10 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
         x = _centered(tokens, mask)
         assignment = by_platform(
             "nearest center", x, jnp.sum(x * x, -1), centers, num_used,
-            misfits={"cuda": kernels.misfit(channels)}, cuda=kernels.nearest_center,
+            misfits={
+                "cuda": kernels.misfit(channels), "tpu": tpu_kernels.misfit(num_clusters, channels)
+            },
+            cuda=kernels.nearest_center, tpu=_nearest_center_on_tpu,
             **_forms(_nearest_center, batch, length, num_clusters, chunk_size),
         )  # fmt: skip
     if assign == "parent":
@@ -584,6 +587,11 @@ def _centers(peaks, mask, num_clusters):
         return order[:, :num_clusters], places
 
     return by_platform("cluster centers", score, default=select, cuda=by_ranks)
+
+
+def _nearest_center_on_tpu(x, square, centers, num_used):
+    del square
+    return tpu_kernels.nearest_center(x, take(x, centers), num_used)
 
 
 def _nearest_center(x, square, centers, num_used, size):
