@@ -102,6 +102,8 @@ CALLS = {
     "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
+    "cluster_sums_tpu.misfit": [((5, 7), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
@@ -120,6 +122,9 @@ CALLS = {
         ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
         ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
     ],
+    "density_peaks.insert_entry": [
+        ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
+    ],
     "density_peaks.misfit": [((7, 5), {})],
     "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
     "density_peaks.nearest_denser": [
@@ -128,6 +133,10 @@ CALLS = {
     "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
     "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
+    "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
+    "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
     "depthwise_block.block_backward": [
         ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
          {"block": Block(), "interpret": True}),
