@@ -123,8 +123,11 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
-    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
-    "kmedoids.kmedoids_of_images": [
+    "token_pooling.kmeans_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
+    "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
+    "token_pooling.kmedoids_of_images": [
         ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
     ],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],

@@ -18,6 +18,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "in chunks of queries, which stay in the cache",
         "default": "all queries at once",
     },
+    "k-means": {
+        "cuda": "all rounds in one program per image; chosen by the launches of a layer, 1 in "
+        "place of XXX compiled for an H200",
+        "default": "products with all centres and sums of clusters, round by round",
+    },
     "k-medoids": {
         "cpu": "if all tokens differ, over those that are no medoids: half the distances and less",
         "cuda": "all rounds in one program per image; compiled for an H200, DeiT-S at level 3: 10 "
