@@ -4,10 +4,12 @@ Both alternate between assigning every token to its nearest centre (Eqs. 14 and 
 centres, for a fixed number of rounds: once nothing moves, further rounds change nothing.
 
 The medoid of a cluster is chosen among the cluster's own tokens (Eq. 17), at a cost that does not
-depend on the other clusters. If all tokens differ, a medoid is nearest to itself: only the N - K
-other tokens have to be assigned, and only clusters that contain some of them can move. A round then
-reads N (N - K) of the N^2 distances, which are computed once; a literal form of the equations would
-compare N K distances and add up K N^2.
+depend on the other clusters. On CPU: if all tokens differ, a medoid is nearest to itself, so only
+the N - K other tokens have to be assigned, and only clusters that contain some of them can move. A
+round then reads N (N - K) of the N^2 distances, which are computed once; a literal form of the
+equations would compare N K distances and add up K N^2. Whether all tokens differ is a question to
+all images, which accelerators would have to answer together: they run one masked sum over N^2
+distances a round, and NVIDIA GPUs all rounds of an image in one kernel.
 """
 
 import functools
