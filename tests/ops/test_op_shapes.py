@@ -209,10 +209,6 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
-    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
-    "kmedoids.kmedoids_of_images": [
-        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
-    ],
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
@@ -272,7 +268,14 @@ CALLS = {
     "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
     "token_merging.bipartite_matching": [((TOKENS, 5), {})],
     "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],
+    "token_pooling.kmeans_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
     "token_pooling.kmedoids": [((TOKENS, integers(2, 5)), {})],
+    "token_pooling.kmedoids_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
+    "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
