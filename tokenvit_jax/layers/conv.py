@@ -93,6 +93,7 @@ class FoldedBatchNorm(nn.BatchNorm):
         sums: Float[Array, "2 C"] | None,
         channels: int,
         count: int,
+        input_bias: Float[Array, " C"] | None = None,
         *,
         use_running_average: bool,
     ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
@@ -103,6 +104,8 @@ class FoldedBatchNorm(nn.BatchNorm):
             part of the batch on this device. Not used with the running averages.
           channels: C.
           count: number of values of a channel that were added.
+          input_bias: bias of the normalized values, which neither the sums nor the values that are
+            scaled contain. The statistics of a batch cancel it.
           use_running_average: whether the statistics are the running averages.
         """
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -110,14 +113,16 @@ class FoldedBatchNorm(nn.BatchNorm):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         if use_running_average:
-            return _affine(mean.value, var.value, scale, bias, self.epsilon)
+            shifted = mean.value if input_bias is None else mean.value - input_bias
+            return _affine(shifted, var.value, scale, bias, self.epsilon)
         if self.axis_name is not None and not self.is_initializing():
             sums = lax.psum(sums, self.axis_name)
             count = count * lax.psum(1, self.axis_name)
         batch_mean, mean_square = sums / count
         batch_var = jnp.maximum(0.0, mean_square - batch_mean * batch_mean)
         if not self.is_initializing():
-            for average, value in ((mean, batch_mean), (var, batch_var)):
+            shifted = batch_mean if input_bias is None else batch_mean + input_bias
+            for average, value in ((mean, shifted), (var, batch_var)):
                 average.value = self.momentum * average.value + (1 - self.momentum) * value
         return _affine(batch_mean, batch_var, scale, bias, self.epsilon)
 
