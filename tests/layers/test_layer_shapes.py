@@ -25,7 +25,6 @@ CENTROIDS = {"centroids": floats(2, 3, 4), "sums": floats(2, 3, 4), "counts": fl
 FUNCTIONS = {
     "blocks.check_num_heads": ((2, 8), {}),
     "blocks.dense": ((8, jnp.float32), {}),
-    "blocks.gelu": ((TOKENS,), {}),
     "blocks.quick_gelu": ((TOKENS,), {}),
     "cluster_attention.check_ratios": (((4, 2), "clusters"), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
@@ -56,6 +55,9 @@ MODULES = {
     "group_attention.DynamicGroupAttention": (
         layers.DynamicGroupAttention(2, 3, 5, cosine=True), (TOKENS, True), {}
     ),
+    "norm.AddLayerNorm": (layers.AddLayerNorm(), (MAP, MAP), {}),
+    "norm.BatchNorm": (layers.BatchNorm(), (MAP, False), {}),
+    "norm.LayerNorm": (layers.LayerNorm(), (TOKENS,), {}),
     "pale_attention.PaleAttention": (layers.PaleAttention(2, 3), (MAP, True), {}),
     "pale_attention.SeparableProjection": (
         layers.pale_attention.SeparableProjection(), (MAP, True), {}

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.ahead.hlo import Program, read_program
+from tokenvit_jax.ahead.quiet import without_alarms
 from tokenvit_jax.ahead.targets import Target
 from tokenvit_jax.data import Spec
 from tokenvit_jax.errors import UserError
@@ -172,6 +173,7 @@ def check(config: ConfigDict, target: Target, mode: str) -> None:
     """
     task = create_task(with_searched_keep(config, None))
     check_task(task, training=mode == "train")
+    task.make_model()
     targets.prepare_jax()
     make_parallel(config, targets.devices_of(target))
     if mode == "train":
@@ -225,7 +227,7 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
 def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, int]:
     """Compiles; returns None and the temporaries [bytes] if the compiler lacks memory for them."""
     try:
-        with _uncached():
+        with _uncached(), without_alarms():
             return lowered.compile(compiler_options=targets.compiler_options(target.device)), 0
     except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
         return None, _missing_memory(error, arguments)

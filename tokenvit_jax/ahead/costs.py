@@ -176,15 +176,15 @@ def purpose_of(kind: str, message, batch_norms: frozenset[str]) -> str:
         return "parameters (fsdp)"
     if any(path == norm or path.startswith(f"{norm}/") for norm in batch_norms):
         return "BatchNorm, backward" if backward else "BatchNorm, forward"
-    if "centroid" in origin or "group_sums" in origin or "after_step" in origin:
-        return "centroids"
     if backward:
         return "gradients"
+    if re.search("centroid|group_sums|attend_in_groups|after_step", origin):
+        return "centroids"
     if re.search(r"/(while|cond)(/|$)", origin) or "reduce_or" in origin:
         return "predicates of loops and branches"
-    if "jvp(" in origin:
+    if path:
         return "forward pass"
-    return "metrics" if message.bytes <= 64 else "gradients"
+    return "loss and metrics" if message.bytes <= 64 else "gradients"
 
 
 def floor_seconds(compiled: Compiled) -> tuple[float, float]:

@@ -68,8 +68,8 @@ def excess(compiled: Compiled, step: int) -> str:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
         f"{compiled.batch_per_device} images per device do not fit into the memory: a step needs "
-        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} too much; "
-        f"{advice}"
+        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too "
+        f"much; {advice}"
     )
 
 
@@ -189,10 +189,11 @@ def _parts(compiled: Compiled) -> Section:
     facts = compiled.target.device.facts
     bandwidth, launch = facts["bandwidth"], facts["launch"]
     products = compiled.target.device.products["bfloat16"]
+    starts = f"a launch ({1e6 * launch.value:g} us; {launch.source}), " if launch.value else ""
     text = (
-        f"A kernel takes at least a launch ({1e6 * launch.value:g} us; {launch.source}), its bytes "
-        f"at {bandwidth.value / 1e12:g} TB/s ({bandwidth.source}) and its products at "
-        f"{products.value / 1e12:g} TFLOP/s in bfloat16 ({products.source}), whichever is longest."
+        f"A kernel takes at least {starts}its bytes at {bandwidth.value / 1e12:g} TB/s "
+        f"({bandwidth.source}) and its products at {products.value / 1e12:g} TFLOP/s in bfloat16 "
+        f"({products.source}), whichever is longest."
     )
     rows = costs.by_part(compiled)
     cells = [_cost_cells(row) for row in [*rows, costs.total(rows)]]

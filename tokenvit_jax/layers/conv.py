@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
+from tokenvit_jax.layers.norm import BatchNorm
 
 # Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -148,15 +149,18 @@ def fold(
     return factor[:, None] * kernel, bias + jnp.sum(offset[:, None] * kernel, 0)
 
 
-def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:
+def batch_norm(
+    *, dtype: Any, axis_name: str | None, with_gelu: bool = False, name: str | None = None
+) -> BatchNorm:
     """Returns BatchNorm over the global batch.
 
     Args:
       dtype: type of the computation.
       axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      with_gelu: whether GELU comes first.
       name: name of the module; None: linen chooses it.
     """
-    return nn.BatchNorm(**BATCH_NORM, dtype=dtype, axis_name=axis_name, name=name)
+    return BatchNorm(dtype=dtype, axis_name=axis_name, with_gelu=with_gelu, name=name)
 
 
 def folded_batch_norm(*, axis_name: str | None, name: str | None = None) -> FoldedBatchNorm:

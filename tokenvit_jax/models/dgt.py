@@ -9,14 +9,15 @@ import jax.numpy as jnp
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers import (
+    AddLayerNorm,
     ConditionalPositionEncoding,
     Conv3x3,
     DropPath,
     DynamicGroupAttention,
+    LayerNorm,
     PatchEmbedding,
     advance_centroids,
     batch_norm,
-    gelu,
 )
 from tokenvit_jax.layers.conv import (
     Weights,
@@ -165,17 +166,17 @@ class DGTBlock(nn.Module):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
-        x = self._residual(x, attend, "norm1", train)
-        return self._residual(x, lambda x: ffn(x, train), "norm2", train)
+        def drop(y):
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
-    def _residual(self, x, branch, norm_name, train):
-        settings = self.settings
-        post_norm = settings.post_norm_cosine
-        scale_init = nn.initializers.zeros if post_norm else nn.initializers.ones
-        norm = nn.LayerNorm(1e-6, dtype=settings.dtype, scale_init=scale_init, name=norm_name)
-        y = norm(branch(x)) if post_norm else branch(norm(x))
-        return x + DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
+        if settings.post_norm_cosine:
+            zeros = nn.initializers.zeros
+            x = x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm1")(attend(x)))
+            return x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm2")(ffn(x, train)))
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(attend(y)))
+        return x + drop(ffn(y, train))
 
 
 class Stem(nn.Module):
@@ -188,8 +189,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, stride in enumerate((2, 1, 1)):
-            x = gelu(Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x))
-            norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")
+            x = Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x)
+            norm = batch_norm(
+                dtype=self.dtype, axis_name=self.axis_name, with_gelu=True, name=f"norm{i}"
+            )
             x = norm(x, use_running_average=not train)
         return x
 

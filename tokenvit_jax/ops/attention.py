@@ -9,14 +9,17 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.attention import (
-    attend,
     attend_by_cudnn,
     attend_by_library,
     attend_heads_first,
 )
 from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_logits
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
+
+# Fewest queries and keys for which two kernels are taken instead of about 10 short launches.
+MIN_SCORED = 16
 
 
 def _macs(inputs, outputs):
@@ -115,13 +118,17 @@ def scored_attention(
             f"diagonal=False needs as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    bias = None if size is None else jnp.log(size.astype(softmax_dtype(q.dtype)))[:, None, None]
-    output, weights, total = attend(q, k, v, bias=bias)
-    if not diagonal:
-        weights = jnp.where(jnp.eye(q.shape[2], dtype=bool), 0, weights)
-    received = jnp.einsum("bhqk,bhq->bk", weights.astype(total.dtype), 1 / total[..., 0])
-    return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
+    by_kernels, with_logits = (
+        functools.partial(form, scale=scale, diagonal=diagonal)
+        for form in (score_by_kernels, score_with_logits)
+    )
+    extra = 0 if size is None else cudnn.BIAS_COLUMNS
+    misfit = cudnn.misfit(q, k, v, extra=extra, shortest=MIN_SCORED)
+    scored = by_platform(
+        "scored attention", q, k, v, size, cuda=by_kernels, default=with_logits,
+        misfits={"cuda": misfit},
+    )  # fmt: skip
+    return ScoredAttention(*scored)
 
 
 def attention_weights(

@@ -22,6 +22,8 @@ from tokenvit_jax.tasks import Outcome
 
 _BATCH_SPEC = P(("data", "fsdp"))
 _PMAP_AXIS = "devices"
+# For a GPU: nothing is chosen by measured time, and scatters add in a fixed order.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 class MeshParallel:
@@ -29,12 +31,19 @@ class MeshParallel:
 
     The batch is split over both axes. With `fsdp` above 1, matrices (parameters, their averages and
     the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once and
-    updates each shard on its own device.
+    updates each shard on its own device. With `deterministic`, steps on a GPU give the same bits in
+    every run.
     """
 
     axis_name = None
 
-    def __init__(self, fsdp: int = 1, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        fsdp: int = 1,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        deterministic: bool = False,
+    ):
         devices = jax.devices() if devices is None else devices
         self._mesh = jax.make_mesh(
             (len(devices) // fsdp, fsdp),
@@ -42,6 +51,8 @@ class MeshParallel:
             axis_types=(AxisType.Auto,) * 2,
             devices=devices,
         )
+        on_gpu = devices[0].platform in ("gpu", "cuda")
+        self._options = _DETERMINISTIC if deterministic and on_gpu else None
         self._replicated = NamedSharding(self._mesh, P())
         self._batch_sharding = NamedSharding(self._mesh, _BATCH_SPEC)
 
@@ -84,12 +95,17 @@ class MeshParallel:
 
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         out_shardings = (shardings, self._replicated)
-        return jax.jit(gathering_step, donate_argnums=0, out_shardings=out_shardings)
+        return jax.jit(
+            gathering_step,
+            donate_argnums=0,
+            out_shardings=out_shardings,
+            compiler_options=self._options,
+        )
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> Outcome`."""
         shardings = Outcome(self._replicated, self._batch_sharding)
-        return jax.jit(self._on_mesh(step), out_shardings=shardings)
+        return jax.jit(self._on_mesh(step), out_shardings=shardings, compiler_options=self._options)
 
     def fetch(self, outcome: Outcome) -> Outcome:
         """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
@@ -102,7 +118,11 @@ class MeshParallel:
 
     def batch_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
-        return jax.jit(self._on_mesh(step), out_shardings=self._batch_sharding)
+        return jax.jit(
+            self._on_mesh(step),
+            out_shardings=self._batch_sharding,
+            compiler_options=self._options,
+        )
 
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
@@ -234,11 +254,11 @@ def make_parallel(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
     """Returns the way to run on devices.
 
     Args:
-      config: provides `parallel` and `mesh.fsdp`.
+      config: provides `parallel`, `mesh.fsdp` and `deterministic`.
       devices: the devices; None: all that are available.
 
     Raises:
-      UserError: `mesh.fsdp` does not fit the number of devices.
+      UserError: `mesh.fsdp` does not fit the number of devices, or the entries do not fit together.
     """
     count = jax.device_count() if devices is None else len(devices)
     fsdp = config.mesh.fsdp
@@ -246,4 +266,8 @@ def make_parallel(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
         raise UserError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {count}")
     if config.parallel == "pmap" and fsdp > 1:
         raise UserError(f"config.mesh.fsdp={fsdp} needs config.parallel='jit', not 'pmap'")
-    return PmapParallel(devices) if config.parallel == "pmap" else MeshParallel(fsdp, devices)
+    if config.parallel == "pmap" and config.deterministic:  # which takes no compiler options
+        raise UserError("config.deterministic=True needs config.parallel='jit', not 'pmap'")
+    if config.parallel == "pmap":
+        return PmapParallel(devices)
+    return MeshParallel(fsdp, devices, deterministic=config.deterministic)

@@ -1,0 +1,101 @@
+"""Kernels of group attention, in interpret mode, against the forms in XLA's operations."""
+
+import importlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenvit_jax import ops
+from tokenvit_jax.kernels import group_routing
+from tokenvit_jax.kernels.group_attention_dense import attend_dense
+from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_sums import sum_groups
+from tokenvit_jax.ops.selection import largest_mask
+
+# The package exports a function with the same name.
+module = importlib.import_module("tokenvit_jax.ops.group_attention")
+
+
+def heads_first(*xs):
+    return [jnp.swapaxes(x, 1, 2) for x in xs]
+
+
+def normal(*shape, count=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(count)]
+
+
+def integers(low, high, *shape, seed=0):
+    """Returns floats with many ties, and zeros of both signs."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(low, high, shape) * rng.choice([-1.0, 1.0], shape)
+    return jnp.asarray(x, jnp.float32)
+
+
+def assert_all_close(found, expected, atol):
+    chex.assert_trees_all_close(found, expected, atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize(
+    ("length", "groups", "top_k"), [(70, 20, 1), (70, 20, 23), (3, 5, 3)], ids=str
+)
+def test_routing_selects_and_assigns_like_the_default(length, groups, top_k):
+    q, k = integers(-2, 3, 2, length, 2, 16), integers(-2, 3, 2, length, 2, 16, seed=1)
+    centroids = integers(-1, 2, 2, groups, 16, seed=2)
+    assigned, words = group_routing.route(q, k, centroids, top_k, interpret=True)
+    q, k = heads_first(q, k)
+    np.testing.assert_array_equal(assigned, module._assign(q, centroids))
+    np.testing.assert_array_equal(
+        group_routing.unpack(words, groups), largest_mask(module._key_scores(k, centroids), top_k)
+    )
+
+
+def test_selection_of_extreme_scores():
+    scores = np.array([np.nan, -np.inf, np.inf, -0.0, 0.0, 1e-30, -1e-30, 3e38, np.nan, -3e38])
+    scores = jnp.asarray(np.stack([scores, scores[::-1]], -1), jnp.float32)
+    ordered = jnp.where(scores == 0, 0.0, scores)[None, None]
+    padded = jnp.pad(scores, ((0, 6), (0, 0)), constant_values=np.inf)
+    both = jax.jit(
+        lambda top_k: (
+            group_routing.largest(padded, 10, top_k, axis=0),
+            largest_mask(ordered, top_k)[0, 0],
+        )
+    )
+    for top_k in range(1, 11):
+        found, expected = both(top_k)
+        np.testing.assert_array_equal(found[:10], expected)
+        assert not found[10:].any()
+
+
+@pytest.mark.parametrize(("length", "groups"), [(70, 20), (3, 5)], ids=str)
+def test_fused_attention_equals_the_dense_form(length, groups):
+    q, k, v, d_output = normal(2, length, 2, 16, count=4)
+    (centroids,) = normal(2, groups, 16, seed=1)
+    assigned, words = group_routing.route(q, k, centroids, max(length // 3, 1), interpret=True)
+    selected = group_routing.unpack(words, groups)
+
+    def dense(q, k, v):
+        q, k, v = heads_first(0.3 * q, k, v)
+        return heads_first(attend_dense(q, k, v, assigned, selected))[0]
+
+    def fused(q, k, v):
+        return attend_fused(q, k, v, assigned, words, 0.3, interpret=True)
+
+    results = []
+    for form in (dense, fused):
+        output, pull = jax.vjp(form, q, k, v)
+        results.append((output, pull(d_output)))
+    assert_all_close(results[1], results[0], 2e-6)
+
+
+def test_sums_of_groups():
+    (q,) = normal(2, 70, 2, 16)
+    q = q.at[0, 0].set(0)
+    groups = jnp.asarray(np.random.default_rng(1).integers(0, 4, (2, 2, 70)), jnp.int32)
+    found = sum_groups(q, groups, 5, interpret=True).sum(0)
+    assert_all_close(
+        ops.GroupSums(found[..., :-1], found[..., -1]), ops.group_sums(q, groups, 5), 2e-6
+    )
