@@ -20,11 +20,11 @@ from tokenvit_jax.layers import (
     batch_norm,
 )
 from tokenvit_jax.layers.conv import (
+    FoldedBatchNorm,
     Weights,
     conv_init,
     depthwise_init,
     fold,
-    folded_batch_norm,
     product,
 )
 from tokenvit_jax.models.backbone import Variables
@@ -105,7 +105,7 @@ class InvertedResidualFFN(nn.Module):
         hidden = self.ratio * channels
 
         def norm(name, sums, channels=hidden, input_bias=None):
-            layer = folded_batch_norm(axis_name=self.axis_name, name=name)
+            layer = FoldedBatchNorm(axis_name=self.axis_name, name=name)
             return layer(sums, channels, pixels, input_bias, use_running_average=not train)
 
         # Each of the three steps on the hidden map reads and writes it once: GELU and norm1 are
