@@ -95,7 +95,8 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "pale attention": {
         "cpu": "group by group: 1.3 to 1.5 times as fast as chunks of queries",
-        "default": "all groups at once",
+        "default": "all groups at once, rows and columns of square maps together: by launches and "
+        "bytes of programs for an H200",
     },
     "precise product": {
         "cuda": "three TF32 products: nearest of 3,136 tokens in .77 ms in place of 1.02 on an "
