@@ -21,13 +21,24 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_attention_sorted import (
+    attend_sorted,
+    sort_groups,
+    sorted_misfit,
+)
 from tokenvit_jax.kernels.group_attention_tiles import (
     attend_tiles,
     num_tiles,
     plan_tiles,
     tile_size,
 )
-from tokenvit_jax.kernels.group_routing import route, routing_misfit, unpack
+from tokenvit_jax.kernels.group_routing import (
+    assign,
+    assign_misfit,
+    route,
+    routing_misfit,
+    unpack,
+)
 from tokenvit_jax.kernels.group_sums import group_sums_misfit, sum_groups
 from tokenvit_jax.kernels.platforms import by_platform, num_devices
 from tokenvit_jax.ops.attention import check_qkv, dot_product_attention
@@ -268,12 +279,37 @@ def _attend_dense(q, k, v, centroids, top_k, scale):
 
 
 def _attend_tiles(q, k, v, centroids, top_k, scale):
-    """Attends in tiles of queries of one group."""
+    """Attends to the keys of one group at a time: in tiles of queries, on GPUs in kernels."""
     num_groups = centroids.shape[1]
-    groups, keys, _ = _route(q, k, centroids, top_k)
-    plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+
+    def in_tiles(q, k, v, centroids):
+        groups, keys, _ = _route(q, k, centroids, top_k)
+        plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+
+    def in_kernels(q, k, v, centroids):
+        groups = assign(lax.stop_gradient(q), centroids)
+        scores = jnp.einsum(
+            "bngd,blnd->bngl",
+            *(_per_image(centroids, k), lax.stop_gradient(k)),
+            preferred_element_type=jnp.float32,
+        )
+        routing = sort_groups(groups, scores, top_k)
+        # The compiler leaves this out where nobody reads the keys.
+        scores = jnp.where(routing.places < 0, -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+        output = attend_sorted(q, k, v, routing, scale)
+        return output, groups, top_indices(scores, top_k)
+
+    misfit = _other_types(q, k, v) or assign_misfit(q, num_groups) or sorted_misfit(q, top_k)
+    return by_platform(
+        "group attention, tiles",
+        *(q, k, v, centroids),
+        cuda=in_kernels,
+        default=in_tiles,
+        misfits={"cuda": misfit},
+        shared=(3,),
+    )
 
 
 def _other_types(q, k, v):
