@@ -279,6 +279,11 @@ CALLS = {
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
+    "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_windows": [
+        ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
+    ],
+    "window_attention.misfit_of_tiles": [((*SHORT, 13), {})],
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
