@@ -134,11 +134,11 @@ def test_chunks_change_nothing(dtype, shape, chunk_sizes, rtol, assign):
 
 def test_sizes_of_chunks_by_default():
     for batch, length in ((8, 3136), (1, 67200), (8, 196), (1, 5)):
-        size = chunks.in_chunks(jnp.int32, batch, length, length, None)
-        assert min(length, 32) <= size <= length
-        width = batch * length
-        assert size * width <= max(1.3 * chunks.CPU_CHUNK, 32 * width)
-    assert chunks.in_chunks(int, 1, 3136, 3136, 100) == 100
+        for elements in (chunks.CPU_CHUNK, chunks.ACCELERATOR_CHUNK):
+            size = chunks.chunk_tokens(elements, batch, length, length)
+            assert min(length, 32) <= size <= length
+            width = batch * length
+            assert size * width <= max(1.3 * elements, 32 * width)
 
 
 def test_order_of_tokens_does_not_matter():

@@ -8,15 +8,18 @@ from jaxtyping import Array, Float
 from shape_checks import check_call, missing_annotations, public_callables, trace_checked
 
 from tokenvit_jax import kernels, ops
+from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
+CONTEXTS = ("cudnn.assumed", "platforms.noted_misfits")
 FUNCTIONS = {
     name: function
     for package in (ops, kernels)
     for name, function in public_callables(package)
-    if not isinstance(function, type) and name != "platforms.noted_misfits"  # a context
+    if not isinstance(function, type) and name not in CONTEXTS
 }
 KEY = jax.random.key(0)
 
@@ -34,9 +37,11 @@ def masks(*shape):
 
 
 Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
+SHORT = [x.astype(jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
+SHORT_HEADS_FIRST = HEADS_FIRST.astype(jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
-TOKENS = floats(2, 30, 7)
+TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
@@ -45,50 +50,68 @@ SORTED = SortedGroups(
     integers(2, 3, 12), integers(2, 3, 5), integers(2, 3, 4, 6),
     jnp.zeros((2, 3, 4, 11), jnp.int16),
 )  # fmt: skip
+AFFINE = ops.BatchAffine(*(floats(7),) * 4)
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
+    "attention.attend": [
+        ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
+    ],
+        "attention.attend_by_cudnn": [((*SHORT, masks(2, 13)), {"scale": 1.0})],
+    "attention.attend_by_library": [((Q, K, K, None), {"scale": 1.0})],
+    "attention.attend_heads_first": [((Q, K, K, masks(2, 13)), {"scale": 1.0})],
+    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
+    "attention.check_qkv": [((Q, K, K), {})],
     "attention.dot_product_attention": [
         ((Q, K, K), {}),
         ((Q, K, K), {"key_mask": masks(2, 13), "scale": 1}),
         ((Q.astype(jnp.bfloat16),) * 3, {}),
     ],
     "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
-    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
-    "attention.check_qkv": [((Q, K, K), {})],
-    "attention.attend": [
-        ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
+    "batch_norm.affine_gradient": [((floats(2, 7), floats(2, 7), 60, AFFINE, 1e-5), {})],
+    "batch_norm.affine_of": [((floats(2, 7), 60, floats(7), floats(7), 1e-5), {})],
+    "batch_norm.batch_norm": [
+        ((TOKENS, floats(7), floats(7)), {"epsilon": 1e-5, "with_gelu": True}),
+        ((TOKENS.astype(jnp.bfloat16), floats(7), floats(7)), {"epsilon": 1e-5}),
     ],
-    "attention.attend_by_library": [((Q, K, K), {"scale": 1.0, "mask": None})],
-    "attention.attend_heads_first": [((Q, K, K), {"scale": 1.0, "mask": masks(2, 1, 1, 13)})],
-    "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
-    "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
+    "batch_norm.global_count": [((TOKENS, None), {})],
+    "batch_norm.over_devices": [((floats(2, 7), None), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
-    "center_tiles.near_weights": [
-        ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
-    ],
-    "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
+    "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
+    "center_tiles.check_temperature": [((50.0,), {})],
+    "center_tiles.check_tokens": [(("tokens", TOKENS), {})],
+    "center_tiles.check_window": [((3,), {})],
+    "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
     "center_tiles.mix_rows_and_columns": [
         ((TOKENS, GRID, (np.zeros((2, 4), int), np.ones((2, 4))),
           (np.zeros((3, 2), int), np.ones((3, 2)))), {})
     ],
-    "center_tiles.check_tokens": [(("tokens", TOKENS), {})],
-    "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
-    "center_tiles.check_window": [((3,), {})],
-    "center_tiles.check_temperature": [((50.0,), {})],
+    "center_tiles.near_weights": [
+        ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
+    ],
+    "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
+    "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
-    "platforms.by_platform": [(("cluster sums", TOKENS), {"cpu": jnp.sum, "default": jnp.sum})],
-    "platforms.device_batch": [((2,), {})],
-    "platforms.num_devices": [((), {})],
-    "platforms.on_each_device": [((jnp.sum,), {})],
-    "chunks.in_chunks": [((lambda size: TOKENS, 2, 30, 7, None), {})],
+    "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
+    "cluster_sums.means_by_kernel": [
+        ((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})
+    ],
+    "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
+    "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
+    "cudnn.attend_augmented": [((*SHORT[:2], SHORT[2][..., :5]), {})],
+    "cudnn.available": [((), {})],
+    "cudnn.misfit": [(SHORT, {}), (SHORT, {"extra": 3})],
+    "cudnn.split_in_three": [((floats(2, 13), jnp.bfloat16), {})],
+    "density_peaks.assign_clusters": [
+        ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
+    ],
     "density_peaks.cluster_density_peaks": [
         ((TOKENS, 5), {}),
         ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
@@ -97,17 +120,46 @@ CALLS = {
         ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
         ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
     ],
-    "density_peaks.assign_clusters": [
-        ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
+    "density_peaks.misfit": [((7, 5), {})],
+    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
+    "density_peaks.nearest_denser": [
+        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
     ],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
-    "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_block.block_backward": [
+        ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
+         {"block": Block(), "interpret": True}),
+    ],
+    "depthwise_block.block_forward": [
+        ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
+         {"block": Block(with_sums=True), "interpret": True}),
+    ],
+    "depthwise_block.gelu_backward": [
+        ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
+    ],
+    "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
+    "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
+    "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
-    "depthwise_conv.kernel_gradient_by_entries": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "depthwise_conv.defer_gelu": [
+        ((floats(2, 6, 4, 5), floats(5)), {"with_sums": flag}) for flag in (True, False)
+    ],
+    "depthwise_conv.depthwise_block": [
+        ((floats(2, 6, 4, 5), floats(3, 1, 5)), {}),
+        ((floats(2, 6, 4, 5), floats(3, 3, 5), floats(5)),
+         {"input_bias": floats(5), "scale": floats(5), "shift": floats(5), "with_sums": True,
+          "deferred": True, "activate": True}),
+    ],
+    "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.kernel_gradient_by_library": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
+    "gelu.gelu": [((TOKENS,), {})],
+    "gelu.gelu_and_slope": [((TOKENS.astype(jnp.bfloat16),), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],
     "group_attention.group_attention": [
         ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")
@@ -121,8 +173,18 @@ CALLS = {
         ((HEADS_FIRST, floats(2, 3, 13, 8), floats(2, 3, 13, 8), integers(2, 3, 11),
           masks(2, 3, 13, 4)), {})
     ],
+    "group_attention_dense.attend_dense_by_cudnn": [
+        ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
+    ],
     "group_attention_fused.attend_fused": [
         ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
+    ],
+    "group_attention_heads.attend_heads": [
+        ((Q, Q, Q, floats(3, 4, 8), 5, 1.0), {"interpret": True})
+    ],
+    "group_attention_heads.heads_misfit": [((Q, 4), {})],
+    "group_attention_heads.selected_keys": [
+        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
     ],
     "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
     "group_attention_sorted.sort_groups": [
@@ -145,6 +207,23 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
+    "kmedoids.kmedoids_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
+    "layer_norm.add_layer_norm": [
+        ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
+        ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
+    ],
+    "layer_norm.backward_pass": [
+        ((TOKENS, TOKENS, None, floats(7), floats(2, 30), floats(2, 30)), {"interpret": True})
+    ],
+    "layer_norm.forward_pass": [
+        ((TOKENS, TOKENS, floats(7), floats(7)),
+         {"epsilon": 1e-6, "dtype": jnp.bfloat16, "interpret": True})
+    ],
+    "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
+    "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
@@ -155,6 +234,13 @@ CALLS = {
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
     ],
+    "platforms.by_platform": [
+        (("cluster sums", TOKENS), dict.fromkeys(("cpu", "default", "cuda"), jnp.sum))
+    ],
+    "platforms.device_batch": [((2,), {})],
+    "platforms.num_devices": [((), {})],
+    "platforms.on_each_device": [((jnp.sum,), {})],
+    "precise_product.precise_product": [(("bnc,bmc->bnm", TOKENS, floats(2, 4, 7)), {})],
     "reconstruct_tokens.reconstruct_tokens": [
         ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
@@ -162,8 +248,17 @@ CALLS = {
     ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
-    "selection.in_groups": [((floats(2, 32, 5),), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
+    "scored_attention.received_attention": [
+        ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
+    ],
+    "scored_attention.score_by_kernels": [
+        ((*SHORT, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "scored_attention.score_with_logits": [
+        ((Q, K, K, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "selection.in_groups": [((floats(2, 32, 5),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
     "selection.smallest": [((TOKENS,), {})],
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],
@@ -199,8 +294,9 @@ def test_everything_has_a_type(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_shapes_are_as_stated(name):
-    for args, kwargs in CALLS[name]:
-        trace_checked(FUNCTIONS[name], *args, **kwargs)
+    with cudnn.assumed():  # the forms by cuDNN are traced, too
+        for args, kwargs in CALLS[name]:
+            trace_checked(FUNCTIONS[name], *args, **kwargs)
 
 
 def test_wrong_shapes_are_found():

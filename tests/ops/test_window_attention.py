@@ -13,8 +13,9 @@ from jax.test_util import check_grads
 from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
 
-# The package exports a function with the same name.
+# The packages export functions with the same name.
 module = importlib.import_module("tokenvit_jax.ops.window_attention")
+kernels = importlib.import_module("tokenvit_jax.kernels.window_attention")
 
 WINDOW = (3, 2)
 
@@ -112,3 +113,34 @@ def test_bias_of_a_pair_is_that_of_its_offset():
 def test_bad_arguments_are_named(window, shift, message):
     with pytest.raises(ValueError, match=message):
         ops.window_attention(*inputs(), window=window, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("window", "shift", "dtype"),
+    [((3, 2), (2, 1), jnp.float32), ((7, 7), (0, 0), jnp.bfloat16)],
+    ids=str,
+)
+def test_the_kernels_for_a_gpu(window, shift, dtype, monkeypatch):
+    """Values and gradients equal those of the form with all logits in memory."""
+    monkeypatch.setattr(kernels, "FEWEST_PROGRAMS", 4)  # several windows per program
+    rng = np.random.default_rng(0)
+    shape = (2, 2 * window[0], 2 * window[1], 2, 12)
+    maps = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3)]
+    bias = jnp.asarray(rng.normal(size=(2, window[0] * window[1], window[0] * window[1])))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(attend, *args):
+        value, pull = jax.vjp(attend, *args)
+        return value, pull(jnp.sin(value))
+
+    found = value_and_gradients(
+        lambda *x: kernels.attend_windows(*x, window, shift, 0.3, True), *maps, bias
+    )
+    expected = value_and_gradients(
+        lambda *x: ops.window_attention(*x, window=window, shift=shift, scale=0.3), *maps, bias
+    )
+    eps = float(jnp.finfo(dtype).eps)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        scale = np.abs(y).max().astype(np.float32)
+        np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=8 * eps * scale)

@@ -11,6 +11,7 @@ from tokenvit_jax.layers.blocks import (
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
 from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
+from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
@@ -18,8 +19,10 @@ from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAt
 
 __all__ = [
     "ACTIVATIONS",
+    "AddLayerNorm",
     "Attended",
     "Attention",
+    "BatchNorm",
     "ClusterAttention",
     "ConditionalPositionEncoding",
     "Conv3x3",
@@ -28,6 +31,7 @@ __all__ = [
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
+    "LayerNorm",
     "Mlp",
     "PaleAttention",
     "PatchEmbedding",

@@ -1,17 +1,23 @@
 """Convolutions and BatchNorm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
+from tokenvit_jax.layers.norm import BatchNorm
 
 # Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Kernels of linear layers.
 linear_init = nn.initializers.truncated_normal(0.02)
+# The fan-out of a depthwise kernel is its nine entries.
+depthwise_init = nn.initializers.normal((2 / 9) ** 0.5)
+BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5}
 
 
 class Conv3x3(nn.Module):
@@ -50,21 +56,113 @@ class DepthwiseConv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        channels = x.shape[-1]
-        # The fan-out of a depthwise kernel is its nine entries.
-        kernel = self.param("kernel", nn.initializers.normal((2 / 9) ** 0.5), (3, 3, channels))
-        bias = self.param("bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = ops.depthwise_conv(x, kernel)
-        return x if bias is None else x + bias
+        kernel = self.param("kernel", depthwise_init, (3, 3, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else None
+        return ops.depthwise_block(x.astype(self.dtype), kernel, bias)[0]
 
 
-def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:
+class Weights(nn.Module):
+    """Kernel and bias of a layer that an operator computes together with its neighbours.
+
+    Attributes:
+      shape: shape of the kernel; the last axis is that of the bias.
+      init: initializer of the kernel.
+      use_bias: whether there is a bias.
+    """
+
+    shape: tuple[int, ...]
+    init: Callable[..., Any]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "..."], Float[Array, " C"] | None]:
+        kernel = self.param("kernel", self.init, self.shape)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
+
+
+class FoldedBatchNorm(nn.BatchNorm):
+    """BatchNorm as factors and offsets of channels, which a neighbour takes along.
+
+    It has the parameters and statistics of `nn.BatchNorm`, of which it also takes the attributes.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        sums: Float[Array, "2 C"] | None,
+        channels: int,
+        count: int,
+        *,
+        use_running_average: bool,
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """Returns the factors and the offsets.
+
+        Args:
+          sums: sums of the values and of their squares over the batch (2, C); under pmap, over the
+            part of the batch on this device. Not used with the running averages.
+          channels: C.
+          count: number of values of a channel that were added.
+          use_running_average: whether the statistics are the running averages.
+        """
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if use_running_average:
+            return _affine(mean.value, var.value, scale, bias, self.epsilon)
+        if self.axis_name is not None and not self.is_initializing():
+            sums = lax.psum(sums, self.axis_name)
+            count = count * lax.psum(1, self.axis_name)
+        batch_mean, mean_square = sums / count
+        batch_var = jnp.maximum(0.0, mean_square - batch_mean * batch_mean)
+        if not self.is_initializing():
+            for average, value in ((mean, batch_mean), (var, batch_var)):
+                average.value = self.momentum * average.value + (1 - self.momentum) * value
+        return _affine(batch_mean, batch_var, scale, bias, self.epsilon)
+
+
+def _affine(mean, var, scale, bias, epsilon):
+    factor = lax.rsqrt(var + epsilon) * scale
+    return factor, bias - mean * factor
+
+
+def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:
+    """Multiplies by a kernel in the type of ``x``."""
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def fold(
+    kernel: Float[Array, "C dim"],
+    bias: Float[Array, " dim"],
+    factor: Float[Array, " C"],
+    offset: Float[Array, " C"],
+) -> tuple[Float[Array, "C dim"], Float[Array, " dim"]]:
+    """Returns the kernel and bias of the layer that first scales and shifts its input."""
+    # A sum of products instead of a product of matrices: it is small, and float32 everywhere.
+    return factor[:, None] * kernel, bias + jnp.sum(offset[:, None] * kernel, 0)
+
+
+def batch_norm(
+    *, dtype: Any, axis_name: str | None, with_gelu: bool = False, name: str | None = None
+) -> BatchNorm:
     """Returns BatchNorm over the global batch.
 
     Args:
       dtype: type of the computation.
       axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      with_gelu: whether GELU comes first.
       name: name of the module; None: linen chooses it.
     """
-    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name)
+    return BatchNorm(dtype=dtype, axis_name=axis_name, with_gelu=with_gelu, name=name)
+
+
+def folded_batch_norm(*, axis_name: str | None, name: str | None = None) -> FoldedBatchNorm:
+    """Returns BatchNorm over the global batch as factors and offsets.
+
+    Args:
+      axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      name: name of the module; None: linen chooses it.
+    """
+    return FoldedBatchNorm(**BATCH_NORM, axis_name=axis_name, name=name)

@@ -1,8 +1,8 @@
 """Clustering of tokens by density peaks (Xie et al. 2022, "ClusTR", Section 3.1).
 
 A token is a good centre if its neighbourhood is dense and every denser token is far away (Eqs. 1
-and 2). Both need all N^2 distances of an image, which are computed in chunks of tokens and never
-held at once:
+and 2). Both need all N^2 distances of an image, which are never held at once. GPUs have kernels,
+which keep distances in registers; elsewhere distances are computed in chunks of tokens:
 
 * Pass 1 keeps the k nearest neighbours of every token. The k smallest distances are in the k groups
   with the smallest minima, so all reductions but one work on a fraction of the chunk. Most tokens
@@ -14,6 +14,7 @@ after subtracting the mean of the tokens. The last term is the same for all y; i
 selected distances.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
-from tokenvit_jax.ops.chunks import LANES, in_chunks, num_chunks
+from tokenvit_jax.kernels import density_peaks as kernels
+from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
+from tokenvit_jax.ops.chunks import ACCELERATOR_CHUNK, CPU_CHUNK, LANES, chunk_tokens, num_chunks
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import put, take
@@ -86,6 +89,7 @@ def cluster_density_peaks(
       assign: "nearest": each token joins the nearest centre; "parent": it joins the cluster of its
         nearest denser token.
       chunk_size: number of tokens whose distances are held at once; None: chosen for the platform.
+        Kernels do without chunks.
 
     Returns:
       Clusters(assignment, centers, density, delta).
@@ -288,7 +292,30 @@ def _points(x, mask):
 
 def _products(keys, queries):
     """Returns -2 y.x (B, keys, queries): reductions over the keys are vector loops on CPU."""
-    return jnp.einsum("bkc,bqc->bkq", keys, -2 * queries, precision=lax.Precision.HIGHEST)
+
+    def by(precision):
+        return lambda keys, queries: jnp.einsum("bkc,bqc->bkq", keys, queries, precision=precision)
+
+    exact, fast = by(lax.Precision.HIGHEST), by(lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    return by_platform("distances", keys, -2 * queries, default=exact, cuda=fast)
+
+
+def _forms(run, batch, length, width, chunk_size):
+    """Returns forms of ``run(*args, size=...)`` for different platforms.
+
+    Args:
+      run: function that computes the whole result in chunks of ``size`` tokens.
+      batch: number of images.
+      length: N, number of tokens of an image.
+      width: number of distances per token.
+      chunk_size: tokens per chunk; None: chosen for the platform.
+    """
+
+    def form(elements):
+        size = min(chunk_size or chunk_tokens(elements, batch, length, width), length)
+        return functools.partial(run, size=size)
+
+    return {"cpu": form(CPU_CHUNK), "default": form(ACCELERATOR_CHUNK)}
 
 
 def _column(length):
@@ -331,22 +358,35 @@ def _macs(inputs, outputs):
 @counted(_macs, static_argnames=("neighbors", "chunk_size"))
 def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     points = _points(_centered(tokens, mask), mask)
-    batch, length, _ = tokens.shape
+    batch, length, channels = tokens.shape
     chunks = batch, length, length, chunk_size
-    near = in_chunks(lambda size: _neighbors(points, min(neighbors, length), size), *chunks)
+    k = min(neighbors, length)
+    misfits = {"cuda": kernels.misfit(channels, k)}
+    near = by_platform(
+        "nearest neighbors", points, misfits=misfits,
+        cuda=functools.partial(_neighbors_by_kernel, k=k),
+        **_forms(functools.partial(_neighbors, k=k), *chunks),
+    )  # fmt: skip
     density = _density(near, mask, rng)
-    squares, parent = _denser_neighbor(near, density)
-    pending = jnp.isinf(squares)
-    if mask is not None:
-        pending &= mask
-    squares, parent = in_chunks(
-        lambda size: _search_denser(points, density, squares, parent, pending, size), *chunks
-    )
+    squares, parent = by_platform(
+        "nearest denser token", points, near, density, mask, misfits=misfits,
+        cuda=_nearest_denser_by_kernel, **_forms(_nearest_denser, *chunks),
+    )  # fmt: skip
     squares = jnp.where(jnp.isinf(squares), near.farthest[:, None], squares)  # a peak (Eq. 2)
     if mask is not None:
         squares = jnp.where(mask, squares, 0)
         parent = jnp.where(mask, parent, jnp.arange(length, dtype=jnp.int32))
     return DensityPeaks(density, jnp.sqrt(squares), parent)
+
+
+def _neighbors_by_kernel(points, *, k):
+    squares, indices, farthest = kernels.nearest_neighbors(*points, k=k)
+    return _Neighbors(squares, indices, farthest.max(1))
+
+
+def _nearest_denser_by_kernel(points, near, density, mask):
+    del mask  # the bias of the points has it
+    return kernels.nearest_denser(*points, density, near.squares, near.indices)
 
 
 def _neighbors(points, k, size):
@@ -410,6 +450,25 @@ def _is_denser(density, index, than_density, than_index):
     return (density > than_density) | ((density == than_density) & (index < than_index))
 
 
+def _nearest_denser(points, near, density, mask, size):
+    """Returns squared distance and index (B, N) of the nearest denser token.
+
+    For a peak, which has none, returns inf and the token itself.
+    """
+
+    def search(points, near, density, mask):
+        squares, parent = _denser_neighbor(near, density)
+        pending = jnp.isinf(squares)
+        if mask is not None:
+            pending &= mask
+        return _search_denser(points, density, squares, parent, pending, size)
+
+    # The number of rounds depends on the tokens: every device has its own.
+    batch = density.shape[0]
+    divides = isinstance(batch, int) and batch % num_devices() == 0
+    return (on_each_device(search) if divides else search)(points, near, density, mask)
+
+
 def _denser_neighbor(near, density):
     """Returns squared distance and index (B, N) of the nearest denser token among the neighbours.
 
@@ -465,20 +524,21 @@ def _no_macs(inputs, outputs):
 @counted(_no_macs, static_argnames=("num_clusters", "assign", "chunk_size"))
 def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, chunk_size):
     peaks = lax.stop_gradient(peaks)
-    batch, length, _ = tokens.shape
-    centers = _centers(peaks, mask, num_clusters)
+    batch, length, channels = tokens.shape
+    centers, number = _centers(peaks, mask, num_clusters)
     used = used_clusters(peaks, centers, threshold)
     if mask is not None:
         used &= take(mask, centers)
-    numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
+    num_used = used.sum(1, dtype=jnp.int32)  # the first ones: the score falls
     # The cluster of a centre; -1 for other tokens.
-    own = put(jnp.full_like(peaks.parent, -1), jnp.where(used, centers, length), numbers)
+    own = jnp.where(number < num_used[:, None], number, -1)
 
     if assign == "nearest" or mask is not None:
         x = _centered(tokens, mask)
-        assignment = in_chunks(
-            lambda size: _nearest_center(x, centers, used, size),
-            batch, length, num_clusters, chunk_size,
+        assignment = by_platform(
+            "nearest center", x, jnp.sum(x * x, -1), centers, num_used,
+            misfits={"cuda": kernels.misfit(channels)}, cuda=kernels.nearest_center,
+            **_forms(_nearest_center, batch, length, num_clusters, chunk_size),
         )  # fmt: skip
     if assign == "parent":
         by_parent = _follow_parents(peaks.parent, own)
@@ -488,16 +548,32 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
 
 
 def _centers(peaks, mask, num_clusters):
-    """Returns the tokens (B, M) with the largest density times delta, the densest one first."""
+    """Returns the tokens with the largest density times delta, the densest one first.
+
+    Returns:
+      The tokens (B, M), and for every token (B, N) its place among them, or -1 or at least M.
+    """
     densest = peaks.parent == jnp.arange(peaks.parent.shape[1])
     score = jnp.where(densest, jnp.inf, peaks.density * peaks.delta)
     if mask is not None:
         score = jnp.where(mask, score, -jnp.inf)
-    return top_indices(score, num_clusters)
+
+    def select(score):
+        centers = top_indices(score, num_clusters)
+        numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
+        return centers, put(jnp.full_like(peaks.parent, -1), centers, numbers)
+
+    def by_ranks(score):
+        order, places = kernels.ranks(score)
+        return order[:, :num_clusters], places
+
+    return by_platform("cluster centers", score, default=select, cuda=by_ranks)
 
 
-def _nearest_center(x, centers, used, size):
+def _nearest_center(x, square, centers, num_used, size):
     """Returns the index (B, N) of each token's nearest used centre, ``size`` tokens at a time."""
+    del square  # for kernels
+    used = jnp.arange(centers.shape[1]) < num_used[:, None]
     keys = take(x, centers)  # (B, M, C)
     keys = jnp.where(used[..., None], keys, 0)  # a masked token may hold any value, even NaN
     bias = jnp.where(used, jnp.sum(keys * keys, -1), jnp.inf)[..., None]

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
+from tokenvit_jax.kernels.kmedoids import kmedoids_misfit, kmedoids_of_images
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import put, take
@@ -89,18 +91,35 @@ def kmedoids(
       Marin et al. 2021, Eqs. 16 to 18, with the weights of Eq. 13 inside the sum of Eq. 17.
     """
     _check(tokens, initial, weights, iterations)
+    tokens, weights = lax.stop_gradient((tokens, _weights(tokens, weights)))
+    over_all, over_few, in_one_program = (
+        functools.partial(form, iterations=iterations)
+        for form in (_over_all_tokens, _over_few_tokens, kmedoids_of_images)
+    )
+    found = by_platform(
+        "k-medoids", tokens, weights, initial.astype(jnp.int32),
+        default=over_all, cpu=over_few, cuda=in_one_program,
+        misfits={"cuda": kmedoids_misfit(tokens.shape[1])},
+    )  # fmt: skip
+    return Medoids(*found)
+
+
+def _over_few_tokens(tokens, weights, initial, iterations):
+    """Computes the rounds over those tokens that can change, if all tokens differ."""
     distances = _squared_distances(tokens)
-    weights = lax.stop_gradient(_weights(tokens, weights))
-    initial = initial.astype(jnp.int32)
     args = (distances, weights, initial)
     if initial.shape[1] == tokens.shape[1]:
-        return _over_all_tokens(*args, iterations)
+        return _rounds_over_all_tokens(*args, iterations)
     return lax.cond(
         _all_differ(distances, initial),
-        functools.partial(_over_other_tokens, iterations=iterations),
-        functools.partial(_over_all_tokens, iterations=iterations),
+        functools.partial(_rounds_over_other_tokens, iterations=iterations),
+        functools.partial(_rounds_over_all_tokens, iterations=iterations),
         *args,
     )
+
+
+def _over_all_tokens(tokens, weights, initial, iterations):
+    return _rounds_over_all_tokens(_squared_distances(tokens), weights, initial, iterations)
 
 
 def _all_differ(distances, initial):
@@ -115,7 +134,7 @@ def _is_medoid(medoids, length):
     return jax.vmap(lambda at: zeros.at[at].set(True, mode="promise_in_bounds"))(medoids)
 
 
-def _over_all_tokens(distances, weights, initial, iterations):
+def _rounds_over_all_tokens(distances, weights, initial, iterations):
     """Computes the rounds over N x N distances."""
 
     def move(_, medoids):
@@ -129,10 +148,10 @@ def _over_all_tokens(distances, weights, initial, iterations):
 
     medoids = lax.fori_loop(0, iterations, move, initial)
     assignment = _nearest(distances, medoids)
-    return Medoids(medoids, assignment, _counts(assignment, medoids.shape[1]))
+    return medoids, assignment, _counts(assignment, medoids.shape[1])
 
 
-def _over_other_tokens(distances, weights, initial, iterations):
+def _rounds_over_other_tokens(distances, weights, initial, iterations):
     """Computes the rounds over the R = N - K tokens that are not medoids (R x K, R x R distances).
 
     If all tokens differ, a medoid is nearest to itself, so only the other tokens are assigned, and
@@ -168,7 +187,7 @@ def _over_other_tokens(distances, weights, initial, iterations):
     own = jnp.broadcast_to(jnp.arange(medoids.shape[1], dtype=jnp.int32), medoids.shape)
     tokens, clusters = jnp.concatenate([medoids, others], 1), jnp.concatenate([own, cluster], 1)
     spread = lambda at, value: jnp.zeros(length, jnp.int32).at[at].set(value, unique_indices=True)  # noqa: E731
-    return Medoids(medoids, jax.vmap(spread)(tokens, clusters), 1 + _counts(cluster, own.shape[1]))
+    return medoids, jax.vmap(spread)(tokens, clusters), 1 + _counts(cluster, own.shape[1])
 
 
 def _between(distances, rows, columns):

@@ -42,9 +42,6 @@ def make_train_step(
     schedule = learning_rate_schedule(config)
     frozen = Frozen(config.optimizer.freeze, model)
 
-    def mean(tree):
-        return tree if axis_name is None else lax.pmean(tree, axis_name)
-
     def train_step(state, batch):
         batch_rng, model_rng = step_rngs(config.seed, state.step)
         inputs = task.prepare(batch, batch_rng)
@@ -61,7 +58,12 @@ def make_train_step(
         loss, logged, grads, model_state = _accumulate(
             loss_fn, config.accumulate_steps, state, inputs, model_rng
         )
-        loss, logged, grads = mean((loss, logged, grads))
+        # In float32, which holds it exactly, to travel with the gradients in one reduction.
+        skipped = batch["skipped"].astype(jnp.float32).sum()
+        if axis_name is not None:
+            sums = lax.psum((loss, logged, grads, skipped), axis_name)
+            means = jax.tree.map(lambda x: x / lax.axis_size(axis_name), sums[:-1])
+            (loss, logged, grads), skipped = means, sums[-1]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
@@ -78,16 +80,13 @@ def make_train_step(
             averaged = optax.incremental_update(averaged, ema, 1.0 - config.ema_decay)
             ema = frozen.hold(averaged, ema)
 
-        skipped = batch["skipped"].sum()
-        if axis_name is not None:
-            skipped = lax.psum(skipped, axis_name)
         state = TrainState(
             step=state.step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
             ema=ema,
-            skipped=state.skipped + skipped,
+            skipped=state.skipped + skipped.astype(jnp.int32),
         )
         metrics = {
             "loss": loss,

@@ -1,0 +1,94 @@
+"""Kernels of clustering, interpreted on the CPU, against plain loops.
+
+Tokens are small integers: their distances are exact and full of ties.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenvit_jax.kernels import density_peaks as kernels
+
+LENGTH, NEIGHBORS = 70, 5  # two blocks, the second with 6 tokens
+
+
+def points(channels, masked):
+    """Returns tokens (2, LENGTH, channels), |x|^2, and |x|^2 or inf for masked tokens."""
+    rng = np.random.default_rng(channels)
+    x = np.zeros((2, LENGTH, channels), np.float32)
+    x[..., -3:] = rng.integers(-2, 3, (2, LENGTH, 3))
+    mask = rng.random((2, LENGTH)) < 0.6 if masked else np.ones((2, LENGTH), bool)
+    if masked:
+        mask[1, 3:] = False  # fewer tokens than neighbours
+    x[~mask] = 0
+    square = (x**2).sum(-1)
+    return x, square, np.where(mask, square, np.inf).astype(np.float32), mask
+
+
+def distances(x, mask):
+    """Returns squared distances (N, N) from all tokens to real ones, inf to masked ones."""
+    squares = ((x[:, None].astype(np.float64) - x) ** 2).sum(-1)
+    return np.where(mask[None], squares, np.inf)
+
+
+@functools.cache
+def jitted(name):
+    options = {"k": NEIGHBORS} if name == "nearest_neighbors" else {}
+    return jax.jit(functools.partial(getattr(kernels, name), interpret=True, **options))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_nearest_neighbors_and_denser(masked):
+    x, square, bias, mask = points(70, masked)  # channels in two parts
+    squares, indices, farthest = jitted("nearest_neighbors")(x, square, bias)
+    # Few values, so that many densities are equal; 0 for masked tokens, as everywhere.
+    density = np.random.default_rng(1).integers(1, 6, mask.shape).astype(np.float32) * mask
+    found, parent = jitted("nearest_denser")(x, square, bias, density, squares, indices)
+    searched = 0
+    for image in range(2):
+        away = distances(x[image], mask[image])
+        order = np.argsort(away, axis=1, kind="stable")[:, :NEIGHBORS].T
+        nearest = np.take_along_axis(away.T, order, 0)
+        np.testing.assert_array_equal(squares[image], nearest)
+        same = nearest < np.inf
+        np.testing.assert_array_equal(np.asarray(indices[image])[same], order[same])
+        real = np.flatnonzero(mask[image])
+        np.testing.assert_array_equal(farthest[image][real], away[real][:, real].max(1))
+        assert np.max(farthest[image]) == away[real][:, real].max()
+        for i in real:
+            denser = [j for j in real if (-density[image, j], j) < (-density[image, i], i)]
+            expected = min(denser, key=lambda j: (away[i, j], j), default=i)
+            assert parent[image, i] == expected
+            assert found[image, i] == (away[i, expected] if denser else np.inf)
+            searched += expected not in order[:, i]
+    assert searched > 10 or masked  # the second kernel has work
+
+
+def test_ranks():
+    scores = np.random.default_rng(0).integers(0, 9, (2, LENGTH)).astype(np.float32)
+    scores[0, 5], scores[1, 7:9], scores[1, 30] = np.inf, -np.inf, np.nan
+    order, places = map(np.asarray, jitted("ranks")(scores))
+    expected = np.argsort(np.where(np.isnan(scores), -np.inf, -scores), axis=1, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(np.take_along_axis(places, order, 1), [np.arange(LENGTH)] * 2)
+
+
+def test_nearest_center():
+    x, square, _, _ = points(5, masked=False)
+    centers = np.random.default_rng(0).integers(0, LENGTH, (2, 9)).astype(np.int32)
+    used = np.array([9, 4], np.int32)
+    nearest = jitted("nearest_center")(x, square, centers, used)
+    for image in range(2):
+        away = distances(x[image], np.ones(LENGTH, bool))[:, centers[image, : used[image]]]
+        np.testing.assert_array_equal(nearest[image], away.argmin(1))
+    none = jitted("nearest_center")(x, square, centers, jnp.zeros(2, jnp.int32))
+    assert not none.any()
+
+
+def test_limits():
+    assert kernels.misfit(512, 16) is None
+    assert kernels.misfit(513) == "513 channels are more than 512"
+    assert kernels.misfit(64, 17) == "17 neighbors are more than 16"

@@ -1,0 +1,442 @@
+"""Kernels of clustering by density peaks for NVIDIA GPUs (Pallas-Triton).
+
+The distances between tokens never leave the registers: a program holds a block of queries and
+streams over blocks of keys. All kernels break ties by the lowest index, like the forms in XLA's
+operations. Arrays have the batch as their leading axis, and one program works on one image.
+
+Tensor cores multiply parts of float32 numbers three times (TF32_TF32_F32_X3), which gives the
+same assignments as full float32; plain TF32 does not.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int32
+
+# Limits of the kernels: channels of a token, and neighbours that are kept in registers.
+MOST_CHANNELS, MOST_NEIGHBORS = 512, 16
+# Queries and keys per block, and tokens per round of the kernels without products.
+BLOCK, ROUND = 64, 1024
+
+
+def misfit(channels: int, neighbors: int = 1) -> str | None:
+    """Returns why the kernels cannot take tokens with so many channels, or None."""
+    if channels > MOST_CHANNELS:
+        return f"{channels} channels are more than {MOST_CHANNELS}"
+    if neighbors > MOST_NEIGHBORS:
+        return f"{neighbors} neighbors are more than {MOST_NEIGHBORS}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks of tokens and of distances
+# ------------------------------------------------------------------------------------------------
+
+
+def _call(kernel, grid, inputs, outputs, interpret, num_warps=4, **options):
+    """Calls a kernel whose programs see all of one image; the last axis of the grid is the batch.
+
+    Args:
+      kernel: function of the references to one image of each input and output.
+      grid: (blocks, B).
+      inputs: arrays (B, ...).
+      outputs: shapes and types of the results (B, ...).
+    """
+
+    def whole(x):
+        block = (None, *x.shape[1:])
+        return pl.BlockSpec(block, lambda _, image: (image, *[0] * (len(block) - 1)))
+
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[whole(x) for x in inputs],
+        out_specs=[whole(x) for x in outputs],
+        out_shape=outputs,
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=2),
+        interpret=interpret,
+        **options,
+    )(*inputs)
+
+
+def _blocks(length):
+    return -(-length // BLOCK)
+
+
+def _range(start, size):
+    return start + jnp.arange(size, dtype=jnp.int32)
+
+
+def _vector(ref, index, other):
+    """Loads ref[index], and ``other`` beyond the end."""
+    return plt.load(ref.at[index], mask=index < ref.shape[0], other=other)
+
+
+def _tile(ref, rows, columns):
+    """Loads the rows and columns of a matrix, and zeros beyond its edges."""
+    length, channels = ref.shape
+    inside = (rows < length)[:, None] & (columns < channels)[None]
+    return plt.load(ref.at[rows[:, None], columns[None]], mask=inside, other=0.0)
+
+
+def _scores(x, bias, rows, precision) -> Callable:
+    """Returns a function from keys (K,) to bias[key] - 2 x[key].x[row], (rows, keys).
+
+    Keys beyond the end of x have score inf.
+    """
+    width = min(max(pl.next_power_of_2(x.shape[1]), 16), 64)
+    parts = -(-x.shape[1] // width)
+
+    def query(part):
+        return -2 * _tile(x, rows, _range(part * width, width))
+
+    def products(part, keys, query):
+        return lax.dot_general(
+            query, _tile(x, keys, _range(part * width, width)), (((1,), (1,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    if parts == 1:
+        held = query(0)
+        return lambda keys: products(0, keys, held) + _vector(bias, keys, jnp.inf)[None]
+
+    def scores(keys):
+        # All queries would not fit into the registers: they are loaded for every block of keys.
+        add = lambda part, total: total + products(part, keys, query(part))  # noqa: E731
+        total = jnp.zeros((rows.shape[0], keys.shape[0]), jnp.float32)
+        return lax.fori_loop(0, parts, add, total) + _vector(bias, keys, jnp.inf)[None]
+
+    return scores
+
+
+def _precision(interpret):
+    # A CPU does not know the algorithm.
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def _first_smallest(tile):
+    """Returns the smallest value of each row and its column, ties to the lowest."""
+    low = tile.min(1)
+    columns = _range(0, tile.shape[1])[None]
+    return low, jnp.where(tile == low[:, None], columns, tile.shape[1]).min(1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pass 1: nearest neighbours
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_neighbors(
+    x: Float[Array, "B N C"],
+    square: Float[Array, "B N"],
+    bias: Float[Array, "B N"],
+    *,
+    k: int,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B k N"], Int32[Array, "B k N"], Float[Array, "B N"]]:
+    """Finds the k nearest tokens of every token, and the distance of the farthest one.
+
+    Args:
+      x: tokens (B, N, C).
+      square: |x|^2 (B, N).
+      bias: |x|^2, or inf for tokens that are neighbours of no token (B, N).
+      k: number of neighbours, at most ``MOST_NEIGHBORS``.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      Rising squared distances (B, k, N), inf where there is no neighbour; indices (B, k, N); the
+      largest squared distance of each token (B, N), -inf for those with bias inf.
+    """
+    batch, length, _ = x.shape
+    kernel = functools.partial(_nearest_kernel, k=k, precision=_precision(interpret))
+    outputs = [
+        jax.ShapeDtypeStruct((batch, k, length), jnp.float32),
+        jax.ShapeDtypeStruct((batch, k, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    ]
+    return _call(kernel, (_blocks(length), batch), (x, square, bias), outputs, interpret)
+
+
+def _nearest_kernel(x, square, bias, squares, indices, farthest, *, k, precision):
+    length = x.shape[0]
+    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    scores = _scores(x, bias, rows, precision)
+
+    def step(i, carry):
+        values, numbers, far = carry
+        tile = scores(_range(i * BLOCK, BLOCK))
+        far = jnp.maximum(far, jnp.where(tile < jnp.inf, tile, -jnp.inf).max(1))
+        values, numbers = _insert(tile, i * BLOCK, values, numbers)
+        return values, numbers, far
+
+    none = jnp.full((BLOCK,), jnp.inf, jnp.float32)
+    carry = (none,) * k, (jnp.zeros((BLOCK,), jnp.int32),) * k, -none
+    values, numbers, far = lax.fori_loop(0, _blocks(length), step, carry)
+    own, inside = _vector(square, rows, 0.0), rows < length
+    for i in range(k):
+        at = jnp.full_like(rows, i), rows
+        plt.store(squares.at[at], jnp.maximum(values[i] + own, 0), mask=inside)
+        plt.store(indices.at[at], numbers[i], mask=inside)
+    far = jnp.where(_vector(bias, rows, jnp.inf) < jnp.inf, far + own, -jnp.inf)
+    plt.store(farthest.at[rows], far, mask=inside)
+
+
+def _insert(tile, start, values, numbers):
+    """Inserts the entries of a tile that are among the k smallest of their row.
+
+    Every round takes the smallest entry of each row. Few rounds are needed, because few entries of
+    a tile are smaller than the k-th so far.
+
+    Args:
+      tile: (BLOCK, keys), whose first column is key ``start``.
+      values, numbers: k vectors each, the smallest entries so far in rising order and their keys.
+    """
+    columns = _range(0, tile.shape[1])[None]
+
+    def improves(carry):
+        _, low, values, _ = carry
+        return (low < values[-1]).astype(jnp.int32).max() > 0
+
+    def insert(carry):
+        tile, low, values, numbers = carry
+        at = jnp.where(tile == low[:, None], columns, tile.shape[1]).min(1)
+        values, numbers = _shift(low, start + at, values, numbers)
+        tile = jnp.where(columns == at[:, None], jnp.inf, tile)
+        return tile, tile.min(1), values, numbers
+
+    carry = lax.while_loop(improves, insert, (tile, tile.min(1), values, numbers))
+    return carry[2:]
+
+
+def _shift(new, number, values, numbers):
+    """Inserts an entry per row into k rising entries and drops the largest.
+
+    The new entry comes after its equals, whose keys are lower. Displaced entries keep their order.
+    """
+    before = [new < value for value in values]
+
+    def insert(item, items):
+        moved = [jnp.where(before[0], item, items[0])]
+        for i in range(1, len(items)):
+            entry = jnp.where(before[i], item, items[i])
+            moved.append(jnp.where(before[i - 1], items[i - 1], entry))
+        return tuple(moved)
+
+    return insert(new, values), insert(number, numbers)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pass 2: nearest denser token
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_denser(
+    x: Float[Array, "B N C"],
+    square: Float[Array, "B N"],
+    bias: Float[Array, "B N"],
+    density: Float[Array, "B N"],
+    squares: Float[Array, "B k N"],
+    indices: Int32[Array, "B k N"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N"], Int32[Array, "B N"]]:
+    """Finds the nearest denser token of every token.
+
+    The first kernel looks among the k nearest tokens and lists the tokens without a denser one
+    there; the second kernel searches all tokens for those in the list. It stops at the end of the
+    list of its own image.
+
+    Args:
+      x: tokens (B, N, C).
+      square: |x|^2 (B, N).
+      bias: |x|^2, or inf for tokens that are not searched and not found (B, N).
+      density: (B, N); of two equally dense tokens the one with the lower index counts as denser.
+      squares: rising squared distances of the k nearest tokens (B, k, N), inf where there is none.
+      indices: the k nearest tokens (B, k, N).
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      Squared distance and index (B, N); inf and the token itself if there is no denser token.
+    """
+    batch, length, _ = x.shape
+    rounds = -(-length // ROUND)
+    numbers = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    outputs = [
+        jax.ShapeDtypeStruct((batch, length), jnp.float32),
+        numbers,
+        jax.ShapeDtypeStruct((batch, rounds * ROUND), jnp.int32),
+        jax.ShapeDtypeStruct((batch, 1), jnp.int32),
+    ]
+    found = _call(
+        _among_neighbors_kernel, (1, batch), (bias, density, squares, indices), outputs, interpret
+    )
+    kernel = functools.partial(_search_kernel, precision=_precision(interpret))
+    inputs = x, square, bias, density, *found
+    aliases = {4: 0, 5: 1}  # the kernel replaces the results of the listed tokens
+    return _call(
+        kernel, (_blocks(length), batch), inputs, outputs[:2], interpret,
+        input_output_aliases=aliases,
+    )  # fmt: skip
+
+
+def _is_denser(density, index, than_density, than_index):
+    return (density > than_density) | ((density == than_density) & (index < than_index))
+
+
+def _among_neighbors_kernel(bias, density, squares, indices, found, parent, order, count):
+    k, length = squares.shape
+
+    def step(i, listed):
+        rows = _range(i * ROUND, ROUND)
+        inside = rows < length
+        own = _vector(density, rows, 0.0)
+        square, number = jnp.full((ROUND,), jnp.inf, jnp.float32), rows
+        for j in reversed(range(k)):  # ties: keep the first one
+            neighbor = jnp.full_like(rows, j), rows
+            near = plt.load(squares.at[neighbor], mask=inside, other=jnp.inf)
+            at = plt.load(indices.at[neighbor], mask=inside, other=0)
+            denser = _is_denser(plt.load(density.at[at]), at, own, rows) & (near < jnp.inf)
+            square, number = jnp.where(denser, near, square), jnp.where(denser, at, number)
+        plt.store(found.at[rows], square, mask=inside)
+        plt.store(parent.at[rows], number, mask=inside)
+        pending = (_vector(bias, rows, jnp.inf) < jnp.inf) & (square == jnp.inf)
+        # The tokens of the list come first in ``order``, the others last, so that every place is
+        # written once.
+        places = listed + jnp.cumsum(pending, dtype=jnp.int32)
+        others = order.shape[0] - 1 - (rows - places)
+        plt.store(order.at[jnp.where(pending, places - 1, others)], rows)
+        return listed + pending.sum(dtype=jnp.int32)
+
+    listed = lax.fori_loop(0, order.shape[0] // ROUND, step, jnp.int32(0))
+    plt.store(count.at[_range(0, 1)], jnp.full((1,), listed, jnp.int32))
+
+
+def _search_kernel(x, square, bias, density, _, __, order, count, found, parent, *, precision):
+    length, start = x.shape[0], pl.program_id(0) * BLOCK
+    listed = plt.load(count.at[jnp.int32(0)])
+
+    @pl.when(start < listed)
+    def _():
+        places = _range(start, BLOCK)
+        rows = plt.load(order.at[places])
+        scores = _scores(x, bias, rows, precision)
+        own = _vector(density, rows, 0.0)
+
+        def step(i, carry):
+            low, at = carry
+            keys = _range(i * BLOCK, BLOCK)
+            denser = _is_denser(
+                _vector(density, keys, 0.0)[None], keys[None], own[:, None], rows[:, None]
+            )
+            value, column = _first_smallest(jnp.where(denser, scores(keys), jnp.inf))
+            nearer = value < low
+            return jnp.where(nearer, value, low), jnp.where(nearer, i * BLOCK + column, at)
+
+        low = jnp.full((BLOCK,), jnp.inf, jnp.float32)
+        low, at = lax.fori_loop(0, _blocks(length), step, (low, rows))
+        pending = places < listed
+        nearest = jnp.maximum(low + _vector(square, rows, 0.0), 0)
+        plt.store(found.at[rows], nearest, mask=pending)
+        plt.store(parent.at[rows], at, mask=pending)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters
+# ------------------------------------------------------------------------------------------------
+
+
+def ranks(
+    scores: Float[Array, "B N"], *, interpret: bool = False
+) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+    """Sorts scores by counting, for every score, those that are larger.
+
+    Args:
+      scores: (B, N), no -0 beside +0.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      The indices in order of falling scores, ties in order of index, and the place of every score
+      in that order (B, N).
+    """
+    batch, length = scores.shape
+    outputs = [
+        jax.ShapeDtypeStruct((batch, _blocks(length) * BLOCK), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    ]
+    order, places = _call(_ranks_kernel, (_blocks(length), batch), (scores,), outputs, interpret)
+    return order[:, :length], places
+
+
+def _ordered(scores, index):
+    """Returns integers that order like the scores; NaN, too, has a place."""
+    raw = lax.bitcast_convert_type(_vector(scores, index, -jnp.inf), jnp.int32)
+    return raw ^ ((raw >> 31) & 0x7FFFFFFF)
+
+
+def _ranks_kernel(scores, order, places):
+    length = scores.shape[0]
+    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    own = _ordered(scores, rows)[:, None]
+
+    def step(i, count):
+        keys = _range(i * BLOCK, BLOCK)
+        key = _ordered(scores, keys)[None]
+        first = (key > own) | ((key == own) & (keys[None] < rows[:, None]))
+        return count + first.astype(jnp.int32)
+
+    zeros = jnp.zeros((BLOCK, BLOCK), jnp.int32)
+    place = lax.fori_loop(0, _blocks(length), step, zeros).sum(1, dtype=jnp.int32)
+    place = jnp.where(rows < length, place, rows)  # every place is written once
+    plt.store(order.at[place], rows)
+    plt.store(places.at[rows], place, mask=rows < length)
+
+
+def nearest_center(
+    x: Float[Array, "B N C"],
+    square: Float[Array, "B N"],
+    centers: Int32[Array, "B M"],
+    num_used: Int32[Array, " B"],
+    *,
+    interpret: bool = False,
+) -> Int32[Array, "B N"]:
+    """Returns the number of the nearest centre of every token.
+
+    Args:
+      x: tokens (B, N, C).
+      square: |x|^2 (B, N).
+      centers: tokens at the centres (B, M).
+      num_used: number of centres that can be nearest, the first ones (B,); 0: the result is 0.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      (B, N), in [0, M).
+    """
+    batch, length, _ = x.shape
+    kernel = functools.partial(_nearest_center_kernel, precision=_precision(interpret))
+    inputs = x, square, centers, num_used[:, None]
+    outputs = [jax.ShapeDtypeStruct((batch, length), jnp.int32)]
+    return _call(kernel, (_blocks(length), batch), inputs, outputs, interpret)[0]
+
+
+def _nearest_center_kernel(x, square, centers, num_used, nearest, *, precision):
+    length = x.shape[0]
+    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    scores = _scores(x, square, rows, precision)
+    used = plt.load(num_used.at[jnp.int32(0)])
+
+    def step(i, carry):
+        low, number = carry
+        numbers = _range(i * BLOCK, BLOCK)
+        keys = plt.load(centers.at[numbers], mask=numbers < used, other=length)
+        value, column = _first_smallest(scores(keys))
+        nearer = value < low
+        return jnp.where(nearer, value, low), jnp.where(nearer, i * BLOCK + column, number)
+
+    low, number = jnp.full((BLOCK,), jnp.inf, jnp.float32), jnp.zeros((BLOCK,), jnp.int32)
+    _, number = lax.fori_loop(0, _blocks(centers.shape[0]), step, (low, number))
+    plt.store(nearest.at[rows], number, mask=rows < length)

@@ -1,0 +1,246 @@
+"""Attention within windows of a map, in kernels that read and write the map in place."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+MAX_TOKENS, MAX_DIM = 64, 64  # of a tile; larger ones would not stay in registers
+FEWEST_PROGRAMS = 512  # each attends within up to 32 windows, for which it sums up gradients
+EXCLUDED = -1e30  # logit of padding and of tokens in other parts of a window
+
+
+class _Windows(NamedTuple):
+    """Shapes of a call, and which of its windows a program is for.
+
+    Attributes:
+      height: rows of the map.
+      width: columns of the map.
+      heads: number of heads.
+      dim: head dim.
+      window: rows and columns of a window.
+      shift: rows and columns by which the map was rolled up and left.
+      scale: factor of the logits.
+      steps: number of windows of a program.
+    """
+
+    height: int
+    width: int
+    heads: int
+    dim: int
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    scale: float
+    steps: int
+
+    @property
+    def tokens(self):
+        return self.window[0] * self.window[1]
+
+    @property
+    def tile(self):
+        """Tokens and channels of a tile; a smaller product has no instruction."""
+        return tuple(max(16, pl.next_power_of_2(n)) for n in (self.tokens, self.dim))
+
+
+def misfit(q: Array, k: Array, v: Array, window: tuple[int, int]) -> str | None:
+    """Returns why :func:`attend_windows` cannot take the arguments, or None.
+
+    Args:
+      q: queries (B, H, W, N, D).
+      k: keys (B, H, W, N, D).
+      v: values (B, H, W, N, D).
+      window: rows and columns of a window.
+    """
+    if {x.dtype for x in (q, k, v)} not in ({jnp.dtype(t)} for t in (jnp.bfloat16, jnp.float16)):
+        return f"windows in {q.dtype}, not bfloat16 or float16"
+    if window[0] * window[1] > MAX_TOKENS:
+        return f"windows of more than {MAX_TOKENS} tokens"
+    if q.shape[-1] > MAX_DIM:
+        return f"head dim {q.shape[-1]} is above {MAX_DIM}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def attend_windows(
+    q: Float[Array, "B H W N D"],
+    k: Float[Array, "B H W N D"],
+    v: Float[Array, "B H W N D"],
+    bias: Float[Array, "N tokens tokens"],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B H W N D"]:
+    """Attends within windows; see `ops.window_attention`.
+
+    Nothing but the arguments is kept for the backward pass, which computes the weights again.
+
+    Args:
+      q: queries (B, H, W, N, D) in bfloat16 or float16.
+      k: keys (B, H, W, N, D).
+      v: values (B, H, W, N, D).
+      bias: summand of the logits (N, h w, h w).
+      window: (h, w), rows and columns of a window; they divide H and W.
+      shift: rows and columns, less than a window, by which the map was rolled up and left.
+      scale: factor of the products of queries and keys.
+      interpret: whether to run the kernels by jax, for tests.
+
+    Returns:
+      (B, H, W, N, D) in the type of ``v``.
+    """
+    call = _call_of(q, window, shift, scale)
+    return pl.pallas_call(
+        functools.partial(_attend, call=call),
+        grid=_grid(q, call),
+        in_specs=[_map_spec(q)] * 3 + [_bias_spec(call)],
+        out_specs=_map_spec(q),
+        out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="window_attention",
+    )(q, k, v, _padded(bias, call))
+
+
+def _forward(q, k, v, bias, window, shift, scale, interpret):
+    return attend_windows(q, k, v, bias, window, shift, scale, interpret), (q, k, v, bias)
+
+
+def _backward(window, shift, scale, interpret, residuals, d_output):
+    q, k, v, bias = residuals
+    call = _call_of(q, window, shift, scale)
+    tokens, tile = call.tokens, call.tile[0]
+    chunks, heads = _grid(q, call)
+    *d_maps, d_bias = pl.pallas_call(
+        functools.partial(_differentiate, call=call),
+        grid=(chunks, heads),
+        in_specs=[_map_spec(q)] * 4 + [_bias_spec(call)],
+        out_specs=[_map_spec(q)] * 3
+        + [pl.BlockSpec((None, None, tile, tile), lambda c, n: (c, n, 0, 0))],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+        + [jax.ShapeDtypeStruct((chunks, heads, tile, tile), jnp.float32)],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="window_attention_gradient",
+    )(q, k, v, d_output.astype(v.dtype), _padded(bias, call))
+    d_bias = d_bias.sum(0)[:, :tokens, :tokens]
+    return *d_maps, d_bias.astype(bias.dtype)
+
+
+attend_windows.defvjp(_forward, _backward)
+
+
+def _attend(q_ref, k_ref, v_ref, bias_ref, out_ref, *, call):
+    first, bias = pl.program_id(0) * call.steps, bias_ref[...]
+
+    def attend(step, carry):
+        place, is_token, same = _place_of(first + step, call)
+        q, k, v = (
+            plt.load(ref.at[place], mask=is_token, other=0.0) for ref in (q_ref, k_ref, v_ref)
+        )
+        q = (q * call.scale).astype(q.dtype)
+        logits = jnp.where(same, plt.dot(q, k.T) + bias, EXCLUDED)
+        weights = jnp.exp(logits - logits.max(1, keepdims=True))
+        total = weights.sum(1, keepdims=True)
+        output = plt.dot(weights.astype(v.dtype), v) / total
+        plt.store(out_ref.at[place], output.astype(out_ref.dtype), mask=is_token)
+        return carry
+
+    lax.fori_loop(0, call.steps, attend, 0)
+
+
+def _differentiate(
+    q_ref, k_ref, v_ref, d_out_ref, bias_ref, d_q_ref, d_k_ref, d_v_ref, d_bias_ref, *, call
+):
+    first = pl.program_id(0) * call.steps
+
+    def differentiate(step, d_bias):
+        place, is_token, same = _place_of(first + step, call)
+        load = lambda ref: plt.load(ref.at[place], mask=is_token, other=0.0)  # noqa: E731
+
+        def store(ref, x):
+            plt.store(ref.at[place], x.astype(ref.dtype), mask=is_token)
+
+        q, k, v, d_out = load(q_ref), load(k_ref), load(v_ref), load(d_out_ref)
+        q = (q * call.scale).astype(q.dtype)
+        logits = jnp.where(same, plt.dot(q, k.T) + bias_ref[...], EXCLUDED)
+        weights = jnp.exp(logits - logits.max(1, keepdims=True))
+        weights = weights / weights.sum(1, keepdims=True)
+        store(d_v_ref, plt.dot(weights.astype(v.dtype).T, d_out))
+        d_weights = plt.dot(d_out, v.T)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
+        short = d_logits.astype(q.dtype)
+        store(d_q_ref, plt.dot(short, k) * call.scale)
+        store(d_k_ref, plt.dot(short.T, q))
+        return d_bias + d_logits
+
+    d_bias_ref[...] = lax.fori_loop(
+        0, call.steps, differentiate, jnp.zeros(d_bias_ref.shape, jnp.float32)
+    )
+
+
+def _place_of(index, call):
+    """Returns the place of a window's tile in a map, which entries exist, which tokens meet.
+
+    Args:
+      index: number of the window among those of all images.
+      call: the shapes.
+
+    Returns:
+      Indices of a (tile, D) tile; (tile, D) bool; (tile, tile) bool.
+    """
+    tokens, channels = call.tile
+    columns = call.width // call.window[1]
+    windows = call.height // call.window[0] * columns
+    image, index = lax.div(index, windows), lax.rem(index, windows)
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    row = lax.div(index, columns) * call.window[0] + token // call.window[1]
+    column = lax.rem(index, columns) * call.window[1] + token % call.window[1]
+    channel = jnp.arange(channels, dtype=jnp.int32)
+    zeros = jnp.zeros_like(token)[:, None]
+    place = (image + zeros, row[:, None], column[:, None], channel[None] + zeros)
+    is_token = (token < call.tokens)[:, None] & (channel < call.dim)[None]
+    same = (token < call.tokens)[None]
+    if any(call.shift):
+        # Rolling moves the first rows behind the last ones, into the same windows; columns alike.
+        rolled_row = (row >= call.height - call.shift[0]).astype(jnp.int32)
+        rolled_column = (column >= call.width - call.shift[1]).astype(jnp.int32)
+        part = 2 * rolled_row + rolled_column
+        same &= part[:, None] == part[None]
+    return place, is_token, same
+
+
+def _call_of(q, window, shift, scale):
+    batch, height, width, heads, dim = q.shape
+    windows = batch * (height // window[0]) * (width // window[1])
+    steps = math.gcd(windows, _steps(windows * heads))
+    return _Windows(height, width, heads, dim, window, shift, scale, steps)
+
+
+def _steps(tiles):
+    """Returns a power of two, from 1 to 32, for about FEWEST_PROGRAMS programs."""
+    return 2 ** min(5, max(0, (tiles // FEWEST_PROGRAMS).bit_length() - 1))
+
+
+def _grid(q, call):
+    return math.prod(q.shape[:3]) // call.tokens // call.steps, call.heads
+
+
+def _map_spec(q):
+    channels = max(16, pl.next_power_of_2(q.shape[-1]))
+    return pl.BlockSpec((*q.shape[:3], None, channels), lambda c, n: (0, 0, 0, n, 0))
+
+
+def _bias_spec(call):
+    return pl.BlockSpec((None, call.tile[0], call.tile[0]), lambda c, n: (n, 0, 0))
+
+
+def _padded(bias, call):
+    padding = (0, call.tile[0] - call.tokens)
+    return jnp.pad(bias.astype(jnp.float32), ((0, 0), padding, padding))
