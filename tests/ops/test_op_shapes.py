@@ -46,11 +46,11 @@ GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
+AFFINE = ops.BatchAffine(*(floats(7),) * 4)
 SORTED = SortedGroups(
     integers(2, 3, 12), integers(2, 3, 5), integers(2, 3, 4, 6),
     jnp.zeros((2, 3, 4, 11), jnp.int16),
 )  # fmt: skip
-AFFINE = ops.BatchAffine(*(floats(7),) * 4)
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
@@ -102,6 +102,8 @@ CALLS = {
     "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
+    "cluster_sums_tpu.misfit": [((5, 7), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
@@ -120,6 +122,9 @@ CALLS = {
         ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
         ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
     ],
+    "density_peaks.insert_entry": [
+        ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
+    ],
     "density_peaks.misfit": [((7, 5), {})],
     "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
     "density_peaks.nearest_denser": [
@@ -128,6 +133,10 @@ CALLS = {
     "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
     "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
+    "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
+    "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
     "depthwise_block.block_backward": [
         ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
          {"block": Block(), "interpret": True}),
@@ -207,10 +216,6 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
-    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
-    "kmedoids.kmedoids_of_images": [
-        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
-    ],
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
@@ -230,6 +235,9 @@ CALLS = {
     ],
     "mix_boxes.mix_boxes": [((floats(2, 6, 4, 5), integers(4)), {})],
     "mix_boxes.neighbors": [((TOKENS,), {})],
+    "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
+    "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
+    "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "pale_attention.pale_attention": [
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
@@ -267,10 +275,22 @@ CALLS = {
     "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
     "token_merging.bipartite_matching": [((TOKENS, 5), {})],
     "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],
+    "token_pooling.kmeans_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
     "token_pooling.kmedoids": [((TOKENS, integers(2, 5)), {})],
+    "token_pooling.kmedoids_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
+    "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
+    "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_windows": [
+        ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
+    ],
+    "window_attention.misfit_of_tiles": [((*SHORT, 13), {})],
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
