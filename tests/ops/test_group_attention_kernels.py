@@ -1,5 +1,6 @@
 """Kernels of group attention, in interpret mode, against the forms in XLA's operations."""
 
+import functools
 import importlib
 
 import chex
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import group_attention_sorted, group_routing
+from tokenvit_jax.kernels import group_attention_heads, group_attention_sorted, group_routing
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_attention_heads import attend_heads, selected_keys
 from tokenvit_jax.kernels.group_attention_sorted import attend_sorted, sort_groups
 from tokenvit_jax.kernels.group_sums import sum_groups
 from tokenvit_jax.ops.selection import largest_mask
+from tokenvit_jax.ops.unit_norm import unit_norm
 
 # The package exports a function with the same name.
 module = importlib.import_module("tokenvit_jax.ops.group_attention")
@@ -117,6 +120,30 @@ def test_sorted_attention_equals_the_dense_form(monkeypatch):
         return attend_sorted(q, k, v, routing, 0.3, interpret=True)
 
     found, expected = (differentiated(form, *arrays) for form in (by_group, dense))
+    assert_all_close(found, expected, 2e-6)
+
+
+def test_attention_by_heads_equals_the_dense_form(monkeypatch):
+    monkeypatch.setattr(group_attention_heads, "_QUERIES", 32)
+    arrays = normal(1, 37, 4, 32, count=4)
+    (centroids,) = normal(4, 5, 32, seed=1)
+    dense = functools.partial(ops.group_attention, top_k=7, scale=0.3, path="dense")
+
+    def by_heads(q, k, v):
+        unit = unit_norm(centroids)
+        output, groups, selected = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
+        return output, groups, selected_keys(selected, 4, 5)
+
+    _, groups, selected = jax.jit(by_heads)(*arrays[:3])
+    expected = dense(*arrays[:3], centroids)
+    np.testing.assert_array_equal(groups, expected.groups)
+    keys = jnp.sort(expected.keys)  # (B, N, G, k)
+    rows = jnp.nonzero(jnp.swapaxes(selected, 2, 3))[3]
+    np.testing.assert_array_equal(rows.reshape(keys.shape), keys)
+    found, expected = (
+        differentiated(form, *arrays)
+        for form in (lambda *x: by_heads(*x)[0], lambda *x: dense(*x, centroids).output)
+    )
     assert_all_close(found, expected, 2e-6)
 
 

@@ -188,6 +188,13 @@ CALLS = {
     "group_attention_fused.attend_fused": [
         ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
     ],
+    "group_attention_heads.attend_heads": [
+        ((Q, Q, Q, floats(3, 4, 8), 5, 1.0), {"interpret": True})
+    ],
+    "group_attention_heads.heads_misfit": [((Q, 4), {})],
+    "group_attention_heads.selected_keys": [
+        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
+    ],
     "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
     "group_attention_sorted.sort_groups": [
         ((integers(2, 3, 11), floats(2, 3, 4, 11), 5), {"interpret": True})

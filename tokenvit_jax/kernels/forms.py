@@ -46,6 +46,8 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "bfloat16 and float16: one kernel routes, one attends; compiled for an H200 (128 "
         "images of 784 tokens, training) 4 launches and 0.1 ms of floor instead of 248 and 4.2",
         "default": "all queries at once",
+        "tpu": "one kernel for an image's heads, up to 1,024 tokens: no logits in memory, and the "
+        "selection in registers",
     },
     "group attention, tiles": {
         "cuda": "bfloat16 and float16: kernels that read the queries and keys of a group in place; "

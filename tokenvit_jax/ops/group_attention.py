@@ -21,6 +21,11 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_attention_heads import (
+    attend_heads,
+    heads_misfit,
+    selected_keys,
+)
 from tokenvit_jax.kernels.group_attention_sorted import (
     attend_sorted,
     sort_groups,
@@ -245,7 +250,7 @@ def update_centroids(
 
 
 def _attend_dense(q, k, v, centroids, top_k, scale):
-    """Attends with all logits: on CPU in chunks of queries, on GPUs in one kernel."""
+    """Attends with all logits: on CPU in chunks of queries, on GPUs and TPUs in kernels."""
 
     def masked(q, k, v, centroids, run):
         groups, keys, scores = _route(q, k, centroids, top_k)
@@ -258,22 +263,33 @@ def _attend_dense(q, k, v, centroids, top_k, scale):
     def at_once(attend, _, *queries):
         return attend(*queries)
 
-    def fused(q, k, v, centroids):
-        routed = [lax.stop_gradient(x) for x in (q, k)]
-        groups, words = route(*routed, centroids, top_k)
-        output = attend_fused(q, k, v, groups, words, scale)
+    def in_order(k, centroids, selected):
         # The compiler leaves this out where nobody reads the keys.
-        scores = _key_scores(jnp.swapaxes(routed[1], 1, 2), centroids)
-        scores = jnp.where(unpack(words, centroids.shape[1]), scores, -jnp.inf)
-        return output, groups, top_indices(jnp.swapaxes(scores, -1, -2), top_k)
+        scores = _key_scores(jnp.swapaxes(lax.stop_gradient(k), 1, 2), centroids)
+        scores = jnp.where(selected, scores, -jnp.inf)
+        return top_indices(jnp.swapaxes(scores, -1, -2), top_k)
 
+    def fused(q, k, v, centroids):
+        groups, words = route(*(lax.stop_gradient(x) for x in (q, k)), centroids, top_k)
+        output = attend_fused(q, k, v, groups, words, scale)
+        return output, groups, in_order(k, centroids, unpack(words, centroids.shape[1]))
+
+    def by_heads(q, k, v, centroids):
+        output, groups, selected = attend_heads(q, k, v, centroids, top_k, scale)
+        return output, groups, in_order(k, centroids, selected_keys(selected, *centroids.shape[:2]))
+
+    num_groups = centroids.shape[1]
     return by_platform(
         "group attention, dense",
         *(q, k, v, centroids),
         cpu=functools.partial(masked, run=map_queries),
         cuda=fused,
+        tpu=by_heads,
         default=functools.partial(masked, run=at_once),
-        misfits={"cuda": _other_types(q, k, v) or routing_misfit(q, centroids.shape[1])},
+        misfits={
+            "cuda": _other_types(q, k, v) or routing_misfit(q, num_groups),
+            "tpu": _other_types(q, k, v) or heads_misfit(q, num_groups),
+        },
         shared=(3,),
     )
 
