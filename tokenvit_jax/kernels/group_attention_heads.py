@@ -19,8 +19,8 @@ from tokenvit_jax.kernels.group_routing import largest
 
 # Lanes of a register, lanes for the groups of a head, and queries whose logits are held at a time.
 _LANES, _GROUPS, _QUERIES = 128, 64, 256
-# Largest number of tokens: logits of all keys are held at a time.
-MAX_LENGTH = 1024
+# Largest number of tokens: they and their scores are held in VMEM.
+MAX_LENGTH = 4096
 _MASKED = -1e30
 _VMEM = 64 * 2**20  # bytes
 
@@ -181,11 +181,17 @@ def _of_head(x, head, dim):
     return jnp.where((lane >= head * dim) & (lane < head * dim + dim), x, jnp.zeros_like(x))
 
 
-def _blocks(length):
-    """Yields slices of the queries, at multiples of 16."""
-    count = pl.cdiv(length, _QUERIES)
-    size = pl.cdiv(pl.cdiv(length, count), 16) * 16
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _for_blocks(length, run, carry):
+    """Runs ``carry = run(rows, carry)`` for slices of the queries, at multiples of 16."""
+    equal = [size for size in range(16, min(_QUERIES, length) + 1, 16) if length % size == 0]
+    if length > _QUERIES and equal:
+        size = equal[-1]
+        rows = lambda i: pl.ds(pl.multiple_of(i * size, 16), size)  # noqa: E731
+        return lax.fori_loop(0, length // size, lambda i, carry: run(rows(i), carry), carry)
+    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, _QUERIES)), 16) * 16
+    for start in range(0, length, size):
+        carry = run(slice(start, min(start + size, length)), carry)
+    return carry
 
 
 def _weights(q, k, member, bias, scale):
@@ -207,16 +213,20 @@ def _attend(
     # A product turns the groups of queries, one per row, into a row; 8 rows fill a register.
     number = lax.broadcasted_iota(jnp.int32, (8, centroids.shape[0]), 1) & (_GROUPS - 1)
     number = number.astype(jnp.float32).astype(k.dtype)
-    for rows in _blocks(length):
+    for head in range(width // dim):
+        groups = _dot(number, _member(q_ref[...], centroids, head, num_groups), (1, 1))
+        groups_ref[head : head + 1, :] = groups[:1].astype(jnp.int32)
+
+    def attend_rows(rows, _):
         q = q_ref[rows, :]
         output = jnp.zeros(q.shape, jnp.float32)
         for head in range(width // dim):
             member = _member(q, centroids, head, num_groups)
-            groups = _dot(number, member, (1, 1))
-            groups_ref[head : head + 1, rows] = groups[:1].astype(jnp.int32)
             weights, total = _weights(_of_head(q, head, dim), k, member, bias, scale)
             output += _of_head(_dot(weights.astype(v.dtype), v) / total, head, dim)
         output_ref[rows, :] = output.astype(output_ref.dtype)
+
+    _for_blocks(length, attend_rows, None)
 
 
 def _differentiate(
@@ -226,8 +236,9 @@ def _differentiate(
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
     bias = jnp.where(selected_ref[...].astype(jnp.int32) != 0, 0.0, _MASKED).astype(k.dtype)
-    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for rows in _blocks(length):
+
+    def differentiate_rows(rows, carry):
+        d_k, d_v = carry
         q, d_output = q_ref[rows, :], d_output_ref[rows, :]
         d_q = jnp.zeros(q.shape, jnp.float32)
         for head in range(width // dim):
@@ -235,7 +246,7 @@ def _differentiate(
             own_q, own_d = (_of_head(x, head, dim) for x in (q, d_output))
             weights, total = _weights(own_q, k, member, bias, scale)
             weights = weights / total
-            # Rows of other heads are zero on one side of each product.
+            # Lanes of other heads are zero on one side of each product.
             d_v += _dot(weights.astype(v.dtype), own_d, (0, 0))
             d_weights = _dot(own_d, v, (1, 1))
             delta = jnp.sum(weights * d_weights, 1, keepdims=True)
@@ -243,5 +254,9 @@ def _differentiate(
             d_q += _of_head(_dot(d_logits, k), head, dim)
             d_k += _dot(d_logits, own_q, (0, 0))
         d_q_ref[rows, :] = d_q.astype(d_q_ref.dtype)
+        return d_k, d_v
+
+    zero = jnp.zeros((length, width), jnp.float32)
+    d_k, d_v = _for_blocks(length, differentiate_rows, (zero, zero))
     d_k_ref[...] = d_k.astype(d_k_ref.dtype)
     d_v_ref[...] = d_v.astype(d_v_ref.dtype)
