@@ -57,8 +57,8 @@ FORMS: dict[str, dict[str, str]] = {
         "tpu": "that of the dense path, up to 4,096 tokens: no sort, gather or scatter",
     },
     "group sums": {
-        "cuda": "one pass over the queries; compiled for an H200 (128 images of 3,136 tokens), 0.02 "
-        "ms of floor instead of 0.14",
+        "cuda": "one pass over the queries; compiled for an H200 (128 images of 3,136 tokens) "
+        "0.02 ms of floor instead of 0.14",
         "default": "products with the membership matrix in full precision",
     },
     "k-means": {
