@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as plt
-from jaxtyping import Array, Bool, Float, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.group_routing import largest
 
@@ -48,7 +48,7 @@ def attend_heads(
     top_k: int,
     scale: float,
     interpret: bool = False,
-) -> tuple[Float[Array, "B L N D"], Int32[Array, "B N L"], Int8[Array, "B blocks L lanes"]]:
+) -> tuple[Float[Array, "B L N D"], Int32[Array, "B N L"], Float[Array, "B blocks L lanes"]]:
     """Routes and attends.
 
     Args:
@@ -61,19 +61,19 @@ def attend_heads(
       interpret: whether to run without a TPU, for tests.
 
     Returns:
-      Output (B, L, N, D) in the type of ``v``, the group of each query (B, N, L), and which keys
-      the groups selected, for :func:`selected_keys`.
+      Output (B, L, N, D) in the type of ``v``, the group of each query (B, N, L), and the biases of
+      the keys for the groups of a block of heads, which :func:`selected_keys` reads.
     """
     return _forward(q, k, v, centroids, top_k, scale, interpret)[0]
 
 
 def selected_keys(
-    selected: Int8[Array, "B blocks L lanes"], heads: int, num_groups: int
+    bias: Float[Array, "B blocks L lanes"], heads: int, num_groups: int
 ) -> Bool[Array, "B N L G"]:
     """Returns the keys that each group selected, from the result of :func:`attend_heads`."""
-    batch, blocks, length, lanes = selected.shape
-    selected = selected.reshape(batch, blocks, length, lanes // _GROUPS, _GROUPS)[..., :num_groups]
-    return jnp.moveaxis(selected, 2, 3).reshape(batch, heads, length, num_groups) != 0
+    batch, blocks, length, lanes = bias.shape
+    bias = bias.reshape(batch, blocks, length, lanes // _GROUPS, _GROUPS)[..., :num_groups]
+    return jnp.moveaxis(bias, 2, 3).reshape(batch, heads, length, num_groups) == 0
 
 
 def _forward(q, k, v, centroids, top_k, scale, interpret):
@@ -81,45 +81,45 @@ def _forward(q, k, v, centroids, top_k, scale, interpret):
     num_groups = centroids.shape[1]
     blocks = pl.cdiv(heads * dim, _LANES)
     lanes = heads // blocks * _GROUPS
-    tokens, per_block, of_groups, selection = _specs(q)
+    tokens, per_block, of_groups, of_keys = _specs(q)
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
     in_lanes = _in_lanes(centroids.astype(q.dtype), blocks)
-    output, groups, selected = pl.pallas_call(
+    output, groups, bias = pl.pallas_call(
         functools.partial(_attend, num_groups=num_groups, dim=dim, top_k=top_k, scale=scale),
         grid=(batch, blocks),
         in_specs=[tokens, tokens, tokens, per_block],
-        out_specs=[tokens, of_groups, selection],
+        out_specs=[tokens, of_groups, of_keys],
         out_shape=[
             jax.ShapeDtypeStruct(flat[0].shape, v.dtype),
             jax.ShapeDtypeStruct((batch, blocks, heads // blocks, length), jnp.int32),
-            jax.ShapeDtypeStruct((batch, blocks, length, lanes), jnp.int8),
+            jax.ShapeDtypeStruct((batch, blocks, length, lanes), k.dtype),
         ],
         compiler_params=plt.CompilerParams(vmem_limit_bytes=_VMEM),
         interpret=interpret,
         name="group_attention",
     )(*flat, in_lanes)
-    result = output.reshape(v.shape), groups.reshape(batch, heads, length), selected
-    return result, (q, k, v, centroids, selected)
+    result = output.reshape(v.shape), groups.reshape(batch, heads, length), bias
+    return result, (q, k, v, centroids, bias)
 
 
 def _backward(top_k, scale, interpret, residuals, d_result):
     del top_k
-    q, k, v, centroids, selected = residuals
+    q, k, v, centroids, bias = residuals
     batch, length, heads, dim = q.shape
     num_groups = centroids.shape[1]
-    blocks = selected.shape[1]
-    tokens, per_block, _, selection = _specs(q)
+    blocks = bias.shape[1]
+    tokens, per_block, _, of_keys = _specs(q)
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v, d_result[0])]
     gradients = pl.pallas_call(
         functools.partial(_differentiate, num_groups=num_groups, dim=dim, scale=scale),
         grid=(batch, blocks),
-        in_specs=[*[tokens] * 4, per_block, selection],
+        in_specs=[*[tokens] * 4, per_block, of_keys],
         out_specs=[tokens] * 3,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]],
         compiler_params=plt.CompilerParams(vmem_limit_bytes=_VMEM),
         interpret=interpret,
         name="group_attention_gradient",
-    )(*flat, _in_lanes(centroids.astype(q.dtype), blocks), selected)
+    )(*flat, _in_lanes(centroids.astype(q.dtype), blocks), bias)
     return (*(x.reshape(q.shape) for x in gradients), jnp.zeros_like(centroids))
 
 
@@ -127,15 +127,15 @@ attend_heads.defvjp(_forward, _backward)
 
 
 def _specs(q):
-    """Returns the specs of tokens, of what a block of heads has, of groups, and of selections."""
+    """Returns the specs of tokens, of what a block of heads has, of groups, and of biases."""
     _, length, heads, dim = q.shape
     width = min(heads * dim, _LANES)
     lanes = width // dim * _GROUPS
     tokens = pl.BlockSpec((None, length, width), lambda b, j: (b, 0, j))
     per_block = pl.BlockSpec((None, lanes, width), lambda b, j: (j, 0, 0))
     of_groups = pl.BlockSpec((None, None, width // dim, length), lambda b, j: (b, j, 0, 0))
-    selection = pl.BlockSpec((None, None, length, lanes), lambda b, j: (b, j, 0, 0))
-    return tokens, per_block, of_groups, selection
+    of_keys = pl.BlockSpec((None, None, length, lanes), lambda b, j: (b, j, 0, 0))
+    return tokens, per_block, of_groups, of_keys
 
 
 def _in_lanes(centroids, blocks):
@@ -202,14 +202,14 @@ def _weights(q, k, member, bias, scale):
 
 
 def _attend(
-    q_ref, k_ref, v_ref, centroids_ref, output_ref, groups_ref, selected_ref,
+    q_ref, k_ref, v_ref, centroids_ref, output_ref, groups_ref, bias_ref,
     *, num_groups, dim, top_k, scale,
 ):  # fmt: skip
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
     selected = largest(_dot(k, centroids, (1, 1)), length, top_k, axis=0)
-    selected_ref[...] = selected.astype(jnp.int32).astype(jnp.int8)
     bias = jnp.where(selected, 0.0, _MASKED).astype(k.dtype)
+    bias_ref[...] = bias
     # A product turns the groups of queries, one per row, into a row; 8 rows fill a register.
     number = lax.broadcasted_iota(jnp.int32, (8, centroids.shape[0]), 1) & (_GROUPS - 1)
     number = number.astype(jnp.float32).astype(k.dtype)
@@ -230,12 +230,12 @@ def _attend(
 
 
 def _differentiate(
-    q_ref, k_ref, v_ref, d_output_ref, centroids_ref, selected_ref, d_q_ref, d_k_ref, d_v_ref,
+    q_ref, k_ref, v_ref, d_output_ref, centroids_ref, bias_ref, d_q_ref, d_k_ref, d_v_ref,
     *, num_groups, dim, scale,
 ):  # fmt: skip
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
-    bias = jnp.where(selected_ref[...].astype(jnp.int32) != 0, 0.0, _MASKED).astype(k.dtype)
+    bias = bias_ref[...]
 
     def differentiate_rows(rows, carry):
         d_k, d_v = carry

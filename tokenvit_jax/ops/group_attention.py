@@ -324,8 +324,8 @@ def _attend_tiles(q, k, v, centroids, top_k, scale):
 
 
 def _attend_by_heads(q, k, v, centroids, top_k, scale):
-    output, groups, selected = attend_heads(q, k, v, centroids, top_k, scale)
-    selected = selected_keys(selected, *centroids.shape[:2])
+    output, groups, bias = attend_heads(q, k, v, centroids, top_k, scale)
+    selected = selected_keys(bias, *centroids.shape[:2])
     return output, groups, _in_order(selected, k, centroids, top_k)
 
 
