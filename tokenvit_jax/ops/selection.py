@@ -15,8 +15,8 @@ GROUP = 8
 
 def top_indices(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
     """Returns the indices (..., k) of the largest scores (..., L), falling, ties to the lowest."""
-    on_cpu, elsewhere = (functools.partial(form, top_k=top_k) for form in (by_top_k, by_sorting))
-    return by_platform("top indices", scores, cpu=on_cpu, default=elsewhere)
+    by_library, divided = (functools.partial(form, top_k=top_k) for form in (by_top_k, by_sorting))
+    return by_platform("top indices", scores, cpu=by_library, cuda=by_library, default=divided)
 
 
 def smallest(
