@@ -22,6 +22,8 @@ from tokenvit_jax.kernels.platforms import by_platform
 
 # Joining arrays of one shape takes up to three launches instead of one for each array.
 _MANY = 4
+# Slices of one product.
+_BUNCH = 64
 # Values of a weight whose cast takes longer than a launch even if it is joined with others.
 _LARGE = 2**20
 
@@ -239,15 +241,19 @@ def _split(flat, shapes):
     """Splits a vector into arrays.
 
     The compiler merges slices of a computed vector, and not slices of a vector in memory. So the
-    vector goes to memory and is multiplied by a number that the compiler does not know.
+    vector goes to memory and is multiplied by a number that the compiler does not know; by several
+    such numbers, because a product with hundreds of slices goes to memory, too.
     """
-    flat, one = lax.optimization_barrier((flat, jnp.ones((), flat.dtype)))
-    flat = flat * one
     ends = itertools.accumulate(math.prod(shape) for shape in shapes)
-    return [
-        flat[end - math.prod(shape) : end].reshape(shape)
-        for shape, end in zip(shapes, ends, strict=True)
-    ]
+    places = sorted(enumerate(zip(shapes, ends, strict=True)), key=lambda place: place[1][0])
+    parts = [None] * len(shapes)
+    bunches = [places[i : i + _BUNCH] for i in range(0, len(places), _BUNCH)]
+    flat, *ones = lax.optimization_barrier((flat, *[jnp.ones((), flat.dtype) for _ in bunches]))
+    for bunch, one in zip(bunches, ones, strict=True):
+        product = flat * one
+        for i, (shape, end) in bunch:
+            parts[i] = product[end - math.prod(shape) : end].reshape(shape)
+    return parts
 
 
 def _is_vector(x):
