@@ -110,11 +110,18 @@ class Trainable(nn.Module):
 
     @nn.nowrap
     def cast_weights(self, params: Any) -> Any:
-        """Returns parameters for ``apply``, some of them already in the type of the computation.
+        """Returns the parameters, some of them already in the type of the computation.
 
         The model would cast each of them where it is used; here few operations cast all.
         """
         return params
+
+    @nn.nowrap
+    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        """Applies the model to variables as `nn.Module.apply` does, after :meth:`cast_weights`."""
+        if "params" in variables:
+            variables = {**variables, "params": self.cast_weights(variables["params"])}
+        return super().apply(variables, *args, **kwargs)
 
 
 class Backbone(Trainable):
@@ -150,7 +157,11 @@ class Backbone(Trainable):
         if dtype.itemsize >= 4:
             return params
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        places = [i for i, (path, _) in enumerate(leaves) if self._is_cast(path, params)]
+        places = [
+            i
+            for i, (path, leaf) in enumerate(leaves)
+            if leaf.dtype == jnp.float32 and self._is_cast(path, params)
+        ]
         leaves = [leaf for _, leaf in leaves]
         for i, leaf in zip(places, cast_packed([leaves[i] for i in places], dtype), strict=True):
             leaves[i] = leaf
