@@ -139,6 +139,10 @@ FORMS: dict[str, dict[str, str]] = {
         "groups, 1.3 ms instead of 3.6",
         "default": "sorting, which the compiler can divide over devices",
     },
+    "updates of centroids": {
+        "cpu": "block by block: an operation costs little",
+        "default": "all blocks at once: compiled for an H200, a launch for many",
+    },
     "updates of vectors": {
         "cpu": "one by one: an operation costs little",
         "default": "all as one vector: compiled for an H200, a launch for many",
