@@ -22,9 +22,9 @@ from tokenvit_jax.layers import (
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
     Weights,
+    affine_product,
     conv_init,
     depthwise_init,
-    fold,
     product,
 )
 from tokenvit_jax.models.backbone import Variables
@@ -121,8 +121,7 @@ class InvertedResidualFFN(nn.Module):
         )  # fmt: skip
         factor, offset = norm("norm2", sums)
         weights = Weights((hidden, channels), conv_init, name="reduce")()
-        kernel, bias = fold(*weights, factor, offset)
-        x = product(x, kernel)
+        x, bias = affine_product(x, *weights, factor, offset)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         sums = jnp.stack([wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))]) if train else None
         factor, offset = norm("norm3", sums, channels, bias)
