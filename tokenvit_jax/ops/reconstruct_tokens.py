@@ -157,7 +157,9 @@ def _nearest(distances, k):
     """Returns the k nearest centres (B, k, N) for distances (B, S, N), ties to the lowest."""
     by_rounds = lambda distances: smallest_k(distances, k)[1]  # noqa: E731
     by_top_k = functools.partial(_nearest_by_top_k, k=k)
-    return by_platform("nearest centers", distances, default=by_rounds, cuda=by_top_k)
+    return by_platform(
+        "reconstruction, nearest centers", distances, default=by_rounds, cuda=by_top_k
+    )
 
 
 def _nearest_by_top_k(distances, k):
