@@ -100,6 +100,9 @@ CALLS = {
         ((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})
     ],
     "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
+    "channel_affine.channel_affine": [((floats(2, 6, 4, 5), floats(5), floats(5)), {})],
+    "channel_affine.channel_sums": [((floats(2, 6, 4, 5),), {})],
+    "channel_affine.per_device": [((floats(2, 5),), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
@@ -149,6 +152,10 @@ CALLS = {
         ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
     ],
     "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
+    "depthwise_block.product_sums": [
+        ((floats(2, 3, 2, 5), floats(2, 3, 2, 5)), {"interpret": True}),
+        ((floats(2, 3, 2, 5), None), {"interpret": True}),
+    ],
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],

@@ -16,6 +16,10 @@ FORMS: dict[str, dict[str, str]] = {
         "default": "the largest scores, and a scatter of their numbers",
         "cuda": "counts the larger scores of every token in one launch, instead of a sort",
     },
+    "channel sums": {
+        "cuda": "Pallas: one pass for both sums",
+        "default": "XLA's operations",
+    },
     "cluster sums": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers import (
@@ -122,10 +121,8 @@ class InvertedResidualFFN(nn.Module):
         factor, offset = norm("norm2", sums)
         weights = Weights((hidden, channels), conv_init, name="reduce")()
         x, bias = affine_product(x, *weights, factor, offset)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sums = jnp.stack([wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))]) if train else None
-        factor, offset = norm("norm3", sums, channels, bias)
-        return (wide * factor + offset).astype(self.dtype)
+        sums = ops.channel_sums(x) if train else None
+        return ops.channel_affine(x, *norm("norm3", sums, channels, bias))
 
 
 class DGTBlock(nn.Module):
