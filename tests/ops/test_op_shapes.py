@@ -92,6 +92,9 @@ CALLS = {
     ],
     "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
     "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
+    "channel_affine.channel_affine": [((floats(2, 6, 4, 5), floats(5), floats(5)), {})],
+    "channel_affine.channel_sums": [((floats(2, 6, 4, 5),), {})],
+    "channel_affine.per_device": [((floats(2, 5),), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
@@ -150,6 +153,10 @@ CALLS = {
     ],
     "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
+    "depthwise_block.product_sums": [
+        ((floats(2, 3, 2, 5), floats(2, 3, 2, 5)), {"interpret": True}),
+        ((floats(2, 3, 2, 5), None), {"interpret": True}),
+    ],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.defer_gelu": [

@@ -12,6 +12,10 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "one by one: an operation costs little",
         "default": "all of a shape at once: compiled for an H200, a launch for many",
     },
+    "channel sums": {
+        "cuda": "Pallas: one pass for both sums",
+        "default": "XLA's operations",
+    },
     "cluster centers": {
         "default": "the largest scores, and a scatter of their numbers",
         "cuda": "counts the larger scores of every token in one launch, instead of a sort",
