@@ -26,6 +26,8 @@ from safetensors.numpy import save_file
 from tiny_config import get_config
 
 from tokenvit_jax import cli
+from tokenvit_jax.ahead import targets
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting import candidates, search
 from tokenvit_jax.measure import models, operators, timing
 from tokenvit_jax.tasks import create_task, default_config, entries_of
@@ -37,7 +39,7 @@ REQUIRED = {
     "train": ("config", "workdir"), "evaluate": ("workdir",), "export": ("workdir", "out"),
     "predict": ("workdir", "images", "out"), "label": ("workdir", "out"), "list": (),
     "convert": ("source", "out"), "expedite": ("workdir", "budget"), "prepare": (),
-    "summary": (), "benchmark": (),
+    "summary": (), "benchmark": (), "compile": ("config", "target"),
 }  # fmt: skip
 POSITIONAL = {"prepare": ("DATASET",), "list": ("models|configs|datasets",)}
 INPUTS = ("workdir", "images", "source", "data_dir", "manual_dir", "config")
@@ -84,6 +86,8 @@ VALUES = {
     "image_size": (("number", "whole"), ["32", "33", "32x48"]),
     "batch_size": (("number", "whole"), ["1", "3"]),
     "num_images": (("number", "whole"), ["1", "3"]),
+    "target": (("choice",), ["h100", "h100x8", "v5e:2x2"]),
+    "batch_per_device": (("number", "whole"), ["1", "2"]),
     "budget": (("number",), ["0.9", "0.75", "0.01"]),
     "top_k": (("number", "whole"), ["1", "5", "10"]),
     "num_classes": (("number", "whole"), ["0", "10"]),
@@ -99,6 +103,7 @@ VALUES = {
     "per_class": (("switch",), ["true", "false"]),
     "attention": (("switch",), ["true", "false"]),
     "ema": (("switch",), ["false"]),
+    "fit": (("switch",), ["true", "false"]),
 }
 # Flags of a plausible line, besides the required ones.
 OFTEN = {"benchmark": ["model|op", "image_size", "batch_size"], "summary": ["model", "image_size"],
@@ -376,3 +381,8 @@ def quick(patch) -> None:
     patch.setattr(candidates, "FRACTIONS", (0.5, 0.75))
     patch.setattr(search, "FACTORS", search.FACTORS[:1])
     patch.setattr(loop, "train", lambda config, workdir: None)
+    patch.setattr(targets, "devices_of", _no_compiler)
+
+
+def _no_compiler(target) -> None:
+    raise UserError(f"--target={target.name} needs a compiler")

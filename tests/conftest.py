@@ -7,15 +7,16 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
-# Eight virtual devices, so that code for several devices is tested on any machine; and quick
-# compilation, which is most of the time that small tests take: without optimisation by LLVM, and
-# without emitters of fusions by MLIR, which take three times as long to compile. Before jax is
-# imported: it reads this once.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # later versions stop at an unknown flag
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On a CPU: eight virtual devices, so that code for several devices is tested on any machine; and
+# quick compilation, which is most of the time that small tests take: without optimisation by LLVM,
+# and without emitters of fusions by MLIR, which take three times as long to compile. Before jax is
+# imported: it reads this once. `make test-accelerator` takes the devices that jax finds.
+if os.environ.get("TOKENVIT_JAX_TEST_ACCELERATOR", "cpu") == "cpu":
+    FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    if version("jaxlib").startswith("0.10."):  # later versions stop at an unknown flag
+        FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # All test processes share what they compile: many tests compile the same small programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -12,18 +12,22 @@ PACKAGE = "tokenvit_jax"
 FOLDER = Path(__file__).parent.parent / PACKAGE
 
 COMMANDS = (
-    "train evaluate predict label convert expedite export prepare summary benchmark list __main__"
+    "train evaluate predict label convert expedite export prepare summary benchmark compile list "
+    "__main__"
 )
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
     "progress valid output errors"
 )
-BELOW_COMMANDS = f"training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys stopping"
+BELOW_COMMANDS = (
+    f"ahead training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys stopping"
+)
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
 MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
     "__init__": "training models ops",
+    "ahead": f"training kernels tasks {BELOW_TASKS}",
     "training": f"tasks memory stopping {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,

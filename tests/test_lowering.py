@@ -17,8 +17,8 @@ from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_eval_step, make_train_step
 
 PLATFORMS = ("cuda", "tpu")
-# Calls of kernels, whose format need not be the same in other versions of jax.
-KERNELS = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+# Exported programs with kernels promise nothing for later versions of XLA; these are not kept.
+TRITON = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 
 
 def array(*shape, dtype=jnp.float32):
@@ -28,7 +28,9 @@ def array(*shape, dtype=jnp.float32):
 def lowers(fn, *args):
     """Asserts that fn lowers for every platform, each in a separate lowering."""
     for platform in PLATFORMS:
-        exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=KERNELS)(*args)
+        exported = export.export(
+            jax.jit(fn), platforms=[platform], disabled_checks=[TRITON]
+        )(*args)  # fmt: skip
         assert exported.platforms == (platform,)
         assert "func.func public @main" in exported.mlir_module()
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "export",
     "summary",
     "benchmark",
+    "compile",
     "list",
 )
 

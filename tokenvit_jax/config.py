@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.valid import (
+    Flag,
     Form,
     Group,
     Number,
@@ -198,6 +199,18 @@ ENTRIES: dict[str, Entry] = {
         1,
         "devices over which parameters and optimizer state are sharded (parallel=jit)",
         whole(1, 2**20),
+    ),
+    "deterministic": Entry(
+        False,
+        "on a GPU, the same numbers in every run: no choice of algorithms by time, no atomic "
+        "additions (parallel=jit)",
+        Flag(),
+    ),
+    "compilation_cache": Entry(
+        "",
+        "folder that keeps compiled programs for later starts; empty: tokenvit_jax in the user's "
+        "cache folder; off: none",
+        Text(),
     ),
     # Checkpoints and logs in the workdir.
     "log_every_steps": Entry(50, "steps between two logged ones", _STEPS),

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from concurrent import futures
 from pathlib import Path
 
@@ -34,15 +35,20 @@ def mixing_config():
     return config
 
 
-def run_steps(parallel, config, num_steps=3):
-    """Returns losses and the last state of a few steps, as numpy arrays."""
+def start(parallel, config):
+    """Returns the training step of the small model, and its first state."""
     model = SmallModel(axis_name=parallel.axis_name)
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     task = make_task(config, NUM_CLASSES, parallel.axis_name)
     make = make_train_step(task, model, optimizer)
-    step = parallel.train_step(make, parallel.abstract(init_fn))
-    state, losses = parallel.init(init_fn), []
+    return parallel.train_step(make, parallel.abstract(init_fn)), parallel.init(init_fn)
+
+
+def run_steps(parallel, config, num_steps=3):
+    """Returns losses and the last state of a few steps, as numpy arrays."""
+    step, state = start(parallel, config)
+    losses = []
     for seed in range(num_steps):
         state, metrics = step(state, parallel.put_batch(random_batch(seed)))
         losses.append(float(metrics["loss"]))
@@ -92,6 +98,34 @@ def test_accumulation_gives_the_same_micro_batches_on_any_devices():
     jit = run_steps(devices.MeshParallel(), config, num_steps=2)
     pmap = run_steps(devices.PmapParallel(), config, num_steps=2)
     assert_same_run(pmap, jit)
+
+
+@pytest.mark.parametrize("kind", [devices.MeshParallel, devices.PmapParallel])
+def test_metrics_travel_with_the_gradients(kind):
+    parallel = kind()
+    step, state = start(parallel, mixing_config())
+    text = step.lower(state, parallel.put_batch(random_batch(0))).compile().as_text()
+    reductions = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    # BatchNorm forward and backward; then gradients, metrics and the sums of the centroids.
+    assert len(reductions) == 3
+
+
+def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        jax, "jit", lambda *args, compiler_options, **kw: given.append(compiler_options)
+    )
+    for platform, expected in (("cpu", None), ("gpu", {"xla_gpu_deterministic_ops": True})):
+        device = types.SimpleNamespace(platform=platform)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "make_mesh", lambda *args, **kw: None)
+            patch.setattr(devices, "NamedSharding", lambda *args: None)
+            parallel = devices.MeshParallel(devices=[device], deterministic=True)
+        for make in (parallel.eval_step, parallel.batch_step):
+            make(len)
+        parallel.train_step(len, None)
+        assert given == 3 * [expected]
+        given.clear()
 
 
 def test_batch_stays_divided_over_the_devices():
@@ -197,6 +231,10 @@ def test_training_batches_that_do_not_fit_are_named(changes, message):
     [
         ({"mesh.fsdp": 3}, "mesh.fsdp=3 does not divide the number of devices, 8"),
         ({"mesh.fsdp": 2, "parallel": "pmap"}, "mesh.fsdp=2 needs config.parallel='jit'"),
+        (
+            {"deterministic": True, "parallel": "pmap"},
+            "deterministic=True needs config.parallel='jit'",
+        ),
     ],
 )
 def test_devices_that_do_not_fit_are_named(changes, message):

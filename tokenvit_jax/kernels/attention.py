@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
+from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
@@ -13,26 +14,41 @@ def attend_by_library(
     q: Float[Array, "B L N D"],
     k: Float[Array, "B S N D"],
     v: Float[Array, "B S N D"],
+    key_mask: Bool[Array, "B S"] | None,
     *,
     scale: float,
-    mask: Bool[Array, "B 1 1 S"] | None,
 ) -> Float[Array, "B L N D"]:
-    """Attends by jax's own function, which has fused attention for some accelerators."""
+    """Attends by jax's own function in XLA's operations."""
+    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, S)
     return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def attend_by_cudnn(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    key_mask: Bool[Array, "B S"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "B L N D"]:
+    """Attends by cuDNN, without logits in memory."""
+    bias = None if key_mask is None else jnp.where(key_mask, 0.0, cudnn.NEVER)
+    return cudnn.attend(q, k, v, scale=scale, key_bias=bias)
 
 
 def attend_heads_first(
     q: Float[Array, "B L N D"],
     k: Float[Array, "B S N D"],
     v: Float[Array, "B S N D"],
+    key_mask: Bool[Array, "B S"] | None,
     *,
     scale: float,
-    mask: Bool[Array, "B 1 1 S"] | None,
 ) -> Float[Array, "B L N D"]:
     """Moves the heads to the front and attends in chunks of queries.
 
     On CPU, XLA's batched product is several times faster with (batch, heads) in front.
     """
+    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, S)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     y = map_queries(lambda q: attend(q, k, v, mask)[0], k.shape[2], q)
     return jnp.swapaxes(y, 1, 2)

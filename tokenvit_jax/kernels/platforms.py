@@ -107,8 +107,8 @@ def on_each_device(run: Callable[..., Any], shared: tuple[int, ...] = ()) -> Cal
       shared: numbers of the arguments that have no batch axis.
 
     Returns:
-      A function like ``run``, for B a multiple of :func:`num_devices`. It is not differentiated:
-      operators define the gradients of their kernels.
+      A function like ``run``, for B a multiple of :func:`num_devices`. Attention by cuDNN is
+      differentiated through it; for other kernels, operators define the gradients.
     """
     if num_devices() == 1:
         return run

@@ -10,13 +10,14 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import Task
 
 
-def check_train_batch(task: Task) -> None:
+def check_train_batch(task: Task, devices: int | None = None) -> None:
     """Raises UserError unless a training batch can be divided over the devices.
 
     Args:
       task: task whose configuration has `batch_size` and `accumulate_steps`.
+      devices: number of devices; None: those that are available.
     """
-    devices, config = jax.device_count(), task.config
+    devices, config = devices or jax.device_count(), task.config
     if config.batch_size % (devices * config.accumulate_steps):
         raise UserError(
             f"config.batch_size={config.batch_size} is not a multiple of {devices} devices x "

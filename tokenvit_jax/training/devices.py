@@ -2,11 +2,12 @@
 
 `MeshParallel` runs a step under `jax.jit` over a mesh of all devices of all processes, optionally
 with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the same methods and
-give the same numbers.
+give the same numbers. With other devices, which may not exist, steps can only be compiled: from the
+shapes that the `abstract` methods give.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from tokenvit_jax.tasks import Outcome
 
 _BATCH_SPEC = P(("data", "fsdp"))
 _PMAP_AXIS = "devices"
+# For a GPU: nothing is chosen by measured time, and scatters add in a fixed order.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 class MeshParallel:
@@ -28,14 +31,28 @@ class MeshParallel:
 
     The batch is split over both axes. With `fsdp` above 1, matrices (parameters, their averages and
     the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once and
-    updates each shard on its own device.
+    updates each shard on its own device. With `deterministic`, steps on a GPU give the same bits in
+    every run.
     """
 
     axis_name = None
 
-    def __init__(self, fsdp: int = 1):
-        shape = (jax.device_count() // fsdp, fsdp)
-        self._mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    def __init__(
+        self,
+        fsdp: int = 1,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        deterministic: bool = False,
+    ):
+        devices = jax.devices() if devices is None else devices
+        self._mesh = jax.make_mesh(
+            (len(devices) // fsdp, fsdp),
+            ("data", "fsdp"),
+            axis_types=(AxisType.Auto,) * 2,
+            devices=devices,
+        )
+        on_gpu = devices[0].platform in ("gpu", "cuda")
+        self._options = _DETERMINISTIC if deterministic and on_gpu else None
         self._replicated = NamedSharding(self._mesh, P())
         self._batch_sharding = NamedSharding(self._mesh, _BATCH_SPEC)
 
@@ -43,6 +60,14 @@ class MeshParallel:
         """Returns shapes, types and shardings of the state `init_fn()`, like :meth:`to_global`."""
         state = jax.eval_shape(init_fn)
         return jax.tree.map(_with_sharding, state, self._shardings(state))
+
+    def abstract_batch(self, batch: Any) -> Any:
+        """Returns shapes, types and shardings of a global batch, like :meth:`put_batch`."""
+        return jax.tree.map(lambda x: _with_sharding(x, self._batch_sharding), batch)
+
+    def abstract_variables(self, variables: Any) -> Any:
+        """Returns shapes, types and shardings of variables, like :meth:`put_variables`."""
+        return jax.tree.map(lambda x: _with_sharding(x, self._replicated), variables)
 
     def init(self, init_fn: Callable[[], Any]) -> Any:
         """Returns the state `init_fn()`, placed on the devices."""
@@ -70,12 +95,17 @@ class MeshParallel:
 
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         out_shardings = (shardings, self._replicated)
-        return jax.jit(gathering_step, donate_argnums=0, out_shardings=out_shardings)
+        return jax.jit(
+            gathering_step,
+            donate_argnums=0,
+            out_shardings=out_shardings,
+            compiler_options=self._options,
+        )
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> Outcome`."""
         shardings = Outcome(self._replicated, self._batch_sharding)
-        return jax.jit(self._on_mesh(step), out_shardings=shardings)
+        return jax.jit(self._on_mesh(step), out_shardings=shardings, compiler_options=self._options)
 
     def fetch(self, outcome: Outcome) -> Outcome:
         """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
@@ -88,7 +118,11 @@ class MeshParallel:
 
     def batch_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
-        return jax.jit(self._on_mesh(step), out_shardings=self._batch_sharding)
+        return jax.jit(
+            self._on_mesh(step),
+            out_shardings=self._batch_sharding,
+            compiler_options=self._options,
+        )
 
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
@@ -130,15 +164,28 @@ class PmapParallel:
 
     axis_name = _PMAP_AXIS
 
-    def __init__(self):
-        local_mesh = Mesh(jax.local_devices(), (_PMAP_AXIS,))
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        self._devices = devices  # None: all, of which each process has a part
+        local_mesh = Mesh(jax.local_devices() if devices is None else devices, (_PMAP_AXIS,))
         self._local_replicated = NamedSharding(local_mesh, P())
-        self._global_mesh = Mesh(jax.devices(), (_PMAP_AXIS,))
+        self._global_mesh = Mesh(jax.devices() if devices is None else devices, (_PMAP_AXIS,))
 
     def abstract(self, init_fn: Callable[[], Any]) -> Any:
         """Returns shapes, types and shardings of the state `init_fn()`, like :meth:`to_global`."""
         replicated = NamedSharding(self._global_mesh, P())
         return jax.tree.map(lambda x: _with_sharding(x, replicated), jax.eval_shape(init_fn))
+
+    def abstract_batch(self, batch: Any) -> Any:
+        """Returns shapes and types of a global batch, like :meth:`put_batch`."""
+        devices = self._global_mesh.size
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((devices, x.shape[0] // devices, *x.shape[1:]), x.dtype),
+            batch,
+        )
+
+    def abstract_variables(self, variables: Any) -> Any:
+        """Returns shapes and types of variables, like :meth:`put_variables`."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
 
     def init(self, init_fn: Callable[[], Any]) -> Any:
         """Returns the state `init_fn()`, a copy on every device."""
@@ -146,7 +193,7 @@ class PmapParallel:
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves this process's part of a batch to its devices."""
-        num_devices = jax.local_device_count()
+        num_devices = self._local_replicated.mesh.size
         sharding = NamedSharding(self._local_replicated.mesh, P(_PMAP_AXIS))
         return jax.device_put(
             {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in batch.items()}, sharding
@@ -160,12 +207,12 @@ class PmapParallel:
         """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
         del abstract_state  # `out_axes` says the layout
         axes = {"in_axes": (None, 0), "out_axes": (None, None)}
-        return jax.pmap(step, axis_name=_PMAP_AXIS, donate_argnums=0, **axes)
+        return self._pmap(step, donate_argnums=0, **axes)
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> Outcome`."""
         axes = {"in_axes": (None, 0), "out_axes": Outcome(None, 0)}
-        return jax.pmap(step, axis_name=_PMAP_AXIS, **axes)
+        return self._pmap(step, **axes)
 
     def fetch(self, outcome: Outcome) -> Outcome:
         """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
@@ -177,7 +224,7 @@ class PmapParallel:
 
     def batch_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
-        return jax.pmap(step, axis_name=_PMAP_AXIS, in_axes=(None, 0))
+        return self._pmap(step, in_axes=(None, 0))
 
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
@@ -186,6 +233,9 @@ class PmapParallel:
     def from_global(self, state: Any) -> Any:
         """Undoes :meth:`to_global`."""
         return multihost_utils.global_array_to_host_local_array(state, self._global_mesh, P())
+
+    def _pmap(self, step: Callable, **options: Any) -> Callable:
+        return jax.pmap(step, axis_name=_PMAP_AXIS, devices=self._devices, **options)
 
 
 def _quick_to_compile() -> dict[str, int] | None:
@@ -200,19 +250,24 @@ def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shap
 Parallel = MeshParallel | PmapParallel
 
 
-def make_parallel(config: ConfigDict) -> Parallel:
-    """Returns the way to run on the available devices.
+def make_parallel(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parallel:
+    """Returns the way to run on devices.
 
     Args:
-      config: provides `parallel` and `mesh.fsdp`.
+      config: provides `parallel`, `mesh.fsdp` and `deterministic`.
+      devices: the devices; None: all that are available.
 
     Raises:
-      UserError: `mesh.fsdp` does not fit the number of devices.
+      UserError: `mesh.fsdp` does not fit the number of devices, or the entries do not fit together.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     fsdp = config.mesh.fsdp
-    if fsdp < 1 or devices % fsdp:
-        raise UserError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {devices}")
+    if fsdp < 1 or count % fsdp:
+        raise UserError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {count}")
     if config.parallel == "pmap" and fsdp > 1:
         raise UserError(f"config.mesh.fsdp={fsdp} needs config.parallel='jit', not 'pmap'")
-    return PmapParallel() if config.parallel == "pmap" else MeshParallel(fsdp)
+    if config.parallel == "pmap" and config.deterministic:  # which takes no compiler options
+        raise UserError("config.deterministic=True needs config.parallel='jit', not 'pmap'")
+    if config.parallel == "pmap":
+        return PmapParallel(devices)
+    return MeshParallel(fsdp, devices, deterministic=config.deterministic)

@@ -26,6 +26,7 @@ from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.batches import check_train_batch, prefetch
 from tokenvit_jax.training.checkpoint import Checkpoints, saved_steps
+from tokenvit_jax.training.compiled import keep_compiled
 from tokenvit_jax.training.evaluation import check_metrics, evaluate_batches
 from tokenvit_jax.training.initial import (
     load_initial,
@@ -63,6 +64,7 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     check_task(task)
     check_train_batch(task)
     keep_pages()
+    keep_compiled(config)
     parallel = devices.make_parallel(config)
     # A run that goes on does not need the run that it once started from.
     resumed = read_config(workdir) if has_config(workdir) and saved_steps(workdir) else None

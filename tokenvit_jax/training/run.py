@@ -19,6 +19,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.checkpoint import load_variables
+from tokenvit_jax.training.compiled import keep_compiled
 from tokenvit_jax.training.exporting import write_export
 from tokenvit_jax.training.workdir import read_config
 
@@ -218,6 +219,9 @@ def load_run(
 ) -> Run:
     """Loads a checkpoint of a run with its configuration, task and model.
 
+    Programs that are compiled afterwards are kept on disk, as in training
+    (`config.compilation_cache`).
+
     Args:
       workdir: folder of a training run, or of a run that `convert` or `expedite` wrote.
       checkpoint: "last", "best" (highest score of the task) or a step.
@@ -230,6 +234,7 @@ def load_run(
     """
     workdir = Path(os.path.expanduser(workdir))
     config = read_config(workdir) if config is None else config
+    keep_compiled(config)
     task = create_task(config, axis_name)
     model = task.make_model()
     found = load_variables(model, task.input_shape, workdir, str(checkpoint))

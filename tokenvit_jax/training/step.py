@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from tokenvit_jax.ops.packed import map_packed
 from tokenvit_jax.tasks import Outcome, Task
 from tokenvit_jax.training.freezing import Frozen
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
@@ -42,9 +43,6 @@ def make_train_step(
     schedule = learning_rate_schedule(config)
     frozen = Frozen(config.optimizer.freeze, model)
 
-    def mean(tree):
-        return tree if axis_name is None else lax.pmean(tree, axis_name)
-
     def train_step(state, batch):
         batch_rng, model_rng = step_rngs(config.seed, state.step)
         inputs = task.prepare(batch, batch_rng)
@@ -52,7 +50,7 @@ def make_train_step(
         def loss_fn(params, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
             with frozen.statistics():
-                trained = frozen.stop_gradient(params)
+                trained = model.cast_weights(frozen.stop_gradient(params))
                 loss, aux = task.loss(model, trained, model_state, inputs, rngs)
             model_state = dict(aux.model_state)
             sown = jax.tree.leaves(model_state.pop("losses", ()))
@@ -61,12 +59,17 @@ def make_train_step(
         loss, logged, grads, model_state = _accumulate(
             loss_fn, config.accumulate_steps, state, inputs, model_rng
         )
-        loss, logged, grads = mean((loss, logged, grads))
+        # In float32, which holds it exactly, to travel with the gradients in one reduction.
+        skipped = batch["skipped"].astype(jnp.float32).sum()
+        if axis_name is not None:
+            sums = lax.psum((loss, logged, grads, skipped), axis_name)
+            means = jax.tree.map(lambda x: x / lax.axis_size(axis_name), sums[:-1])
+            (loss, logged, grads), skipped = means, sums[-1]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
             updates = jax.tree.map(jnp.multiply, updates, factors)
-        params = optax.apply_updates(state.params, updates)
+        params = map_packed(jnp.add, state.params, updates)
 
         # Once per step, after all micro-batches have changed the model state.
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -75,19 +78,19 @@ def make_train_step(
         params, model_state, ema = variables.pop("params"), variables, state.ema
         if ema is not None:
             averaged = averaged_variables(params, model_state)
-            averaged = optax.incremental_update(averaged, ema, 1.0 - config.ema_decay)
+            step_size = 1.0 - config.ema_decay
+            averaged = map_packed(
+                lambda new, old: step_size * new + (1.0 - step_size) * old, averaged, ema
+            )
             ema = frozen.hold(averaged, ema)
 
-        skipped = batch["skipped"].sum()
-        if axis_name is not None:
-            skipped = lax.psum(skipped, axis_name)
         state = TrainState(
             step=state.step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
             ema=ema,
-            skipped=state.skipped + skipped,
+            skipped=state.skipped + skipped.astype(jnp.int32),
         )
         metrics = {
             "loss": loss,

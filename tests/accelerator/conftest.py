@@ -1,0 +1,29 @@
+"""The device under test, and the CPU of the same process, whose results are the expected ones."""
+
+import os
+
+import jax
+import pytest
+
+VARIABLE = "TOKENVIT_JAX_TEST_ACCELERATOR"
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> jax.Device:
+    """The first accelerator that jax finds, or the CPU where it is to stand in for one."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        pytest.skip(f"{VARIABLE} is not set: run make test-accelerator")
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        pytest.skip(f"jax cannot use the devices of JAX_PLATFORMS: {error}")
+    if device.platform == "cpu" and wanted != "cpu":
+        pytest.skip("jax finds no accelerator: make test-accelerator EXTRA=cuda, or EXTRA=tpu")
+    return device
+
+
+@pytest.fixture(scope="session")
+def cpu() -> jax.Device:
+    """The CPU, beside the accelerator."""
+    return jax.devices("cpu")[0]

@@ -1,0 +1,169 @@
+"""Every public operator at shapes of the models, small ones, that its kernels can take."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenvit_jax import ops
+
+
+class Case(NamedTuple):
+    """A call of an operator.
+
+    Attributes:
+      function: the operator.
+      inputs: numpy arrays; floats are float32.
+      num_cast: number of leading inputs that have the type of the computation.
+      num_differentiated: number of leading inputs with a gradient.
+      chooses: whether the operator chooses keys, centres or groups.
+    """
+
+    function: Callable[..., Any]
+    inputs: tuple[np.ndarray, ...]
+    num_cast: int
+    num_differentiated: int
+    chooses: bool = False
+
+
+def _normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def _integers(seed, end, *shape):
+    return np.random.default_rng(seed).integers(end, size=shape, dtype=np.int32)
+
+
+def _first(num_tokens, num_clusters):
+    draw = np.random.default_rng(7)
+    rows = [draw.permutation(num_tokens)[:num_clusters] for _ in range(4)]
+    return np.stack(rows).astype(np.int32)
+
+
+def _qkv(*shape):
+    return tuple(_normal(seed, *shape) for seed in range(3))
+
+
+def _softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def _assigned(x):
+    return ops.assign_clusters(x, ops.density_peaks(x), 49)
+
+
+def _used(x):
+    peaks = ops.density_peaks(x)
+    return ops.used_clusters(peaks, ops.assign_clusters(x, peaks, 49).centers, 0.3)
+
+
+def _grouped(q, k, v, centroids, path):
+    output, groups, keys = ops.group_attention(q, k, v, centroids, top_k=98, path=path)
+    # Which tokens are keys: in a list, one other key displaces those behind it.
+    return output, groups, jax.nn.one_hot(keys, k.shape[1], dtype=jnp.int32).sum(-2)
+
+
+def _moved(centroids, sums, counts):
+    return ops.move_centroids(centroids, ops.GroupSums(sums, counts), 0.9)
+
+
+QKV = _qkv(4, 196, 4, 64)
+GROUPED, CENTROIDS = _qkv(4, 196, 4, 32), _normal(3, 4, 48, 32)
+LONG, FEW_CENTROIDS = _qkv(2, 784, 2, 32), _normal(3, 2, 48, 32)
+MAPS = _qkv(4, 28, 28, 2, 32)
+MANY, TOKENS = _normal(0, 4, 784, 64), _normal(0, 4, 196, 64)
+GRID = {"grid": (20, 20), "clusters": (10, 10)}
+ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
+
+# Operator -> calls by name.
+CASES: dict[str, dict[str, Case]] = {
+    "assign_clusters": {"": Case(_assigned, (MANY,), 1, 0, chooses=True)},
+    "attention_rollout": {
+        "": Case(ops.attention_rollout, (_softmax(_normal(0, 4, 3, 2, 50, 50)),), 1, 1)
+    },
+    "attention_weights": {"": Case(ops.attention_weights, QKV[:2], 2, 2)},
+    "bipartite_matching": {
+        "": Case(lambda x: ops.bipartite_matching(x, 60), (TOKENS,), 1, 0, chooses=True)
+    },
+    "cluster_density_peaks": {
+        "": Case(lambda x: ops.cluster_density_peaks(x, 49), (MANY,), 1, 0, chooses=True)
+    },
+    "cluster_superpixels": {
+        "": Case(functools.partial(ops.cluster_superpixels, **GRID), (ON_GRID,), 1, 1)
+    },
+    "density_peaks": {"": Case(ops.density_peaks, (MANY,), 1, 0, chooses=True)},
+    "depthwise_conv": {
+        "": Case(ops.depthwise_conv, (_normal(0, 4, 28, 28, 64), _normal(1, 3, 3, 64)), 2, 2)
+    },
+    "dot_product_attention": {
+        "": Case(ops.dot_product_attention, QKV, 3, 3),
+        "odd length": Case(ops.dot_product_attention, tuple(x[:, :49] for x in QKV), 3, 3),
+        "masked": Case(
+            lambda q, k, v, mask: ops.dot_product_attention(q, k, v, key_mask=mask),
+            (*QKV, _integers(3, 2, 4, 196) > 0), 3, 3,
+        ),
+    },
+    "group_attention": {
+        "few tokens": Case(
+            functools.partial(_grouped, path="dense"),
+            (*GROUPED, CENTROIDS), 3, 3, chooses=True,
+        ),
+        "many tokens": Case(
+            functools.partial(_grouped, path="tiles"),
+            (*LONG, FEW_CENTROIDS), 3, 3, chooses=True,
+        ),
+    },
+    "group_sums": {
+        "": Case(
+            lambda q, groups: ops.group_sums(q, groups, 48),
+            (GROUPED[0], _integers(1, 48, 4, 4, 196)), 1, 0,
+        )
+    },
+    "kmeans": {"": Case(ops.kmeans, (TOKENS, _first(196, 49)), 1, 0, chooses=True)},
+    "kmedoids": {"": Case(ops.kmedoids, (TOKENS, _first(196, 49)), 1, 0, chooses=True)},
+    "merge_tokens": {
+        "": Case(
+            lambda x, scores, assignment: ops.merge_tokens(x, assignment, 49, scores),
+            (TOKENS, _normal(1, 4, 196), _integers(2, 49, 4, 196)), 1, 2,
+        )
+    },
+    "move_centroids": {
+        "": Case(_moved, (CENTROIDS, _normal(0, 4, 48, 32), _normal(1, 4, 48) ** 2), 0, 0)
+    },
+    "pale_attention": {
+        "": Case(ops.pale_attention, MAPS, 3, 3),
+        "one by one": Case(functools.partial(ops.pale_attention, mode="vanilla"), MAPS, 3, 3),
+    },
+    "reconstruct_tokens": {
+        "": Case(
+            ops.reconstruct_tokens, (ON_GRID, ON_CLUSTERS, _normal(2, 2, 100, 32)), 3, 3,
+            chooses=True,
+        )
+    },
+    "relative_position_bias": {
+        "": Case(lambda x: ops.relative_position_bias(x, (7, 7)), (_normal(0, 13, 13, 4),), 1, 1)
+    },
+    "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
+    "update_centroids": {
+        "": Case(
+            lambda q, c, groups: ops.update_centroids(c, q, groups, old_weight=0.9),
+            (GROUPED[0], CENTROIDS, _integers(1, 48, 4, 4, 196)), 1, 0,
+        )
+    },
+    "used_clusters": {"": Case(_used, (MANY,), 1, 0, chooses=True)},
+    "window_attention": {
+        "": Case(
+            functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3)),
+            (*MAPS, _normal(3, 2, 49, 49)), 3, 4,
+        )
+    },
+}  # fmt: skip
+
+
+def cast(case: Case, dtype: str) -> tuple[Any, ...]:
+    """Returns the inputs of a case, the leading ones in a type."""
+    return (*(jnp.asarray(x, dtype) for x in case.inputs[: case.num_cast]),
+            *case.inputs[case.num_cast :])  # fmt: skip

@@ -1,0 +1,64 @@
+"""Every operator gives the same on the accelerator as on the CPU, with kernels and without."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from operator_cases import CASES, cast
+from programs import compile_all, lower
+from tolerances import problems
+
+from tokenvit_jax import ops
+
+NAMES = [(name, call) for name, calls in CASES.items() for call in calls]
+
+
+def test_every_operator_has_a_case():
+    public = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
+    assert CASES.keys() == public
+
+
+def run_of(case):
+    """Returns a function of the inputs that returns the results and the gradients."""
+
+    def run(*inputs):
+        def loss(*differentiated):
+            results = case.function(*differentiated, *inputs[case.num_differentiated :])
+            floats = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return sum(weighted(x) for x in floats), results
+
+        if not case.num_differentiated:
+            return {"result": loss()[1]}
+        numbers = tuple(range(case.num_differentiated))
+        grads, results = jax.grad(loss, numbers, has_aux=True)(*inputs[: len(numbers)])
+        return {"result": results, "gradient": grads}
+
+    return run
+
+
+def weighted(x):
+    """Returns a sum in which every number has its own weight."""
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    return jnp.sum(x.astype(jnp.float32) * weights)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize(("name", "call"), NAMES, ids=lambda part: part.replace(" ", "_"))
+def test_operator(name, call, accelerator, cpu, monkeypatch):
+    case = CASES[name][call]
+    lowered = {"expected": lower(run_of(case), cast(case, "float32"), cpu, "float32")}
+    for kernels in ("on", "off"):
+        monkeypatch.setenv("TOKENVIT_JAX_KERNELS", kernels)
+        jax.clear_caches()  # operators are traced once, with the kernels of that time
+        for dtype in ("float32", "bfloat16"):
+            lowered[kernels, dtype] = lower(run_of(case), cast(case, dtype), accelerator, dtype)
+    compiled = compile_all(lowered)
+    expected = compiled.pop("expected")
+    found = []
+    for (kernels, dtype), program in compiled.items():
+        inputs = cast(case, dtype)
+        rounded = tuple(x.astype("float32") if x.dtype == dtype else x for x in inputs)
+        right = jax.device_get(expected(*jax.device_put(rounded, cpu)))
+        left = jax.device_get(program(*jax.device_put(inputs, accelerator)))
+        lines = problems(left, right, dtype, case.chooses)
+        found += [f"kernels {kernels}, {dtype}: {line}" for line in lines]
+    assert not found, "\n".join(found)

@@ -1,0 +1,116 @@
+"""The reader of compiled programs, on two small programs that were compiled for two targets.
+
+Both convolve images (8 x 8, 4 channels) with a 3 x 3 kernel in steps of 2, multiply with a matrix
+(128, 64), sort five times in a loop, multiply in full float32 precision, and add up.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tokenvit_jax.ahead.hlo import Collective, Message, Work, read_program, shape_bytes
+
+FOLDER = Path(__file__).parent
+
+
+def read(name):
+    return read_program((FOLDER / f"{name}.hlo").read_text())
+
+
+def kernel(program, name):
+    (found,) = [kernel for kernel in program.kernels if kernel.name == name]
+    return found
+
+
+def test_program_for_a_gpu():
+    program = read("h100x2")  # 8 images on each
+    assert sum(kernel.times for kernel in program.kernels) == 9 + 3 * 5
+    assert program.unknown_loops == 0
+    convolution = kernel(program, "cudnn-conv.2")
+    assert convolution.work == (Work(2 * 8 * 4 * 4 * 8 * 3 * 3 * 4, "bfloat16"),)
+    assert convolution.bytes == 2 * (8 * 9 * 9 * 4 + 8 * 4 * 4 * 8 + 3 * 3 * 4 * 8)
+    product = kernel(program, "custom-call.4")
+    assert product.work == (Work(2 * 8 * 128 * 64, "bfloat16"),)
+    assert product.bytes == 2 * (8 * 128 + 128 * 64 + 8 * 64)  # without the library's workspace
+    assert kernel(program, "custom-call.5").work == (Work(2 * 8 * 128 * 64, "float32"),)
+    sort = kernel(program, "fusion")
+    assert (sort.times, sort.origin) == (5, "jit(fn)/while/body/closed_call/jit(sort)/sort")
+    assert program.collectives == [Collective(1, "all-reduce", (Message(4, "jit(fn)/reduce_sum"),))]
+
+
+def test_program_for_a_tpu():
+    program = read("v5e_2x2")  # 4 images on each
+    convolution = kernel(program, "fusion")
+    # One row and one column of padding: 11 of 12 pairs of places and kernel rows meet a pixel.
+    assert convolution.work == (Work(2 * 4 * 8 * 11 * 11 * 4, "bfloat16"),)
+    assert convolution.bytes == 0  # all of it is in the memory on the chip
+    assert kernel(program, "copy-start").bytes == 2 * 128 * 64
+    assert kernel(program, "fusion.1").work == (Work(2 * 4 * 128 * 64, "bfloat16"),)
+    assert kernel(program, "sort.17").times == 5  # the bound is in the condition of the loop
+    assert program.unknown_loops == 0
+    assert [collective.kind for collective in program.collectives] == ["all-reduce"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[2,3]{1,0}", 12),
+        ("(f32[4]{0}, pred[8], s32[])", 16 + 8 + 4),
+        ("f8e4m3fn[16]", 16),
+        ("s4[16]", 8),
+        ("bf16[16,4096]{1,0:T(8,128)(2,1)S(1)}", 0),
+        ("token[]", 0),
+    ],
+)
+def test_bytes(shape, size):
+    assert shape_bytes(shape) == size
+
+
+LIBRARY = """
+ENTRY %main (q: bf16[2,4,8,16]) -> bf16[2,4,8,16] {
+  %q = bf16[2,4,8,16]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,32,16]{3,2,1,0} parameter(1)
+  %call = (bf16[2,4,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), \
+custom_call_target="TARGET", \
+backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"dimensions":\
+["2","4","8","32"]}}}
+}
+"""
+
+
+@pytest.mark.parametrize(("target", "products"), [("", 2), ("Backward", 5)])
+def test_attention_of_a_library(target, products):
+    text = LIBRARY.replace("TARGET", f"__cudnn$fmhaSoftmax{target}")
+    (attention,) = read_program(text).kernels
+    assert attention.work == (Work(products * 2 * (2 * 4 * 8 * 32) * 16, "bfloat16"),)
+
+
+GROUPED = """
+ENTRY %main (x: f32[2,8,8,4]) -> f32[2,8,8,4] {
+  %x = f32[2,8,8,4]{3,2,1,0} parameter(0)
+  %k = f32[3,3,1,4]{3,2,1,0} parameter(1)
+  %y = f32[2,8,8,4]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, \
+dim_labels=b01f_01io->b01f, feature_group_count=4
+  %z = f32[2,8,8]{2,1,0} dot(%y, %k), lhs_batch_dims={0}, lhs_contracting_dims={3}, \
+algorithm=dot_tf32_tf32_f32_x3
+  %unknown = f32[] while(%z), condition=%c, body=%b
+}
+
+%c (p: f32[]) -> pred[] {
+  %p = f32[] parameter(0)
+  ROOT %less = pred[] compare(%p, %p), direction=GT
+}
+
+%b (p: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  ROOT %copy = f32[] copy(%p)
+}
+"""
+
+
+def test_groups_passes_and_loops_that_depend_on_data():
+    program = read_program(GROUPED)
+    convolution, product, copy = program.kernels
+    assert convolution.work == (Work(2 * 2 * 4 * 22 * 22, "default"),)
+    assert product.work == (Work(3 * 2 * 2 * 8 * 8 * 4, "default"),)
+    assert (copy.times, program.unknown_loops) == (1, 1)

@@ -1,0 +1,80 @@
+"""Targets by name, and the files with the facts about devices."""
+
+import pytest
+
+from tokenvit_jax.ahead import targets
+from tokenvit_jax.errors import UserError
+
+NAMES = targets.list_devices()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_complete(name):
+    device = targets.read_device(name)
+    needed = {"memory_gib", "bandwidth", "launch", "interconnect", "latency"}
+    needed |= {"network"} if device.platform == "cuda" else set()
+    assert needed <= device.facts.keys() <= needed | {"reached"}
+    assert device.products.keys() == {"bfloat16", "default", "float32"}
+    for fact in (*device.facts.values(), *device.products.values()):
+        assert fact.source
+    assert 1e9 < device.memory < 2e11
+    assert len(device.host) == len(device.largest)
+    products = [device.products[key].value for key in ("bfloat16", "default", "float32")]
+    assert products == sorted(products, reverse=True) and products[-1] > 1e13
+    text = device.compiler.get("target_config", "")
+    assert text.count("{") == text.count("}") and bool(text) == (device.platform == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "in_one_host"),
+    [
+        ("h100", (1,), True), ("h100x3", (3,), True), ("h100x8", (8,), True),
+        ("h200x16", (16,), False), ("v5e", (1, 1), True), ("v5e:2x1", (2, 1), True),
+        ("v5e:16x16", (16, 16), False), ("v4:4x4x8", (4, 4, 8), False),
+    ],
+)  # fmt: skip
+def test_names(name, shape, in_one_host):
+    target = targets.parse_target(name)
+    assert (target.name, target.shape, target.in_one_host) == (name, shape, in_one_host)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h10", r"--target=h10 is not valid \(did you mean 'h100'\?\); valid: a100, h100, h200, "),
+        ("", "--target= is not valid; valid: a100, "),
+        ("H100", "--target=H100 is not valid"),
+        ("h100x0", "valid: h100, h100x2 to h100x8, or multiples of 8 to "),
+        ("h100x12", "valid: h100, h100x2 to h100x8, or multiples of 8 to "),
+        ("h100:8", "valid: h100, h100x2 to h100x8"),
+        ("h100x8x2", "valid: h100, h100x2 to h100x8"),
+        ("h100x" + "9" * 50, "is not valid; valid: a100"),
+        ("v5e:3x5", "valid: v5e:2x2 or a part of it, or multiples of its sides up to v5e:16x16"),
+        ("v5e:32x16", "up to v5e:16x16"),
+        ("v5ex4", "valid: v5e:2x2 or a part of it"),
+        ("v4:4x4", "valid: v4:2x2x1 or a part of it"),
+    ],
+)
+def test_what_is_no_target(name, message):
+    with pytest.raises(UserError, match=message):
+        targets.parse_target(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("h100", "jax_plugins.xla_cuda13", "aot-gpu"), ("v5e", "libtpu", "aot-tpu")],
+)
+def test_a_missing_compiler_is_named(name, package, extra, monkeypatch):
+    monkeypatch.setattr(targets, "_is_installed", lambda package: False)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install .*\[{extra}\].* jax==0"):
+        targets.devices_of(targets.parse_target(name))
+
+
+def test_a_compiler_that_does_not_fit_is_named(monkeypatch):
+    def fail(target):
+        raise RuntimeError("a version\nmore")
+
+    monkeypatch.setattr(targets, "_is_installed", lambda package: True)
+    monkeypatch.setattr(targets, "_topology", fail)
+    with pytest.raises(UserError, match=r"h100: the compiler cannot be used \(a version\); its"):
+        targets.devices_of(targets.parse_target("h100"))

@@ -1,0 +1,131 @@
+"""Attention by cuDNN: what is done around the library gives the same attention, on a CPU too."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from tokenvit_jax import ops
+from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.group_attention_dense import attend_dense, attend_dense_by_cudnn
+
+KERNELS = [
+    export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{suffix}")
+    for suffix in ("", "Backward")
+]
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def naive(q, k, v, scale, key_bias=None):
+    key_bias = 0 if key_bias is None else key_bias[:, None, None]
+    q, k, v, key_bias = (np.asarray(x, np.float64) for x in (q, k, v, key_bias))
+    logits = scale * np.einsum("bqnd,bknd->bnqk", q, k) + key_bias
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnqk,bknd->bqnd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def plain(q, k, v, *, scale, key_bias=None):
+    """Attention and its gradient by XLA's own operations."""
+    bias = None if key_bias is None else key_bias[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def differentiated(fn, *args):
+    return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1, 2))(*args)
+
+
+@pytest.fixture
+def by_xla(monkeypatch):
+    """Lets XLA do what cuDNN does on a GPU."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (4, 7), (6, 6)], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_attention_and_gradients(by_xla, lengths, biased):
+    q, k, v = (normal(i, 2, lengths[i > 0], 3, 8) for i in range(3))
+    key_bias = None
+    if biased:
+        key_bias = jnp.log(1 + 9 * jax.random.uniform(jax.random.key(3), k.shape[:2]))
+        key_bias = key_bias.at[:, 2].set(cudnn.NEVER)
+    fn = functools.partial(cudnn.attend, scale=0.3, key_bias=key_bias)
+    expected = naive(q, k, v, 0.3, key_bias)
+    np.testing.assert_allclose(fn(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    value, grads = differentiated(fn, q, k, v)
+    plain_value, plain_grads = differentiated(
+        functools.partial(plain, scale=0.3, key_bias=key_bias), q, k, v
+    )
+    np.testing.assert_allclose(value, plain_value, rtol=1e-4)
+    for grad, plain_grad in zip(grads, plain_grads, strict=True):
+        np.testing.assert_allclose(grad, plain_grad, atol=1e-5)
+    if biased:  # an excluded key has no gradient at all
+        assert not np.any(grads[1][:, 2]) and not np.any(grads[2][:, 2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_a_bias_is_not_rounded_to_the_short_type(dtype):
+    """In bfloat16 alone, the weight of a key that stands for 100 others would be 1 % wrong."""
+    x = jnp.log(jnp.linspace(1, 300, 64))
+    parts = jax.jit(functools.partial(cudnn.split_in_three, dtype=dtype))(x)
+    assert parts.dtype == dtype
+    np.testing.assert_allclose(parts.astype(jnp.float32).sum(-1), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_group_attention_is_plain_attention(by_xla, dtype):
+    q, k, v = (normal(i, 2, 3, 7, 8, dtype=dtype) for i in range(3))
+    groups = jax.random.randint(jax.random.key(3), (2, 3, 7), 0, 5)
+    selected = jax.random.uniform(jax.random.key(4), (2, 3, 7, 5)) < 0.4
+    selected = selected.at[:, :, 0].set(True)
+    found, expected = (
+        differentiated(lambda *qkv, form=form: form(*qkv, groups, selected), q, k, v)
+        for form in (attend_dense_by_cudnn, attend_dense)
+    )
+    eps = float(jnp.finfo(dtype).eps)
+    chex.assert_trees_all_close(found, expected, rtol=10 * eps, atol=20 * eps)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+
+
+def test_misfits():
+    q = jnp.zeros((2, 196, 3, 32), jnp.bfloat16)
+    assert cudnn.misfit(q, q, q) == "no NVIDIA GPU of compute capability 8.0 with cuDNN 9"
+    with cudnn.assumed():
+        assert cudnn.misfit(q, q, q) is None
+        assert cudnn.misfit(q, q, q, extra=48) is None
+        assert "float32" in cudnn.misfit(q.astype(jnp.float32), q, q)
+        assert "above 256" in cudnn.misfit(q, q, q, extra=225)
+        assert "fewer than 64" in cudnn.misfit(q[:, :49], q, q)
+        short = q[..., :20]
+        assert "multiple of 8" in cudnn.misfit(short, short, short)
+        assert cudnn.misfit(short, short, short, extra=3) is None
+    assert not cudnn.available()
+
+
+def test_lowers_for_a_gpu_that_is_not_there():
+    """What was traced without cuDNN before is traced again."""
+    q = jax.ShapeDtypeStruct((2, 65, 3, 32), jnp.bfloat16)
+
+    @jax.jit
+    def form():
+        return cudnn.available()
+
+    assert not form()
+    with cudnn.assumed():
+        assert form()
+        fn = functools.partial(differentiated, ops.dot_product_attention)
+        exported = export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=KERNELS)(q, q, q)
+    text = exported.mlir_module()
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "66x3x32" in text
+
+
+def test_an_unknown_jax_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(cudnn, "LIBRARY", "jax._src.cudnn.renamed")
+    with pytest.raises(RuntimeError, match="asks for cuDNN in an unknown way"), cudnn.assumed():
+        pass

@@ -1,0 +1,148 @@
+"""Compiled programs are kept on disk, and damaged ones do not stay there."""
+
+import logging
+import os
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training import compiled
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """A process that has compiled nothing yet; yields the folders that jax is given."""
+    given = []
+    monkeypatch.setattr(compiled, "_decided", False)
+    monkeypatch.setattr(compiled.compilation_cache, "set_cache_dir", given.append)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield given
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def config_with(folder):
+    config = default_config("classification")
+    config.compilation_cache = str(folder)
+    return config
+
+
+def write_entries(folder):
+    """Writes whole and damaged entries, and returns the names of the whole ones."""
+    content = zlib.compress(os.urandom(100_000))
+    entries = {
+        "whole-cache": content, "empty-cache": b"", "cut-cache": content[:-1],
+        "half-cache": content[:50_000], "changed-cache": content[:900] + b"?" + content[901:],
+        "zstd-cache": b"\x28\xb5\x2f\xfd", "note.txt": b"",
+    }  # fmt: skip
+    for name, text in entries.items():
+        (folder / name).write_bytes(text)
+    return {"whole-cache", "zstd-cache", "note.txt"}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_damaged_entries_are_deleted(tmp_path, caplog):
+    whole = write_entries(tmp_path)
+    compiled.delete_damaged(tmp_path)
+    assert names(tmp_path) == whole | {"checked"}
+    assert sorted(Path(record.args[0]).name for record in caplog.records) == [
+        "changed-cache", "cut-cache", "empty-cache", "half-cache"
+    ]  # fmt: skip
+
+
+def test_only_new_entries_are_read(tmp_path):
+    compiled.delete_damaged(tmp_path)
+    write_entries(tmp_path)
+    old = (tmp_path / "checked").stat().st_mtime - 10
+    os.utime(tmp_path / "cut-cache", (old, old))
+    compiled.delete_damaged(tmp_path)
+    assert {"cut-cache", "whole-cache"} < names(tmp_path)
+    assert "half-cache" not in names(tmp_path)
+
+
+def test_least_recently_used_entries_are_deleted(tmp_path):
+    for time, name in enumerate(("b", "c", "a")):
+        (tmp_path / f"{name}-cache").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{name}-cache", (time, time))
+    compiled.delete_oldest(tmp_path, 300)
+    assert len(names(tmp_path)) == 3
+    compiled.delete_oldest(tmp_path, 299)
+    assert names(tmp_path) == {"c-cache", "a-cache"}
+    compiled.delete_oldest(tmp_path, 0)
+    assert names(tmp_path) == set()
+
+
+def test_folder_of_the_user(undecided, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.keep_compiled(default_config("classification"))
+    [folder] = undecided
+    assert Path(folder).parent == tmp_path / "tokenvit_jax" and "checked" in names(Path(folder))
+    compiled.keep_compiled(config_with(tmp_path / "other"))  # the first call decides
+    assert undecided == [folder]
+
+
+def test_home_folder(undecided, tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compiled.keep_compiled(default_config("classification"))
+    assert Path(undecided[0]).parent == tmp_path / ".cache" / "tokenvit_jax"
+
+
+def test_entry_moves_the_folder(undecided, tmp_path):
+    compiled.keep_compiled(config_with(tmp_path / "own"))
+    assert Path(undecided[0]).parent == tmp_path / "own"
+
+
+def test_off(undecided):
+    compiled.keep_compiled(config_with("off"))
+    compiled.keep_compiled(default_config("classification"))
+    assert undecided == []
+
+
+def test_folder_of_the_environment_wins(undecided, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of jax"))
+    compiled.keep_compiled(config_with(tmp_path / "own"))
+    assert undecided == [] and not (tmp_path / "own").exists()
+
+
+def test_folder_that_cannot_be_written(undecided, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        compiled.keep_compiled(config_with(tmp_path / "file"))
+    assert undecided == []
+    [record] = caplog.records
+    assert "compiled programs are not kept: Not a directory" in record.getMessage()
+
+
+def test_jax_recovers_from_a_cut_entry(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        compilation_cache.reset_cache()
+        compilation_cache.set_cache_dir(str(tmp_path))
+
+        def compile_once():
+            jax.jit(lambda x: jnp.tanh(x) + 7).lower(jnp.ones(3)).compile()
+            [entry] = tmp_path.glob("jit__lambda*-cache")
+            return entry
+
+        entry = compile_once()
+        content = entry.read_bytes()
+        entry.write_bytes(content[:-9])
+        compiled.delete_damaged(tmp_path)
+        assert compile_once() == entry and len(entry.read_bytes()) > len(content) - 9
+        compiled.delete_damaged(tmp_path)
+        assert entry.exists()
+    finally:
+        compilation_cache.set_cache_dir(before)
+        compilation_cache.reset_cache()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)

@@ -1,0 +1,224 @@
+"""Estimates the time of a compiled program, part by part and layer by layer.
+
+A kernel takes at least the time of a launch, of moving its bytes, and of its products: the largest
+of the three. The sum over all kernels is the floor of a step.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from tokenvit_jax.ahead.compiling import Compiled
+from tokenvit_jax.ahead.hlo import Collective, Kernel
+from tokenvit_jax.ahead.targets import Target
+
+# Parts of a step: the first pattern that is found in the origin of a kernel decides. Operators of
+# this package appear by their names, layers by theirs.
+PARTS = (
+    ("selection of keys", r"tokenvit_jax\.ops\.(top_k|selection|kth)|group_attention.*(sort|top_k)"
+                          r"|group_attention\)?/while"),
+    ("attention in groups", r"group_attention|group_sums|centroid"),
+    ("clustering and merging", r"density_peaks|assign_clusters|merge_tokens|cluster_sums|kmedoids"
+                               r"|kmeans|superpixels|reconstruct_tokens|token_merging|reducer"),
+    ("linear layers of attention", r"attention/(\w+/)*(qkv|q|kv|k|v|proj)/"),
+    ("attention", r"attention|attend"),
+    ("convolutions", r"depthwise|cpe|conv(?!ert)"),
+    ("norms", r"norm"),
+    ("feed-forward networks", r"/(ffn|mlp)/|gelu"),
+    ("patches and stems", r"patch|stem|embed|downsample|merging"),
+    ("head and loss", r"head|logits|softmax|cross_entropy|log_softmax"),
+    ("batch: mixing, normalisation", r"prepare|mix_batch|draw_mixing|random|threefry|normalize"),
+)  # fmt: skip
+_MODEL = re.compile(r"jvp\(|transpose\(")
+OTHER_MODEL, OTHER = "model, the rest", "outside the model: optimizer, averages, metrics"
+
+# Parts of an origin that are no layers.
+_NO_LAYER = re.compile(
+    r"^(jit\((?!tokenvit_jax)|jvp\(|transpose\(|vmap\(|pmap\(|shard_map|while$|body$|cond$|branch_"
+    r"|closed_call$|checkpoint|remat|custom_[jv][vj]p|core_call|pjit|rematted)"
+)
+
+
+class Cost(NamedTuple):
+    """Cost of some kernels in one call.
+
+    Attributes:
+      name: what they have in common.
+      launches: their number.
+      bytes: read and written.
+      operations: of products, 2 per multiply-add.
+      seconds: floor of their time.
+    """
+
+    name: str
+    launches: int
+    bytes: int
+    operations: float
+    seconds: float
+
+
+class Traffic(NamedTuple):
+    """Collectives of one purpose in one call.
+
+    Attributes:
+      name: what is exchanged.
+      kind: such as "all-reduce".
+      count: number of collectives; one that serves several purposes counts for the first.
+      bytes: on one device.
+    """
+
+    name: str
+    kind: str
+    count: int
+    bytes: int
+
+
+def kernel_seconds(kernel: Kernel, target: Target) -> float:
+    """Returns the least time of all runs of a kernel [s]."""
+    facts, products = target.device.facts, target.device.products
+    products_seconds = sum(work.operations / products[work.precision].value for work in kernel.work)
+    memory_seconds = kernel.bytes / facts["bandwidth"].value
+    return kernel.times * max(facts["launch"].value, memory_seconds, products_seconds)
+
+
+def collective_seconds(collective: Collective, target: Target) -> float:
+    """Returns the least time of all runs of a collective, in a ring, not overlapped [s]."""
+    facts, devices = target.device.facts, target.num_devices
+    link = "interconnect" if target.in_one_host or "network" not in facts else "network"
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    moved = rounds * collective.bytes * (devices - 1) / devices
+    return collective.times * max(facts["latency"].value, moved / facts[link].value)
+
+
+def by_part(compiled: Compiled) -> list[Cost]:
+    """Returns the cost of every part of a step, the costliest first."""
+    return _grouped(compiled, lambda kernel: part_of(kernel.origin))
+
+
+def by_layer(compiled: Compiled) -> list[Cost]:
+    """Returns the cost of every kind of layer and operator, the costliest first."""
+    return _grouped(compiled, lambda kernel: layer_of(kernel.origin))
+
+
+def part_of(origin: str) -> str:
+    """Returns the part of a step that a kernel belongs to."""
+    for name, pattern in PARTS:
+        if re.search(pattern, origin):
+            return name
+    return OTHER_MODEL if _MODEL.search(origin) or module_path(origin) else OTHER
+
+
+def module_path(origin: str) -> str:
+    """Returns the path of the layer in an origin, such as "stages_0_0/attention/qkv"."""
+    *path, _ = origin.split("/")
+    parts = [part for part in path if part and not _NO_LAYER.match(part)]
+    layers = [part for part in parts if not part.startswith("jit(") and "." not in part]
+    return "/".join(layers)
+
+
+def layer_of(origin: str) -> str:
+    """Returns the kind of layer, the operator and the direction, with "*" for numbers of blocks."""
+    operator = re.findall(r"tokenvit_jax\.(?:ops|kernels)\.(\w+)", origin)
+    path = re.sub(r"_\d+$|_\d+(?=/)", "_*", module_path(origin))
+    last = origin.rsplit("/", 1)[-1] if origin else "no name"
+    name = "/".join(filter(None, [path, *operator[-1:], last]))
+    return f"{name} (backward)" if "transpose(" in origin else name
+
+
+def _grouped(compiled: Compiled, key: Callable[[Kernel], str]) -> list[Cost]:
+    found: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
+    for kernel in compiled.program.kernels:
+        sums = found[key(kernel)]
+        sums[0] += kernel.times
+        sums[1] += kernel.times * kernel.bytes
+        sums[2] += kernel.times * sum(work.operations for work in kernel.work)
+        sums[3] += kernel_seconds(kernel, compiled.target)
+    rows = [Cost(name, *sums) for name, sums in found.items()]
+    return sorted(rows, key=lambda row: -row.seconds)
+
+
+def total(rows: Iterable[Cost], name: str = "all") -> Cost:
+    """Returns the sum of costs."""
+    rows = list(rows)
+    return Cost(name, *(sum(row[i] for row in rows) for i in range(1, 5)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Collectives
+# ------------------------------------------------------------------------------------------------
+
+
+def by_purpose(compiled: Compiled) -> list[Traffic]:
+    """Returns what the collectives exchange, the most bytes first."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for collective in compiled.program.collectives:
+        for i, message in enumerate(collective.messages):
+            purpose = purpose_of(collective.kind, message, compiled.batch_norms)
+            sums = counts[purpose, collective.kind]
+            sums[0] += collective.times * (i == 0)
+            sums[1] += collective.times * message.bytes
+    rows = [Traffic(name, kind, *sums) for (name, kind), sums in counts.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def purpose_of(kind: str, message, batch_norms: frozenset[str]) -> str:
+    """Returns what a message of a collective is for.
+
+    Args:
+      kind: kind of the collective.
+      message: see `hlo.Message`.
+      batch_norms: paths of the layers whose statistics span the global batch.
+    """
+    origin, path = message.origin, module_path(message.origin)
+    backward = "transpose(" in origin
+    if kind in ("all-gather", "reduce-scatter") and "jvp(" not in origin:
+        return "parameters (fsdp)"
+    if any(path == norm or path.startswith(f"{norm}/") for norm in batch_norms):
+        return "BatchNorm, backward" if backward else "BatchNorm, forward"
+    if backward:
+        return "gradients"
+    if re.search("centroid|group_sums|attend_in_groups|after_step", origin):
+        return "centroids"
+    if re.search(r"/(while|cond)(/|$)", origin) or "reduce_or" in origin:
+        return "predicates of loops and branches"
+    if path:
+        return "forward pass"
+    return "loss and metrics" if message.bytes <= 64 else "gradients"
+
+
+def floor_seconds(compiled: Compiled) -> tuple[float, float]:
+    """Returns the least time of the kernels and of the collectives of a step [s]."""
+    program, target = compiled.program, compiled.target
+    kernels = sum(kernel_seconds(kernel, target) for kernel in program.kernels)
+    return kernels, sum(collective_seconds(one, target) for one in program.collectives)
+
+
+class Speed(NamedTuple):
+    """Estimated images per second of all devices.
+
+    Attributes:
+      low: if the step reaches the lowest share of its floor that was measured; None: no step was
+        measured on such a device.
+      high: the same with the highest share.
+      bound: at the floor itself; no step can be faster.
+    """
+
+    low: float | None
+    high: float | None
+    bound: float
+
+
+def speed(compiled: Compiled) -> Speed:
+    """Estimates the images per second; collectives are not overlapped with anything."""
+    kernels, collectives = floor_seconds(compiled)
+    images = compiled.batch_size
+
+    def rate(share: float) -> float:
+        return images / (kernels / share + collectives)
+
+    reached = compiled.target.device.facts.get("reached")
+    if reached is None:
+        return Speed(None, None, rate(1))
+    low, high = reached.value
+    return Speed(rate(low), rate(high), rate(1))

@@ -1,0 +1,405 @@
+"""Reads the text of a compiled program (HLO): its kernels, their bytes and operations, collectives.
+
+Bytes are those of whole operands and results, also where a kernel reads a part of an operand or
+reads it several times. Operations are those of products and convolutions, 2 per multiply-add; those
+inside kernels of our own are not known.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_BYTES = {"bf16": 2, "pred": 1, "token": 0}  # the name of any other type ends with its bits
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+# Kernels of a program, besides collectives. Others are a part of a fusion, or move nothing.
+_KERNELS = frozenset((
+    "fusion", "custom-call", "sort", "reduce", "scatter", "convolution", "dot", "copy", "transpose",
+    "concatenate", "gather", "dynamic-slice", "dynamic-update-slice", "reduce-window", "broadcast",
+    "iota", "select-and-scatter", "rng-bit-generator", "pad", "slice", "copy-start", "slice-start",
+))  # fmt: skip
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_TRANSPARENT = ("get-tuple-element", "bitcast", "copy", "tuple", "convert", "concatenate")
+
+
+class Instruction(NamedTuple):
+    """A line of a program.
+
+    Attributes:
+      name: its name.
+      shape: text of the types and shapes of the results.
+      opcode: what it does.
+      rest: operands, attributes and metadata.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
+
+    @property
+    def origin(self) -> str:
+        """Where the model computes it: names of modules, operators and transformations."""
+        found = _ORIGIN.search(self.rest)
+        return found[1] if found else ""
+
+    @property
+    def target(self) -> str:
+        """Name of the function that a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+class Work(NamedTuple):
+    """Products of a kernel.
+
+    Attributes:
+      operations: their number, 2 per multiply-add, times the passes of the precision.
+      precision: "bfloat16", "default" or "float32", as in the files of devices.
+    """
+
+    operations: float
+    precision: str
+
+
+class Kernel(NamedTuple):
+    """A kernel of a compiled program.
+
+    Attributes:
+      times: number of its runs in a call.
+      opcode: its kind.
+      bytes: read and written by a run.
+      work: its products.
+      origin: see :class:`Instruction`.
+      name: name of its instruction.
+    """
+
+    times: int
+    opcode: str
+    bytes: int
+    work: tuple[Work, ...]
+    origin: str
+    name: str
+
+
+class Message(NamedTuple):
+    """An array, or several, that a collective moves.
+
+    Attributes:
+      bytes: size on one device.
+      origin: where the model computes it.
+    """
+
+    bytes: int
+    origin: str
+
+
+class Collective(NamedTuple):
+    """An exchange of arrays between devices.
+
+    Attributes:
+      times: number of its runs in a call.
+      kind: such as "all-reduce".
+      messages: the arrays that travel together.
+    """
+
+    times: int
+    kind: str
+    messages: tuple[Message, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a run on one device."""
+        return sum(message.bytes for message in self.messages)
+
+
+class Program(NamedTuple):
+    """The kernels and collectives of a call.
+
+    Attributes:
+      kernels: the kernels.
+      collectives: the collectives.
+      unknown_loops: number of loops whose number of rounds is not known; they count once.
+    """
+
+    kernels: list[Kernel]
+    collectives: list[Collective]
+    unknown_loops: int
+
+
+def read_program(text: str) -> Program:
+    """Reads a compiled program.
+
+    Args:
+      text: result of `jax.stages.Compiled.as_text`.
+    """
+    return _Reader(text).read()
+
+
+class _Reader:
+    """Walks through the instructions that a call runs."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if not line.startswith(" "):
+                head = _HEAD.match(line)
+                if head:
+                    current = self._computations[head[2]] = {}
+                    self._entry = head[2] if head[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                current[found[1]] = Instruction(*found.groups())
+        self._unknown_loops = 0
+
+    def read(self) -> Program:
+        kernels, collectives = [], []
+        for times, computation, instruction in self._walk(self._entry, 1):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                messages = tuple(self._messages(computation, instruction))
+                collectives.append(Collective(times, kind, messages))
+            elif instruction.opcode in _KERNELS:
+                kernels.append(self._kernel(times, computation, instruction))
+        return Program(kernels, collectives, self._unknown_loops)
+
+    def _walk(self, name: str, times: int) -> Iterator[tuple[int, dict, Instruction]]:
+        """Yields how often an instruction runs, its computation, and the instruction."""
+        computation = self._computations.get(name, {})
+        for instruction in computation.values():
+            opcode, rest = instruction.opcode, instruction.rest
+            if opcode == "while":
+                rounds = self._rounds(rest)
+                self._unknown_loops += rounds is None
+                body = re.search(r"body=%?([\w.\-]+)", rest)[1]
+                yield from self._walk(body, times * (1 if rounds is None else rounds))
+            elif opcode == "conditional":  # the first branch: where the predicate is false
+                branches = re.search(r"(?:branch_computations=\{|false_computation=)(.*)", rest)[1]
+                yield from self._walk(re.match(r"%?([\w.\-]+)", branches)[1], times)
+            elif opcode in ("call", "async-start"):
+                called = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
+                if called:
+                    yield from self._walk(called[1], times)
+            else:
+                yield times, computation, instruction
+
+    def _rounds(self, rest: str) -> int | None:
+        """Returns the number of rounds of a loop; None: it depends on data."""
+        known = re.search(r"known_trip_count[^0-9]*(\d+)", rest)
+        if known:
+            return int(known[1])
+        # A TPU's compiler does not say it; counters begin at 0 and end before a constant.
+        condition = self._computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
+        *_, root = condition.values()
+        bound = condition.get(root.operands[-1]) if root.operands else None
+        counts = root.opcode == "compare" and "direction=LT" in root.rest
+        if counts and bound is not None and bound.opcode == "constant":
+            return int(bound.rest.split(")")[0])
+        return None
+
+    def _kernel(self, times, computation, instruction):
+        operands = [computation[x].shape for x in instruction.operands if x in computation]
+        shape = instruction.shape
+        if instruction.target.startswith("__cu"):  # a library's result is first; then its workspace
+            shape = re.sub(r"\b[su]8\[\d+\]", "", shape)
+        size = sum(map(shape_bytes, (shape, *operands)))
+        if instruction.opcode in ("copy-start", "slice-start"):  # results: the copy, its source
+            size = shape_bytes(shape)
+        return Kernel(
+            times,
+            instruction.opcode,
+            size,
+            tuple(self._work(computation, instruction)),
+            self._origin(computation, instruction),
+            instruction.name,
+        )
+
+    def _origin(self, computation, instruction) -> str:
+        """Returns the origin of a kernel; without one, that of its last step or of an operand."""
+        if instruction.origin:
+            return instruction.origin
+        called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+        inner = self._computations.get(called[1], {}) if called else {}
+        operands = [computation[x] for x in instruction.operands if x in computation]
+        candidates = [*reversed(inner.values()), *operands]
+        return next((one.origin for one in candidates if one.origin), "")
+
+    def _work(self, computation, instruction) -> Iterator[Work]:
+        """Yields the products of a kernel, also those inside a fusion."""
+        operands = [computation[x].shape for x in instruction.operands if x in computation]
+        if instruction.opcode == "fusion":
+            called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+            inner = self._computations.get(called[1], {}) if called else {}
+            for one in inner.values():
+                yield from self._work(inner, one)
+        elif instruction.opcode in ("dot", "convolution", "custom-call"):
+            multiply_adds = _multiply_adds(instruction, operands)
+            if multiply_adds:
+                precision, passes = _precision(instruction, operands[0])
+                yield Work(2.0 * multiply_adds * passes, precision)
+
+    def _messages(self, computation, instruction) -> Iterator[Message]:
+        # A gather is as large as its results.
+        gathers = instruction.opcode.startswith("all-gather")
+        whole = shape_bytes(instruction.shape) if gathers and len(instruction.operands) == 1 else 0
+        for name in instruction.operands:
+            for message in self._sources(computation, name):
+                origin = message.origin or instruction.origin
+                yield Message(max(message.bytes, whole), origin)
+
+    def _sources(self, computation, name: str) -> Iterator[Message]:
+        """Yields the arrays with an origin of which an operand of a collective consists."""
+        found = computation.get(name)
+        if found is None:
+            return
+        joins = found.opcode in _TRANSPARENT or "concatenate" in found.name
+        if found.origin or not joins or not found.operands:
+            yield Message(shape_bytes(found.shape), found.origin)
+        elif found.opcode == "get-tuple-element":
+            yield Message(
+                shape_bytes(found.shape),
+                next((x.origin for x in self._sources(computation, found.operands[0])), ""),
+            )
+        else:
+            for operand in found.operands:
+                yield from self._sources(computation, operand)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bytes
+# ------------------------------------------------------------------------------------------------
+
+
+def shape_bytes(shape: str) -> int:
+    """Returns the bytes of a shape, or of all shapes of a tuple, in the devices' main memory."""
+    return sum(map(_array_bytes, _ARRAY.findall(shape)))
+
+
+def _array_bytes(array: tuple[str, str, str]) -> int:
+    kind, sizes, layout = array
+    if re.search(r"S\([1-9]\)", layout):  # a TPU's memory on the chip
+        return 0
+    bits = re.fullmatch(r"[a-z]+(\d+)\w*", kind)
+    size = _BYTES[kind] if kind in _BYTES else int(bits[1]) / 8 if bits else 0
+    return int(size * math.prod(_sizes(sizes)))
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size]
+
+
+# ------------------------------------------------------------------------------------------------
+# Products
+# ------------------------------------------------------------------------------------------------
+
+
+def _multiply_adds(instruction: Instruction, operands: list[str]) -> float:
+    """Returns the multiply-adds of a product, a convolution or a call of a library."""
+    shapes = [_ARRAY.search(operand) for operand in operands]
+    if len(operands) < 2 or not shapes[0] or not shapes[1]:
+        return 0
+    first, second = (_sizes(shape[2]) for shape in shapes[:2])
+    result = _sizes(_ARRAY.search(instruction.shape)[2])
+    target = instruction.target
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        return math.prod(result) * math.prod(first[i] for i in _sizes(contracted[1]))
+    if instruction.opcode == "convolution":
+        return _convolution(instruction.rest, first, second, result)
+    if target.startswith("__cublas"):
+        config = _backend_config(instruction)["gemm_backend_config"]
+        contracted = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+        return math.prod(result) * math.prod(first[int(i)] for i in contracted)
+    if target.startswith("__cudnn$conv"):
+        return _library_convolution(instruction, first, second, result)
+    if target.startswith("__cudnn$fmha"):
+        return _library_attention(instruction, first)
+    return 0
+
+
+def _backend_config(instruction: Instruction) -> dict:
+    """Returns the settings of a call of a library, which stand at the end of its line."""
+    start = instruction.rest.find("backend_config=") + len("backend_config=")
+    return json.JSONDecoder().raw_decode(instruction.rest, start)[0]
+
+
+def _library_convolution(instruction, first, second, result) -> float:
+    """Returns the multiply-adds of a convolution of cuDNN, forward or backward.
+
+    All three have a large array of images with the channels of the filter's output, and a filter:
+    each of its entries meets each place of this array once.
+    """
+    filters = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)[1]
+    kind = instruction.target.removeprefix("__cudnn$conv")
+    if kind == "BackwardFilter":
+        outputs, kernel = second, result
+    else:
+        outputs, kernel = (first if kind == "BackwardInput" else result), second
+    return math.prod(outputs) * math.prod(kernel) / kernel[filters.index("o")]
+
+
+def _library_attention(instruction, query) -> float:
+    """Returns the multiply-adds of cuDNN's attention: 2 products forward, 5 backward."""
+    config = _backend_config(instruction)["cudnn_fmha_backend_config"]
+    logits = math.prod(map(int, config["intermediate_tensor_shape"]["dimensions"]))
+    return logits * query[-1] * (5 if "Backward" in instruction.target else 2)
+
+
+def _convolution(rest: str, images: list[int], kernel: list[int], result: list[int]) -> float:
+    """Returns the multiply-adds of a convolution without those on padding and on holes."""
+    of_images, of_kernel, of_result = re.search(
+        r"dim_labels=(\w+)_(\w+)->(\w+)", rest
+    ).groups()  # fmt: skip
+    window = re.search(r"window=\{([^}]*)\}", rest)
+    window = dict(part.split("=") for part in window[1].split()) if window else {}
+    pairs = 1
+    for i, axis in enumerate(sorted(filter(str.isdigit, of_result))):
+        sizes = (
+            images[of_images.index(axis)],
+            kernel[of_kernel.index(axis)],
+            result[of_result.index(axis)],
+        )
+        pairs *= _pairs(window, i, *sizes)
+    batch_and_channels = result[of_result.index("b")] * result[of_result.index("f")]
+    return pairs * batch_and_channels * kernel[of_kernel.index("i")]
+
+
+def _pairs(window: dict[str, str], axis: int, length: int, kernel: int, result: int) -> int:
+    """Returns the number of pairs of a place in the result and a kernel entry that meet a pixel."""
+
+    def setting(name, default):
+        return window[name].split("x")[axis] if name in window else default
+
+    low = int(str(setting("pad", "0_0")).split("_")[0])
+    stride, dilation = int(setting("stride", 1)), int(setting("rhs_dilate", 1))
+    holes = int(setting("lhs_dilate", 1))
+    places = np.arange(result)[:, None] * stride - low + np.arange(kernel) * dilation
+    meets = (places >= 0) & (places <= (length - 1) * holes) & (places % holes == 0)
+    return int(meets.sum())
+
+
+_PASSES = re.compile(r"(?i)(?:alg_)?dot_(bf16|tf32)\w*?_x(\d)")
+
+
+def _precision(instruction: Instruction, operand: str) -> tuple[str, int]:
+    """Returns the precision of a product, and how often it passes through the units."""
+    if _ARRAY.search(operand)[1] in ("bf16", "f16"):
+        return "bfloat16", 1
+    passes = _PASSES.search(instruction.rest)
+    if passes:
+        return ("bfloat16" if passes[1].lower() == "bf16" else "default"), int(passes[2])
+    asked = re.search(r"operand_precision\W+(\w+)", instruction.rest)
+    full = asked is not None and asked[1].lower() in ("high", "highest")
+    return ("float32" if full else "default"), 1

@@ -1,0 +1,264 @@
+"""Softmax attention by cuDNN, on NVIDIA GPUs.
+
+jax reaches cuDNN through ``jax.nn.dot_product_attention(implementation="cudnn")``, which asks for
+the GPU and its cuDNN while a function is traced, and raises without them even where the program is
+then compiled for another platform. So :func:`misfit` says first whether it can be traced, and
+:func:`assumed` lets programs be compiled for a GPU that is not there.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+# The module of jax that asks for the GPU and its cuDNN, and the functions that ask.
+LIBRARY = "jax._src.cudnn.fused_attention_stablehlo"
+MIN_CAPABILITY, HOPPER = (8, 0), (9, 0)
+MIN_VERSION = 90000
+IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla"
+
+# Fewer keys or queries: XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
+MIN_LENGTH = 64
+
+# A bias of keys rides on the product: appended to every query is BIAS_UNIT, and to a key its bias
+# over BIAS_UNIT. The largest exclusion, NEVER, is a product that float16 can state in this way; it
+# lies far below all logits and is small enough for exp(a logit - the largest) to be finite where
+# the kernel rounds the two after scaling them, so that tiles of excluded keys only make no NaN.
+BIAS_UNIT = 64.0
+BIAS_COLUMNS = 3
+NEVER = -(2.0**20)
+
+
+class _Device(NamedTuple):
+    capability: tuple[int, int]
+    version: int  # of cuDNN
+
+
+ASSUMED, ASSUMED_KIND = _Device(HOPPER, 91200), "NVIDIA H100 80GB HBM3"
+
+# A user context is part of the keys of jax's caches: what was traced without cuDNN is traced again.
+_assumed = jax.make_user_context(False)
+
+
+@contextlib.contextmanager
+def assumed() -> Iterator[None]:
+    """Makes tracing and lowering behave as on a Hopper GPU with cuDNN 9.12.
+
+    Raises:
+      RuntimeError: the jax that is installed asks for its GPU in another way than the known ones.
+    """
+    try:
+        library = importlib.import_module(LIBRARY)
+        saved = {name: getattr(library, name) for name in _ANSWERS}
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"jax {jax.__version__} asks for cuDNN in an unknown way ({error}); compile on a "
+            "machine with an NVIDIA GPU, or with TOKENVIT_JAX_KERNELS=off"
+        ) from error
+    try:
+        for name, answer in _ANSWERS.items():
+            setattr(library, name, answer)
+        with _assumed(True), jax.sharding.use_abstract_mesh(_mesh_of_assumed()):
+            yield
+    finally:
+        for name, function in saved.items():
+            setattr(library, name, function)
+
+
+def _mesh_of_assumed():
+    """Returns the context's mesh on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.sharding.AbstractDevice(ASSUMED_KIND, num_cores=None, platform="gpu")
+    return jax.sharding.AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
+
+
+def _capability_of(text):
+    return tuple(int(part) for part in text.split("."))
+
+
+_ANSWERS = {
+    "check_cudnn_version": lambda: ASSUMED.version,
+    "check_compute_capability": lambda text: ASSUMED.capability >= _capability_of(text),
+    "is_cuda_compute_capability_equal": lambda text: ASSUMED.capability == _capability_of(text),
+}
+
+
+def available() -> bool:
+    """Returns whether attention by cuDNN can be traced.
+
+    The default backend must be an NVIDIA GPU of compute capability 8.0 or more with cuDNN 9, or
+    :func:`assumed` be active.
+    """
+    return _device() is not None
+
+
+def _device():
+    """Returns the GPU that a program is traced for, or None."""
+    if _assumed.value:
+        return ASSUMED
+    device = _own_device() if jax.default_backend() == "gpu" else None
+    known = device is not None and device.version is not None
+    if known and device.capability >= MIN_CAPABILITY and device.version >= MIN_VERSION:
+        return device
+    return None
+
+
+@functools.cache
+def _own_device():
+    """Returns the GPU of this process, or None; its version is None without cuDNN."""
+    device = jax.local_devices(backend="gpu")[0]
+    if "cuda" not in device.client.platform_version:  # AMD's GPUs have the same backend name
+        return None
+    try:
+        version = importlib.import_module(LIBRARY).check_cudnn_version()
+    except (ImportError, AttributeError, RuntimeError):
+        version = None
+    return _Device(_capability_of(device.compute_capability), version)
+
+
+def misfit(
+    q: Array, k: Array, v: Array, *, extra: int = 0, shortest: int = MIN_LENGTH
+) -> str | None:
+    """Returns why :func:`attend` cannot take the arguments, or None.
+
+    Args:
+      q: queries (B, T, N, D).
+      k: keys (B, S, N, D).
+      v: values (B, S, N, D).
+      extra: number of columns that are appended to queries and keys.
+      shortest: smallest number of queries and of keys for which cuDNN is the faster form.
+    """
+    device = _device()
+    if device is None:
+        return "no NVIDIA GPU of compute capability 8.0 with cuDNN 9"
+    dtypes = {x.dtype for x in (q, k, v)}
+    if dtypes != {q.dtype} or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN attends in bfloat16 and float16, not in {', '.join(map(str, dtypes))}"
+    dim, largest = q.shape[-1], 256 if device.capability >= HOPPER else 128
+    if not extra and dim % 8:
+        return f"head dim {dim} is not a multiple of 8"
+    if dim + extra > largest:
+        return f"head dim {dim + extra} is above {largest}"
+    if min(q.shape[1], k.shape[1]) < shortest:
+        return f"fewer than {shortest} queries or keys: XLA's form is as fast"
+    return None
+
+
+def attend(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    *,
+    scale: float,
+    key_bias: Float[Array, "B S"] | None = None,
+) -> Float[Array, "B T N D"]:
+    """Computes softmax(scale q k^T + key_bias) v, for arguments without :func:`misfit`.
+
+    Args:
+      q: queries (B, T, N, D) in bfloat16 or float16.
+      k: keys (B, S, N, D).
+      v: values (B, S, N, D).
+      scale: factor of the products.
+      key_bias: added to the logits of each key (B, S), float32, at least :data:`NEVER`, which
+        excludes a key; it takes :data:`BIAS_COLUMNS` of the head dim. None: 0.
+
+    Returns:
+      (B, T, N, D) in the type of ``v``; it can be differentiated.
+    """
+    if key_bias is None:
+        return _attend(q, k, v, scale)
+    columns = split_in_three(key_bias / BIAS_UNIT, k.dtype)[:, :, None]  # (B, S, 1, 3)
+    columns = jnp.broadcast_to(columns, (*k.shape[:3], BIAS_COLUMNS))
+    units = jnp.full((*q.shape[:3], BIAS_COLUMNS), BIAS_UNIT, q.dtype)
+    q = jnp.concatenate([(q * scale).astype(q.dtype), units], -1)
+    return attend_augmented(q, jnp.concatenate([k, columns], -1), v, scale=1.0)
+
+
+def attend_augmented(
+    q: Float[Array, "B T N E"],
+    k: Float[Array, "B S N E"],
+    v: Float[Array, "B S N D"],
+    *,
+    scale: float = 1.0,
+) -> Float[Array, "B T N D"]:
+    """Computes softmax(scale q k^T) v for queries and keys with more columns than the values.
+
+    Masks and biases ride on the product in the columns that queries and keys have more. cuDNN wants
+    equal head dims, multiples of 8: zeros are appended, to the values too, and cut off.
+
+    Args:
+      q: queries (B, T, N, E) with E >= D, in bfloat16 or float16.
+      k: keys (B, S, N, E).
+      v: values (B, S, N, D).
+      scale: factor of the products.
+
+    Returns:
+      (B, T, N, D) in the type of ``v``; it can be differentiated.
+    """
+    dim = v.shape[-1]
+    width = -(-q.shape[-1] // 8) * 8
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (q, k, v))
+    return _attend(q, k, v, scale)[..., :dim]
+
+
+def split_in_three(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "... 3"]:
+    """Returns three numbers of a short type (..., 3) that sum up to a float32 number (...).
+
+    Args:
+      x: float32 (...).
+      dtype: bfloat16 or float16.
+    """
+    info = jnp.finfo(dtype)
+    parts = []
+    for _ in range(BIAS_COLUMNS):
+        # Unlike a pair of conversions, the compiler may not leave this rounding out.
+        parts.append(lax.reduce_precision(x, info.nexp, info.nmant))
+        x = x - parts[-1]
+    return jnp.stack(parts, -1).astype(dtype)
+
+
+def _attend(q, k, v, scale):
+    if q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0:
+        return _library(q, k, v, scale)
+    return _attend_odd(q, k, v, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend_odd(q, k, v, scale):
+    """Attends with odd lengths, which cuDNN does not take where it keeps statistics."""
+    return _library(q, k, v, scale)
+
+
+def _forward_odd(q, k, v, scale):
+    return jax.vjp(functools.partial(_attend_even, scale=scale), q, k, v)
+
+
+def _backward_odd(scale, vjp, d_output):
+    return vjp(d_output)
+
+
+_attend_odd.defvjp(_forward_odd, _backward_odd)
+
+
+def _attend_even(q, k, v, scale):
+    """Attends with one token more where a length is odd; no query attends to it."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    # The query more attends like the others, and its gradient is zero: nothing is undefined.
+    lengths = jnp.full(k.shape[:1], num_keys, jnp.int32) if num_keys % 2 else None
+    return _library(q, k, v, scale, lengths)[:, :num_queries]
+
+
+def _library(q, k, v, scale, num_keys=None):
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=num_keys, implementation=IMPLEMENTATION
+    )

@@ -1,0 +1,140 @@
+"""Keeps compiled programs on disk, so that a resumed run and other commands start in seconds.
+
+jax writes the entries of its compilation cache in place: a full disk or a kill leaves a cut entry,
+which jax cannot read and never replaces. :func:`keep_compiled` deletes such entries, and the least
+recently used ones of a folder that has grown too large.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import zlib
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+OFF = "off"
+MAX_BYTES = 5 * 2**30  # of a folder when a process starts
+_ENTRIES = "*-cache"  # jax's names
+_CHECKED = "checked"  # file whose time says which entries were whole
+_ZLIB = b"\x78"  # first byte of what zlib wrote; with zstandard installed, jax uses that
+
+_decided = False
+
+
+def keep_compiled(config: ConfigDict) -> None:
+    """Makes jax keep the programs that it compiles, and use those of earlier processes.
+
+    The first call in a process decides. It changes nothing if jax already has a folder
+    (``JAX_COMPILATION_CACHE_DIR``). A folder that cannot be written gives a warning, and nothing is
+    kept. Of several processes only the first one writes, so they need a shared folder.
+
+    Args:
+      config: reads `compilation_cache`.
+    """
+    global _decided
+    if _decided or jax.config.jax_compilation_cache_dir or config.compilation_cache == OFF:
+        _decided = True
+        return
+    _decided = True
+    try:
+        folder = _folder(config.compilation_cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        delete_damaged(folder)
+        delete_oldest(folder, MAX_BYTES)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        reason = getattr(error, "strerror", None) or error
+        logging.warning("compiled programs are not kept: %s (config.compilation_cache)", reason)
+        return
+    compilation_cache.set_cache_dir(str(folder))
+
+
+def _folder(name: str) -> Path:
+    """Returns the folder of this kind of machine: programs for a CPU may not run on another one."""
+    if name:
+        folder = Path(name).expanduser()
+    else:
+        caches = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(caches) if caches else Path.home() / ".cache") / "tokenvit_jax"
+    backend = jax.default_backend()
+    return folder / (f"cpu-{_cpu_digest()}" if backend == "cpu" else backend)
+
+
+def _cpu_digest() -> str:
+    """Returns a digest of the instructions that this CPU has."""
+    try:
+        found = re.search(r"(?m)^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    text = found[0] if found else platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {text}".encode()).hexdigest()[:8]
+
+
+def delete_damaged(folder: Path) -> None:
+    """Deletes entries that were not written to their end; reads those since the last call only.
+
+    Args:
+      folder: folder of jax's compilation cache, which must be writable.
+
+    Raises:
+      OSError: the folder cannot be read or written.
+    """
+    checked = folder / _CHECKED
+    last = checked.stat().st_mtime_ns if checked.exists() else 0
+    now = folder / f"{_CHECKED}-{os.getpid()}"
+    now.touch()  # the clock of the folder's file system, before anything is read
+    for entry in folder.glob(_ENTRIES):
+        try:
+            if entry.stat().st_mtime_ns >= last and not _is_whole(entry):
+                entry.unlink()
+                logging.warning("%s was not written to its end: deleted", entry)
+        except FileNotFoundError:  # another process deleted it
+            continue
+    now.replace(checked)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Returns whether an entry can be decompressed; True where zlib does not tell."""
+    with entry.open("rb") as file:
+        part = file.read(2**20)
+        if part and not part.startswith(_ZLIB):
+            return True
+        decompressor = zlib.decompressobj()
+        try:
+            while part:
+                while part:  # at most 16 MiB at once
+                    decompressor.decompress(part, 2**24)
+                    part = decompressor.unconsumed_tail
+                part = file.read(2**20)
+        except zlib.error:
+            return False
+    return decompressor.eof
+
+
+def delete_oldest(folder: Path, max_bytes: int) -> None:
+    """Deletes the least recently used entries until the others have at most so many bytes.
+
+    Args:
+      folder: folder of jax's compilation cache.
+      max_bytes: size that stays [bytes].
+
+    Raises:
+      OSError: the folder cannot be read or written.
+    """
+    entries = []
+    for entry in folder.glob(_ENTRIES):
+        try:
+            stat = entry.stat()
+        except FileNotFoundError:  # another process deleted it
+            continue
+        entries.append((max(stat.st_atime_ns, stat.st_mtime_ns), stat.st_size, entry))
+    size = sum(size for _, size, _ in entries)
+    for _, bytes_of_entry, entry in sorted(entries):
+        if size <= max_bytes:
+            break
+        entry.unlink(missing_ok=True)
+        size -= bytes_of_entry
