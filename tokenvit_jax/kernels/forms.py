@@ -37,10 +37,6 @@ FORMS: dict[str, dict[str, str]] = {
         "the forward pass",
         "cuda": "Pallas: all gradients in one pass; compiled for an H200: no spills",
     },
-    "distances": {
-        "default": "products in full precision",
-        "cuda": "three products in TF32: equal assignments, 1.3 times as fast on an H100",
-    },
     "gelu gradient": {
         "cuda": "Pallas: one pass, with the gradient of the bias",
         "default": "XLA's operations",
