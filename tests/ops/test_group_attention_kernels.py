@@ -168,3 +168,5 @@ def test_sums_of_groups():
     assert_all_close(
         ops.GroupSums(found[..., :-1], found[..., -1]), ops.group_sums(q, groups, 5), 2e-6
     )
+    gradient = jax.grad(lambda q: sum_groups(q, groups, 5, interpret=True).sum())(q)
+    np.testing.assert_array_equal(gradient, 0)
