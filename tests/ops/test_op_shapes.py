@@ -295,6 +295,9 @@ CALLS = {
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
     "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_stripes": [
+        ((MAP, MAP, MAP, (3, 4), (6, 2)), {"interlaced": True, "scale": 1.0})
+    ],
     "window_attention.attend_windows": [
         ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
     ],
