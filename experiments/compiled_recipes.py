@@ -3,6 +3,7 @@
     python -m experiments.compiled_recipes                  # all rows that are missing: hours
     python -m experiments.compiled_recipes dgt_t deit_s     # these recipes
     python -m experiments.compiled_recipes dgt_t h100x8     # on these targets
+    python -m experiments.compiled_recipes page             # no row: writes the page
 
 No device is needed, but the compilers are (see docs/compiling.md). Each row is compiled in a
 process of its own and stored at once in `docs/benchmarks/compiled.jsonl`. Rows that are there are
@@ -96,9 +97,12 @@ def run(recipe: str, target: str, batch: int) -> Row:
 def main() -> None:
     """Compiles what is missing and writes the page after every row."""
     asked = sys.argv[1:]
+    unknown = set(asked) - {*TARGETS, *recipes(), "page"}
+    if unknown:
+        sys.exit(f"error: {', '.join(unknown)}; valid: {', '.join([*TARGETS, *recipes(), 'page'])}")
     targets = [name for name in TARGETS if name in asked] or TARGETS
     names = [name for name in recipes() if name in asked] or recipes()
-    for recipe in names:
+    for recipe in names if "page" not in asked else ():
         for target in targets:
             if any((row["recipe"], row["target"]) == (recipe, target) for row in read_rows()):
                 continue

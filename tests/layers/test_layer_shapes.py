@@ -30,7 +30,6 @@ FUNCTIONS = {
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
     "conv.fold": ((floats(8, 5), floats(5), floats(8), floats(8)), {}),
-    "conv.folded_batch_norm": ((), {"axis_name": None}),
     "conv.product": ((TOKENS, floats(8, 5)), {}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
     "cosine.unit_length": ((TOKENS,), {}),
@@ -46,9 +45,8 @@ MODULES = {
     "blocks.PatchEmbedding": (layers.PatchEmbedding(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "cluster_attention.ClusterAttention": (layers.ClusterAttention(2, (4, 2)), (MAP, True), {}),
     "conv.Conv3x3": (layers.Conv3x3(5, 2), (floats(2, 6, 5, 3),), {}),
-    "conv.DepthwiseConv3x3": (layers.DepthwiseConv3x3(), (MAP,), {}),
     "conv.FoldedBatchNorm": (
-        layers.conv.folded_batch_norm(axis_name=None), (floats(2, 8), 8, 3),
+        layers.conv.FoldedBatchNorm(), (floats(2, 8), 8, 3),
         {"use_running_average": False},
     ),
     "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import cluster_sums
+from tokenvit_jax.kernels import cluster_sums, cluster_sums_tpu
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 
 NUM_CLUSTERS = 5
@@ -143,8 +143,8 @@ def test_mistakes(change, message):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
-def test_kernels(dtype):
-    """Kernels for GPUs, interpreted: two blocks of tokens, clusters and channels, all ragged."""
+def test_kernels(dtype, monkeypatch):
+    """Kernels, interpreted: on a GPU two blocks of tokens, clusters and channels, all ragged."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 75, 70)), dtype)
     assignment = rng.choice(67, (2, 75)).astype(np.int32)  # of 70: some are empty
@@ -163,6 +163,12 @@ def test_kernels(dtype):
     expected = np.einsum("bnm,bnc->bmc", weights, exact_x) / sums[..., None]
     np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
     assert means.dtype == jnp.float32
+    monkeypatch.setattr(cluster_sums_tpu, "BLOCK", 64)
+    on_tpu = jax.jit(lambda x, at, s: cluster_sums_tpu.means(x, at, s, 70, 1e-6, interpret=True))(
+        x, assignment, scores
+    )
+    for a, b in zip(on_tpu, (means, shift, total), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     found = cluster_sums.sums_by_kernel(x, assignment, 70, interpret=True)
     assert found.dtype == dtype
     expected = np.einsum("bnm,bnc->bmc", member.astype(float), exact_x)

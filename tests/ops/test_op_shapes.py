@@ -10,6 +10,7 @@ from shape_checks import check_call, missing_annotations, public_callables, trac
 from tokenvit_jax import kernels, ops
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.depthwise_block import Block
+from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
@@ -46,6 +47,10 @@ TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
 AFFINE = ops.BatchAffine(*(floats(7),) * 4)
+SORTED = SortedGroups(
+    integers(2, 3, 12), integers(2, 3, 5), integers(2, 3, 4, 6),
+    jnp.zeros((2, 3, 4, 11), jnp.int16),
+)  # fmt: skip
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
@@ -97,6 +102,8 @@ CALLS = {
     "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
+    "cluster_sums_tpu.misfit": [((5, 7), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
@@ -115,6 +122,9 @@ CALLS = {
         ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
         ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
     ],
+    "density_peaks.insert_entry": [
+        ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
+    ],
     "density_peaks.misfit": [((7, 5), {})],
     "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
     "density_peaks.nearest_denser": [
@@ -123,6 +133,10 @@ CALLS = {
     "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
     "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
+    "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
+    "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
     "depthwise_block.block_backward": [
         ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
          {"block": Block(), "interpret": True}),
@@ -174,10 +188,24 @@ CALLS = {
     "group_attention_fused.attend_fused": [
         ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
     ],
+    "group_attention_heads.attend_heads": [
+        ((Q, Q, Q, floats(3, 4, 8), 5, 1.0), {"interpret": True})
+    ],
+    "group_attention_heads.heads_misfit": [((Q, 4), {})],
+    "group_attention_heads.selected_keys": [
+        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
+    ],
+    "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
+    "group_attention_sorted.sort_groups": [
+        ((integers(2, 3, 11), floats(2, 3, 4, 11), 5), {"interpret": True})
+    ],
+    "group_attention_sorted.sorted_misfit": [((Q, 5), {})],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
+    "group_routing.assign_misfit": [((Q, 4), {})],
     "group_routing.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
     "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],
@@ -207,6 +235,9 @@ CALLS = {
     ],
     "mix_boxes.mix_boxes": [((floats(2, 6, 4, 5), integers(4)), {})],
     "mix_boxes.neighbors": [((TOKENS,), {})],
+    "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
+    "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
+    "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "pale_attention.pale_attention": [
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
@@ -255,6 +286,11 @@ CALLS = {
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
+    "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_windows": [
+        ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
+    ],
+    "window_attention.misfit_of_tiles": [((*SHORT, 13), {})],
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})

@@ -31,7 +31,7 @@ PARTS = (
     ("batch: mixing, normalisation", r"prepare|mix_batch|draw_mixing|random|threefry|normalize"),
 )  # fmt: skip
 _MODEL = re.compile(r"jvp\(|transpose\(")
-OTHER_MODEL, OTHER = "model, the rest", "optimizer, averages, metrics"
+OTHER_MODEL, OTHER = "model, the rest", "outside the model: optimizer, averages, metrics"
 
 # Parts of an origin that are no layers.
 _NO_LAYER = re.compile(
@@ -106,7 +106,7 @@ def part_of(origin: str) -> str:
     for name, pattern in PARTS:
         if re.search(pattern, origin):
             return name
-    return OTHER_MODEL if _MODEL.search(origin) else OTHER
+    return OTHER_MODEL if _MODEL.search(origin) or module_path(origin) else OTHER
 
 
 def module_path(origin: str) -> str:

@@ -19,22 +19,26 @@ WORD = 1 << WORD_BITS
 # Largest numbers of tokens and groups whose scores fit into the registers of a program.
 MAX_LENGTH = 1024
 MAX_GROUPS = 64
-# Queries that are assigned at a time.
-_QUERIES = 64
+# Queries that are assigned at a time, and how often a program of :func:`assign` does so.
+_QUERIES, _BLOCKS = 64, 4
 _LOWEST = -(2**31)
 
 
 def routing_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
     """Returns why :func:`route` cannot take these queries, or None."""
-    length, dim = q.shape[1], q.shape[3]
+    if q.shape[1] > MAX_LENGTH:
+        return f"{q.shape[1]} tokens are more than {MAX_LENGTH}"
+    return assign_misfit(q, num_groups)
+
+
+def assign_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
+    """Returns why :func:`assign` cannot take these queries, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype}: the tensor cores would round the products"
-    if dim not in (16, 32, 64, 128):
-        return f"head dim {dim} is not a power of two from 16 to 128"
+    if q.shape[3] not in (16, 32, 64, 128):
+        return f"head dim {q.shape[3]} is not a power of two from 16 to 128"
     if num_groups > MAX_GROUPS:
         return f"{num_groups} groups are more than {MAX_GROUPS}"
-    if length > MAX_LENGTH:
-        return f"{length} tokens are more than {MAX_LENGTH}"
     return None
 
 
@@ -60,7 +64,7 @@ def route(
     """
     batch, length, heads, dim = q.shape
     num_groups = centroids.shape[1]
-    words = -(-num_groups // WORD)
+    words = pl.cdiv(num_groups, WORD)
     tokens = pl.BlockSpec((None, length, None, dim), lambda b, n, j: (b, 0, n, 0))
     kernel = functools.partial(_route, length=length, num_groups=num_groups, top_k=top_k)
     return pl.pallas_call(
@@ -81,6 +85,37 @@ def route(
     )(q, k, centroids.astype(q.dtype))
 
 
+def assign(
+    q: Float[Array, "B L N D"], centroids: Float[Array, "N G D"], interpret: bool = False
+) -> Int32[Array, "B N L"]:
+    """Assigns queries to the centroid with the first largest dot product.
+
+    Args:
+      q: queries (B, L, N, D).
+      centroids: (N, G, D), unit norm.
+      interpret: whether to run without a GPU, for tests.
+
+    Returns:
+      The group of each query (B, N, L).
+    """
+    batch, length, heads, dim = q.shape
+    num_groups = centroids.shape[1]
+    parts = pl.cdiv(length, _QUERIES * _BLOCKS)
+    return pl.pallas_call(
+        lambda *refs: _assign(*refs, pl.program_id(2), parts, length, num_groups),
+        grid=(batch, heads, parts),
+        in_specs=[
+            pl.BlockSpec((None, length, None, dim), lambda b, n, j: (b, 0, n, 0)),
+            pl.BlockSpec((None, num_groups, dim), lambda b, n, j: (n, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, length), lambda b, n, j: (b, n, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, length), jnp.int32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="assign",
+    )(q, centroids.astype(q.dtype))
+
+
 def unpack(words: Int32[Array, "B N words L"], num_groups: int) -> Bool[Array, "B N L G"]:
     """Returns the mask (B, N, L, G) of the keys that each group selected, from its words."""
     bits = words[..., None] >> jnp.arange(WORD) & 1  # (B, N, words, L, WORD)
@@ -89,7 +124,7 @@ def unpack(words: Int32[Array, "B N words L"], num_groups: int) -> Bool[Array, "
 
 
 def _route(q_ref, k_ref, centroids_ref, groups_ref, words_ref, *, length, num_groups, top_k):
-    part, parts = pl.program_id(2), pl.num_programs(2)
+    part, parts = pl.program_id(2), pl.cdiv(num_groups, WORD)
     _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups)
     rows = pl.next_power_of_2(max(length, 16))
     token = jnp.arange(rows)
@@ -104,7 +139,7 @@ def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
     """Assigns the queries of every block of queries that is this program's part."""
     centroids = _load_centroids(centroids_ref, 0, max(WORD, pl.next_power_of_2(num_groups)))
     column = jnp.arange(centroids.shape[0])[None]
-    blocks = -(-length // _QUERIES)
+    blocks = pl.cdiv(length, _QUERIES)
 
     def assign(i, _):
         start = (part + i * parts) * _QUERIES
@@ -116,8 +151,7 @@ def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
         group = jnp.minimum(first, num_groups - 1)  # NaN equals nothing: keep the index in range
         plt.store(groups_ref.at[pl.ds(start, _QUERIES)], group, mask=inside)
 
-    words = -(-num_groups // WORD)
-    lax.fori_loop(0, -(-blocks // words), assign, None)
+    lax.fori_loop(0, pl.cdiv(blocks, parts), assign, None)
 
 
 def _load_centroids(centroids_ref, start, count):

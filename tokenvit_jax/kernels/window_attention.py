@@ -49,22 +49,46 @@ class _Windows(NamedTuple):
         return tuple(max(16, pl.next_power_of_2(n)) for n in (self.tokens, self.dim))
 
 
-def misfit(q: Array, k: Array, v: Array, window: tuple[int, int]) -> str | None:
+def misfit_of_tiles(q: Array, k: Array, v: Array, tokens: int) -> str | None:
     """Returns why :func:`attend_windows` cannot take the arguments, or None.
 
     Args:
-      q: queries (B, H, W, N, D).
-      k: keys (B, H, W, N, D).
-      v: values (B, H, W, N, D).
-      window: rows and columns of a window.
+      q: queries (..., D).
+      k: keys (..., D).
+      v: values (..., D).
+      tokens: number of tokens of a window.
     """
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype(t)} for t in (jnp.bfloat16, jnp.float16)):
         return f"windows in {q.dtype}, not bfloat16 or float16"
-    if window[0] * window[1] > MAX_TOKENS:
-        return f"windows of more than {MAX_TOKENS} tokens"
+    if tokens > MAX_TOKENS:
+        return f"windows of {tokens} tokens, more than {MAX_TOKENS}"
     if q.shape[-1] > MAX_DIM:
         return f"head dim {q.shape[-1]} is above {MAX_DIM}"
     return None
+
+
+def attend_short(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B L N D"],
+    v: Float[Array, "B L N D"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B L N D"]:
+    """Attends from all to all tokens of a short sequence, as within one window.
+
+    Args:
+      q: queries (B, L, N, D) in bfloat16 or float16.
+      k: keys (B, L, N, D).
+      v: values (B, L, N, D).
+      scale: factor of the products.
+      interpret: whether to run the kernels by jax, for tests.
+
+    Returns:
+      (B, L, N, D) in the type of ``v``.
+    """
+    q, k, v = (x[:, :, None] for x in (q, k, v))
+    return attend_windows(q, k, v, None, (q.shape[1], 1), (0, 0), scale, interpret)[:, :, 0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -72,7 +96,7 @@ def attend_windows(
     q: Float[Array, "B H W N D"],
     k: Float[Array, "B H W N D"],
     v: Float[Array, "B H W N D"],
-    bias: Float[Array, "N tokens tokens"],
+    bias: Float[Array, "N tokens tokens"] | None,
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
@@ -86,7 +110,7 @@ def attend_windows(
       q: queries (B, H, W, N, D) in bfloat16 or float16.
       k: keys (B, H, W, N, D).
       v: values (B, H, W, N, D).
-      bias: summand of the logits (N, h w, h w).
+      bias: summand of the logits (N, h w, h w); None: 0.
       window: (h, w), rows and columns of a window; they divide H and W.
       shift: rows and columns, less than a window, by which the map was rolled up and left.
       scale: factor of the products of queries and keys.
@@ -96,16 +120,17 @@ def attend_windows(
       (B, H, W, N, D) in the type of ``v``.
     """
     call = _call_of(q, window, shift, scale)
+    biases, bias_specs = _biases_of(bias, call)
     return pl.pallas_call(
         functools.partial(_attend, call=call),
         grid=_grid(q, call),
-        in_specs=[_map_spec(q)] * 3 + [_bias_spec(call)],
+        in_specs=[_map_spec(q)] * 3 + bias_specs,
         out_specs=_map_spec(q),
         out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="window_attention",
-    )(q, k, v, _padded(bias, call))
+    )(q, k, v, *biases)
 
 
 def _forward(q, k, v, bias, window, shift, scale, interpret):
@@ -115,29 +140,37 @@ def _forward(q, k, v, bias, window, shift, scale, interpret):
 def _backward(window, shift, scale, interpret, residuals, d_output):
     q, k, v, bias = residuals
     call = _call_of(q, window, shift, scale)
-    tokens, tile = call.tokens, call.tile[0]
+    biases, bias_specs = _biases_of(bias, call)
     chunks, heads = _grid(q, call)
-    *d_maps, d_bias = pl.pallas_call(
+    tiles = (chunks, heads, call.tile[0], call.tile[0])  # each program sums up its windows
+    d_maps = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    d_biases = [jax.ShapeDtypeStruct(tiles, jnp.float32) for _ in biases]
+    d_bias_specs = [
+        pl.BlockSpec((None, None, *tiles[2:]), lambda c, n: (c, n, 0, 0)) for _ in biases
+    ]
+    d_q, d_k, d_v, *d_biases = pl.pallas_call(
         functools.partial(_differentiate, call=call),
         grid=(chunks, heads),
-        in_specs=[_map_spec(q)] * 4 + [_bias_spec(call)],
-        out_specs=[_map_spec(q)] * 3
-        + [pl.BlockSpec((None, None, tile, tile), lambda c, n: (c, n, 0, 0))],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-        + [jax.ShapeDtypeStruct((chunks, heads, tile, tile), jnp.float32)],
+        in_specs=[_map_spec(q)] * 4 + bias_specs,
+        out_specs=[_map_spec(q)] * 3 + d_bias_specs,
+        out_shape=d_maps + d_biases,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="window_attention_gradient",
-    )(q, k, v, d_output.astype(v.dtype), _padded(bias, call))
-    d_bias = d_bias.sum(0)[:, :tokens, :tokens]
-    return *d_maps, d_bias.astype(bias.dtype)
+    )(q, k, v, d_output.astype(v.dtype), *biases)
+    if bias is None:
+        return d_q, d_k, d_v, None
+    d_bias = d_biases[0].sum(0)[:, : call.tokens, : call.tokens]
+    return d_q, d_k, d_v, d_bias.astype(bias.dtype)
 
 
 attend_windows.defvjp(_forward, _backward)
 
 
-def _attend(q_ref, k_ref, v_ref, bias_ref, out_ref, *, call):
-    first, bias = pl.program_id(0) * call.steps, bias_ref[...]
+def _attend(q_ref, k_ref, v_ref, *refs, call):
+    *bias_refs, out_ref = refs
+    first = pl.program_id(0) * call.steps
+    biases = [ref[...] for ref in bias_refs]
 
     def attend(step, carry):
         place, is_token, same = _place_of(first + step, call)
@@ -145,7 +178,7 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, out_ref, *, call):
             plt.load(ref.at[place], mask=is_token, other=0.0) for ref in (q_ref, k_ref, v_ref)
         )
         q = (q * call.scale).astype(q.dtype)
-        logits = jnp.where(same, plt.dot(q, k.T) + bias, EXCLUDED)
+        logits = jnp.where(same, sum(biases, plt.dot(q, k.T)), EXCLUDED)
         weights = jnp.exp(logits - logits.max(1, keepdims=True))
         total = weights.sum(1, keepdims=True)
         output = plt.dot(weights.astype(v.dtype), v) / total
@@ -155,12 +188,12 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, out_ref, *, call):
     lax.fori_loop(0, call.steps, attend, 0)
 
 
-def _differentiate(
-    q_ref, k_ref, v_ref, d_out_ref, bias_ref, d_q_ref, d_k_ref, d_v_ref, d_bias_ref, *, call
-):
+def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
+    has_bias = len(refs) == 5
+    bias_refs, (d_q_ref, d_k_ref, d_v_ref) = refs[:has_bias], refs[has_bias : has_bias + 3]
     first = pl.program_id(0) * call.steps
 
-    def differentiate(step, d_bias):
+    def differentiate(step, d_biases):
         place, is_token, same = _place_of(first + step, call)
         load = lambda ref: plt.load(ref.at[place], mask=is_token, other=0.0)  # noqa: E731
 
@@ -169,7 +202,8 @@ def _differentiate(
 
         q, k, v, d_out = load(q_ref), load(k_ref), load(v_ref), load(d_out_ref)
         q = (q * call.scale).astype(q.dtype)
-        logits = jnp.where(same, plt.dot(q, k.T) + bias_ref[...], EXCLUDED)
+        logits = sum((ref[...] for ref in bias_refs), plt.dot(q, k.T))
+        logits = jnp.where(same, logits, EXCLUDED)
         weights = jnp.exp(logits - logits.max(1, keepdims=True))
         weights = weights / weights.sum(1, keepdims=True)
         store(d_v_ref, plt.dot(weights.astype(v.dtype).T, d_out))
@@ -178,11 +212,12 @@ def _differentiate(
         short = d_logits.astype(q.dtype)
         store(d_q_ref, plt.dot(short, k) * call.scale)
         store(d_k_ref, plt.dot(short.T, q))
-        return d_bias + d_logits
+        return [d_bias + d_logits for d_bias in d_biases]
 
-    d_bias_ref[...] = lax.fori_loop(
-        0, call.steps, differentiate, jnp.zeros(d_bias_ref.shape, jnp.float32)
-    )
+    start = [jnp.zeros(ref.shape, jnp.float32) for ref in bias_refs]
+    d_biases = lax.fori_loop(0, call.steps, differentiate, start)
+    for ref, d_bias in zip(refs[has_bias + 3 :], d_biases, strict=True):
+        ref[...] = d_bias
 
 
 def _place_of(index, call):
@@ -237,10 +272,11 @@ def _map_spec(q):
     return pl.BlockSpec((*q.shape[:3], None, channels), lambda c, n: (0, 0, 0, n, 0))
 
 
-def _bias_spec(call):
-    return pl.BlockSpec((None, call.tile[0], call.tile[0]), lambda c, n: (n, 0, 0))
-
-
-def _padded(bias, call):
+def _biases_of(bias, call):
+    """Returns the bias padded to tiles, if there is one, and its block."""
+    if bias is None:
+        return [], []
     padding = (0, call.tile[0] - call.tokens)
-    return jnp.pad(bias.astype(jnp.float32), ((0, 0), padding, padding))
+    block = (None, call.tile[0], call.tile[0])
+    padded = jnp.pad(bias.astype(jnp.float32), ((0, 0), padding, padding))
+    return [padded], [pl.BlockSpec(block, lambda c, n: (n, 0, 0))]

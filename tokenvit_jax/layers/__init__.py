@@ -9,7 +9,7 @@ from tokenvit_jax.layers.blocks import (
     gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
-from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
+from tokenvit_jax.layers.conv import Conv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
@@ -27,7 +27,6 @@ __all__ = [
     "ConditionalPositionEncoding",
     "Conv3x3",
     "CosineWindowAttention",
-    "DepthwiseConv3x3",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from tokenvit_jax import ops
 from tokenvit_jax.layers.norm import BatchNorm
+from tokenvit_jax.ops.batch_norm import affine_of, over_devices
 
 # Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -17,7 +17,6 @@ conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 linear_init = nn.initializers.truncated_normal(0.02)
 # The fan-out of a depthwise kernel is its nine entries.
 depthwise_init = nn.initializers.normal((2 / 9) ** 0.5)
-BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5}
 
 
 class Conv3x3(nn.Module):
@@ -43,24 +42,6 @@ class Conv3x3(nn.Module):
         )(x)
 
 
-class DepthwiseConv3x3(nn.Module):
-    """3x3 depthwise convolution with padding 1: (B, H, W, C) -> (B, H, W, C).
-
-    Attributes:
-      dtype: type of the computation.
-      use_bias: whether a bias is added.
-    """
-
-    dtype: Any = jnp.float32
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        kernel = self.param("kernel", depthwise_init, (3, 3, x.shape[-1]))
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else None
-        return ops.depthwise_block(x.astype(self.dtype), kernel, bias)[0]
-
-
 class Weights(nn.Module):
     """Kernel and bias of a layer that an operator computes together with its neighbours.
 
@@ -82,10 +63,11 @@ class Weights(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 
-class FoldedBatchNorm(nn.BatchNorm):
+class FoldedBatchNorm(BatchNorm):
     """BatchNorm as factors and offsets of channels, which a neighbour takes along.
 
-    It has the parameters and statistics of `nn.BatchNorm`, of which it also takes the attributes.
+    It has the attributes, parameters and statistics of :class:`BatchNorm`; its type of the result
+    is that of the parameters.
     """
 
     @nn.compact
@@ -94,6 +76,7 @@ class FoldedBatchNorm(nn.BatchNorm):
         sums: Float[Array, "2 C"] | None,
         channels: int,
         count: int,
+        input_bias: Float[Array, " C"] | None = None,
         *,
         use_running_average: bool,
     ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
@@ -104,28 +87,26 @@ class FoldedBatchNorm(nn.BatchNorm):
             part of the batch on this device. Not used with the running averages.
           channels: C.
           count: number of values of a channel that were added.
+          input_bias: bias of the normalized values, which neither the sums nor the values that are
+            scaled contain. The statistics of a batch cancel it.
           use_running_average: whether the statistics are the running averages.
         """
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        shift = 0 if input_bias is None else input_bias
         if use_running_average:
-            return _affine(mean.value, var.value, scale, bias, self.epsilon)
+            factor = lax.rsqrt(var.value + self.epsilon) * scale
+            return factor, bias - (mean.value - shift) * factor
         if self.axis_name is not None and not self.is_initializing():
-            sums = lax.psum(sums, self.axis_name)
-            count = count * lax.psum(1, self.axis_name)
-        batch_mean, mean_square = sums / count
-        batch_var = jnp.maximum(0.0, mean_square - batch_mean * batch_mean)
+            sums = over_devices(sums, self.axis_name)
+            count = count * lax.axis_size(self.axis_name)
+        affine = affine_of(sums, count, scale, bias, self.epsilon)
         if not self.is_initializing():
-            for average, value in ((mean, batch_mean), (var, batch_var)):
+            for average, value in ((mean, affine.mean + shift), (var, affine.var)):
                 average.value = self.momentum * average.value + (1 - self.momentum) * value
-        return _affine(batch_mean, batch_var, scale, bias, self.epsilon)
-
-
-def _affine(mean, var, scale, bias, epsilon):
-    factor = lax.rsqrt(var + epsilon) * scale
-    return factor, bias - mean * factor
+        return affine.factor, affine.offset
 
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:
@@ -156,13 +137,3 @@ def batch_norm(
       name: name of the module; None: linen chooses it.
     """
     return BatchNorm(dtype=dtype, axis_name=axis_name, with_gelu=with_gelu, name=name)
-
-
-def folded_batch_norm(*, axis_name: str | None, name: str | None = None) -> FoldedBatchNorm:
-    """Returns BatchNorm over the global batch as factors and offsets.
-
-    Args:
-      axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
-      name: name of the module; None: linen chooses it.
-    """
-    return FoldedBatchNorm(**BATCH_NORM, axis_name=axis_name, name=name)

@@ -10,10 +10,10 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import (
+    FoldedBatchNorm,
     Weights,
     depthwise_init,
     fold,
-    folded_batch_norm,
     linear_init,
     product,
 )
@@ -43,7 +43,7 @@ class SeparableProjection(nn.Module):
         channels = x.shape[-1]
         kernel, _ = Weights((3, 3, channels), depthwise_init, use_bias=False, name="depthwise")()
         x, sums = ops.depthwise_block(x.astype(self.dtype), kernel, with_sums=train)
-        norm = folded_batch_norm(axis_name=self.axis_name, name="norm")
+        norm = FoldedBatchNorm(axis_name=self.axis_name, name="norm")
         affine = norm(sums, channels, x.size // channels, use_running_average=not train)
         weights = Weights((channels, channels), linear_init, name="pointwise")()
         kernel, bias = fold(*weights, *affine)  # the linear layer takes the norm along

@@ -20,11 +20,11 @@ from tokenvit_jax.layers import (
     batch_norm,
 )
 from tokenvit_jax.layers.conv import (
+    FoldedBatchNorm,
     Weights,
     conv_init,
     depthwise_init,
     fold,
-    folded_batch_norm,
     product,
 )
 from tokenvit_jax.models.backbone import Variables
@@ -104,9 +104,9 @@ class InvertedResidualFFN(nn.Module):
         channels, pixels = x.shape[-1], x.size // x.shape[-1]
         hidden = self.ratio * channels
 
-        def norm(name, sums, channels=hidden):
-            layer = folded_batch_norm(axis_name=self.axis_name, name=name)
-            return layer(sums, channels, pixels, use_running_average=not train)
+        def norm(name, sums, channels=hidden, input_bias=None):
+            layer = FoldedBatchNorm(axis_name=self.axis_name, name=name)
+            return layer(sums, channels, pixels, input_bias, use_running_average=not train)
 
         # Each of the three steps on the hidden map reads and writes it once: GELU and norm1 are
         # taken along by the depthwise convolution, and norm2 by the kernel of "reduce".
@@ -123,19 +123,10 @@ class InvertedResidualFFN(nn.Module):
         weights = Weights((hidden, channels), conv_init, name="reduce")()
         kernel, bias = fold(*weights, factor, offset)
         x = product(x, kernel)
-        return self._normalize(x, bias, norm, train)
-
-    def _normalize(self, x, bias, norm, train):
-        """Adds the bias and applies norm3."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sums = None
-        if train:
-            # The sums of x + bias follow from those of x.
-            total, squares = wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))
-            shifted = bias * (x.size // x.shape[-1])
-            sums = jnp.stack([total + shifted, squares + bias * (2 * total + shifted)])
-        factor, offset = norm("norm3", sums, x.shape[-1])
-        return (wide * factor + (offset + bias * factor)).astype(self.dtype)
+        sums = jnp.stack([wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))]) if train else None
+        factor, offset = norm("norm3", sums, channels, bias)
+        return (wide * factor + offset).astype(self.dtype)
 
 
 class DGTBlock(nn.Module):

@@ -15,6 +15,7 @@ from tokenvit_jax.kernels.attention import (
 )
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_logits
+from tokenvit_jax.kernels.window_attention import MAX_TOKENS, attend_short, misfit_of_tiles
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
@@ -55,17 +56,26 @@ def dot_product_attention(
     if key_mask is not None and key_mask.shape != k.shape[:2]:
         raise ValueError(f"key_mask has shape {key_mask.shape}; expected {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    on_cpu, by_cudnn, elsewhere = (
-        functools.partial(form, scale=scale)
-        for form in (attend_heads_first, attend_by_cudnn, attend_by_library)
+    on_cpu, elsewhere = (
+        functools.partial(form, scale=scale) for form in (attend_heads_first, attend_by_library)
     )
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v, key_mask)
-    misfit = cudnn.misfit(q, k, v, extra=0 if key_mask is None else cudnn.BIAS_COLUMNS)
+    on_gpu, misfit = _gpu_form(q, k, v, key_mask, scale)
     return by_platform(
-        "attention", q, k, v, key_mask, cpu=on_cpu, cuda=by_cudnn, default=elsewhere,
+        "attention", q, k, v, key_mask, cpu=on_cpu, cuda=on_gpu, default=elsewhere,
         misfits={"cuda": misfit},
     )  # fmt: skip
+
+
+def _gpu_form(q, k, v, key_mask, scale):
+    """Returns the form for a GPU, and why it cannot take the arguments."""
+    if key_mask is None and q.shape[1] == k.shape[1] <= MAX_TOKENS:
+        form = lambda q, k, v, _: attend_short(q, k, v, scale=scale)  # noqa: E731
+        return form, misfit_of_tiles(q, k, v, q.shape[1])
+    extra = 0 if key_mask is None else cudnn.BIAS_COLUMNS
+    form = functools.partial(attend_by_cudnn, scale=scale)
+    return form, cudnn.misfit(q, k, v, extra=extra)
 
 
 class ScoredAttention(NamedTuple):

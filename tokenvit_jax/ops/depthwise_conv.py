@@ -166,8 +166,8 @@ def _block_backward(block, residuals, cotangents):
         misfits={"cuda": kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 4, 5, 6, 7),
     )  # fmt: skip
-    *dkernel, dbias, dshift, dscale = sums.sum(0)
-    dkernel = jnp.stack(dkernel).reshape(kernel.shape)
+    sums = sums.sum(0)
+    dkernel, (dbias, dshift, dscale) = sums[:-3].reshape(kernel.shape), sums[-3:]
     # The operator that deferred the activation has the gradient of its bias.
     dinput_bias = jnp.zeros_like(dshift) if block.deferred else dshift
     if scale is not None and not block.deferred:

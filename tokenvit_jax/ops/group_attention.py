@@ -21,13 +21,29 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_attention_heads import (
+    attend_heads,
+    heads_misfit,
+    selected_keys,
+)
+from tokenvit_jax.kernels.group_attention_sorted import (
+    attend_sorted,
+    sort_groups,
+    sorted_misfit,
+)
 from tokenvit_jax.kernels.group_attention_tiles import (
     attend_tiles,
     num_tiles,
     plan_tiles,
     tile_size,
 )
-from tokenvit_jax.kernels.group_routing import route, routing_misfit, unpack
+from tokenvit_jax.kernels.group_routing import (
+    assign,
+    assign_misfit,
+    route,
+    routing_misfit,
+    unpack,
+)
 from tokenvit_jax.kernels.group_sums import group_sums_misfit, sum_groups
 from tokenvit_jax.kernels.platforms import by_platform, num_devices
 from tokenvit_jax.ops.attention import check_qkv, dot_product_attention
@@ -234,7 +250,7 @@ def update_centroids(
 
 
 def _attend_dense(q, k, v, centroids, top_k, scale):
-    """Attends with all logits: on CPU in chunks of queries, on GPUs in one kernel."""
+    """Attends with all logits: on CPU in chunks of queries, on GPUs and TPUs in kernels."""
 
     def masked(q, k, v, centroids, run):
         groups, keys, scores = _route(q, k, centroids, top_k)
@@ -247,33 +263,69 @@ def _attend_dense(q, k, v, centroids, top_k, scale):
     def at_once(attend, _, *queries):
         return attend(*queries)
 
-    def fused(q, k, v, centroids):
-        routed = [lax.stop_gradient(x) for x in (q, k)]
-        groups, words = route(*routed, centroids, top_k)
-        output = attend_fused(q, k, v, groups, words, scale)
+    def in_order(k, centroids, selected):
         # The compiler leaves this out where nobody reads the keys.
-        scores = _key_scores(jnp.swapaxes(routed[1], 1, 2), centroids)
-        scores = jnp.where(unpack(words, centroids.shape[1]), scores, -jnp.inf)
-        return output, groups, top_indices(jnp.swapaxes(scores, -1, -2), top_k)
+        scores = _key_scores(jnp.swapaxes(lax.stop_gradient(k), 1, 2), centroids)
+        scores = jnp.where(selected, scores, -jnp.inf)
+        return top_indices(jnp.swapaxes(scores, -1, -2), top_k)
 
+    def fused(q, k, v, centroids):
+        groups, words = route(*(lax.stop_gradient(x) for x in (q, k)), centroids, top_k)
+        output = attend_fused(q, k, v, groups, words, scale)
+        return output, groups, in_order(k, centroids, unpack(words, centroids.shape[1]))
+
+    def by_heads(q, k, v, centroids):
+        output, groups, selected = attend_heads(q, k, v, centroids, top_k, scale)
+        return output, groups, in_order(k, centroids, selected_keys(selected, *centroids.shape[:2]))
+
+    num_groups = centroids.shape[1]
     return by_platform(
         "group attention, dense",
         *(q, k, v, centroids),
         cpu=functools.partial(masked, run=map_queries),
         cuda=fused,
+        tpu=by_heads,
         default=functools.partial(masked, run=at_once),
-        misfits={"cuda": _other_types(q, k, v) or routing_misfit(q, centroids.shape[1])},
+        misfits={
+            "cuda": _other_types(q, k, v) or routing_misfit(q, num_groups),
+            "tpu": _other_types(q, k, v) or heads_misfit(q, num_groups),
+        },
         shared=(3,),
     )
 
 
 def _attend_tiles(q, k, v, centroids, top_k, scale):
-    """Attends in tiles of queries of one group."""
+    """Attends to the keys of one group at a time: in tiles of queries, on GPUs in kernels."""
     num_groups = centroids.shape[1]
-    groups, keys, _ = _route(q, k, centroids, top_k)
-    plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+
+    def in_tiles(q, k, v, centroids):
+        groups, keys, _ = _route(q, k, centroids, top_k)
+        plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+
+    def in_kernels(q, k, v, centroids):
+        groups = assign(lax.stop_gradient(q), centroids)
+        scores = jnp.einsum(
+            "bngd,blnd->bngl",
+            *(_per_image(centroids, k), lax.stop_gradient(k)),
+            preferred_element_type=jnp.float32,
+        )
+        routing = sort_groups(groups, scores, top_k)
+        # The compiler leaves this out where nobody reads the keys.
+        scores = jnp.where(routing.places < 0, -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+        output = attend_sorted(q, k, v, routing, scale)
+        return output, groups, top_indices(scores, top_k)
+
+    misfit = _other_types(q, k, v) or assign_misfit(q, num_groups) or sorted_misfit(q, top_k)
+    return by_platform(
+        "group attention, tiles",
+        *(q, k, v, centroids),
+        cuda=in_kernels,
+        default=in_tiles,
+        misfits={"cuda": misfit},
+        shared=(3,),
+    )
 
 
 def _other_types(q, k, v):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tokenvit_jax.kernels import cluster_sums_tpu
 from tokenvit_jax.kernels.cluster_sums import (
     means_by_kernel,
     sums_by_kernel,
@@ -95,6 +96,10 @@ def _weighted_means(tokens, assignment, scores, num_clusters):
         cpu=by(_largest_by_scatter, sums_by_scatter),
         default=by(_largest_by_comparison, sums_by_products),
         cuda=functools.partial(means_by_kernel, num_clusters=num_clusters, epsilon=EPSILON),
+        tpu=functools.partial(
+            cluster_sums_tpu.means, num_clusters=num_clusters, epsilon=EPSILON
+        ),
+        misfits={"tpu": cluster_sums_tpu.misfit(num_clusters, tokens.shape[2])},
     )  # fmt: skip
 
 

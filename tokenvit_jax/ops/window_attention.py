@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from tokenvit_jax.kernels.attention import attend
 from tokenvit_jax.kernels.chunked import one_by_one
 from tokenvit_jax.kernels.platforms import by_platform, device_batch
-from tokenvit_jax.kernels.window_attention import attend_windows, misfit
+from tokenvit_jax.kernels.window_attention import attend_windows, misfit_of_tiles
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.windows import to_map, to_windows
 
@@ -87,7 +87,7 @@ def window_attention(
         cpu=functools.partial(with_logits, run=one_by_one if logits > MAX_LOGITS else at_once),
         cuda=in_place,
         default=functools.partial(with_logits, run=at_once),
-        misfits={"cuda": misfit(q, k, v, window)},
+        misfits={"cuda": misfit_of_tiles(q, k, v, bias.shape[-1])},
         shared=(3,),
     )  # fmt: skip
 
