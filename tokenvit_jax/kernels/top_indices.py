@@ -65,7 +65,8 @@ def _count_kernel(scores, chosen):
         raw = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
         return raw ^ ((raw >> 31) & 0x7FFFFFFF)
 
-    own = ordered(0, padded)
+    # jax 0.12 refuses slices that are known to end beyond an array, even if masked.
+    own = ordered(pl.program_id(0) * 0, padded)
 
     def count(i, place):
         other, number = ordered(i * block, block)[:, None], _range(i * block, block)[:, None]
