@@ -131,8 +131,8 @@ def test_attention_by_heads_equals_the_dense_form(monkeypatch):
 
     def by_heads(q, k, v):
         unit = unit_norm(centroids)
-        output, groups, selected = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
-        return output, groups, selected_keys(selected, 4, 5)
+        output, groups, bias = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
+        return output, groups, selected_keys(bias, 4, 5)
 
     _, groups, selected = jax.jit(by_heads)(*arrays[:3])
     expected = dense(*arrays[:3], centroids)
@@ -168,3 +168,5 @@ def test_sums_of_groups():
     assert_all_close(
         ops.GroupSums(found[..., :-1], found[..., -1]), ops.group_sums(q, groups, 5), 2e-6
     )
+    gradient = jax.grad(lambda q: sum_groups(q, groups, 5, interpret=True).sum())(q)
+    np.testing.assert_array_equal(gradient, 0)

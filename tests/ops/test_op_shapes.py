@@ -193,7 +193,7 @@ CALLS = {
     ],
     "group_attention_heads.heads_misfit": [((Q, 4), {})],
     "group_attention_heads.selected_keys": [
-        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
+        ((floats(2, 1, 11, 192), 3, 4), {})
     ],
     "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
     "group_attention_sorted.sort_groups": [

@@ -46,17 +46,19 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "bfloat16 and float16: one kernel routes, one attends; compiled for an H200 (128 "
         "images of 784 tokens, training) 4 launches and 0.1 ms of floor instead of 248 and 4.2",
         "default": "all queries at once",
-        "tpu": "one kernel for an image's heads, up to 1,024 tokens: no logits in memory, and the "
-        "selection in registers",
+        "tpu": "one program for the heads of an image that fill a register, up to 4,096 tokens: "
+        "neither logits nor scores go through memory",
     },
     "group attention, tiles": {
         "cuda": "bfloat16 and float16: kernels that read the queries and keys of a group in place; "
         "compiled for an H200 (128 images of 3,136 tokens, training) 10 launches and 0.5 ms of "
         "floor instead of 46 and 3.8",
         "default": "gathers the queries of each tile and the keys of each group",
+        "tpu": "that of the dense path, up to 4,096 tokens: no sort, gather or scatter",
     },
     "group sums": {
-        "cuda": "one pass over the queries; compiled for an H200: a fifth of the bytes",
+        "cuda": "one pass over the queries; compiled for an H200 (128 images of 3,136 tokens) "
+        "0.02 ms of floor instead of 0.14",
         "default": "products with the membership matrix in full precision",
     },
     "k-means": {
@@ -133,8 +135,9 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "top indices": {
         "cpu": "lax.top_k: several times as fast as sorting",
-        "cuda": "up to 1,024 scores: a kernel that counts the larger scores; compiled for an H200, "
-        "1 launch in place of 3; more: lax.top_k on each device",
+        "cuda": "up to 256 scores: a kernel that counts the larger ones of each; compiled for an "
+        "H200, 1 launch in place of 3; more: lax.top_k of one device's images: on an H100, for 98 "
+        "of 784 tokens in each of 48 groups, 1.3 ms instead of 3.6",
         "default": "sorting, which the compiler can divide over devices",
     },
     "updates of vectors": {

@@ -25,13 +25,14 @@ def group_sums_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None
     return None
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def sum_groups(
     q: Float[Array, "B L N D"],
     groups: Int32[Array, "B N L"],
     num_groups: int,
     interpret: bool = False,
 ) -> Float[Array, "parts N G D+1"]:
-    """Sums the unit-norm queries in each group over parts of the batch.
+    """Sums the unit-norm queries in each group over parts of the batch; no gradient passes.
 
     Args:
       q: queries (B, L, N, D).
@@ -58,6 +59,12 @@ def sum_groups(
         interpret=interpret,
         name="group_sums",
     )(q, groups)
+
+
+@sum_groups.defjvp
+def _without_gradient(num_groups, interpret, primals, _):
+    sums = sum_groups(*primals, num_groups, interpret)
+    return sums, jnp.zeros_like(sums)
 
 
 def _images_of_program(batch, heads):

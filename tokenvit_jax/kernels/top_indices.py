@@ -7,8 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-# More scores would not fit into the registers of a program with those that they are compared with.
-MAX_COUNTED = 1024
+# The comparisons grow with the square of the number of scores.
+MAX_COUNTED = 256
 
 
 def by_top_k(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
