@@ -291,6 +291,7 @@ CALLS = {
         ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
     ],
     "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
+    "top_indices.by_counting": [((TOKENS, 3), {"interpret": True})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
