@@ -19,7 +19,7 @@ from tokenvit_jax.kernels.group_routing import largest
 
 # Lanes of a register, lanes for the groups of a head, and queries whose logits are held at a time.
 _LANES, _GROUPS, _QUERIES = 128, 64, 256
-# Largest numbers of tokens, which are held in VMEM with their scores: on any TPU, and in bfloat16
+# Largest numbers of tokens in bfloat16, which are held in VMEM with their scores: on any TPU, and
 # on TPUs with this much VMEM [bytes] (from version 5 on; versions 2 to 4 have 16 MiB).
 MAX_LENGTH, MAX_LENGTH_IN_LARGE_VMEM = 1024, 4096
 _LARGE_VMEM = 64 * 2**20
@@ -35,8 +35,9 @@ def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
         return f"{heads} heads of dim {dim} do not fill {_LANES} lanes"
     if num_groups > _GROUPS:
         return f"{num_groups} groups are more than {_GROUPS}"
-    is_long = q.dtype == jnp.bfloat16 and _has_large_vmem()
-    most = MAX_LENGTH_IN_LARGE_VMEM if is_long else MAX_LENGTH
+    most = MAX_LENGTH_IN_LARGE_VMEM if _has_large_vmem() else MAX_LENGTH
+    if q.dtype == jnp.float32:
+        most //= 4  # twice the bytes, and products in several parts
     if length > most:
         return f"{length} tokens of {q.dtype} are more than {most}"
     return None
