@@ -25,8 +25,9 @@ from jax import lax
 
 from experiments import pages
 from tokenvit_jax import ops
+from tokenvit_jax.kernels.group_attention_dense import attend_dense_by_cudnn
 from tokenvit_jax.measure.operators import forward_backward
-from tokenvit_jax.ops.selection import largest_mask
+from tokenvit_jax.ops.selection import largest_mask, top_indices
 
 RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gpu_forms.md"
 CALLS = 20
@@ -97,10 +98,10 @@ def kernel_cases() -> Iterator[Case]:
     def heads(*shape):
         return lambda: tuple(normal(seed, *shape) for seed in range(3))
 
-    yield Case(
-        "attention (128, 197, 6, 64)", ("attention",), ops.dot_product_attention,
-        heads(128, 197, 6, 64), 3,
-    )  # fmt: skip
+    for shape in ((128, 197, 6, 64), (128, 49, 16, 32)):
+        yield Case(
+            f"attention {shape}", ("attention",), ops.dot_product_attention, heads(*shape), 3
+        )
     yield Case(
         "scored attention (128, 197, 6, 64)", ("scored attention",), _scored,
         heads(128, 197, 6, 64), 3,
@@ -109,6 +110,10 @@ def kernel_cases() -> Iterator[Case]:
         "window attention (128, 56, 56, 3, 32)", ("window attention",),
         functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3)),
         lambda: (*heads(128, 56, 56, 3, 32)(), normal(3, 3, 49, 49, dtype=f32)), 4,
+    )  # fmt: skip
+    yield Case(
+        "pale attention (128, 14, 14, 8, 32)", ("pale attention",),
+        functools.partial(ops.pale_attention, pale=(7, 7)), heads(128, 14, 14, 8, 32), 3,
     )  # fmt: skip
     for images, length, num_heads, path in ((128, 784, 4, "dense"), (16, 3136, 2, "tiles")):
         yield Case(
@@ -149,6 +154,10 @@ def kernel_cases() -> Iterator[Case]:
         ),
         lambda: (normal(0, 128, 197, 384), normal(1, 128, 197, 384),
                  *(normal(seed, 384, dtype=f32) for seed in (2, 3))), 4,
+    )  # fmt: skip
+    yield Case(
+        "98 largest of 196 (128, 8, 196)", ("top indices",),
+        lambda scores: top_indices(scores, 98), lambda: (normal(0, 128, 8, 196, dtype=f32),),
     )  # fmt: skip
     pooling = lambda: (  # noqa: E731
         normal(0, 128, 196, 384), jnp.tile(jnp.arange(98), (128, 1)),
@@ -224,19 +233,10 @@ def attention_forms() -> Iterator[Form]:
 def group_attention_forms() -> Iterator[Form]:
     """Yields dynamic group attention, its mask of selected keys, and cuDNN's share of it."""
 
-    def as_attention(q, k, v, groups, selected):
-        """The group of a query, one-hot, is appended to it; a bias per group to every key."""
-        dim = q.shape[-1]
-        q = jnp.concatenate(
-            [
-                q * ((dim + NUM_GROUPS) / dim) ** 0.5,
-                jax.nn.one_hot(groups, NUM_GROUPS, dtype=q.dtype),
-            ],
-            -1,
-        )
-        k = jnp.concatenate([k, jnp.where(selected, 0, -1e4).astype(k.dtype)], -1)
-        v = jnp.pad(v, ((0, 0),) * 3 + ((0, NUM_GROUPS),))
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[..., :dim]
+    def by_cudnn(q, k, v, groups, selected):
+        q, k, v, groups, selected = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, groups, selected))
+        output = attend_dense_by_cudnn(q * q.shape[-1] ** -0.5, k, v, groups, selected)
+        return jnp.swapaxes(output, 1, 2)
 
     def ours(q, k, v, centroids):
         return ops.group_attention(q, k, v, centroids, top_k=TOP_K).output
@@ -249,7 +249,7 @@ def group_attention_forms() -> Iterator[Form]:
         selected = normal(5, 128, length, heads, NUM_GROUPS) > 1
         scores = normal(6, 128, heads, length, NUM_GROUPS, dtype=jnp.float32)
         yield Form(operator, "ours", ours, (*qkv, centroids), 3)
-        yield Form(operator, "cudnn, given the mask", as_attention, (*qkv, groups, selected), 3)
+        yield Form(operator, "cudnn, given the mask", by_cudnn, (*qkv, groups, selected), 3)
         yield Form(operator, "mask: ours", lambda x: largest_mask(x, TOP_K), (scores,), 0)
         yield Form(operator, "keys: lax.top_k", _top_keys, (scores,), 0)
 

@@ -199,9 +199,10 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
     devices = targets.devices_of(target)
     jax.clear_caches()  # what was traced for another target may have other forms
     start, processor_start = time.perf_counter(), time.process_time()
-    with noted_misfits() as misfits, _library_attention(target):
+    with _library_attention(target):
         step = make_step(config, devices, mode)
-        lowered = step.function.lower(*step.arguments)
+        with noted_misfits() as misfits:  # not those of the initialisation, which sees one image
+            lowered = step.function.lower(*step.arguments)
     traced = time.perf_counter()
     own = [misfit for misfit in misfits if misfit.platform == target.device.platform]
     facts = {

@@ -24,8 +24,8 @@ MIN_CAPABILITY, HOPPER = (8, 0), (9, 0)
 MIN_VERSION = 90000
 IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla"
 
-# Fewer keys or queries: XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
-MIN_LENGTH = 64
+# With fewer queries, XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
+MIN_QUERIES, MIN_KEYS = 64, 16
 
 # A bias of keys rides on the product: appended to every query is BIAS_UNIT, and to a key its bias
 # over BIAS_UNIT. The largest exclusion, NEVER, is a product that float16 can state in this way; it
@@ -126,7 +126,7 @@ def _own_device():
 
 
 def misfit(
-    q: Array, k: Array, v: Array, *, extra: int = 0, shortest: int = MIN_LENGTH
+    q: Array, k: Array, v: Array, *, extra: int = 0, min_queries: int = MIN_QUERIES
 ) -> str | None:
     """Returns why :func:`attend` cannot take the arguments, or None.
 
@@ -135,7 +135,7 @@ def misfit(
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       extra: number of columns that are appended to queries and keys.
-      shortest: smallest number of queries and of keys for which cuDNN is the faster form.
+      min_queries: smallest number of queries for which cuDNN is the faster form.
     """
     device = _device()
     if device is None:
@@ -148,8 +148,8 @@ def misfit(
         return f"head dim {dim} is not a multiple of 8"
     if dim + extra > largest:
         return f"head dim {dim + extra} is above {largest}"
-    if min(q.shape[1], k.shape[1]) < shortest:
-        return f"fewer than {shortest} queries or keys: XLA's form is as fast"
+    if q.shape[1] < min_queries or k.shape[1] < MIN_KEYS:
+        return f"fewer than {min_queries} queries or {MIN_KEYS} keys: XLA's form is as fast"
     return None
 
 

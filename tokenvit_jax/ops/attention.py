@@ -19,7 +19,7 @@ from tokenvit_jax.kernels.window_attention import MAX_TOKENS, attend_short, misf
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
-# Fewest queries and keys for which two kernels are taken instead of about 10 short launches.
+# Fewest queries for which two kernels are taken instead of about 10 short launches.
 MIN_SCORED = 16
 
 
@@ -133,7 +133,7 @@ def scored_attention(
         for form in (score_by_kernels, score_with_logits)
     )
     extra = 0 if size is None else cudnn.BIAS_COLUMNS
-    misfit = cudnn.misfit(q, k, v, extra=extra, shortest=MIN_SCORED)
+    misfit = cudnn.misfit(q, k, v, extra=extra, min_queries=MIN_SCORED)
     scored = by_platform(
         "scored attention", q, k, v, size, cuda=by_kernels, default=with_logits,
         misfits={"cuda": misfit},
