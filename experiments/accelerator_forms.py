@@ -111,6 +111,10 @@ def kernel_cases() -> Iterator[Case]:
         functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3)),
         lambda: (*heads(128, 56, 56, 3, 32)(), normal(3, 3, 49, 49, dtype=f32)), 4,
     )  # fmt: skip
+    yield Case(
+        "pale attention (128, 14, 14, 8, 32)", ("pale attention",),
+        functools.partial(ops.pale_attention, pale=(7, 7)), heads(128, 14, 14, 8, 32), 3,
+    )  # fmt: skip
     for images, length, num_heads, path in ((128, 784, 4, "dense"), (16, 3136, 2, "tiles")):
         yield Case(
             f"group attention ({images}, {length}, {num_heads}, 32), {path}",
