@@ -158,7 +158,7 @@ CONTENTS = {
         ("Measurements", ["docs/benchmarks/cpu", "experiments/*/README"]),
         ("Reference", ["docs/api/tokenvit_jax", "CHANGELOG"]),
     ],
-    "docs/benchmarks/cpu": [("", ["cpu_profile", "gpu_forms", "compiled"])],
+    "docs/benchmarks/cpu": [("", ["*"])],
 }
 
 

@@ -27,7 +27,7 @@ from experiments import pages
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.group_attention_dense import attend_dense_by_cudnn
 from tokenvit_jax.measure.operators import forward_backward
-from tokenvit_jax.ops.selection import largest_mask
+from tokenvit_jax.ops.selection import largest_mask, top_indices
 
 RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gpu_forms.md"
 CALLS = 20
@@ -154,6 +154,10 @@ def kernel_cases() -> Iterator[Case]:
         ),
         lambda: (normal(0, 128, 197, 384), normal(1, 128, 197, 384),
                  *(normal(seed, 384, dtype=f32) for seed in (2, 3))), 4,
+    )  # fmt: skip
+    yield Case(
+        "98 largest of 196 (128, 8, 196)", ("top indices",),
+        lambda scores: top_indices(scores, 98), lambda: (normal(0, 128, 8, 196, dtype=f32),),
     )  # fmt: skip
     pooling = lambda: (  # noqa: E731
         normal(0, 128, 196, 384), jnp.tile(jnp.arange(98), (128, 1)),

@@ -1,9 +1,8 @@
 """Writes the pages of the experiments: Markdown paragraphs and tables, means and spreads."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,15 +25,6 @@ def heading(title: str, script: str, text: str) -> list[str]:
 def paragraph(text: str) -> list[str]:
     """Returns the lines of a paragraph, which ignore line breaks of the text."""
     return textwrap.wrap(" ".join(text.split()), 96, break_on_hyphens=False)
-
-
-def table(columns: Sequence[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Returns the lines of a table."""
-    return [_row(columns), _row(["---"] * len(columns)), *map(_row, rows)]
-
-
-def _row(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def mean_and_std(values: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ import pytest
 from stateful_model import StatefulModel
 
 from tokenvit_jax import benchmark, cli
-from tokenvit_jax.measure import macs, models, operators, timm_peers
+from tokenvit_jax.measure import macs, models, operators, page, timm_peers
 from tokenvit_jax.models.backbone import Trainable
 
 TINY = {
@@ -88,7 +88,8 @@ def test_several_models_against_a_peer(monkeypatch, capsys):
 
     def timm_peer(*args):
         asked.append(args)
-        return timm_peers.Peer(lambda: time.sleep(0.001), int(5e9), None)
+        running = timm_peers.Running(lambda: time.sleep(0.001))
+        return timm_peers.Peer(lambda: running, int(5e9), None)
 
     monkeypatch.setattr(timm_peers, "timm_peer", timm_peer)
     monkeypatch.setattr(timm_peers, "environment", lambda: {"timm": "1.2.3"})
@@ -168,11 +169,40 @@ def test_peer_that_is_not_installed(monkeypatch, capsys):
     assert "--against needs PyTorch and timm, but torch is not installed: pip install" in err
 
 
+@pytest.mark.parametrize("flag", ["--report", "--report=page.md"])
+def test_report(monkeypatch, capsys, tmp_path, flag):
+    plans = []
+
+    def measure_page(plan, minutes, command):
+        plans.append((plan, minutes, command))
+        yield "# cpu\n"
+        yield "# cpu\n\n## Forward pass\n"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "measure_page", measure_page)
+    args = (flag, "--report_minutes=5", "--model=deit_s", "--image_size=64x32", "--batch_size=2")
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert status == 0, err
+    name = flag.partition("=")[2] or "cpu.md"
+    assert (tmp_path / name).read_text() == "# cpu\n\n## Forward pass\n"
+    assert out.splitlines() == [f"{name}: 0 parts", f"{name}: 1 parts"]
+    [(plan, minutes, command)] = plans
+    assert (plan.image_size, plan.batch_size, plan.dtype.name) == ((64, 32), 2, "float32")
+    assert (plan.small, plan.large, minutes) == (["deit_s"], (), 5)
+    assert [*plan.insertions["deit_s"]] == ["weighted_kmedoids level3", "tome level3"]
+    assert command == " ".join(["tokenvit benchmark", *args])
+
+
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        ([], 2, "one of --model=NAME and --op=NAME is needed"),
-        (["--model=dgt_t", "--op=depthwise_conv"], 2, "one of --model=NAME and --op=NAME"),
+        ([], 2, "one of --model=NAME, --op=NAME and --report is needed"),
+        (["--model=dgt_t", "--op=depthwise_conv"], 2, "one of --model=NAME, --op=NAME and"),
+        (["--report", "--op=kmeans"], 2, "--op does not go with --report"),
+        (["--report", "--mode=train"], 2, "--mode does not go with --report"),
+        (["--report", "--report_minutes=0"], 2, "--report_minutes=0 is not valid; valid: whole"),
+        (["--report=tests"], 1, "--report=tests"),
+        (["--model=dgt_t", "--report_minutes=5"], 2, "--report_minutes goes with --report"),
         (["--model=dgt"], 1, "unknown model 'dgt' (did you mean"),
         (["--model=dgt_t", "--image_size=16"], 1, "--image_size=16: both sides must be at least"),
         (["--op=depthwise_conv", "--image_size=64"], 2, "--image_size goes with --model"),

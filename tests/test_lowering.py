@@ -75,6 +75,10 @@ def test_other_operators(dtype):
     lowers(gradient(ops.dot_product_attention, 3), q, q, q)
     lowers(ops.depthwise_conv, x, kernel)
     lowers(gradient(ops.depthwise_conv, 2), x, kernel)
+    scale = array(16)
+    norm = lambda x, y, scale: ops.add_layer_norm(x, y, scale, scale, epsilon=1e-6)  # noqa: E731
+    lowers(norm, x, x, scale)
+    lowers(gradient(norm, 3), x, x, scale)
     groups, centroids = array(2, 2, 49, dtype=jnp.int32), array(2, 5, 32)
     lowers(
         lambda c, q, groups: ops.update_centroids(c, q, groups, old_weight=0.9),

@@ -4,6 +4,7 @@
     python -m tokenvit_jax.benchmark --model=dgt_t,pale_t --against=pvt_v2_b2 --mode=both
     python -m tokenvit_jax.benchmark --model=deit_s --keep=level1 --keep=level3
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
+    python -m tokenvit_jax.benchmark --report
 
 A training step is forward, backward and plain gradient descent in one compiled call that reuses the
 memory of its parameters. Several models take turns in one run, including timm models (--against).
@@ -14,9 +15,18 @@ images per second, "saved" the gain in MACs. An operator takes turns with its ob
 Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against
 needs PyTorch and timm.
 
+--report measures all of this in about a quarter of an hour and writes a page for this machine: the
+smallest model of each family beside timm's, where their time goes, attention by the number of
+tokens beside the dense forms, clustering, token reducers. The page is written after every part, and
+names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison.
+
 Temporary memory is the memory that XLA plans; allocations of the libraries that XLA calls are not
 included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
 """
+
+import re
+import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -64,12 +74,20 @@ flags.DEFINE_enum("format", "table", ["table", "json"], "output format", flag_va
 flags.DEFINE_string(
     "out", None, "with --op=group_attention: picture of the cost over L", flag_values=FLAGS
 )
+cli.define_path_with_default(
+    FLAGS, "report", "write a page for this machine: --report=FILE, or --report for DEVICE.md in "
+    "docs/benchmarks, or here if there is no such folder",
+)  # fmt: skip
+cli.define_number(FLAGS, "report_minutes", 15, "with --report: time to spend", whole(1, 1440))
 insertions.define_flags(FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the measurements."""
     _check_flags(flag_values)
+    if flag_values.report:
+        _write_report(flag_values)
+        return
     out = cli.picture_path(flag_values, "out")
     from tokenvit_jax.measure import report, timing, timm_peers
     from tokenvit_jax.memory import keep_pages
@@ -113,9 +131,73 @@ def _measure(flag_values):
     )
 
 
+def _write_report(flag_values):
+    """Writes the page of --report, again after each of its parts."""
+    from tokenvit_jax.measure import macs, page, timm_peers
+    from tokenvit_jax.memory import keep_pages
+    from tokenvit_jax.output import check_file, write_file
+    from tokenvit_jax.progress import note
+
+    timm_peers.share_memory()
+    keep_pages()
+    path = _report_path(flag_values.report)
+    check_file(path, "--report")
+    plan = _plan(flag_values, macs.parse_image_size(flag_values.image_size or "224"))
+    command = " ".join(["tokenvit benchmark", *sys.argv[1:]])
+    for text in page.measure_page(plan, flag_values.report_minutes, command):
+        write_file(path, text, "--report")
+        note(f"{path}: {text.count(page.HEADING)} parts")
+
+
+def _report_path(value):
+    import jax
+
+    if value != cli.DEFAULT_PATH:
+        return Path(value)
+    folder = Path("docs/benchmarks")
+    name = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower()).strip("_")
+    return (folder if folder.is_dir() else Path()) / f"{name}.md"
+
+
+def _plan(flag_values, image_size):
+    """Returns what --report measures: the flags, or what suits the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from tokenvit_jax.measure import page
+
+    on_cpu = jax.default_backend() == "cpu"
+    default = "float32" if on_cpu else "bfloat16"
+    dtype = flag_values.dtype if flag_values["dtype"].present else default
+    keep = {
+        f"{method} level3": {"token_reducer": {"keep": insertions.parse_keep("level3", "deit_s"),
+                                               "method": method}}
+        for method in ("weighted_kmedoids", "tome")
+    }  # fmt: skip
+    plan = page.Plan(
+        image_size=image_size,
+        batch_size=flag_values.batch_size or (8 if on_cpu else 128),
+        dtype=jnp.dtype(dtype),
+        insertions={"deit_s": keep},
+        lengths=page.LENGTHS_ON_CPU if on_cpu else page.LENGTHS,
+    )
+    if not flag_values.model:
+        return plan
+    reduced = {name: plan.insertions[name] for name in flag_values.model if name in plan.insertions}
+    return plan._replace(small=flag_values.model, large=(), insertions=reduced)
+
+
 def _check_flags(flag_values):
+    if flag_values.report:
+        allowed = ("report", "report_minutes", "model", "image_size", "batch_size", "dtype")
+        for name in flag_values:
+            if flag_values[name].present and name not in allowed:
+                raise cli.UsageError(f"--{name} does not go with --report")
+        return
+    if flag_values["report_minutes"].present:
+        raise cli.UsageError("--report_minutes goes with --report")
     if bool(flag_values.model) == bool(flag_values.op):
-        raise cli.UsageError("one of --model=NAME and --op=NAME is needed")
+        raise cli.UsageError("one of --model=NAME, --op=NAME and --report is needed")
     if flag_values.op and flag_values.image_size:
         raise cli.UsageError("--image_size goes with --model; operators have their own shapes")
     if flag_values.op and flag_values.against:

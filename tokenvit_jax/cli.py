@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HELP = ("--help", "-h")
+DEFAULT_PATH = "true"  # value of a flag such as --report without a path
 COLUMN = 44  # where the meanings begin in the text of --help
 
 
@@ -170,6 +171,26 @@ class _NumberParser(flags.ArgumentParser):
             value = text  # which the rule refuses
         check(f"--{self._name}", value, self._valid)
         return value
+
+
+def define_path_with_default(flag_values: flags.FlagValues, name: str, meaning: str) -> None:
+    """Defines a flag --name=PATH that may stand without a path; it is then `DEFAULT_PATH`.
+
+    Args:
+      flag_values: the flags that receive it.
+      name: name of the flag.
+      meaning: its description.
+    """
+    serializer = flags.ArgumentSerializer()
+    flag = flags.Flag(_PathParser(), serializer, name, None, meaning, boolean=True)
+    flags.DEFINE_flag(flag, flag_values)
+
+
+class _PathParser(flags.ArgumentParser):
+    """Reads the value of a flag that may stand without one."""
+
+    def parse(self, text: str) -> str | None:
+        return None if text == "false" else text  # --noNAME
 
 
 def picture_path(

@@ -22,7 +22,7 @@ NETWORKS = {
     "deit": ("deit_s", "digits", {"depth": 2}),
     "pooled": (
         "deit_s", "digits",
-        {"depth": 2, "token_reducer": {"keep": (40,), "method": "weighted_kmedoids"}},
+        {"depth": 2, "token_reducer": {"keep": (48, 24), "method": "weighted_kmedoids"}},
     ),
 }  # fmt: skip
 

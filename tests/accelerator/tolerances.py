@@ -42,7 +42,7 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {
     "float32": Tolerance(rounding=2e-5, other=0.01, network=1e-3, gradient=1e-2),
-    "bfloat16": Tolerance(rounding=3e-2, other=0.1, network=0.1, gradient=0.5),
+    "bfloat16": Tolerance(rounding=3e-2, other=0.1, network=0.05, gradient=0.1),
 }
 # Losses of 30 training steps in float32, as a part of the loss. The first one is a forward pass.
 # After that, a difference grows with every step: Adam's first steps have the sign of the gradient,

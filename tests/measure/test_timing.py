@@ -1,12 +1,14 @@
 """Programs that take turns."""
 
+import functools
+import threading
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax.measure import timing
+from tokenvit_jax.measure import timing, timm_peers
 
 
 def test_contenders_take_turns():
@@ -26,6 +28,31 @@ def test_contenders_take_turns():
     assert len(order) == len(times["slow"]) + len(times["fast"])
     turns = np.flatnonzero(np.array(order) == "slow")
     assert np.diff(turns).min() > 8
+
+
+def test_calls_of_an_accelerator_follow_one_another(monkeypatch):
+    order = []
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+    running = timm_peers.Running(lambda: order.append("wait"))
+    times = timing.time_in_turns({"a": lambda: order.append("call") or running}, seconds=0)
+    assert len(times["a"]) == timing.MIN_CALLS
+    assert order == (["call"] * timing.CALLS_IN_A_ROW + ["wait"]) * 3  # one to warm up
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_programs_are_built_beside_others(monkeypatch, backend):
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: backend)
+    main, threads = threading.get_ident(), {}
+
+    def build(name):
+        threads[name] = threading.get_ident()
+        return name.upper()
+
+    names = {name: functools.partial(build, name) for name in "abc"}
+    built = timing.build_all({"a": names["a"], "b": names["b"]}, beside={"c": names["c"]})
+    assert [*built.items()] == [("a", "A"), ("b", "B"), ("c", "C")]
+    assert threads["c"] == main
+    assert (threads["a"] == main) == (backend == "cpu")
 
 
 def test_what_exceeds_all_memory_is_refused():

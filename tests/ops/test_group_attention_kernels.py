@@ -131,8 +131,8 @@ def test_attention_by_heads_equals_the_dense_form(monkeypatch):
 
     def by_heads(q, k, v):
         unit = unit_norm(centroids)
-        output, groups, selected = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
-        return output, groups, selected_keys(selected, 4, 5)
+        output, groups, bias = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
+        return output, groups, selected_keys(bias, 4, 5)
 
     _, groups, selected = jax.jit(by_heads)(*arrays[:3])
     expected = dense(*arrays[:3], centroids)

@@ -24,6 +24,16 @@ def test_form_without_a_description(operator):
         platforms.by_platform(operator, jnp.ones(2), default=lambda x: x)
 
 
+def test_forms_have_an_order(monkeypatch):
+    """A program that differed from process to process would miss the compilation cache."""
+    names = ["cpu", "cuda", "tpu"]
+    monkeypatch.setitem(forms.FORMS, "double", dict.fromkeys(["default", *names], ""))
+    order = lambda *_, default, **given: list(given)  # noqa: E731
+    monkeypatch.setattr(platforms.lax, "platform_dependent", order)
+    run = dict.fromkeys(["default", *names], jnp.negative)
+    assert platforms.by_platform("double", jnp.ones(2), **run) == names
+
+
 def misfits_of(operator, *args, **options):
     double = lambda x, *_: x + x  # noqa: E731
     with platforms.noted_misfits() as misfits:

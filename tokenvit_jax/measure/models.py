@@ -4,6 +4,7 @@ Models differ in size, so they are compared by images per second times the multi
 one image: their speed at equal MACs.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from tokenvit_jax.measure import timm_peers
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.measure.timing import (
     Program,
+    build_all,
     check_memory,
     compile_program,
     describe_times,
@@ -38,10 +40,12 @@ class Contender(NamedTuple):
     Attributes:
       program: compiled program, whose call takes no arguments.
       macs: multiply-adds of the forward pass of one image.
+      compiled: the compiled program of jax; None for models of timm.
     """
 
     program: Program
     macs: int
+    compiled: jax.stages.Compiled | None = None
 
 
 def benchmark_models(
@@ -86,20 +90,67 @@ def benchmark_models(
 
 
 def _benchmark_mode(names, image_size, batch_size, dtype, mode, against, insertions):
-    models, plain = {}, {}  # plain: variant -> model that the variant is compared with
+    setting = (image_size, batch_size, dtype, mode)
+    contenders, plain = build_contenders(names, *setting, against, insertions)
+    return compare_contenders(contenders, *setting, against, plain)
+
+
+def build_contenders(
+    names: Sequence[str],
+    image_size: tuple[int, int],
+    batch_size: int,
+    dtype: jnp.dtype,
+    mode: str,
+    against: Sequence[str] = (),
+    insertions: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Compiles models, their variants and timm models for one mode of :func:`benchmark_models`.
+
+    Returns:
+      The contenders by name, and for each variant the name of its plain model.
+    """
+    models, plain = {}, {}
     for name in names:
         models[name] = create_model(name, dtype=dtype)
         for label, overrides in insertions.get(name, {}).items():
             models[f"{name} {label}"] = create_model(name, dtype=dtype, **overrides)
             plain[f"{name} {label}"] = name
-    # Peers come before our models, which compile slowly, so that a missing package shows at once.
-    peers = {f"timm/{name}": _peer(name, image_size, batch_size, dtype, mode) for name in against}
-    contenders = {
-        name: _contender(model, image_size, batch_size, mode) for name, model in models.items()
-    } | peers
+    ours = {
+        name: functools.partial(_contender, model, image_size, batch_size, mode)
+        for name, model in models.items()
+    }
+    peers = {
+        f"timm/{name}": functools.partial(_peer, name, image_size, batch_size, dtype, mode)
+        for name in against
+    }
+    return build_all(ours, beside=peers), plain
 
-    calls = {name: program.call for name, (program, _) in contenders.items()}
-    times = time_in_turns(calls, seconds=SECONDS)
+
+def compare_contenders(
+    contenders: Mapping[str, Contender],
+    image_size: tuple[int, int],
+    batch_size: int,
+    dtype: jnp.dtype,
+    mode: str,
+    against: Sequence[str] = (),
+    plain: Mapping[str, str] = MappingProxyType({}),
+    *,
+    seconds: float = SECONDS,
+) -> list[dict[str, Any]]:
+    """Times the result of :func:`build_contenders`, for one mode of :func:`benchmark_models`.
+
+    Args:
+      contenders: models by name.
+      image_size: height and width [pixels].
+      batch_size: images per batch.
+      dtype: type of the computation.
+      mode: "forward" | "train".
+      against: names of the timm models among the contenders.
+      plain: name of a variant -> name of its plain model.
+      seconds: approximate time to spend on each model [s].
+    """
+    calls = {name: program.call for name, (program, *_) in contenders.items()}
+    times = time_in_turns(calls, seconds=seconds)
     timings = {name: describe_times(contenders[name].program, times[name]) for name in contenders}
     images = {name: 1e3 * batch_size / timing["median_ms"] for name, timing in timings.items()}
     gmacs = {name: contender.macs / 1e9 for name, contender in contenders.items()}
@@ -144,7 +195,8 @@ def _contender(model, image_size, batch_size, mode):
     if mode == "forward":
         program = compile_program(forward, variables, images)
         check_memory(program.temp_bytes, f"a forward pass of {batch_size} images")
-        return Contender(program._replace(call=lambda: program.call(variables, images)), macs)
+        called = program._replace(call=lambda: program.call(variables, images))
+        return Contender(called, macs, program.call)
     program = compile_program(train_step_of(model), variables, images, labels, donate_argnums=(0,))
     check_memory(program.temp_bytes, f"a training step on {batch_size} images")
 
@@ -153,7 +205,7 @@ def _contender(model, image_size, batch_size, mode):
         variables, loss = program.call(variables, images, labels)
         return variables, loss
 
-    return Contender(program._replace(call=call), macs)
+    return Contender(program._replace(call=call), macs, program.call)
 
 
 def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
@@ -164,7 +216,7 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
 
         def loss_fn(params):
             logits, new_state = model.apply(
-                {"params": model.cast_weights(params), **state},
+                {"params": params, **state},
                 images,
                 train=True,
                 rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},

@@ -14,6 +14,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure import alternatives
 from tokenvit_jax.measure.timing import (
+    build_all,
     compile_program,
     describe_times,
     fits_memory,
@@ -109,10 +110,11 @@ def benchmark_case(case: Case, mode: str, *, seconds: float = 2.0) -> dict[str, 
     inputs = case.inputs
     if mode == "train":
         inputs = (normal(9, inputs[0].shape, inputs[0].dtype), *inputs)
-    programs = {}
+    builders = {}
     for name, fn in case.contenders.items():
         fn = fn if mode == "forward" else forward_backward(fn, case.num_differentiated)
-        programs[name] = compile_program(fn, *inputs)
+        builders[name] = functools.partial(compile_program, fn, *inputs)
+    programs = build_all(builders)
     calls = {
         name: lambda program=program: program.call(*inputs)
         for name, program in programs.items()
@@ -165,10 +167,25 @@ def group_attention_cases(
             num_differentiated=3,
             contenders={
                 "einsum": lambda q, k, v, _: alternatives.einsum_attention(q, k, v),
+                **_cudnn_attention(shape, dtype),
                 "heads_first": lambda q, k, v, _: ops.dot_product_attention(q, k, v),
                 "group": lambda q, k, v, c: ops.group_attention(q, k, v, c, top_k=TOP_K).output,
             },
         )
+
+
+def _cudnn_attention(shape, dtype):
+    """Returns attention by cuDNN as a contender, where it takes queries of this shape and type."""
+
+    def attend(q, k, v, *_):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    q = jax.ShapeDtypeStruct(shape, dtype)
+    try:
+        jax.eval_shape(attend, q, q, q)
+    except (RuntimeError, ValueError, NotImplementedError):  # no GPU, or not this shape or type
+        return {}
+    return {"cudnn": attend}
 
 
 def equation_6(length: int, channels: int) -> float:

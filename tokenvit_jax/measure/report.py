@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -29,7 +29,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         contenders = row.get("contenders", {})
         cells |= {f"{name} ms": timing["median_ms"] for name, timing in contenders.items()}
         cells |= {f"{name} MiB": timing["temp_mib"] for name, timing in contenders.items()}
-        flat.append({key: _format(value) for key, value in cells.items()})
+        flat.append({key: format_value(value) for key, value in cells.items()})
     widths = {key: max(len(key), *(len(cells[key]) for cells in flat)) for key in flat[0]}
     lines = [flat[0].keys(), *(cells.values() for cells in flat)]
     return "\n".join(
@@ -38,7 +38,14 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _format(value):
+def markdown_table(columns: Sequence[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+def format_value(value: Any) -> str:
+    """Returns a measured value with three digits, and "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -11,6 +11,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,11 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 Name = TypeVar("Name", bound=Hashable)
+Built = TypeVar("Built")
 
 MIB = 2**20
 # Bounds on the number of timed calls; between the bounds, a time budget decides.
 MAX_CALLS = 50
 MIN_CALLS = 2
+# On an accelerator, so many calls follow one another before the host waits for the results, as the
+# steps of a training do; a wait after every call would count as a part of it.
+CALLS_IN_A_ROW = 10
+MAX_THREADS = 6  # that compile at once
 
 
 class Program(NamedTuple):
@@ -58,13 +65,36 @@ def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = 
     return Program(compiled, traced - start, end - traced, temp_bytes)
 
 
+def build_all(
+    builders: Mapping[Name, Callable[[], Built]],
+    beside: Mapping[Name, Callable[[], Built]] = MappingProxyType({}),
+) -> dict[Name, Built]:
+    """Returns what functions build by compiling programs: on an accelerator several at once.
+
+    On a CPU they run one after another, so that each has the whole machine.
+
+    Args:
+      builders: name -> function; they may run in other threads.
+      beside: name -> function; they run in this thread, meanwhile or first.
+    """
+    if jax.default_backend() == "cpu":
+        built = {name: build() for name, build in {**beside, **builders}.items()}
+    else:
+        with ThreadPoolExecutor(MAX_THREADS) as pool:
+            waiting = {name: pool.submit(build) for name, build in builders.items()}
+            built = {name: build() for name, build in beside.items()}
+            built |= {name: result.result() for name, result in waiting.items()}
+    return {name: built[name] for name in (*builders, *beside)}
+
+
 def time_in_turns(
     calls: Mapping[Name, Callable[[], Any]], *, seconds: float
 ) -> dict[Name, list[float]]:
     """Times functions that take turns, so that other load on the machine affects all alike.
 
     Args:
-      calls: name -> function that returns arrays; each is warmed up first.
+      calls: name -> function that returns arrays, or objects with `block_until_ready`; each is
+        warmed up first.
       seconds: approximate time to spend on each function [s].
 
     Returns:
@@ -87,9 +117,12 @@ def time_in_turns(
 
 
 def _duration(call):
+    in_a_row = 1 if jax.default_backend() == "cpu" else CALLS_IN_A_ROW
     start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    for _ in range(in_a_row):
+        results = call()
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) / in_a_row
 
 
 def describe_times(program: Program, times: Sequence[float]) -> dict[str, Any]:

@@ -27,14 +27,26 @@ class Peer(NamedTuple):
     """A timm model that is ready to be timed.
 
     Attributes:
-      call: runs one forward pass or training step to its end.
+      call: starts one forward pass or training step; its result waits for the end.
       macs: multiply-adds of the forward pass of one image.
       compile_seconds: time to compile it [s]; None if nothing is compiled.
     """
 
-    call: Callable[[], None]
+    call: Callable[[], "Running"]
     macs: int
     compile_seconds: float | None
+
+
+class Running:
+    """A call that a GPU may still be working at; no tuple, which jax would take apart."""
+
+    def __init__(self, wait: Callable[[], None]):
+        """Takes the function that waits for the end."""
+        self._wait = wait
+
+    def block_until_ready(self) -> None:
+        """Waits for the end; `jax.block_until_ready` calls this."""
+        self._wait()
 
 
 def timm_peer(
@@ -81,13 +93,13 @@ def timm_peer(
 
     def call():
         forward() if mode == "forward" else train()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        return running
 
+    running = Running(torch.cuda.synchronize if device == "cuda" else lambda: None)
     if device == "cpu":
         return Peer(call, macs, compile_seconds=None)
     start = time.perf_counter()
-    call()
+    call().block_until_ready()
     return Peer(call, macs, compile_seconds=time.perf_counter() - start)
 
 
@@ -121,6 +133,13 @@ def environment() -> dict[str, Any]:
 def share_memory() -> None:
     """Keeps JAX from reserving most of a GPU's memory; call it before JAX looks for devices."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def release_memory() -> None:
+    """Gives the memory of deleted models on a GPU back to the others, if PyTorch is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def torch_device() -> str:

@@ -29,6 +29,7 @@ from tokenvit_jax.ops.chunks import ACCELERATOR_CHUNK, CPU_CHUNK, LANES, chunk_t
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import put, take
+from tokenvit_jax.ops.precise_product import precise_product
 from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups, top_indices
 
 RULES = ("nearest", "parent")
@@ -293,12 +294,7 @@ def _points(x, mask):
 
 def _products(keys, queries):
     """Returns -2 y.x (B, keys, queries): reductions over the keys are vector loops on CPU."""
-
-    def by(precision):
-        return lambda keys, queries: jnp.einsum("bkc,bqc->bkq", keys, queries, precision=precision)
-
-    exact, fast = by(lax.Precision.HIGHEST), by(lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
-    return by_platform("distances", keys, -2 * queries, default=exact, cuda=fast)
+    return precise_product("bkc,bqc->bkq", keys, -2 * queries)
 
 
 def _forms(run, batch, length, width, chunk_size):

@@ -1,0 +1,110 @@
+"""The page of `benchmark --report`."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import pytest
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure import models, operators, page, timm_peers
+from tokenvit_jax.models.backbone import Trainable
+
+
+class MeanModel(Trainable):
+    """One linear layer."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(self.width)(images.mean((1, 2)))
+
+
+def conv_cases(batch, dtype):
+    x = jnp.ones((1, 4, 4, 2))
+    call = lambda x: x + 1  # noqa: E731
+    yield operators.Case({"side": 4}, (x,), 1, {"plain": call, "depthwise_conv": call})
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """A plan whose models and operators compile at once, without timm."""
+
+    def create(name, dtype=None, token_reducer=None):
+        return MeanModel(100 if token_reducer else 2000)
+
+    def import_timm():
+        raise UserError("torch is not installed")
+
+    monkeypatch.setattr(models, "create_model", create)
+    monkeypatch.setattr(page, "SECONDS", 0.01)
+    monkeypatch.setattr(timm_peers, "import_timm", import_timm)
+    monkeypatch.setitem(operators.CASES, "depthwise_conv", conv_cases)
+    return page.Plan(
+        image_size=(32, 32),
+        batch_size=2,
+        dtype=jnp.dtype("float32"),
+        small=("narrow",),
+        large=(),
+        insertions={"narrow": {"pooled": {"token_reducer": {"keep": (3,)}}}},
+        lengths=((2, 16, 1),),
+        operators=("depthwise_conv",),
+    )
+
+
+def tables_of(text):
+    """Returns the rows of every table by the title that it stands under."""
+    tables = {}
+    for part in text.split(page.HEADING)[1:]:
+        title, *lines = part.splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+        tables[title] = [row for row in rows if row[0] != "---"]
+    return tables
+
+
+def test_all_parts(plan, monkeypatch):
+    monkeypatch.setattr(operators, "TOP_K", 4)
+    monkeypatch.setattr(operators, "NUM_GROUPS", 2)
+    *earlier, text = page.measure_page(plan, 60, "tokenvit benchmark --report")
+    assert [len(tables_of(before)) for before in earlier] == [1, 2, 3, 4]
+    assert text.startswith("# cpu\n\nWritten by `tokenvit benchmark --report` on 20")
+    assert "No comparison with timm: torch is not installed." in text
+    tables = tables_of(text)
+    assert [*tables] == [
+        "Training step", "Forward pass", "Attention by number of tokens",
+        "Token reducers, forward pass", "Operator `depthwise_conv`",
+    ]  # fmt: skip
+    for title in ("Training step", "Forward pass"):
+        header, row, *profile = tables[title]
+        assert header[:4] == ["model", "GMACs", "ms", "images/s"] and row[0] == "`narrow`"
+        assert float(row[3]) == pytest.approx(2e3 / float(row[2]), rel=0.02)
+        assert profile[0] == ["part", "`narrow`"]
+        assert sum(float(time) for _, time in profile[1:]) > 0
+    attention = tables["Attention by number of tokens"]
+    assert [row[:4] for row in attention[1:]] == [
+        ["2", "16", "1", "forward"], ["2", "16", "1", "forward + backward"]
+    ]  # fmt: skip
+    einsum, ours, group, gain = map(float, attention[1][4:])
+    assert gain == pytest.approx(min(einsum, ours) / group, rel=0.05)
+    reducers = tables["Token reducers, forward pass"]
+    assert reducers[2][0] == "`narrow pooled`"
+    assert float(reducers[2][4]) == pytest.approx(20, rel=0.01)  # saved multiply-adds
+
+
+def test_what_does_not_fit_is_named(plan):
+    plan = plan._replace(insertions={}, lengths=())
+    *_, text = page.measure_page(plan, 0.9, "command")
+    assert "- Training step: 6 minutes are needed\n- Forward pass: 3 minutes are needed" in text
+    assert [*tables_of(text)] == ["Operator `depthwise_conv`", "Not measured"]
+
+
+def test_what_fails_is_named_and_ends_nothing(plan, monkeypatch):
+    def lacks_memory(*args):
+        raise MemoryError("a training step needs 90 of 80 GiB\nand more")
+
+    monkeypatch.setattr(models, "build_contenders", lacks_memory)
+    plan, pages = plan._replace(insertions={}, lengths=()), []
+    with pytest.raises(UserError, match=r"that the page gives: Training step; Forward pass$"):
+        for text in page.measure_page(plan, 60, "command"):
+            pages.append(text)
+    assert "- Training step: a training step needs 90 of 80 GiB\n" in pages[-1]
+    assert "Operator `depthwise_conv`" in tables_of(pages[-1])

@@ -1,0 +1,276 @@
+"""Measures models and operators on the machine at hand, and writes a page of the results.
+
+The parts of the page are measured in the order of their worth, as far as a number of minutes
+allows. On an accelerator, the programs of a part are compiled side by side, at most six at once,
+and then timed one at a time.
+"""
+
+import datetime
+import gc
+import logging
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure import models, operators, timing, timm_peers
+from tokenvit_jax.measure.profile import PARTS, UNKNOWN, times_of_parts
+from tokenvit_jax.measure.report import format_value, markdown_table
+
+SMALL = ("dgt_t", "clustr_t", "pale_t", "swin_t", "deit_s")
+LARGE = ("dgt_s", "clustr_s", "pale_s", "dgt_b", "clustr_b", "pale_b")
+# Models of timm: each of ours is compared with the one of its size at equal multiply-adds.
+SMALL_PEERS = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224")
+LARGE_PEERS = ("swin_small_patch4_window7_224", "swin_base_patch4_window7_224")
+# (images, tokens, heads): attention needs memory and time by the square of the tokens.
+LENGTHS = ((64, 784, 4), (32, 3136, 2), (8, 16384, 2), (1, 65536, 2))
+LENGTHS_ON_CPU = ((1, 784, 4), (1, 3136, 2))
+HEADING = "\n## "  # before the title of a part
+SECONDS = 4.0  # to time each model, less than `benchmark --model`
+
+
+class Plan(NamedTuple):
+    """What the page is about.
+
+    Attributes:
+      image_size: height and width [pixels].
+      batch_size: images per batch.
+      dtype: type of the computation.
+      small: models that are measured first.
+      large: models that are measured last.
+      peers: models of timm beside the small ones.
+      large_peers: models of timm beside the large ones.
+      insertions: model -> label -> overrides of `create_model`, token reducers.
+      lengths: (images, tokens, heads) of group attention.
+      operators: keys of :data:`tokenvit_jax.measure.operators.CASES`.
+    """
+
+    image_size: tuple[int, int]
+    batch_size: int
+    dtype: jnp.dtype
+    small: Sequence[str] = SMALL
+    large: Sequence[str] = LARGE
+    peers: Sequence[str] = SMALL_PEERS
+    large_peers: Sequence[str] = LARGE_PEERS
+    insertions: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    lengths: Sequence[tuple[int, int, int]] = LENGTHS
+    operators: Sequence[str] = (
+        "cluster_density_peaks", "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
+        "depthwise_conv",
+    )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A part of the page.
+
+    Attributes:
+      title: its heading.
+      minutes: time that it is expected to take on a GPU with 16 CPU cores, by the times that
+        compilation was seen to take there.
+      measure: returns its lines.
+    """
+
+    title: str
+    minutes: float
+    measure: Callable[[], list[str]]
+
+
+def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
+    """Yields the page, in Markdown, after each of its parts: a run that is cut keeps what it has.
+
+    Args:
+      plan: what to measure.
+      minutes: time to spend; parts that would take longer are left out and named.
+      command: command that the page says it was written by.
+
+    Raises:
+      UserError: after the last part, if some could not be measured; the page says why.
+    """
+    start, done, left_out, failed = time.monotonic(), [], [], []
+    reason = _why_no_peers()
+    if reason:
+        plan = plan._replace(peers=(), large_peers=())
+    for part in _parts(plan):
+        if (time.monotonic() - start) / 60 + part.minutes > minutes:
+            left_out.append(f"{part.title}: {part.minutes:g} minutes are needed")
+        else:
+            began = time.monotonic()
+            try:
+                done += [f"{HEADING}{part.title}", "", *part.measure()]
+                done += ["", f"Measured in {(time.monotonic() - began) / 60:.1f} minutes."]
+            except Exception as error:
+                message = str(error).strip().partition("\n")[0] or type(error).__name__
+                logging.warning("%s: %s", part.title, message)
+                left_out.append(f"{part.title}: {message[:300]}")
+                failed.append(part.title)
+            gc.collect()
+            timm_peers.release_memory()
+        lines = [*_heading(plan, command, reason), *done, *_not_measured(left_out)]
+        yield "\n".join(lines) + "\n"
+    if failed:
+        raise UserError(f"not measured, for a reason that the page gives: {'; '.join(failed)}")
+
+
+def _parts(plan):
+    parts = [
+        Part("Training step", 6, lambda: _models(plan, "train")),
+        Part("Forward pass", 3, lambda: _models(plan, "forward")),
+    ]
+    if plan.lengths:
+        parts.append(Part("Attention by number of tokens", 1.5, lambda: _attention(plan)))
+    if plan.insertions:
+        parts.append(Part("Token reducers, forward pass", 1.5, lambda: _reducers(plan)))
+    parts += (
+        Part(f"Operator `{name}`", 0.5, lambda name=name: _operator(plan, name))
+        for name in plan.operators
+    )
+    if plan.large:
+        parts += [
+            Part("Larger models, training step", 12, lambda: _models(plan, "train", large=True)),
+            Part("Larger models, forward pass", 5, lambda: _models(plan, "forward", large=True)),
+        ]
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------------------
+
+
+def _models(plan, mode, large=False):
+    """Returns a table of models beside timm's, and one of where they spend their time."""
+    names, peers = (plan.large, plan.large_peers) if large else (plan.small, plan.peers)
+    setting = (plan.image_size, plan.batch_size, plan.dtype, mode)
+    contenders, _ = models.build_contenders(names, *setting, peers)
+    rows = models.compare_contenders(contenders, *setting, peers, seconds=SECONDS)
+    columns = ["model", "GMACs", "ms", "images/s", *(f"over {peer}" for peer in peers),
+               "temporary GiB", "compiled in s"]  # fmt: skip
+    cells = (
+        (f"`{row['model']}`", row["gmacs"], row["median_ms"], row["images_per_second"],
+         *(row[f"ratio_to_{peer}"] for peer in peers), _gib(row), row["compile_seconds"])
+        for row in rows
+    )  # fmt: skip
+    lines = _table(columns, cells)
+    if peers:
+        text = "divided by the same product of timm's model"
+        lines += ["", *_wrap(f'"Over": images per second times multiply-adds, {text}.')]
+    return [*lines, "", *_profile({name: contenders[name] for name in names})]
+
+
+def _profile(contenders):
+    """Returns a table of the milliseconds of each part of compiled models."""
+    try:
+        times = {
+            name: times_of_parts(contender.compiled, contender.program.call)
+            for name, contender in contenders.items()
+        }
+    except (RuntimeError, OSError, ValueError) as error:  # a profiler that is not allowed
+        return [f"No profile: {str(error).partition(chr(10))[0]}"]
+    parts = [part for part in (*PARTS, UNKNOWN) if any(column[part] for column in times.values())]
+    unit = "CPU threads" if jax.default_backend() == "cpu" else "kernels"
+    title = f"Where the time goes: milliseconds of {unit} in one call."
+    rows = ([part, *(column[part] for column in times.values())] for part in parts)
+    return [title, "", *_table(["part", *(f"`{name}`" for name in times)], rows)]
+
+
+def _attention(plan):
+    """Returns a table of attention in groups beside the dense forms, by the number of tokens."""
+    rows = [
+        operators.benchmark_case(case, mode, seconds=1.0)
+        for batch, length, heads in plan.lengths
+        for case in operators.group_attention_cases(batch, plan.dtype, ((length, heads),))
+        for mode in ("forward", "train")
+    ]
+    batches = {length: batch for batch, length, _ in plan.lengths}
+    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    cells = []
+    for row in rows:
+        times = {name: timing["median_ms"] for name, timing in row["contenders"].items()}
+        dense = [time for name, time in times.items() if name != "group" and time]
+        gain = min(dense) / times["group"] if dense and times["group"] else None
+        cells.append((batches[row["length"]], row["length"], row["heads"], _mode(row["mode"]),
+                      *(times.get(name) for name in names), gain))  # fmt: skip
+    columns = ["images", "tokens", "heads", "mode", *(f"{name} ms" for name in names),
+               "best dense / group"]  # fmt: skip
+    return _table(columns, cells)
+
+
+def _reducers(plan):
+    """Returns a table of the share of saved multiply-adds that token reducers turn into speed."""
+    setting = (plan.image_size, plan.batch_size, plan.dtype, "forward")
+    contenders, plain = models.build_contenders([*plan.insertions], *setting, (), plan.insertions)
+    rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
+    columns = ["model", "GMACs", "ms", "speed-up", "saved multiply-adds", "speed-up over saved"]
+    keys = ("gmacs", "median_ms", "speedup", "saved", "speedup_over_saved")
+    return _table(columns, ((f"`{row['model']}`", *(row.get(key) for key in keys)) for row in rows))
+
+
+def _operator(plan, name):
+    """Returns a table of an operator beside its alternatives, at the shapes of the models."""
+    rows = operators.benchmark_operator(name, None, plan.dtype, ("forward", "train"))
+    measured = ("mode", "speedup", "contenders")
+    shape = [key for key in rows[0] if key not in measured]
+    names = list(rows[0]["contenders"])
+    cells = (
+        (*(row[key] for key in shape), _mode(row["mode"]),
+         *(row["contenders"][name]["median_ms"] for name in names), row["speedup"])
+        for row in rows
+    )  # fmt: skip
+    return _table([*shape, "mode", *(f"{name} ms" for name in names), "speed-up"], cells)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------------------------
+
+
+def _heading(plan, command, reason):
+    device = jax.devices()[0]
+    found = timing.environment() | ({} if reason else timm_peers.environment())
+    versions = ", ".join(f"{key} {value}" for key, value in found.items())
+    platform = getattr(device.client, "platform_version", "").split("\n")[0]
+    height, width = plan.image_size
+    text = (
+        f"Written by `{command}` on {datetime.date.today()}. {height} x {width} pixels, batch "
+        f"{plan.batch_size}, {plan.dtype.name}, random weights and images. Milliseconds are "
+        "medians of calls that take turns; on an accelerator "
+        f"{timing.CALLS_IN_A_ROW} calls follow one another before the host waits. Programs are "
+        "compiled side by side there, so that compilation takes longer than alone."
+    )
+    lines = [f"# {device.device_kind}", "", *_wrap(text), "", *_wrap(f"{versions}; {platform}.")]
+    return [*lines, "", *_wrap(f"No comparison with timm: {reason}.")] if reason else lines
+
+
+def _not_measured(left_out):
+    return [f"{HEADING}Not measured", "", *(f"- {line}" for line in left_out)] if left_out else []
+
+
+def _why_no_peers():
+    """Returns why models of timm cannot be timed beside ours; None if they can."""
+    try:
+        timm_peers.import_timm()
+        timm_peers.torch_device()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _table(columns, rows):
+    return markdown_table(columns, (map(format_value, row) for row in rows))
+
+
+def _wrap(text):
+    return textwrap.wrap(text, 96, break_on_hyphens=False, break_long_words=False)
+
+
+def _gib(row):
+    return None if row["temp_mib"] is None else row["temp_mib"] / 1024
+
+
+def _mode(mode):
+    return {"forward": "forward", "train": "forward + backward"}[mode]
