@@ -27,6 +27,7 @@ from experiments import pages
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.group_attention_dense import attend_dense_by_cudnn
 from tokenvit_jax.measure.operators import forward_backward
+from tokenvit_jax.ops.channel_affine import channel_sums
 from tokenvit_jax.ops.selection import largest_mask, top_indices
 
 RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gpu_forms.md"
@@ -146,6 +147,10 @@ def kernel_cases() -> Iterator[Case]:
         ("depthwise block", "depthwise block gradient", "sums of gelu", "gelu gradient"),
         _depthwise_after_gelu,
         lambda: (normal(0, 128, 28, 28, 512), normal(1, 3, 3, 512), normal(2, 512)), 3,
+    )  # fmt: skip
+    yield Case(
+        "sums of channels (128, 56, 56, 256)", ("channel sums",), channel_sums,
+        lambda: (normal(0, 128, 56, 56, 256),), 1,
     )  # fmt: skip
     yield Case(
         "add and LayerNorm (128, 197, 384)", ("layer norm", "layer norm gradient"),
