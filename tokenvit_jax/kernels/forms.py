@@ -30,11 +30,13 @@ FORMS: dict[str, dict[str, str]] = {
         "default": "XLA's convolution: 1.5 to 3.7 times as fast as shifted products on an H100",
         "cuda": "Pallas: reads the input once, with everything around the convolution; compiled "
         "for an H200: no spills",
+        "tpu": "shifted products: compiled for v5e, .13 GB instead of .15 of XLA's convolution "
+        "(64 images of 14 x 14 x 1,024)",
     },
     "depthwise block gradient": {
         "cpu": "line by line: up to 10 times as fast as strided reductions",
         "default": "XLA's convolutions: 2.6 to 4.5 times as fast as reductions on an H100, with "
-        "the forward pass",
+        "the forward pass; compiled for v5e, .39 GB instead of .53 of shifted products",
         "cuda": "Pallas: all gradients in one pass; compiled for an H200: no spills",
     },
     "gelu gradient": {

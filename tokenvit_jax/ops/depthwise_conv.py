@@ -146,6 +146,7 @@ def _block_forward(block, x, kernel, bias, input_bias, scale, shift):
         "depthwise block", x, kernel, bias, input_bias, scale, shift,
         cpu=functools.partial(form, convolve=convolve_by_shifts),
         default=functools.partial(form, convolve=convolve_by_library),
+        tpu=functools.partial(form, convolve=convolve_by_shifts),
         cuda=functools.partial(kernels.block_forward, block=block),
         misfits={"cuda": kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 2, 3, 4, 5),
