@@ -147,6 +147,17 @@ def test_attention_by_heads_equals_the_dense_form(monkeypatch):
     assert_all_close(found, expected, 2e-6)
 
 
+def test_tokens_on_a_tpu_are_limited_by_its_memory():
+    q = jax.ShapeDtypeStruct((1, 3136, 2, 32), jnp.bfloat16)
+    limits = {"TPU v4": "3136 tokens of bfloat16 are more than 1024", "TPU v5 lite": None}
+    for kind, misfit in limits.items():
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert group_attention_heads.heads_misfit(q, 48) == misfit
+    assert group_attention_heads.heads_misfit(q, 48) == limits["TPU v4"]
+
+
 def test_long_rows_are_selected_alike(monkeypatch):
     """Beyond the largest kernel, by lax.top_k; the order of a group's keys does not matter."""
     groups, scores = jnp.zeros((1, 2, 20), jnp.int32), integers(-4, 5, 1, 2, 3, 20)

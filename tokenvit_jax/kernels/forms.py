@@ -46,15 +46,15 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "bfloat16 and float16: one kernel routes, one attends; compiled for an H200 (128 "
         "images of 784 tokens, training) 4 launches and 0.1 ms of floor instead of 248 and 4.2",
         "default": "all queries at once",
-        "tpu": "one program for the heads of an image that fill a register, up to 4,096 tokens: "
-        "neither logits nor scores go through memory",
+        "tpu": "one program for the heads of an image that fill a register, up to 1,024 tokens, "
+        "or 4,096 in bfloat16 from TPU v5 on: neither logits nor scores go through memory",
     },
     "group attention, tiles": {
         "cuda": "bfloat16 and float16: kernels that read the queries and keys of a group in place; "
         "compiled for an H200 (128 images of 3,136 tokens, training) 10 launches and 0.5 ms of "
         "floor instead of 46 and 3.8",
         "default": "gathers the queries of each tile and the keys of each group",
-        "tpu": "that of the dense path, up to 4,096 tokens: no sort, gather or scatter",
+        "tpu": "that of the dense path, as far as it goes: no sort, gather or scatter",
     },
     "group sums": {
         "cuda": "one pass over the queries; compiled for an H200 (128 images of 3,136 tokens) "

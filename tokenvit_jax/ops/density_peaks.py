@@ -1,8 +1,8 @@
 """Clustering of tokens by density peaks (Xie et al. 2022, "ClusTR", Section 3.1).
 
 A token is a good centre if its neighbourhood is dense and every denser token is far away (Eqs. 1
-and 2). Both need all N^2 distances of an image, which are never held at once. GPUs have kernels,
-which keep distances in registers; elsewhere distances are computed in chunks of tokens:
+and 2). Both need all N^2 distances of an image, which are never held at once. GPUs and TPUs have
+kernels, which keep distances in registers; elsewhere they are computed in chunks of tokens:
 
 * Pass 1 keeps the k nearest neighbours of every token. The k smallest distances are in the k groups
   with the smallest minima, so all reductions but one work on a fraction of the chunk. Most tokens
@@ -576,7 +576,7 @@ def _centers(peaks, mask, num_clusters):
     def select(score):
         centers = top_indices(score, num_clusters)
         numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
-        return centers, put(jnp.full_like(peaks.parent, -1), centers, numbers)
+        return centers, put(jnp.full_like(score, -1, jnp.int32), centers, numbers)
 
     def by_ranks(score):
         order, places = kernels.ranks(score)

@@ -9,6 +9,12 @@ give the same values and gradients for any division into groups:
   the cheaper form while L^2 is small.
 * tiles (:mod:`tokenvit_jax.kernels.group_attention_tiles`) sorts the queries by group and cuts them
   into tiles of one group each.
+
+GPUs have kernels for both (:mod:`tokenvit_jax.kernels.group_routing`,
+:mod:`tokenvit_jax.kernels.group_attention_fused`,
+:mod:`tokenvit_jax.kernels.group_attention_sorted`), TPUs have one for both
+(:mod:`tokenvit_jax.kernels.group_attention_heads`): they write neither logits nor, up to 1,024
+tokens, the scores of keys to memory.
 """
 
 import functools
