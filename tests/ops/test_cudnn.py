@@ -1,6 +1,7 @@
 """Attention by cuDNN: what is done around the library gives the same attention, on a CPU too."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -108,6 +109,30 @@ def test_misfits():
         assert "multiple of 8" in cudnn.misfit(short, short, short)
         assert cudnn.misfit(short, short, short, extra=3) is None
     assert not cudnn.available()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "version", "expected"),
+    [
+        ("cuda 13000", "8.0", 91200, "head dim 200 is above 128"),
+        ("cuda 13000", "9.0", 90000, None),
+        ("cuda 13000", "7.5", 91200, "no NVIDIA GPU"),
+        ("cuda 13000", "9.0", 89700, "no NVIDIA GPU"),
+        ("rocm 60000", "gfx90a", 91200, "no NVIDIA GPU"),
+    ],
+)
+def test_the_gpu_that_is_there(monkeypatch, platform, capability, version, expected):
+    client = types.SimpleNamespace(platform_version=platform)
+    device = types.SimpleNamespace(client=client, compute_capability=capability)
+    library = types.SimpleNamespace(check_cudnn_version=lambda: version)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    monkeypatch.setattr(cudnn.importlib, "import_module", lambda name: library)
+    cudnn._own_device.cache_clear()
+    q = jax.ShapeDtypeStruct((2, 196, 3, 200), jnp.bfloat16)
+    reason = cudnn.misfit(q, q, q)
+    cudnn._own_device.cache_clear()
+    assert reason is None if expected is None else reason.startswith(expected)
 
 
 def test_lowers_for_a_gpu_that_is_not_there():
