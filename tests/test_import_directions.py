@@ -28,7 +28,7 @@ MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
     "__init__": "training models ops",
     "ahead": f"training kernels tasks {BELOW_TASKS}",
-    "training": f"tasks memory stopping {BELOW_TASKS}",
+    "training": f"tasks kernels memory stopping {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,
     "expediting": "measure heads models layers ops published progress errors",

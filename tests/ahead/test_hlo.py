@@ -70,7 +70,8 @@ LIBRARY = """
 ENTRY %main (q: bf16[2,4,8,16]) -> bf16[2,4,8,16] {
   %q = bf16[2,4,8,16]{3,2,1,0} parameter(0)
   %k = bf16[2,4,32,16]{3,2,1,0} parameter(1)
-  %call = (bf16[2,4,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="TARGET", \
+  %call = (bf16[2,4,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), \
+custom_call_target="TARGET", \
 backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"dimensions":\
 ["2","4","8","32"]}}}
 }

@@ -25,11 +25,12 @@ CENTROIDS = {"centroids": floats(2, 3, 4), "sums": floats(2, 3, 4), "counts": fl
 FUNCTIONS = {
     "blocks.check_num_heads": ((2, 8), {}),
     "blocks.dense": ((8, jnp.float32), {}),
-    "blocks.gelu": ((TOKENS,), {}),
     "blocks.quick_gelu": ((TOKENS,), {}),
     "cluster_attention.check_ratios": (((4, 2), "clusters"), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
+    "conv.fold": ((floats(8, 5), floats(5), floats(8), floats(8)), {}),
+    "conv.product": ((TOKENS, floats(8, 5)), {}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
     "cosine.unit_length": ((TOKENS,), {}),
     "group_attention.advance_centroids": ((CENTROIDS, 0.9), {}),
@@ -44,10 +45,17 @@ MODULES = {
     "blocks.PatchEmbedding": (layers.PatchEmbedding(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "cluster_attention.ClusterAttention": (layers.ClusterAttention(2, (4, 2)), (MAP, True), {}),
     "conv.Conv3x3": (layers.Conv3x3(5, 2), (floats(2, 6, 5, 3),), {}),
-    "conv.DepthwiseConv3x3": (layers.DepthwiseConv3x3(), (MAP,), {}),
+    "conv.FoldedBatchNorm": (
+        layers.conv.FoldedBatchNorm(), (floats(2, 8), 8, 3),
+        {"use_running_average": False},
+    ),
+    "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),
     "group_attention.DynamicGroupAttention": (
         layers.DynamicGroupAttention(2, 3, 5, cosine=True), (TOKENS, True), {}
     ),
+    "norm.AddLayerNorm": (layers.AddLayerNorm(), (MAP, MAP), {}),
+    "norm.BatchNorm": (layers.BatchNorm(), (MAP, False), {}),
+    "norm.LayerNorm": (layers.LayerNorm(), (TOKENS,), {}),
     "pale_attention.PaleAttention": (layers.PaleAttention(2, 3), (MAP, True), {}),
     "pale_attention.SeparableProjection": (
         layers.pale_attention.SeparableProjection(), (MAP, True), {}
@@ -101,11 +109,11 @@ def test_modules_have_the_shapes_that_they_state(name):
     module, args, kwargs = MODULES[name]
     assert type(module) is PUBLIC[name]
 
-    def call(x):
+    def call(*first):
         # A scope of its own: an attribute of Mlp hides `init`.
         y, _ = nn.apply(
             lambda module, *args: module(*args, **kwargs), module, mutable=True
-        )({}, x, *args[1:], rngs=RNGS)  # fmt: skip
-        check_call(type(module).__call__, (module, x, *args[1:]), kwargs, y)
+        )({}, *first, *args[1:], rngs=RNGS)  # fmt: skip
+        check_call(type(module).__call__, (module, *first, *args[1:]), kwargs, y)
 
-    jax.eval_shape(call, args[0])
+    jax.eval_shape(call, *args[:1])

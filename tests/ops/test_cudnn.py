@@ -102,6 +102,8 @@ def test_misfits():
         assert "float32" in cudnn.misfit(q.astype(jnp.float32), q, q)
         assert "above 256" in cudnn.misfit(q, q, q, extra=225)
         assert "fewer than 64" in cudnn.misfit(q[:, :49], q, q)
+        assert cudnn.misfit(q[:, :49], q, q, min_queries=16) is None
+        assert cudnn.misfit(q, q[:, :49], q[:, :49]) is None
         short = q[..., :20]
         assert "multiple of 8" in cudnn.misfit(short, short, short)
         assert cudnn.misfit(short, short, short, extra=3) is None

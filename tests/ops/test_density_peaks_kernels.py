@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.kernels import density_peaks as kernels
+from tokenvit_jax.kernels import density_peaks_tpu as tpu_kernels
 
-LENGTH, NEIGHBORS = 70, 5  # two blocks, the second with 6 tokens
+LENGTH, NEIGHBORS = 130, 5  # three blocks of 64 or two of 128 tokens, the last with 2 tokens
 
 
 def points(channels, masked):
@@ -35,18 +36,23 @@ def distances(x, mask):
 
 
 @functools.cache
-def jitted(name):
+def jitted(name, of=kernels):
     options = {"k": NEIGHBORS} if name == "nearest_neighbors" else {}
-    return jax.jit(functools.partial(getattr(kernels, name), interpret=True, **options))
+    return jax.jit(functools.partial(getattr(of, name), interpret=True, **options))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_nearest_neighbors_and_denser(masked):
+@pytest.mark.parametrize("case", ["gpu", "gpu, masked", "tpu"])
+def test_nearest_neighbors_and_denser(case):
+    masked = "masked" in case
     x, square, bias, mask = points(70, masked)  # channels in two parts
-    squares, indices, farthest = jitted("nearest_neighbors")(x, square, bias)
     # Few values, so that many densities are equal; 0 for masked tokens, as everywhere.
     density = np.random.default_rng(1).integers(1, 6, mask.shape).astype(np.float32) * mask
-    found, parent = jitted("nearest_denser")(x, square, bias, density, squares, indices)
+    if case == "tpu":
+        squares, indices, farthest = jitted("nearest_neighbors", tpu_kernels)(x, square)
+        found, parent = jitted("nearest_denser", tpu_kernels)(x, square, density)
+    else:
+        squares, indices, farthest = jitted("nearest_neighbors")(x, square, bias)
+        found, parent = jitted("nearest_denser")(x, square, bias, density, squares, indices)
     searched = 0
     for image in range(2):
         away = distances(x[image], mask[image])
@@ -84,6 +90,9 @@ def test_nearest_center():
     for image in range(2):
         away = distances(x[image], np.ones(LENGTH, bool))[:, centers[image, : used[image]]]
         np.testing.assert_array_equal(nearest[image], away.argmin(1))
+    at_centers = np.stack([x[image][centers[image]] for image in range(2)])
+    on_tpu = jitted("nearest_center", tpu_kernels)(x, at_centers, used)
+    np.testing.assert_array_equal(on_tpu, nearest)
     none = jitted("nearest_center")(x, square, centers, jnp.zeros(2, jnp.int32))
     assert not none.any()
 
@@ -92,3 +101,7 @@ def test_limits():
     assert kernels.misfit(512, 16) is None
     assert kernels.misfit(513) == "513 channels are more than 512"
     assert kernels.misfit(64, 17) == "17 neighbors are more than 16"
+    assert tpu_kernels.misfit(3136, 64, 5, masked=False) is None
+    assert tpu_kernels.misfit(3136, 64, 5, masked=True) == "masked tokens"
+    assert "67200 keys" in tpu_kernels.misfit(67200, 64, 5, masked=False)
+    assert tpu_kernels.misfit(49, 64, 17, masked=False) == "17 neighbors are more than 16"

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.test_util import check_grads
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.depthwise_conv import (
-    kernel_gradient_by_entries,
+    kernel_gradient_by_library,
     kernel_gradient_by_lines,
 )
 
@@ -51,7 +52,7 @@ def test_gradient_is_that_of_the_convolution():
         strict=True,
     ):
         np.testing.assert_allclose(gradient, expected, atol=2e-5)
-    for form in (kernel_gradient_by_entries, kernel_gradient_by_lines):
+    for form in (kernel_gradient_by_library, kernel_gradient_by_lines):
         np.testing.assert_allclose(form(x, dy, weights.shape), expected, atol=2e-5)
 
 
@@ -59,9 +60,7 @@ def test_float64_gradient_by_finite_differences():
     with jax.enable_x64(True):
         arrays = inputs(dtype=np.float64)
         assert ops.depthwise_conv(*arrays).dtype == jnp.float64
-        jax.test_util.check_grads(
-            ops.depthwise_conv, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7
-        )
+        check_grads(ops.depthwise_conv, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
 def test_bfloat16_sums_in_float32():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import cluster_sums
+from tokenvit_jax.kernels import cluster_sums, cluster_sums_tpu
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 
 NUM_CLUSTERS = 5
@@ -140,3 +140,37 @@ def test_mistakes(change, message):
     valid = {"tokens": x, "assignment": assignment, "num_clusters": 5, "scores": scores}
     with pytest.raises(ValueError, match=message):
         ops.merge_tokens(**valid | change)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_kernels(dtype, monkeypatch):
+    """Kernels, interpreted: on a GPU two blocks of tokens, clusters and channels, all ragged."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 75, 70)), dtype)
+    assignment = rng.choice(67, (2, 75)).astype(np.int32)  # of 70: some are empty
+    scores = jnp.asarray(20 * rng.normal(size=(2, 75)), dtype)
+    scores = scores.at[0, 3].set(-jnp.inf)
+    means, shift, total = jax.jit(
+        lambda x, at, s: cluster_sums.means_by_kernel(x, at, s, 70, 1e-6, interpret=True)
+    )(x, assignment, scores)
+    exact_x, exact_scores = np.asarray(x, np.float64), np.asarray(scores, np.float64)
+    member = assignment[:, :, None] == np.arange(70)
+    largest = np.where(member, exact_scores[..., None], 0).max(1)
+    weights = member * np.exp(exact_scores[..., None] - largest[:, None])
+    sums = weights.sum(1) + 1e-6 * np.exp(-largest)
+    np.testing.assert_array_equal(shift, largest)
+    np.testing.assert_allclose(total, sums, rtol=1e-5)
+    expected = np.einsum("bnm,bnc->bmc", weights, exact_x) / sums[..., None]
+    np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
+    assert means.dtype == jnp.float32
+    monkeypatch.setattr(cluster_sums_tpu, "BLOCK", 64)
+    on_tpu = jax.jit(lambda x, at, s: cluster_sums_tpu.means(x, at, s, 70, 1e-6, interpret=True))(
+        x, assignment, scores
+    )
+    for a, b in zip(on_tpu, (means, shift, total), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    found = cluster_sums.sums_by_kernel(x, assignment, 70, interpret=True)
+    assert found.dtype == dtype
+    expected = np.einsum("bnm,bnc->bmc", member.astype(float), exact_x)
+    tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(found, float), expected, rtol=tolerance, atol=1e-6)

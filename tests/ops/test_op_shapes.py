@@ -9,6 +9,8 @@ from shape_checks import check_call, missing_annotations, public_callables, trac
 
 from tokenvit_jax import kernels, ops
 from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.depthwise_block import Block
+from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
@@ -44,63 +46,74 @@ GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
+AFFINE = ops.BatchAffine(*(floats(7),) * 4)
+SORTED = SortedGroups(
+    integers(2, 3, 12), integers(2, 3, 5), integers(2, 3, 4, 6),
+    jnp.zeros((2, 3, 4, 11), jnp.int16),
+)  # fmt: skip
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
-    "attention.dot_product_attention": [
-        ((Q, K, K), {}),
-        ((Q, K, K), {"key_mask": masks(2, 13), "scale": 1}),
-        ((Q.astype(jnp.bfloat16),) * 3, {}),
-    ],
-    "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
-    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
-    "attention.check_qkv": [((Q, K, K), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
         "attention.attend_by_cudnn": [((*SHORT, masks(2, 13)), {"scale": 1.0})],
     "attention.attend_by_library": [((Q, K, K, None), {"scale": 1.0})],
     "attention.attend_heads_first": [((Q, K, K, masks(2, 13)), {"scale": 1.0})],
-    "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
-    "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
-    "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
-    "center_tiles.near_weights": [
-        ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
+    "attention.attention_weights": [((Q, K), {}), ((Q, K, floats(2, 13)), {"scale": 1})],
+    "attention.check_qkv": [((Q, K, K), {})],
+    "attention.dot_product_attention": [
+        ((Q, K, K), {}),
+        ((Q, K, K), {"key_mask": masks(2, 13), "scale": 1}),
+        ((Q.astype(jnp.bfloat16),) * 3, {}),
     ],
-    "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
+    "attention.scored_attention": [((Q, K, K), {}), ((Q, K, K, floats(2, 13)), {})],
+    "batch_norm.affine_gradient": [((floats(2, 7), floats(2, 7), 60, AFFINE, 1e-5), {})],
+    "batch_norm.affine_of": [((floats(2, 7), 60, floats(7), floats(7), 1e-5), {})],
+    "batch_norm.batch_norm": [
+        ((TOKENS, floats(7), floats(7)), {"epsilon": 1e-5, "with_gelu": True}),
+        ((TOKENS.astype(jnp.bfloat16), floats(7), floats(7)), {"epsilon": 1e-5}),
+    ],
+    "batch_norm.global_count": [((TOKENS, None), {})],
+    "batch_norm.over_devices": [((floats(2, 7), None), {})],
+    "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
+    "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
+    "center_tiles.check_temperature": [((50.0,), {})],
+    "center_tiles.check_tokens": [(("tokens", TOKENS), {})],
+    "center_tiles.check_window": [((3,), {})],
+    "center_tiles.make_tiles": [((GRID, CLUSTERS, 3), {})],
     "center_tiles.mix_rows_and_columns": [
         ((TOKENS, GRID, (np.zeros((2, 4), int), np.ones((2, 4))),
           (np.zeros((3, 2), int), np.ones((3, 2)))), {})
     ],
-    "center_tiles.check_tokens": [(("tokens", TOKENS), {})],
-    "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
-    "center_tiles.check_window": [((3,), {})],
-    "center_tiles.check_temperature": [((50.0,), {})],
+    "center_tiles.near_weights": [
+        ((floats(2, *TILES.tokens.shape, 7), floats(2, 6, 7), TILES, 50.0), {})
+    ],
+    "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
+    "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
-    "platforms.by_platform": [(("cluster sums", TOKENS), {"cpu": jnp.sum, "default": jnp.sum})],
-    "platforms.device_batch": [((2,), {})],
-    "platforms.num_devices": [((), {})],
-    "platforms.on_each_device": [((jnp.sum,), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
+    "cluster_sums.means_by_kernel": [
+        ((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})
+    ],
+    "cluster_sums.sums_by_kernel": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_products": [((TOKENS, integers(2, 30), 5), {})],
     "cluster_sums.sums_by_scatter": [((TOKENS, integers(2, 30), 5), {})],
+    "cluster_sums_tpu.means": [((TOKENS, integers(2, 30), SQUARES, 5, 1e-6), {})],
+    "cluster_sums_tpu.misfit": [((5, 7), {})],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
-    "cudnn.available": [((), {})],
-    "cudnn.misfit": [(SHORT, {}), (SHORT, {"extra": 3})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
     "cudnn.attend_augmented": [((*SHORT[:2], SHORT[2][..., :5]), {})],
+    "cudnn.available": [((), {})],
+    "cudnn.misfit": [(SHORT, {}), (SHORT, {"extra": 3})],
     "cudnn.split_in_three": [((floats(2, 13), jnp.bfloat16), {})],
-    "density_peaks.misfit": [((7, 5), {})],
-    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
-    "density_peaks.nearest_denser": [
-        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
+    "density_peaks.assign_clusters": [
+        ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
     ],
-    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
-    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.cluster_density_peaks": [
         ((TOKENS, 5), {}),
         ((TOKENS, 5), {"mask": masks(2, 30), "rng": KEY, "assign": "parent", "chunk_size": 16}),
@@ -109,17 +122,53 @@ CALLS = {
         ((TOKENS,), {"rng": jax.random.split(KEY, 2)}),
         ((TOKENS,), {"rng": jax.random.PRNGKey(0)}),
     ],
-    "density_peaks.assign_clusters": [
-        ((TOKENS, PEAKS, 5), {}), ((TOKENS, PEAKS, 5), {"threshold": floats()})
+    "density_peaks.insert_entry": [
+        ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
     ],
+    "density_peaks.misfit": [((7, 5), {})],
+    "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
+    "density_peaks.nearest_denser": [
+        ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
+    ],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
-    "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
+    "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
+    "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
+    "depthwise_block.block_backward": [
+        ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
+         {"block": Block(), "interpret": True}),
+    ],
+    "depthwise_block.block_forward": [
+        ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
+         {"block": Block(with_sums=True), "interpret": True}),
+    ],
+    "depthwise_block.gelu_backward": [
+        ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
+    ],
+    "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
+    "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
+    "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
-    "depthwise_conv.kernel_gradient_by_entries": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "depthwise_conv.defer_gelu": [
+        ((floats(2, 6, 4, 5), floats(5)), {"with_sums": flag}) for flag in (True, False)
+    ],
+    "depthwise_conv.depthwise_block": [
+        ((floats(2, 6, 4, 5), floats(3, 1, 5)), {}),
+        ((floats(2, 6, 4, 5), floats(3, 3, 5), floats(5)),
+         {"input_bias": floats(5), "scale": floats(5), "shift": floats(5), "with_sums": True,
+          "deferred": True, "activate": True}),
+    ],
+    "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.kernel_gradient_by_library": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
+    "gelu.gelu": [((TOKENS,), {})],
+    "gelu.gelu_and_slope": [((TOKENS.astype(jnp.bfloat16),), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],
     "group_attention.group_attention": [
         ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")
@@ -136,27 +185,70 @@ CALLS = {
     "group_attention_dense.attend_dense_by_cudnn": [
         ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
     ],
+    "group_attention_fused.attend_fused": [
+        ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
+    ],
+    "group_attention_heads.attend_heads": [
+        ((Q, Q, Q, floats(3, 4, 8), 5, 1.0), {"interpret": True})
+    ],
+    "group_attention_heads.heads_misfit": [((Q, 4), {})],
+    "group_attention_heads.selected_keys": [
+        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
+    ],
+    "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
+    "group_attention_sorted.sort_groups": [
+        ((integers(2, 3, 11), floats(2, 3, 4, 11), 5), {"interpret": True})
+    ],
+    "group_attention_sorted.sorted_misfit": [((Q, 5), {})],
     "group_attention_tiles.attend_tiles": [((HEADS_FIRST,) * 3 + (integers(2, 3, 4, 5), PLAN), {})],
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
+    "group_routing.assign_misfit": [((Q, 4), {})],
+    "group_routing.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
+    "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
+    "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],
+    "group_routing.routing_misfit": [((Q, 4), {})],
+    "group_routing.unpack": [((integers(2, 3, 2, 11), 20), {})],
+    "group_sums.group_sums_misfit": [((Q, 4), {})],
+    "group_sums.sum_groups": [((Q, integers(2, 3, 11), 4), {"interpret": True})],
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
-    "kmedoids.kmedoids_misfit": [((30,), {}), ((5000,), {})],
-    "kmedoids.kmedoids_of_images": [
-        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    "layer_norm.add_layer_norm": [
+        ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
+        ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
     ],
+    "layer_norm.backward_pass": [
+        ((TOKENS, TOKENS, None, floats(7), floats(2, 30), floats(2, 30)), {"interpret": True})
+    ],
+    "layer_norm.forward_pass": [
+        ((TOKENS, TOKENS, floats(7), floats(7)),
+         {"epsilon": 1e-6, "dtype": jnp.bfloat16, "interpret": True})
+    ],
+    "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
+    "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
     ],
     "mix_boxes.mix_boxes": [((floats(2, 6, 4, 5), integers(4)), {})],
     "mix_boxes.neighbors": [((TOKENS,), {})],
+    "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
+    "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
+    "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "pale_attention.pale_attention": [
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
     ],
+    "platforms.by_platform": [
+        (("cluster sums", TOKENS), dict.fromkeys(("cpu", "default", "cuda"), jnp.sum))
+    ],
+    "platforms.device_batch": [((2,), {})],
+    "platforms.num_devices": [((), {})],
+    "platforms.on_each_device": [((jnp.sum,), {})],
+    "precise_product.precise_product": [(("bnc,bmc->bnm", TOKENS, floats(2, 4, 7)), {})],
     "reconstruct_tokens.reconstruct_tokens": [
         ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
@@ -164,8 +256,17 @@ CALLS = {
     ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
-    "selection.in_groups": [((floats(2, 32, 5),), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
+    "scored_attention.received_attention": [
+        ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
+    ],
+    "scored_attention.score_by_kernels": [
+        ((*SHORT, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "scored_attention.score_with_logits": [
+        ((Q, K, K, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "selection.in_groups": [((floats(2, 32, 5),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
     "selection.smallest": [((TOKENS,), {})],
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],
@@ -174,10 +275,22 @@ CALLS = {
     "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
     "token_merging.bipartite_matching": [((TOKENS, 5), {})],
     "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],
+    "token_pooling.kmeans_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
     "token_pooling.kmedoids": [((TOKENS, integers(2, 5)), {})],
+    "token_pooling.kmedoids_of_images": [
+        ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
+    ],
+    "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
+    "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_windows": [
+        ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
+    ],
+    "window_attention.misfit_of_tiles": [((*SHORT, 13), {})],
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})

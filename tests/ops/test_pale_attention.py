@@ -85,6 +85,16 @@ def test_equals_the_loops(mode, pale, scale, one_by_one, monkeypatch):
     np.testing.assert_allclose(masked, naive(*arrays, pale, mode, scale, mask), atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", ["parallel", "cross"])
+def test_halves_together_as_on_accelerators(mode, monkeypatch):
+    monkeypatch.setattr(module, "by_platform", lambda _, *args, default, **rest: default(*args))
+    arrays, mask = inputs(6, 6, heads=4), padding(6, 6, 5, 4)
+    attend = module.pale_attention.__wrapped__  # not compiled yet
+    y = jax.jit(functools.partial(attend, pale=(2, 2), mode=mode, mask=mask))(*arrays)
+    expected = naive(*arrays, (2, 2), mode, mask=mask)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", module.MODES)
 def test_float64_gradient_by_finite_differences(mode, monkeypatch):
     monkeypatch.setattr(module, "MAX_LOGITS", 0)

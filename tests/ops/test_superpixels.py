@@ -10,7 +10,8 @@ import pytest
 
 from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
-from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS
+from tokenvit_jax.ops.precise_product import precise_product
+from tokenvit_jax.ops.reconstruct_tokens import MODES, NORMS, _nearest, _nearest_by_top_k
 
 # Written by the released code, one image each; three channels of the reconstruction.
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("expedite_*.npz"))
@@ -218,6 +219,25 @@ def both(x, **kwargs):
     kwargs = SETTINGS | kwargs | {"neighbors": 6, "grid": GRID, "clusters": CLUSTERS}
     modes = ("soft", "window")
     return [ops.reconstruct_tokens(x, centers, centers**2, mode=m, **kwargs) for m in modes]
+
+
+def test_nearest_centers_of_the_form_for_gpus():
+    """Ties go to the lowest centre, as in the form for other platforms."""
+    distances = jnp.asarray(np.random.default_rng(3).integers(0, 4, (2, 40, 7)), jnp.float32)
+    found = _nearest_by_top_k(distances, 6)
+    np.testing.assert_array_equal(found, _nearest(distances, 6))
+    expected = np.argsort(distances, 1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gradient_of_a_precise_product():
+    draw = np.random.default_rng(0)
+    x, y, direction = (draw.normal(size=shape) for shape in ((2, 5, 3), (2, 4, 3), (2, 5, 4)))
+    with jax.enable_x64(True):
+        loss = lambda x, y: (precise_product("bnc,bmc->bnm", x, y) * direction).sum()  # noqa: E731
+        d_x, d_y = jax.grad(loss, (0, 1))(x, y)
+    np.testing.assert_allclose(d_x, direction @ y, rtol=1e-12)
+    np.testing.assert_allclose(d_y, direction.swapaxes(1, 2) @ x, rtol=1e-12)
 
 
 def test_transforms():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels.kmedoids import kmedoids_of_images
+from tokenvit_jax.kernels.token_pooling import kmeans_of_images, kmedoids_of_images
 from tokenvit_jax.measure.macs import count_macs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,6 +172,25 @@ def test_kmedoids_of_the_kernel(length, num_clusters, dtype):
         np.testing.assert_array_equal(assignment[b], expected[1])
         sizes = np.bincount(expected[1], minlength=num_clusters)
         np.testing.assert_array_equal(counts[b], sizes)
+
+
+def test_kmeans_of_the_kernel():
+    """With equal tokens, an empty cluster and weights of 0."""
+    draw = np.random.default_rng(4)
+    x = draw.normal(size=(2, 21, 5)).astype(np.float32)
+    x[:, 7] = x[:, 0]
+    initial = np.stack([draw.permutation(21)[:6] for _ in range(2)])
+    initial[:, 3] = initial[:, 1]
+    weights = draw.integers(0, 3, (2, 21)).astype(np.float32)
+    run = functools.partial(kmeans_of_images, iterations=3, interpret=True)
+    centers, assignment, counts, members = run(x, weights, jnp.asarray(initial, jnp.int32))
+    for b in range(2):
+        expected = naive_means(x[b].astype(float), initial[b], weights[b], 3)
+        np.testing.assert_allclose(centers[b], expected[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(assignment[b], expected[1])
+        np.testing.assert_array_equal(counts[b], np.bincount(expected[1], minlength=6))
+        before = naive_means(x[b].astype(float), initial[b], weights[b], 2)[1]
+        np.testing.assert_array_equal(members[b], before)
 
 
 def test_gradients():

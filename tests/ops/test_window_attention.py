@@ -13,8 +13,9 @@ from jax.test_util import check_grads
 from tokenvit_jax import ops
 from tokenvit_jax.measure.macs import count_macs
 
-# The package exports a function with the same name.
+# The packages export functions with the same name.
 module = importlib.import_module("tokenvit_jax.ops.window_attention")
+kernels = importlib.import_module("tokenvit_jax.kernels.window_attention")
 
 WINDOW = (3, 2)
 
@@ -112,3 +113,46 @@ def test_bias_of_a_pair_is_that_of_its_offset():
 def test_bad_arguments_are_named(window, shift, message):
     with pytest.raises(ValueError, match=message):
         ops.window_attention(*inputs(), window=window, shift=shift)
+
+
+def assert_equal_with_gradients(attend, expected, *args):
+    """Asserts that values and gradients are equal within a few roundings of the largest number."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(attend, *args):
+        value, pull = jax.vjp(attend, *args)
+        return value, pull(jnp.sin(value))
+
+    found, expected = (jax.tree.leaves(value_and_gradients(f, *args)) for f in (attend, expected))
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        eps = float(jnp.finfo(args[0].dtype).eps)
+        np.testing.assert_allclose(x, y, atol=8 * eps * np.abs(y).max())
+
+
+@pytest.mark.parametrize(
+    ("window", "shift", "dtype"),
+    [((3, 2), (2, 1), jnp.float32), ((7, 7), (0, 0), jnp.bfloat16)],
+    ids=str,
+)
+def test_the_kernels_for_a_gpu(window, shift, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "FEWEST_PROGRAMS", 4)  # several windows per program
+    rng = np.random.default_rng(0)
+    shape = (2, 2 * window[0], 2 * window[1], 2, 12)
+    maps = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3)]
+    bias = jnp.asarray(rng.normal(size=(2, window[0] * window[1], window[0] * window[1])))
+    assert_equal_with_gradients(
+        lambda *x: kernels.attend_windows(*x, window, shift, 0.3, True),
+        lambda *x: ops.window_attention(*x, window=window, shift=shift, scale=0.3),
+        *maps, bias,
+    )  # fmt: skip
+
+
+def test_the_kernels_for_short_sequences():
+    maps = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 19, 2, 16)), jnp.float32)
+    assert_equal_with_gradients(
+        functools.partial(kernels.attend_short, scale=0.3, interpret=True),
+        functools.partial(ops.dot_product_attention, scale=0.3),
+        *maps,
+    )

@@ -13,7 +13,7 @@ from tokenvit_jax.ahead.compiling import (
     smallest_batch,
     with_batch,
 )
-from tokenvit_jax.ahead.fitting import largest_fit
+from tokenvit_jax.ahead.fitting import MARGIN, largest_fit
 from tokenvit_jax.ahead.targets import Target, parse_target
 
 _WHAT = {"train": "training step", "evaluate": "evaluation step", "predict": "prediction"}
@@ -77,5 +77,6 @@ def _fitted(compiled_at: Callable[[int], Compiled], target: Target, batch: int, 
         done[size] = compiled_at(size)
         return done[size].memory.state, done[size].memory.total
 
-    largest = largest_fit(memory_of, target.device.memory, batch, step)
+    capacity = int((1 - MARGIN) * target.device.memory)
+    largest = largest_fit(memory_of, capacity, batch, step)
     return Found(done[largest or min(done)], largest, step)

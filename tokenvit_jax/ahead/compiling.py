@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.ahead.hlo import Program, read_program
+from tokenvit_jax.ahead.quiet import without_alarms
 from tokenvit_jax.ahead.targets import Target
 from tokenvit_jax.data import Spec
 from tokenvit_jax.errors import UserError
@@ -172,6 +173,7 @@ def check(config: ConfigDict, target: Target, mode: str) -> None:
     """
     task = create_task(with_searched_keep(config, None))
     check_task(task, training=mode == "train")
+    task.make_model()
     targets.prepare_jax()
     make_parallel(config, targets.devices_of(target))
     if mode == "train":
@@ -197,9 +199,10 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
     devices = targets.devices_of(target)
     jax.clear_caches()  # what was traced for another target may have other forms
     start, processor_start = time.perf_counter(), time.process_time()
-    with noted_misfits() as misfits, _library_attention(target):
+    with _library_attention(target):
         step = make_step(config, devices, mode)
-        lowered = step.function.lower(*step.arguments)
+        with noted_misfits() as misfits:  # not those of the initialisation, which sees one image
+            lowered = step.function.lower(*step.arguments)
     traced = time.perf_counter()
     own = [misfit for misfit in misfits if misfit.platform == target.device.platform]
     facts = {
@@ -225,7 +228,7 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
 def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, int]:
     """Compiles; returns None and the temporaries [bytes] if the compiler lacks memory for them."""
     try:
-        with _uncached():
+        with _uncached(), without_alarms():
             return lowered.compile(compiler_options=targets.compiler_options(target.device)), 0
     except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
         return None, _missing_memory(error, arguments)

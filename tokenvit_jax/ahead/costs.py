@@ -31,7 +31,7 @@ PARTS = (
     ("batch: mixing, normalisation", r"prepare|mix_batch|draw_mixing|random|threefry|normalize"),
 )  # fmt: skip
 _MODEL = re.compile(r"jvp\(|transpose\(")
-OTHER_MODEL, OTHER = "model, the rest", "optimizer, averages, metrics"
+OTHER_MODEL, OTHER = "model, the rest", "outside the model: optimizer, averages, metrics"
 
 # Parts of an origin that are no layers.
 _NO_LAYER = re.compile(
@@ -106,7 +106,7 @@ def part_of(origin: str) -> str:
     for name, pattern in PARTS:
         if re.search(pattern, origin):
             return name
-    return OTHER_MODEL if _MODEL.search(origin) else OTHER
+    return OTHER_MODEL if _MODEL.search(origin) or module_path(origin) else OTHER
 
 
 def module_path(origin: str) -> str:
@@ -176,15 +176,15 @@ def purpose_of(kind: str, message, batch_norms: frozenset[str]) -> str:
         return "parameters (fsdp)"
     if any(path == norm or path.startswith(f"{norm}/") for norm in batch_norms):
         return "BatchNorm, backward" if backward else "BatchNorm, forward"
-    if "centroid" in origin or "group_sums" in origin or "after_step" in origin:
-        return "centroids"
     if backward:
         return "gradients"
+    if re.search("centroid|group_sums|attend_in_groups|after_step", origin):
+        return "centroids"
     if re.search(r"/(while|cond)(/|$)", origin) or "reduce_or" in origin:
         return "predicates of loops and branches"
-    if "jvp(" in origin:
+    if path:
         return "forward pass"
-    return "metrics" if message.bytes <= 64 else "gradients"
+    return "loss and metrics" if message.bytes <= 64 else "gradients"
 
 
 def floor_seconds(compiled: Compiled) -> tuple[float, float]:

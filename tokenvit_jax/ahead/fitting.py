@@ -8,6 +8,8 @@ the interval.
 from collections.abc import Callable
 
 LARGEST = 2**16  # images per device
+# Part of the memory to leave free: measured memory was within 4 % of the compiled (one H200).
+MARGIN = 0.04
 _CLOSE = 0.02  # part of the batch: the result is at most so much too small
 
 

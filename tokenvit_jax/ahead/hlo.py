@@ -25,7 +25,7 @@ _KERNELS = frozenset((
     "iota", "select-and-scatter", "rng-bit-generator", "pad", "slice", "copy-start", "slice-start",
 ))  # fmt: skip
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_TRANSPARENT = ("get-tuple-element", "bitcast", "copy", "tuple", "convert")
+_TRANSPARENT = ("get-tuple-element", "bitcast", "copy", "tuple", "convert", "concatenate")
 
 
 class Instruction(NamedTuple):
@@ -251,19 +251,30 @@ class _Reader:
                 yield Work(2.0 * multiply_adds * passes, precision)
 
     def _messages(self, computation, instruction) -> Iterator[Message]:
+        # A gather is as large as its results.
+        gathers = instruction.opcode.startswith("all-gather")
+        whole = shape_bytes(instruction.shape) if gathers and len(instruction.operands) == 1 else 0
         for name in instruction.operands:
-            operand = computation.get(name)
-            if operand is None:
-                continue
-            size = shape_bytes(operand.shape)
-            source = operand
-            while source is not None and not source.origin and source.opcode in _TRANSPARENT:
-                source = computation.get(next(iter(source.operands), ""))
-            origin = source.origin if source is not None and source.origin else instruction.origin
-            # A gather is as large as its result.
-            if instruction.opcode.startswith("all-gather") and len(instruction.operands) == 1:
-                size = max(size, *map(_array_bytes, _ARRAY.findall(instruction.shape)))
-            yield Message(size, origin)
+            for message in self._sources(computation, name):
+                origin = message.origin or instruction.origin
+                yield Message(max(message.bytes, whole), origin)
+
+    def _sources(self, computation, name: str) -> Iterator[Message]:
+        """Yields the arrays with an origin of which an operand of a collective consists."""
+        found = computation.get(name)
+        if found is None:
+            return
+        joins = found.opcode in _TRANSPARENT or "concatenate" in found.name
+        if found.origin or not joins or not found.operands:
+            yield Message(shape_bytes(found.shape), found.origin)
+        elif found.opcode == "get-tuple-element":
+            yield Message(
+                shape_bytes(found.shape),
+                next((x.origin for x in self._sources(computation, found.operands[0])), ""),
+            )
+        else:
+            for operand in found.operands:
+                yield from self._sources(computation, operand)
 
 
 # ------------------------------------------------------------------------------------------------

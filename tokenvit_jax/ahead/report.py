@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
-from tokenvit_jax.ahead.fitting import estimated_fit
+from tokenvit_jax.ahead.fitting import MARGIN, estimated_fit
 
 FORMATS = ("table", "markdown", "json")
 _LAYERS = 15  # rows of the costliest operations
@@ -54,7 +54,7 @@ def format_report(compiled: Compiled, form: str, largest: int | None, step: int 
 
 def fitting_batch(compiled: Compiled, step: int) -> int:
     """Estimates the largest batch per device that fits."""
-    memory, capacity = compiled.memory, compiled.target.device.memory
+    memory, capacity = compiled.memory, int((1 - MARGIN) * compiled.target.device.memory)
     return estimated_fit(compiled.batch_per_device, memory.total, memory.state, capacity, step)
 
 
@@ -68,8 +68,8 @@ def excess(compiled: Compiled, step: int) -> str:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
         f"{compiled.batch_per_device} images per device do not fit into the memory: a step needs "
-        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} too much; "
-        f"{advice}"
+        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too "
+        f"much; {advice}"
     )
 
 
@@ -148,9 +148,10 @@ def _memory(compiled: Compiled, largest: int | None, step: int) -> Section:
     else:
         text = f"DOES NOT FIT: {_gib(memory.total)} of {_gib(device.memory)} GiB{share}. "
     if largest is None:
-        text += f"About {fitting_batch(compiled, step)} images per device would fit (estimated)."
+        batch = fitting_batch(compiled, step)
+        text += f"About {batch} images per device would fit with {MARGIN:.0%} to spare (estimated)."
     elif largest:
-        text += f"The largest batch that fits has {largest} images per device."
+        text += f"{largest} images per device are the most that fit with {MARGIN:.0%} to spare."
     else:
         text += f"Not even {step} images per device fit."
     rows = [(_MEMORY_NAMES[name], _gib(getattr(memory, name))) for name in Memory._fields]
@@ -189,10 +190,11 @@ def _parts(compiled: Compiled) -> Section:
     facts = compiled.target.device.facts
     bandwidth, launch = facts["bandwidth"], facts["launch"]
     products = compiled.target.device.products["bfloat16"]
+    starts = f"a launch ({1e6 * launch.value:g} us; {launch.source}), " if launch.value else ""
     text = (
-        f"A kernel takes at least a launch ({1e6 * launch.value:g} us; {launch.source}), its bytes "
-        f"at {bandwidth.value / 1e12:g} TB/s ({bandwidth.source}) and its products at "
-        f"{products.value / 1e12:g} TFLOP/s in bfloat16 ({products.source}), whichever is longest."
+        f"A kernel takes at least {starts}its bytes at {bandwidth.value / 1e12:g} TB/s "
+        f"({bandwidth.source}) and its products at {products.value / 1e12:g} TFLOP/s in bfloat16 "
+        f"({products.source}), whichever is longest."
     )
     rows = costs.by_part(compiled)
     cells = [_cost_cells(row) for row in [*rows, costs.total(rows)]]

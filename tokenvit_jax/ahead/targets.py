@@ -28,7 +28,7 @@ _EXTRAS = {
     "tpu": ("aot-tpu", ("libtpu",)),
 }
 # libtpu reads the environment of a TPU host. On other hosts it would look for one and complain.
-_TPU_ENVIRONMENT = {
+_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it, only one program at a time can use libtpu
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -170,7 +170,7 @@ def _valid_shapes(device: Device) -> str:
 
 def prepare_jax() -> None:
     """Keeps JAX from using devices of this machine; call it before the first computation."""
-    for key, value in _TPU_ENVIRONMENT.items():
+    for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")

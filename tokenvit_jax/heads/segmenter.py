@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Attention, DropPath, Mlp, dense
+from tokenvit_jax.layers import AddLayerNorm, Attention, DropPath, LayerNorm, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.models.settings import (
     BLOCKS,
@@ -102,7 +102,7 @@ class MaskTransformer(Head):
         x = jnp.concatenate([x, jnp.broadcast_to(classes, (batch, *shape))], 1)
         for i in range(self.depth):
             x = self._block(x, i, train)
-        x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
 
         def directions(x, name):
             project = nn.Dense(
@@ -113,7 +113,7 @@ class MaskTransformer(Head):
         patches = directions(x[:, :num_patches], "patch_projection")
         classes = directions(x[:, num_patches:], "class_projection")
         cosines = jnp.einsum("bnc,bkc->bnk", patches, classes)
-        return nn.LayerNorm(EPSILON, dtype=jnp.float32, name="mask_norm")(cosines)
+        return LayerNorm(EPSILON, dtype=jnp.float32, name="mask_norm")(cosines)
 
     def _block(self, x, number, train):
         init = truncated_normal(INIT_STD)
@@ -122,8 +122,9 @@ class MaskTransformer(Head):
         attention = Attention(num_heads, "none", INIT_STD, self.dtype, name=f"attention_{number}")
         mlp = Mlp(self.mlp_ratio, self.dtype, init, name=f"mlp_{number}")
 
-        def norm(x, name):
-            return nn.LayerNorm(EPSILON, dtype=self.dtype, name=f"{name}_{number}")(x)
+        def norm(name):
+            return AddLayerNorm(EPSILON, self.dtype, name=f"{name}_{number}")
 
-        x = x + drop(attention(norm(x, "norm1")).y, train)
-        return x + drop(mlp(norm(x, "norm2")), train)
+        x, y = norm("norm1")(x)
+        x, y = norm("norm2")(x, drop(attention(y).y, train))
+        return x + drop(mlp(y), train)

@@ -24,8 +24,8 @@ MIN_CAPABILITY, HOPPER = (8, 0), (9, 0)
 MIN_VERSION = 90000
 IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla"
 
-# Fewer keys or queries: XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
-MIN_LENGTH = 64
+# With fewer queries, XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
+MIN_QUERIES, MIN_KEYS = 64, 16
 
 # A bias of keys rides on the product: appended to every query is BIAS_UNIT, and to a key its bias
 # over BIAS_UNIT. The largest exclusion, NEVER, is a product that float16 can state in this way; it
@@ -41,7 +41,7 @@ class _Device(NamedTuple):
     version: int  # of cuDNN
 
 
-ASSUMED = _Device(HOPPER, 91200)
+ASSUMED, ASSUMED_KIND = _Device(HOPPER, 91200), "NVIDIA H100 80GB HBM3"
 
 # A user context is part of the keys of jax's caches: what was traced without cuDNN is traced again.
 _assumed = jax.make_user_context(False)
@@ -65,11 +65,20 @@ def assumed() -> Iterator[None]:
     try:
         for name, answer in _ANSWERS.items():
             setattr(library, name, answer)
-        with _assumed(True):
+        with _assumed(True), jax.sharding.use_abstract_mesh(_mesh_of_assumed()):
             yield
     finally:
         for name, function in saved.items():
             setattr(library, name, function)
+
+
+def _mesh_of_assumed():
+    """Returns the context's mesh on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.sharding.AbstractDevice(ASSUMED_KIND, num_cores=None, platform="gpu")
+    return jax.sharding.AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
 
 
 def _capability_of(text):
@@ -116,7 +125,9 @@ def _own_device():
     return _Device(_capability_of(device.compute_capability), version)
 
 
-def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
+def misfit(
+    q: Array, k: Array, v: Array, *, extra: int = 0, min_queries: int = MIN_QUERIES
+) -> str | None:
     """Returns why :func:`attend` cannot take the arguments, or None.
 
     Args:
@@ -124,6 +135,7 @@ def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
       k: keys (B, S, N, D).
       v: values (B, S, N, D).
       extra: number of columns that are appended to queries and keys.
+      min_queries: smallest number of queries for which cuDNN is the faster form.
     """
     device = _device()
     if device is None:
@@ -136,8 +148,8 @@ def misfit(q: Array, k: Array, v: Array, *, extra: int = 0) -> str | None:
         return f"head dim {dim} is not a multiple of 8"
     if dim + extra > largest:
         return f"head dim {dim + extra} is above {largest}"
-    if min(q.shape[1], k.shape[1]) < MIN_LENGTH:
-        return f"fewer than {MIN_LENGTH} queries or keys: XLA's form is as fast"
+    if q.shape[1] < min_queries or k.shape[1] < MIN_KEYS:
+        return f"fewer than {min_queries} queries or {MIN_KEYS} keys: XLA's form is as fast"
     return None
 
 

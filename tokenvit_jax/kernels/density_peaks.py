@@ -205,7 +205,7 @@ def _insert(tile, start, values, numbers):
     def insert(carry):
         tile, low, values, numbers = carry
         at = jnp.where(tile == low[:, None], columns, tile.shape[1]).min(1)
-        values, numbers = _shift(low, start + at, values, numbers)
+        values, numbers = insert_entry(low, start + at, values, numbers)
         tile = jnp.where(columns == at[:, None], jnp.inf, tile)
         return tile, tile.min(1), values, numbers
 
@@ -213,10 +213,24 @@ def _insert(tile, start, values, numbers):
     return carry[2:]
 
 
-def _shift(new, number, values, numbers):
-    """Inserts an entry per row into k rising entries and drops the largest.
+def insert_entry(
+    new: Float[Array, "..."],
+    number: Int32[Array, "..."],
+    values: tuple[Float[Array, "..."], ...],
+    numbers: tuple[Int32[Array, "..."], ...],
+) -> tuple[tuple[Float[Array, "..."], ...], tuple[Int32[Array, "..."], ...]]:
+    """Inserts an entry per query into k entries in rising order and drops the largest.
 
     The new entry comes after its equals, whose keys are lower. Displaced entries keep their order.
+
+    Args:
+      new: values of the new entries, one per query.
+      number: their keys.
+      values: k rising values per query.
+      numbers: their keys.
+
+    Returns:
+      The new values and numbers.
     """
     before = [new < value for value in values]
 

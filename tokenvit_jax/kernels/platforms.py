@@ -9,8 +9,10 @@ The environment variable ``TOKENVIT_JAX_KERNELS=off`` makes GPUs and TPUs take t
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -54,6 +56,24 @@ def noted_misfits() -> Iterator[list[Misfit]]:
         _noted.reset(token)
 
 
+_traced: ContextVar[dict[Hashable, Callable[..., Any]] | None] = ContextVar("traced", default=None)
+
+
+@contextlib.contextmanager
+def kernels_traced_once() -> Iterator[None]:
+    """Traces and lowers kernels of equal blocks only once in the context.
+
+    Tracing and lowering a Pallas kernel takes up to a second, and a model calls the same kernel in
+    every block. In the context, kernels that differ neither in their code nor in the values that
+    they hold are one function under `jax.jit`, which keeps what it traced.
+    """
+    token = _traced.set({})
+    try:
+        yield
+    finally:
+        _traced.reset(token)
+
+
 def by_platform(
     operator: str,
     *args: Any,
@@ -93,7 +113,7 @@ def by_platform(
         elif platform == "cpu":
             forms[platform] = cpu
         elif os.environ.get("TOKENVIT_JAX_KERNELS") != "off":
-            forms[platform] = on_each_device(given[platform], shared)
+            forms[platform] = on_each_device(_traced_once(given[platform]), shared)
     return lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 
 
@@ -162,6 +182,38 @@ def _general_misfit(args, shared):
     if any(batch % devices for batch in batches):
         return f"{devices} devices do not divide the batch"
     return None
+
+
+def _traced_once(kernel):
+    """Returns a kernel under `jax.jit`, the same function for equal kernels, or the kernel itself.
+
+    See :func:`kernels_traced_once`.
+    """
+    known = _traced.get()
+    if known is None:
+        return kernel
+    try:
+        return known.setdefault(_identity(kernel), jax.jit(kernel))
+    except TypeError:  # it holds something that cannot be compared, such as an array
+        return kernel
+
+
+def _identity(value):
+    """Returns what makes two functions equal: code and values that they hold.
+
+    Raises:
+      TypeError: a value has no hash.
+    """
+    if isinstance(value, functools.partial):
+        keywords = sorted(value.keywords.items())
+        return (_identity(value.func), *map(_identity, value.args), *map(_identity, keywords))
+    if isinstance(value, tuple):
+        return (type(value), *map(_identity, value))
+    if isinstance(value, types.FunctionType) and value.__closure__:
+        held = (cell.cell_contents for cell in value.__closure__)
+        return (value.__code__, _identity(value.__defaults__), *map(_identity, held))
+    hash(value)
+    return type(value), value
 
 
 def _note(misfit):

@@ -9,8 +9,9 @@ from tokenvit_jax.layers.blocks import (
     gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
-from tokenvit_jax.layers.conv import Conv3x3, DepthwiseConv3x3, batch_norm
+from tokenvit_jax.layers.conv import Conv3x3, batch_norm
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
+from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
@@ -18,16 +19,18 @@ from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAt
 
 __all__ = [
     "ACTIVATIONS",
+    "AddLayerNorm",
     "Attended",
     "Attention",
+    "BatchNorm",
     "ClusterAttention",
     "ConditionalPositionEncoding",
     "Conv3x3",
     "CosineWindowAttention",
-    "DepthwiseConv3x3",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
+    "LayerNorm",
     "Mlp",
     "PaleAttention",
     "PatchEmbedding",

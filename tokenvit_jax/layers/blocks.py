@@ -1,48 +1,18 @@
 """Building blocks of the backbones: activation, patch embedding, position encoding and MLP."""
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.conv import DepthwiseConv3x3, conv_init, linear_init
-
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes the exact GELU: x times the normal distribution function of x.
-
-    Uses erf, which XLA compiles to one vector loop; on CPU the erfc in `jax.nn.gelu` took 5 times
-    as long. Narrower types are computed in float32, because 1 + erf cancels. The backward pass
-    keeps only x.
-
-    References:
-      Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
-    """
-    return _gelu_and_slope(x)[0]
-
-
-def _gelu_and_slope(x):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    distribution = 0.5 * (1 + lax.erf(wide * 2**-0.5))
-    density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
-    return (wide * distribution).astype(x.dtype), distribution + wide * density
-
-
-def _gelu_backward(x, dy):
-    # Without the barrier XLA would keep erf from the forward pass, which costs more than computing
-    # it again.
-    x = lax.optimization_barrier(x)
-    return ((dy * _gelu_and_slope(x)[1]).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+from tokenvit_jax.layers.conv import Weights, conv_init, depthwise_init, linear_init
+from tokenvit_jax.layers.norm import LayerNorm
+from tokenvit_jax.ops import gelu
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -82,7 +52,7 @@ class PatchEmbedding(nn.Module):
         x = nn.Conv(
             self.dim, kernel, strides, padding, dtype=self.dtype, kernel_init=conv_init, name="conv"
         )(x)
-        return nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
+        return LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
 
     def _padding_after(self, size):
         patches = -(-size // self.stride)
@@ -100,7 +70,8 @@ class ConditionalPositionEncoding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return x + DepthwiseConv3x3(dtype=self.dtype, name="conv")(x)
+        kernel, bias = Weights((3, 3, x.shape[-1]), depthwise_init, name="conv")()
+        return ops.depthwise_block(x.astype(self.dtype), kernel, bias, residual=True)[0]
 
 
 class Mlp(nn.Module):

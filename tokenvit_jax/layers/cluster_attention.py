@@ -13,6 +13,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import conv_init
+from tokenvit_jax.layers.norm import LayerNorm
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.ops.density_peaks import RULES
 from tokenvit_jax.ops.heads import split_heads
@@ -146,7 +147,7 @@ class ClusterAttention(nn.Module):
                 channels, (side, side), (side, side), "VALID", dtype=self.dtype,
                 kernel_init=conv_init, name=f"reduce{scale}",
             )  # fmt: skip
-            x = nn.LayerNorm(1e-6, dtype=self.dtype, name=f"reduce_norm{scale}")(conv(x))
+            x = LayerNorm(1e-6, dtype=self.dtype, name=f"reduce_norm{scale}")(conv(x))
         return x.reshape(x.shape[0], -1, channels)
 
 

@@ -1,17 +1,22 @@
 """Convolutions and BatchNorm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from tokenvit_jax import ops
+from tokenvit_jax.layers.norm import BatchNorm
+from tokenvit_jax.ops.batch_norm import affine_of, over_devices
 
 # Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Kernels of linear layers.
 linear_init = nn.initializers.truncated_normal(0.02)
+# The fan-out of a depthwise kernel is its nine entries.
+depthwise_init = nn.initializers.normal((2 / 9) ** 0.5)
 
 
 class Conv3x3(nn.Module):
@@ -37,34 +42,98 @@ class Conv3x3(nn.Module):
         )(x)
 
 
-class DepthwiseConv3x3(nn.Module):
-    """3x3 depthwise convolution with padding 1: (B, H, W, C) -> (B, H, W, C).
+class Weights(nn.Module):
+    """Kernel and bias of a layer that an operator computes together with its neighbours.
 
     Attributes:
-      dtype: type of the computation.
-      use_bias: whether a bias is added.
+      shape: shape of the kernel; the last axis is that of the bias.
+      init: initializer of the kernel.
+      use_bias: whether there is a bias.
     """
 
-    dtype: Any = jnp.float32
+    shape: tuple[int, ...]
+    init: Callable[..., Any]
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        channels = x.shape[-1]
-        # The fan-out of a depthwise kernel is its nine entries.
-        kernel = self.param("kernel", nn.initializers.normal((2 / 9) ** 0.5), (3, 3, channels))
-        bias = self.param("bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = ops.depthwise_conv(x, kernel)
-        return x if bias is None else x + bias
+    def __call__(self) -> tuple[Float[Array, "..."], Float[Array, " C"] | None]:
+        kernel = self.param("kernel", self.init, self.shape)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 
-def batch_norm(*, dtype: Any, axis_name: str | None, name: str | None = None) -> nn.BatchNorm:
+class FoldedBatchNorm(BatchNorm):
+    """BatchNorm as factors and offsets of channels, which a neighbour takes along.
+
+    It has the attributes, parameters and statistics of :class:`BatchNorm`; its type of the result
+    is that of the parameters.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        sums: Float[Array, "2 C"] | None,
+        channels: int,
+        count: int,
+        input_bias: Float[Array, " C"] | None = None,
+        *,
+        use_running_average: bool,
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """Returns the factors and the offsets.
+
+        Args:
+          sums: sums of the values and of their squares over the batch (2, C); under pmap, over the
+            part of the batch on this device. Not used with the running averages.
+          channels: C.
+          count: number of values of a channel that were added.
+          input_bias: bias of the normalized values, which neither the sums nor the values that are
+            scaled contain. The statistics of a batch cancel it.
+          use_running_average: whether the statistics are the running averages.
+        """
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        shift = 0 if input_bias is None else input_bias
+        if use_running_average:
+            factor = lax.rsqrt(var.value + self.epsilon) * scale
+            return factor, bias - (mean.value - shift) * factor
+        if self.axis_name is not None and not self.is_initializing():
+            sums = over_devices(sums, self.axis_name)
+            count = count * lax.axis_size(self.axis_name)
+        affine = affine_of(sums, count, scale, bias, self.epsilon)
+        if not self.is_initializing():
+            for average, value in ((mean, affine.mean + shift), (var, affine.var)):
+                average.value = self.momentum * average.value + (1 - self.momentum) * value
+        return affine.factor, affine.offset
+
+
+def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:
+    """Multiplies by a kernel in the type of ``x``."""
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def fold(
+    kernel: Float[Array, "C dim"],
+    bias: Float[Array, " dim"],
+    factor: Float[Array, " C"],
+    offset: Float[Array, " C"],
+) -> tuple[Float[Array, "C dim"], Float[Array, " dim"]]:
+    """Returns the kernel and bias of the layer that first scales and shifts its input."""
+    # A sum of products instead of a product of matrices: it is small, and float32 everywhere.
+    return factor[:, None] * kernel, bias + jnp.sum(offset[:, None] * kernel, 0)
+
+
+def batch_norm(
+    *, dtype: Any, axis_name: str | None, with_gelu: bool = False, name: str | None = None
+) -> BatchNorm:
     """Returns BatchNorm over the global batch.
 
     Args:
       dtype: type of the computation.
       axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      with_gelu: whether GELU comes first.
       name: name of the module; None: linen chooses it.
     """
-    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name)
+    return BatchNorm(dtype=dtype, axis_name=axis_name, with_gelu=with_gelu, name=name)

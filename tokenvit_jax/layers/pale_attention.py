@@ -9,7 +9,14 @@ from jaxtyping import Array, Float
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import check_num_heads, dense
-from tokenvit_jax.layers.conv import DepthwiseConv3x3, batch_norm
+from tokenvit_jax.layers.conv import (
+    FoldedBatchNorm,
+    Weights,
+    depthwise_init,
+    fold,
+    linear_init,
+    product,
+)
 from tokenvit_jax.ops.heads import merge_heads, split_heads
 from tokenvit_jax.ops.pale_attention import HALVED
 from tokenvit_jax.ops.windows import pad_map, whole_windows
@@ -33,10 +40,14 @@ class SeparableProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
-        norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name="norm")
-        x = DepthwiseConv3x3(self.dtype, use_bias=False, name="depthwise")(x)
-        x = norm(x, use_running_average=not train)
-        return dense(x.shape[-1], self.dtype, "pointwise")(x)
+        channels = x.shape[-1]
+        kernel, _ = Weights((3, 3, channels), depthwise_init, use_bias=False, name="depthwise")()
+        x, sums = ops.depthwise_block(x.astype(self.dtype), kernel, with_sums=train)
+        norm = FoldedBatchNorm(axis_name=self.axis_name, name="norm")
+        affine = norm(sums, channels, x.size // channels, use_running_average=not train)
+        weights = Weights((channels, channels), linear_init, name="pointwise")()
+        kernel, bias = fold(*weights, *affine)  # the linear layer takes the norm along
+        return product(x, kernel) + bias.astype(self.dtype)
 
 
 class PaleAttention(nn.Module):

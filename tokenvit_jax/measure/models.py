@@ -26,6 +26,10 @@ from tokenvit_jax.measure.timing import (
     time_in_turns,
 )
 from tokenvit_jax.models import create_model
+from tokenvit_jax.ops.packed import map_packed
+
+# Values of an array whose update on a GPU takes less time than a launch.
+_SMALL_ARRAY = 2**18
 
 SECONDS = 10.0  # approximate time to spend on each model
 
@@ -212,7 +216,7 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
 
         def loss_fn(params):
             logits, new_state = model.apply(
-                {"params": params, **state},
+                {"params": model.cast_weights(params), **state},
                 images,
                 train=True,
                 rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},
@@ -223,7 +227,9 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, state), grads = grad_fn(variables["params"])
-        params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+        params = map_packed(
+            lambda p, g: p - 1e-3 * g, variables["params"], grads, limit=_SMALL_ARRAY
+        )
         return model.after_step({"params": params, **state}, jnp.float32(1e-3)), loss
 
     return step

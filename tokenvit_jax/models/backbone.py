@@ -1,6 +1,7 @@
 """The contract of every backbone, and of every model that wraps one."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,11 +15,16 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers.blocks import dense
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.settings import BackboneSettings
+from tokenvit_jax.ops.packed import cast_packed
 
 MIN_IMAGE_SIZE = 32  # stride of the last stage of a hierarchical backbone
 BACKBONE = "backbone"  # name of a wrapped backbone in the paths of variables
 
 Variables = Mapping[str, Any]
+
+# Paths of parameters of linear layers that enter a computation in float32: layers in float32, and
+# layers that operators join with a BatchNorm or a convolution.
+_WIDE = re.compile("classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias")
 
 
 class Encoded(NamedTuple):
@@ -106,6 +112,14 @@ class Trainable(nn.Module):
         del params
         return {}
 
+    @nn.nowrap
+    def cast_weights(self, params: Any) -> Any:
+        """Returns parameters for ``apply``, some of them already in the type of the computation.
+
+        The model would cast each of them where it is used; here few operations cast all.
+        """
+        return params
+
 
 class Backbone(Trainable):
     """A classifier whose maps also serve other tasks.
@@ -129,6 +143,18 @@ class Backbone(Trainable):
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
     first_layer: ClassVar[str] = ""
     optional_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @nn.nowrap
+    def cast_weights(self, params: Any) -> Any:
+        dtype = jnp.dtype(self.settings.dtype)
+        if dtype.itemsize >= 4:
+            return params
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+        places = [i for i, (path, _) in enumerate(leaves) if _is_cast(path, params)]
+        leaves = [leaf for _, leaf in leaves]
+        for i, leaf in zip(places, cast_packed([leaves[i] for i in places], dtype), strict=True):
+            leaves[i] = leaf
+        return structure.unflatten(leaves)
 
     @nn.nowrap
     def check_images(self, images: Any) -> None:
@@ -274,6 +300,16 @@ class Backbone(Trainable):
         return (classifier or self.classifier)(self.head_dropout(pooled, train))
 
 
+def _is_cast(path, params):
+    """Returns whether a linear layer uses a parameter in the type of the computation only."""
+    *modules, name = [part.key for part in path]
+    layer = params
+    for module in modules:
+        layer = layer[module]
+    linear = name in ("kernel", "bias") and getattr(layer.get("kernel"), "ndim", 0) == 2
+    return linear and not _WIDE.search("/".join((*modules, name)))
+
+
 class BackboneModel(Trainable):
     """A model of any task around a backbone; passes the calls of a training step to the backbone.
 
@@ -296,6 +332,10 @@ class BackboneModel(Trainable):
     @nn.nowrap
     def is_head(self, path: str) -> bool:
         return path.split("/")[0] != BACKBONE
+
+    @nn.nowrap
+    def cast_weights(self, params: Any) -> Any:
+        return {**params, BACKBONE: self.backbone.cast_weights(params[BACKBONE])}
 
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:

@@ -6,15 +6,17 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from tokenvit_jax import ops
 from tokenvit_jax.layers import (
+    AddLayerNorm,
     ClusterAttention,
-    DepthwiseConv3x3,
     DropPath,
+    LayerNorm,
     PatchEmbedding,
     dense,
-    gelu,
 )
 from tokenvit_jax.layers.cluster_attention import CLUSTERING, RATIOS, check_ratios
+from tokenvit_jax.layers.conv import Weights, depthwise_init, linear_init, product
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import EXPANSION, Rules, check_unused
 from tokenvit_jax.valid import Several
@@ -72,8 +74,13 @@ class ConvFFN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        x = dense(self.ratio * channels, self.dtype, "fc1")(x)
-        x = gelu(x + DepthwiseConv3x3(dtype=self.dtype, name="depthwise")(x))
+        hidden = self.ratio * channels
+        kernel, input_bias = Weights((channels, hidden), linear_init, name="fc1")()
+        x = product(x.astype(self.dtype), kernel)
+        kernel, bias = Weights((3, 3, hidden), depthwise_init, name="depthwise")()
+        x, _ = ops.depthwise_block(
+            x, kernel, bias, input_bias=input_bias, residual=True, activate=True
+        )
         return dense(channels, self.dtype, "fc2")(x)
 
 
@@ -104,15 +111,16 @@ class ClusTRBlock(nn.Module):
             name="attention",
         )
 
-        def norm(x, name):
-            return nn.LayerNorm(1e-6, dtype=settings.dtype, name=name)(x)
+        def norm(name):
+            return AddLayerNorm(1e-6, settings.dtype, name=name)
 
         def drop_path(x):
             return DropPath(settings.drop_path_of(self.index), settings.axis_name)(x, train)
 
-        x = x + drop_path(attention(norm(x, "norm1"), train))
+        x, y = norm("norm1")(x)
+        x, y = norm("norm2")(x, drop_path(attention(y, train)))
         ffn = ConvFFN(settings.mlp_ratios[stage], settings.dtype, name="ffn")
-        return x + drop_path(ffn(norm(x, "norm2")))
+        return x + drop_path(ffn(y))
 
 
 class ClusTR(Pyramid):
@@ -124,9 +132,7 @@ class ClusTR(Pyramid):
 
     def setup(self):
         super().setup()
-        self.norms = [
-            nn.LayerNorm(1e-6, dtype=self.settings.dtype) for _ in range(len(self.settings.dims))
-        ]
+        self.norms = [LayerNorm(1e-6, self.settings.dtype) for _ in range(len(self.settings.dims))]
 
     def embedding(self, stage: int) -> nn.Module:
         kernel_size, stride, padding = (7, 4, 3) if stage == 0 else (3, 2, 1)

@@ -5,19 +5,28 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from tokenvit_jax import ops
 from tokenvit_jax.layers import (
+    AddLayerNorm,
     ConditionalPositionEncoding,
     Conv3x3,
-    DepthwiseConv3x3,
     DropPath,
     DynamicGroupAttention,
+    LayerNorm,
     PatchEmbedding,
     advance_centroids,
     batch_norm,
-    gelu,
 )
-from tokenvit_jax.layers.conv import conv_init
+from tokenvit_jax.layers.conv import (
+    FoldedBatchNorm,
+    Weights,
+    conv_init,
+    depthwise_init,
+    fold,
+    product,
+)
 from tokenvit_jax.models.backbone import Variables
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import CHANNELS, EXPANSION, Rules, check_unused
@@ -92,19 +101,32 @@ class InvertedResidualFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        channels = x.shape[-1]
+        channels, pixels = x.shape[-1], x.size // x.shape[-1]
+        hidden = self.ratio * channels
 
-        def norm(x, name):
-            layer = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name=name)
-            return layer(x, use_running_average=not train)
+        def norm(name, sums, channels=hidden, input_bias=None):
+            layer = FoldedBatchNorm(axis_name=self.axis_name, name=name)
+            return layer(sums, channels, pixels, input_bias, use_running_average=not train)
 
-        def conv1x1(x, dim, name):
-            return nn.Dense(dim, dtype=self.dtype, kernel_init=conv_init, name=name)(x)
-
-        x = norm(gelu(conv1x1(x, self.ratio * channels, "expand")), "norm1")
-        x = x + DepthwiseConv3x3(dtype=self.dtype, name="depthwise")(x)
-        x = norm(gelu(x), "norm2")
-        return norm(conv1x1(x, channels, "reduce"), "norm3")
+        # Each of the three steps on the hidden map reads and writes it once: GELU and norm1 are
+        # taken along by the depthwise convolution, and norm2 by the kernel of "reduce".
+        kernel, input_bias = Weights((channels, hidden), conv_init, name="expand")()
+        x = product(x.astype(self.dtype), kernel)
+        x, sums = ops.defer_gelu(x, input_bias, with_sums=train)
+        factor, offset = norm("norm1", sums)
+        kernel, bias = Weights((3, 3, hidden), depthwise_init, name="depthwise")()
+        x, sums = ops.depthwise_block(
+            x, kernel, bias, input_bias=input_bias, scale=factor, shift=offset,
+            deferred=True, residual=True, activate=True, with_sums=train,
+        )  # fmt: skip
+        factor, offset = norm("norm2", sums)
+        weights = Weights((hidden, channels), conv_init, name="reduce")()
+        kernel, bias = fold(*weights, factor, offset)
+        x = product(x, kernel)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        sums = jnp.stack([wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))]) if train else None
+        factor, offset = norm("norm3", sums, channels, bias)
+        return (wide * factor + offset).astype(self.dtype)
 
 
 class DGTBlock(nn.Module):
@@ -144,17 +166,17 @@ class DGTBlock(nn.Module):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
-        x = self._residual(x, attend, "norm1", train)
-        return self._residual(x, lambda x: ffn(x, train), "norm2", train)
+        def drop(y):
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
-    def _residual(self, x, branch, norm_name, train):
-        settings = self.settings
-        post_norm = settings.post_norm_cosine
-        scale_init = nn.initializers.zeros if post_norm else nn.initializers.ones
-        norm = nn.LayerNorm(1e-6, dtype=settings.dtype, scale_init=scale_init, name=norm_name)
-        y = norm(branch(x)) if post_norm else branch(norm(x))
-        return x + DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
+        if settings.post_norm_cosine:
+            zeros = nn.initializers.zeros
+            x = x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm1")(attend(x)))
+            return x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm2")(ffn(x, train)))
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(attend(y)))
+        return x + drop(ffn(y, train))
 
 
 class Stem(nn.Module):
@@ -167,8 +189,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, stride in enumerate((2, 1, 1)):
-            x = gelu(Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x))
-            norm = batch_norm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")
+            x = Conv3x3(self.dim, stride, self.dtype, name=f"conv{i}")(x)
+            norm = batch_norm(
+                dtype=self.dtype, axis_name=self.axis_name, with_gelu=True, name=f"norm{i}"
+            )
             x = norm(x, use_running_average=not train)
         return x
 

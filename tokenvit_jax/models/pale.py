@@ -10,8 +10,10 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
+    AddLayerNorm,
     ConditionalPositionEncoding,
     DropPath,
+    LayerNorm,
     Mlp,
     PaleAttention,
     PatchEmbedding,
@@ -127,16 +129,17 @@ class PaleBlock(nn.Module):
         )  # fmt: skip
         mlp = Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
 
-        def norm(x, name):
-            return nn.LayerNorm(1e-6, dtype=settings.dtype, name=name)(x)
+        def norm(name):
+            return AddLayerNorm(1e-6, settings.dtype, name=name)
 
         def drop(y):
             return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
         if settings.position == "cpe":
             x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
-        x = x + drop(attention(norm(x, "norm1"), train))
-        return x + drop(mlp(norm(x, "norm2")))
+        x, y = norm("norm1")(x)
+        x, y = norm("norm2")(x, drop(attention(y, train)))
+        return x + drop(mlp(y))
 
 
 class Pale(Pyramid):
@@ -149,7 +152,7 @@ class Pale(Pyramid):
 
     def setup(self):
         super().setup()
-        self.head_norm = nn.LayerNorm(1e-6, dtype=self.settings.dtype)
+        self.head_norm = LayerNorm(1e-6, self.settings.dtype)
         if self._has_token_classifier:
             self.token_classifier = self.make_classifier()
 

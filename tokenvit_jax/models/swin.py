@@ -14,8 +14,10 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
+    AddLayerNorm,
     CosineWindowAttention,
     DropPath,
+    LayerNorm,
     Mlp,
     PatchEmbedding,
     WindowAttention,
@@ -146,7 +148,7 @@ class PatchMerging(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        norm = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")
+        norm = LayerNorm(EPSILON, self.dtype, name="norm")
         reduction = nn.Dense(
             self.dim, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="reduction"
         )
@@ -218,8 +220,10 @@ class SwinBlock(nn.Module):
         def drop(y):
             return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
 
-        x = x + drop(self._normed(lambda x: attention(x, window, shift, **changes), x, "norm1"))
-        return x + drop(self._normed(mlp, x, "norm2"))
+        def attend(x):
+            return attention(x, window, shift, **changes)
+
+        return self._residual(x, attend, mlp, drop)
 
     def _attention(self):
         settings = self.settings
@@ -227,8 +231,10 @@ class SwinBlock(nn.Module):
             settings.num_heads[self.stage], settings.window_size, settings.dtype, name="attention"
         )
 
-    def _normed(self, branch, x, name):
-        return branch(nn.LayerNorm(EPSILON, dtype=self.settings.dtype, name=name)(x))
+    def _residual(self, x, attention, mlp, drop):
+        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm1")(x)
+        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm2")(x, drop(attention(y)))
+        return x + drop(mlp(y))
 
 
 class SwinV2Block(SwinBlock):
@@ -243,11 +249,10 @@ class SwinV2Block(SwinBlock):
             settings.pretrained_window_sizes[self.stage], name="attention",
         )  # fmt: skip
 
-    def _normed(self, branch, x, name):
-        norm = nn.LayerNorm(
-            EPSILON, dtype=self.settings.dtype, scale_init=nn.initializers.zeros, name=name
-        )
-        return norm(branch(x))
+    def _residual(self, x, attention, mlp, drop):
+        dtype, zeros = self.settings.dtype, nn.initializers.zeros
+        x = x + drop(LayerNorm(EPSILON, dtype, zeros, name="norm1")(attention(x)))
+        return x + drop(LayerNorm(EPSILON, dtype, zeros, name="norm2")(mlp(x)))
 
 
 def windows_of(
@@ -294,7 +299,7 @@ class Swin(Pyramid):
 
     def setup(self):
         super().setup()
-        self.head_norm = nn.LayerNorm(EPSILON, dtype=self.settings.dtype)
+        self.head_norm = LayerNorm(EPSILON, self.settings.dtype)
 
     @nn.nowrap
     def fit_parameter(self, path: str, value: np.ndarray, theirs: Pyramid) -> np.ndarray:

@@ -18,7 +18,15 @@ import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import ACTIVATIONS, Attention, Dropout, DropPath, Mlp
+from tokenvit_jax.layers import (
+    ACTIVATIONS,
+    AddLayerNorm,
+    Attention,
+    Dropout,
+    DropPath,
+    LayerNorm,
+    Mlp,
+)
 from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
@@ -279,8 +287,8 @@ class Block(nn.Module):
         settings, reducer = self.settings, self.settings.token_reducer
         init = truncated_normal(settings.init_std)
 
-        def norm(x, name):
-            return nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype, name=name)(x)
+        def norm(name):
+            return AddLayerNorm(settings.norm_epsilon, settings.dtype, name=name)
 
         def drop(y, name):
             if settings.layer_scale:
@@ -293,17 +301,20 @@ class Block(nn.Module):
             name="attention",
         )  # fmt: skip
         acts = reducer is not None and reducer.acts(self.index, x.shape[1] - settings.num_front)
+        x, y = norm("norm1")(x)
         attended = attention(
-            norm(x, "norm1"),
+            y,
             scored_by=reducer.scored_by if acts else None,
             diagonal=reducer is None or reducer.diagonal,
             size=origin.size if reducer is not None and reducer.carry else None,
         )
-        x = x + drop(attended.y, "scale1")
+        branch = drop(attended.y, "scale1")
         if acts:
-            x, origin = self._reduce(x, attended, origin, grid, train)
+            x, origin = self._reduce(x + branch, attended, origin, grid, train)
+            branch = None
+        x, y = norm("norm2")(x, branch)
         mlp = Mlp(settings.mlp_ratio, settings.dtype, init, settings.activation, name="mlp")
-        return x + drop(mlp(norm(x, "norm2")), "scale2"), origin
+        return x + drop(mlp(y), "scale2"), origin
 
     def _reduce(self, x, attended, origin, grid, train):
         settings, reducer = self.settings, self.settings.token_reducer
@@ -371,10 +382,10 @@ class VisionTransformer(Backbone):
         shape = (settings.num_positioned + rows * columns, settings.dim)
         self.position = self.param("position", init, shape)
         if settings.pre_norm:
-            self.pre_norm = nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype)
+            self.pre_norm = LayerNorm(settings.norm_epsilon, settings.dtype)
         cls = nn.remat(Block, static_argnums=(3, 4)) if settings.remat else Block
         self.blocks = [cls(settings, index) for index in range(settings.depth)]
-        self.norm = nn.LayerNorm(settings.norm_epsilon, dtype=settings.dtype)
+        self.norm = LayerNorm(settings.norm_epsilon, settings.dtype)
         if settings.projection:
             self.projection = nn.Dense(
                 settings.projection, use_bias=False, dtype=settings.dtype, kernel_init=init

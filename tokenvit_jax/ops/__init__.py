@@ -6,6 +6,13 @@ from tokenvit_jax.ops.attention import (
     dot_product_attention,
     scored_attention,
 )
+from tokenvit_jax.ops.batch_norm import (
+    BatchAffine,
+    BatchAffineGradient,
+    affine_gradient,
+    affine_of,
+    batch_norm,
+)
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -14,7 +21,8 @@ from tokenvit_jax.ops.density_peaks import (
     density_peaks,
     used_clusters,
 )
-from tokenvit_jax.ops.depthwise_conv import depthwise_conv
+from tokenvit_jax.ops.depthwise_conv import defer_gelu, depthwise_block, depthwise_conv
+from tokenvit_jax.ops.gelu import gelu
 from tokenvit_jax.ops.group_attention import (
     GroupAttention,
     GroupSums,
@@ -23,6 +31,7 @@ from tokenvit_jax.ops.group_attention import (
     move_centroids,
     update_centroids,
 )
+from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
@@ -33,6 +42,8 @@ from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
 from tokenvit_jax.ops.window_attention import relative_position_bias, window_attention
 
 __all__ = [
+    "BatchAffine",
+    "BatchAffineGradient",
     "Clusters",
     "DensityPeaks",
     "GroupAttention",
@@ -40,19 +51,27 @@ __all__ = [
     "Means",
     "Medoids",
     "ScoredAttention",
+    "add_layer_norm",
+    "affine_gradient",
+    "affine_of",
     "assign_clusters",
     "attention_rollout",
     "attention_weights",
+    "batch_norm",
     "bipartite_matching",
     "cluster_density_peaks",
     "cluster_superpixels",
+    "defer_gelu",
     "density_peaks",
+    "depthwise_block",
     "depthwise_conv",
     "dot_product_attention",
+    "gelu",
     "group_attention",
     "group_sums",
     "kmeans",
     "kmedoids",
+    "layer_norm",
     "merge_tokens",
     "move_centroids",
     "pale_attention",

@@ -9,14 +9,18 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.attention import (
-    attend,
     attend_by_cudnn,
     attend_by_library,
     attend_heads_first,
 )
 from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_logits
+from tokenvit_jax.kernels.window_attention import MAX_TOKENS, attend_short, misfit_of_tiles
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
+
+# Fewest queries for which two kernels are taken instead of about 10 short launches.
+MIN_SCORED = 16
 
 
 def _macs(inputs, outputs):
@@ -52,17 +56,26 @@ def dot_product_attention(
     if key_mask is not None and key_mask.shape != k.shape[:2]:
         raise ValueError(f"key_mask has shape {key_mask.shape}; expected {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    on_cpu, by_cudnn, elsewhere = (
-        functools.partial(form, scale=scale)
-        for form in (attend_heads_first, attend_by_cudnn, attend_by_library)
+    on_cpu, elsewhere = (
+        functools.partial(form, scale=scale) for form in (attend_heads_first, attend_by_library)
     )
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v, key_mask)
-    misfit = cudnn.misfit(q, k, v, extra=0 if key_mask is None else cudnn.BIAS_COLUMNS)
+    on_gpu, misfit = _gpu_form(q, k, v, key_mask, scale)
     return by_platform(
-        "attention", q, k, v, key_mask, cpu=on_cpu, cuda=by_cudnn, default=elsewhere,
+        "attention", q, k, v, key_mask, cpu=on_cpu, cuda=on_gpu, default=elsewhere,
         misfits={"cuda": misfit},
     )  # fmt: skip
+
+
+def _gpu_form(q, k, v, key_mask, scale):
+    """Returns the form for a GPU, and why it cannot take the arguments."""
+    if key_mask is None and q.shape[1] == k.shape[1] <= MAX_TOKENS:
+        form = lambda q, k, v, _: attend_short(q, k, v, scale=scale)  # noqa: E731
+        return form, misfit_of_tiles(q, k, v, q.shape[1])
+    extra = 0 if key_mask is None else cudnn.BIAS_COLUMNS
+    form = functools.partial(attend_by_cudnn, scale=scale)
+    return form, cudnn.misfit(q, k, v, extra=extra)
 
 
 class ScoredAttention(NamedTuple):
@@ -115,13 +128,17 @@ def scored_attention(
             f"diagonal=False needs as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    bias = None if size is None else jnp.log(size.astype(softmax_dtype(q.dtype)))[:, None, None]
-    output, weights, total = attend(q, k, v, bias=bias)
-    if not diagonal:
-        weights = jnp.where(jnp.eye(q.shape[2], dtype=bool), 0, weights)
-    received = jnp.einsum("bhqk,bhq->bk", weights.astype(total.dtype), 1 / total[..., 0])
-    return ScoredAttention(jnp.swapaxes(output, 1, 2), received)
+    by_kernels, with_logits = (
+        functools.partial(form, scale=scale, diagonal=diagonal)
+        for form in (score_by_kernels, score_with_logits)
+    )
+    extra = 0 if size is None else cudnn.BIAS_COLUMNS
+    misfit = cudnn.misfit(q, k, v, extra=extra, min_queries=MIN_SCORED)
+    scored = by_platform(
+        "scored attention", q, k, v, size, cuda=by_kernels, default=with_logits,
+        misfits={"cuda": misfit},
+    )  # fmt: skip
+    return ScoredAttention(*scored)
 
 
 def attention_weights(

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from tokenvit_jax.kernels import density_peaks as kernels
+from tokenvit_jax.kernels import density_peaks_tpu as tpu_kernels
 from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
 from tokenvit_jax.ops.chunks import ACCELERATOR_CHUNK, CPU_CHUNK, LANES, chunk_tokens, num_chunks
 from tokenvit_jax.ops.counted import counted
@@ -361,16 +362,21 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     batch, length, channels = tokens.shape
     chunks = batch, length, length, chunk_size
     k = min(neighbors, length)
-    misfits = {"cuda": kernels.misfit(channels, k)}
+    misfits = {
+        "cuda": kernels.misfit(channels, k),
+        "tpu": tpu_kernels.misfit(length, channels, k, mask is not None),
+    }
     near = by_platform(
         "nearest neighbors", points, misfits=misfits,
-        cuda=functools.partial(_neighbors_by_kernel, k=k),
+        cuda=functools.partial(_neighbors_on_gpu, k=k),
+        tpu=functools.partial(_neighbors_on_tpu, k=k),
         **_forms(functools.partial(_neighbors, k=k), *chunks),
     )  # fmt: skip
     density = _density(near, mask, rng)
     squares, parent = by_platform(
         "nearest denser token", points, near, density, mask, misfits=misfits,
-        cuda=_nearest_denser_by_kernel, **_forms(_nearest_denser, *chunks),
+        cuda=_nearest_denser_on_gpu, tpu=_nearest_denser_on_tpu,
+        **_forms(_nearest_denser, *chunks),
     )  # fmt: skip
     squares = jnp.where(jnp.isinf(squares), near.farthest[:, None], squares)  # a peak (Eq. 2)
     if mask is not None:
@@ -379,14 +385,24 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     return DensityPeaks(density, jnp.sqrt(squares), parent)
 
 
-def _neighbors_by_kernel(points, *, k):
+def _neighbors_on_gpu(points, *, k):
     squares, indices, farthest = kernels.nearest_neighbors(*points, k=k)
     return _Neighbors(squares, indices, farthest.max(1))
 
 
-def _nearest_denser_by_kernel(points, near, density, mask):
+def _neighbors_on_tpu(points, *, k):
+    squares, indices, farthest = tpu_kernels.nearest_neighbors(points.x, points.square, k=k)
+    return _Neighbors(squares, indices, farthest.max(1))
+
+
+def _nearest_denser_on_gpu(points, near, density, mask):
     del mask  # the bias of the points has it
     return kernels.nearest_denser(*points, density, near.squares, near.indices)
+
+
+def _nearest_denser_on_tpu(points, near, density, mask):
+    del near, mask  # all tokens are searched, and none is masked
+    return tpu_kernels.nearest_denser(points.x, points.square, density)
 
 
 def _neighbors(points, k, size):
@@ -537,7 +553,10 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
         x = _centered(tokens, mask)
         assignment = by_platform(
             "nearest center", x, jnp.sum(x * x, -1), centers, num_used,
-            misfits={"cuda": kernels.misfit(channels)}, cuda=kernels.nearest_center,
+            misfits={
+                "cuda": kernels.misfit(channels), "tpu": tpu_kernels.misfit(num_clusters, channels)
+            },
+            cuda=kernels.nearest_center, tpu=_nearest_center_on_tpu,
             **_forms(_nearest_center, batch, length, num_clusters, chunk_size),
         )  # fmt: skip
     if assign == "parent":
@@ -568,6 +587,11 @@ def _centers(peaks, mask, num_clusters):
         return order[:, :num_clusters], places
 
     return by_platform("cluster centers", score, default=select, cuda=by_ranks)
+
+
+def _nearest_center_on_tpu(x, square, centers, num_used):
+    del square
+    return tpu_kernels.nearest_center(x, take(x, centers), num_used)
 
 
 def _nearest_center(x, square, centers, num_used, size):

@@ -11,6 +11,7 @@ give the same values and gradients for any division into groups:
   into tiles of one group each.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,13 +20,32 @@ from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels.chunked import map_queries
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
+from tokenvit_jax.kernels.group_attention_fused import attend_fused
+from tokenvit_jax.kernels.group_attention_heads import (
+    attend_heads,
+    heads_misfit,
+    selected_keys,
+)
+from tokenvit_jax.kernels.group_attention_sorted import (
+    attend_sorted,
+    sort_groups,
+    sorted_misfit,
+)
 from tokenvit_jax.kernels.group_attention_tiles import (
     attend_tiles,
     num_tiles,
     plan_tiles,
     tile_size,
 )
-from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.kernels.group_routing import (
+    assign,
+    assign_misfit,
+    route,
+    routing_misfit,
+    unpack,
+)
+from tokenvit_jax.kernels.group_sums import group_sums_misfit, sum_groups
+from tokenvit_jax.kernels.platforms import by_platform, num_devices
 from tokenvit_jax.ops.attention import check_qkv, dot_product_attention
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
@@ -108,28 +128,17 @@ def group_attention(
     check_qkv(q, k, v)
     _check_routing(q, k, centroids, top_k, path)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    length = q.shape[1]
+    length, num_groups = q.shape[1], centroids.shape[1]
     top_k = min(top_k, length)
-
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-    routing_q, routing_k = (lax.stop_gradient(x) for x in heads_first[:2])
     centroids = unit_norm(lax.stop_gradient(centroids))
-    groups = _assign(routing_q, centroids)
-    scores = _key_scores(routing_k, centroids)  # (B, N, L, G)
-    keys = top_indices(jnp.swapaxes(scores, -1, -2), top_k)
 
     if top_k == length:
+        groups, keys, _ = _route(q, k, centroids, top_k)
         return GroupAttention(dot_product_attention(q, k, v, scale=scale), groups, keys)
-    scaled = (heads_first[0] * scale, *heads_first[1:])
-    num_groups = centroids.shape[1]
     if path == "auto":
         path = cheaper_path(length, num_groups, top_k)
-    if path == "dense":
-        output = _attend_dense(*scaled, groups, largest_mask(scores, top_k))
-    else:
-        plan = plan_tiles(groups, num_groups, tile_size(length, num_groups))
-        output = attend_tiles(*scaled, keys, plan)
-    return GroupAttention(jnp.swapaxes(output, 1, 2), groups, keys)
+    attend = _attend_dense if path == "dense" else _attend_tiles
+    return GroupAttention(*attend(q, k, v, centroids, top_k, scale))
 
 
 def cheaper_path(length: int, num_groups: int, top_k: int) -> str:
@@ -154,11 +163,31 @@ def group_sums(
     Returns:
       GroupSums(sums (N, G, D), counts (N, G)) in float32, or float64 for float64 queries.
     """
-    q = unit_norm(lax.stop_gradient(q))
+    by_kernel = lambda q, groups: sum_groups(q, groups, num_groups).sum(0, keepdims=True)  # noqa: E731
+    by_products = lambda q, groups: _as_part(_sum_by_products(q, groups, num_groups))  # noqa: E731
+    parts = by_platform(
+        "group sums",
+        *(lax.stop_gradient(q), groups),
+        cuda=by_kernel,
+        default=by_products,
+        misfits={"cuda": group_sums_misfit(q, num_groups)},
+    )
+    sums = parts.sum(0)
+    return GroupSums(sums[..., :-1], sums[..., -1])
+
+
+def _sum_by_products(q, groups, num_groups):
+    """Returns the sums of queries and their numbers (N, G, D + 1)."""
+    q = unit_norm(q)
     member = (groups[:, :, None, :] == jnp.arange(num_groups)[:, None]).astype(q.dtype)
     # A product with the membership matrix is deterministic on every backend; a scatter-add is not.
     sums = jnp.einsum("bngl,blnd->ngd", member, q, precision=lax.Precision.HIGHEST)
-    return GroupSums(sums, member.sum((0, 3)))
+    return jnp.concatenate([sums, member.sum((0, 3))[..., None]], -1)
+
+
+def _as_part(sums):
+    """Returns the sums as the first of as many parts as kernels return, one per device."""
+    return jnp.pad(sums[None], [(0, num_devices() - 1)] + [(0, 0)] * sums.ndim)
 
 
 def move_centroids(
@@ -220,16 +249,88 @@ def update_centroids(
     return move_centroids(centroids, sums, old_weight)
 
 
-def _attend_dense(q, k, v, groups, selected):
-    """Attends with all logits: on CPU in chunks of queries, elsewhere at once."""
+def _attend_dense(q, k, v, centroids, top_k, scale):
+    """Attends with all logits: on CPU in chunks of queries, on GPUs and TPUs in kernels."""
 
-    def at_once(q, groups):
-        return attend_dense(q, k, v, groups, selected)
+    def masked(q, k, v, centroids, run):
+        groups, keys, scores = _route(q, k, centroids, top_k)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        selected = largest_mask(scores, top_k)
+        attend = lambda q, groups: attend_dense(q, k, v, groups, selected)  # noqa: E731
+        output = run(attend, k.shape[2], q * scale, groups)
+        return jnp.swapaxes(output, 1, 2), groups, keys
 
-    def in_chunks(q, groups):
-        return map_queries(at_once, k.shape[2], q, groups)
+    def at_once(attend, _, *queries):
+        return attend(*queries)
 
-    return by_platform("group attention, dense", q, groups, cpu=in_chunks, default=at_once)
+    def in_order(k, centroids, selected):
+        # The compiler leaves this out where nobody reads the keys.
+        scores = _key_scores(jnp.swapaxes(lax.stop_gradient(k), 1, 2), centroids)
+        scores = jnp.where(selected, scores, -jnp.inf)
+        return top_indices(jnp.swapaxes(scores, -1, -2), top_k)
+
+    def fused(q, k, v, centroids):
+        groups, words = route(*(lax.stop_gradient(x) for x in (q, k)), centroids, top_k)
+        output = attend_fused(q, k, v, groups, words, scale)
+        return output, groups, in_order(k, centroids, unpack(words, centroids.shape[1]))
+
+    def by_heads(q, k, v, centroids):
+        output, groups, selected = attend_heads(q, k, v, centroids, top_k, scale)
+        return output, groups, in_order(k, centroids, selected_keys(selected, *centroids.shape[:2]))
+
+    num_groups = centroids.shape[1]
+    return by_platform(
+        "group attention, dense",
+        *(q, k, v, centroids),
+        cpu=functools.partial(masked, run=map_queries),
+        cuda=fused,
+        tpu=by_heads,
+        default=functools.partial(masked, run=at_once),
+        misfits={
+            "cuda": _other_types(q, k, v) or routing_misfit(q, num_groups),
+            "tpu": _other_types(q, k, v) or heads_misfit(q, num_groups),
+        },
+        shared=(3,),
+    )
+
+
+def _attend_tiles(q, k, v, centroids, top_k, scale):
+    """Attends to the keys of one group at a time: in tiles of queries, on GPUs in kernels."""
+    num_groups = centroids.shape[1]
+
+    def in_tiles(q, k, v, centroids):
+        groups, keys, _ = _route(q, k, centroids, top_k)
+        plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+
+    def in_kernels(q, k, v, centroids):
+        groups = assign(lax.stop_gradient(q), centroids)
+        scores = jnp.einsum(
+            "bngd,blnd->bngl",
+            *(_per_image(centroids, k), lax.stop_gradient(k)),
+            preferred_element_type=jnp.float32,
+        )
+        routing = sort_groups(groups, scores, top_k)
+        # The compiler leaves this out where nobody reads the keys.
+        scores = jnp.where(routing.places < 0, -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+        output = attend_sorted(q, k, v, routing, scale)
+        return output, groups, top_indices(scores, top_k)
+
+    misfit = _other_types(q, k, v) or assign_misfit(q, num_groups) or sorted_misfit(q, top_k)
+    return by_platform(
+        "group attention, tiles",
+        *(q, k, v, centroids),
+        cuda=in_kernels,
+        default=in_tiles,
+        misfits={"cuda": misfit},
+        shared=(3,),
+    )
+
+
+def _other_types(q, k, v):
+    types = sorted({str(x.dtype) for x in (q, k, v)})
+    return f"q, k and v of types {', '.join(types)}" if len(types) > 1 else None
 
 
 def _check_routing(q, k, centroids, top_k, path):
@@ -246,6 +347,13 @@ def _check_routing(q, k, centroids, top_k, path):
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
+
+
+def _route(q, k, centroids, top_k):
+    """Returns groups (B, N, L), keys (B, N, G, top_k) in order, and key scores (B, N, L, G)."""
+    q, k = (jnp.swapaxes(lax.stop_gradient(x), 1, 2) for x in (q, k))
+    scores = _key_scores(k, centroids)
+    return _assign(q, centroids), top_indices(jnp.swapaxes(scores, -1, -2), top_k), scores
 
 
 def _per_image(centroids, q):

@@ -4,10 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.kernels.cluster_sums import sums_by_products, sums_by_scatter
+from tokenvit_jax.kernels import cluster_sums_tpu
+from tokenvit_jax.kernels.cluster_sums import (
+    means_by_kernel,
+    sums_by_kernel,
+    sums_by_products,
+    sums_by_scatter,
+)
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
@@ -52,18 +57,12 @@ def merge_tokens(
       ClusTR, Eq. 3.
     """
     _check(tokens, assignment, num_clusters, scores)
-    dtype = softmax_dtype(tokens.dtype)
-    x = tokens.astype(dtype)
     if scores is None:
+        x = tokens.astype(softmax_dtype(tokens.dtype))
         ones = jnp.ones_like(x[..., :1])
         sums = cluster_sums(jnp.concatenate([x, ones], -1), assignment, num_clusters)
         return (sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)).astype(tokens.dtype)
-    scores = scores.astype(dtype)
-    shift = _largest_scores(lax.stop_gradient(scores), assignment, num_clusters)  # (B, M)
-    weights = jnp.exp(scores - take(shift, assignment))[..., None]
-    sums = cluster_sums(jnp.concatenate([x * weights, weights], -1), assignment, num_clusters)
-    total = sums[..., -1:] + EPSILON * jnp.exp(-shift)[..., None]
-    return (sums[..., :-1] / total).astype(tokens.dtype)
+    return _weighted_means(tokens, assignment, scores, num_clusters)[0].astype(tokens.dtype)
 
 
 def _check(tokens, assignment, num_clusters, scores):
@@ -81,16 +80,68 @@ def _check(tokens, assignment, num_clusters, scores):
         raise ValueError(f"num_clusters is {num_clusters}; it must be at least 1")
 
 
-def _largest_scores(scores, assignment, num_clusters):
-    """Returns the largest score in each cluster (B, M), at least 0.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weighted_means(tokens, assignment, scores, num_clusters):
+    """Returns the means (B, M, C), and shifts and sums of the weights (B, M).
 
-    This is the shift of the exponents in a cluster. With one shift for the whole image, clusters
-    with small scores would underflow. With a shift below 0, the constant in the sum of weights
-    could overflow.
+    The shift of the exponents in a cluster is its largest score, or 0 if that is larger. With one
+    shift for the whole image, clusters with small scores would underflow. With a shift below 0, the
+    constant in the sum of weights could overflow.
     """
+    by = lambda largest, sums: functools.partial(  # noqa: E731
+        _means, num_clusters=num_clusters, largest=largest, sums=sums
+    )
+    return by_platform(
+        "merge tokens", tokens, assignment, scores,
+        cpu=by(_largest_by_scatter, sums_by_scatter),
+        default=by(_largest_by_comparison, sums_by_products),
+        cuda=functools.partial(means_by_kernel, num_clusters=num_clusters, epsilon=EPSILON),
+        tpu=functools.partial(
+            cluster_sums_tpu.means, num_clusters=num_clusters, epsilon=EPSILON
+        ),
+        misfits={"tpu": cluster_sums_tpu.misfit(num_clusters, tokens.shape[2])},
+    )  # fmt: skip
+
+
+def _means(tokens, assignment, scores, *, num_clusters, largest, sums):
+    dtype = softmax_dtype(tokens.dtype)
+    x, scores = tokens.astype(dtype), scores.astype(dtype)
+    shift = largest(scores, assignment, num_clusters)  # (B, M)
+    weights = jnp.exp(scores - take(shift, assignment))[..., None]
+    sums = sums(jnp.concatenate([x * weights, weights], -1), assignment, num_clusters)
+    total = sums[..., -1] + EPSILON * jnp.exp(-shift)
+    return sums[..., :-1] / total[..., None], shift, total
+
+
+def _largest_by_scatter(scores, assignment, num_clusters):
     zeros = jnp.zeros_like(scores, shape=(num_clusters,))
     largest = lambda score, at: zeros.at[at].max(score, mode="promise_in_bounds")  # noqa: E731
     return jax.vmap(largest)(scores, assignment)
+
+
+def _largest_by_comparison(scores, assignment, num_clusters):
+    cluster = jnp.arange(num_clusters, dtype=assignment.dtype)[:, None]
+    return jnp.where(assignment[:, None] == cluster, scores[:, None], 0).max(2)  # fused
+
+
+def _weighted_means_forward(tokens, assignment, scores, num_clusters):
+    means, shift, total = _weighted_means(tokens, assignment, scores, num_clusters)
+    return (means, shift, total), (tokens, assignment, scores, means, shift, total)
+
+
+def _weighted_means_backward(num_clusters, residuals, gradients):
+    del num_clusters
+    tokens, assignment, scores, means, shift, total = residuals
+    d_means, *_ = gradients  # the shifts cancel out
+    weights = jnp.exp(scores.astype(shift.dtype) - take(shift, assignment))
+    d_sums = d_means / total[..., None]
+    d_token = take(d_sums, assignment)  # (B, N, C)
+    along = jnp.sum(d_token * tokens, -1) - take(jnp.sum(d_sums * means, -1), assignment)
+    d_tokens = weights[..., None] * d_token
+    return d_tokens.astype(tokens.dtype), None, (weights * along).astype(scores.dtype)
+
+
+_weighted_means.defvjp(_weighted_means_forward, _weighted_means_backward)
 
 
 @counted(_macs, static_argnames=("num_clusters",))
@@ -110,7 +161,8 @@ def cluster_sums(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _cluster_sums(x, assignment, num_clusters):
     by = lambda sums: functools.partial(sums, num_clusters=num_clusters)  # noqa: E731
-    forms = {"cpu": by(sums_by_scatter), "default": by(sums_by_products)}
+    forms = {"cpu": sums_by_scatter, "default": sums_by_products, "cuda": sums_by_kernel}
+    forms = {platform: by(sums) for platform, sums in forms.items()}
     return by_platform("cluster sums", x, assignment, **forms)
 
 

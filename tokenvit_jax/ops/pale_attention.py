@@ -79,23 +79,63 @@ def pale_attention(
         case "vanilla":
             y = _attend_pales(q, k, v, pale, mask, scale)
         case _:
-            rows, columns = zip(*(jnp.split(x, 2, axis=3) for x in (q, k, v)), strict=True)
-            interlaced = mode == "parallel"
-            y_rows = within(*rows, row_group, interlaced=interlaced)
-            y_columns = within(*columns, column_group, interlaced=interlaced)
-            y = jnp.concatenate([y_rows, y_columns], 3)
+            y = _attend_in_halves(q, k, v, row_group, column_group, mask, scale, mode == "parallel")
     return y if mask is None else jnp.where(mask, y, jnp.zeros_like(y))
+
+
+def _attend_in_halves(q, k, v, row_group, column_group, mask, scale, interlaced):
+    """Attends with half of the heads within rows and with half of them within columns."""
+    stripes = row_group, column_group
+
+    def halves(x):
+        return jnp.split(x, 2, axis=3)
+
+    def one_after_the_other(q, k, v):
+        within = functools.partial(_attend_within, mask=mask, scale=scale, interlaced=interlaced)
+        parts = zip(halves(q), halves(k), halves(v), stripes, strict=True)
+        return jnp.concatenate([within(*part) for part in parts], 3)
+
+    def both_at_once(q, k, v):
+        def to_groups(x):
+            parts = zip(halves(x), stripes, strict=True)
+            return jnp.concatenate([_to_groups(*part, interlaced) for part in parts], 1)
+
+        both_masks = mask
+        if mask is not None:
+            both_masks = jnp.concatenate([_to_groups(mask, s, interlaced)[0] for s in stripes])
+            both_masks = both_masks.reshape(len(both_masks), -1)
+        y = _attend_groups(to_groups(q), to_groups(k), to_groups(v), both_masks, scale)
+        parts = zip(jnp.split(y, 2, axis=1), stripes, strict=True)
+        return jnp.concatenate([_from_groups(*part, q.shape[1:3], interlaced) for part in parts], 3)
+
+    square = row_group == column_group[::-1] and q.shape[1] == q.shape[2]
+    return by_platform(
+        "pale attention", q, k, v, cpu=one_after_the_other,
+        default=both_at_once if square else one_after_the_other,
+    )  # fmt: skip
+
+
+def _to_groups(x, stripe, interlaced):
+    """Divides a map into its groups: (B, H, W, ...) -> (B, n, L, ...)."""
+    x = to_windows(x, stripe, interlaced=interlaced)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])
+
+
+def _from_groups(x, stripe, size, interlaced):
+    """Undoes :func:`_to_groups` for a map of a size (H, W)."""
+    counts = size[0] // stripe[0], size[1] // stripe[1]
+    x = x.reshape(x.shape[0], *counts, *stripe, *x.shape[3:])
+    return to_map(x, interlaced=interlaced)
 
 
 def _attend_within(q, k, v, stripe, *, mask, scale, interlaced=True):
     """Attends within stripes of whole rows or whole columns, interlaced or adjacent."""
-    windows = [to_windows(x, stripe, interlaced=interlaced) for x in (q, k, v)]
-    batch, rows, columns, _, _, *rest = windows[0].shape
-    flat = [x.reshape(batch, rows * columns, -1, *rest) for x in windows]
+    groups = [_to_groups(x, stripe, interlaced) for x in (q, k, v)]
     if mask is not None:
-        mask = to_windows(mask, stripe, interlaced=interlaced).reshape(rows * columns, -1)
-    y = _attend_groups(*flat, mask, scale)
-    return to_map(y.reshape(windows[0].shape), interlaced=interlaced)
+        mask = _to_groups(mask, stripe, interlaced)
+        mask = mask.reshape(mask.shape[1], -1)
+    y = _attend_groups(*groups, mask, scale)
+    return _from_groups(y, stripe, q.shape[1:3], interlaced)
 
 
 def _attend_groups(q, k, v, mask, scale):

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.chunked import map_queries
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.center_tiles import (
     check_grid,
     check_temperature,
@@ -26,6 +27,7 @@ from tokenvit_jax.ops.center_tiles import (
 )
 from tokenvit_jax.ops.counted import counted_as
 from tokenvit_jax.ops.dtypes import softmax_dtype
+from tokenvit_jax.ops.precise_product import precise_product
 from tokenvit_jax.ops.selection import smallest_k
 
 MODES = ("soft", "hard", "window", "bilinear")
@@ -125,20 +127,43 @@ def _reconstruct(
 
 def _by_nearest(x, centers, refined, temperature, *, k, normalize):
     """Reconstructs from the k nearest centres: (B, N, C), (B, S, C), (B, S, D) -> (B, N, D)."""
+    form = functools.partial(_from_nearest, k=k, normalize=normalize)
+
+    def in_chunks(x, *centers_and_values):
+        run = lambda x: form(x[:, 0], *centers_and_values)[:, None]  # noqa: E731
+        return map_queries(run, centers.shape[1], x[:, None])[:, 0]
+
+    at_once = functools.partial(form, multiply=precise_product)
+    temperature = jnp.broadcast_to(per_map(temperature, x), (x.shape[0], 1, 1))
+    return by_platform(
+        "reconstruction", x, centers, refined, temperature, cpu=in_chunks, default=at_once
+    )
+
+
+def _from_nearest(x, centers, refined, temperature, *, k, normalize, multiply=product):
+    # Squared distances without |x|^2, which is the same for all centres.
     square = jnp.sum(centers**2, -1)[..., None]
-
-    def run(x):
-        # Squared distances without |x|^2, which is the same for all centres.
-        distances = square - 2 * product("bsc,bnc->bsn", centers, x[:, 0])
-        if k == centers.shape[1]:
-            weights = _normalize(_exps(distances, temperature), normalize)
-            return product("bsn,bsd->bnd", weights, refined)[:, None]
-        _, index = smallest_k(lax.stop_gradient(distances), k)  # (B, k, N)
-        distances = jnp.take_along_axis(distances, index, 1, mode="clip")
+    distances = square - 2 * multiply("bsc,bnc->bsn", centers, x)
+    if k == centers.shape[1]:
         weights = _normalize(_exps(distances, temperature), normalize)
-        return _weighted_rows(refined, weights, index)[:, None]
+        return product("bsn,bsd->bnd", weights, refined)
+    index = _nearest(lax.stop_gradient(distances), k)  # (B, k, N)
+    distances = jnp.take_along_axis(distances, index, 1, mode="clip")
+    weights = _normalize(_exps(distances, temperature), normalize)
+    return _weighted_rows(refined, weights, index)
 
-    return map_queries(run, centers.shape[1], x[:, None])[:, 0]
+
+def _nearest(distances, k):
+    """Returns the k nearest centres (B, k, N) for distances (B, S, N), ties to the lowest."""
+    by_rounds = lambda distances: smallest_k(distances, k)[1]  # noqa: E731
+    by_top_k = functools.partial(_nearest_by_top_k, k=k)
+    return by_platform(
+        "reconstruction, nearest centers", distances, default=by_rounds, cuda=by_top_k
+    )
+
+
+def _nearest_by_top_k(distances, k):
+    return lax.top_k(-distances.swapaxes(1, 2), k)[1].swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -173,7 +198,7 @@ _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 def _exps(distances, temperature):
     """Returns the weights (B, S, N) for squared distances; each token's largest weight is 1."""
     nearest = lax.stop_gradient(distances.min(1, keepdims=True))
-    return jnp.exp((nearest - distances) / per_map(temperature, distances))
+    return jnp.exp((nearest - distances) / temperature)
 
 
 def _normalize(weights, normalize):

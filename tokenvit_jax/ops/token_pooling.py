@@ -4,10 +4,12 @@ Both alternate between assigning every token to its nearest centre (Eqs. 14 and 
 centres, for a fixed number of rounds: once nothing moves, further rounds change nothing.
 
 The medoid of a cluster is chosen among the cluster's own tokens (Eq. 17), at a cost that does not
-depend on the other clusters. If all tokens differ, a medoid is nearest to itself: only the N - K
-other tokens have to be assigned, and only clusters that contain some of them can move. A round then
-reads N (N - K) of the N^2 distances, which are computed once; a literal form of the equations would
-compare N K distances and add up K N^2.
+depend on the other clusters. On CPU: if all tokens differ, a medoid is nearest to itself, so only
+the N - K other tokens have to be assigned, and only clusters that contain some of them can move. A
+round then reads N (N - K) of the N^2 distances, which are computed once; a literal form of the
+equations would compare N K distances and add up K N^2. Whether all tokens differ is a question to
+all images, which accelerators would have to answer together: they run one masked sum over N^2
+distances a round, and NVIDIA GPUs all rounds of an image in one kernel.
 """
 
 import functools
@@ -18,12 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from tokenvit_jax.kernels.kmedoids import kmedoids_misfit, kmedoids_of_images
 from tokenvit_jax.kernels.platforms import by_platform
-from tokenvit_jax.ops.counted import counted
+from tokenvit_jax.kernels.token_pooling import kmeans_of_images, kmedoids_of_images, pooling_misfit
+from tokenvit_jax.ops.counted import counted, counted_as
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import put, take
 from tokenvit_jax.ops.merge_tokens import cluster_sums
+from tokenvit_jax.ops.precise_product import precise_product
 from tokenvit_jax.ops.selection import smallest
 
 
@@ -99,7 +102,7 @@ def kmedoids(
     found = by_platform(
         "k-medoids", tokens, weights, initial.astype(jnp.int32),
         default=over_all, cpu=over_few, cuda=in_one_program,
-        misfits={"cuda": kmedoids_misfit(tokens.shape[1])},
+        misfits={"cuda": pooling_misfit(tokens.shape[1])},
     )  # fmt: skip
     return Medoids(*found)
 
@@ -232,7 +235,7 @@ def _squared_distances(tokens):
     x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
     x = x - x.mean(1, keepdims=True)
     square = jnp.sum(x * x, -1)
-    product = jnp.einsum("bnc,bmc->bnm", x, x, precision=lax.Precision.HIGHEST)
+    product = precise_product("bnc,bmc->bnm", x, x)
     distances = jnp.maximum(square[:, :, None] + square[:, None] - 2 * product, 0)
     return jnp.where(jnp.eye(x.shape[1], dtype=bool), 0, distances)
 
@@ -279,43 +282,86 @@ def kmeans(
       Marin et al. 2021, Eqs. 13 to 15.
     """
     _check(tokens, initial, weights, iterations)
-    x = tokens.astype(softmax_dtype(tokens.dtype))
-    weights = _weights(tokens, weights)[..., None]
-
-    centers = take(x, initial)
-    if iterations:
-        fixed_x, fixed_weights = lax.stop_gradient((x, weights))
-        centers = lax.fori_loop(
-            0, iterations - 1, lambda _, c: _move_centers(fixed_x, fixed_weights, c),
-            lax.stop_gradient(centers),
-        )  # fmt: skip
-        centers = _move_centers(x, weights, centers)
-    assignment = _nearest_center(x, centers)
-    counts = _counts(assignment, centers.shape[1])
+    if not iterations:
+        assignment, counts = _assign_to_tokens(tokens, initial)
+        return Means(take(tokens, initial), assignment, counts)
+    _, length, dim = tokens.shape
+    macs = iterations * initial.shape[1] * length * dim  # the distances of every round
+    run = functools.partial(_means, iterations)
+    args = tokens, _weights(tokens, weights), initial.astype(jnp.int32)
+    centers, assignment, counts = counted_as("kmeans", macs, run)(*args)
     return Means(centers.astype(tokens.dtype), assignment, counts)
 
 
-def _round_macs(inputs, outputs):
-    """Counts K N C: the distances of one round."""
-    batch, length, dim = inputs[0]
-    return batch * length * dim * inputs[2][1]
+@counted(lambda inputs, outputs: 0)  # the callers count
+def _assign_to_tokens(tokens, initial):
+    """Returns the nearest of some tokens (B, K) for each token (B, N), and their numbers (B, K)."""
+
+    x = lax.stop_gradient(tokens).astype(softmax_dtype(tokens.dtype))
+    assignment = _nearest_center(x, take(x, initial))
+    return assignment, _counts(assignment, initial.shape[1])
 
 
-@counted(_round_macs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _means(iterations, tokens, weights, initial):
+    """Returns the means (B, K, C) in float32 or float64, assignment (B, N) and counts (B, K)."""
+    return _means_and_members(iterations, tokens, weights, initial)[:3]
+
+
+def _means_and_members(iterations, tokens, weights, initial):
+    """Returns the results of `_means`, and the assignment that the means were computed with."""
+    by_rounds = functools.partial(_rounds_of_means, iterations=iterations)
+    in_one_program = functools.partial(kmeans_of_images, iterations=iterations)
+    return by_platform(
+        "k-means", tokens, weights, initial, default=by_rounds, cuda=in_one_program,
+        misfits={"cuda": pooling_misfit(tokens.shape[1])},
+    )  # fmt: skip
+
+
+def _rounds_of_means(tokens, weights, initial, iterations):
+    x = tokens.astype(softmax_dtype(tokens.dtype))
+
+    def move(_, state):
+        return _move_centers(x, weights[..., None], state[0])
+
+    members = jnp.zeros(x.shape[:2], jnp.int32)
+    centers, members = lax.fori_loop(0, iterations, move, (take(x, initial), members))
+    assignment = _nearest_center(x, centers)
+    return centers, assignment, _counts(assignment, centers.shape[1]), members
+
+
 def _move_centers(x, weights, centers):
     """Moves each centre (B, K, C) to the weighted mean of the tokens that are nearest to it."""
-    assignment = _nearest_center(x, centers)
+    members = _nearest_center(x, centers)
     weighted = jnp.concatenate([x * weights, weights], -1)
-    sums = cluster_sums(weighted, assignment, centers.shape[1])
+    sums = cluster_sums(weighted, members, centers.shape[1])
     total = sums[..., -1:]
-    return jnp.where(total > 0, sums[..., :-1] / jnp.where(total > 0, total, 1), centers)
+    return jnp.where(total > 0, sums[..., :-1] / jnp.where(total > 0, total, 1), centers), members
 
 
-@counted(lambda inputs, outputs: 0)  # its multiply-adds are counted by the round
 def _nearest_center(x, centers):
     """Returns the index (B, N) of each token's nearest centre."""
-    x, centers = lax.stop_gradient((x, centers))
     mean = x.mean(1, keepdims=True)
     x, centers = x - mean, centers - mean
-    product = jnp.einsum("bnc,bkc->bnk", x, centers, precision=lax.Precision.HIGHEST)
+    product = precise_product("bnc,bkc->bnk", x, centers)
     return smallest(jnp.sum(centers**2, -1)[:, None] - 2 * product)[0]
+
+
+def _means_forward(iterations, tokens, weights, initial):
+    *results, members = _means_and_members(iterations, tokens, weights, initial)
+    return tuple(results), (tokens, weights, results[0], members)
+
+
+def _means_backward(iterations, residuals, d_results):
+    """Differentiates the means of the last round."""
+    del iterations
+    tokens, weights, centers, members = residuals
+    total = cluster_sums(weights[..., None], members, centers.shape[1])
+    d_sums = jnp.where(total > 0, d_results[0] / jnp.where(total > 0, total, 1), 0)  # (B, K, C)
+    rows = take(d_sums, members)
+    d_tokens = (rows * weights[..., None]).astype(tokens.dtype)
+    d_weights = jnp.sum(rows * (tokens.astype(rows.dtype) - take(centers, members)), -1)
+    return d_tokens, d_weights, None
+
+
+_means.defvjp(_means_forward, _means_backward)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from tokenvit_jax.kernels.attention import attend
 from tokenvit_jax.kernels.chunked import one_by_one
 from tokenvit_jax.kernels.platforms import by_platform, device_batch
+from tokenvit_jax.kernels.window_attention import attend_windows, misfit_of_tiles
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.windows import to_map, to_windows
 
@@ -64,19 +65,31 @@ def window_attention(
         x = to_windows(x, window).transpose(1, 0, 2, 5, 3, 4, 6)
         return x.reshape(rows, batch, columns, heads, -1, dim)
 
-    def within(q, k, v, parts):
-        mask = None if parts is None else parts[..., :, None] == parts[..., None, :]
-        return attend(q, k, v, mask, bias)[0]
+    def with_logits(q, k, v, bias, run):
+        def within(q, k, v, parts):
+            mask = None if parts is None else parts[..., :, None] == parts[..., None, :]
+            return attend(q, k, v, mask, bias)[0]
 
-    windows = [split(x) for x in (q * scale, k, v)]
-    windows.append(_parts((height, width), window, shift) if any(shift) else None)
-    if device_batch(batch) * height * width * heads * bias.shape[-1] <= MAX_LOGITS:
-        y = within(*windows)
-    else:
-        row_by_row = functools.partial(one_by_one, within)
-        y = by_platform("window attention", *windows, cpu=row_by_row, default=within, shared=(3,))
-    y = y.reshape(rows, batch, columns, heads, *window, dim)
-    return to_map(y.transpose(1, 0, 2, 4, 5, 3, 6))
+        parts = _parts((height, width), window, shift) if any(shift) else None
+        y = run(within, split(q * scale), split(k), split(v), parts)
+        y = y.reshape(rows, batch, columns, heads, *window, dim)
+        return to_map(y.transpose(1, 0, 2, 4, 5, 3, 6))
+
+    def at_once(within, *windows):
+        return within(*windows)
+
+    def in_place(q, k, v, bias):
+        return attend_windows(q, k, v, bias, window, shift, scale)
+
+    logits = device_batch(batch) * height * width * heads * bias.shape[-1]
+    return by_platform(
+        "window attention", q, k, v, bias,
+        cpu=functools.partial(with_logits, run=one_by_one if logits > MAX_LOGITS else at_once),
+        cuda=in_place,
+        default=functools.partial(with_logits, run=at_once),
+        misfits={"cuda": misfit_of_tiles(q, k, v, bias.shape[-1])},
+        shared=(3,),
+    )  # fmt: skip
 
 
 def _parts(size, window, shift):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels.platforms import kernels_traced_once
 from tokenvit_jax.tasks import Outcome
 
 _BATCH_SPEC = P(("data", "fsdp"))
@@ -137,7 +138,8 @@ class MeshParallel:
 
         @functools.wraps(step)
         def on_mesh(*args):
-            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            mesh = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
+            with mesh, kernels_traced_once():
                 return step(*args)
 
         return on_mesh
@@ -235,6 +237,7 @@ class PmapParallel:
         return multihost_utils.global_array_to_host_local_array(state, self._global_mesh, P())
 
     def _pmap(self, step: Callable, **options: Any) -> Callable:
+        step = functools.wraps(step)(kernels_traced_once()(step))
         return jax.pmap(step, axis_name=_PMAP_AXIS, devices=self._devices, **options)
 
 

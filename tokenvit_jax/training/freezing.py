@@ -10,6 +10,7 @@ import jax
 from jax import lax
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import BatchNorm
 from tokenvit_jax.models.backbone import BACKBONE
 
 
@@ -86,7 +87,7 @@ class Frozen:
 
         def intercept(call, args, kwargs, context):
             module = context.module
-            if isinstance(module, nn.BatchNorm) and self("/".join((*module.path, "mean"))):
+            if isinstance(module, BatchNorm) and self("/".join((*module.path, "mean"))):
                 kwargs = {**kwargs, "use_running_average": True}
             return call(*args, **kwargs)
 

@@ -4,6 +4,7 @@ For fine-tuning, layers can learn more slowly the closer they are to the images
 (`optimizer.layer_decay`), or not at all (`optimizer.freeze`).
 """
 
+import functools
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from tokenvit_jax.ops.packed import update_packed
 from tokenvit_jax.training.freezing import Frozen, map_paths
 
 # Last parts of the names of arrays without weight decay although they are matrices.
@@ -76,7 +78,7 @@ def make_optimizer(
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
-    optimizer = optax.chain(clip, make(config.optimizer, learning_rate_schedule(config)))
+    optimizer = _packed(optax.chain(clip, make(config.optimizer, learning_rate_schedule(config))))
     frozen = Frozen(config.optimizer.freeze, model)
     if not frozen:
         return optimizer
@@ -103,6 +105,13 @@ def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> 
     top = model.num_layers - 1
     factors = map_paths(lambda path, _: decay ** (top - model.layer_of(path)), params)
     return factors if own is None else jax.tree.map(lambda a, b: a * b, factors, own)
+
+
+def _packed(optimizer):
+    """Makes an optimizer update all vectors as one on accelerators; its state looks the same."""
+    return optax.GradientTransformation(
+        optimizer.init, functools.partial(update_packed, optimizer.update)
+    )
 
 
 def _adamw(optimizer, schedule):

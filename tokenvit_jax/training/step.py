@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from tokenvit_jax.ops.packed import map_packed
 from tokenvit_jax.tasks import Outcome, Task
 from tokenvit_jax.training.freezing import Frozen
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
@@ -49,7 +50,7 @@ def make_train_step(
         def loss_fn(params, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
             with frozen.statistics():
-                trained = frozen.stop_gradient(params)
+                trained = model.cast_weights(frozen.stop_gradient(params))
                 loss, aux = task.loss(model, trained, model_state, inputs, rngs)
             model_state = dict(aux.model_state)
             sown = jax.tree.leaves(model_state.pop("losses", ()))
@@ -68,7 +69,7 @@ def make_train_step(
         factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
             updates = jax.tree.map(jnp.multiply, updates, factors)
-        params = optax.apply_updates(state.params, updates)
+        params = map_packed(jnp.add, state.params, updates)
 
         # Once per step, after all micro-batches have changed the model state.
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -77,7 +78,10 @@ def make_train_step(
         params, model_state, ema = variables.pop("params"), variables, state.ema
         if ema is not None:
             averaged = averaged_variables(params, model_state)
-            averaged = optax.incremental_update(averaged, ema, 1.0 - config.ema_decay)
+            step_size = 1.0 - config.ema_decay
+            averaged = map_packed(
+                lambda new, old: step_size * new + (1.0 - step_size) * old, averaged, ema
+            )
             ema = frozen.hold(averaged, ema)
 
         state = TrainState(

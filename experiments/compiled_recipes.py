@@ -1,0 +1,205 @@
+"""Compiles the training step of every shipped recipe for one H100, eight H100 and 256 TPU v5e.
+
+    python -m experiments.compiled_recipes                  # all rows that are missing: hours
+    python -m experiments.compiled_recipes dgt_t deit_s     # these recipes
+    python -m experiments.compiled_recipes dgt_t h100x8     # on these targets
+    python -m experiments.compiled_recipes page             # no row: writes the page
+
+No device is needed, but the compilers are (see docs/compiling.md). Each row is compiled in a
+process of its own and stored at once in `docs/benchmarks/compiled.jsonl`. Rows that are there are
+not compiled again; delete a line to compile it anew. For a TPU, JAX_OPTIMIZATION_LEVEL=O1 shortens
+the compilation; the row says so.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from experiments import pages
+from tokenvit_jax import cli
+from tokenvit_jax.ahead.compiling import smallest_batch
+from tokenvit_jax.ahead.targets import parse_target
+from tokenvit_jax.config_flag import config_files
+from tokenvit_jax.recipes.compiled import BOUNDS
+
+PAGE = pages.ROOT / "docs" / "benchmarks" / "compiled.md"
+ROWS = PAGE.with_suffix(".jsonl")
+TARGETS = ("h100", "h100x8", "v5e:16x16")
+MOST = 128  # images per device
+# Recipes that are no file of their own; a file whose configuration needs an argument.
+VARIANTS = {"deit_s": ("", "level3"), "finetune": ("vit_b",)}
+
+Row = dict[str, Any]
+
+
+def recipes() -> list[str]:
+    """Returns the values of --config for all recipes that train at scale."""
+    return [
+        f"{name}:{argument}" if argument else name
+        for name in sorted(config_files())
+        for argument in VARIANTS.get(name, ("",))
+    ]
+
+
+def read_rows() -> list[Row]:
+    """Returns the rows that were compiled."""
+    if not ROWS.exists():
+        return []
+    return [json.loads(line) for line in ROWS.read_text().splitlines() if line]
+
+
+def first_batch(recipe: str, target: str) -> int:
+    """Returns the images per device of a recipe on its devices, at most MOST."""
+    flag_values = cli.config_flags()
+    flag_values(["compile", f"--config={recipe}"])
+    config, found = cli.read_config(flag_values), parse_target(target)
+    step = smallest_batch(config, "train", found)
+    per_device = min(MOST, config.batch_size // found.num_devices)
+    return max(step, per_device // step * step)
+
+
+def compile_row(recipe: str, target: str) -> Row:
+    """Compiles a training step; halves the batch until it fits."""
+    batch = first_batch(recipe, target)
+    while True:
+        row = run(recipe, target, batch)
+        if row.get("fits") or "error" in row or batch <= 1:
+            return row
+        fitting = row["estimated_largest_batch_per_device"]
+        batch //= 2
+        while batch > max(1, fitting):
+            batch //= 2
+
+
+def run(recipe: str, target: str, batch: int) -> Row:
+    """Runs the command; returns its report, or the error."""
+    arguments = [f"--config={recipe}", f"--target={target}", f"--batch_per_device={batch}"]
+    command = [sys.executable, "-m", "tokenvit_jax.compile", *arguments, "--format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=pages.ROOT)
+    keys = {
+        "recipe": recipe,
+        "target": target,
+        "date": str(datetime.date.today()),
+        "jax": jax.__version__,
+        "level": os.environ.get("JAX_OPTIMIZATION_LEVEL", "") if ":" in target else "",
+    }
+    if not done.stdout:
+        return keys | {"error": done.stderr.strip().splitlines()[-1]}
+    return keys | json.loads(done.stdout)
+
+
+def main() -> None:
+    """Compiles what is missing and writes the page after every row."""
+    asked = sys.argv[1:]
+    unknown = set(asked) - {*TARGETS, *recipes(), "page"}
+    if unknown:
+        sys.exit(f"error: {', '.join(unknown)}; valid: {', '.join([*TARGETS, *recipes(), 'page'])}")
+    targets = [name for name in TARGETS if name in asked] or TARGETS
+    names = [name for name in recipes() if name in asked] or recipes()
+    for recipe in names if "page" not in asked else ():
+        for target in targets:
+            if any((row["recipe"], row["target"]) == (recipe, target) for row in read_rows()):
+                continue
+            print(f"{recipe} for {target} ...", flush=True)
+            row = compile_row(recipe, target)
+            if "error" in row:
+                print(row["error"], flush=True)
+                continue
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            PAGE.write_text("\n".join(page(read_rows())) + "\n")
+    PAGE.write_text("\n".join(page(read_rows())) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------
+
+
+def page(rows: list[Row]) -> list[str]:
+    """Returns the lines of the page."""
+    versions = sorted({row["jax"] for row in rows})
+    dates = sorted({row["date"] for row in rows})
+    lines = pages.heading(
+        "Training steps of the recipes, compiled",
+        __file__,
+        f"""
+        Nothing ran: the steps were compiled for devices that were not there
+        ({" to ".join(dates[:1] + dates[1:][-1:])}, jax {", ".join(versions)}), as the command
+        `compile` does ([compiling](../compiling.md)). Each device sees as many images as in the
+        recipe, at most {MOST}, or fewer where these do not fit into its memory. "Floor" is the
+        least time of the kernels; "images/s" is for all devices. Floors were .57 to .75 of the
+        measured times of kernels on one H200, which gives the range for GPUs; on TPUs nothing was
+        measured, so that the number is only an upper bound. Collectives are counted in full, as if
+        nothing ran beside them. Launches of TPUs are operations of the program. "Compiled" is the
+        time of all processors together. "Misfits" are kernels that cannot take their arguments, in
+        whose place the default form runs.
+        """,
+    )
+    for target in TARGETS:
+        found = [row for row in rows if row["target"] == target]
+        if found:
+            lines += ["", f"## {found[0]['devices']} x {found[0]['device']}", "", *_table(found)]
+    return [*lines, *_bounds()]
+
+
+def _table(rows: list[Row]) -> list[str]:
+    columns = [
+        "recipe", "images per device", "memory, GiB", "launches", "floor, ms", "images/s",
+        "all-reduces", "of these BatchNorm", "MB", "misfits", "compiled, s",
+    ]  # fmt: skip
+    order = {name: place for place, name in enumerate(recipes())}
+    rows = sorted(rows, key=lambda row: order.get(row["recipe"], len(order)))
+    return pages.table(columns, map(_cells, rows))
+
+
+def _cells(row: Row) -> Iterator[str]:
+    reduces = [one for one in row.get("collectives", ()) if one["kind"] == "all-reduce"]
+    norms = [one for one in reduces if one["name"].startswith("BatchNorm")]
+    yield f"`{row['recipe']}`"
+    yield f"{row['batch_per_device']}"
+    yield f"{row['memory']['total'] / 2**30:.1f}"
+    if not row["fits"]:
+        yield "does not fit"
+        yield from [""] * 5
+    else:
+        yield f"{row['launches']:,}"
+        yield f"{1e3 * row['floor_seconds']:.1f}"
+        yield _images(row["images_per_second"])
+        yield f"{sum(one['count'] for one in reduces)}"
+        yield f"{sum(one['count'] for one in norms)}"
+        yield f"{sum(one['bytes'] for one in reduces) / 1e6:.1f}"
+    yield f"{len(row['misfits'])}"
+    yield f"{row['processor_seconds']:.0f}{' (O1)' if row['level'] == 'O1' else ''}"
+
+
+def _images(speed: dict[str, float]) -> str:
+    if speed["low"] is None:
+        return f"below {speed['bound']:,.0f}"
+    return f"{speed['low']:,.0f} to {speed['high']:,.0f}"
+
+
+def _bounds() -> Iterator[str]:
+    """Yields the lines about the bounds that tests compare with."""
+    yield from ["", "## Bounds", ""]
+    yield from pages.paragraph(
+        """`make test-aot` compiles these steps and fails above the bounds in
+        `tokenvit_jax/recipes/compiled.py`."""
+    )
+    yield ""
+    rows = [
+        (f"`{recipe}`", target, bound.images, f"{bound.memory_gib:g}", f"{bound.launches:,}")
+        for recipe, bounds in BOUNDS.items()
+        for target, bound in bounds.items()
+    ]
+    yield from pages.table(["recipe", "target", "images", "memory, GiB", "launches"], rows)
+
+
+if __name__ == "__main__":
+    main()

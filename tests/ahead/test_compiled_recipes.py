@@ -1,0 +1,39 @@
+"""The page of compiled recipes."""
+
+from shipped_configs import FOLDER
+
+from experiments import compiled_recipes
+from tokenvit_jax.ahead.targets import parse_target
+from tokenvit_jax.recipes.compiled import BOUNDS
+
+
+def test_page_shows_the_stored_rows_and_the_bounds():
+    rows = compiled_recipes.read_rows()
+    assert rows
+    text = "\n".join(compiled_recipes.page(rows)) + "\n"
+    assert text == compiled_recipes.PAGE.read_text()  # else: compiled_recipes page
+
+
+def test_a_row_that_does_not_fit_shows_its_memory():
+    row = dict(compiled_recipes.read_rows()[0], fits=False)
+    cells = list(compiled_recipes._cells(row))
+    assert cells[3] == "does not fit" and len(cells) == 11
+
+
+def test_every_file_is_a_recipe_and_every_bound_is_one():
+    recipes = compiled_recipes.recipes()
+    assert {recipe.split(":")[0] for recipe in recipes} == {
+        path.stem for path in FOLDER.glob("*.py")
+    }
+    assert set(BOUNDS) <= set(recipes)
+    for bounds in BOUNDS.values():
+        for target, bound in bounds.items():
+            assert parse_target(target).num_devices == 1
+            assert bound.memory_gib * 2**30 <= parse_target(target).device.memory
+
+
+def test_first_batches():
+    assert compiled_recipes.first_batch("dgt_t", "h100") == 128
+    assert compiled_recipes.first_batch("dgt_t", "v5e:16x16") == 4
+    assert compiled_recipes.first_batch("segmenter_s", "h100") == 8
+    assert compiled_recipes.first_batch("segmenter_s", "v5e:16x16") == 1

@@ -1,0 +1,105 @@
+"""Parts, layers and purposes by the origins of kernels, and the least time of a step."""
+
+import pytest
+
+from tokenvit_jax.ahead import costs
+from tokenvit_jax.ahead.compiling import Compiled, Memory
+from tokenvit_jax.ahead.hlo import Collective, Kernel, Message, Program, Work
+from tokenvit_jax.ahead.targets import parse_target
+
+BLOCK = "jit(step)/jvp(DGT)/DGT.pooled/DGT.run_blocks/stages_2_11/stages_2_11._residual"
+BACK = BLOCK.replace("jvp(DGT)", "transpose(jvp(DGT))")
+GROUPS = f"{BLOCK}/attention/attention._attend_in_groups/jit(tokenvit_jax.ops.group_attention)"
+
+
+@pytest.mark.parametrize(
+    ("origin", "part", "layer"),
+    [
+        (
+            f"{GROUPS}/while/body/closed_call/reduce_sum",
+            "selection of keys",
+            "stages_2_*/attention/group_attention/reduce_sum",
+        ),
+        (
+            f"{GROUPS}/cond/branch_0_fun/dot_general",
+            "attention in groups",
+            "stages_2_*/attention/group_attention/dot_general",
+        ),
+        (
+            f"{BLOCK}/attention/qkv/dot_general",
+            "linear layers of attention",
+            "stages_2_*/attention/qkv/dot_general",
+        ),
+        (
+            f"{BACK}/ffn/depthwise/jit(tokenvit_jax.ops.depthwise_conv)/reduce_sum",
+            "convolutions",
+            "stages_2_*/ffn/depthwise/depthwise_conv/reduce_sum (backward)",
+        ),
+        (f"{BLOCK}/ffn/norm2/rsqrt", "norms", "stages_2_*/ffn/norm2/rsqrt"),
+        (f"{BLOCK}/ffn/convert_element_type", "feed-forward networks", None),
+        (f"{BLOCK}/add", costs.OTHER_MODEL, "stages_2_*/add"),
+        ("jit(step)/add", costs.OTHER, "add"),
+        ("", costs.OTHER, "no name"),
+    ],
+)
+def test_part_and_layer(origin, part, layer):
+    assert costs.part_of(origin) == part
+    assert layer is None or costs.layer_of(origin) == layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "origin", "purpose"),
+    [
+        ("all-reduce", f"{BLOCK}/ffn/norm1/reduce_sum", "BatchNorm, forward"),
+        ("all-reduce", f"{BACK}/ffn/norm1/reduce_sum", "BatchNorm, backward"),
+        ("all-reduce", f"{BACK}/ffn/norm11/reduce_sum", "gradients"),
+        ("all-reduce", f"{BACK}/ffn/expand/dot_general", "gradients"),
+        ("all-reduce", f"{GROUPS}/bngl,blnd->ngd/dot_general", "centroids"),
+        ("all-reduce", f"{BLOCK}/x/while/cond/reduce_max", "predicates of loops and branches"),
+        ("all-reduce", f"{BLOCK}/mlp/reduce_sum", "forward pass"),
+        ("all-reduce", "jit(step)/jvp()/reduce_sum", "loss and metrics"),
+        ("all-gather", "jit(step)/sharding_constraint", "parameters (fsdp)"),
+    ],
+)  # fmt: skip
+def test_purpose(kind, origin, purpose):
+    norms = frozenset({"stages_2_11/ffn/norm1"})
+    assert costs.purpose_of(kind, Message(4, origin), norms) == purpose
+
+
+def make(target, kernels, collectives=()):
+    """Returns a compiled step with a batch of 2 per device."""
+    program = Program(kernels, list(collectives), 0)
+    return Compiled(
+        parse_target(target), "train", 2, Memory(), program, {}, frozenset(), (), 0.0, 0.0, 0.0
+    )
+
+
+def test_a_kernel_takes_the_longest_of_launch_bytes_and_products():
+    launch = Kernel(10, "fusion", 8, (), "jit(step)/add", "a")
+    moves = Kernel(1, "fusion", 3_000_000_000, (), f"{BLOCK}/ffn/norm1/add", "b")
+    works = Kernel(2, "custom-call", 8, (Work(790e9, "bfloat16"),), f"{BLOCK}/ffn/dot_general", "c")
+    compiled = make("h100", [launch, moves, works])
+    rows = {row.name: row for row in costs.by_part(compiled)}
+    assert [row.seconds for row in rows.values()] == pytest.approx([2e-3, 1e-3, 2.5e-5])
+    assert list(rows) == ["feed-forward networks", "norms", costs.OTHER]
+    assert rows["feed-forward networks"].operations == pytest.approx(2 * 790e9)
+    all_rows = costs.total(rows.values())
+    assert (all_rows.launches, all_rows.bytes) == (13, 3_000_000_000 + 96)
+    found = costs.speed(compiled)
+    floor = 3.025e-3
+    assert found.bound == pytest.approx(2 / floor)
+    assert (found.low, found.high) == pytest.approx((0.57 * 2 / floor, 0.75 * 2 / floor))
+    assert costs.speed(make("a100", [moves])).low is None  # nothing was measured on one
+
+
+def test_collectives():
+    messages = (Message(900_000_000, f"{BACK}/ffn/x"), Message(4, "jit(step)/jvp()/reduce_sum"))
+    reduce, small = Collective(1, "all-reduce", messages), Collective(3, "all-reduce", messages[1:])
+    compiled = make("h100x2", [], [reduce, small])
+    rows = {row.name: row for row in costs.by_purpose(compiled)}
+    assert rows["gradients"] == ("gradients", "all-reduce", 1, 900_000_000)
+    assert rows["loss and metrics"] == ("loss and metrics", "all-reduce", 3, 16)
+    seconds = costs.floor_seconds(compiled)[1]
+    assert seconds == pytest.approx(2 * 900_000_004 / 2 / 450e9 + 3 * 10e-6)
+    between_hosts = make("h100x16", [], [reduce])
+    assert costs.floor_seconds(between_hosts)[1] > 9 * 2 * 900_000_004 * 15 / 16 / 450e9 * 0.99

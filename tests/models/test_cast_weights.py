@@ -1,0 +1,55 @@
+"""Weights that are cast before the model are exactly those that it would cast itself."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tokenvit_jax.models import create_model
+from tokenvit_jax.models.backbone import variable_shapes
+
+SHALLOW = {"depths": (1, 0, 0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("deit_s", {"depth": 1}),
+        ("swin_t", SHALLOW),
+        ("swinv2_t", SHALLOW),
+        ("dgt_s", SHALLOW),
+        ("clustr_t", SHALLOW),
+        ("pale_t", SHALLOW),
+    ],
+)
+def test_no_weight_is_cast_back(name, settings):
+    """Nothing but the traced program is needed to see who reads the weights in which type."""
+    model = create_model(name, dtype=jnp.bfloat16, **settings)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = dict(variable_shapes(model, images))
+    params = variables.pop("params")
+    cast = jax.eval_shape(model.cast_weights, params)
+
+    def apply(params, state, images):
+        return model.apply({"params": params, **state}, images, train=False)
+
+    def reads(params):
+        """Returns the types to which each parameter is converted, by place."""
+        jaxpr = jax.make_jaxpr(apply)(params, variables, images).jaxpr
+        types = {var: set() for var in jaxpr.invars}
+        for equation in jaxpr.eqns:
+            for var in equation.invars:
+                if not isinstance(var, jax.extend.core.Literal) and var in types:
+                    types[var].add(str(equation.params.get("new_dtype", "used")))
+        return [types[var] for var in jaxpr.invars[: len(jax.tree.leaves(params))]]
+
+    changed = [
+        (before, after)
+        for old, new, before, after in zip(
+            *map(jax.tree.leaves, (params, cast)), reads(params), reads(cast), strict=True
+        )
+        if old.dtype != new.dtype
+    ]
+    assert len(changed) > 4
+    for before, after in changed:
+        assert before == {"bfloat16"}
+        assert "float32" not in after

@@ -1,0 +1,143 @@
+"""Depthwise convolutions with their surroundings, against the plain composition and by kernels."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from tokenvit_jax import ops
+from tokenvit_jax.kernels import depthwise_block as kernels
+from tokenvit_jax.kernels.depthwise_block import Block
+from tokenvit_jax.ops.gelu import gelu
+
+EVERYTHING = Block(deferred=True, residual=True, activate=True, with_sums=True)
+SIDE_BY_SIDE = Block(with_sums=True)
+
+
+def arrays(shape, dtype):
+    """Returns x, kernel, bias, input bias, scale and shift; gradients of the map and the sums."""
+    rng = np.random.default_rng(0)
+    channels = shape[-1]
+    shapes = [shape, (3, 3, channels), *[(channels,)] * 4, shape, (2, channels)]
+    maps = (0, 6)
+    return [
+        jnp.asarray(rng.normal(size=s), dtype if i in maps else np.promote_types(dtype, np.float32))
+        for i, s in enumerate(shapes)
+    ]
+
+
+def of_block(block, x, kernel, bias, input_bias, scale, shift):
+    """The operators under test, with everything around the convolution or nothing."""
+    # Inside their jit, so that they are traced again when the forms are replaced.
+    defer_gelu, depthwise_block = (op.__wrapped__ for op in (ops.defer_gelu, ops.depthwise_block))
+    if block == SIDE_BY_SIDE:
+        return depthwise_block(x, kernel, with_sums=True)
+    x, sums = defer_gelu(x, input_bias, with_sums=True)
+    y, more_sums = depthwise_block(
+        x, kernel, bias, input_bias=input_bias, scale=scale, shift=shift, **block._asdict()
+    )
+    return y, jnp.stack([*more_sums, *sums])
+
+
+def reference(block, x, kernel, bias, input_bias, scale, shift):
+    """The same, step by step, with JAX's own gradient."""
+
+    def conv(u):
+        padded = jnp.pad(u, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        _, height, width, _ = u.shape
+        return sum(
+            padded[:, i : i + height, j : j + width] * kernel[i, j] for i, j in np.ndindex(3, 3)
+        )
+
+    def sums(y):
+        return [y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]
+
+    if block == SIDE_BY_SIDE:
+        y = conv(x)
+        return y, jnp.stack(sums(y))
+    g = gelu(x + input_bias)
+    u = scale * g + shift
+    y = gelu(u + conv(u) + bias)
+    return y, jnp.stack([*sums(y), *sums(g)])
+
+
+def values_and_gradients(function, inputs):
+    *inputs, dy, _ = inputs
+    (y, sums), backward = jax.vjp(function, *inputs)
+    dsums = jnp.linspace(-1, 1, sums.size).reshape(sums.shape)
+    return [y, sums, *backward((dy, dsums.astype(sums.dtype)))]
+
+
+@pytest.mark.parametrize("block", [EVERYTHING, SIDE_BY_SIDE], ids=["everything", "alone"])
+def test_equals_the_composition(block):
+    with jax.enable_x64(True):
+        inputs = arrays((2, 4, 5, 3), np.float64)
+        got, expected = (
+            jax.jit(functools.partial(values_and_gradients, functools.partial(f, block)))(inputs)
+            for f in (of_block, reference)
+        )
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+# One shape has a last strip and a last block of channels that are not full.
+@pytest.mark.parametrize(
+    ("block", "shape", "dtype"),
+    [
+        (EVERYTHING, (3, 2, 3, 36), np.float32),
+        (EVERYTHING, (1, 1, 2, 16), jnp.bfloat16),
+        (SIDE_BY_SIDE, (2, 4, 2, 5), np.float32),
+    ],
+)
+def test_kernels_equal_the_form_of_xla(monkeypatch, block, shape, dtype):
+    """The same operator, with the kernels in interpret mode in place of the forms for CPUs."""
+    inputs = arrays(shape, dtype)
+
+    def run(inputs):
+        return values_and_gradients(functools.partial(of_block, block), inputs)
+
+    expected = jax.jit(lambda inputs: run(inputs))(inputs)
+    called = []
+
+    def by_kernel(operator, *args, cuda, **_):
+        called.append(operator)
+        return cuda(*args, interpret=True)
+
+    module = importlib.import_module("tokenvit_jax.ops.depthwise_conv")  # hidden by its function
+    monkeypatch.setattr(module, "by_platform", by_kernel)
+    got = jax.jit(lambda inputs: run(inputs))(inputs)
+    assert len(called) == (2 if block == SIDE_BY_SIDE else 4)
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype
+        x, y = (np.asarray(a, np.float64) for a in (x, y))
+        # bfloat16: u is not rounded by the kernels, and each form rounds its results to 8 bits.
+        tolerance = 2e-6 if dtype == np.float32 else 2e-2
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
+
+
+def test_gelu_of_kernels_is_exact_enough():
+    x = jnp.linspace(-9, 9, 4097)
+    y, slope = jax.vmap(kernels._gelu_and_slope)(x)
+    dy = jax.vmap(jax.grad(gelu))(x)
+    np.testing.assert_allclose(y, gelu(x), rtol=2e-7, atol=6e-7)
+    np.testing.assert_allclose(slope, dy, rtol=2e-7, atol=6e-7)
+    assert np.isnan(kernels._gelu_and_slope(jnp.nan)[0])
+
+
+def test_kernels_lower_for_gpus_and_nowhere_else():
+    check = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    inputs = arrays((2, 4, 3, 16), jnp.bfloat16)
+    run = functools.partial(values_and_gradients, functools.partial(of_block, EVERYTHING))
+    for platform, calls in (("cuda", 4), ("tpu", 0)):
+        lowered = export.export(jax.jit(run), platforms=[platform], disabled_checks=[check])(inputs)
+        assert lowered.mlir_module().count("__gpu$xla.gpu.triton") == calls
+
+
+def test_what_kernels_cannot_take():
+    assert kernels.misfit((2, 6, 4, 5), (3, 3, 5)) is None
+    assert kernels.misfit((2, 6, 4, 5), (5, 3, 5)) == "a kernel of 5 x 3 is not 3 x 3"
+    assert kernels.misfit((2**16, 32, 32, 32)) == "the map has 2^31 values or more"

@@ -1,0 +1,174 @@
+"""LayerNorm and BatchNorm against float64 formulas, their kernels, and flax's modules."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tokenvit_jax import ops
+from tokenvit_jax.kernels import layer_norm as kernels
+from tokenvit_jax.layers import BatchNorm, LayerNorm
+
+RNG = np.random.default_rng(0)
+EPSILON = 0.01
+
+
+def normal(*shape):
+    return RNG.normal(size=shape)
+
+
+def normalized(x, scale, bias, axes):
+    """The definition, in the type of x."""
+    x = x - x.mean(axes, keepdims=True)
+    return x / jnp.sqrt((x * x).mean(axes, keepdims=True) + EPSILON) * scale + bias
+
+
+def near(actual, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(float), b, rtol=tolerance, atol=tolerance)
+
+
+def residual(x, branch, scale, bias):
+    """LayerNorm of a sum, by definition: the sum, and its LayerNorm."""
+    total = x if branch is None else x + branch
+    return total, normalized(total, scale, bias, -1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("adds", [True, False], ids=["sum", "alone"])
+def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
+    """37 tokens of 12 channels: neither fills a block of 4 tokens and 16 channels."""
+    monkeypatch.setattr(kernels, "_VALUES", 64)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # of 10 blocks
+    branch = normal(1, 37, 12) if adds else None
+    args = (2 + normal(1, 37, 12), branch, normal(12), normal(12))
+    cotangents = normal(1, 37, 12), normal(1, 37, 12)
+    x, _, scale, _ = args = jax.tree.map(lambda a: jnp.asarray(a, dtype), args)
+    cotangents = jax.tree.map(lambda a: jnp.asarray(a, dtype), cotangents)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (args, cotangents))
+        expected, pull = jax.vjp(residual, *wide[0])
+        gradients = jax.tree.map(np.asarray, pull(wide[1]))
+    expected = jax.tree.map(np.asarray, expected)
+    tolerance = 2e-5 if dtype == jnp.float32 else 0.1
+
+    add = functools.partial(ops.add_layer_norm, epsilon=EPSILON)
+    results, pull = jax.vjp(add, *args)
+    near(results, expected, tolerance)
+    near(pull(cotangents), gradients, tolerance)
+
+    total, y, mean, inverse = kernels.forward_pass(
+        *args, epsilon=EPSILON, dtype=dtype, interpret=True
+    )
+    near(results, (x if total is None else total, y), 1e-6 if dtype == jnp.float32 else 0.02)
+    near((total, y), expected if adds else expected[1], tolerance)
+    dx, sums = kernels.backward_pass(
+        results[0], cotangents[1], cotangents[0], scale, mean, inverse, interpret=True
+    )
+    near((dx, *sums[0]), (gradients[0], *gradients[-2:]), tolerance)
+
+
+def test_layer_norm_alone():
+    """The module equals flax's bit for bit; without a sum nothing is added to the gradient."""
+    x = jnp.asarray(2 + normal(2, 5, 12), jnp.float32)
+    scale, bias = jnp.asarray(normal(12), jnp.float32), jnp.asarray(normal(12), jnp.float32)
+    variables = {"params": {"scale": scale, "bias": bias}}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ours = jax.jit(LayerNorm(EPSILON, dtype).apply)(variables, x)
+        theirs = jax.jit(nn.LayerNorm(EPSILON, dtype).apply)(variables, x)
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+    def alone(x):
+        return ops.layer_norm(x, scale, bias, epsilon=EPSILON)
+
+    def beside(x):
+        return ops.add_layer_norm(x, None, scale, bias, epsilon=EPSILON)[1]
+
+    (dx,), (expected,) = (jax.vjp(fn, x)[1](x * x) for fn in (alone, beside))
+    np.testing.assert_array_equal(dx, expected)
+
+
+@pytest.mark.parametrize("with_gelu", [False, True], ids=["plain", "gelu"])
+def test_batch_norm(with_gelu):
+    args = 2 + normal(8, 3, 5), normal(5), normal(5)
+    dy = normal(8, 3, 5)
+
+    def naive(x, scale, bias):
+        x = jax.nn.gelu(x, approximate=False) if with_gelu else x
+        return normalized(x, scale, bias, (0, 1))
+
+    def ours(x, scale, bias, axis_name=None):
+        options = {"epsilon": EPSILON, "axis_name": axis_name, "with_gelu": with_gelu}
+        return ops.batch_norm(x, scale, bias, **options)
+
+    def both(fn, *args):
+        y, pull, *stats = jax.vjp(fn, *args, has_aux=fn is not naive)
+        return (y, *stats), pull
+
+    with jax.enable_x64(True):
+        y, pull = jax.vjp(naive, *args)
+        expected = jax.tree.map(np.asarray, (y, pull(jnp.asarray(dy))))
+    args = [jnp.asarray(a, jnp.float32) for a in args]
+    dy = jnp.asarray(dy, jnp.float32)
+
+    def step(x, scale, bias, dy, axis_name=None):
+        def fn(*args):
+            y, *stats = ours(*args, axis_name)
+            return y, stats
+
+        y, pull, stats = jax.vjp(fn, x, scale, bias, has_aux=True)
+        dx, *parameters = pull(dy)
+        return y, dx, parameters, stats
+
+    y, dx, parameters, (mean, var) = jax.jit(step)(*args, dy)
+    near((y, (dx, *parameters)), expected, 2e-5)
+    values = jax.nn.gelu(args[0], approximate=False) if with_gelu else args[0]
+    near((mean, var), (values.mean((0, 1)), values.var((0, 1))), 2e-6)
+
+    # The batch divided over a mapped axis: gradients of parameters are sums of the parts.
+    parts = [a.reshape(4, 2, *a.shape[1:]) for a in (args[0], dy)]
+    mapped = jax.vmap(lambda x, dy: step(x, *args[1:], dy, "devices"), axis_name="devices")
+    y, dx, parameters, stats = mapped(*parts)
+    near((y.reshape(8, 3, 5), dx.reshape(8, 3, 5)), (expected[0], expected[1][0]), 2e-5)
+    near([a.sum(0) for a in parameters], expected[1][1:], 2e-5)
+    near([a[0] for a in stats], (mean, var), 1e-5)
+
+
+def test_batch_norm_equals_flax():
+    x = jnp.asarray(2 + normal(4, 3, 5), jnp.float32)
+    theirs = nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=jnp.bfloat16)
+    ours = BatchNorm(dtype=jnp.bfloat16)
+    variables = theirs.init(jax.random.key(0), x, use_running_average=False)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: bool((a == b).all()),
+            variables,
+            ours.init(jax.random.key(1), x, use_running_average=False),
+        )
+    )
+    for running in (False, True):
+        results = [
+            m.apply(variables, x, use_running_average=running, mutable=["batch_stats"])
+            for m in (ours, theirs)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_one_all_reduce_each_way():
+    """Under jit over a mesh, the statistics travel in one message in each direction."""
+    mesh = jax.make_mesh((8,), ("data",))
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+
+    def step(x, scale, bias, dy):
+        y, pull = jax.vjp(lambda *a: ops.batch_norm(*a, epsilon=EPSILON)[0], x, scale, bias)
+        return y, pull(y * dy)
+
+    shapes = [((16, 5), P("data")), ((5,), P()), ((5,), P()), ((16, 5), P("data"))]
+    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place(p)) for s, p in shapes]
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 2

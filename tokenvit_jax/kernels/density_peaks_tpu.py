@@ -1,0 +1,271 @@
+"""Kernels of clustering by density peaks for TPUs (Pallas-Mosaic).
+
+A program holds the keys of an image and a block of queries, and streams over blocks of keys. The
+matrix unit is fast enough to search all tokens for a denser one, without a list of those that have
+none among their neighbours: a TPU cannot gather them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from tokenvit_jax.kernels.density_peaks import insert_entry
+
+# Queries and keys per block: the number of lanes.
+BLOCK = 128
+# Numbers of an image that fit into the memory of a core twice: the next image is loaded meanwhile.
+MOST_NUMBERS, MOST_NEIGHBORS = 1 << 20, 16
+
+
+def misfit(num_keys: int, channels: int, neighbors: int = 1, masked: bool = False) -> str | None:
+    """Returns why the kernels cannot take such images, or None.
+
+    Args:
+      num_keys: tokens or centres that are searched.
+      channels: C.
+      neighbors: k.
+      masked: whether tokens are masked; centres cannot be.
+    """
+    if masked:
+        return "masked tokens"
+    if _padded(num_keys) * max(channels, BLOCK) > MOST_NUMBERS:
+        return f"{num_keys} keys with {channels} channels exceed {4 * MOST_NUMBERS >> 20} MiB"
+    if neighbors > MOST_NEIGHBORS:
+        return f"{neighbors} neighbors are more than {MOST_NEIGHBORS}"
+    return None
+
+
+def _padded(length):
+    return -(-length // BLOCK) * BLOCK
+
+
+def _call(kernel, x, rows, outputs, interpret):
+    """Calls a kernel for every image and block of queries.
+
+    The kernel has references to the tokens of an image (padded N, C), to those of its queries
+    (BLOCK, C), to each of the rows as a whole (1, padded N), and to its part of each output
+    (..., BLOCK).
+
+    Args:
+      x: tokens (B, N, C).
+      rows: numbers of the tokens, (B, N) each.
+      outputs: shapes and types of the results (B, ..., N).
+    """
+    batch, length, channels = x.shape
+    padding = (0, 0), (0, _padded(length) - length)
+    x = jnp.pad(x, (*padding, (0, 0)))
+    rows = [jnp.pad(row, padding)[:, None] for row in rows]
+    image = pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, 0, 0))
+    queries = pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0))
+    row = pl.BlockSpec((None, 1, x.shape[1]), lambda i, j: (i, 0, 0))
+    return pl.pallas_call(
+        functools.partial(kernel, length=length),
+        grid=(batch, _padded(length) // BLOCK),
+        in_specs=[image, queries] + [row] * len(rows),
+        out_specs=[
+            pl.BlockSpec((None, out.shape[1], BLOCK), lambda i, j: (i, 0, j)) for out in outputs
+        ],
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+    )(x, x, *rows)
+
+
+def _part(ref, i):
+    """Returns block i of a row (1, padded N) as (1, BLOCK)."""
+    return ref[:, pl.ds(pl.multiple_of(i * BLOCK, BLOCK), BLOCK)]
+
+
+def _keys(x, i):
+    return x[pl.ds(pl.multiple_of(i * BLOCK, BLOCK), BLOCK), :]
+
+
+def _products(a, b):
+    """Returns -2 a.b (rows of a, rows of b)."""
+    return lax.dot_general(
+        a, -2 * b, (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _iota(axis):
+    return lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis)
+
+
+def _first(values, index, axis):
+    """Returns the smallest values along an axis, which stays, and their lowest index."""
+    low = values.min(axis, keepdims=True)
+    none = jnp.iinfo(jnp.int32).max
+    return low, jnp.where(values == low, index, none).min(axis, keepdims=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pass 1: nearest neighbours. Keys are along the sublanes, queries along the lanes
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_neighbors(
+    x: Float[Array, "B N C"], square: Float[Array, "B N"], *, k: int, interpret: bool = False
+) -> tuple[Float[Array, "B k N"], Int32[Array, "B k N"], Float[Array, "B N"]]:
+    """Finds the k nearest tokens of every token, and the distance of the farthest one.
+
+    Args:
+      x: tokens (B, N, C).
+      square: |x|^2 (B, N).
+      k: number of neighbours, at most N and ``MOST_NEIGHBORS``.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      Rising squared distances and indices (B, k, N), and the largest squared distance of each token
+      (B, N).
+    """
+    batch, length, _ = x.shape
+    outputs = [
+        jax.ShapeDtypeStruct((batch, k, length), jnp.float32),
+        jax.ShapeDtypeStruct((batch, k, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, 1, length), jnp.float32),
+    ]
+    squares, indices, farthest = _call(_nearest_kernel, x, [square], outputs, interpret)
+    return squares, indices, farthest[:, 0]
+
+
+def _nearest_kernel(x, queries, square, squares, indices, farthest, *, length):
+    k = squares.shape[0]
+    query = queries[...]
+
+    def step(i, carry):
+        values, numbers, far = carry
+        keys = _keys(x, i)
+        index = i * BLOCK + _iota(0)
+        tile = _products(keys, query) + jnp.sum(keys * keys, 1, keepdims=True)
+        tile = jnp.where(index < length, tile, jnp.inf)
+        far = jnp.maximum(far, jnp.where(tile < jnp.inf, tile, -jnp.inf).max(0, keepdims=True))
+        for _ in range(k):
+            low, at = _first(tile, index, 0)
+            values, numbers = insert_entry(low, at, values, numbers)
+            tile = jnp.where(index == at, jnp.inf, tile)
+        return values, numbers, far
+
+    none = jnp.full((1, BLOCK), jnp.inf, jnp.float32)
+    carry = (none,) * k, (jnp.zeros((1, BLOCK), jnp.int32),) * k, -none
+    values, numbers, far = lax.fori_loop(0, x.shape[0] // BLOCK, step, carry)
+    own = _part(square, pl.program_id(1))
+    for i in range(k):
+        squares[i : i + 1, :] = jnp.maximum(values[i] + own, 0)
+        indices[i : i + 1, :] = numbers[i]
+    farthest[...] = far + own
+
+
+# ------------------------------------------------------------------------------------------------
+# Pass 2: nearest denser token. Queries are along the sublanes, keys along the lanes
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_denser(
+    x: Float[Array, "B N C"],
+    square: Float[Array, "B N"],
+    density: Float[Array, "B N"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N"], Int32[Array, "B N"]]:
+    """Finds the nearest denser token of every token.
+
+    Args:
+      x: tokens (B, N, C).
+      square: |x|^2 (B, N).
+      density: (B, N); of two equally dense tokens the one with the lower index counts as denser.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      Squared distance and index (B, N); inf and the token itself if there is no denser token.
+    """
+    batch, length, _ = x.shape
+    outputs = [
+        jax.ShapeDtypeStruct((batch, 1, length), dtype) for dtype in (jnp.float32, jnp.int32)
+    ]
+    found, parent = _call(_denser_kernel, x, [square, density], outputs, interpret)
+    return found[:, 0], parent[:, 0]
+
+
+def _denser_kernel(x, queries, square, density, found, parent, *, length):
+    block = pl.program_id(1)
+    query, rows = queries[...], block * BLOCK + _iota(0)
+    # Rows become columns by a transpose: there is no cheaper way.
+    own = jnp.broadcast_to(_part(density, block), (BLOCK, BLOCK)).T
+
+    def step(i, carry):
+        best, number = carry
+        keys = i * BLOCK + _iota(1)
+        key_density = _part(density, i)
+        denser = (key_density > own) | ((key_density == own) & (keys < rows))
+        tile = _products(query, _keys(x, i)) + _part(square, i)
+        nearer = denser & (keys < length) & (tile < best)
+        return jnp.where(nearer, tile, best), jnp.where(nearer, keys, number)
+
+    best = jnp.full((BLOCK, BLOCK), jnp.inf, jnp.float32)
+    best, number = lax.fori_loop(0, x.shape[0] // BLOCK, step, (best, rows))
+    low, at = _first(best, number, 1)  # without a denser token, all numbers are the token itself
+    as_row = lambda column: jnp.broadcast_to(column, (BLOCK, BLOCK)).T[:1]  # noqa: E731
+    found[...] = jnp.maximum(as_row(low) + _part(square, block), 0)
+    parent[...] = as_row(at)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters. Keys are along the sublanes, queries along the lanes
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest_center(
+    x: Float[Array, "B N C"],
+    centers: Float[Array, "B M C"],
+    num_used: Int32[Array, " B"],
+    *,
+    interpret: bool = False,
+) -> Int32[Array, "B N"]:
+    """Returns the number of the nearest centre of every token.
+
+    Args:
+      x: tokens (B, N, C).
+      centers: tokens at the centres (B, M, C).
+      num_used: number of centres that can be nearest, the first ones (B,); 0: the result is 0.
+      interpret: run on a CPU, for tests.
+
+    Returns:
+      (B, N), in [0, M).
+    """
+    batch, length, channels = x.shape
+    missing = _padded(centers.shape[1]) - centers.shape[1]
+    centers = jnp.pad(centers, ((0, 0), (0, missing), (0, 0)))
+    nearest = pl.pallas_call(
+        _nearest_center_kernel,
+        grid=(batch, _padded(length) // BLOCK),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((None, *centers.shape[1:]), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, 1, BLOCK), lambda i, j: (i, 0, j)),
+        out_shape=jax.ShapeDtypeStruct((batch, 1, length), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+    )(num_used, centers, x)
+    return nearest[:, 0]
+
+
+def _nearest_center_kernel(num_used, centers, queries, nearest):
+    used, query = num_used[pl.program_id(0)], queries[...]
+
+    def step(i, carry):
+        best, number = carry
+        keys, index = _keys(centers, i), i * BLOCK + _iota(0)
+        tile = _products(keys, query) + jnp.sum(keys * keys, 1, keepdims=True)
+        low, at = _first(jnp.where(index < used, tile, jnp.inf), index, 0)
+        return jnp.where(low < best, low, best), jnp.where(low < best, at, number)
+
+    best, number = jnp.full((1, BLOCK), jnp.inf, jnp.float32), jnp.zeros((1, BLOCK), jnp.int32)
+    nearest[...] = lax.fori_loop(0, centers.shape[0] // BLOCK, step, (best, number))[1]

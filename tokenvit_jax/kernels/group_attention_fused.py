@@ -1,0 +1,215 @@
+"""Group attention in blocks of queries and keys on GPUs, without logits in memory.
+
+It is flash attention (Dao 2023) with one difference: a logit counts if the group of its query is a
+bit of its key's words (:mod:`tokenvit_jax.kernels.group_routing`). Every sum has a fixed order, so
+results are deterministic.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int32
+
+from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS, dot
+
+# Queries and keys in a block.
+_BLOCK = 64
+# Logit of a key that is not selected: finite, because a block may have no selected key.
+_MASKED = -1e30
+_LOG2_E = math.log2(math.e)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend_fused(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B L N D"],
+    v: Float[Array, "B L N D"],
+    groups: Int32[Array, "B N L"],
+    words: Int32[Array, "B N words L"],
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B L N D"]:
+    """Attends from each query to the keys that its group selected.
+
+    Args:
+      q: queries (B, L, N, D).
+      k: keys (B, L, N, D).
+      v: values (B, L, N, D).
+      groups: group of each query (B, N, L).
+      words: which groups selected each key (B, N, words, L), by
+        :func:`tokenvit_jax.kernels.group_routing.route`; each group selected at least one.
+      scale: factor of the logits.
+      interpret: whether to run without a GPU, for tests.
+
+    Returns:
+      (B, L, N, D) in the type of ``v``.
+
+    References:
+      Dao 2023, "FlashAttention-2".
+    """
+    return _forward(q, k, v, groups, words, scale, interpret)[0]
+
+
+def _forward(q, k, v, groups, words, scale, interpret):
+    batch, length, heads, _ = q.shape
+    block = _block(length)
+    tokens, per_query, per_key = _specs(q, words)
+    output, log_total = pl.pallas_call(
+        functools.partial(_attend_block, block=block, scale=scale),
+        grid=(batch, heads, pl.cdiv(length, block)),
+        in_specs=[tokens, tokens, tokens, per_query, per_key],
+        out_specs=[tokens, per_query],
+        out_shape=[
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="group_attention",
+    )(q, k, v, groups, words)
+    return output, (q, k, v, groups, words, output, log_total)
+
+
+def _backward(scale, interpret, residuals, d_output):
+    q, k, v, groups, words, output, log_total = residuals
+    batch, length, heads, _ = q.shape
+    block = _block(length)
+    tokens, per_query, per_key = _specs(q, words)
+    gradients = pl.pallas_call(
+        functools.partial(_differentiate_block, block=block, scale=scale),
+        grid=(batch, heads, pl.cdiv(length, block)),
+        in_specs=[tokens, tokens, tokens, per_query, per_key, tokens, per_query, tokens],
+        out_specs=[tokens, tokens, tokens],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="group_attention_gradient",
+    )(q, k, v, groups, words, output, log_total, d_output)
+    return (*gradients, None, None)
+
+
+attend_fused.defvjp(_forward, _backward)
+
+
+def _block(length):
+    return min(_BLOCK, max(pl.next_power_of_2(length), 16))
+
+
+def _specs(q, words):
+    """Returns the specs of tokens (B, L, N, D), (B, N, L) and (B, N, words, L)."""
+    _, length, _, dim = q.shape
+    tokens = pl.BlockSpec((None, length, None, dim), lambda b, n, i: (b, 0, n, 0))
+    per_query = pl.BlockSpec((None, None, length), lambda b, n, i: (b, n, 0))
+    per_key = pl.BlockSpec((None, None, words.shape[2], length), lambda b, n, i: (b, n, 0, 0))
+    return tokens, per_query, per_key
+
+
+class _Rows:
+    """Rows ``[number * size, number * size + size)`` of refs (length, ...), 0 beyond the end."""
+
+    def __init__(self, number, size, length):
+        self.at = pl.ds(number * size, size)
+        self.inside = number * size + jnp.arange(size) < length
+
+    def matrix(self, ref):
+        return plt.load(ref.at[self.at, :], mask=self.inside[:, None], other=0)
+
+    def vector(self, ref):
+        return plt.load(ref.at[self.at], mask=self.inside, other=0)
+
+    def words(self, ref):
+        numbers = [jnp.int32(w) for w in range(ref.shape[0])]
+        return [plt.load(ref.at[w, self.at], mask=self.inside, other=0) for w in numbers]
+
+    def store(self, ref, matrix):
+        plt.store(ref.at[self.at, :], matrix.astype(ref.dtype), mask=self.inside[:, None])
+
+
+def _is_selected(groups, words):
+    """Says whether the groups, e.g. (q, 1), selected keys by their words, e.g. (1, k) each."""
+    number, bit = groups >> WORD_BITS, groups & (WORD - 1)
+    word = words[0]
+    for w in range(1, len(words)):
+        word = jnp.where(number == w, words[w], word)
+    return ((word >> bit) & 1) != 0
+
+
+def _attend_block(
+    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, *, block, scale
+):
+    length, dim = q_ref.shape
+    rows = _Rows(pl.program_id(2), block, length)
+    q, groups = rows.matrix(q_ref), rows.vector(groups_ref)[:, None]
+
+    def attend(i, carry):
+        output, largest, total = carry
+        keys = _Rows(i, block, length)
+        k, v = keys.matrix(k_ref), keys.matrix(v_ref)
+        words = [word[None] for word in keys.words(words_ref)]  # 0 beyond the end: not selected
+        logits = dot(q, k, (1, 1)) * (scale * _LOG2_E)
+        logits = jnp.where(_is_selected(groups, words), logits, _MASKED)
+        new_largest = jnp.maximum(largest, jnp.max(logits, 1))
+        shrink = jnp.exp2(largest - new_largest)
+        weights = jnp.exp2(logits - new_largest[:, None])
+        output = output * shrink[:, None] + dot(weights.astype(v.dtype), v)
+        return output, new_largest, total * shrink + jnp.sum(weights, 1)
+
+    zero = jnp.zeros((block,), jnp.float32)
+    start = (jnp.zeros((block, dim), jnp.float32), zero + _MASKED, zero)
+    output, largest, total = lax.fori_loop(0, pl.cdiv(length, block), attend, start)
+    rows.store(output_ref, output / total[:, None])
+    plt.store(total_ref.at[rows.at], largest + jnp.log2(total), mask=rows.inside)
+
+
+def _differentiate_block(
+    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
+    d_q_ref, d_k_ref, d_v_ref, *, block, scale,
+):  # fmt: skip
+    """Computes the gradients of one block of queries, and of the block of keys at its place."""
+    length, dim = q_ref.shape
+    number, blocks = pl.program_id(2), pl.cdiv(length, block)
+    zero = jnp.zeros((block, dim), jnp.float32)
+    own = _Rows(number, block, length)
+    own_k, own_v = own.matrix(k_ref), own.matrix(v_ref)
+    own_words = [word[:, None] for word in own.words(words_ref)]
+
+    def of_queries(rows):
+        """Returns d output, and its product with the output, per query."""
+        d_output = rows.matrix(d_output_ref)
+        output = rows.matrix(output_ref).astype(jnp.float32)
+        return d_output, jnp.sum(d_output.astype(jnp.float32) * output, 1)
+
+    def add_to_keys(i, carry):
+        d_k, d_v = carry
+        rows = _Rows(i, block, length)
+        q, (d_output, delta) = rows.matrix(q_ref), of_queries(rows)
+        logits = dot(own_k, q, (1, 1)) * (scale * _LOG2_E)  # (k, q)
+        selected = _is_selected(rows.vector(groups_ref)[None], own_words)
+        weights = jnp.where(selected, jnp.exp2(logits - rows.vector(total_ref)[None]), 0)
+        d_v += dot(weights.astype(d_output.dtype), d_output)
+        d_logits = weights * (dot(own_v, d_output, (1, 1)) - delta[None])
+        return d_k + dot(d_logits.astype(q.dtype), q), d_v
+
+    d_k, d_v = lax.fori_loop(0, blocks, add_to_keys, (zero, zero))
+    own.store(d_k_ref, d_k * scale)
+    own.store(d_v_ref, d_v)
+
+    own_q, (own_d, own_delta) = own.matrix(q_ref), of_queries(own)
+    own_groups, own_total = own.vector(groups_ref)[:, None], own.vector(total_ref)[:, None]
+
+    def add_to_queries(i, d_q):
+        keys = _Rows(i, block, length)
+        k, v = keys.matrix(k_ref), keys.matrix(v_ref)
+        words = [word[None] for word in keys.words(words_ref)]
+        logits = dot(own_q, k, (1, 1)) * (scale * _LOG2_E)  # (q, k)
+        selected = _is_selected(own_groups, words)
+        weights = jnp.where(selected, jnp.exp2(logits - own_total), 0)
+        d_logits = weights * (dot(own_d, v, (1, 1)) - own_delta[:, None])
+        return d_q + dot(d_logits.astype(k.dtype), k)
+
+    own.store(d_q_ref, lax.fori_loop(0, blocks, add_to_queries, zero) * scale)

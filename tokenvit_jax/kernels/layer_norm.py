@@ -1,0 +1,194 @@
+"""LayerNorm on a GPU: one launch forward, one backward, both of which read the tokens once.
+
+A program normalizes a block of tokens with all channels in registers. In the backward pass a
+program goes through many blocks and keeps the sums for the gradients of scale and bias.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+_MAX_CHANNELS = 2048
+_VALUES = 2048  # of a block of tokens: 16 in each thread
+_WARPS = 4
+_PROGRAMS = 512  # in the backward pass, each with its sums over tokens
+
+
+def layer_norm_misfit(x: Float[Array, "*B C"]) -> str | None:
+    """Returns why the kernels cannot take these tokens, or None."""
+    if x.ndim < 2:
+        return "there is no batch axis"
+    if x.shape[-1] > _MAX_CHANNELS:
+        return f"{x.shape[-1]} channels are more than {_MAX_CHANNELS}"
+    if isinstance(x.shape[0], int) and x.size > 2**31 - 1 - _VALUES:
+        return "the array has more than 2^31 values"
+    return None
+
+
+def forward_pass(
+    x: Float[Array, "*B C"],
+    branch: Float[Array, "*B C"] | None,
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    *,
+    epsilon: float,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "*B C"] | None, Float[Array, "*B C"], Float[Array, "*B"], Float[Array, "*B"]
+]:
+    """Returns x + branch (None if branch is None), its LayerNorm, and mean and 1 / deviation.
+
+    Args:
+      x: (..., C).
+      branch: (..., C) or None.
+      scale: (C,).
+      bias: (C,).
+      epsilon: constant added to the variance.
+      dtype: type of the normalized result.
+      interpret: whether to interpret the kernel, for tests.
+    """
+    *leading, channels = x.shape
+    tokens = x.size // channels
+    tiling = _Tiling(tokens, channels)
+    adds = branch is not None
+    flat = (tokens, channels)
+    inputs = [a.reshape(flat) for a in ((x, branch) if adds else (x,))]
+    results = [jax.ShapeDtypeStruct(flat, x.dtype)] * adds + [
+        jax.ShapeDtypeStruct(flat, dtype),
+        jax.ShapeDtypeStruct((tokens,), jnp.float32),
+        jax.ShapeDtypeStruct((tokens,), jnp.float32),
+    ]
+    *total, y, mean, inverse = pl.pallas_call(
+        functools.partial(_forward_kernel, adds=adds, tiling=tiling, epsilon=epsilon),
+        grid=(tiling.num_blocks,),
+        out_shape=results,
+        compiler_params=plt.CompilerParams(num_warps=_WARPS),
+        interpret=interpret,
+        name="layer_norm",
+    )(*inputs, scale, bias)
+    total = total[0].reshape(x.shape) if adds else None
+    return total, y.reshape(x.shape), mean.reshape(leading), inverse.reshape(leading)
+
+
+def backward_pass(
+    x: Float[Array, "*B C"],
+    dy: Float[Array, "*B C"],
+    dtotal: Float[Array, "*B C"] | None,
+    scale: Float[Array, " C"],
+    mean: Float[Array, "*B"],
+    inverse: Float[Array, "*B"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*B C"], Float[Array, "1 2 C"]]:
+    """Returns the gradient of x, and the gradients of scale and bias.
+
+    Args:
+      x: (..., C), the tokens that were normalized.
+      dy: (..., C), gradient of the normalized tokens.
+      dtotal: (..., C), added to the gradient of x; None: zeros.
+      scale: (C,).
+      mean: (...,), mean of each token.
+      inverse: (...,), 1 / deviation of each token.
+      interpret: whether to interpret the kernel, for tests.
+    """
+    channels = x.shape[-1]
+    tokens = x.size // channels
+    tiling = _Tiling(tokens, channels)
+    programs = min(_PROGRAMS, tiling.num_blocks)
+    flat = (tokens, channels)
+    gradients = [a.reshape(flat) for a in ((dy, dtotal) if dtotal is not None else (dy,))]
+    dx, sums = pl.pallas_call(
+        functools.partial(_backward_kernel, programs=programs, tiling=tiling),
+        grid=(programs,),
+        out_shape=[
+            jax.ShapeDtypeStruct(flat, x.dtype),
+            jax.ShapeDtypeStruct((programs, 2, channels), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=_WARPS),
+        interpret=interpret,
+        name="layer_norm_gradient",
+    )(x.reshape(flat), scale, mean.reshape(tokens), inverse.reshape(tokens), *gradients)
+    return dx.reshape(x.shape), sums.sum(0, keepdims=True)
+
+
+class _Tiling:
+    """Blocks of tokens with all channels, padded to powers of two."""
+
+    def __init__(self, tokens, channels):
+        self.tokens, self.channels = tokens, channels
+        self.width = pl.next_power_of_2(channels)
+        self.height = max(1, _VALUES // self.width)
+        self.num_blocks = pl.cdiv(tokens, self.height)
+
+    def block(self, number):
+        """Returns the slices of a block, its mask, and the mask of its tokens."""
+        first = number * self.height
+        rows = first + jnp.arange(self.height) < self.tokens
+        columns = jnp.arange(self.width) < self.channels
+        slices = pl.ds(first, self.height), pl.ds(0, self.width)
+        return slices, rows[:, None] & columns[None], rows
+
+    def vector(self, ref):
+        """Reads a vector of all channels."""
+        mask = jnp.arange(self.width) < self.channels
+        return plt.load(ref.at[pl.ds(0, self.width)], mask=mask, other=0).astype(jnp.float32)
+
+
+def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
+    branch_ref, refs = (refs[0], refs[1:]) if adds else (None, refs)
+    scale_ref, bias_ref, *results = refs
+    total_ref, results = (results[0], results[1:]) if adds else (None, results)
+    y_ref, mean_ref, inverse_ref = results
+    slices, mask, rows = tiling.block(pl.program_id(0))
+    x = plt.load(x_ref.at[slices], mask=mask, other=0)
+    if adds:
+        x = x + plt.load(branch_ref.at[slices], mask=mask, other=0)
+        plt.store(total_ref.at[slices], x, mask=mask)
+    x = x.astype(jnp.float32)  # padded with zeros, which change no sum
+    mean = jnp.sum(x, 1) / tiling.channels
+    var = jnp.maximum(0.0, jnp.sum(x * x, 1) / tiling.channels - mean * mean)
+    inverse = lax.rsqrt(var + epsilon)
+    y = (x - mean[:, None]) * (inverse[:, None] * tiling.vector(scale_ref)[None])
+    y = (y + tiling.vector(bias_ref)[None]).astype(y_ref.dtype)
+    plt.store(y_ref.at[slices], y, mask=mask)
+    plt.store(mean_ref.at[slices[0]], mean, mask=rows)
+    plt.store(inverse_ref.at[slices[0]], inverse, mask=rows)
+
+
+def _backward_kernel(
+    x_ref, scale_ref, mean_ref, inverse_ref, dy_ref, *refs, programs, tiling
+):  # fmt: skip
+    *dtotal_ref, dx_ref, sums_ref = refs
+    program = pl.program_id(0)
+    scale = tiling.vector(scale_ref)[None]
+
+    def block(step, sums):
+        slices, mask, rows = tiling.block(program + step * programs)
+        mean = plt.load(mean_ref.at[slices[0]], mask=rows, other=0)[:, None]
+        inverse = plt.load(inverse_ref.at[slices[0]], mask=rows, other=0)[:, None]
+        x = plt.load(x_ref.at[slices], mask=mask, other=0).astype(jnp.float32)
+        dy = plt.load(dy_ref.at[slices], mask=mask, other=0).astype(jnp.float32)
+        normed = (x - mean) * inverse  # dy is 0 where this is padding
+        scaled = dy * scale
+        of_mean = jnp.sum(scaled, 1, keepdims=True) / tiling.channels
+        of_normed = jnp.sum(scaled * normed, 1, keepdims=True) / tiling.channels
+        dx = inverse * (scaled - of_mean - normed * of_normed)
+        for ref in dtotal_ref:
+            dx = dx + plt.load(ref.at[slices], mask=mask, other=0).astype(jnp.float32)
+        plt.store(dx_ref.at[slices], dx.astype(dx_ref.dtype), mask=mask)
+        return sums[0] + dy * normed, sums[1] + dy
+
+    steps = pl.cdiv(tiling.num_blocks, programs)
+    zeros = jnp.zeros((tiling.height, tiling.width), jnp.float32)
+    sums = lax.fori_loop(0, steps, block, (zeros, zeros))
+    mask = jnp.arange(tiling.width) < tiling.channels
+    for number, parts in enumerate(sums):
+        place = pl.ds(program, 1), pl.ds(number, 1), pl.ds(0, tiling.width)
+        plt.store(sums_ref.at[place], jnp.sum(parts, 0)[None, None], mask=mask[None, None])
