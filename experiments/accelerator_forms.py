@@ -27,7 +27,7 @@ from experiments import pages
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.group_attention_dense import attend_dense_by_cudnn
 from tokenvit_jax.measure.operators import forward_backward
-from tokenvit_jax.ops.selection import largest_mask
+from tokenvit_jax.ops.selection import largest_mask, top_indices
 
 RESULT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gpu_forms.md"
 CALLS = 20
@@ -111,6 +111,10 @@ def kernel_cases() -> Iterator[Case]:
         functools.partial(ops.window_attention, window=(7, 7), shift=(3, 3)),
         lambda: (*heads(128, 56, 56, 3, 32)(), normal(3, 3, 49, 49, dtype=f32)), 4,
     )  # fmt: skip
+    yield Case(
+        "pale attention (128, 14, 14, 8, 32)", ("pale attention",),
+        functools.partial(ops.pale_attention, pale=(7, 7)), heads(128, 14, 14, 8, 32), 3,
+    )  # fmt: skip
     for images, length, num_heads, path in ((128, 784, 4, "dense"), (16, 3136, 2, "tiles")):
         yield Case(
             f"group attention ({images}, {length}, {num_heads}, 32), {path}",
@@ -150,6 +154,10 @@ def kernel_cases() -> Iterator[Case]:
         ),
         lambda: (normal(0, 128, 197, 384), normal(1, 128, 197, 384),
                  *(normal(seed, 384, dtype=f32) for seed in (2, 3))), 4,
+    )  # fmt: skip
+    yield Case(
+        "98 largest of 196 (128, 8, 196)", ("top indices",),
+        lambda scores: top_indices(scores, 98), lambda: (normal(0, 128, 8, 196, dtype=f32),),
     )  # fmt: skip
     pooling = lambda: (  # noqa: E731
         normal(0, 128, 196, 384), jnp.tile(jnp.arange(98), (128, 1)),

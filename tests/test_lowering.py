@@ -1,5 +1,6 @@
 """Operators and training steps lower for accelerators on a host without accelerators."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from make_task import make_task
 from shipped_configs import load_config
 
 from tokenvit_jax import ops
+from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -18,7 +20,10 @@ from tokenvit_jax.training.step import make_eval_step, make_train_step
 
 PLATFORMS = ("cuda", "tpu")
 # Exported programs with kernels promise nothing for later versions of XLA; these are not kept.
-TRITON = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+KERNELS = [
+    export.DisabledSafetyCheck.custom_call(name)
+    for name in ("__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+]
 
 
 def array(*shape, dtype=jnp.float32):
@@ -28,9 +33,10 @@ def array(*shape, dtype=jnp.float32):
 def lowers(fn, *args):
     """Asserts that fn lowers for every platform, each in a separate lowering."""
     for platform in PLATFORMS:
-        exported = export.export(
-            jax.jit(fn), platforms=[platform], disabled_checks=[TRITON]
-        )(*args)  # fmt: skip
+        with cudnn.assumed() if platform == "cuda" else contextlib.nullcontext():
+            exported = export.export(
+                jax.jit(fn), platforms=[platform], disabled_checks=KERNELS
+            )(*args)  # fmt: skip
         assert exported.platforms == (platform,)
         assert "func.func public @main" in exported.mlir_module()
 
@@ -69,6 +75,10 @@ def test_other_operators(dtype):
     lowers(gradient(ops.dot_product_attention, 3), q, q, q)
     lowers(ops.depthwise_conv, x, kernel)
     lowers(gradient(ops.depthwise_conv, 2), x, kernel)
+    scale = array(16)
+    norm = lambda x, y, scale: ops.add_layer_norm(x, y, scale, scale, epsilon=1e-6)  # noqa: E731
+    lowers(norm, x, x, scale)
+    lowers(gradient(norm, 3), x, x, scale)
     groups, centroids = array(2, 2, 49, dtype=jnp.int32), array(2, 5, 32)
     lowers(
         lambda c, q, groups: ops.update_centroids(c, q, groups, old_weight=0.9),

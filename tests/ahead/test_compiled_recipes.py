@@ -29,7 +29,7 @@ def test_every_file_is_a_recipe_and_every_bound_is_one():
     for bounds in BOUNDS.values():
         for target, bound in bounds.items():
             assert parse_target(target).num_devices == 1
-            assert bound.memory_gib * 2**30 <= parse_target(target).device.memory
+            assert (bound.memory_gib or 0) * 2**30 <= parse_target(target).device.memory
 
 
 def test_first_batches():

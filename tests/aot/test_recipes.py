@@ -54,8 +54,10 @@ def test_training_step(recipe, target):
     assert compiled.fits
     launches = costs.total(costs.by_part(compiled)).launches
     print(recipe, target, f"{compiled.memory.total / 2**30:.2f} GiB", launches)
-    assert compiled.memory.total / 2**30 <= bound.memory_gib
-    assert launches <= bound.launches
+    if bound.memory_gib is not None:
+        assert compiled.memory.total / 2**30 <= bound.memory_gib
+    if bound.launches is not None:
+        assert launches <= bound.launches
 
 
 @pytest.mark.parametrize("name", targets.list_devices())

@@ -114,12 +114,15 @@ def test_statistics_span_a_mapped_axis():
     """Two parts of a batch under pmap's axis give the results of the whole batch."""
     x = jax.random.normal(jax.random.key(0), SHAPE)
     module = irffn(jnp.float32, "batch")
-    variables = perturbed(module.init(jax.random.key(1), x, False))
-    apply = functools.partial(module.apply, variables, train=True, mutable=["batch_stats"])
-    y, state = jax.vmap(lambda x: apply(x), axis_name="batch")(x.reshape(2, 2, *SHAPE[1:]))
-    expected, expected_state = irffn(jnp.float32).apply(
-        variables, x, train=True, mutable=["batch_stats"]
-    )
+    init = jax.jit(functools.partial(module.init, train=False))
+    variables = perturbed(init(jax.random.key(1), x))
+
+    def apply(module, x):
+        return module.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    mapped = jax.vmap(functools.partial(apply, module), axis_name="batch")
+    y, state = jax.jit(mapped)(x.reshape(2, 2, *SHAPE[1:]))
+    expected, expected_state = jax.jit(functools.partial(apply, irffn(jnp.float32)))(x)
     np.testing.assert_allclose(y.reshape(SHAPE), expected, atol=2e-5)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
         np.testing.assert_allclose(got[1], want, rtol=1e-5)
@@ -129,7 +132,8 @@ def test_statistics_span_a_mapped_axis():
 def test_bfloat16_is_as_close_as_the_composition():
     """Both are compared with float32: what is folded costs no precision on average."""
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    variables = perturbed(irffn(jnp.float32).init(jax.random.key(1), x, False))
+    init = jax.jit(functools.partial(irffn(jnp.float32).init, train=False))
+    variables = perturbed(init(jax.random.key(1), x))
     kernel = variables["params"]["depthwise"]["kernel"]
 
     def run(module, x, shape):

@@ -1,7 +1,9 @@
 """Weights that are cast before the model are exactly those that it would cast itself."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tokenvit_jax.models import create_model
@@ -30,7 +32,8 @@ def test_no_weight_is_cast_back(name, settings):
     cast = jax.eval_shape(model.cast_weights, params)
 
     def apply(params, state, images):
-        return model.apply({"params": params, **state}, images, train=False)
+        # Without the cast in front of `Backbone.apply`.
+        return nn.Module.apply(model, {"params": params, **state}, images, train=False)
 
     def reads(params):
         """Returns the types to which each parameter is converted, by place."""
@@ -53,3 +56,17 @@ def test_no_weight_is_cast_back(name, settings):
     for before, after in changed:
         assert before == {"bfloat16"}
         assert "float32" not in after
+
+
+def test_apply_casts_first():
+    """Values and gradients are those of the model that casts each weight where it is used."""
+    model = create_model("deit_s", dtype=jnp.bfloat16, depth=1, dim=16, num_heads=1)
+    images = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+
+    def gradients(apply):
+        return jax.jit(jax.grad(lambda variables: (apply(variables, images) ** 2).sum()))(variables)
+
+    expected = gradients(lambda *args: nn.Module.apply(model, *args))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(expected))
+    jax.tree.map(np.testing.assert_array_equal, gradients(model.apply), expected)

@@ -327,7 +327,8 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
         capture_intermediates=lambda module, _: module.name in ("norm1", "attention"),
     )  # fmt: skip
     first = noted["intermediates"]["blocks_0"]
-    normed = np.asarray(first["norm1"]["__call__"][0], np.float64)
+    _, normed = first["norm1"]["__call__"][0]
+    normed = np.asarray(normed, np.float64)
     qkv = params["blocks_0"]["attention"]["qkv"]
     q, k, _ = np.split(normed @ qkv["kernel"] + qkv["bias"], 3, axis=-1)
     heads = lambda x: x.reshape(3, 13, 2, 4)  # noqa: E731

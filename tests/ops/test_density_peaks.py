@@ -258,6 +258,22 @@ def test_vmap_and_pmap():
             np.testing.assert_allclose(mapped.delta[i], expected[i].delta, rtol=1e-9)
 
 
+def test_devices_do_not_wait_for_each_other():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    def in_mesh(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return ops.density_peaks(x)
+
+    x = tokens(4, 37, 3)
+    compiled = jax.jit(in_mesh).lower(jax.device_put(x, divided)).compile()
+    assert "all-reduce" not in compiled.as_text()
+    found, expected = compiled(jax.device_put(x, divided)), ops.density_peaks(x)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
 def test_no_gradient():
     def loss(x):
         found = ops.cluster_density_peaks(x, 4)

@@ -1,17 +1,21 @@
-"""Kernels of clustering, interpreted on the CPU, against plain loops.
+"""Kernels of clustering, interpreted on the CPU, against plain loops and other forms.
 
-Tokens are small integers: their distances are exact and full of ties.
+Against loops, tokens are small integers: their distances are exact and full of ties.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenvit_jax import ops
+from tokenvit_jax.kernels import cluster_sums, cluster_sums_tpu
 from tokenvit_jax.kernels import density_peaks as kernels
 from tokenvit_jax.kernels import density_peaks_tpu as tpu_kernels
+from tokenvit_jax.kernels.platforms import by_platform
 
 LENGTH, NEIGHBORS = 130, 5  # three blocks of 64 or two of 128 tokens, the last with 2 tokens
 
@@ -95,6 +99,58 @@ def test_nearest_center():
     np.testing.assert_array_equal(on_tpu, nearest)
     none = jitted("nearest_center")(x, square, centers, jnp.zeros(2, jnp.int32))
     assert not none.any()
+
+
+@pytest.fixture(params=["cuda", "tpu"])
+def platform(request, monkeypatch):
+    """Operators choose the interpreted kernels of a platform."""
+
+    def by_kernel(operator, *args, **forms):
+        return forms.get(request.param, forms["default"])(*args)
+
+    for name in ("density_peaks", "merge_tokens"):  # `ops` has equal names
+        module = importlib.import_module(f"tokenvit_jax.ops.{name}")
+        monkeypatch.setattr(module, "by_platform", by_kernel)
+        for kernel in ("means_by_kernel", "sums_by_kernel"):
+            interpreted = functools.partial(getattr(cluster_sums, kernel), interpret=True)
+            monkeypatch.setattr(module, kernel, interpreted, raising=False)
+    for module, names in {
+        kernels: "nearest_neighbors nearest_denser ranks nearest_center",
+        tpu_kernels: "nearest_neighbors nearest_denser nearest_center",
+        cluster_sums_tpu: "means",
+    }.items():
+        for kernel in names.split():
+            interpreted = functools.partial(getattr(module, kernel), interpret=True)
+            monkeypatch.setattr(module, kernel, interpreted)
+    return request.param
+
+
+def test_operators_call_their_kernels(platform):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 41, 3))  # a shape of this test only: operators are compiled once
+    scores, d_merged = rng.normal(size=(2, 41)), rng.normal(size=(2, 6, 3))
+    mask = rng.random((2, 41)) < 0.7 if platform == "cuda" else None
+
+    def run(x, scores):
+        found = ops.cluster_density_peaks(x, 6, mask=mask)
+        loss = lambda x, s: jnp.sum(ops.merge_tokens(x, found.assignment, 6, s) * d_merged)  # noqa: E731
+        return found, jax.grad(loss, (0, 1))(x, scores)
+
+    def cluster(dtype):
+        return jax.jit(lambda *args: run(*args))(x.astype(dtype), scores.astype(dtype))
+
+    found, gradients = cluster(np.float32)
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        for name in ("density_peaks", "merge_tokens"):
+            module = importlib.import_module(f"tokenvit_jax.ops.{name}")
+            patch.setattr(module, "by_platform", by_platform)
+        expected, expected_gradients = cluster(np.float64)
+    np.testing.assert_array_equal(found.assignment, expected.assignment)
+    np.testing.assert_array_equal(found.centers, expected.centers)
+    np.testing.assert_allclose(found.density, expected.density, rtol=1e-5)
+    np.testing.assert_allclose(found.delta, expected.delta, rtol=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_limits():

@@ -119,6 +119,31 @@ def test_kernels_equal_the_form_of_xla(monkeypatch, block, shape, dtype):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
 
 
+def test_sums_of_channels(monkeypatch):
+    """By XLA's form and by the kernel: sums, affine function and gradients."""
+    x, dy = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 70, 20))) for i in range(2))
+    factor, offset = jnp.linspace(1, 2, 20), jnp.linspace(-1, 0, 20)
+    module = importlib.import_module("tokenvit_jax.ops.channel_affine")
+
+    def run(channel_sums, channel_affine):
+        def both(x, factor, offset):
+            return channel_sums(x), channel_affine(x, factor, offset)
+
+        results, backward = jax.vjp(both, x, factor, offset)
+        return results, backward((results[0], dy))
+
+    reference = run(
+        lambda x: jnp.stack([x.sum((0, 1)), (x * x).sum((0, 1))]), lambda x, f, o: x * f + o
+    )
+    form = functools.partial(kernels.product_sums, interpret=True)
+    for by_kernel in (False, True):
+        if by_kernel:
+            monkeypatch.setattr(module, "by_platform", lambda _, *args, **__: form(*args))
+        got = run(ops.channel_sums, ops.channel_affine)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_gelu_of_kernels_is_exact_enough():
     x = jnp.linspace(-9, 9, 4097)
     y, slope = jax.vmap(kernels._gelu_and_slope)(x)

@@ -131,8 +131,8 @@ def test_attention_by_heads_equals_the_dense_form(monkeypatch):
 
     def by_heads(q, k, v):
         unit = unit_norm(centroids)
-        output, groups, selected = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
-        return output, groups, selected_keys(selected, 4, 5)
+        output, groups, bias = attend_heads(q, k, v, unit, 7, 0.3, interpret=True)
+        return output, groups, selected_keys(bias, 4, 5)
 
     _, groups, selected = jax.jit(by_heads)(*arrays[:3])
     expected = dense(*arrays[:3], centroids)
@@ -145,6 +145,17 @@ def test_attention_by_heads_equals_the_dense_form(monkeypatch):
         for form in (lambda *x: by_heads(*x)[0], lambda *x: dense(*x, centroids).output)
     )
     assert_all_close(found, expected, 2e-6)
+
+
+def test_tokens_on_a_tpu_are_limited_by_its_memory():
+    q = jax.ShapeDtypeStruct((1, 3136, 2, 32), jnp.bfloat16)
+    limits = {"TPU v4": "3136 tokens of bfloat16 are more than 1024", "TPU v5 lite": None}
+    for kind, misfit in limits.items():
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert group_attention_heads.heads_misfit(q, 48) == misfit
+    assert group_attention_heads.heads_misfit(q, 48) == limits["TPU v4"]
 
 
 def test_long_rows_are_selected_alike(monkeypatch):

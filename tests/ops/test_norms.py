@@ -172,3 +172,22 @@ def test_one_all_reduce_each_way():
     args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place(p)) for s, p in shapes]
     text = jax.jit(step).lower(*args).compile().as_text()
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 2
+
+
+def test_layer_norm_over_a_mesh():
+    """Each form returns one sum per device; tracing compares their shapes."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, dy = (jnp.asarray(normal(16, 3, 12), jnp.float32) for _ in range(2))
+    scale = jnp.asarray(normal(12), jnp.float32)
+
+    def gradients(x, scale, dy):
+        layer = functools.partial(ops.layer_norm, epsilon=EPSILON)
+        return jax.vjp(layer, x, scale, scale)[1](dy)
+
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gradients(*args)
+
+    placed = [jax.device_put(a, jax.sharding.NamedSharding(mesh, P("data"))) for a in (x, dy)]
+    results = jax.jit(on_mesh)(placed[0], scale, placed[1])
+    near(results, jax.jit(gradients)(x, scale, dy), 1e-5)

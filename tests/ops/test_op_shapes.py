@@ -92,6 +92,9 @@ CALLS = {
     ],
     "center_tiles.per_map": [((2.0, TOKENS), {}), ((floats(2), TOKENS), {})],
     "center_tiles.take_all": [((TOKENS, np.zeros((3, 4), int)), {})],
+    "channel_affine.channel_affine": [((floats(2, 6, 4, 5), floats(5), floats(5)), {})],
+    "channel_affine.channel_sums": [((floats(2, 6, 4, 5),), {})],
+    "channel_affine.per_device": [((floats(2, 5),), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
@@ -150,6 +153,10 @@ CALLS = {
     ],
     "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
+    "depthwise_block.product_sums": [
+        ((floats(2, 3, 2, 5), floats(2, 3, 2, 5)), {"interpret": True}),
+        ((floats(2, 3, 2, 5), None), {"interpret": True}),
+    ],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.defer_gelu": [
@@ -193,7 +200,7 @@ CALLS = {
     ],
     "group_attention_heads.heads_misfit": [((Q, 4), {})],
     "group_attention_heads.selected_keys": [
-        ((jnp.zeros((2, 1, 11, 192), jnp.int8), 3, 4), {})
+        ((floats(2, 1, 11, 192), 3, 4), {})
     ],
     "group_attention_sorted.attend_sorted": [((Q, Q, Q, SORTED, 1.0, True), {})],
     "group_attention_sorted.sort_groups": [
@@ -237,6 +244,7 @@ CALLS = {
     "mix_boxes.neighbors": [((TOKENS,), {})],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
+    "packed.map_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "pale_attention.pale_attention": [
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
@@ -283,10 +291,14 @@ CALLS = {
         ((TOKENS, floats(2, 30), integers(2, 5)), {"iterations": 1, "interpret": True})
     ],
     "token_pooling.pooling_misfit": [((30,), {}), ((5000,), {})],
+    "top_indices.by_counting": [((TOKENS, 3), {"interpret": True})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
     "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
+    "window_attention.attend_stripes": [
+        ((MAP, MAP, MAP, (3, 4), (6, 2)), {"interlaced": True, "scale": 1.0})
+    ],
     "window_attention.attend_windows": [
         ((MAP, MAP, MAP, floats(2, 6, 6), (3, 2), (1, 1), 1.0), {})
     ],

@@ -93,3 +93,12 @@ def test_arrays_of_one_shape(accelerator, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, cast, [x.astype(jnp.bfloat16) for x in arrays])
     (gradients,) = pull(cast)
     jax.tree.map(np.testing.assert_array_equal, gradients, [x.astype(jnp.float32) for x in cast])
+
+
+def test_rows(accelerator):
+    """Arrays with equal rows are joined, however many rows they have."""
+    rows = (2, 1, 3)
+    lists = [jnp.arange(2.0 * n).reshape(n, 2) + n for n in rows], [jnp.ones(n) + n for n in rows]
+    both = lambda x, y: (x.sum(1) + y, x * y[:, None])  # noqa: E731
+    expected = [both(*arrays) for arrays in zip(*lists, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, packed.map_rows(both, *lists), expected)

@@ -24,6 +24,16 @@ def test_form_without_a_description(operator):
         platforms.by_platform(operator, jnp.ones(2), default=lambda x: x)
 
 
+def test_forms_have_an_order(monkeypatch):
+    """A program that differed from process to process would miss the compilation cache."""
+    names = ["cpu", "cuda", "tpu"]
+    monkeypatch.setitem(forms.FORMS, "double", dict.fromkeys(["default", *names], ""))
+    order = lambda *_, default, **given: list(given)  # noqa: E731
+    monkeypatch.setattr(platforms.lax, "platform_dependent", order)
+    run = dict.fromkeys(["default", *names], jnp.negative)
+    assert platforms.by_platform("double", jnp.ones(2), **run) == names
+
+
 def misfits_of(operator, *args, **options):
     double = lambda x, *_: x + x  # noqa: E731
     with platforms.noted_misfits() as misfits:
@@ -110,3 +120,36 @@ def test_kernels_off(operator, monkeypatch):
     assert "platform_index" in str(jax.make_jaxpr(run)(1.0 * jnp.ones(2)))
     monkeypatch.setenv("TOKENVIT_JAX_KERNELS", "off")
     assert "platform_index" not in str(jax.make_jaxpr(lambda x: run(x))(jnp.ones(2)))
+
+
+class Traces(list):
+    """A list that a kernel may hold: it has a hash."""
+
+    __hash__ = object.__hash__
+
+
+def test_equal_kernels_are_traced_once(operator):
+    traces = Traces()
+
+    def kernel(x, *, factor, held=None):
+        traces.append(factor)
+        return x * factor if held is None else x * factor + held
+
+    def closure(factor, held):
+        return lambda x: kernel(x, factor=factor, held=held)
+
+    def step(x):
+        for factor in (2, 2, 3):
+            for form in (functools.partial(kernel, factor=factor), closure(factor, None)):
+                x = platforms.by_platform(operator, x, default=lambda x: x, cuda=form)
+        for form in (closure(2, jnp.zeros(2)), closure(2, jnp.zeros(2))):  # arrays are not compared
+            x = platforms.by_platform(operator, x, default=lambda x: x, cuda=form)
+        return x
+
+    jax.make_jaxpr(step)(jnp.ones(2))
+    assert traces == [2, 2, 2, 2, 3, 3, 2, 2]
+    for times in (1, 2):  # nothing is kept after the context
+        traces.clear()
+        with platforms.kernels_traced_once():
+            jax.make_jaxpr(lambda x, times=times: step(x))(jnp.ones(2))
+        assert traces == [2, 2, 3, 3, 2, 2]

@@ -156,3 +156,17 @@ def test_the_kernels_for_short_sequences():
         functools.partial(ops.dot_product_attention, scale=0.3),
         *maps,
     )
+
+
+def test_the_kernels_for_pales(monkeypatch):
+    monkeypatch.setattr(kernels, "FEWEST_PROGRAMS", 4)
+    monkeypatch.setattr(kernels, "MAX_TOKENS", 16)  # two blocks of queries per window
+    maps = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 9, 9, 4, 8)), jnp.float32)
+    assert_equal_with_gradients(
+        functools.partial(
+            kernels.attend_stripes, rows=(3, 9), columns=(9, 3), interlaced=True,
+            scale=0.3, interpret=True,
+        ),
+        functools.partial(ops.pale_attention, pale=(3, 3), scale=0.3),
+        *maps,
+    )  # fmt: skip

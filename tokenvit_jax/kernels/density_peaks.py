@@ -38,7 +38,7 @@ def misfit(channels: int, neighbors: int = 1) -> str | None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _call(kernel, grid, inputs, outputs, interpret, num_warps=4, **options):
+def _call(kernel, grid, inputs, outputs, interpret, **options):
     """Calls a kernel whose programs see all of one image; the last axis of the grid is the batch.
 
     Args:
@@ -58,7 +58,7 @@ def _call(kernel, grid, inputs, outputs, interpret, num_warps=4, **options):
         in_specs=[whole(x) for x in inputs],
         out_specs=[whole(x) for x in outputs],
         out_shape=outputs,
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         **options,
     )(*inputs)

@@ -23,7 +23,8 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 STRIPS = 4  # strips of a program: one per warp
-TILE_ROWS, TILES = 16, 8  # pixels of a tile, and tiles of a program, where no pixel has neighbours
+TILE_ROWS = 64  # pixels of a tile, where no pixel has neighbours
+BUSY = 124  # programs that keep a GPU busy
 
 
 class Block(NamedTuple):
@@ -134,8 +135,8 @@ def gelu_sums(
     outputs = {"sums": jax.ShapeDtypeStruct((grid.programs * 2 * grid.channels,), jnp.float32)}
     inputs, names = _present(x=x, bias=bias)
     results = _call(
-        functools.partial(_sums_kernel, grid=grid), inputs, names, outputs,
-        (grid.programs, grid.channel_blocks), interpret,
+        functools.partial(_gelu_sums_kernel, grid=grid), inputs, names, outputs,
+        (grid.programs, grid.channel_blocks), interpret, warps=8,
     )  # fmt: skip
     return _add_programs(results["sums"], (grid.programs, 2, grid.channels))
 
@@ -157,10 +158,24 @@ def gelu_backward(
     }
     results = _call(
         functools.partial(_gelu_backward_kernel, grid=grid), inputs, names, outputs,
-        (grid.programs, grid.channel_blocks), interpret,
+        (grid.programs, grid.channel_blocks), interpret, warps=8,
     )  # fmt: skip
     sums = _add_programs(results["sums"], (grid.programs, 1, grid.channels))
     return results["dx"].reshape(x.shape), sums
+
+
+def product_sums(
+    x: Float[Array, "*B C"], y: Float[Array, "*B C"] | None, *, interpret: bool = False
+) -> Float[Array, "1 2 C"]:
+    """Returns the sums of x and of x y over all but the last axis, in float32; y None: y is x."""
+    grid = _Tiles.of(x.shape)
+    outputs = {"sums": jax.ShapeDtypeStruct((grid.programs * 2 * grid.channels,), jnp.float32)}
+    inputs, names = _present(x=x, y=y)
+    results = _call(
+        functools.partial(_product_sums_kernel, grid=grid), inputs, names, outputs,
+        (grid.programs, grid.channel_blocks), interpret, warps=8,
+    )  # fmt: skip
+    return _add_programs(results["sums"], (grid.programs, 2, grid.channels))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,30 +277,43 @@ def _backward_kernel(refs, *, block, grid):
     strip.store_sums(refs["sums"], sums)
 
 
-def _sums_kernel(refs, *, grid):
-    tile = grid.tile(pl.program_id(0), pl.program_id(1))
-    bias = tile.channel(refs["bias"])
+def _gelu_sums_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+    bias = tiles.channel(refs["bias"])
 
-    sums = [tile.zeros() for _ in range(2)]
-    for i in range(TILES):
-        y = tile.inside(_gelu_and_slope(tile.load(refs["x"], i) + bias)[0], i)
-        sums = [sums[0] + y, sums[1] + y * y]
-    tile.store_sums(refs["sums"], sums)
+    def step(j, sums):
+        y = tiles.inside(_gelu_and_slope(tiles.load(refs["x"], 0, j) + bias)[0], 0, j)
+        return [sums[0] + y, sums[1] + y * y]
+
+    sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
+    tiles.store_sums(refs["sums"], sums)
 
 
 def _gelu_backward_kernel(refs, *, grid):
-    tile = grid.tile(pl.program_id(0), pl.program_id(1))
-    bias = tile.channel(refs["bias"])
-    dsums = [tile.channel(refs.get("dsums"), i) for i in range(2)]
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+    bias = tiles.channel(refs["bias"])
+    dsums = [tiles.channel(refs.get("dsums"), i) for i in range(2)]
 
-    total = tile.zeros()
-    for i in range(TILES):
-        y, slope = _gelu_and_slope(tile.load(refs["x"], i) + bias)
-        dg = _with_sums_gradient(tile.load(refs["dg"], i), y, dsums)
-        dx = tile.inside(dg * slope, i)
-        tile.store(refs["dx"], dx, i)
-        total = total + dx
-    tile.store_sums(refs["sums"], [total])
+    def step(j, total):
+        y, slope = _gelu_and_slope(tiles.load(refs["x"], 0, j) + bias)
+        dg = _with_sums_gradient(tiles.load(refs["dg"], 0, j), y, dsums)
+        dx = tiles.inside(dg * slope, 0, j)
+        tiles.store(refs["dx"], dx, 0, j)
+        return total + dx
+
+    tiles.store_sums(refs["sums"], [lax.fori_loop(0, grid.steps, step, tiles.zeros())])
+
+
+def _product_sums_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+
+    def step(j, sums):
+        x = tiles.load(refs["x"], 0, j)
+        y = tiles.load(refs["y"], 0, j) if "y" in refs else x
+        return [sums[0] + x, sums[1] + x * y]
+
+    sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
+    tiles.store_sums(refs["sums"], sums)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,30 +419,42 @@ class _Strips(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Division of the pixels of maps into tiles: a program computes TILES tiles of one block."""
+    """Division of the pixels of maps into parts of one program each, which goes through tiles."""
 
     pixels: int
     channels: int
+    programs: int
 
     @classmethod
     def of(cls, shape):
-        return cls(math.prod(shape[:-1]), shape[-1])
+        pixels, channels = math.prod(shape[:-1]), shape[-1]
+        programs = -(-pixels // (8 * TILE_ROWS))
+        # XLA adds up fewer than 32 partial sums inside the operation that reads them, without a
+        # launch of its own.
+        few = min(programs, 31)
+        blocks = -(-channels // _block_size(channels))
+        if few * blocks >= BUSY and pixels <= few * 32 * TILE_ROWS:
+            programs = few
+        return cls(pixels, channels, programs)
 
     @property
-    def programs(self):
-        return -(-self.pixels // (TILE_ROWS * TILES))
+    def steps(self):
+        return -(-self.pixels // (self.programs * TILE_ROWS))
 
     @property
     def channel_blocks(self):
         return -(-self.channels // _block_size(self.channels))
 
-    def tile(self, program, channel_block):
-        """Returns the tiles of a program: one line each."""
-        first = program * TILES * TILE_ROWS + jnp.arange(TILE_ROWS)[:, None]
-        lines = {
-            i: (first + i * TILE_ROWS, first + i * TILE_ROWS < self.pixels) for i in range(TILES)
-        }
-        return _Part(self.channels, program, channel_block, TILE_ROWS, lines)
+    def tiles_of(self, program, channel_block):
+        """Returns the tiles of a program: one line, whose columns are tiles."""
+        start = program * self.steps * TILE_ROWS
+        first = start + jnp.arange(TILE_ROWS)[:, None]
+        end = jnp.minimum(start + self.steps * TILE_ROWS, self.pixels)
+        columns = (end - first + TILE_ROWS - 1) // TILE_ROWS
+        lines = {0: (first, first < self.pixels)}
+        return _Part(
+            self.channels, program, channel_block, TILE_ROWS, lines, columns, TILE_ROWS
+        )  # fmt: skip
 
 
 class _Part:
@@ -428,12 +468,14 @@ class _Part:
       channel_block: number of the block of channels.
       pixels: pixels of an array.
       lines: name of a line -> its first pixels (pixels, 1), and whether they exist.
-      width: columns of a line; None: a line has no columns.
+      width: columns of a line.
+      step: pixels from one column to the next.
     """
 
-    def __init__(self, channels, program, channel_block, pixels, lines, width=None):
+    def __init__(self, channels, program, channel_block, pixels, lines, width, step=1):
         size = _block_size(channels)
         self._channels, self._program, self._width = channels, program, width
+        self._step = step * channels
         self._shape = pixels, size
         self._channel = channel_block * size + jnp.arange(size)[None]
         self._used = self._channel < channels
@@ -455,19 +497,19 @@ class _Part:
     def vectors(self, refs, *names):
         return {name: self.channel(refs.get(name)) for name in names}
 
-    def load(self, ref, line, column=None):
+    def load(self, ref, line, column):
         index, exists = self._place(line, column)
         return plt.load(ref.at[index], mask=exists, other=0).astype(jnp.float32)
 
-    def store(self, ref, x, line, column=None):
+    def store(self, ref, x, line, column):
         index, exists = self._place(line, column)
         plt.store(ref.at[index], x.astype(ref.dtype), mask=exists)
 
-    def inside(self, x, line, column=None):
+    def inside(self, x, line, column):
         """Returns x with zeros outside the map."""
         return lax.select(self._place(line, column)[1], x, self.zeros())
 
-    def unchanged(self, x, line, column=None):
+    def unchanged(self, x, line, column):
         del line, column
         return x
 
@@ -489,9 +531,7 @@ class _Part:
     def _place(self, line, column):
         """Returns the indices of a column of a line in a flat map, and which of them exist."""
         index, exists = self._lines[line]
-        if column is None:
-            return index, exists
-        return index + column * self._channels, exists & ((column >= 0) & (column < self._width))
+        return index + column * self._step, exists & ((column >= 0) & (column < self._width))
 
 
 def _block_size(channels):
@@ -505,7 +545,7 @@ def _present(**arrays):
     return [x.reshape(-1) for x in present.values()], list(present)
 
 
-def _call(body, inputs, names, outputs, grid, interpret):
+def _call(body, inputs, names, outputs, grid, interpret, warps=4):
     """Runs a kernel, which gets a dict of references, and returns a dict of its results."""
     all_names = [*names, *outputs]
 
@@ -514,7 +554,7 @@ def _call(body, inputs, names, outputs, grid, interpret):
 
     results = pl.pallas_call(
         kernel, grid=grid, out_shape=list(outputs.values()), interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4), name=body.func.__name__.strip("_"),
+        compiler_params=plt.CompilerParams(num_warps=warps), name=body.func.__name__.strip("_"),
     )(*inputs)  # fmt: skip
     return dict(zip(outputs, results, strict=True))
 

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as plt
-from jaxtyping import Array, Bool, Float, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.group_routing import largest
 
 # Lanes of a register, lanes for the groups of a head, and queries whose logits are held at a time.
 _LANES, _GROUPS, _QUERIES = 128, 64, 256
-# Largest number of tokens: logits of all keys are held at a time.
-MAX_LENGTH = 1024
+# Largest numbers of tokens in bfloat16, which are held in VMEM with their scores: on any TPU, and
+# on TPUs with this much VMEM [bytes] (from version 5 on; versions 2 to 4 have 16 MiB).
+MAX_LENGTH, MAX_LENGTH_IN_LARGE_VMEM = 1024, 4096
+_LARGE_VMEM = 64 * 2**20
 _MASKED = -1e30
-_VMEM = 64 * 2**20  # bytes
 
 
 def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -34,9 +35,17 @@ def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
         return f"{heads} heads of dim {dim} do not fill {_LANES} lanes"
     if num_groups > _GROUPS:
         return f"{num_groups} groups are more than {_GROUPS}"
-    if length > MAX_LENGTH:
-        return f"{length} tokens are more than {MAX_LENGTH}"
+    most = MAX_LENGTH_IN_LARGE_VMEM if _has_large_vmem() else MAX_LENGTH
+    if q.dtype == jnp.float32:
+        most //= 4  # twice the bytes, and products in several parts
+    if length > most:
+        return f"{length} tokens of {q.dtype} are more than {most}"
     return None
+
+
+def _has_large_vmem():
+    """Says whether this is traced for TPUs with much VMEM: of the mesh, or else of this machine."""
+    return plt.is_tpu_device() and plt.get_tpu_info().vmem_capacity_bytes >= _LARGE_VMEM
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -48,7 +57,7 @@ def attend_heads(
     top_k: int,
     scale: float,
     interpret: bool = False,
-) -> tuple[Float[Array, "B L N D"], Int32[Array, "B N L"], Int8[Array, "B blocks L lanes"]]:
+) -> tuple[Float[Array, "B L N D"], Int32[Array, "B N L"], Float[Array, "B blocks L lanes"]]:
     """Routes and attends.
 
     Args:
@@ -61,19 +70,19 @@ def attend_heads(
       interpret: whether to run without a TPU, for tests.
 
     Returns:
-      Output (B, L, N, D) in the type of ``v``, the group of each query (B, N, L), and which keys
-      the groups selected, for :func:`selected_keys`.
+      Output (B, L, N, D) in the type of ``v``, the group of each query (B, N, L), and the biases of
+      the keys for the groups of a block of heads, which :func:`selected_keys` reads.
     """
     return _forward(q, k, v, centroids, top_k, scale, interpret)[0]
 
 
 def selected_keys(
-    selected: Int8[Array, "B blocks L lanes"], heads: int, num_groups: int
+    bias: Float[Array, "B blocks L lanes"], heads: int, num_groups: int
 ) -> Bool[Array, "B N L G"]:
     """Returns the keys that each group selected, from the result of :func:`attend_heads`."""
-    batch, blocks, length, lanes = selected.shape
-    selected = selected.reshape(batch, blocks, length, lanes // _GROUPS, _GROUPS)[..., :num_groups]
-    return jnp.moveaxis(selected, 2, 3).reshape(batch, heads, length, num_groups) != 0
+    batch, blocks, length, lanes = bias.shape
+    bias = bias.reshape(batch, blocks, length, lanes // _GROUPS, _GROUPS)[..., :num_groups]
+    return jnp.moveaxis(bias, 2, 3).reshape(batch, heads, length, num_groups) == 0
 
 
 def _forward(q, k, v, centroids, top_k, scale, interpret):
@@ -81,45 +90,45 @@ def _forward(q, k, v, centroids, top_k, scale, interpret):
     num_groups = centroids.shape[1]
     blocks = pl.cdiv(heads * dim, _LANES)
     lanes = heads // blocks * _GROUPS
-    tokens, per_block, of_groups, selection = _specs(q)
+    tokens, per_block, of_groups, of_keys = _specs(q)
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v)]
     in_lanes = _in_lanes(centroids.astype(q.dtype), blocks)
-    output, groups, selected = pl.pallas_call(
+    output, groups, bias = pl.pallas_call(
         functools.partial(_attend, num_groups=num_groups, dim=dim, top_k=top_k, scale=scale),
         grid=(batch, blocks),
         in_specs=[tokens, tokens, tokens, per_block],
-        out_specs=[tokens, of_groups, selection],
+        out_specs=[tokens, of_groups, of_keys],
         out_shape=[
             jax.ShapeDtypeStruct(flat[0].shape, v.dtype),
             jax.ShapeDtypeStruct((batch, blocks, heads // blocks, length), jnp.int32),
-            jax.ShapeDtypeStruct((batch, blocks, length, lanes), jnp.int8),
+            jax.ShapeDtypeStruct((batch, blocks, length, lanes), k.dtype),
         ],
-        compiler_params=plt.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=plt.CompilerParams(vmem_limit_bytes=_LARGE_VMEM),
         interpret=interpret,
         name="group_attention",
     )(*flat, in_lanes)
-    result = output.reshape(v.shape), groups.reshape(batch, heads, length), selected
-    return result, (q, k, v, centroids, selected)
+    result = output.reshape(v.shape), groups.reshape(batch, heads, length), bias
+    return result, (q, k, v, centroids, bias)
 
 
 def _backward(top_k, scale, interpret, residuals, d_result):
     del top_k
-    q, k, v, centroids, selected = residuals
+    q, k, v, centroids, bias = residuals
     batch, length, heads, dim = q.shape
     num_groups = centroids.shape[1]
-    blocks = selected.shape[1]
-    tokens, per_block, _, selection = _specs(q)
+    blocks = bias.shape[1]
+    tokens, per_block, _, of_keys = _specs(q)
     flat = [x.reshape(batch, length, heads * dim) for x in (q, k, v, d_result[0])]
     gradients = pl.pallas_call(
         functools.partial(_differentiate, num_groups=num_groups, dim=dim, scale=scale),
         grid=(batch, blocks),
-        in_specs=[*[tokens] * 4, per_block, selection],
+        in_specs=[*[tokens] * 4, per_block, of_keys],
         out_specs=[tokens] * 3,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]],
-        compiler_params=plt.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=plt.CompilerParams(vmem_limit_bytes=_LARGE_VMEM),
         interpret=interpret,
         name="group_attention_gradient",
-    )(*flat, _in_lanes(centroids.astype(q.dtype), blocks), selected)
+    )(*flat, _in_lanes(centroids.astype(q.dtype), blocks), bias)
     return (*(x.reshape(q.shape) for x in gradients), jnp.zeros_like(centroids))
 
 
@@ -127,15 +136,15 @@ attend_heads.defvjp(_forward, _backward)
 
 
 def _specs(q):
-    """Returns the specs of tokens, of what a block of heads has, of groups, and of selections."""
+    """Returns the specs of tokens, of what a block of heads has, of groups, and of biases."""
     _, length, heads, dim = q.shape
     width = min(heads * dim, _LANES)
     lanes = width // dim * _GROUPS
     tokens = pl.BlockSpec((None, length, width), lambda b, j: (b, 0, j))
     per_block = pl.BlockSpec((None, lanes, width), lambda b, j: (j, 0, 0))
     of_groups = pl.BlockSpec((None, None, width // dim, length), lambda b, j: (b, j, 0, 0))
-    selection = pl.BlockSpec((None, None, length, lanes), lambda b, j: (b, j, 0, 0))
-    return tokens, per_block, of_groups, selection
+    of_keys = pl.BlockSpec((None, None, length, lanes), lambda b, j: (b, j, 0, 0))
+    return tokens, per_block, of_groups, of_keys
 
 
 def _in_lanes(centroids, blocks):
@@ -181,11 +190,17 @@ def _of_head(x, head, dim):
     return jnp.where((lane >= head * dim) & (lane < head * dim + dim), x, jnp.zeros_like(x))
 
 
-def _blocks(length):
-    """Yields slices of the queries, at multiples of 16."""
-    count = pl.cdiv(length, _QUERIES)
-    size = pl.cdiv(pl.cdiv(length, count), 16) * 16
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _for_blocks(length, run, carry):
+    """Runs ``carry = run(rows, carry)`` for slices of the queries, at multiples of 16."""
+    equal = [size for size in range(16, min(_QUERIES, length) + 1, 16) if length % size == 0]
+    if length > _QUERIES and equal:
+        size = equal[-1]
+        rows = lambda i: pl.ds(pl.multiple_of(i * size, 16), size)  # noqa: E731
+        return lax.fori_loop(0, length // size, lambda i, carry: run(rows(i), carry), carry)
+    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, _QUERIES)), 16) * 16
+    for start in range(0, length, size):
+        carry = run(slice(start, min(start + size, length)), carry)
+    return carry
 
 
 def _weights(q, k, member, bias, scale):
@@ -196,38 +211,43 @@ def _weights(q, k, member, bias, scale):
 
 
 def _attend(
-    q_ref, k_ref, v_ref, centroids_ref, output_ref, groups_ref, selected_ref,
+    q_ref, k_ref, v_ref, centroids_ref, output_ref, groups_ref, bias_ref,
     *, num_groups, dim, top_k, scale,
 ):  # fmt: skip
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
     selected = largest(_dot(k, centroids, (1, 1)), length, top_k, axis=0)
-    selected_ref[...] = selected.astype(jnp.int32).astype(jnp.int8)
     bias = jnp.where(selected, 0.0, _MASKED).astype(k.dtype)
+    bias_ref[...] = bias
     # A product turns the groups of queries, one per row, into a row; 8 rows fill a register.
     number = lax.broadcasted_iota(jnp.int32, (8, centroids.shape[0]), 1) & (_GROUPS - 1)
     number = number.astype(jnp.float32).astype(k.dtype)
-    for rows in _blocks(length):
+    for head in range(width // dim):
+        groups = _dot(number, _member(q_ref[...], centroids, head, num_groups), (1, 1))
+        groups_ref[head : head + 1, :] = groups[:1].astype(jnp.int32)
+
+    def attend_rows(rows, _):
         q = q_ref[rows, :]
         output = jnp.zeros(q.shape, jnp.float32)
         for head in range(width // dim):
             member = _member(q, centroids, head, num_groups)
-            groups = _dot(number, member, (1, 1))
-            groups_ref[head : head + 1, rows] = groups[:1].astype(jnp.int32)
             weights, total = _weights(_of_head(q, head, dim), k, member, bias, scale)
             output += _of_head(_dot(weights.astype(v.dtype), v) / total, head, dim)
         output_ref[rows, :] = output.astype(output_ref.dtype)
 
+    _for_blocks(length, attend_rows, None)
+
 
 def _differentiate(
-    q_ref, k_ref, v_ref, d_output_ref, centroids_ref, selected_ref, d_q_ref, d_k_ref, d_v_ref,
+    q_ref, k_ref, v_ref, d_output_ref, centroids_ref, bias_ref, d_q_ref, d_k_ref, d_v_ref,
     *, num_groups, dim, scale,
 ):  # fmt: skip
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
-    bias = jnp.where(selected_ref[...].astype(jnp.int32) != 0, 0.0, _MASKED).astype(k.dtype)
-    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for rows in _blocks(length):
+    bias = bias_ref[...]
+
+    def differentiate_rows(rows, carry):
+        d_k, d_v = carry
         q, d_output = q_ref[rows, :], d_output_ref[rows, :]
         d_q = jnp.zeros(q.shape, jnp.float32)
         for head in range(width // dim):
@@ -235,7 +255,7 @@ def _differentiate(
             own_q, own_d = (_of_head(x, head, dim) for x in (q, d_output))
             weights, total = _weights(own_q, k, member, bias, scale)
             weights = weights / total
-            # Rows of other heads are zero on one side of each product.
+            # Lanes of other heads are zero on one side of each product.
             d_v += _dot(weights.astype(v.dtype), own_d, (0, 0))
             d_weights = _dot(own_d, v, (1, 1))
             delta = jnp.sum(weights * d_weights, 1, keepdims=True)
@@ -243,5 +263,9 @@ def _differentiate(
             d_q += _of_head(_dot(d_logits, k), head, dim)
             d_k += _dot(d_logits, own_q, (0, 0))
         d_q_ref[rows, :] = d_q.astype(d_q_ref.dtype)
+        return d_k, d_v
+
+    zero = jnp.zeros((length, width), jnp.float32)
+    d_k, d_v = _for_blocks(length, differentiate_rows, (zero, zero))
     d_k_ref[...] = d_k.astype(d_k_ref.dtype)
     d_v_ref[...] = d_v.astype(d_v_ref.dtype)

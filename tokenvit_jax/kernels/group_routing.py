@@ -127,17 +127,17 @@ def _route(q_ref, k_ref, centroids_ref, groups_ref, words_ref, *, length, num_gr
     part, parts = pl.program_id(2), pl.cdiv(num_groups, WORD)
     _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups)
     rows = pl.next_power_of_2(max(length, 16))
-    token = jnp.arange(rows)
-    keys = plt.load(k_ref.at[pl.ds(0, rows), :], mask=token[:, None] < length, other=0)
+    token, all_rows = jnp.arange(rows), pl.ds(_zero(), rows)
+    keys = plt.load(k_ref.at[all_rows, :], mask=token[:, None] < length, other=0)
     centroids = _load_centroids(centroids_ref, part * WORD, WORD)
     selected = largest(dot(keys, centroids, (1, 1)), length, top_k, axis=0)
     bits = selected.astype(jnp.int32) << jnp.arange(WORD)[None]
-    plt.store(words_ref.at[pl.ds(0, rows)], jnp.sum(bits, 1), mask=token < length)
+    plt.store(words_ref.at[all_rows], jnp.sum(bits, 1), mask=token < length)
 
 
 def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
     """Assigns the queries of every block of queries that is this program's part."""
-    centroids = _load_centroids(centroids_ref, 0, max(WORD, pl.next_power_of_2(num_groups)))
+    centroids = _load_centroids(centroids_ref, _zero(), max(WORD, pl.next_power_of_2(num_groups)))
     column = jnp.arange(centroids.shape[0])[None]
     blocks = pl.cdiv(length, _QUERIES)
 
@@ -152,6 +152,11 @@ def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
         plt.store(groups_ref.at[pl.ds(start, _QUERIES)], group, mask=inside)
 
     lax.fori_loop(0, pl.cdiv(blocks, parts), assign, None)
+
+
+def _zero():
+    """Returns 0, unseen by jax: version 0.12 refuses slices that are known to end outside."""
+    return pl.program_id(0) * 0
 
 
 def _load_centroids(centroids_ref, start, count):

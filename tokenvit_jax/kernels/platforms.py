@@ -106,7 +106,7 @@ def by_platform(
         raise KeyError(f"FORMS[{operator!r}] is for {[*FORMS[operator]]}, not {[*given]}")
     general = _general_misfit(args, shared)
     forms = {}
-    for platform in given.keys() - {"default"}:
+    for platform in [name for name in given if name != "default"]:  # in order, for caches
         reason = None if platform == "cpu" else general or misfits.get(platform)
         if reason:
             _note(Misfit(operator, platform, reason, _shapes(args)))

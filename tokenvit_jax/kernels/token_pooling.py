@@ -158,6 +158,8 @@ class _Layout:
       padded: the power of two from N on.
       column: numbers of tokens, along rows of products (padded,).
       exists: whether a token has this number (padded,).
+      first: 0, where jax does not see it: jax 0.12 refuses slices that are known to end beyond an
+        array, even if they are masked.
       rows: rows of products, or clusters, that are in registers together.
       three: precision of products of float32 numbers.
       precision: precision of products of tokens.
@@ -169,6 +171,7 @@ class _Layout:
         self.padded = _padded(length)
         self.column = _arange(self.padded)
         self.exists = self.column < length
+        self.first = pl.program_id(0) * 0
         self.rows = min(1024 * num_warps // self.padded, 64)
         three = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         self.three = lax.Precision.HIGHEST if interpret else three
@@ -214,7 +217,7 @@ def _kmedoids(refs, layout, iterations):
             at = i * rows
             token = at + _arange(rows)
             valid = token < length
-            block = _load_rows(products, at, valid, exists)
+            block = _load_rows(products, at, valid, layout)
             apart = distances(jnp.where(valid, token, 0), block)
             same = _load(refs["assignment"], at, valid)[:, None] == cluster[None]
             weight = _load(refs["weights"], at, valid)
@@ -225,7 +228,7 @@ def _kmedoids(refs, layout, iterations):
 
     def move(_, carry):
         cluster = _assign(to_medoids, layout)
-        _store(assignment, 0, cluster, exists)
+        _store(assignment, layout.first, cluster, exists)
         layout.barrier()
         cost = costs(cluster)
 
@@ -243,7 +246,7 @@ def _kmedoids(refs, layout, iterations):
 
     lax.fori_loop(0, iterations, move, 0)
     cluster = _assign(to_medoids, layout)
-    _store(assignment, 0, cluster, exists)
+    _store(assignment, layout.first, cluster, exists)
     _count(refs["counts"], cluster, layout)
 
 
@@ -265,28 +268,30 @@ def _kmeans(refs, layout, iterations):
         token = _load(refs["initial"], at, valid)
         mask = valid[:, None] & exists[None]
         block = plt.load(products.at[token[:, None], column[None]], mask=mask, other=0.0)
-        _store_rows(sums, at, block, valid, exists)
-        _store_rows(shares, at, jnp.where(token[:, None] == column[None], 1.0, 0.0), valid, exists)
+        _store_rows(sums, at, block, valid, layout)
+        _store_rows(shares, at, jnp.where(token[:, None] == column[None], 1.0, 0.0), valid, layout)
         _store(squares, at, plt.load(products.at[token, token]), valid)
 
     _each_block(num_clusters, rows, start)
     layout.barrier()
-    weight = plt.load(refs["weights"].at[pl.ds(0, layout.padded)], mask=exists, other=0.0)
+    weight = plt.load(
+        refs["weights"].at[pl.ds(layout.first, layout.padded)], mask=exists, other=0.0
+    )
 
     def to_centers(at, valid):
         # Squared distances without |x|^2, which is the same for all centres.
-        block = _load_rows(sums, at, valid, exists)
+        block = _load_rows(sums, at, valid, layout)
         return _load(squares, at, valid)[:, None] - 2 * block
 
     def move(_, carry):
         cluster = _assign(to_centers, layout)
-        _store(refs["members"], 0, cluster, exists)
+        _store(refs["members"], layout.first, cluster, exists)
 
         def share(at, number, valid):
             part = jnp.where((number[:, None] == cluster[None]) & exists[None], weight[None], 0.0)
             total = part.sum(1)
             # An empty cluster keeps its centre.
-            _store_rows(shares, at, part / total[:, None], valid & (total > 0), exists)
+            _store_rows(shares, at, part / total[:, None], valid & (total > 0), layout)
 
         _each_block(num_clusters, rows, share)
         layout.barrier()
@@ -294,7 +299,7 @@ def _kmeans(refs, layout, iterations):
         layout.barrier()
 
         def square(at, _, valid):
-            part, block = (_load_rows(x, at, valid, exists) for x in (shares, sums))
+            part, block = (_load_rows(x, at, valid, layout) for x in (shares, sums))
             _store(squares, at, (part * block).sum(1), valid)
 
         _each_block(num_clusters, rows, square)
@@ -303,7 +308,7 @@ def _kmeans(refs, layout, iterations):
 
     lax.fori_loop(0, iterations, move, 0)
     cluster = _assign(to_centers, layout)
-    _store(refs["assignment"], 0, cluster, exists)
+    _store(refs["assignment"], layout.first, cluster, exists)
     _count(refs["counts"], cluster, layout)
     _multiply(shares, refs["tokens"], refs["centers"], length, layout)
 
@@ -415,14 +420,14 @@ def _store(numbers, start, values, valid):
     plt.store(at, values.astype(numbers.dtype), mask=valid)
 
 
-def _load_rows(matrix, start, valid, exists):
-    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(0, exists.shape[0])]
-    return plt.load(at, mask=valid[:, None] & exists[None], other=0.0)
+def _load_rows(matrix, start, valid, layout):
+    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(layout.first, layout.padded)]
+    return plt.load(at, mask=valid[:, None] & layout.exists[None], other=0.0)
 
 
-def _store_rows(matrix, start, values, valid, exists):
-    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(0, exists.shape[0])]
-    plt.store(at, values, mask=valid[:, None] & exists[None])
+def _store_rows(matrix, start, values, valid, layout):
+    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(layout.first, layout.padded)]
+    plt.store(at, values, mask=valid[:, None] & layout.exists[None])
 
 
 def _load_block(matrix, row, column, size, num_columns=None):

@@ -12,12 +12,13 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 MAX_TOKENS, MAX_DIM = 64, 64  # of a tile; larger ones would not stay in registers
+MAX_STRIPE = 128  # tokens of a tile of keys without bias, for two blocks of queries in turn
 FEWEST_PROGRAMS = 512  # each attends within up to 32 windows, for which it sums up gradients
 EXCLUDED = -1e30  # logit of padding and of tokens in other parts of a window
 
 
 class _Windows(NamedTuple):
-    """Shapes of a call, and which of its windows a program is for.
+    """Shapes of a call.
 
     Attributes:
       height: rows of the map.
@@ -25,6 +26,8 @@ class _Windows(NamedTuple):
       heads: number of heads.
       dim: head dim.
       window: rows and columns of a window.
+      second: rows and columns of a window for the second half of the heads, as many tokens.
+      interlaced: whether the rows and columns of a window are at equal distances in the map.
       shift: rows and columns by which the map was rolled up and left.
       scale: factor of the logits.
       steps: number of windows of a program.
@@ -35,6 +38,8 @@ class _Windows(NamedTuple):
     heads: int
     dim: int
     window: tuple[int, int]
+    second: tuple[int, int]
+    interlaced: bool
     shift: tuple[int, int]
     scale: float
     steps: int
@@ -48,20 +53,49 @@ class _Windows(NamedTuple):
         """Tokens and channels of a tile; a smaller product has no instruction."""
         return tuple(max(16, pl.next_power_of_2(n)) for n in (self.tokens, self.dim))
 
+    @property
+    def blocks(self):
+        """First queries of each block, which has up to 64, and their number."""
+        size = min(self.tile[0], MAX_TOKENS)
+        return range(0, self.tile[0], size), size
 
-def misfit_of_tiles(q: Array, k: Array, v: Array, tokens: int) -> str | None:
-    """Returns why :func:`attend_windows` cannot take the arguments, or None.
+    @property
+    def num_warps(self):
+        return 4 if self.tile[0] <= MAX_TOKENS else 8
+
+
+class _Tile(NamedTuple):
+    """Some tokens of a window.
+
+    Attributes:
+      place: indices of a (tokens, D) tile in a map.
+      is_token: (tokens, D) bool, entries that exist.
+      token: numbers in the window (tokens,).
+      part: parts of the window, which the shift of the map brought together (tokens,).
+    """
+
+    place: tuple[jax.Array, ...]
+    is_token: jax.Array
+    token: jax.Array
+    part: jax.Array
+
+
+def misfit_of_tiles(
+    q: Array, k: Array, v: Array, tokens: int, most: int = MAX_TOKENS
+) -> str | None:
+    """Returns why the kernels cannot take the arguments, or None.
 
     Args:
       q: queries (..., D).
       k: keys (..., D).
       v: values (..., D).
       tokens: number of tokens of a window.
+      most: largest number of tokens.
     """
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype(t)} for t in (jnp.bfloat16, jnp.float16)):
         return f"windows in {q.dtype}, not bfloat16 or float16"
-    if tokens > MAX_TOKENS:
-        return f"windows of {tokens} tokens, more than {MAX_TOKENS}"
+    if tokens > most:
+        return f"windows of {tokens} tokens, more than {most}"
     if q.shape[-1] > MAX_DIM:
         return f"head dim {q.shape[-1]} is above {MAX_DIM}"
     return None
@@ -91,7 +125,36 @@ def attend_short(
     return attend_windows(q, k, v, None, (q.shape[1], 1), (0, 0), scale, interpret)[:, :, 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def attend_stripes(
+    q: Float[Array, "B H W N D"],
+    k: Float[Array, "B H W N D"],
+    v: Float[Array, "B H W N D"],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    *,
+    interlaced: bool,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B H W N D"]:
+    """Attends with half of the heads within stripes of rows, with half within stripes of columns.
+
+    Args:
+      q: queries (B, H, W, N, D) in bfloat16 or float16.
+      k: keys (B, H, W, N, D).
+      v: values (B, H, W, N, D).
+      rows: rows and columns of a stripe of the first half of the heads, up to MAX_STRIPE tokens.
+      columns: rows and columns of a stripe of the second half, as many tokens.
+      interlaced: whether the rows, or columns, of a stripe are at equal distances in the map.
+      scale: factor of the products.
+      interpret: whether to run the kernels by jax, for tests.
+
+    Returns:
+      (B, H, W, N, D) in the type of ``v``.
+    """
+    call = _call_of(q, rows, columns, interlaced, (0, 0), scale)
+    return _attend_tiles(q, k, v, None, call, interpret)
+
+
 def attend_windows(
     q: Float[Array, "B H W N D"],
     k: Float[Array, "B H W N D"],
@@ -119,7 +182,12 @@ def attend_windows(
     Returns:
       (B, H, W, N, D) in the type of ``v``.
     """
-    call = _call_of(q, window, shift, scale)
+    call = _call_of(q, window, window, False, shift, scale)
+    return _attend_tiles(q, k, v, bias, call, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend_tiles(q, k, v, bias, call, interpret):
     biases, bias_specs = _biases_of(bias, call)
     return pl.pallas_call(
         functools.partial(_attend, call=call),
@@ -127,19 +195,18 @@ def attend_windows(
         in_specs=[_map_spec(q)] * 3 + bias_specs,
         out_specs=_map_spec(q),
         out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=call.num_warps, num_stages=2),
         interpret=interpret,
         name="window_attention",
     )(q, k, v, *biases)
 
 
-def _forward(q, k, v, bias, window, shift, scale, interpret):
-    return attend_windows(q, k, v, bias, window, shift, scale, interpret), (q, k, v, bias)
+def _forward(q, k, v, bias, call, interpret):
+    return _attend_tiles(q, k, v, bias, call, interpret), (q, k, v, bias)
 
 
-def _backward(window, shift, scale, interpret, residuals, d_output):
+def _backward(call, interpret, residuals, d_output):
     q, k, v, bias = residuals
-    call = _call_of(q, window, shift, scale)
     biases, bias_specs = _biases_of(bias, call)
     chunks, heads = _grid(q, call)
     tiles = (chunks, heads, call.tile[0], call.tile[0])  # each program sums up its windows
@@ -154,7 +221,7 @@ def _backward(window, shift, scale, interpret, residuals, d_output):
         in_specs=[_map_spec(q)] * 4 + bias_specs,
         out_specs=[_map_spec(q)] * 3 + d_bias_specs,
         out_shape=d_maps + d_biases,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=call.num_warps, num_stages=1),
         interpret=interpret,
         name="window_attention_gradient",
     )(q, k, v, d_output.astype(v.dtype), *biases)
@@ -164,25 +231,26 @@ def _backward(window, shift, scale, interpret, residuals, d_output):
     return d_q, d_k, d_v, d_bias.astype(bias.dtype)
 
 
-attend_windows.defvjp(_forward, _backward)
+_attend_tiles.defvjp(_forward, _backward)
 
 
 def _attend(q_ref, k_ref, v_ref, *refs, call):
     *bias_refs, out_ref = refs
-    first = pl.program_id(0) * call.steps
+    first, second = pl.program_id(0) * call.steps, _is_second(call)
     biases = [ref[...] for ref in bias_refs]
+    starts, size = call.blocks
 
     def attend(step, carry):
-        place, is_token, same = _place_of(first + step, call)
-        q, k, v = (
-            plt.load(ref.at[place], mask=is_token, other=0.0) for ref in (q_ref, k_ref, v_ref)
-        )
-        q = (q * call.scale).astype(q.dtype)
-        logits = jnp.where(same, sum(biases, plt.dot(q, k.T)), EXCLUDED)
-        weights = jnp.exp(logits - logits.max(1, keepdims=True))
-        total = weights.sum(1, keepdims=True)
-        output = plt.dot(weights.astype(v.dtype), v) / total
-        plt.store(out_ref.at[place], output.astype(out_ref.dtype), mask=is_token)
+        keys = _tile_of(first + step, second, 0, call.tile[0], call)
+        k, v = _load(k_ref, keys), _load(v_ref, keys)
+        for start in starts:
+            queries = _tile_of(first + step, second, start, size, call)
+            q = _load(q_ref, queries)
+            weights = _exp_of_logits(
+                (q * call.scale).astype(q.dtype), k, biases, queries, keys, call
+            )
+            total = weights.sum(1, keepdims=True)
+            _store(out_ref, plt.dot(weights.astype(v.dtype), v) / total, queries)
         return carry
 
     lax.fori_loop(0, call.steps, attend, 0)
@@ -191,28 +259,30 @@ def _attend(q_ref, k_ref, v_ref, *refs, call):
 def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
     has_bias = len(refs) == 5
     bias_refs, (d_q_ref, d_k_ref, d_v_ref) = refs[:has_bias], refs[has_bias : has_bias + 3]
-    first = pl.program_id(0) * call.steps
+    first, second = pl.program_id(0) * call.steps, _is_second(call)
+    starts, size = call.blocks
 
     def differentiate(step, d_biases):
-        place, is_token, same = _place_of(first + step, call)
-        load = lambda ref: plt.load(ref.at[place], mask=is_token, other=0.0)  # noqa: E731
-
-        def store(ref, x):
-            plt.store(ref.at[place], x.astype(ref.dtype), mask=is_token)
-
-        q, k, v, d_out = load(q_ref), load(k_ref), load(v_ref), load(d_out_ref)
-        q = (q * call.scale).astype(q.dtype)
-        logits = sum((ref[...] for ref in bias_refs), plt.dot(q, k.T))
-        logits = jnp.where(same, logits, EXCLUDED)
-        weights = jnp.exp(logits - logits.max(1, keepdims=True))
-        weights = weights / weights.sum(1, keepdims=True)
-        store(d_v_ref, plt.dot(weights.astype(v.dtype).T, d_out))
-        d_weights = plt.dot(d_out, v.T)
-        d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
-        short = d_logits.astype(q.dtype)
-        store(d_q_ref, plt.dot(short, k) * call.scale)
-        store(d_k_ref, plt.dot(short.T, q))
-        return [d_bias + d_logits for d_bias in d_biases]
+        keys = _tile_of(first + step, second, 0, call.tile[0], call)
+        k, v = _load(k_ref, keys), _load(v_ref, keys)
+        d_k = d_v = 0.0
+        for start in starts:
+            queries = _tile_of(first + step, second, start, size, call)
+            q, d_out = _load(q_ref, queries), _load(d_out_ref, queries)
+            q = (q * call.scale).astype(q.dtype)
+            biases = [ref[...] for ref in bias_refs]
+            weights = _exp_of_logits(q, k, biases, queries, keys, call)
+            weights = weights / weights.sum(1, keepdims=True)
+            d_v += plt.dot(weights.astype(v.dtype).T, d_out)
+            d_weights = plt.dot(d_out, v.T)
+            d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
+            short = d_logits.astype(q.dtype)
+            _store(d_q_ref, plt.dot(short, k) * call.scale, queries)
+            d_k += plt.dot(short.T, q)
+            d_biases = [d_bias + d_logits for d_bias in d_biases]
+        _store(d_v_ref, d_v, keys)
+        _store(d_k_ref, d_k, keys)
+        return d_biases
 
     start = [jnp.zeros(ref.shape, jnp.float32) for ref in bias_refs]
     d_biases = lax.fori_loop(0, call.steps, differentiate, start)
@@ -220,42 +290,70 @@ def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
         ref[...] = d_bias
 
 
-def _place_of(index, call):
-    """Returns the place of a window's tile in a map, which entries exist, which tokens meet.
+def _exp_of_logits(q, k, biases, queries, keys, call):
+    """Returns the weights (queries, keys), not normalised."""
+    meet = (keys.token < call.tokens)[None]
+    if any(call.shift):
+        meet &= queries.part[:, None] == keys.part[None]
+    logits = jnp.where(meet, sum(biases, plt.dot(q, k.T)), EXCLUDED)
+    return jnp.exp(logits - logits.max(1, keepdims=True))
+
+
+def _load(ref, tile):
+    return plt.load(ref.at[tile.place], mask=tile.is_token, other=0.0)
+
+
+def _store(ref, x, tile):
+    plt.store(ref.at[tile.place], x.astype(ref.dtype), mask=tile.is_token)
+
+
+def _is_second(call):
+    """Returns 1 for a head of the second half with other windows, else 0."""
+    if call.second == call.window:
+        return 0
+    return (pl.program_id(1) >= call.heads // 2).astype(jnp.int32)
+
+
+def _tile_of(index, second, start, size, call):
+    """Returns the tokens from `start` to `start + size` of a window.
 
     Args:
       index: number of the window among those of all images.
+      second: 1 for a head of the second half, else 0.
+      start: first token.
+      size: number of tokens, a power of two.
       call: the shapes.
-
-    Returns:
-      Indices of a (tile, D) tile; (tile, D) bool; (tile, tile) bool.
     """
-    tokens, channels = call.tile
-    columns = call.width // call.window[1]
-    windows = call.height // call.window[0] * columns
+    height, width = (
+        jnp.int32(first) + second * (other - first)
+        for first, other in zip(call.window, call.second, strict=True)
+    )
+    rows, columns = lax.div(jnp.int32(call.height), height), lax.div(jnp.int32(call.width), width)
+    windows = call.height * call.width // call.tokens
     image, index = lax.div(index, windows), lax.rem(index, windows)
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    row = lax.div(index, columns) * call.window[0] + token // call.window[1]
-    column = lax.rem(index, columns) * call.window[1] + token % call.window[1]
-    channel = jnp.arange(channels, dtype=jnp.int32)
+    window_row, window_column = lax.div(index, columns), lax.rem(index, columns)
+    token = start + jnp.arange(size, dtype=jnp.int32)
+    widths = jnp.full_like(token, width)
+    row, column = lax.div(token, widths), lax.rem(token, widths)
+    if call.interlaced:
+        row, column = window_row + row * rows, window_column + column * columns
+    else:
+        row, column = window_row * height + row, window_column * width + column
+    channel = jnp.arange(call.tile[1], dtype=jnp.int32)
     zeros = jnp.zeros_like(token)[:, None]
     place = (image + zeros, row[:, None], column[:, None], channel[None] + zeros)
     is_token = (token < call.tokens)[:, None] & (channel < call.dim)[None]
-    same = (token < call.tokens)[None]
-    if any(call.shift):
-        # Rolling moves the first rows behind the last ones, into the same windows; columns alike.
-        rolled_row = (row >= call.height - call.shift[0]).astype(jnp.int32)
-        rolled_column = (column >= call.width - call.shift[1]).astype(jnp.int32)
-        part = 2 * rolled_row + rolled_column
-        same &= part[:, None] == part[None]
-    return place, is_token, same
+    # Rolling moves the first rows behind the last ones, into the same windows; likewise columns.
+    rolled_row = (row >= call.height - call.shift[0]).astype(jnp.int32)
+    rolled_column = (column >= call.width - call.shift[1]).astype(jnp.int32)
+    return _Tile(place, is_token, token, 2 * rolled_row + rolled_column)
 
 
-def _call_of(q, window, shift, scale):
+def _call_of(q, window, second, interlaced, shift, scale):
     batch, height, width, heads, dim = q.shape
     windows = batch * (height // window[0]) * (width // window[1])
     steps = math.gcd(windows, _steps(windows * heads))
-    return _Windows(height, width, heads, dim, window, shift, scale, steps)
+    return _Windows(height, width, heads, dim, window, second, interlaced, shift, scale, steps)
 
 
 def _steps(tiles):

@@ -114,15 +114,30 @@ def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Ar
     return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def fold(
+def affine_product(
+    x: Float[Array, "... C"],
     kernel: Float[Array, "C dim"],
     bias: Float[Array, " dim"],
     factor: Float[Array, " C"],
     offset: Float[Array, " C"],
-) -> tuple[Float[Array, "C dim"], Float[Array, " dim"]]:
-    """Returns the kernel and bias of the layer that first scales and shifts its input."""
-    # A sum of products instead of a product of matrices: it is small, and float32 everywhere.
-    return factor[:, None] * kernel, bias + jnp.sum(offset[:, None] * kernel, 0)
+) -> tuple[Float[Array, "... dim"], Float[Array, " dim"]]:
+    """Applies a linear layer to factor x + offset, all but a bias.
+
+    Args:
+      x: (..., C).
+      kernel: (C, dim).
+      bias: (dim,).
+      factor: (C,).
+      offset: (C,).
+
+    Returns:
+      The product (..., dim) in the type of ``x``, and the bias (dim,) that is still to be added.
+    """
+    pixels = x.size // x.shape[-1]
+    if isinstance(pixels, int) and pixels < kernel.shape[1]:  # x is smaller than the kernel
+        return product((x * factor + offset).astype(x.dtype), kernel), bias
+    # The bias by a sum of products, not a product of matrices: it is small, and float32 everywhere.
+    return product(x, factor[:, None] * kernel), bias + jnp.sum(offset[:, None] * kernel, 0)
 
 
 def batch_norm(

@@ -13,6 +13,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import cosine_heads, logit_scale_init
 from tokenvit_jax.ops.heads import merge_heads, split_qkv
+from tokenvit_jax.ops.packed import map_rows
 
 
 class DynamicGroupAttention(nn.Module):
@@ -99,17 +100,15 @@ def advance_centroids(
     Returns:
       The collection after the step, with the same structure.
     """
-    if "centroids" not in collection:
-        return {
-            name: advance_centroids(inner, old_weight, axis_name)
-            for name, inner in collection.items()
-        }
-    sums = ops.GroupSums(collection["sums"], collection["counts"])
+    blocks, structure = jax.tree.flatten(collection, is_leaf=lambda node: "centroids" in node)
+    sums = [ops.GroupSums(block["sums"], block["counts"]) for block in blocks]
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
-    moved = ops.move_centroids(collection["centroids"], sums, old_weight)
-    return {
-        "centroids": moved,
-        "sums": jnp.zeros_like(sums.sums),
-        "counts": jnp.zeros_like(sums.counts),
-    }
+
+    def move(centroids, sums, counts):
+        moved = ops.move_centroids(centroids, ops.GroupSums(sums, counts), old_weight)
+        return moved, jnp.zeros_like(sums), jnp.zeros_like(counts)
+
+    advanced = map_rows(move, [block["centroids"] for block in blocks], *zip(*sums, strict=True))
+    names = ("centroids", "sums", "counts")
+    return structure.unflatten([dict(zip(names, block, strict=True)) for block in advanced])

@@ -12,10 +12,9 @@ from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
     Weights,
+    affine_product,
     depthwise_init,
-    fold,
     linear_init,
-    product,
 )
 from tokenvit_jax.ops.heads import merge_heads, split_heads
 from tokenvit_jax.ops.pale_attention import HALVED
@@ -46,8 +45,8 @@ class SeparableProjection(nn.Module):
         norm = FoldedBatchNorm(axis_name=self.axis_name, name="norm")
         affine = norm(sums, channels, x.size // channels, use_running_average=not train)
         weights = Weights((channels, channels), linear_init, name="pointwise")()
-        kernel, bias = fold(*weights, *affine)  # the linear layer takes the norm along
-        return product(x, kernel) + bias.astype(self.dtype)
+        x, bias = affine_product(x, *weights, *affine)  # the linear layer takes the norm along
+        return x + bias.astype(self.dtype)
 
 
 class PaleAttention(nn.Module):

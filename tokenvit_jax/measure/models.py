@@ -216,7 +216,7 @@ def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
 
         def loss_fn(params):
             logits, new_state = model.apply(
-                {"params": model.cast_weights(params), **state},
+                {"params": params, **state},
                 images,
                 train=True,
                 rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},

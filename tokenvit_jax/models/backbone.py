@@ -22,10 +22,6 @@ BACKBONE = "backbone"  # name of a wrapped backbone in the paths of variables
 
 Variables = Mapping[str, Any]
 
-# Paths of parameters of linear layers that enter a computation in float32: layers in float32, and
-# layers that operators join with a BatchNorm or a convolution.
-_WIDE = re.compile("classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias")
-
 
 class Encoded(NamedTuple):
     """Tokens for a dense head, and the function back to the map of all patches.
@@ -114,11 +110,18 @@ class Trainable(nn.Module):
 
     @nn.nowrap
     def cast_weights(self, params: Any) -> Any:
-        """Returns parameters for ``apply``, some of them already in the type of the computation.
+        """Returns the parameters, some of them already in the type of the computation.
 
         The model would cast each of them where it is used; here few operations cast all.
         """
         return params
+
+    @nn.nowrap
+    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        """Applies the model to variables as `nn.Module.apply` does, after :meth:`cast_weights`."""
+        if "params" in variables:
+            variables = {**variables, "params": self.cast_weights(variables["params"])}
+        return super().apply(variables, *args, **kwargs)
 
 
 class Backbone(Trainable):
@@ -136,6 +139,9 @@ class Backbone(Trainable):
         images are not checked.
       optional_parameters: ends of the paths of parameters that exist only with some settings. Runs
         that differ in these parameters can start from each other.
+      float32_parameters: pattern in the paths of kernels (n, m) and their biases that enter the
+        computation in float32, so that :meth:`cast_weights` leaves them: layers in float32, and
+        layers that an operator joins with a BatchNorm or a convolution.
     """
 
     settings: BackboneSettings
@@ -143,6 +149,7 @@ class Backbone(Trainable):
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
     first_layer: ClassVar[str] = ""
     optional_parameters: ClassVar[tuple[str, ...]] = ()
+    float32_parameters: ClassVar[str] = "classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias"
 
     @nn.nowrap
     def cast_weights(self, params: Any) -> Any:
@@ -150,11 +157,25 @@ class Backbone(Trainable):
         if dtype.itemsize >= 4:
             return params
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        places = [i for i, (path, _) in enumerate(leaves) if _is_cast(path, params)]
+        places = [
+            i
+            for i, (path, leaf) in enumerate(leaves)
+            if leaf.dtype == jnp.float32 and self._is_cast(path, params)
+        ]
         leaves = [leaf for _, leaf in leaves]
         for i, leaf in zip(places, cast_packed([leaves[i] for i in places], dtype), strict=True):
             leaves[i] = leaf
         return structure.unflatten(leaves)
+
+    @nn.nowrap
+    def _is_cast(self, path, params):
+        """Returns whether a linear layer uses a parameter in the type of the computation only."""
+        *modules, name = [part.key for part in path]
+        layer = params
+        for module in modules:
+            layer = layer[module]
+        linear = name in ("kernel", "bias") and getattr(layer.get("kernel"), "ndim", 0) == 2
+        return linear and not re.search(self.float32_parameters, "/".join((*modules, name)))
 
     @nn.nowrap
     def check_images(self, images: Any) -> None:
@@ -298,16 +319,6 @@ class Backbone(Trainable):
         if not self.settings.num_classes:
             return pooled
         return (classifier or self.classifier)(self.head_dropout(pooled, train))
-
-
-def _is_cast(path, params):
-    """Returns whether a linear layer uses a parameter in the type of the computation only."""
-    *modules, name = [part.key for part in path]
-    layer = params
-    for module in modules:
-        layer = layer[module]
-    linear = name in ("kernel", "bias") and getattr(layer.get("kernel"), "ndim", 0) == 2
-    return linear and not _WIDE.search("/".join((*modules, name)))
 
 
 class BackboneModel(Trainable):

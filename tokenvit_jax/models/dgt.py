@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers import (
@@ -22,9 +21,9 @@ from tokenvit_jax.layers import (
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
     Weights,
+    affine_product,
     conv_init,
     depthwise_init,
-    fold,
     product,
 )
 from tokenvit_jax.models.backbone import Variables
@@ -121,12 +120,9 @@ class InvertedResidualFFN(nn.Module):
         )  # fmt: skip
         factor, offset = norm("norm2", sums)
         weights = Weights((hidden, channels), conv_init, name="reduce")()
-        kernel, bias = fold(*weights, factor, offset)
-        x = product(x, kernel)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sums = jnp.stack([wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))]) if train else None
-        factor, offset = norm("norm3", sums, channels, bias)
-        return (wide * factor + offset).astype(self.dtype)
+        x, bias = affine_product(x, *weights, factor, offset)
+        sums = ops.channel_sums(x) if train else None
+        return ops.channel_affine(x, *norm("norm3", sums, channels, bias))
 
 
 class DGTBlock(nn.Module):

@@ -13,6 +13,7 @@ from tokenvit_jax.ops.batch_norm import (
     affine_of,
     batch_norm,
 )
+from tokenvit_jax.ops.channel_affine import channel_affine, channel_sums
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -59,6 +60,8 @@ __all__ = [
     "attention_weights",
     "batch_norm",
     "bipartite_matching",
+    "channel_affine",
+    "channel_sums",
     "cluster_density_peaks",
     "cluster_superpixels",
     "defer_gelu",

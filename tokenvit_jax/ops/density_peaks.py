@@ -1,8 +1,8 @@
 """Clustering of tokens by density peaks (Xie et al. 2022, "ClusTR", Section 3.1).
 
 A token is a good centre if its neighbourhood is dense and every denser token is far away (Eqs. 1
-and 2). Both need all N^2 distances of an image, which are never held at once. GPUs have kernels,
-which keep distances in registers; elsewhere distances are computed in chunks of tokens:
+and 2). Both need all N^2 distances of an image, which are never held at once. GPUs and TPUs have
+kernels, which keep distances in registers; elsewhere they are computed in chunks of tokens:
 
 * Pass 1 keeps the k nearest neighbours of every token. The k smallest distances are in the k groups
   with the smallest minima, so all reductions but one work on a fraction of the chunk. Most tokens
@@ -29,6 +29,7 @@ from tokenvit_jax.ops.chunks import ACCELERATOR_CHUNK, CPU_CHUNK, LANES, chunk_t
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gather import put, take
+from tokenvit_jax.ops.precise_product import precise_product
 from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups, top_indices
 
 RULES = ("nearest", "parent")
@@ -293,12 +294,7 @@ def _points(x, mask):
 
 def _products(keys, queries):
     """Returns -2 y.x (B, keys, queries): reductions over the keys are vector loops on CPU."""
-
-    def by(precision):
-        return lambda keys, queries: jnp.einsum("bkc,bqc->bkq", keys, queries, precision=precision)
-
-    exact, fast = by(lax.Precision.HIGHEST), by(lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
-    return by_platform("distances", keys, -2 * queries, default=exact, cuda=fast)
+    return precise_product("bkc,bqc->bkq", keys, -2 * queries)
 
 
 def _forms(run, batch, length, width, chunk_size):
@@ -580,7 +576,7 @@ def _centers(peaks, mask, num_clusters):
     def select(score):
         centers = top_indices(score, num_clusters)
         numbers = jnp.broadcast_to(jnp.arange(num_clusters, dtype=jnp.int32), centers.shape)
-        return centers, put(jnp.full_like(peaks.parent, -1), centers, numbers)
+        return centers, put(jnp.full_like(score, -1, jnp.int32), centers, numbers)
 
     def by_ranks(score):
         order, places = kernels.ranks(score)

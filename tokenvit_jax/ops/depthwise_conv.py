@@ -15,7 +15,8 @@ from tokenvit_jax.kernels.depthwise_conv import (
     kernel_gradient_by_library,
     kernel_gradient_by_lines,
 )
-from tokenvit_jax.kernels.platforms import by_platform, num_devices
+from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.ops.channel_affine import per_device
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gelu import gelu, gelu_and_slope
@@ -222,7 +223,7 @@ def _forward_by_xla(x, kernel, bias, input_bias, scale, shift, *, block, convolv
     z = z if bias is None else z + bias.astype(x.dtype)
     z = u + z if block.residual else z
     y = gelu(z) if block.activate else z
-    sums = _per_device(_sums_of_squares(y)) if block.with_sums else None
+    sums = per_device(_sums_of_squares(y)) if block.with_sums else None
     return y, z if block.activate else None, sums
 
 
@@ -241,17 +242,17 @@ def _backward_by_xla(
     dkernel = kernel_gradient(u, dz, kernel.shape)
     sums = jnp.stack([_sum(dz), _sum(du), _sum(du.astype(dkernel.dtype) * g)])
     sums = jnp.concatenate([dkernel.reshape(-1, x.shape[-1]), sums])
-    return (du if scale is None else (du * scale).astype(x.dtype)), _per_device(sums)
+    return (du if scale is None else (du * scale).astype(x.dtype)), per_device(sums)
 
 
 def _gelu_sums_by_xla(x, bias):
-    return _per_device(_sums_of_squares(gelu(_wide(x) + bias)))
+    return per_device(_sums_of_squares(gelu(_wide(x) + bias)))
 
 
 def _gelu_backward_by_xla(dg, dsums, x, bias):
     y, slope = gelu_and_slope(lax.optimization_barrier(_wide(x)) + bias)
     dx = _with_sums_gradient(dg, dsums, y) * slope
-    return dx.astype(x.dtype), _per_device(_sum(dx)[None])
+    return dx.astype(x.dtype), per_device(_sum(dx)[None])
 
 
 def _input(x, bias, scale, shift, deferred):
@@ -280,8 +281,3 @@ def _sum(x):
 
 def _wide(x):
     return x.astype(softmax_dtype(x.dtype))
-
-
-def _per_device(total):
-    """Returns the total in the shape of the kernels' results: one part per device."""
-    return jnp.pad(total[None], [(0, num_devices() - 1)] + [(0, 0)] * total.ndim)

@@ -9,6 +9,12 @@ give the same values and gradients for any division into groups:
   the cheaper form while L^2 is small.
 * tiles (:mod:`tokenvit_jax.kernels.group_attention_tiles`) sorts the queries by group and cuts them
   into tiles of one group each.
+
+GPUs have kernels for both (:mod:`tokenvit_jax.kernels.group_routing`,
+:mod:`tokenvit_jax.kernels.group_attention_fused`,
+:mod:`tokenvit_jax.kernels.group_attention_sorted`), TPUs have one for both
+(:mod:`tokenvit_jax.kernels.group_attention_heads`): they write neither logits nor, up to 1,024
+tokens, the scores of keys to memory.
 """
 
 import functools
@@ -18,8 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.chunked import map_queries
-from tokenvit_jax.kernels.group_attention_dense import attend_dense
+from tokenvit_jax.kernels.group_attention_dense import attend_dense, attend_dense_by_cudnn
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
 from tokenvit_jax.kernels.group_attention_heads import (
     attend_heads,
@@ -252,44 +259,35 @@ def update_centroids(
 def _attend_dense(q, k, v, centroids, top_k, scale):
     """Attends with all logits: on CPU in chunks of queries, on GPUs and TPUs in kernels."""
 
-    def masked(q, k, v, centroids, run):
+    def masked(q, k, v, centroids, run, attend=attend_dense):
         groups, keys, scores = _route(q, k, centroids, top_k)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         selected = largest_mask(scores, top_k)
-        attend = lambda q, groups: attend_dense(q, k, v, groups, selected)  # noqa: E731
-        output = run(attend, k.shape[2], q * scale, groups)
+        attend_to_all = lambda q, groups: attend(q, k, v, groups, selected)  # noqa: E731
+        output = run(attend_to_all, k.shape[2], q * scale, groups)
         return jnp.swapaxes(output, 1, 2), groups, keys
 
     def at_once(attend, _, *queries):
         return attend(*queries)
 
-    def in_order(k, centroids, selected):
-        # The compiler leaves this out where nobody reads the keys.
-        scores = _key_scores(jnp.swapaxes(lax.stop_gradient(k), 1, 2), centroids)
-        scores = jnp.where(selected, scores, -jnp.inf)
-        return top_indices(jnp.swapaxes(scores, -1, -2), top_k)
-
     def fused(q, k, v, centroids):
         groups, words = route(*(lax.stop_gradient(x) for x in (q, k)), centroids, top_k)
         output = attend_fused(q, k, v, groups, words, scale)
-        return output, groups, in_order(k, centroids, unpack(words, centroids.shape[1]))
-
-    def by_heads(q, k, v, centroids):
-        output, groups, selected = attend_heads(q, k, v, centroids, top_k, scale)
-        return output, groups, in_order(k, centroids, selected_keys(selected, *centroids.shape[:2]))
+        return output, groups, _in_order(unpack(words, num_groups), k, centroids, top_k)
 
     num_groups = centroids.shape[1]
+    on_gpu, misfit = fused, _other_types(q, k, v) or routing_misfit(q, num_groups)
+    if misfit and cudnn.misfit(q, k, v, extra=num_groups) is None:
+        on_gpu = functools.partial(masked, run=at_once, attend=attend_dense_by_cudnn)
+        misfit = None
     return by_platform(
         "group attention, dense",
         *(q, k, v, centroids),
         cpu=functools.partial(masked, run=map_queries),
-        cuda=fused,
-        tpu=by_heads,
+        cuda=on_gpu,
+        tpu=functools.partial(_attend_by_heads, top_k=top_k, scale=scale),
         default=functools.partial(masked, run=at_once),
-        misfits={
-            "cuda": _other_types(q, k, v) or routing_misfit(q, num_groups),
-            "tpu": _other_types(q, k, v) or heads_misfit(q, num_groups),
-        },
+        misfits={"cuda": misfit, "tpu": _other_types(q, k, v) or heads_misfit(q, num_groups)},
         shared=(3,),
     )
 
@@ -312,20 +310,39 @@ def _attend_tiles(q, k, v, centroids, top_k, scale):
             preferred_element_type=jnp.float32,
         )
         routing = sort_groups(groups, scores, top_k)
-        # The compiler leaves this out where nobody reads the keys.
-        scores = jnp.where(routing.places < 0, -jnp.inf, jnp.where(scores == 0, 0.0, scores))
         output = attend_sorted(q, k, v, routing, scale)
-        return output, groups, top_indices(scores, top_k)
+        selected = jnp.swapaxes(routing.places >= 0, 2, 3)
+        return output, groups, _in_order(selected, k, centroids, top_k)
 
-    misfit = _other_types(q, k, v) or assign_misfit(q, num_groups) or sorted_misfit(q, top_k)
+    of_types = _other_types(q, k, v)
     return by_platform(
         "group attention, tiles",
         *(q, k, v, centroids),
         cuda=in_kernels,
+        tpu=functools.partial(_attend_by_heads, top_k=top_k, scale=scale),
         default=in_tiles,
-        misfits={"cuda": misfit},
+        misfits={
+            "cuda": of_types or assign_misfit(q, num_groups) or sorted_misfit(q, top_k),
+            "tpu": of_types or heads_misfit(q, num_groups),
+        },
         shared=(3,),
     )
+
+
+def _attend_by_heads(q, k, v, centroids, top_k, scale):
+    output, groups, bias = attend_heads(q, k, v, centroids, top_k, scale)
+    selected = selected_keys(bias, *centroids.shape[:2])
+    return output, groups, _in_order(selected, k, centroids, top_k)
+
+
+def _in_order(selected, k, centroids, top_k):
+    """Returns the selected keys (B, N, L, G) in order of falling score, (B, N, G, top_k).
+
+    The compiler leaves this out where nobody reads the keys.
+    """
+    scores = _key_scores(jnp.swapaxes(lax.stop_gradient(k), 1, 2), centroids)
+    scores = jnp.where(selected, scores, -jnp.inf)
+    return top_indices(jnp.swapaxes(scores, -1, -2), top_k)
 
 
 def _other_types(q, k, v):

@@ -22,6 +22,8 @@ from tokenvit_jax.kernels.platforms import by_platform
 
 # Joining arrays of one shape takes up to three launches instead of one for each array.
 _MANY = 4
+# Slices of one product.
+_BUNCH = 64
 # Values of a weight whose cast takes longer than a launch even if it is joined with others.
 _LARGE = 2**20
 
@@ -140,6 +142,44 @@ def update_packed(
     )
 
 
+def map_rows(
+    function: Callable[..., tuple[Array, ...]], *lists: list[Array]
+) -> list[tuple[Array, ...]]:
+    """Maps a function that treats rows alike over lists of arrays, over many arrays at once.
+
+    On a CPU, where joining saves nothing, arrays are separate.
+
+    Args:
+      function: function of one array of each list; row i of each of its results depends on the
+        rows i of its arguments only.
+      lists: arrays with rows along the first axis; arrays at the same place have as many rows.
+
+    Returns:
+      The results for each place.
+    """
+
+    def together(*lists):
+        results = [None] * len(lists[0])
+        groups = collections.defaultdict(list)
+        for i, arrays in enumerate(zip(*lists, strict=True)):
+            groups[tuple((x.shape[1:], x.dtype) for x in arrays)].append(i)
+        for group in groups.values():
+            joined = function(*(jnp.concatenate([arrays[i] for i in group]) for arrays in lists))
+            shapes = [[(len(lists[0][i]), *x.shape[1:]) for i in group] for x in joined]
+            parts = [_split(x.reshape(-1), shape) for x, shape in zip(joined, shapes, strict=True)]
+            for i, part in zip(group, zip(*parts, strict=True), strict=True):
+                results[i] = part
+        return results
+
+    return by_platform(
+        "updates of centroids",
+        *lists,
+        default=together,
+        cpu=lambda *lists: [function(*arrays) for arrays in zip(*lists, strict=True)],
+        shared=tuple(range(len(lists))),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def cast_packed(arrays: list[Float[Array, "..."]], dtype: DTypeLike) -> list[Float[Array, "..."]]:
     """Casts float32 arrays to a narrower type, on accelerators with one launch for each shape.
@@ -201,15 +241,19 @@ def _split(flat, shapes):
     """Splits a vector into arrays.
 
     The compiler merges slices of a computed vector, and not slices of a vector in memory. So the
-    vector goes to memory and is multiplied by a number that the compiler does not know.
+    vector goes to memory and is multiplied by a number that the compiler does not know; by several
+    such numbers, because a product with hundreds of slices goes to memory, too.
     """
-    flat, one = lax.optimization_barrier((flat, jnp.ones((), flat.dtype)))
-    flat = flat * one
     ends = itertools.accumulate(math.prod(shape) for shape in shapes)
-    return [
-        flat[end - math.prod(shape) : end].reshape(shape)
-        for shape, end in zip(shapes, ends, strict=True)
-    ]
+    places = sorted(enumerate(zip(shapes, ends, strict=True)), key=lambda place: place[1][0])
+    parts = [None] * len(shapes)
+    bunches = [places[i : i + _BUNCH] for i in range(0, len(places), _BUNCH)]
+    flat, *ones = lax.optimization_barrier((flat, *[jnp.ones((), flat.dtype) for _ in bunches]))
+    for bunch, one in zip(bunches, ones, strict=True):
+        product = flat * one
+        for i, (shape, end) in bunch:
+            parts[i] = product[end - math.prod(shape) : end].reshape(shape)
+    return parts
 
 
 def _is_vector(x):

@@ -11,6 +11,7 @@ reshapes and transposes.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from jaxtyping import Array, Bool, Float
 
 from tokenvit_jax.kernels.chunked import MAX_LOGITS, one_by_one
 from tokenvit_jax.kernels.platforms import by_platform, device_batch
+from tokenvit_jax.kernels.window_attention import MAX_STRIPE, attend_stripes, misfit_of_tiles
 from tokenvit_jax.ops.attention import dot_product_attention
+from tokenvit_jax.ops.counted import counted_as
 from tokenvit_jax.ops.windows import to_map, to_windows
 
 MODES = ("parallel", "rows", "columns", "cross", "vanilla")
@@ -108,10 +111,22 @@ def _attend_in_halves(q, k, v, row_group, column_group, mask, scale, interlaced)
         parts = zip(jnp.split(y, 2, axis=1), stripes, strict=True)
         return jnp.concatenate([_from_groups(*part, q.shape[1:3], interlaced) for part in parts], 3)
 
+    tokens = math.prod(row_group)
+    in_place = counted_as(
+        "stripes",
+        2 * math.prod(q.shape[1:]) * tokens,
+        functools.partial(
+            attend_stripes, rows=row_group, columns=column_group, interlaced=interlaced,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        ),
+    )  # fmt: skip
     square = row_group == column_group[::-1] and q.shape[1] == q.shape[2]
+    reason = misfit_of_tiles(q, k, v, tokens, MAX_STRIPE)
+    if not square or mask is not None:
+        reason = "padding, or row groups that differ from column groups in their size"
     return by_platform(
-        "pale attention", q, k, v, cpu=one_after_the_other,
-        default=both_at_once if square else one_after_the_other,
+        "pale attention", q, k, v, cpu=one_after_the_other, cuda=in_place,
+        default=both_at_once if square else one_after_the_other, misfits={"cuda": reason},
     )  # fmt: skip
 
 
@@ -160,7 +175,7 @@ def _attend_groups(q, k, v, mask, scale):
     batch, num_groups, length, heads, _ = q.shape
     if device_batch(batch) * num_groups * heads * length**2 <= MAX_LOGITS:
         return at_once(q, k, v, mask)
-    return by_platform("pale attention", q, k, v, mask, cpu=by_groups, default=at_once)
+    return by_platform("groups of tokens", q, k, v, mask, cpu=by_groups, default=at_once)
 
 
 def _attend_pales(q, k, v, pale, mask, scale):

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from tokenvit_jax.kernels.platforms import by_platform
-from tokenvit_jax.kernels.top_indices import by_sorting, by_top_k
+from tokenvit_jax.kernels.top_indices import MAX_COUNTED, by_counting, by_sorting, by_top_k
 
 # Values per group in :func:`smallest_k`, at every level of groups of groups.
 GROUP = 8
@@ -15,8 +15,11 @@ GROUP = 8
 
 def top_indices(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
     """Returns the indices (..., k) of the largest scores (..., L), falling, ties to the lowest."""
-    on_cpu, elsewhere = (functools.partial(form, top_k=top_k) for form in (by_top_k, by_sorting))
-    return by_platform("top indices", scores, cpu=on_cpu, default=elsewhere)
+    on_gpu = by_counting if top_k and scores.shape[-1] <= MAX_COUNTED else by_top_k
+    on_cpu, on_gpu, elsewhere = (
+        functools.partial(form, top_k=top_k) for form in (by_top_k, on_gpu, by_sorting)
+    )
+    return by_platform("top indices", scores, cpu=on_cpu, cuda=on_gpu, default=elsewhere)
 
 
 def smallest(

@@ -62,5 +62,5 @@ def bipartite_matching(tokens: Float[Array, "B N D"], num_merged: int) -> Int32[
     own = jnp.broadcast_to(
         jnp.arange(num_alone, length - num_merged, dtype=jnp.int32), even.shape[:2]
     )
-    assignment = jnp.zeros((batch, length), jnp.int32)
-    return assignment.at[:, 1::2].set(cluster).at[:, ::2].set(own)
+    cluster = jnp.pad(cluster, ((0, 0), (0, length % 2)))
+    return jnp.stack([own, cluster], 2).reshape(batch, -1)[:, :length]

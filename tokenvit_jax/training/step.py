@@ -50,7 +50,7 @@ def make_train_step(
         def loss_fn(params, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
             with frozen.statistics():
-                trained = model.cast_weights(frozen.stop_gradient(params))
+                trained = frozen.stop_gradient(params)
                 loss, aux = task.loss(model, trained, model_state, inputs, rngs)
             model_state = dict(aux.model_state)
             sown = jax.tree.leaves(model_state.pop("losses", ()))

@@ -84,7 +84,7 @@ def reduce_tokens(
     by_chance = reducer.initial == "random" and reducer.method in CLUSTERINGS
     match "random" if by_chance else reducer.method:
         case "random":
-            rank = _draw(jax.random.uniform, rng, score)
+            rank = _draw(jax.random.uniform, rng, size)
         case "importance":  # Gumbel's trick: draws without replacement, in proportion to the scores
             rank = jnp.log(score) + _draw(jax.random.gumbel, rng, score)
         case _:
@@ -110,6 +110,8 @@ def _merge_alike(patches, num_kept):
     while values.shape[1] > num_kept:
         num_merged = min(values.shape[1] - num_kept, values.shape[1] // 2)
         assignment = ops.bipartite_matching(values[..., x.shape[-1] :], num_merged)
+        if values.shape[1] - num_merged == num_kept:  # no later round reads the keys
+            values = values[..., : x.shape[-1]]
         ones = jnp.ones_like(values[..., :1])
         weighted = jnp.concatenate([values, ones], -1) * size[..., None]
         sums = cluster_sums(weighted, assignment, values.shape[1] - num_merged)

@@ -86,9 +86,7 @@ class TokenReducer(Checked):
         names += () if self.method == CONVOLUTION else ("blocks",)
         names += () if self.method == SEARCH else ("penalty", "learning_rate_factor")
         names += () if reads_keep({"method": self.method}) else ("keep", "carry")
-        by_chance = ("random",) if self.initial == "score" else ("random", "kmeans", "kmedoids")
-        scored = self.scored_by == "all" and self.method not in by_chance
-        return names if scored else (*names, "diagonal")
+        return names if self.scored_by == "all" else (*names, "diagonal")
 
     def _refuse(self, name, valid):
         value = getattr(self, name)
@@ -110,7 +108,8 @@ class TokenReducer(Checked):
     @property
     def scored_by(self) -> str | None:
         """Queries whose attention gives the scores: "all" or "class"; None: no scores."""
-        if self.method in (MERGING, CONVOLUTION):
+        by_chance = ("random",) if self.initial == "score" else ("random", "kmeans", "kmedoids")
+        if self.method in (MERGING, CONVOLUTION, *by_chance):
             return None
         return "class" if self.method == EVIT else "all"
 
