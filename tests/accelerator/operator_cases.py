@@ -70,6 +70,24 @@ def _moved(centroids, sums, counts):
     return ops.move_centroids(centroids, ops.GroupSums(sums, counts), 0.9)
 
 
+def _deferred_block(x, bias, kernel, scale, shift):
+    """The second half of a feed-forward network: GELU, BatchNorm's affine and the convolution."""
+    deferred, sums = ops.defer_gelu(x, bias, with_sums=True)
+    result, _ = ops.depthwise_block(
+        deferred, kernel, input_bias=bias, scale=scale, shift=shift, deferred=True
+    )
+    return result, sums
+
+
+def _affine(x, scale, bias):
+    return ops.affine_of(ops.channel_sums(x), len(x), scale, bias, 1e-5)
+
+
+def _affine_gradient(x, dy, scale, bias):
+    sums = ops.channel_sums(dy)
+    return ops.affine_gradient(sums, sums, len(x), _affine(x, scale, bias), 1e-5)
+
+
 QKV = _qkv(4, 196, 4, 64)
 GROUPED, CENTROIDS = _qkv(4, 196, 4, 32), _normal(3, 4, 48, 32)
 LONG, FEW_CENTROIDS = _qkv(2, 784, 2, 32), _normal(3, 2, 48, 32)
@@ -78,8 +96,38 @@ MANY, TOKENS = _normal(0, 4, 784, 64), _normal(0, 4, 196, 64)
 GRID = {"grid": (20, 20), "clusters": (10, 10)}
 ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
 
+ROWS, CHANNELS = _normal(0, 784, 64), (_normal(5, 64), _normal(6, 64))
+MAP, KERNEL = _normal(0, 4, 14, 14, 64), _normal(1, 3, 3, 64)
+
 # Operator -> calls by name.
 CASES: dict[str, dict[str, Case]] = {
+    "add_layer_norm": {
+        "": Case(
+            functools.partial(ops.add_layer_norm, epsilon=1e-6),
+            (TOKENS, _normal(1, 4, 196, 64), *CHANNELS), 2, 4,
+        )
+    },
+    "affine_gradient": {"": Case(_affine_gradient, (ROWS, ROWS[::-1].copy(), *CHANNELS), 2, 0)},
+    "affine_of": {"": Case(_affine, (ROWS, *CHANNELS), 1, 0)},
+    "batch_norm": {
+        "": Case(functools.partial(ops.batch_norm, epsilon=1e-5), (MAP, *CHANNELS), 1, 3),
+        "and GELU": Case(
+            functools.partial(ops.batch_norm, epsilon=1e-5, with_gelu=True), (MAP, *CHANNELS), 1, 3
+        ),
+    },
+    "channel_affine": {"": Case(ops.channel_affine, (MAP, *CHANNELS), 1, 3)},
+    "channel_sums": {"": Case(ops.channel_sums, (MAP,), 1, 1)},
+    "defer_gelu": {"": Case(_deferred_block, (MAP, CHANNELS[0], KERNEL, *CHANNELS), 1, 0)},
+    "depthwise_block": {
+        "": Case(
+            lambda *inputs: ops.depthwise_block(*inputs, residual=True, with_sums=True),
+            (MAP, KERNEL, CHANNELS[0]), 2, 3,
+        )
+    },
+    "gelu": {"": Case(ops.gelu, (TOKENS,), 1, 1)},
+    "layer_norm": {
+        "": Case(functools.partial(ops.layer_norm, epsilon=1e-6), (TOKENS, *CHANNELS), 1, 3)
+    },
     "assign_clusters": {"": Case(_assigned, (MANY,), 1, 0, chooses=True)},
     "attention_rollout": {
         "": Case(ops.attention_rollout, (_softmax(_normal(0, 4, 3, 2, 50, 50)),), 1, 1)
