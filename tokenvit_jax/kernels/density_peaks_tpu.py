@@ -57,12 +57,10 @@ def _call(kernel, x, rows, outputs, interpret):
       outputs: shapes and types of the results (B, ..., N).
     """
     batch, length, channels = x.shape
-    padding = (0, 0), (0, _padded(length) - length)
-    x = jnp.pad(x, (*padding, (0, 0)))
-    rows = [jnp.pad(row, padding)[:, None] for row in rows]
-    image = pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, 0, 0))
+    # Blocks may reach beyond an image, where they hold any values, even NaN.
+    image = pl.BlockSpec((None, _padded(length), channels), lambda i, j: (i, 0, 0))
     queries = pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0))
-    row = pl.BlockSpec((None, 1, x.shape[1]), lambda i, j: (i, 0, 0))
+    row = pl.BlockSpec((None, 1, _padded(length)), lambda i, j: (i, 0, 0))
     return pl.pallas_call(
         functools.partial(kernel, length=length),
         grid=(batch, _padded(length) // BLOCK),
@@ -73,7 +71,7 @@ def _call(kernel, x, rows, outputs, interpret):
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
-    )(x, x, *rows)
+    )(x, x, *(row[:, None] for row in rows))
 
 
 def _part(ref, i):
@@ -239,14 +237,13 @@ def nearest_center(
       (B, N), in [0, M).
     """
     batch, length, channels = x.shape
-    missing = _padded(centers.shape[1]) - centers.shape[1]
-    centers = jnp.pad(centers, ((0, 0), (0, missing), (0, 0)))
+    keys = _padded(centers.shape[1])
     nearest = pl.pallas_call(
         _nearest_center_kernel,
         grid=(batch, _padded(length) // BLOCK),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, *centers.shape[1:]), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((None, keys, channels), lambda i, j: (i, 0, 0)),
             pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0)),
         ],
         out_specs=pl.BlockSpec((None, 1, BLOCK), lambda i, j: (i, 0, j)),
