@@ -48,12 +48,15 @@ def test_token_reducers(monkeypatch, capsys):
     assert list(found)[:3] == ["deit_s", "deit_s powerbert level3", "deit_s tome level3"]
     assert found["deit_s"] == pytest.approx(4.599, abs=1e-3)
     assert found["deit_s powerbert level3"] == pytest.approx(2.268, abs=1e-3)
-    # Matching compares one half of the patches with the other by keys of 64 channels, then merges.
+    # Matching compares one half of the patches with the other by keys of 64 channels, then merges
+    # the patches and, before another matching, the keys.
     left, matching = 196, 0
     for keep in TOKEN_POOLING["deit_s"][3].keep[:-1]:  # the last one keeps none
         while left > keep:
-            matching += (left // 2) * (left - left // 2) * 64 + left * (384 + 64 + 1)
-            left = max(keep, left - left // 2)
+            after = max(keep, left - left // 2)
+            merged = 384 + 1 + (64 if after > keep else 0)
+            matching += (left // 2) * (left - left // 2) * 64 + left * merged
+            left = after
     extra = found["deit_s tome level3"] - found["deit_s powerbert level3"]
     assert extra == pytest.approx(matching / 1e9, rel=1e-6)
     status, table, _ = run(monkeypatch, capsys, *args[:2])
