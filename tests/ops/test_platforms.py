@@ -1,6 +1,7 @@
 """The choice between the forms of an operator, under jit over a mesh, pmap, vmap and shard_map."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,15 @@ def test_default_forms_only(operator):
     with platforms.default_forms():
         assert not branches()
     assert branches()
+
+
+def test_old_gpu(operator, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, expected in (("7.5", "compute capability 7.5 is below 8.0"), ("12.0", None)):
+        gpu = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda gpu=gpu: [gpu])
+        found = misfits_of(operator, np.ones((2, 3), np.float32))
+        assert [reason for _, reason, _ in found] == ([expected] if expected else [])
 
 
 def mesh_of(devices):

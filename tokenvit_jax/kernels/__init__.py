@@ -3,4 +3,9 @@
 The files of :mod:`tokenvit_jax.ops` hold the mathematics, the checks and the choice between forms;
 only they import these modules. A kernel imports jax, numpy, other kernels and the helpers of `ops`
 that depend on nothing else (`dtypes`, `gather`).
+
+Kernels for NVIDIA GPUs are written for Pallas' Triton backend: it compiles for every GPU from
+compute capability 8.0 on, also ahead of time on a machine without one, and its kernels run in
+interpret mode in the tests. Its successor, Mosaic GPU, is for Hopper and newer only. Kernels for
+TPUs are written for Mosaic.
 """

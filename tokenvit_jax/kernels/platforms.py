@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax.kernels.forms import FORMS
 
+OLDEST = "8.0"  # compute capability of the oldest GPU that kernels are compiled for
+
 
 class Misfit(NamedTuple):
     """A kernel that could not take its arguments, so that the default form ran.
@@ -122,6 +124,8 @@ def by_platform(
         if platform != "cpu" and _default_only.value:
             continue
         reason = None if platform == "cpu" else general or misfits.get(platform)
+        if platform == "cuda":
+            reason = reason or _old_gpu()
         if reason:
             _note(Misfit(operator, platform, reason, _shapes(args)))
         elif platform == "cpu":
@@ -228,6 +232,16 @@ def _identity(value):
         return (value.__code__, _identity(value.__defaults__), *map(_identity, held))
     hash(value)
     return type(value), value
+
+
+def _old_gpu():
+    """Returns why kernels do not run on the GPU of this process, or None."""
+    if jax.default_backend() != "gpu":
+        return None  # there is none, or a program is lowered for one that is elsewhere
+    capability = getattr(jax.local_devices()[0], "compute_capability", OLDEST)
+    if float(capability) >= float(OLDEST):
+        return None
+    return f"compute capability {capability} is below {OLDEST}"
 
 
 def _note(misfit):
