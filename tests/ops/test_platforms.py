@@ -53,6 +53,22 @@ def test_misfits(operator):
         assert misfits_of(operator, jnp.ones(2, jnp.float64)) == [("cuda", "float64", ((2,),))]
 
 
+def test_default_forms_only(operator):
+    """A function under jit is traced anew in the context, and again without kernels only there."""
+    kernel = lambda x: 3 * x  # noqa: E731
+    run = jax.jit(
+        lambda x: platforms.by_platform(operator, x, default=lambda x: x + x, cuda=kernel)
+    )
+
+    def branches():
+        return "platform_index" in str(run.trace(jnp.ones(2)).jaxpr)
+
+    assert branches()
+    with platforms.default_forms():
+        assert not branches()
+    assert branches()
+
+
 def test_old_gpu(operator, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability, expected in (("7.5", "compute capability 7.5 is below 8.0"), ("12.0", None)):

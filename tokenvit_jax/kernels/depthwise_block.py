@@ -195,12 +195,12 @@ def _forward_kernel(refs, *, block, grid):
     rows = range(-1, grid.rows + 1)
 
     def raw(column):
-        return [strip.load(refs["x"], row, column) for row in rows]
+        return [[strip.load(refs["x"], row, column)] for row in rows]
 
     def window(raws, column):
         return [
             edge(convert(x, block.deferred)[0], row, column)
-            for x, row in zip(raws, rows, strict=True)
+            for (x,), row in zip(raws, rows, strict=True)
         ]
 
     def step(j, carry):
@@ -227,7 +227,7 @@ def _forward_kernel(refs, *, block, grid):
         return middle, right, later, sums
 
     sums = [strip.zeros() for _ in range(2 * block.with_sums)]
-    sums = strip.along_columns(step, raw(0), sums)
+    sums = strip.along_columns(step, 1, sums)
     strip.store_sums(refs.get("sums"), sums)
 
 
@@ -273,7 +273,7 @@ def _backward_kernel(refs, *, block, grid):
         return middle, right, later, sums
 
     sums = [strip.zeros() for _ in range(12)]
-    sums = strip.along_columns(step, raw(0), sums)
+    sums = strip.along_columns(step, len(maps), sums)
     strip.store_sums(refs["sums"], sums)
 
 
@@ -344,6 +344,7 @@ def _with_sums_gradient(dy, y, dsums):
     return dy if dsums[0] is None else dy + (dsums[0] + 2 * dsums[1] * y)
 
 
+@jax.jit  # traced once for all rows of a kernel
 def _gelu_and_slope(x):
     """Returns GELU and its derivative from one exponential; the absolute error of erf is 1.5e-7.
 
@@ -513,13 +514,16 @@ class _Part:
         del line, column
         return x
 
-    def along_columns(self, step, raw, sums):
-        """Calls step(column, (left, middle, raw right column, sums)) from column -1 on.
+    def along_columns(self, step, maps, sums):
+        """Calls step(column, (left, middle, raw right column, sums)) from column -2 on.
 
-        Nothing is stored for column -1: its step computes the first middle column.
+        A column is a list of one array per line, a raw column one of an array per line and map.
+        Nothing is stored for columns -2 and -1: their steps load and compute the first middle
+        column. Loads in front of the loop would double the time to compile it.
         """
-        empty = [self.zeros() for _ in raw]
-        carry = lax.fori_loop(-1, self._width, step, (empty, empty, raw, sums))
+        empty = [self.zeros() for _ in self._lines]
+        raw = [[self.zeros() for _ in range(maps)] for _ in self._lines]
+        carry = lax.fori_loop(-2, self._width, step, (empty, empty, raw, sums))
         return carry[3]
 
     def store_sums(self, ref, sums):

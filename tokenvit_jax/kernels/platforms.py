@@ -58,6 +58,18 @@ def noted_misfits() -> Iterator[list[Misfit]]:
         _noted.reset(token)
 
 
+_default_only = jax.make_user_context(False)  # jax.jit does not mix up what it traced in both
+
+
+def default_forms() -> contextlib.AbstractContextManager[None]:
+    """Leaves kernels out of what is traced in the context, for outputs that nobody reads.
+
+    The initialisation of a model traces its layers for the shapes of their parameters; tracing the
+    kernels, too, would take as long again.
+    """
+    return _default_only(True)
+
+
 _traced: ContextVar[dict[Hashable, Callable[..., Any]] | None] = ContextVar("traced", default=None)
 
 
@@ -109,6 +121,8 @@ def by_platform(
     general = _general_misfit(args, shared)
     forms = {}
     for platform in [name for name in given if name != "default"]:  # in order, for caches
+        if platform != "cpu" and _default_only.value:
+            continue
         reason = None if platform == "cpu" else general or misfits.get(platform)
         if platform == "cuda":
             reason = reason or _old_gpu()

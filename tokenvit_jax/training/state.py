@@ -11,6 +11,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import input_shape
+from tokenvit_jax.kernels.platforms import default_forms
 
 
 class TrainState(struct.PyTreeNode):
@@ -70,7 +71,9 @@ def init_state(
     # Steps count from 0 upwards, so no step has this key.
     rng = step_rng(config.seed, jnp.uint32(2**32 - 1))
     images = jnp.zeros((1, *input_shape(config)))
-    return first_state(model.init(rng, images, train=False), optimizer, config)
+    with default_forms():
+        variables = model.init(rng, images, train=False)
+    return first_state(variables, optimizer, config)
 
 
 def first_state(
