@@ -11,6 +11,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.kernels.depthwise_conv import (
     kernel_gradient_by_library,
     kernel_gradient_by_lines,
+    kernel_gradient_by_sums,
 )
 
 
@@ -52,7 +53,7 @@ def test_gradient_is_that_of_the_convolution():
         strict=True,
     ):
         np.testing.assert_allclose(gradient, expected, atol=2e-5)
-    for form in (kernel_gradient_by_library, kernel_gradient_by_lines):
+    for form in (kernel_gradient_by_library, kernel_gradient_by_lines, kernel_gradient_by_sums):
         np.testing.assert_allclose(form(x, dy, weights.shape), expected, atol=2e-5)
 
 

@@ -14,6 +14,7 @@ from tokenvit_jax.kernels.depthwise_conv import (
     convolve_by_shifts,
     kernel_gradient_by_library,
     kernel_gradient_by_lines,
+    kernel_gradient_by_sums,
 )
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.channel_affine import per_device
@@ -164,6 +165,7 @@ def _block_backward(block, residuals, cotangents):
         "depthwise block gradient", dy, dsums, x, z, kernel, input_bias, scale, shift,
         cpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_lines),
         default=functools.partial(form, convolve_by_library, kernel_gradient_by_library),
+        tpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_sums),
         cuda=functools.partial(kernels.block_backward, block=block),
         misfits={"cuda": kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 4, 5, 6, 7),

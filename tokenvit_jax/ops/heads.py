@@ -26,6 +26,6 @@ def split_qkv(
     Returns:
       q, k and v, each (B, L, N, C / N).
     """
-    qkv = qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
-    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    # Cut before channels become heads: a TPU would move an array of one head per tile.
+    q, k, v = (split_heads(x, num_heads) for x in jnp.split(qkv, 3, axis=-1))
     return q, k, v
