@@ -14,7 +14,12 @@ from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
 
-CONTEXTS = ("cudnn.assumed", "platforms.kernels_traced_once", "platforms.noted_misfits")
+CONTEXTS = (
+    "cudnn.assumed",
+    "platforms.default_forms",
+    "platforms.kernels_traced_once",
+    "platforms.noted_misfits",
+)
 FUNCTIONS = {
     name: function
     for package in (ops, kernels)
