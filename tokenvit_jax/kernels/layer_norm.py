@@ -132,13 +132,21 @@ class _Tiling:
         first = number * self.height
         rows = first + jnp.arange(self.height) < self.tokens
         columns = jnp.arange(self.width) < self.channels
-        slices = pl.ds(first, self.height), pl.ds(0, self.width)
+        slices = pl.ds(first, self.height), self.all_channels(number)
         return slices, rows[:, None] & columns[None], rows
 
-    def vector(self, ref):
+    def all_channels(self, number):
+        """Returns the slice of the padded channels, from a number that is not known in advance.
+
+        jax 0.12 refuses a masked slice that begins at a known place and ends behind an array.
+        """
+        return pl.ds(0 * number, self.width)
+
+    def vector(self, ref, number):
         """Reads a vector of all channels."""
         mask = jnp.arange(self.width) < self.channels
-        return plt.load(ref.at[pl.ds(0, self.width)], mask=mask, other=0).astype(jnp.float32)
+        values = plt.load(ref.at[self.all_channels(number)], mask=mask, other=0)
+        return values.astype(jnp.float32)
 
 
 def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
@@ -146,7 +154,8 @@ def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
     scale_ref, bias_ref, *results = refs
     total_ref, results = (results[0], results[1:]) if adds else (None, results)
     y_ref, mean_ref, inverse_ref = results
-    slices, mask, rows = tiling.block(pl.program_id(0))
+    program = pl.program_id(0)
+    slices, mask, rows = tiling.block(program)
     x = plt.load(x_ref.at[slices], mask=mask, other=0)
     if adds:
         x = x + plt.load(branch_ref.at[slices], mask=mask, other=0)
@@ -155,8 +164,8 @@ def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
     mean = jnp.sum(x, 1) / tiling.channels
     var = jnp.maximum(0.0, jnp.sum(x * x, 1) / tiling.channels - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
-    y = (x - mean[:, None]) * (inverse[:, None] * tiling.vector(scale_ref)[None])
-    y = (y + tiling.vector(bias_ref)[None]).astype(y_ref.dtype)
+    y = (x - mean[:, None]) * (inverse[:, None] * tiling.vector(scale_ref, program)[None])
+    y = (y + tiling.vector(bias_ref, program)[None]).astype(y_ref.dtype)
     plt.store(y_ref.at[slices], y, mask=mask)
     plt.store(mean_ref.at[slices[0]], mean, mask=rows)
     plt.store(inverse_ref.at[slices[0]], inverse, mask=rows)
@@ -167,7 +176,7 @@ def _backward_kernel(
 ):  # fmt: skip
     *dtotal_ref, dx_ref, sums_ref = refs
     program = pl.program_id(0)
-    scale = tiling.vector(scale_ref)[None]
+    scale = tiling.vector(scale_ref, program)[None]
 
     def block(step, sums):
         slices, mask, rows = tiling.block(program + step * programs)
@@ -190,5 +199,5 @@ def _backward_kernel(
     sums = lax.fori_loop(0, steps, block, (zeros, zeros))
     mask = jnp.arange(tiling.width) < tiling.channels
     for number, parts in enumerate(sums):
-        place = pl.ds(program, 1), pl.ds(number, 1), pl.ds(0, tiling.width)
+        place = pl.ds(program, 1), pl.ds(number, 1), tiling.all_channels(program)
         plt.store(sums_ref.at[place], jnp.sum(parts, 0)[None, None], mask=mask[None, None])
