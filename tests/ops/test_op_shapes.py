@@ -251,6 +251,7 @@ CALLS = {
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
     "packed.map_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
+    "packed.norm_packed": [(([TOKENS, TOKENS[0, 0]],), {})],
     "packed.update_packed": [((lambda g, s, p: (g, s), [TOKENS[0, 0]], (), [TOKENS[0, 0]]), {})],
     "pale_attention.pale_attention": [
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})

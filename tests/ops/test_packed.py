@@ -95,6 +95,17 @@ def test_arrays_of_one_shape(accelerator, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, gradients, [x.astype(jnp.float32) for x in cast])
 
 
+def test_norm(accelerator, monkeypatch):
+    """Arrays of a frequent shape are joined, large arrays are not."""
+    monkeypatch.setattr(packed, "_MANY", 2)
+    monkeypatch.setattr(packed, "_LARGE", 20)
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3), (4,), (2, 3), (5, 5), (5, 5), (), (3, 3)]
+    arrays = {i: jnp.asarray(rng.normal(size=shape), jnp.float32) for i, shape in enumerate(shapes)}
+    values = np.concatenate([np.ravel(x) for x in arrays.values()]).astype(np.float64)
+    np.testing.assert_allclose(packed.norm_packed(arrays), np.linalg.norm(values), rtol=1e-6)
+
+
 def test_rows(accelerator):
     """Arrays with equal rows are joined, however many rows they have."""
     rows = (2, 1, 3)

@@ -156,6 +156,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "block by block: an operation costs little",
         "default": "all blocks at once: compiled for an H200, a launch for many",
     },
+    "norm of gradients": {
+        "cpu": "array by array: an operation costs little",
+        "default": "all vectors, and all matrices of a shape, at once: compiled for an H100, 420 "
+        "launches less in a training step of DGT-T",
+    },
     "updates of vectors": {
         "cpu": "one by one: an operation costs little",
         "default": "as one vector: compiled for an H200, 12 launches for 360 of them",

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -142,6 +143,33 @@ def update_packed(
     )
 
 
+def norm_packed(tree: Any) -> Float[Array, ""]:
+    """Returns the global norm of a tree, the square root of the sum of the squares of all values.
+
+    On a CPU, where joining saves nothing, each array is summed by itself.
+
+    Args:
+      tree: tree of float32 arrays.
+    """
+
+    def together(arrays):
+        sums = []
+        for group in _groups(arrays, _LARGE):
+            parts = [arrays[i] for i in group]
+            # Arrays of one shape are stacked, not joined in a row, because each may be sharded.
+            joined = jnp.concatenate if parts[0].ndim < 2 else jnp.stack
+            sums.append(jnp.square(joined([jnp.atleast_1d(x) for x in parts])).sum())
+        return jnp.sqrt(sum(sums))
+
+    return by_platform(
+        "norm of gradients",
+        jax.tree.leaves(tree),
+        default=together,
+        cpu=optax.global_norm,
+        shared=(0,),
+    )
+
+
 def map_rows(
     function: Callable[..., tuple[Array, ...]], *lists: list[Array]
 ) -> list[tuple[Array, ...]]:
@@ -164,7 +192,10 @@ def map_rows(
         for i, arrays in enumerate(zip(*lists, strict=True)):
             groups[tuple((x.shape[1:], x.dtype) for x in arrays)].append(i)
         for group in groups.values():
-            joined = function(*(jnp.concatenate([arrays[i] for i in group]) for arrays in lists))
+            # The compiler would fuse the joining of hundreds of arrays into every reader of them,
+            # and takes minutes to weigh that.
+            rows = [jnp.concatenate([arrays[i] for i in group]) for arrays in lists]
+            joined = function(*lax.optimization_barrier(rows))
             shapes = [[(len(lists[0][i]), *x.shape[1:]) for i in group] for x in joined]
             parts = [_split(x.reshape(-1), shape) for x, shape in zip(joined, shapes, strict=True)]
             for i, part in zip(group, zip(*parts, strict=True), strict=True):

@@ -10,10 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tokenvit_jax.ops.packed import update_packed
+from tokenvit_jax.ops.packed import norm_packed, update_packed
 from tokenvit_jax.training.freezing import Frozen, map_paths
 
 # Last parts of the names of arrays without weight decay although they are matrices.
@@ -76,7 +77,7 @@ def make_optimizer(
     References:
       Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = _clip(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
     optimizer = _packed(optax.chain(clip, make(config.optimizer, learning_rate_schedule(config))))
     frozen = Frozen(config.optimizer.freeze, model)
@@ -105,6 +106,18 @@ def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> 
     top = model.num_layers - 1
     factors = map_paths(lambda path, _: decay ** (top - model.layer_of(path)), params)
     return factors if own is None else jax.tree.map(lambda a, b: a * b, factors, own)
+
+
+def _clip(max_norm):
+    """Scales updates down to a global norm; the norm is the one that a training step logs."""
+
+    def clip(updates, state, params=None):
+        del params
+        norm = norm_packed(updates)
+        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+        return jax.tree.map(lambda x: x * factor, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, clip)
 
 
 def _packed(optimizer):

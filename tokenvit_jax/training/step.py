@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
-from tokenvit_jax.ops.packed import map_packed
+from tokenvit_jax.ops.packed import map_packed, norm_packed
 from tokenvit_jax.tasks import Outcome, Task
 from tokenvit_jax.training.freezing import Frozen
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
@@ -94,7 +94,7 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm_packed(grads),
             "learning_rate": learning_rate,
             "data/skipped": state.skipped,
         }
