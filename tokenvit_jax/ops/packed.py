@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -152,6 +151,9 @@ def norm_packed(tree: Any) -> Float[Array, ""]:
       tree: tree of float32 arrays.
     """
 
+    def one_by_one(arrays):
+        return jnp.sqrt(sum(jnp.square(x).sum() for x in arrays))
+
     def together(arrays):
         sums = []
         for group in _groups(arrays, _LARGE):
@@ -165,7 +167,7 @@ def norm_packed(tree: Any) -> Float[Array, ""]:
         "norm of gradients",
         jax.tree.leaves(tree),
         default=together,
-        cpu=optax.global_norm,
+        cpu=one_by_one,
         shared=(0,),
     )
 
