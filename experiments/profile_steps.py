@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import tokenvit_jax as tv
 from experiments import pages
 from tokenvit_jax.measure.models import train_step_of
-from tokenvit_jax.measure.profile import PARTS, UNKNOWN, times_of_parts
+from tokenvit_jax.measure.parts import PARTS
+from tokenvit_jax.measure.profile import UNKNOWN, times_of_parts
 from tokenvit_jax.measure.timing import normal
 from tokenvit_jax.memory import keep_pages
 

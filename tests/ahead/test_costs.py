@@ -1,4 +1,4 @@
-"""Parts, layers and purposes by the origins of kernels, and the least time of a step."""
+"""The least time of a step, and the purposes of collectives."""
 
 import pytest
 
@@ -6,45 +6,11 @@ from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
 from tokenvit_jax.ahead.hlo import Collective, Kernel, Message, Program, Work
 from tokenvit_jax.ahead.targets import parse_target
+from tokenvit_jax.measure import parts
 
 BLOCK = "jit(step)/jvp(DGT)/DGT.pooled/DGT.run_blocks/stages_2_11/stages_2_11._residual"
 BACK = BLOCK.replace("jvp(DGT)", "transpose(jvp(DGT))")
 GROUPS = f"{BLOCK}/attention/attention._attend_in_groups/jit(tokenvit_jax.ops.group_attention)"
-
-
-@pytest.mark.parametrize(
-    ("origin", "part", "layer"),
-    [
-        (
-            f"{GROUPS}/while/body/closed_call/reduce_sum",
-            "selection of keys",
-            "stages_2_*/attention/group_attention/reduce_sum",
-        ),
-        (
-            f"{GROUPS}/cond/branch_0_fun/dot_general",
-            "attention in groups",
-            "stages_2_*/attention/group_attention/dot_general",
-        ),
-        (
-            f"{BLOCK}/attention/qkv/dot_general",
-            "linear layers of attention",
-            "stages_2_*/attention/qkv/dot_general",
-        ),
-        (
-            f"{BACK}/ffn/depthwise/jit(tokenvit_jax.ops.depthwise_conv)/reduce_sum",
-            "convolutions",
-            "stages_2_*/ffn/depthwise/depthwise_conv/reduce_sum (backward)",
-        ),
-        (f"{BLOCK}/ffn/norm2/rsqrt", "norms", "stages_2_*/ffn/norm2/rsqrt"),
-        (f"{BLOCK}/ffn/convert_element_type", "feed-forward networks", None),
-        (f"{BLOCK}/add", costs.OTHER_MODEL, "stages_2_*/add"),
-        ("jit(step)/add", costs.OTHER, "add"),
-        ("", costs.OTHER, "no name"),
-    ],
-)
-def test_part_and_layer(origin, part, layer):
-    assert costs.part_of(origin) == part
-    assert layer is None or costs.layer_of(origin) == layer
 
 
 @pytest.mark.parametrize(
@@ -81,7 +47,7 @@ def test_a_kernel_takes_the_longest_of_launch_bytes_and_products():
     compiled = make("h100", [launch, moves, works])
     rows = {row.name: row for row in costs.by_part(compiled)}
     assert [row.seconds for row in rows.values()] == pytest.approx([2e-3, 1e-3, 2.5e-5])
-    assert list(rows) == ["feed-forward networks", "norms", costs.OTHER]
+    assert list(rows) == ["feed-forward networks", "norms", parts.OTHER]
     assert rows["feed-forward networks"].operations == pytest.approx(2 * 790e9)
     all_rows = costs.total(rows.values())
     assert (all_rows.launches, all_rows.bytes) == (13, 3_000_000_000 + 96)

@@ -12,32 +12,7 @@ from typing import NamedTuple
 from tokenvit_jax.ahead.compiling import Compiled
 from tokenvit_jax.ahead.hlo import Collective, Kernel
 from tokenvit_jax.ahead.targets import Target
-
-# Parts of a step: the first pattern that is found in the origin of a kernel decides. Operators of
-# this package appear by their names, layers by theirs.
-PARTS = (
-    ("selection of keys", r"tokenvit_jax\.ops\.(top_k|selection|kth)|group_attention.*(sort|top_k)"
-                          r"|group_attention\)?/while"),
-    ("attention in groups", r"group_attention|group_sums|centroid"),
-    ("clustering and merging", r"density_peaks|assign_clusters|merge_tokens|cluster_sums|kmedoids"
-                               r"|kmeans|superpixels|reconstruct_tokens|token_merging|reducer"),
-    ("linear layers of attention", r"attention/(\w+/)*(qkv|q|kv|k|v|proj)/"),
-    ("attention", r"attention|attend"),
-    ("convolutions", r"depthwise|cpe|conv(?!ert)"),
-    ("norms", r"norm"),
-    ("feed-forward networks", r"/(ffn|mlp)/|gelu"),
-    ("patches and stems", r"patch|stem|embed|downsample|merging"),
-    ("head and loss", r"head|logits|softmax|cross_entropy|log_softmax"),
-    ("batch: mixing, normalisation", r"prepare|mix_batch|draw_mixing|random|threefry|normalize"),
-)  # fmt: skip
-_MODEL = re.compile(r"jvp\(|transpose\(")
-OTHER_MODEL, OTHER = "model, the rest", "outside the model: optimizer, averages, metrics"
-
-# Parts of an origin that are no layers.
-_NO_LAYER = re.compile(
-    r"^(jit\((?!tokenvit_jax)|jvp\(|transpose\(|vmap\(|pmap\(|shard_map|while$|body$|cond$|branch_"
-    r"|closed_call$|checkpoint|remat|custom_[jv][vj]p|core_call|pjit|rematted)"
-)
+from tokenvit_jax.measure.parts import layer_of, module_path, part_of
 
 
 class Cost(NamedTuple):
@@ -99,31 +74,6 @@ def by_part(compiled: Compiled) -> list[Cost]:
 def by_layer(compiled: Compiled) -> list[Cost]:
     """Returns the cost of every kind of layer and operator, the costliest first."""
     return _grouped(compiled, lambda kernel: layer_of(kernel.origin))
-
-
-def part_of(origin: str) -> str:
-    """Returns the part of a step that a kernel belongs to."""
-    for name, pattern in PARTS:
-        if re.search(pattern, origin):
-            return name
-    return OTHER_MODEL if _MODEL.search(origin) or module_path(origin) else OTHER
-
-
-def module_path(origin: str) -> str:
-    """Returns the path of the layer in an origin, such as "stages_0_0/attention/qkv"."""
-    *path, _ = origin.split("/")
-    parts = [part for part in path if part and not _NO_LAYER.match(part)]
-    layers = [part for part in parts if not part.startswith("jit(") and "." not in part]
-    return "/".join(layers)
-
-
-def layer_of(origin: str) -> str:
-    """Returns the kind of layer, the operator and the direction, with "*" for numbers of blocks."""
-    operator = re.findall(r"tokenvit_jax\.(?:ops|kernels)\.(\w+)", origin)
-    path = re.sub(r"_\d+$|_\d+(?=/)", "_*", module_path(origin))
-    last = origin.rsplit("/", 1)[-1] if origin else "no name"
-    name = "/".join(filter(None, [path, *operator[-1:], last]))
-    return f"{name} (backward)" if "transpose(" in origin else name
 
 
 def _grouped(compiled: Compiled, key: Callable[[Kernel], str]) -> list[Cost]:

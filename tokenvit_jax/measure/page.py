@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure import models, operators, timing, timm_peers
-from tokenvit_jax.measure.profile import PARTS, UNKNOWN, times_of_parts
+from tokenvit_jax.measure.parts import PARTS
+from tokenvit_jax.measure.profile import UNKNOWN, times_of_parts
 from tokenvit_jax.measure.report import format_value, markdown_table
 
 SMALL = ("dgt_t", "clustr_t", "pale_t", "swin_t", "deit_s")

@@ -1,7 +1,7 @@
 """Tells where a compiled program spends its time, by parts of the model.
 
-`jax.profiler` traces one call. Every operation of the compiled program is assigned to a part by the
-layer that it comes from. XLA fuses some products of attention with the softmax, so both are one
+`jax.profiler` traces one call. :mod:`tokenvit_jax.measure.parts` assigns every operation of the
+compiled program to a part. XLA fuses some products of attention with the softmax, so both are one
 part. On a GPU, kernels of libraries that XLA launches as part of a graph do not tell their layer.
 """
 
@@ -14,16 +14,8 @@ from typing import Any
 
 import jax
 
-# An operation belongs to the first part whose pattern occurs in the name of the operation's origin.
-PARTS = {
-    "clustering and merging": "density_peaks|assign_clusters|merge_tokens|cluster_sums",
-    "depthwise convolutions": "depthwise|cpe",
-    "attention: groups, products, softmax": "attend_in_groups|dot_product_attention|pale_attention",
-    "linear layers, strided convolutions": "dot_general|conv_general",
-    "GELU and BatchNorm of the feed-forward network": "/ffn|/mlp",
-    "other normalisation": "norm",
-    "the rest": "",
-}
+from tokenvit_jax.measure.parts import PARTS, part_of
+
 UNKNOWN = "library kernels whose layer is unknown"
 
 
@@ -44,8 +36,7 @@ def times_of_parts(compiled: jax.stages.Compiled, run: Callable[[], Any]) -> dic
         if origin is None and re.match(r"(transpose_)?copy|Mem", operation):
             origin = ""
         if origin is not None:
-            part = next(part for part, pattern in PARTS.items() if re.search(pattern, origin))
-            times[part] += nanoseconds
+            times[part_of(origin)] += nanoseconds
         elif on_gpu:
             times[UNKNOWN] += nanoseconds
     return {part: times[part] / 1e6 for part in (*PARTS, UNKNOWN)}

@@ -1,0 +1,47 @@
+"""Parts and layers by the origins of operations."""
+
+import pytest
+
+from tokenvit_jax.measure import parts
+
+BLOCK = "jit(step)/jvp(DGT)/DGT.pooled/DGT.run_blocks/stages_2_11/stages_2_11._residual"
+BACK = BLOCK.replace("jvp(DGT)", "transpose(jvp(DGT))")
+GROUPS = f"{BLOCK}/attention/attention._attend_in_groups/jit(tokenvit_jax.ops.group_attention)"
+
+
+@pytest.mark.parametrize(
+    ("origin", "part", "layer"),
+    [
+        (
+            f"{GROUPS}/while/body/closed_call/reduce_sum",
+            "selection of keys",
+            "stages_2_*/attention/group_attention/reduce_sum",
+        ),
+        (
+            f"{GROUPS}/cond/branch_0_fun/dot_general",
+            "attention in groups",
+            "stages_2_*/attention/group_attention/dot_general",
+        ),
+        (
+            f"{BLOCK}/attention/qkv/dot_general",
+            "linear layers of attention",
+            "stages_2_*/attention/qkv/dot_general",
+        ),
+        (
+            f"{BACK}/ffn/depthwise/jit(tokenvit_jax.ops.depthwise_conv)/reduce_sum",
+            "convolutions",
+            "stages_2_*/ffn/depthwise/depthwise_conv/reduce_sum (backward)",
+        ),
+        (f"{BLOCK}/ffn/norm2/rsqrt", "norms", "stages_2_*/ffn/norm2/rsqrt"),
+        (f"{BLOCK}/ffn/convert_element_type", "feed-forward networks", None),
+        (f"{BLOCK}/add", parts.OTHER_MODEL, "stages_2_*/add"),
+        ("jit(step)/add", parts.OTHER, "add"),
+        ("jit(<lambda>)/DGT/head/dot_general", "head and loss", "DGT/head/dot_general"),
+        ("jit(step)/normalize/sub", "batch: mixing, normalisation", None),
+        ("", parts.UNNAMED, "no name"),
+    ],
+)
+def test_part_and_layer(origin, part, layer):
+    assert parts.part_of(origin) == part
+    assert layer is None or parts.layer_of(origin) == layer
+    assert part in parts.PARTS
