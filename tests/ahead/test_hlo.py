@@ -66,6 +66,29 @@ def test_bytes(shape, size):
     assert shape_bytes(shape) == size
 
 
+GATHER = """
+ENTRY %main (a: f32[2,4], b: bf16[6]) -> (f32[16,4], bf16[48]) {
+  %a = f32[2,4]{1,0} parameter(0), metadata={op_name="a"}
+  %b = bf16[6]{0} parameter(1), metadata={op_name="b"}
+  %start = ((f32[2,4]{1,0}, bf16[6]{0}), (f32[16,4]{1,0}, bf16[48]{0})) all-gather-start(%a, %b), \
+dimensions={0}
+  ROOT %done = (f32[16,4]{1,0}, bf16[48]{0}) all-gather-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_gather_counts_with_its_results(start):
+    text = GATHER
+    if not start:  # results only
+        text = text.replace("((f32[2,4]{1,0}, bf16[6]{0}), ", "").replace(
+            "[48]{0})) a", "[48]{0}) a"
+        )
+        text = text.replace("all-gather-start", "all-gather")
+    messages = Message(4 * 16 * 4, "a"), Message(2 * 48, "b")
+    assert read_program(text).collectives == [Collective(1, "all-gather", messages)]
+
+
 LIBRARY = """
 ENTRY %main (q: bf16[2,4,8,16]) -> bf16[2,4,8,16] {
   %q = bf16[2,4,8,16]{3,2,1,0} parameter(0)

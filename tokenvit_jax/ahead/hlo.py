@@ -97,7 +97,7 @@ class Message(NamedTuple):
     """An array, or several, that a collective moves.
 
     Attributes:
-      bytes: size on one device.
+      bytes: size on one device; of a gather, the size of the result.
       origin: where the model computes it.
     """
 
@@ -251,13 +251,21 @@ class _Reader:
                 yield Work(2.0 * multiply_adds * passes, precision)
 
     def _messages(self, computation, instruction) -> Iterator[Message]:
-        # A gather is as large as its results.
-        gathers = instruction.opcode.startswith("all-gather")
-        whole = shape_bytes(instruction.shape) if gathers and len(instruction.operands) == 1 else 0
+        growth = self._growth(computation, instruction)
         for name in instruction.operands:
             for message in self._sources(computation, name):
                 origin = message.origin or instruction.origin
-                yield Message(max(message.bytes, whole), origin)
+                yield Message(message.bytes * growth, origin)
+
+    def _growth(self, computation, instruction) -> int:
+        """Returns how often a gather's operands fit into its results; 1 for other collectives."""
+        if not instruction.opcode.startswith("all-gather"):
+            return 1
+        operands = [computation[x].shape for x in instruction.operands if x in computation]
+        given, results = sum(map(shape_bytes, operands)), shape_bytes(instruction.shape)
+        if instruction.opcode == "all-gather-start":  # returns the operands, too
+            results -= given
+        return results // given if given else 1
 
     def _sources(self, computation, name: str) -> Iterator[Message]:
         """Yields the arrays with an origin of which an operand of a collective consists."""
