@@ -4,6 +4,7 @@ import pytest
 
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels import gpus
 
 NAMES = targets.list_devices()
 
@@ -23,6 +24,14 @@ def test_facts_are_complete(name):
     assert products == sorted(products, reverse=True) and products[-1] > 1e13
     text = device.compiler.get("target_config", "")
     assert text.count("{") == text.count("}") and bool(text) == (device.platform == "cuda")
+
+
+def test_gpus_as_the_compiler_sees_them():
+    found = {name: targets.read_device(name).gpu for name in NAMES}
+    assert found["a100"] == gpus.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 91200)
+    assert found["h100"] == gpus.HOPPER
+    assert found["h200"] == gpus.HOPPER._replace(kind="NVIDIA H200")
+    assert found["v5e"] is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels import cudnn, gpus
 from tokenvit_jax.kernels.group_attention_dense import attend_dense, attend_dense_by_cudnn
 
 KERNELS = [
@@ -123,15 +123,31 @@ def test_misfits():
 )
 def test_the_gpu_that_is_there(monkeypatch, platform, capability, version, expected):
     client = types.SimpleNamespace(platform_version=platform)
-    device = types.SimpleNamespace(client=client, compute_capability=capability)
+    device = types.SimpleNamespace(client=client, device_kind="", compute_capability=capability)
     library = types.SimpleNamespace(check_cudnn_version=lambda: version)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
-    monkeypatch.setattr(cudnn.importlib, "import_module", lambda name: library)
-    cudnn._own_device.cache_clear()
+    monkeypatch.setattr(gpus.importlib, "import_module", lambda name: library)
+    gpus._own_gpu.cache_clear()
     q = jax.ShapeDtypeStruct((2, 196, 3, 200), jnp.bfloat16)
     reason = cudnn.misfit(q, q, q)
-    cudnn._own_device.cache_clear()
+    gpus._own_gpu.cache_clear()
+    assert reason is None if expected is None else reason.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "expected"),
+    [
+        ((8, 0), 91200, "head dim 200 is above 128"),
+        ((9, 0), 91200, None),
+        ((7, 0), 91200, "no NVIDIA GPU"),
+        ((9, 0), None, "no NVIDIA GPU"),
+    ],
+)
+def test_the_gpu_that_is_assumed(capability, version, expected):
+    q = jax.ShapeDtypeStruct((2, 196, 3, 200), jnp.bfloat16)
+    with cudnn.assumed(gpus.Gpu("NVIDIA A100", capability, version)):
+        reason = cudnn.misfit(q, q, q)
     assert reason is None if expected is None else reason.startswith(expected)
 
 

@@ -182,6 +182,8 @@ CALLS = {
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
     "gelu.gelu": [((TOKENS,), {})],
     "gelu.gelu_and_slope": [((TOKENS.astype(jnp.bfloat16),), {})],
+    "gpus.capability_of": [(("9.0",), {})],
+    "gpus.traced_gpu": [((), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],
     "group_attention.group_attention": [
         ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")

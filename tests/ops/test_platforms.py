@@ -1,7 +1,6 @@
 """The choice between the forms of an operator, under jit over a mesh, pmap, vmap and shard_map."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tokenvit_jax.kernels import forms, platforms
+from tokenvit_jax.kernels import cudnn, forms, gpus, platforms
 
 
 @pytest.fixture
@@ -69,13 +68,14 @@ def test_default_forms_only(operator):
     assert branches()
 
 
-def test_old_gpu(operator, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for capability, expected in (("7.5", "compute capability 7.5 is below 8.0"), ("12.0", None)):
-        gpu = types.SimpleNamespace(compute_capability=capability)
-        monkeypatch.setattr(jax, "local_devices", lambda gpu=gpu: [gpu])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), ["compute capability 7.5 is below 8.0"]), ((8, 0), []), ((12, 0), [])],
+)
+def test_old_gpu(operator, capability, expected):
+    with cudnn.assumed(gpus.Gpu("NVIDIA", capability, 91200)):
         found = misfits_of(operator, np.ones((2, 3), np.float32))
-        assert [reason for _, reason, _ in found] == ([expected] if expected else [])
+    assert [reason for _, reason, _ in found] == expected
 
 
 def mesh_of(devices):

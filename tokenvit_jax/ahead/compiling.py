@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import math
 import re
 import time
@@ -17,9 +16,10 @@ from ml_collections import ConfigDict
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.ahead.hlo import Program, read_program
 from tokenvit_jax.ahead.quiet import without_alarms
-from tokenvit_jax.ahead.targets import Target
+from tokenvit_jax.ahead.targets import Device, Target
 from tokenvit_jax.data import Spec
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.platforms import Misfit, noted_misfits
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import Task, create_task
@@ -199,7 +199,7 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
     devices = targets.devices_of(target)
     jax.clear_caches()  # what was traced for another target may have other forms
     start, processor_start = time.perf_counter(), time.process_time()
-    with _library_attention(target):
+    with _traced_for(target.device):
         step = make_step(config, devices, mode)
         with noted_misfits() as misfits:  # not those of the initialisation, which sees one image
             lowered = step.function.lower(*step.arguments)
@@ -322,18 +322,9 @@ def _batch_norms(model_state: Any) -> frozenset[str]:
     )
 
 
-@contextlib.contextmanager
-def _library_attention(target: Target) -> Iterator[None]:
-    """Traces attention as on a GPU with cuDNN, although there is none."""
-    if target.device.platform != "cuda" or not importlib.util.find_spec(
-        "tokenvit_jax.kernels.cudnn"
-    ):
-        yield
-        return
-    from tokenvit_jax.kernels import cudnn
-
-    with cudnn.assumed():
-        yield
+def _traced_for(device: Device) -> contextlib.AbstractContextManager[None]:
+    """Traces as on a device that is not here: kernels and cuDNN ask which GPU there is."""
+    return cudnn.assumed(device.gpu) if device.gpu else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

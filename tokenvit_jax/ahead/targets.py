@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.kernels.gpus import Gpu
 
 _FOLDER = Path(__file__).parent / "devices"
 _GIB = 2**30
@@ -72,6 +73,22 @@ class Device(NamedTuple):
     def memory(self) -> int:
         """Memory that JAX can use [bytes]."""
         return int(self.usable * self.facts["memory_gib"].value * _GIB)
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU as the compiler's options describe it; None for a TPU."""
+        if self.platform != "cuda":
+            return None
+        config = self.compiler["target_config"]
+        kind = re.search(r'device_description_str: "([^"]*)"', config)[1]
+        capability = _version(config, "cuda_compute_capability")
+        major, minor, patch = _version(config, "dnn_version_info")
+        return Gpu(kind, capability, 10_000 * major + 100 * minor + patch)
+
+
+def _version(config: str, name: str) -> tuple[int, ...]:
+    """Returns the numbers of a version in the options of the compiler."""
+    return tuple(map(int, re.findall(r"\d+", re.search(rf"{name} {{([^}}]*)}}", config)[1])))
 
 
 class Target(NamedTuple):

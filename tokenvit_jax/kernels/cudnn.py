@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,16 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# The module of jax that asks for the GPU and its cuDNN, and the functions that ask.
-LIBRARY = "jax._src.cudnn.fused_attention_stablehlo"
-MIN_CAPABILITY, HOPPER = (8, 0), (9, 0)
+from tokenvit_jax.kernels.gpus import (
+    HOPPER,
+    LIBRARY,
+    MIN_CAPABILITY,
+    Gpu,
+    assumed_gpu,
+    capability_of,
+    traced_gpu,
+)
+
 MIN_VERSION = 90000
 IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla"
 
@@ -36,93 +42,64 @@ BIAS_COLUMNS = 3
 NEVER = -(2.0**20)
 
 
-class _Device(NamedTuple):
-    capability: tuple[int, int]
-    version: int  # of cuDNN
-
-
-ASSUMED, ASSUMED_KIND = _Device(HOPPER, 91200), "NVIDIA H100 80GB HBM3"
-
-# A user context is part of the keys of jax's caches: what was traced without cuDNN is traced again.
-_assumed = jax.make_user_context(False)
-
-
 @contextlib.contextmanager
-def assumed() -> Iterator[None]:
-    """Makes tracing and lowering behave as on a Hopper GPU with cuDNN 9.12.
+def assumed(gpu: Gpu = HOPPER) -> Iterator[None]:
+    """Makes tracing and lowering behave as on a GPU.
+
+    Args:
+      gpu: the GPU; it need not exist.
 
     Raises:
       RuntimeError: the jax that is installed asks for its GPU in another way than the known ones.
     """
+    answers = {
+        "check_cudnn_version": lambda: gpu.cudnn,
+        "check_compute_capability": lambda text: gpu.capability >= capability_of(text),
+        "is_cuda_compute_capability_equal": lambda text: gpu.capability == capability_of(text),
+    }
     try:
         library = importlib.import_module(LIBRARY)
-        saved = {name: getattr(library, name) for name in _ANSWERS}
+        saved = {name: getattr(library, name) for name in answers}
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"jax {jax.__version__} asks for cuDNN in an unknown way ({error}); compile on a "
             "machine with an NVIDIA GPU, or with TOKENVIT_JAX_KERNELS=off"
         ) from error
     try:
-        for name, answer in _ANSWERS.items():
+        for name, answer in answers.items():
             setattr(library, name, answer)
-        with _assumed(True), jax.sharding.use_abstract_mesh(_mesh_of_assumed()):
+        with assumed_gpu(gpu), jax.sharding.use_abstract_mesh(_mesh_on(gpu)):
             yield
     finally:
         for name, function in saved.items():
             setattr(library, name, function)
 
 
-def _mesh_of_assumed():
-    """Returns the context's mesh on the assumed GPU: Pallas lowers for it, from jax 0.12 on."""
+def _mesh_on(gpu):
+    """Returns the context's mesh on a GPU: Pallas lowers for it, from jax 0.12 on."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = jax.sharding.AbstractDevice(ASSUMED_KIND, num_cores=None, platform="gpu")
+    device = jax.sharding.AbstractDevice(gpu.kind, num_cores=None, platform="gpu")
     return jax.sharding.AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
     )
-
-
-def _capability_of(text):
-    return tuple(int(part) for part in text.split("."))
-
-
-_ANSWERS = {
-    "check_cudnn_version": lambda: ASSUMED.version,
-    "check_compute_capability": lambda text: ASSUMED.capability >= _capability_of(text),
-    "is_cuda_compute_capability_equal": lambda text: ASSUMED.capability == _capability_of(text),
-}
 
 
 def available() -> bool:
     """Returns whether attention by cuDNN can be traced.
 
     The default backend must be an NVIDIA GPU of compute capability 8.0 or more with cuDNN 9, or
-    :func:`assumed` be active.
+    :func:`assumed` be active with one.
     """
-    return _device() is not None
+    return _gpu() is not None
 
 
-def _device():
-    """Returns the GPU that a program is traced for, or None."""
-    if _assumed.value:
-        return ASSUMED
-    device = _own_device() if jax.default_backend() == "gpu" else None
-    known = device is not None and device.version is not None
-    if known and device.capability >= MIN_CAPABILITY and device.version >= MIN_VERSION:
-        return device
+def _gpu():
+    """Returns the GPU that a program is traced for, or None if cuDNN cannot attend on it."""
+    gpu = traced_gpu()
+    known = gpu is not None and gpu.cudnn is not None
+    if known and gpu.capability >= MIN_CAPABILITY and gpu.cudnn >= MIN_VERSION:
+        return gpu
     return None
-
-
-@functools.cache
-def _own_device():
-    """Returns the GPU of this process, or None; its version is None without cuDNN."""
-    device = jax.local_devices(backend="gpu")[0]
-    if "cuda" not in device.client.platform_version:  # AMD's GPUs have the same backend name
-        return None
-    try:
-        version = importlib.import_module(LIBRARY).check_cudnn_version()
-    except (ImportError, AttributeError, RuntimeError):
-        version = None
-    return _Device(_capability_of(device.compute_capability), version)
 
 
 def misfit(
@@ -137,13 +114,13 @@ def misfit(
       extra: number of columns that are appended to queries and keys.
       min_queries: smallest number of queries for which cuDNN is the faster form.
     """
-    device = _device()
-    if device is None:
+    gpu = _gpu()
+    if gpu is None:
         return "no NVIDIA GPU of compute capability 8.0 with cuDNN 9"
     dtypes = {x.dtype for x in (q, k, v)}
     if dtypes != {q.dtype} or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attends in bfloat16 and float16, not in {', '.join(map(str, dtypes))}"
-    dim, largest = q.shape[-1], 256 if device.capability >= HOPPER else 128
+    dim, largest = q.shape[-1], 256 if gpu.capability >= HOPPER.capability else 128
     if not extra and dim % 8:
         return f"head dim {dim} is not a multiple of 8"
     if dim + extra > largest:

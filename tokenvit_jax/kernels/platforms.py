@@ -24,8 +24,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax.kernels.forms import FORMS
-
-OLDEST = "8.0"  # compute capability of the oldest GPU that kernels are compiled for
+from tokenvit_jax.kernels.gpus import MIN_CAPABILITY, traced_gpu
 
 
 class Misfit(NamedTuple):
@@ -235,13 +234,12 @@ def _identity(value):
 
 
 def _old_gpu():
-    """Returns why kernels do not run on the GPU of this process, or None."""
-    if jax.default_backend() != "gpu":
-        return None  # there is none, or a program is lowered for one that is elsewhere
-    capability = getattr(jax.local_devices()[0], "compute_capability", OLDEST)
-    if float(capability) >= float(OLDEST):
-        return None
-    return f"compute capability {capability} is below {OLDEST}"
+    """Returns why kernels do not run on the GPU that a program is traced for, or None."""
+    gpu = traced_gpu()
+    if gpu is None or gpu.capability >= MIN_CAPABILITY:
+        return None  # None: programs may also be lowered for a GPU that is elsewhere
+    found, oldest = (".".join(map(str, x)) for x in (gpu.capability, MIN_CAPABILITY))
+    return f"compute capability {found} is below {oldest}"
 
 
 def _note(misfit):
