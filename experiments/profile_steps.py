@@ -19,7 +19,7 @@ from experiments import pages
 from tokenvit_jax.measure.models import train_step_of
 from tokenvit_jax.measure.parts import PARTS
 from tokenvit_jax.measure.profile import UNKNOWN, times_of_parts
-from tokenvit_jax.measure.timing import normal
+from tokenvit_jax.measure.timing import compile_program, normal
 from tokenvit_jax.memory import keep_pages
 
 CALLS = (
@@ -48,11 +48,11 @@ def compile_call(name: str, mode: str) -> tuple[Any, Callable[[], Any]]:
     images, labels = normal(0, (batch_size, 224, 224, 3)), jnp.arange(batch_size)
     variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
     if mode == "forward":
-        forward = jax.jit(lambda v, x: model.apply(v, x, train=False))
-        program = forward.lower(variables, images).compile()
+        forward = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
+        program = compile_program(forward, variables, images).call
         return program, lambda: jax.block_until_ready(program(variables, images))
-    step = jax.jit(train_step_of(model), donate_argnums=0)
-    program = step.lower(variables, images, labels).compile()
+    step = train_step_of(model)
+    program = compile_program(step, variables, images, labels, donate_argnums=(0,)).call
 
     def run():
         nonlocal variables  # the old variables are donated

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,
     "expediting": "measure heads models layers ops published progress errors",
-    "measure": "heads models layers ops published errors",
+    "measure": "heads models layers ops kernels published errors",
     "pictures": "models layers ops errors",
     "weights": "heads models layers ops output errors",
     "heads": "models layers ops valid errors",

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from tokenvit_jax.kernels.platforms import kernels_traced_once
+
 MAX_AT_ONCE = 6
 
 
@@ -13,7 +15,8 @@ def lower(function: Callable, inputs: Any, device: jax.Device, dtype: str) -> ja
     """Lowers a function for a device, with products in full precision if the type is float32."""
     precision = "highest" if dtype == "float32" else None
     placed = jax.device_put(inputs, device)
-    with jax.default_device(device), jax.default_matmul_precision(precision):
+    place, products = jax.default_device(device), jax.default_matmul_precision(precision)
+    with place, products, kernels_traced_once():
         return jax.jit(function).lower(*placed)
 
 

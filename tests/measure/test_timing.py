@@ -1,6 +1,7 @@
 """Programs that take turns."""
 
 import functools
+import itertools
 import threading
 import time
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenvit_jax.kernels import forms, platforms
 from tokenvit_jax.measure import timing, timm_peers
 
 
@@ -53,6 +55,23 @@ def test_programs_are_built_beside_others(monkeypatch, backend):
     assert [*built.items()] == [("a", "A"), ("b", "B"), ("c", "C")]
     assert threads["c"] == main
     assert (threads["a"] == main) == (backend == "cpu")
+
+
+def test_equal_kernels_are_traced_once(monkeypatch):
+    monkeypatch.setitem(forms.FORMS, "double", {"default": "adds", "cuda": "a kernel"})
+    traces = itertools.count()
+
+    def kernel(x):
+        next(traces)
+        return x * 2
+
+    def step(x):
+        for _ in range(3):
+            x = platforms.by_platform("double", x, default=lambda x: x + x, cuda=kernel)
+        return x
+
+    assert timing.compile_program(step, jnp.ones(2)).call(jnp.ones(2)).tolist() == [8, 8]
+    assert next(traces) == 1
 
 
 def test_what_exceeds_all_memory_is_refused():

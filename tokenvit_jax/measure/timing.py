@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenvit_jax.kernels.platforms import kernels_traced_once
+
 Name = TypeVar("Name", bound=Hashable)
 Built = TypeVar("Built")
 
@@ -57,7 +59,8 @@ def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = 
       donate_argnums: positions of the arguments whose memory the results may reuse.
     """
     start = time.perf_counter()
-    lowered = jax.jit(fn, donate_argnums=donate_argnums).trace(*args).lower()
+    with kernels_traced_once():
+        lowered = jax.jit(fn, donate_argnums=donate_argnums).trace(*args).lower()
     traced = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
