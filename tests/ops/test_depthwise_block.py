@@ -11,7 +11,7 @@ import pytest
 from jax import export
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels import channel_sums, cudnn
 from tokenvit_jax.kernels import depthwise_block as kernels
 from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.ops.gelu import gelu
@@ -127,9 +127,9 @@ def test_sums_of_channels(monkeypatch):
     factor, offset = jnp.linspace(1, 2, 20), jnp.linspace(-1, 0, 20)
     module = importlib.import_module("tokenvit_jax.ops.channel_affine")
 
-    def run(channel_sums, channel_affine):
+    def run(sums, affine):
         def both(x, factor, offset):
-            return channel_sums(x), channel_affine(x, factor, offset)
+            return sums(x), affine(x, factor, offset)
 
         results, backward = jax.vjp(both, x, factor, offset)
         return results, backward((results[0], dy))
@@ -137,7 +137,7 @@ def test_sums_of_channels(monkeypatch):
     reference = run(
         lambda x: jnp.stack([x.sum((0, 1)), (x * x).sum((0, 1))]), lambda x, f, o: x * f + o
     )
-    form = functools.partial(kernels.product_sums, interpret=True)
+    form = functools.partial(channel_sums.product_sums, interpret=True)
     for by_kernel in (False, True):
         if by_kernel:
             monkeypatch.setattr(module, "by_platform", lambda _, *args, **__: form(*args))
@@ -148,11 +148,11 @@ def test_sums_of_channels(monkeypatch):
 
 def test_gelu_of_kernels_is_exact_enough():
     x = jnp.linspace(-9, 9, 4097)
-    y, slope = jax.vmap(kernels._gelu_and_slope)(x)
+    y, slope = jax.vmap(channel_sums.gelu_and_slope)(x)
     dy = jax.vmap(jax.grad(gelu))(x)
     np.testing.assert_allclose(y, gelu(x), rtol=2e-7, atol=6e-7)
     np.testing.assert_allclose(slope, dy, rtol=2e-7, atol=6e-7)
-    assert np.isnan(kernels._gelu_and_slope(jnp.nan)[0])
+    assert np.isnan(channel_sums.gelu_and_slope(jnp.nan)[0])
 
 
 def test_kernels_lower_for_gpus_and_nowhere_else():

@@ -1,5 +1,7 @@
 """Public operators have the shapes that their types state."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from shape_checks import check_call, missing_annotations, public_callables, trac
 
 from tokenvit_jax import kernels, ops
 from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.channel_maps import Tiles
 from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
@@ -100,6 +103,21 @@ CALLS = {
     "channel_affine.channel_affine": [((floats(2, 6, 4, 5), floats(5), floats(5)), {})],
     "channel_affine.channel_sums": [((floats(2, 6, 4, 5),), {})],
     "channel_affine.per_device": [((floats(2, 5),), {})],
+    "channel_maps.run": [
+        ((partial(lambda refs: None), Tiles.of((2, 3, 5)), {"x": floats(2, 3, 5)}, {}),
+         {"sums": 1, "interpret": True}),
+    ],
+    "channel_sums.gelu_backward": [
+        ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
+    ],
+    "channel_sums.gelu_and_slope": [((TOKENS,), {})],
+    "channel_sums.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
+    "channel_sums.misfit": [(((2, 3, 5),), {})],
+    "channel_sums.product_sums": [
+        ((floats(2, 3, 2, 5), floats(2, 3, 2, 5)), {"interpret": True}),
+        ((floats(2, 3, 2, 5), None), {"interpret": True}),
+    ],
+    "channel_sums.with_sums_gradient": [((SQUARES, SQUARES, [floats(1, 30)] * 2), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
@@ -153,15 +171,7 @@ CALLS = {
         ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
          {"block": Block(with_sums=True), "interpret": True}),
     ],
-    "depthwise_block.gelu_backward": [
-        ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
-    ],
-    "depthwise_block.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
-    "depthwise_block.product_sums": [
-        ((floats(2, 3, 2, 5), floats(2, 3, 2, 5)), {"interpret": True}),
-        ((floats(2, 3, 2, 5), None), {"interpret": True}),
-    ],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.defer_gelu": [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tokenvit_jax.kernels import depthwise_block as kernels
+from tokenvit_jax.kernels import channel_sums as kernels
 from tokenvit_jax.kernels.platforms import by_platform, num_devices
 from tokenvit_jax.ops.dtypes import softmax_dtype
 

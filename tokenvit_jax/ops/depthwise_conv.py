@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from tokenvit_jax.kernels import channel_sums
 from tokenvit_jax.kernels import depthwise_block as kernels
 from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.depthwise_conv import (
@@ -195,8 +196,8 @@ def _defer_gelu_forward(with_sums, x, bias):
     if not with_sums:
         return (x, None), (x, bias)
     sums = by_platform(
-        "sums of gelu", x, bias, default=_gelu_sums_by_xla, cuda=kernels.gelu_sums,
-        misfits={"cuda": kernels.misfit(x.shape)}, shared=(1,),
+        "sums of gelu", x, bias, default=_gelu_sums_by_xla, cuda=channel_sums.gelu_sums,
+        misfits={"cuda": channel_sums.misfit(x.shape)}, shared=(1,),
     )  # fmt: skip
     return (x, sums.sum(0)), (x, bias)
 
@@ -206,8 +207,8 @@ def _defer_gelu_backward(with_sums, residuals, cotangents):
     x, bias = residuals
     dx, dbias = by_platform(
         "gelu gradient", *cotangents, x, bias,
-        default=_gelu_backward_by_xla, cuda=kernels.gelu_backward,
-        misfits={"cuda": kernels.misfit(x.shape)}, shared=(1, 3),
+        default=_gelu_backward_by_xla, cuda=channel_sums.gelu_backward,
+        misfits={"cuda": channel_sums.misfit(x.shape)}, shared=(1, 3),
     )  # fmt: skip
     return dx, dbias.sum((0, 1)).astype(bias.dtype)
 

@@ -1,0 +1,140 @@
+"""Sums over the pixels of maps, and GELU, as Pallas kernels for NVIDIA GPUs.
+
+Each map goes through memory once; nothing but the sums and gradients is stored.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from tokenvit_jax.kernels.channel_maps import Tiles, run
+
+_WARPS = 8
+
+
+def misfit(shape: tuple[int, ...]) -> str | None:
+    """Returns why the kernels cannot take a map (..., C), or None."""
+    if isinstance(shape[0], int) and math.prod(shape) >= 2**31:
+        return "the map has 2^31 values or more"
+    return None
+
+
+def gelu_sums(
+    x: Float[Array, "B H W C"], bias: Float[Array, " C"], *, interpret: bool = False
+) -> Float[Array, "1 2 C"]:
+    """Returns the sums of gelu(x + bias) and of its square, in float32."""
+    grid = Tiles.of(x.shape)
+    kernel = functools.partial(_gelu_sums_kernel, grid=grid)
+    inputs = {"x": x, "bias": bias}
+    return run(kernel, grid, inputs, {}, sums=2, interpret=interpret, warps=_WARPS)["sums"]
+
+
+def gelu_backward(
+    dg: Float[Array, "B H W C"],
+    dsums: Float[Array, "2 C"] | None,
+    x: Float[Array, "B H W C"],
+    bias: Float[Array, " C"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B H W C"], Float[Array, "1 1 C"]]:
+    """Returns the gradients of x (B, H, W, C) and of the bias (1, 1, C), in float32."""
+    grid = Tiles.of(x.shape)
+    kernel = functools.partial(_gelu_backward_kernel, grid=grid)
+    inputs = {"dg": dg, "dsums": dsums, "x": x, "bias": bias}
+    found = run(kernel, grid, inputs, {"dx": x}, sums=1, interpret=interpret, warps=_WARPS)
+    return found["dx"], found["sums"]
+
+
+def product_sums(
+    x: Float[Array, "*B C"], y: Float[Array, "*B C"] | None, *, interpret: bool = False
+) -> Float[Array, "1 2 C"]:
+    """Returns the sums of x and of x y over all but the last axis, in float32; y None: y is x."""
+    grid = Tiles.of(x.shape)
+    kernel = functools.partial(_product_sums_kernel, grid=grid)
+    inputs = {"x": x, "y": y}
+    return run(kernel, grid, inputs, {}, sums=2, interpret=interpret, warps=_WARPS)["sums"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+
+def _gelu_sums_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+    bias = tiles.channel(refs["bias"])
+
+    def step(j, sums):
+        y = tiles.inside(gelu_and_slope(tiles.load(refs["x"], 0, j) + bias)[0], 0, j)
+        return [sums[0] + y, sums[1] + y * y]
+
+    sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
+    tiles.store_sums(refs["sums"], sums)
+
+
+def _gelu_backward_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+    bias = tiles.channel(refs["bias"])
+    dsums = [tiles.channel(refs.get("dsums"), i) for i in range(2)]
+
+    def step(j, total):
+        y, slope = gelu_and_slope(tiles.load(refs["x"], 0, j) + bias)
+        dg = with_sums_gradient(tiles.load(refs["dg"], 0, j), y, dsums)
+        dx = tiles.inside(dg * slope, 0, j)
+        tiles.store(refs["dx"], dx, 0, j)
+        return total + dx
+
+    tiles.store_sums(refs["sums"], [lax.fori_loop(0, grid.steps, step, tiles.zeros())])
+
+
+def _product_sums_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+
+    def step(j, sums):
+        x = tiles.load(refs["x"], 0, j)
+        y = tiles.load(refs["y"], 0, j) if "y" in refs else x
+        return [sums[0] + x, sums[1] + x * y]
+
+    sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
+    tiles.store_sums(refs["sums"], sums)
+
+
+# ------------------------------------------------------------------------------------------------
+# Arithmetic
+# ------------------------------------------------------------------------------------------------
+
+
+def with_sums_gradient(
+    dy: Float[Array, "P C"], y: Float[Array, "P C"], dsums: Sequence[Float[Array, "1 C"] | None]
+) -> Float[Array, "P C"]:
+    """Adds the gradient of the sums of y and of y^2 to that of y.
+
+    Args:
+      dy: gradient of y (pixels, channels).
+      y: (pixels, channels).
+      dsums: gradients of both sums (1, channels); None: there are none.
+    """
+    return dy if dsums[0] is None else dy + (dsums[0] + 2 * dsums[1] * y)
+
+
+@jax.jit  # traced once for all rows of a kernel
+def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Returns GELU and its derivative from one exponential; the absolute error of erf is 1.5e-7.
+
+    References:
+      Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 7.1.26.
+    """
+    exponential = jnp.exp2(x * x * (-0.5 * math.log2(math.e)))
+    t = 1 / (1 + (0.3275911 * 2**-0.5) * jnp.abs(x))
+    tail = 0.0
+    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = (tail + 0.5 * coefficient) * t
+    tail = tail * exponential
+    distribution = jnp.where(x < 0, tail, 1 - tail)
+    return x * distribution, distribution + x * exponential * (2 * math.pi) ** -0.5
