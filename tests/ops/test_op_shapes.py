@@ -16,6 +16,7 @@ from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
+from tokenvit_jax.ops.nearest_tokens import Neighbors, Points
 
 CONTEXTS = (
     "cudnn.assumed",
@@ -53,6 +54,8 @@ TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
+POINTS = Points(TOKENS, SQUARES, SQUARES)
+NEAR = Neighbors(floats(2, 5, 30), integers(2, 5, 30), floats(2))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
 AFFINE = ops.BatchAffine(*(floats(7),) * 4)
 SORTED = SortedGroups(
@@ -260,6 +263,12 @@ CALLS = {
     ],
     "mix_boxes.mix_boxes": [((floats(2, 6, 4, 5), integers(4)), {})],
     "mix_boxes.neighbors": [((TOKENS,), {})],
+    "nearest_tokens.centered": [((TOKENS, masks(2, 30)), {})],
+    "nearest_tokens.chunked_forms": [((jnp.sum, 2, 30, 30, None), {})],
+    "nearest_tokens.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2), 16), {})],
+    "nearest_tokens.nearest_denser": [((POINTS, NEAR, SQUARES, masks(2, 30), 16), {})],
+    "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
+    "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
     "packed.map_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
