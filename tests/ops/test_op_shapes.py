@@ -154,6 +154,7 @@ CALLS = {
     "density_peaks.insert_entry": [
         ((floats(9), integers(9), (floats(9),) * 3, (integers(9),) * 3), {})
     ],
+    "density_peaks.is_denser": [((SQUARES, integers(30), SQUARES, integers(30)), {})],
     "density_peaks.misfit": [((7, 5), {})],
     "density_peaks.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2)), {})],
     "density_peaks.nearest_denser": [
@@ -234,7 +235,6 @@ CALLS = {
     "group_attention_tiles.tile_size": [((30, 4), {})],
     "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
     "group_routing.assign_misfit": [((Q, 4), {})],
-    "group_routing.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
     "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],
     "group_routing.routing_misfit": [((Q, 4), {})],
@@ -278,6 +278,10 @@ CALLS = {
         ((MAP,) * 3, {"pale": (3, 2), "mode": mode, "mask": masks(6, 4)})
         for mode in ("parallel", "vanilla")
     ],
+    "pieces.dot": [((floats(4, 8), floats(5, 8), (1, 1)), {})],
+    "pieces.range_of": [((3, 4), {})],
+    "pieces.sortable": [((TOKENS,), {})],
+    "pieces.three_products": [((True,), {})],
     "platforms.by_platform": [
         (("cluster sums", TOKENS), dict.fromkeys(("cpu", "default", "cuda"), jnp.sum))
     ],

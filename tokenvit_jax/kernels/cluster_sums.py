@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from tokenvit_jax.kernels.pieces import range_of, three_products
 from tokenvit_jax.kernels.platforms import device_batch
 
 
@@ -113,10 +114,10 @@ def _call(kernel, inputs, outputs, interpret):
     tokens = pl.BlockSpec((None, *x.shape[1:]), lambda i, j, image: (image, 0, 0))
     sums = pl.BlockSpec((None, num_clusters, channels), lambda i, j, image: (image, 0, 0))
     per_cluster = pl.BlockSpec((None, num_clusters), lambda i, j, image: (image, 0))
-    # A CPU does not know the algorithm.
-    precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return pl.pallas_call(
-        functools.partial(kernel, clusters=clusters, width=width, precision=precision),
+        functools.partial(
+            kernel, clusters=clusters, width=width, precision=three_products(interpret)
+        ),
         grid=(-(-num_clusters // clusters), -(-channels // width), batch),
         in_specs=[tokens] + [per_token] * (len(inputs) - 1),
         out_specs=[sums] + [per_cluster] * (len(outputs) - 1),
@@ -126,10 +127,6 @@ def _call(kernel, inputs, outputs, interpret):
     )(*inputs)
 
 
-def _range(start, size):
-    return start + jnp.arange(size, dtype=jnp.int32)
-
-
 def _own_part(x, assignment, clusters, width):
     """Returns the clusters and channels of a program, and a function that loads its tokens.
 
@@ -137,8 +134,8 @@ def _own_part(x, assignment, clusters, width):
     (clusters, tokens).
     """
     length, channels = x.shape
-    own = _range(pl.program_id(0) * clusters, clusters)
-    columns = _range(pl.program_id(1) * width, width)
+    own = range_of(pl.program_id(0) * clusters, clusters)
+    columns = range_of(pl.program_id(1) * width, width)
 
     def load(tokens):
         inside = tokens < length
@@ -159,7 +156,7 @@ def _sums_kernel(x, assignment, sums, *, clusters, width, precision):
     own, columns, load = _own_part(x, assignment, clusters, width)
 
     def step(i, total):
-        rows, member = load(_range(i * BLOCK, BLOCK))
+        rows, member = load(range_of(i * BLOCK, BLOCK))
         return total + jnp.dot(member.astype(jnp.float32), rows, precision=precision)
 
     total = jnp.zeros((clusters, width), jnp.float32)
@@ -174,7 +171,7 @@ def _means_kernel(
 
     def step(i, carry):
         shift, total, sums = carry
-        tokens = _range(i * BLOCK, BLOCK)
+        tokens = range_of(i * BLOCK, BLOCK)
         rows, member = load(tokens)
         score = plt.load(scores.at[tokens], mask=tokens < x.shape[0], other=0.0)
         score = score.astype(jnp.float32)[None]

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
+
+from tokenvit_jax.kernels.pieces import range_of, sortable, three_products
 
 # Limits of the kernels: channels of a token, and neighbours that are kept in registers.
 MOST_CHANNELS, MOST_NEIGHBORS = 512, 16
@@ -68,10 +70,6 @@ def _blocks(length):
     return -(-length // BLOCK)
 
 
-def _range(start, size):
-    return start + jnp.arange(size, dtype=jnp.int32)
-
-
 def _vector(ref, index, other):
     """Loads ref[index], and ``other`` beyond the end."""
     return plt.load(ref.at[index], mask=index < ref.shape[0], other=other)
@@ -93,11 +91,11 @@ def _scores(x, bias, rows, precision) -> Callable:
     parts = -(-x.shape[1] // width)
 
     def query(part):
-        return -2 * _tile(x, rows, _range(part * width, width))
+        return -2 * _tile(x, rows, range_of(part * width, width))
 
     def products(part, keys, query):
         return lax.dot_general(
-            query, _tile(x, keys, _range(part * width, width)), (((1,), (1,)), ((), ())),
+            query, _tile(x, keys, range_of(part * width, width)), (((1,), (1,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
 
@@ -114,15 +112,10 @@ def _scores(x, bias, rows, precision) -> Callable:
     return scores
 
 
-def _precision(interpret):
-    # A CPU does not know the algorithm.
-    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-
-
 def _first_smallest(tile):
     """Returns the smallest value of each row and its column, ties to the lowest."""
     low = tile.min(1)
-    columns = _range(0, tile.shape[1])[None]
+    columns = range_of(0, tile.shape[1])[None]
     return low, jnp.where(tile == low[:, None], columns, tile.shape[1]).min(1)
 
 
@@ -153,7 +146,7 @@ def nearest_neighbors(
       largest squared distance of each token (B, N), -inf for those with bias inf.
     """
     batch, length, _ = x.shape
-    kernel = functools.partial(_nearest_kernel, k=k, precision=_precision(interpret))
+    kernel = functools.partial(_nearest_kernel, k=k, precision=three_products(interpret))
     outputs = [
         jax.ShapeDtypeStruct((batch, k, length), jnp.float32),
         jax.ShapeDtypeStruct((batch, k, length), jnp.int32),
@@ -164,12 +157,12 @@ def nearest_neighbors(
 
 def _nearest_kernel(x, square, bias, squares, indices, farthest, *, k, precision):
     length = x.shape[0]
-    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
     scores = _scores(x, bias, rows, precision)
 
     def step(i, carry):
         values, numbers, far = carry
-        tile = scores(_range(i * BLOCK, BLOCK))
+        tile = scores(range_of(i * BLOCK, BLOCK))
         far = jnp.maximum(far, jnp.where(tile < jnp.inf, tile, -jnp.inf).max(1))
         values, numbers = _insert(tile, i * BLOCK, values, numbers)
         return values, numbers, far
@@ -196,7 +189,7 @@ def _insert(tile, start, values, numbers):
       tile: (BLOCK, keys), whose first column is key ``start``.
       values, numbers: k vectors each, the smallest entries so far in rising order and their keys.
     """
-    columns = _range(0, tile.shape[1])[None]
+    columns = range_of(0, tile.shape[1])[None]
 
     def improves(carry):
         _, low, values, _ = carry
@@ -289,7 +282,7 @@ def nearest_denser(
     found = _call(
         _among_neighbors_kernel, (1, batch), (bias, density, squares, indices), outputs, interpret
     )
-    kernel = functools.partial(_search_kernel, precision=_precision(interpret))
+    kernel = functools.partial(_search_kernel, precision=three_products(interpret))
     inputs = x, square, bias, density, *found
     aliases = {4: 0, 5: 1}  # the kernel replaces the results of the listed tokens
     return _call(
@@ -298,7 +291,20 @@ def nearest_denser(
     )  # fmt: skip
 
 
-def _is_denser(density, index, than_density, than_index):
+def is_denser(
+    density: Float[Array, "..."],
+    index: Int32[Array, "..."],
+    than_density: Float[Array, "..."],
+    than_index: Int32[Array, "..."],
+) -> Bool[Array, "..."]:
+    """Returns which tokens are denser than others; equally dense ones, if the index is lower.
+
+    Args:
+      density: densities of the tokens.
+      index: their indices.
+      than_density: densities of the others, broadcast against the first.
+      than_index: their indices.
+    """
     return (density > than_density) | ((density == than_density) & (index < than_index))
 
 
@@ -306,7 +312,7 @@ def _among_neighbors_kernel(bias, density, squares, indices, found, parent, orde
     k, length = squares.shape
 
     def step(i, listed):
-        rows = _range(i * ROUND, ROUND)
+        rows = range_of(i * ROUND, ROUND)
         inside = rows < length
         own = _vector(density, rows, 0.0)
         square, number = jnp.full((ROUND,), jnp.inf, jnp.float32), rows
@@ -314,7 +320,7 @@ def _among_neighbors_kernel(bias, density, squares, indices, found, parent, orde
             neighbor = jnp.full_like(rows, j), rows
             near = plt.load(squares.at[neighbor], mask=inside, other=jnp.inf)
             at = plt.load(indices.at[neighbor], mask=inside, other=0)
-            denser = _is_denser(plt.load(density.at[at]), at, own, rows) & (near < jnp.inf)
+            denser = is_denser(plt.load(density.at[at]), at, own, rows) & (near < jnp.inf)
             square, number = jnp.where(denser, near, square), jnp.where(denser, at, number)
         plt.store(found.at[rows], square, mask=inside)
         plt.store(parent.at[rows], number, mask=inside)
@@ -327,7 +333,7 @@ def _among_neighbors_kernel(bias, density, squares, indices, found, parent, orde
         return listed + pending.sum(dtype=jnp.int32)
 
     listed = lax.fori_loop(0, order.shape[0] // ROUND, step, jnp.int32(0))
-    plt.store(count.at[_range(0, 1)], jnp.full((1,), listed, jnp.int32))
+    plt.store(count.at[range_of(0, 1)], jnp.full((1,), listed, jnp.int32))
 
 
 def _search_kernel(x, square, bias, density, _, __, order, count, found, parent, *, precision):
@@ -336,15 +342,15 @@ def _search_kernel(x, square, bias, density, _, __, order, count, found, parent,
 
     @pl.when(start < listed)
     def _():
-        places = _range(start, BLOCK)
+        places = range_of(start, BLOCK)
         rows = plt.load(order.at[places])
         scores = _scores(x, bias, rows, precision)
         own = _vector(density, rows, 0.0)
 
         def step(i, carry):
             low, at = carry
-            keys = _range(i * BLOCK, BLOCK)
-            denser = _is_denser(
+            keys = range_of(i * BLOCK, BLOCK)
+            denser = is_denser(
                 _vector(density, keys, 0.0)[None], keys[None], own[:, None], rows[:, None]
             )
             value, column = _first_smallest(jnp.where(denser, scores(keys), jnp.inf))
@@ -387,18 +393,16 @@ def ranks(
 
 
 def _ordered(scores, index):
-    """Returns integers that order like the scores; NaN, too, has a place."""
-    raw = lax.bitcast_convert_type(_vector(scores, index, -jnp.inf), jnp.int32)
-    return raw ^ ((raw >> 31) & 0x7FFFFFFF)
+    return sortable(_vector(scores, index, -jnp.inf))
 
 
 def _ranks_kernel(scores, order, places):
     length = scores.shape[0]
-    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
     own = _ordered(scores, rows)[:, None]
 
     def step(i, count):
-        keys = _range(i * BLOCK, BLOCK)
+        keys = range_of(i * BLOCK, BLOCK)
         key = _ordered(scores, keys)[None]
         first = (key > own) | ((key == own) & (keys[None] < rows[:, None]))
         return count + first.astype(jnp.int32)
@@ -431,7 +435,7 @@ def nearest_center(
       (B, N), in [0, M).
     """
     batch, length, _ = x.shape
-    kernel = functools.partial(_nearest_center_kernel, precision=_precision(interpret))
+    kernel = functools.partial(_nearest_center_kernel, precision=three_products(interpret))
     inputs = x, square, centers, num_used[:, None]
     outputs = [jax.ShapeDtypeStruct((batch, length), jnp.int32)]
     return _call(kernel, (_blocks(length), batch), inputs, outputs, interpret)[0]
@@ -439,13 +443,13 @@ def nearest_center(
 
 def _nearest_center_kernel(x, square, centers, num_used, nearest, *, precision):
     length = x.shape[0]
-    rows = _range(pl.program_id(0) * BLOCK, BLOCK)
+    rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
     scores = _scores(x, square, rows, precision)
     used = plt.load(num_used.at[jnp.int32(0)])
 
     def step(i, carry):
         low, number = carry
-        numbers = _range(i * BLOCK, BLOCK)
+        numbers = range_of(i * BLOCK, BLOCK)
         keys = plt.load(centers.at[numbers], mask=numbers < used, other=length)
         value, column = _first_smallest(scores(keys))
         nearer = value < low

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.density_peaks import insert_entry
+from tokenvit_jax.kernels.density_peaks import insert_entry, is_denser
 
 # Queries and keys per block: the number of lanes.
 BLOCK = 128
@@ -199,8 +199,7 @@ def _denser_kernel(x, queries, square, density, found, parent, *, length):
     def step(i, carry):
         best, number = carry
         keys = i * BLOCK + _iota(1)
-        key_density = _part(density, i)
-        denser = (key_density > own) | ((key_density == own) & (keys < rows))
+        denser = is_denser(_part(density, i), keys, own, rows)
         tile = _products(query, _keys(x, i)) + _part(square, i)
         nearer = denser & (keys < length) & (tile < best)
         return jnp.where(nearer, tile, best), jnp.where(nearer, keys, number)

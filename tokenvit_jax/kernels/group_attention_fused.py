@@ -6,7 +6,6 @@ results are deterministic.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS, dot
+from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS
+from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
 # Queries and keys in a block.
 _BLOCK = 64
-# Logit of a key that is not selected: finite, because a block may have no selected key.
-_MASKED = -1e30
-_LOG2_E = math.log2(math.e)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -146,24 +143,18 @@ def _attend_block(
     rows = _Rows(pl.program_id(2), block, length)
     q, groups = rows.matrix(q_ref), rows.vector(groups_ref)[:, None]
 
-    def attend(i, carry):
-        output, largest, total = carry
+    def attend(i, attended):
         keys = _Rows(i, block, length)
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]  # 0 beyond the end: not selected
-        logits = dot(q, k, (1, 1)) * (scale * _LOG2_E)
-        logits = jnp.where(_is_selected(groups, words), logits, _MASKED)
-        new_largest = jnp.maximum(largest, jnp.max(logits, 1))
-        shrink = jnp.exp2(largest - new_largest)
-        weights = jnp.exp2(logits - new_largest[:, None])
-        output = output * shrink[:, None] + dot(weights.astype(v.dtype), v)
-        return output, new_largest, total * shrink + jnp.sum(weights, 1)
+        logits = dot(q, k, (1, 1)) * (scale * LOG2_E)
+        return attended.and_to(jnp.where(_is_selected(groups, words), logits, MASKED), v)
 
-    zero = jnp.zeros((block,), jnp.float32)
-    start = (jnp.zeros((block, dim), jnp.float32), zero + _MASKED, zero)
-    output, largest, total = lax.fori_loop(0, pl.cdiv(length, block), attend, start)
-    rows.store(output_ref, output / total[:, None])
-    plt.store(total_ref.at[rows.at], largest + jnp.log2(total), mask=rows.inside)
+    nothing = Attended.to_none(block, dim)
+    attended = lax.fori_loop(0, pl.cdiv(length, block), attend, nothing)
+    output, log_total = attended.normalised()
+    rows.store(output_ref, output)
+    plt.store(total_ref.at[rows.at], log_total, mask=rows.inside)
 
 
 def _differentiate_block(
@@ -188,7 +179,7 @@ def _differentiate_block(
         d_k, d_v = carry
         rows = _Rows(i, block, length)
         q, (d_output, delta) = rows.matrix(q_ref), of_queries(rows)
-        logits = dot(own_k, q, (1, 1)) * (scale * _LOG2_E)  # (k, q)
+        logits = dot(own_k, q, (1, 1)) * (scale * LOG2_E)  # (k, q)
         selected = _is_selected(rows.vector(groups_ref)[None], own_words)
         weights = jnp.where(selected, jnp.exp2(logits - rows.vector(total_ref)[None]), 0)
         d_v += dot(weights.astype(d_output.dtype), d_output)
@@ -206,7 +197,7 @@ def _differentiate_block(
         keys = _Rows(i, block, length)
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]
-        logits = dot(own_q, k, (1, 1)) * (scale * _LOG2_E)  # (q, k)
+        logits = dot(own_q, k, (1, 1)) * (scale * LOG2_E)  # (q, k)
         selected = _is_selected(own_groups, words)
         weights = jnp.where(selected, jnp.exp2(logits - own_total), 0)
         d_logits = weights * (dot(own_d, v, (1, 1)) - own_delta[:, None])

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as plt
 from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.group_routing import largest
+from tokenvit_jax.kernels.pieces import MASKED
 
 # Lanes of a register, lanes for the groups of a head, and queries whose logits are held at a time.
 _LANES, _GROUPS, _QUERIES = 128, 64, 256
@@ -23,7 +24,6 @@ _LANES, _GROUPS, _QUERIES = 128, 64, 256
 # on TPUs with this much VMEM [bytes] (from version 5 on; versions 2 to 4 have 16 MiB).
 MAX_LENGTH, MAX_LENGTH_IN_LARGE_VMEM = 1024, 4096
 _LARGE_VMEM = 64 * 2**20
-_MASKED = -1e30
 
 
 def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -217,7 +217,7 @@ def _attend(
     length, width = q_ref.shape
     k, v, centroids = k_ref[...], v_ref[...], centroids_ref[...]
     selected = largest(_dot(k, centroids, (1, 1)), length, top_k, axis=0)
-    bias = jnp.where(selected, 0.0, _MASKED).astype(k.dtype)
+    bias = jnp.where(selected, 0.0, MASKED).astype(k.dtype)
     bias_ref[...] = bias
     # A product turns the groups of queries, one per row, into a row; 8 rows fill a register.
     number = lax.broadcasted_iota(jnp.int32, (8, centroids.shape[0]), 1) & (_GROUPS - 1)

@@ -6,7 +6,6 @@ keys are summed per group, and then per key over the groups that selected it, in
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int16, Int32
 
-from tokenvit_jax.kernels.group_routing import dot, largest
+from tokenvit_jax.kernels.group_routing import largest
+from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
 # Queries in a tile, keys in a chunk, and keys whose gradients are collected at a time.
 _TILE, _CHUNK, _COLLECTED = 64, 128, 64
@@ -24,8 +24,6 @@ _TILE, _CHUNK, _COLLECTED = 64, 128, 64
 _SELECTED, MAX_LENGTH = 4, 4096
 # Queries that are sorted at a time, and the least number of programs, which occupy a GPU.
 _SORTED, _PROGRAMS = 4096, 512
-_LOG2_E = math.log2(math.e)
-_MASKED = -1e30
 
 
 class SortedGroups(NamedTuple):
@@ -312,23 +310,16 @@ def _attend_group(
         rows = _queries(order_ref, start, end, part + i * splits)
         q = rows.matrix(q_ref)
 
-        def attend_chunk(j, carry):
-            output, most, total = carry
+        def attend_chunk(j, attended):
             keys = _keys(keys_ref, group, j)
             k, v = keys.matrix(k_ref), keys.matrix(v_ref)
-            logits = dot(q, k, (1, 1)) * (scale * _LOG2_E)
-            logits = jnp.where(keys.wanted[None], logits, _MASKED)
-            new_most = jnp.maximum(most, jnp.max(logits, 1))
-            shrink = jnp.exp2(most - new_most)
-            weights = jnp.exp2(logits - new_most[:, None])
-            output = output * shrink[:, None] + dot(weights.astype(v.dtype), v)
-            return output, new_most, total * shrink + jnp.sum(weights, 1)
+            logits = dot(q, k, (1, 1)) * (scale * LOG2_E)
+            return attended.and_to(jnp.where(keys.wanted[None], logits, MASKED), v)
 
-        zero = jnp.zeros((_TILE,), jnp.float32)
-        carry = (jnp.zeros(q.shape, jnp.float32), zero + _MASKED, zero)
-        output, most, total = lax.fori_loop(0, chunks, attend_chunk, carry)
-        rows.store(output_ref, output / total[:, None])
-        rows.store_vector(total_ref, most + jnp.log2(total))
+        nothing = Attended.to_none(*q.shape)
+        output, log_total = lax.fori_loop(0, chunks, attend_chunk, nothing).normalised()
+        rows.store(output_ref, output)
+        rows.store_vector(total_ref, log_total)
 
     lax.fori_loop(0, tiles, attend_tile, None)
 
@@ -361,7 +352,7 @@ def _differentiate_group(
     def add_to_keys(i, carry):
         d_k, d_v = carry
         _, q, d_output, total, delta = load_tile(split + i * splits, start, end)
-        logits = dot(own_k, q, (1, 1)) * (scale * _LOG2_E)  # (k, q)
+        logits = dot(own_k, q, (1, 1)) * (scale * LOG2_E)  # (k, q)
         weights = jnp.exp2(logits - total[None])
         d_v += dot(weights.astype(d_output.dtype), d_output)
         d_logits = weights * (dot(own_v, d_output, (1, 1)) - delta[None])
@@ -381,7 +372,7 @@ def _differentiate_group(
         def add_to_queries(j, d_q):
             keys = _keys(keys_ref, group, j)
             k, v = keys.matrix(k_ref), keys.matrix(v_ref)
-            logits = dot(q, k, (1, 1)) * (scale * _LOG2_E)  # (q, k)
+            logits = dot(q, k, (1, 1)) * (scale * LOG2_E)  # (q, k)
             weights = jnp.where(keys.wanted[None], jnp.exp2(logits - total[:, None]), 0)
             d_logits = weights * (dot(d_output, v, (1, 1)) - delta[:, None])
             return d_q + dot(d_logits.astype(k.dtype), k)

@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.pieces import dot, sortable
+
 # Groups per program, which are the bits that a word of the selection uses.
 WORD_BITS = 4
 WORD = 1 << WORD_BITS
@@ -165,12 +167,6 @@ def _load_centroids(centroids_ref, start, count):
     return plt.load(centroids_ref.at[pl.ds(start, count), :], mask=inside[:, None], other=0)
 
 
-def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """Multiplies two matrices in float32 along an axis of each."""
-    axes = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
-
-
 def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> Bool[Array, "..."]:
     """Returns a mask of the ``top_k`` largest of the first ``length`` scores along an axis.
 
@@ -185,8 +181,7 @@ def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> 
       axis: 0 or 1.
     """
     index = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-    raw = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-    ordered = jnp.where(index < length, raw ^ ((raw >> 31) & 0x7FFFFFFF), _LOWEST)
+    ordered = jnp.where(index < length, sortable(jnp.where(scores == 0, 0.0, scores)), _LOWEST)
 
     def count(mask):
         return jnp.expand_dims(jnp.sum(mask.astype(jnp.int32), axis), axis)

@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.group_routing import MAX_GROUPS, dot
+from tokenvit_jax.kernels.group_routing import MAX_GROUPS
+from tokenvit_jax.kernels.pieces import dot
 
 # Queries at a time, and the least number of programs, which occupy a GPU.
 _QUERIES = 64

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.pieces import three_products
+
 # One row of products must fit into the registers of a program.
 MAX_TOKENS = 1024
 _NONE = 2**31 - 1  # index of nothing
@@ -173,8 +175,7 @@ class _Layout:
         self.exists = self.column < length
         self.first = pl.program_id(0) * 0
         self.rows = min(1024 * num_warps // self.padded, 64)
-        three = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        self.three = lax.Precision.HIGHEST if interpret else three
+        self.three = three_products(interpret)
         self.precision = None if dtype.itemsize == 2 else self.three
         self.tile = 128 if length > 64 and num_warps == 16 else 64
         self._interpret = interpret

@@ -7,6 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.pieces import range_of, sortable
+
 # The comparisons grow with the square of the number of scores.
 MAX_COUNTED = 256
 
@@ -59,31 +61,26 @@ def _count_kernel(scores, chosen):
 
     def ordered(start, size):
         """Returns integers that order like the scores; -0 equals 0, and NaN has a place, too."""
-        inside = _range(start, size) < length
+        inside = range_of(start, size) < length
         score = plt.load(scores.at[pl.ds(start, size)], mask=inside, other=-jnp.inf)
         score = score.astype(jnp.float32)
-        raw = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
-        return raw ^ ((raw >> 31) & 0x7FFFFFFF)
+        return sortable(jnp.where(score == 0, 0.0, score))
 
     # jax 0.12 refuses slices that are known to end beyond an array, even if masked.
     own = ordered(pl.program_id(0) * 0, padded)
 
     def count(i, place):
-        other, number = ordered(i * block, block)[:, None], _range(i * block, block)[:, None]
+        other, number = ordered(i * block, block)[:, None], range_of(i * block, block)[:, None]
         before = (other > own[None]) | ((other == own[None]) & (number < column[None]))
         return place + (before & (number < length)).sum(0, dtype=jnp.int32)
 
     place = lax.fori_loop(0, pl.cdiv(length, block), count, jnp.zeros(padded, jnp.int32))
 
     def write(i, carry):
-        wanted = _range(i * block, block)
+        wanted = range_of(i * block, block)
         here = (place[None] == wanted[:, None]) & (column < length)[None]
         index = jnp.where(here, column[None], 0).sum(1, dtype=jnp.int32)
         plt.store(chosen.at[pl.ds(i * block, block)], index, mask=wanted < top_k)
         return carry
 
     lax.fori_loop(0, pl.cdiv(top_k, block), write, 0)
-
-
-def _range(start, size):
-    return start + jnp.arange(size, dtype=jnp.int32)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.density_peaks import is_denser
 from tokenvit_jax.kernels.platforms import num_devices, on_each_device
 from tokenvit_jax.ops.chunks import ACCELERATOR_CHUNK, CPU_CHUNK, LANES, chunk_tokens, num_chunks
 from tokenvit_jax.ops.dtypes import softmax_dtype
@@ -210,7 +211,7 @@ def _denser_neighbor(near, density):
     batch, k, length = near.indices.shape
     index = jnp.broadcast_to(_column(length)[:, 0], density.shape)
     neighbor_density = take(density, near.indices.reshape(batch, -1)).reshape(near.indices.shape)
-    denser = _is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
+    denser = is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
     denser &= near.squares < jnp.inf
     squares, parent = jnp.full_like(density, jnp.inf), index
     for i in reversed(range(k)):  # ties: keep the first one
@@ -231,7 +232,7 @@ def _search_denser(points, density, squares, parent, pending, size):
     def step(i, found):
         at = lax.dynamic_slice_in_dim(order, i * size, size, 1)  # (B, size)
         scores = _products(points.x, take(points.x, at)) + points.bias[..., None]
-        denser = _is_denser(density[..., None], index, take(density, at)[:, None], at[:, None])
+        denser = is_denser(density[..., None], index, take(density, at)[:, None], at[:, None])
         nearest, key = _first_smallest(jnp.where(denser, scores, jnp.inf), index)
         key = jnp.where(nearest < jnp.inf, key, at)
         nearest = jnp.maximum(nearest + take(points.square, at), 0)
@@ -241,10 +242,6 @@ def _search_denser(points, density, squares, parent, pending, size):
 
     chunks = num_chunks(pending.sum(1).max(), size)
     return lax.fori_loop(0, chunks, step, (squares, parent))
-
-
-def _is_denser(density, index, than_density, than_index):
-    return (density > than_density) | ((density == than_density) & (index < than_index))
 
 
 def _first_smallest(values, index):
