@@ -8,6 +8,7 @@ from programs import compile_all, lower
 from shipped_configs import load_config
 from tolerances import TOLERANCES, distance
 
+from tokenvit_jax.measure.models import loss_of
 from tokenvit_jax.models import create_model
 
 SIZE, BATCH, CLASSES = 64, 8, 10
@@ -35,23 +36,13 @@ def network(name, dtype):
 
 
 def run_of(model):
-    """Returns a function of variables, images and labels: the logits and the gradient."""
+    """Returns a function of variables, images and labels: the gradient and the logits."""
 
     def run(variables, images, labels):
         state = {key: value for key, value in variables.items() if key != "params"}
-
-        def loss(params):
-            logits, _ = model.apply(
-                {"params": params, **state},
-                images,
-                train=True,
-                rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},
-                mutable=list(state),
-            )
-            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-            return -jnp.take_along_axis(log_probs, labels[:, None], 1).mean(), logits
-
-        return jax.grad(loss, has_aux=True)(variables["params"])
+        gradient = jax.grad(loss_of(model), has_aux=True)
+        gradient, (logits, _) = gradient(variables["params"], state, images, labels)
+        return gradient, logits
 
     return run
 

@@ -208,25 +208,33 @@ def _contender(model, image_size, batch_size, mode):
     return Contender(program._replace(call=call), macs, program.call)
 
 
+def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, tuple[jax.Array, dict]]]:
+    """Returns ``loss(params, state, images, labels) -> cross entropy, (logits, new state)``.
+
+    It is the loss of a training step; `state` are the variables besides the parameters.
+    """
+
+    def loss(params, state, images, labels):
+        logits, state = model.apply(
+            {"params": params, **state},
+            images,
+            train=True,
+            rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},
+            mutable=list(state),
+        )
+        log_probs = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_probs, labels[:, None], 1).mean(), (logits, state)
+
+    return loss
+
+
 def train_step_of(model: nn.Module) -> Callable[..., tuple[dict, jax.Array]]:
     """Returns ``step(variables, images, labels) -> variables, loss``, plain gradient descent."""
+    grad_fn = jax.value_and_grad(loss_of(model), has_aux=True)
 
     def step(variables, images, labels):
         state = {key: value for key, value in variables.items() if key != "params"}
-
-        def loss_fn(params):
-            logits, new_state = model.apply(
-                {"params": params, **state},
-                images,
-                train=True,
-                rngs={"dropout": jax.random.key(0), "routing": jax.random.key(1)},
-                mutable=list(state),
-            )
-            log_probs = jax.nn.log_softmax(logits)
-            return -jnp.take_along_axis(log_probs, labels[:, None], 1).mean(), new_state
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, state), grads = grad_fn(variables["params"])
+        (loss, (_, state)), grads = grad_fn(variables["params"], state, images, labels)
         params = map_packed(
             lambda p, g: p - 1e-3 * g, variables["params"], grads, limit=_SMALL_ARRAY
         )
