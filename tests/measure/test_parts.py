@@ -22,6 +22,13 @@ GROUPS = f"{BLOCK}/attention/attention._attend_in_groups/jit(tokenvit_jax.ops.gr
             "attention in groups",
             "stages_2_*/attention/group_attention/dot_general",
         ),
+        (f"{GROUPS}/cond/branch_0_fun/select_keys/pallas_call", "selection of keys", None),
+        (f"{GROUPS}/cond/branch_0_fun/jit(sort)/sort", "selection of keys", None),
+        (
+            f"{GROUPS}/cond/branch_0_fun/sorted_group_attention/pallas_call",
+            "attention in groups",
+            "stages_2_*/attention/sorted_group_attention/group_attention/pallas_call",
+        ),
         (
             f"{BLOCK}/attention/qkv/dot_general",
             "linear layers of attention",

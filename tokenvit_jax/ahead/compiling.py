@@ -59,12 +59,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self)
 
     @property
     def state(self) -> int:
-        """What does not grow with the batch."""
+        """The part that does not grow with the batch."""
         return self.parameters + self.optimizer + self.averages + self.statistics
 
 

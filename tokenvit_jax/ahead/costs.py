@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tokenvit_jax.ahead.compiling import Compiled
-from tokenvit_jax.ahead.hlo import Collective, Kernel
+from tokenvit_jax.ahead.hlo import Collective, Kernel, Message
 from tokenvit_jax.ahead.targets import Target
 from tokenvit_jax.measure.parts import layer_of, module_path, part_of
 
@@ -116,7 +116,7 @@ def by_purpose(compiled: Compiled) -> list[Traffic]:
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def purpose_of(kind: str, message, batch_norms: frozenset[str]) -> str:
+def purpose_of(kind: str, message: Message, batch_norms: frozenset[str]) -> str:
     """Returns what a message of a collective is for.
 
     Args:

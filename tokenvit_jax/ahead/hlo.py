@@ -367,9 +367,8 @@ def _library_attention(instruction, query) -> float:
 
 def _convolution(rest: str, images: list[int], kernel: list[int], result: list[int]) -> float:
     """Returns the multiply-adds of a convolution without those on padding and on holes."""
-    of_images, of_kernel, of_result = re.search(
-        r"dim_labels=(\w+)_(\w+)->(\w+)", rest
-    ).groups()  # fmt: skip
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    of_images, of_kernel, of_result = labels.groups()
     window = re.search(r"window=\{([^}]*)\}", rest)
     window = dict(part.split("=") for part in window[1].split()) if window else {}
     pairs = 1

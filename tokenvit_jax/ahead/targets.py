@@ -23,7 +23,7 @@ from tokenvit_jax.kernels.gpus import Gpu
 _FOLDER = Path(__file__).parent / "devices"
 _GIB = 2**30
 _NAME = re.compile(r"([a-z]\w*?)(?:([x:])(\d{1,6}(?:x\d{1,6})*))?", re.ASCII)
-# Platform -> extra, and the packages of which one is needed.
+# Platform -> extra, and its packages, one of which is needed.
 _EXTRAS = {
     "cuda": ("aot-gpu", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")),
     "tpu": ("aot-tpu", ("libtpu",)),
@@ -54,7 +54,7 @@ class Device(NamedTuple):
       facts: the facts by name.
       products: precision -> operations per second of matrix products and convolutions.
       host: number of devices in a host; TPUs: along each axis.
-      largest: the same of the largest target.
+      largest: number of devices in the largest target, likewise.
       usable: share of the memory that JAX can use.
       compiler: options of the topology for the compiler.
     """

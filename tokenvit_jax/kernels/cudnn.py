@@ -33,10 +33,10 @@ IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla"
 # With fewer queries, XLA's form was measured as fast (docs/benchmarks/gpu_forms.md, 49 tokens).
 MIN_QUERIES, MIN_KEYS = 64, 16
 
-# A bias of keys rides on the product: appended to every query is BIAS_UNIT, and to a key its bias
-# over BIAS_UNIT. The largest exclusion, NEVER, is a product that float16 can state in this way; it
-# lies far below all logits and is small enough for exp(a logit - the largest) to be finite where
-# the kernel rounds the two after scaling them, so that tiles of excluded keys only make no NaN.
+# A bias of keys rides on the product: BIAS_UNIT is appended to every query, and the bias divided by
+# BIAS_UNIT to its key. NEVER excludes a key: float16 can state it in this way, and it lies far
+# below all logits. It is also small enough for exp(logit - largest) to stay finite, although the
+# kernel scales and rounds both logits first: a tile of excluded keys gives no NaN.
 BIAS_UNIT = 64.0
 BIAS_COLUMNS = 3
 NEVER = -(2.0**20)
@@ -227,10 +227,10 @@ _attend_odd.defvjp(_forward_odd, _backward_odd)
 
 
 def _attend_even(q, k, v, scale):
-    """Attends with one token more where a length is odd; no query attends to it."""
+    """Pads odd lengths by one token, which no query attends to."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    # The query more attends like the others, and its gradient is zero: nothing is undefined.
+    # The added query attends like the others, and its gradient is zero: nothing is undefined.
     lengths = jnp.full(k.shape[:1], num_keys, jnp.int32) if num_keys % 2 else None
     return _library(q, k, v, scale, lengths)[:, :num_queries]
 

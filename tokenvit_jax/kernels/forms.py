@@ -1,6 +1,6 @@
 """The forms of the operators, by platform, and the reasons for them."""
 
-# Operator -> platform -> the form that runs there, and what it was chosen for.
+# Operator -> platform -> the form that runs there, and the reason for it.
 FORMS: dict[str, dict[str, str]] = {
     "attention": {
         "cpu": "heads first, in chunks of queries: plain batched products are 3 times as fast",
@@ -58,7 +58,7 @@ FORMS: dict[str, dict[str, str]] = {
         "compiled for an H200 (128 images of 3,136 tokens, training) 10 launches and 0.5 ms of "
         "floor instead of 46 and 3.8",
         "default": "gathers the queries of each tile and the keys of each group",
-        "tpu": "that of the dense path, as far as it goes: no sort, gather or scatter",
+        "tpu": "the kernel of the dense path, up to the same lengths: no sort, gather or scatter",
     },
     "group sums": {
         "cuda": "one pass over the queries; compiled for an H200 (128 images of 3,136 tokens) "

@@ -136,7 +136,7 @@ attend_heads.defvjp(_forward, _backward)
 
 
 def _specs(q):
-    """Returns the specs of tokens, of what a block of heads has, of groups, and of biases."""
+    """Returns the specs of tokens, centroids of a block of heads, groups, and biases."""
     _, length, heads, dim = q.shape
     width = min(heads * dim, _LANES)
     lanes = width // dim * _GROUPS

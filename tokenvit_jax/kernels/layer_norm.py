@@ -1,6 +1,6 @@
 """LayerNorm on a GPU: one launch forward, one backward, both of which read the tokens once.
 
-A program normalizes a block of tokens with all channels in registers. In the backward pass a
+A program normalises a block of tokens with all channels in registers. In the backward pass a
 program goes through many blocks and keeps the sums for the gradients of scale and bias.
 """
 
@@ -51,7 +51,7 @@ def forward_pass(
       scale: (C,).
       bias: (C,).
       epsilon: constant added to the variance.
-      dtype: type of the normalized result.
+      dtype: type of the normalised result.
       interpret: whether to interpret the kernel, for tests.
     """
     *leading, channels = x.shape
@@ -90,8 +90,8 @@ def backward_pass(
     """Returns the gradient of x, and the gradients of scale and bias.
 
     Args:
-      x: (..., C), the tokens that were normalized.
-      dy: (..., C), gradient of the normalized tokens.
+      x: (..., C), the tokens that were normalised.
+      dy: (..., C), gradient of the normalised tokens.
       dtotal: (..., C), added to the gradient of x; None: zeros.
       scale: (C,).
       mean: (...,), mean of each token.

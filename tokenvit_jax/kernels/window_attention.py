@@ -318,7 +318,7 @@ def _tile_of(index, second, start, size, call):
     """Returns the tokens from `start` to `start + size` of a window.
 
     Args:
-      index: number of the window among those of all images.
+      index: number of the window, counted through all images.
       second: 1 for a head of the second half, else 0.
       start: first token.
       size: number of tokens, a power of two.

@@ -10,8 +10,8 @@ import re
 # The first pattern that is found in an origin decides. Operators of this package appear by their
 # names, layers by theirs.
 _PATTERNS = (
-    ("selection of keys", r"tokenvit_jax\.ops\.(top_k|selection|kth)|group_attention.*(sort|top_k)"
-                          r"|group_attention\)?/while"),
+    ("selection of keys", r"tokenvit_jax\.ops\.(top_k|selection|kth)|group_attention\)*/while"
+                          r"|group_attention.*/(sort|top_k|sort_queries|select_keys|route|assign)\b"),
     ("attention in groups", r"group_attention|group_sums|centroid"),
     ("clustering and merging", r"density_peaks|assign_clusters|merge_tokens|cluster_sums|kmedoids"
                                r"|kmeans|superpixels|reconstruct_tokens|token_merging|reducer"),
