@@ -58,7 +58,8 @@ def test_part_and_layer(origin, part, layer):
         ("all-reduce", f"{BLOCK}/x/while/cond/reduce_max", "predicates of loops and branches"),
         ("all-reduce", f"{BLOCK}/mlp/reduce_sum", "forward pass"),
         ("all-reduce", "jit(step)/jvp()/reduce_sum", "loss and metrics"),
-        ("all-gather", "jit(step)/sharding_constraint", "parameters (fsdp)"),
+        ("all-gather", "jit(step)/shard_map/all_gather", "parameters (fsdp)"),
+        ("reduce-scatter", "jit(step)/shard_map/reduce_scatter", "gradients"),
     ],
 )  # fmt: skip
 def test_purpose(kind, origin, purpose):

@@ -1,3 +1,4 @@
+import collections
 import functools
 import os
 import re
@@ -72,11 +73,10 @@ def assert_same_run(found, expected):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_eight_devices_equal_one(monkeypatch):
+def test_eight_devices_equal_one():
     assert jax.device_count() == DEVICES
-    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    monkeypatch.setattr(jax, "make_mesh", lambda *args, **kwargs: one)
-    assert_same_run(run_steps(devices.MeshParallel(), mixing_config()), on_eight_devices())
+    one = devices.MeshParallel(devices=jax.devices()[:1])
+    assert_same_run(run_steps(one, mixing_config()), on_eight_devices())
 
 
 def test_pmap_equals_jit():
@@ -100,14 +100,41 @@ def test_accumulation_gives_the_same_micro_batches_on_any_devices():
     assert_same_run(pmap, jit)
 
 
-@pytest.mark.parametrize("kind", [devices.MeshParallel, devices.PmapParallel])
-def test_metrics_travel_with_the_gradients(kind):
-    parallel = kind()
-    step, state = start(parallel, mixing_config())
-    text = step.lower(state, parallel.put_batch(random_batch(0))).compile().as_text()
-    reductions = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
-    # BatchNorm forward and backward; then gradients, metrics and the sums of the centroids.
-    assert len(reductions) == 3
+KINDS = [devices.MeshParallel, devices.PmapParallel]
+
+
+def types_of(operation, program):
+    """Counts the types of the arrays that an operation takes in a program before compilation."""
+    calls = program.split(f'"stablehlo.{operation}"')[1:]
+    ends = [r"\}\) : \((.*?)\) ->", r"\}> : \((.*?)\) ->"]  # with and without a region
+    end = ends[operation == "all_gather"]
+    calls = [re.search(end, call).group(1) for call in calls]
+    return collections.Counter(re.findall(r"(b?f\d+)>", " ".join(calls)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_travel_once_with_the_metrics(kind):
+    config, parallel = mixing_config(), kind()
+    config.accumulate_steps = 2
+    step, state = start(parallel, config)
+    lowered = step.lower(state, parallel.put_batch(random_batch(0)))
+    assert types_of("all_reduce", lowered.as_text()).keys() == {"f32"}
+    text = lowered.compile().as_text()
+    all_reduce = r" all-reduce(-start)?\("
+    # BatchNorm forward and backward, for every micro-batch; then, once per step, gradients, metrics
+    # and the sums of the centroids.
+    assert len(re.findall(all_reduce, text)) == 3
+    assert len(re.findall(all_reduce, text[text.index("\nENTRY ") :])) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_travel_in_the_type_of_the_config(kind):
+    config, parallel = mixing_config(), kind()
+    config.gradient_reduce_dtype = "bfloat16"
+    step, state = start(parallel, config)
+    types = types_of("all_reduce", step.lower(state, parallel.put_batch(random_batch(0))).as_text())
+    # In float32: statistics of BatchNorm, loss, skipped images, sums and counts of the centroids.
+    assert types == {"bf16": len(jax.tree.leaves(state.params)), "f32": 6}
 
 
 def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
@@ -118,12 +145,13 @@ def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
     for platform, expected in (("cpu", None), ("gpu", {"xla_gpu_deterministic_ops": True})):
         device = types.SimpleNamespace(platform=platform)
         with monkeypatch.context() as patch:
-            patch.setattr(jax, "make_mesh", lambda *args, **kw: None)
+            mesh = types.SimpleNamespace(shape={"fsdp": 1})
+            patch.setattr(jax, "make_mesh", lambda *args, mesh=mesh, **kw: mesh)
             patch.setattr(devices, "NamedSharding", lambda *args: None)
             parallel = devices.MeshParallel(devices=[device], deterministic=True)
-        for make in (parallel.eval_step, parallel.batch_step):
-            make(len)
-        parallel.train_step(len, None)
+            for make in (parallel.eval_step, parallel.batch_step):
+                make(len)
+            parallel.train_step(len, None)
         assert given == 3 * [expected]
         given.clear()
 
@@ -131,15 +159,9 @@ def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
 def test_batch_stays_divided_over_the_devices():
     config = mixing_config()
     parallel = devices.MeshParallel()
-    model, optimizer = SmallModel(), make_optimizer(config)
-    init_fn = functools.partial(init_state, model, optimizer, config)
-    abstract = parallel.abstract(init_fn)
-    make = make_train_step(make_task(config, NUM_CLASSES), model, optimizer)
-    step = parallel.train_step(make, abstract)
-    batch = parallel.put_batch(random_batch(0))
-    program = step.lower(abstract, batch).compile().as_text()
-    moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program)
-    assert [line for line in moved if "top_k" not in line] == []
+    step, state = start(parallel, config)
+    program = step.lower(state, parallel.put_batch(random_batch(0))).compile().as_text()
+    assert re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program) == []
     assert "all-reduce" in program
 
 

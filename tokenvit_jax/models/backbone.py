@@ -162,6 +162,8 @@ class Backbone(Trainable):
             for i, (path, leaf) in enumerate(leaves)
             if leaf.dtype == jnp.float32 and self._is_cast(path, params)
         ]
+        if not places:
+            return params
         leaves = [leaf for _, leaf in leaves]
         for i, leaf in zip(places, cast_packed([leaves[i] for i in places], dtype), strict=True):
             leaves[i] = leaf

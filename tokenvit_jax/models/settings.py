@@ -10,7 +10,18 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.layers.blocks import check_num_heads
-from tokenvit_jax.valid import Either, Flag, Number, OneOf, Rule, Text, check_all, shown, whole
+from tokenvit_jax.valid import (
+    Either,
+    Flag,
+    Number,
+    OneOf,
+    Rule,
+    Several,
+    Text,
+    check_all,
+    shown,
+    whole,
+)
 
 Rules = Mapping[str, Rule]
 
@@ -66,7 +77,7 @@ class Part(NamedTuple):
 
 COMPUTATION: Rules = {
     "dtype": FloatType(),
-    "axis_name": Either((OneOf((None,)), Text(empty=False))),
+    "axis_name": Either((OneOf((None,)), Text(empty=False), Several(Text(empty=False)))),
 }
 
 
@@ -123,7 +134,7 @@ class BackboneSettings(Checked):
       dropout: dropout rate before the classifier.
       remat: whether to recompute the blocks in the backward pass instead of storing activations.
       dtype: type of the computation; parameters are float32.
-      axis_name: mapped axis that the batch is split over, for pmap; None under jit.
+      axis_name: mapped axis or axes that the batch is split over; None: one device.
       parts: settings that have attributes of their own: name -> their class. A class has a method
         `check(depth)`, which raises UserError unless the part fits a number of blocks.
     """
@@ -142,7 +153,7 @@ class BackboneSettings(Checked):
     dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name, cls in self.parts.items():
