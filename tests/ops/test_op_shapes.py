@@ -81,6 +81,7 @@ CALLS = {
         ((TOKENS.astype(jnp.bfloat16), floats(7), floats(7)), {"epsilon": 1e-5}),
     ],
     "batch_norm.global_count": [((TOKENS, None), {})],
+    "batch_norm.num_sharing": [((None,), {})],
     "batch_norm.over_devices": [((floats(2, 7), None), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
     "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],

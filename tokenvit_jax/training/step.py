@@ -68,9 +68,12 @@ def make_train_step(
         )
         # In float32, which holds it exactly, to travel with the gradients in one reduction.
         skipped = batch["skipped"].astype(jnp.float32).sum()
-        grads, (loss, logged), skipped = exchange.reduce(
-            grads, (loss, logged), skipped, config.gradient_reduce_dtype
+        statistics = model_state["batch_stats"] if model.local_statistics else {}
+        grads, (loss, logged, statistics), skipped = exchange.reduce(
+            grads, (loss, logged, statistics), skipped, config.gradient_reduce_dtype
         )
+        if model.local_statistics:
+            model_state = {**model_state, "batch_stats": statistics}
         norm = exchange.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
         factors = learning_rate_factors(config, model, state.params)
