@@ -59,7 +59,7 @@ MEANINGLESS = {
     "axis": [NAN, (), [], {}, object(), "", " ", True, 3, b"x"],
 }  # fmt: skip
 KINDS = {**dict.fromkeys(PARTS, "part"), "dtype": "dtype", "axis_name": "axis",
-         "temperature": float}  # fmt: skip
+         "temperature": float, "batch_norm": int}  # fmt: skip
 # Numbers for which 0 means something.
 ZERO = {
     "num_classes", "drop_path", "dropout", "num_registers", "layer_scale", "projection", "adaptive",
@@ -101,7 +101,7 @@ PLAUSIBLE = {
     "learning_rate_factor": [0, 1, 10], "alpha": [0, 1, 2], "beta": [1, 2, 3],
     "where": ["blocks", "logits"],
     "window": [1, 3, 4], "iterations": [0, 1, 9], "temperature": ["auto", 0.5, 50, 1e-6],
-    "neighbors": [1, 20, 999], "normalize": ["sum", "l2"],
+    "batch_norm": ["global", "local", 1, 4], "neighbors": [1, 20, 999], "normalize": ["sum", "l2"],
 }  # fmt: skip
 
 

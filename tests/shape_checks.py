@@ -76,6 +76,8 @@ def _fits(value, expected):
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
         if len(parts) == 2 and parts[1] is Ellipsis:
             parts = parts[:1] * len(value)
         return len(value) == len(parts) and all(map(_fits, value, parts))

@@ -200,6 +200,11 @@ ENTRIES: dict[str, Entry] = {
         "devices over which parameters and optimizer state are sharded (parallel=jit)",
         whole(1, 2**20),
     ),
+    "gradient_reduce_dtype": Entry(
+        "float32",
+        "type in which gradients are added over devices; bfloat16 halves the bytes",
+        OneOf(("float32", "bfloat16")),
+    ),
     "deterministic": Entry(
         False,
         "on a GPU, the same numbers in every run: no choice of algorithms by time, no atomic "

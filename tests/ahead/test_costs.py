@@ -28,7 +28,8 @@ GROUPS = f"{BLOCK}/attention/attention._attend_in_groups/jit(tokenvit_jax.ops.gr
         ("all-reduce", f"{BLOCK}/x/while/body/reduce_sum", "forward pass"),
         ("all-reduce", "jit(step)/cond/branch_0_fun/reduce_sum", "loss and metrics"),
         ("all-reduce", "jit(step)/jvp()/reduce_sum", "loss and metrics"),
-        ("all-gather", "jit(step)/sharding_constraint", "parameters (fsdp)"),
+        ("all-gather", "jit(step)/shard_map/all_gather", "parameters (fsdp)"),
+        ("reduce-scatter", "jit(step)/shard_map/reduce_scatter", "gradients"),
     ],
 )  # fmt: skip
 def test_purpose(kind, origin, purpose):

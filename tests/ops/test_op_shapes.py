@@ -87,6 +87,7 @@ CALLS = {
         ((TOKENS.astype(jnp.bfloat16), floats(7), floats(7)), {"epsilon": 1e-5}),
     ],
     "batch_norm.global_count": [((TOKENS, None), {})],
+    "batch_norm.num_sharing": [((None,), {})],
     "batch_norm.over_devices": [((floats(2, 7), None), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
     "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
@@ -110,10 +111,10 @@ CALLS = {
         ((partial(lambda refs: None), Tiles.of((2, 3, 5)), {"x": floats(2, 3, 5)}, {}),
          {"sums": 1, "interpret": True}),
     ],
+    "channel_sums.gelu_and_slope": [((TOKENS,), {})],
     "channel_sums.gelu_backward": [
         ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
     ],
-    "channel_sums.gelu_and_slope": [((TOKENS,), {})],
     "channel_sums.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
     "channel_sums.misfit": [(((2, 3, 5),), {})],
     "channel_sums.product_sums": [

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.layers import DropPath, DynamicGroupAttention, advance_centroids, batch_norm
 from tokenvit_jax.models.backbone import Trainable
+from tokenvit_jax.ops.batch_norm import DeviceGroups
 from tokenvit_jax.tasks import default_config
 
 NUM_CLASSES = 5
@@ -20,6 +21,11 @@ class SmallModel(Trainable):
     has_batch_norm: bool = True
     drop_path: float = 0.5
     old_weight: float = 0.9
+    norm_group: int = 0  # devices that share statistics; 0: all
+
+    @property
+    def local_statistics(self):
+        return self.norm_group > 0
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -27,7 +33,9 @@ class SmallModel(Trainable):
         x = nn.Conv(8, (8, 8), strides=8, use_bias=False, name="patches")(images)
         x = x.reshape(x.shape[0], -1, 8)
         if self.has_batch_norm:
-            norm = batch_norm(dtype=x.dtype, axis_name=self.axis_name, name="norm")
+            axis = DeviceGroups(self.axis_name, self.norm_group)
+            axis = axis if self.norm_group else self.axis_name
+            norm = batch_norm(dtype=x.dtype, axis_name=axis, name="norm")
             x = norm(x, use_running_average=not train)
         y = DynamicGroupAttention(num_heads=2, num_groups=3, top_k=4, name="attention")(x, train)
         x = x + DropPath(self.drop_path, self.axis_name)(y, train)

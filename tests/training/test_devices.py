@@ -1,3 +1,4 @@
+import collections
 import functools
 import os
 import re
@@ -15,7 +16,9 @@ import pytest
 from make_task import make_task
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.ops.batch_norm import DeviceGroups
 from tokenvit_jax.tasks import Outcome
 from tokenvit_jax.training import devices, processes
 from tokenvit_jax.training.batches import check_train_batch, prefetch
@@ -24,6 +27,7 @@ from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
 
 DEVICES = 8
+KINDS = [devices.MeshParallel, devices.PmapParallel]
 
 
 def mixing_config():
@@ -35,9 +39,9 @@ def mixing_config():
     return config
 
 
-def start(parallel, config):
+def start(parallel, config, **model):
     """Returns the training step of the small model, and its first state."""
-    model = SmallModel(axis_name=parallel.axis_name)
+    model = SmallModel(axis_name=parallel.axis_name, **model)
     optimizer = make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
     task = make_task(config, NUM_CLASSES, parallel.axis_name)
@@ -72,11 +76,10 @@ def assert_same_run(found, expected):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_eight_devices_equal_one(monkeypatch):
+def test_eight_devices_equal_one():
     assert jax.device_count() == DEVICES
-    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    monkeypatch.setattr(jax, "make_mesh", lambda *args, **kwargs: one)
-    assert_same_run(run_steps(devices.MeshParallel(), mixing_config()), on_eight_devices())
+    one = devices.MeshParallel(devices=jax.devices()[:1])
+    assert_same_run(run_steps(one, mixing_config()), on_eight_devices())
 
 
 def test_pmap_equals_jit():
@@ -100,14 +103,38 @@ def test_accumulation_gives_the_same_micro_batches_on_any_devices():
     assert_same_run(pmap, jit)
 
 
-@pytest.mark.parametrize("kind", [devices.MeshParallel, devices.PmapParallel])
-def test_metrics_travel_with_the_gradients(kind):
-    parallel = kind()
-    step, state = start(parallel, mixing_config())
-    text = step.lower(state, parallel.put_batch(random_batch(0))).compile().as_text()
-    reductions = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
-    # BatchNorm forward and backward; then gradients, metrics and the sums of the centroids.
-    assert len(reductions) == 3
+def types_of(operation, program):
+    """Counts the types of the arrays that an operation takes in a program before compilation."""
+    calls = program.split(f'"stablehlo.{operation}"')[1:]
+    ends = [r"\}\) : \((.*?)\) ->", r"\}> : \((.*?)\) ->"]  # with and without a region
+    end = ends[operation == "all_gather"]
+    calls = [re.search(end, call).group(1) for call in calls]
+    return collections.Counter(re.findall(r"(b?f\d+)>", " ".join(calls)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_travel_once_with_the_metrics(kind):
+    config, parallel = mixing_config(), kind()
+    config.accumulate_steps = 2
+    step, state = start(parallel, config)
+    lowered = step.lower(state, parallel.put_batch(random_batch(0)))
+    assert types_of("all_reduce", lowered.as_text()).keys() == {"f32"}
+    text = lowered.compile().as_text()
+    all_reduce = r" all-reduce(-start)?\("
+    # BatchNorm forward and backward, for every micro-batch; then, once per step, gradients, metrics
+    # and the sums of the centroids.
+    assert len(re.findall(all_reduce, text)) == 3
+    assert len(re.findall(all_reduce, text[text.index("\nENTRY ") :])) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_travel_in_the_type_of_the_config(kind):
+    config, parallel = mixing_config(), kind()
+    config.gradient_reduce_dtype = "bfloat16"
+    step, state = start(parallel, config)
+    types = types_of("all_reduce", step.lower(state, parallel.put_batch(random_batch(0))).as_text())
+    # In float32: statistics of BatchNorm, loss, skipped images, sums and counts of the centroids.
+    assert types == {"bf16": len(jax.tree.leaves(state.params)), "f32": 6}
 
 
 def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
@@ -118,12 +145,13 @@ def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
     for platform, expected in (("cpu", None), ("gpu", {"xla_gpu_deterministic_ops": True})):
         device = types.SimpleNamespace(platform=platform)
         with monkeypatch.context() as patch:
-            patch.setattr(jax, "make_mesh", lambda *args, **kw: None)
+            mesh = types.SimpleNamespace(shape={"fsdp": 1})
+            patch.setattr(jax, "make_mesh", lambda *args, mesh=mesh, **kw: mesh)
             patch.setattr(devices, "NamedSharding", lambda *args: None)
             parallel = devices.MeshParallel(devices=[device], deterministic=True)
-        for make in (parallel.eval_step, parallel.batch_step):
-            make(len)
-        parallel.train_step(len, None)
+            for make in (parallel.eval_step, parallel.batch_step):
+                make(len)
+            parallel.train_step(len, None)
         assert given == 3 * [expected]
         given.clear()
 
@@ -131,15 +159,9 @@ def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
 def test_batch_stays_divided_over_the_devices():
     config = mixing_config()
     parallel = devices.MeshParallel()
-    model, optimizer = SmallModel(), make_optimizer(config)
-    init_fn = functools.partial(init_state, model, optimizer, config)
-    abstract = parallel.abstract(init_fn)
-    make = make_train_step(make_task(config, NUM_CLASSES), model, optimizer)
-    step = parallel.train_step(make, abstract)
-    batch = parallel.put_batch(random_batch(0))
-    program = step.lower(abstract, batch).compile().as_text()
-    moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program)
-    assert [line for line in moved if "top_k" not in line] == []
+    step, state = start(parallel, config)
+    program = step.lower(state, parallel.put_batch(random_batch(0))).compile().as_text()
+    assert re.findall(r"(?:all-gather|all-to-all|collective-permute)\(.*", program) == []
     assert "all-reduce" in program
 
 
@@ -152,6 +174,61 @@ def row_step(axis_name):
         return Outcome({"total": total}, {"x": batch["x"], "y": 2 * batch["y"]})
 
     return step
+
+
+def norm_step(axis_name, size):
+    """An evaluation step whose rows are normalized over groups of devices."""
+
+    def step(variables, batch):
+        group = DeviceGroups(axis_name, size)
+        affine = variables["scale"], variables["bias"]
+        y, mean, _ = ops.batch_norm(batch["x"], *affine, epsilon=1e-5, axis_name=group)
+        return Outcome({}, {"y": y, "mean": jax.numpy.broadcast_to(mean, y.shape)})
+
+    return step
+
+
+def norm_rows(images):
+    """Returns what :func:`norm_step` gives if a group of devices has a number of images."""
+    x = row_batch()["x"].astype(np.float32)
+    parts = x.reshape(-1, images, 2)
+    mean, std = parts.mean(1, keepdims=True), np.sqrt(parts.var(1, keepdims=True) + 1e-5)
+    return ((parts - mean) / std).reshape(x.shape), (mean + 0 * parts).reshape(x.shape)
+
+
+def assert_normalized_in_groups(parallel, size, images, batch):
+    step = parallel.eval_step(norm_step(parallel.axis_name, size))
+    variables = {"scale": np.ones(2, np.float32), "bias": np.zeros(2, np.float32)}
+    variables = parallel.put_variables(variables)
+    rows = parallel.fetch(step(variables, parallel.put_batch(batch))).rows
+    y, mean = norm_rows(images)
+    np.testing.assert_allclose(rows["y"], y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows["mean"], mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(k, size) for k in KINDS for size in (1, 4)])
+def test_statistics_of_groups_of_devices(kind, size):
+    assert_normalized_in_groups(kind(), size, size * 16 // DEVICES, row_batch())
+
+
+def test_running_statistics_of_groups_are_averaged():
+    """Each half of the devices normalizes its half of the batch; the state is the mean of both."""
+    parallel, config = devices.MeshParallel(), small_config()
+    step, state = start(parallel, config, norm_group=4)
+    batch = random_batch(0)
+    params = jax.device_get(state.params)  # the step consumes the state
+    after, _ = step(state, parallel.put_batch(batch))
+    kernel = params["patches"]["kernel"]
+    images = make_task(config).normalize(batch["image"])
+    patches = np.asarray(images).reshape(2, 8, 4, 8, 4, 8, 3)
+    x = np.einsum("gbhiwjc,ijcd->gbhwd", patches, kernel).reshape(2, -1, 8)
+    found = after.model_state["batch_stats"]["norm"]
+    np.testing.assert_allclose(found["mean"], 0.1 * x.mean((0, 1)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * x.var(1).mean(0), rtol=1e-4)
+    shards = [np.asarray(shard.data) for shard in found["var"].addressable_shards]
+    assert len(shards) == DEVICES
+    for shard in shards[1:]:
+        np.testing.assert_array_equal(shard, shards[0])
 
 
 def row_batch():
@@ -176,7 +253,7 @@ import jax, numpy as np
 sys.path.insert(0, "tests/training")
 from tokenvit_jax.training import devices, processes
 processes.connect(sys.argv[1], 2, int(sys.argv[2]))
-from test_devices import row_batch, row_step
+from test_devices import assert_normalized_in_groups, row_batch, row_step
 part = {name: x[8 * jax.process_index() :][:8] for name, x in row_batch().items()}
 for parallel in (devices.MeshParallel(), devices.PmapParallel()):
     step = parallel.eval_step(row_step(parallel.axis_name))
@@ -185,6 +262,8 @@ for parallel in (devices.MeshParallel(), devices.PmapParallel()):
     assert float(sums["total"]) == 3 * row_batch()["x"].sum(), sums
     np.testing.assert_array_equal(rows["x"], row_batch()["x"])
     np.testing.assert_array_equal(rows["y"], 2 * row_batch()["y"])
+    for size in (1, 2):
+        assert_normalized_in_groups(parallel, size, 4 * size, part)
 print("equal")
 """
 
@@ -217,6 +296,10 @@ def test_rows_of_two_processes_are_those_of_the_whole_batch():
         ({"batch_size": 12}, "batch_size=12 is not a multiple of 8 devices x 1"),
         ({"batch_size": 24, "accumulate_steps": 2}, "batch_size=24 is not a multiple of 8 devices"),
         ({"batch_size": 8, "mix.cutmix": 1.0}, "batch_size=8 gives each of 8 devices an odd"),
+        (
+            {"model_overrides": {"batch_norm": 3}},
+            "model_overrides.batch_norm=3 does not divide the number of devices, 8",
+        ),
     ],
 )
 def test_training_batches_that_do_not_fit_are_named(changes, message):

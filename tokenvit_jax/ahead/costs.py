@@ -126,8 +126,10 @@ def purpose_of(kind: str, message: Message, batch_norms: frozenset[str]) -> str:
     """
     origin, path = message.origin, module_path(message.origin)
     backward = "transpose(" in origin
-    if kind in ("all-gather", "reduce-scatter") and "jvp(" not in origin:
+    if kind == "all-gather" and "jvp(" not in origin:
         return "parameters (fsdp)"
+    if kind == "reduce-scatter":
+        return "gradients"
     if any(path == norm or path.startswith(f"{norm}/") for norm in batch_norms):
         return "BatchNorm, backward" if backward else "BatchNorm, forward"
     if backward:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.layers.norm import BatchNorm
-from tokenvit_jax.ops.batch_norm import affine_of, over_devices
+from tokenvit_jax.ops.batch_norm import SharedBy, affine_of, num_sharing, over_devices
 
 # Kernels of convolutions: the usual choice with BatchNorm (He et al. 2015).
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -83,8 +83,8 @@ class FoldedBatchNorm(BatchNorm):
         """Returns the factors and the offsets.
 
         Args:
-          sums: sums of the values and of their squares over the batch (2, C); under pmap, over the
-            part of the batch on this device. Not used with the running averages.
+          sums: sums of the values and of their squares (2, C) over the part of the batch on this
+            device. Not used with the running averages.
           channels: C.
           count: number of values of a channel that were added.
           input_bias: bias of the normalized values, which neither the sums nor the values that are
@@ -99,9 +99,9 @@ class FoldedBatchNorm(BatchNorm):
         if use_running_average:
             factor = lax.rsqrt(var.value + self.epsilon) * scale
             return factor, bias - (mean.value - shift) * factor
-        if self.axis_name is not None and not self.is_initializing():
+        if not self.is_initializing():
             sums = over_devices(sums, self.axis_name)
-            count = count * lax.axis_size(self.axis_name)
+            count = count * num_sharing(self.axis_name)
         affine = affine_of(sums, count, scale, bias, self.epsilon)
         if not self.is_initializing():
             for average, value in ((mean, affine.mean + shift), (var, affine.var)):
@@ -141,13 +141,13 @@ def affine_product(
 
 
 def batch_norm(
-    *, dtype: Any, axis_name: str | None, with_gelu: bool = False, name: str | None = None
+    *, dtype: Any, axis_name: SharedBy, with_gelu: bool = False, name: str | None = None
 ) -> BatchNorm:
-    """Returns BatchNorm over the global batch.
+    """Returns BatchNorm.
 
     Args:
       dtype: type of the computation.
-      axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      axis_name: devices that share statistics, see :class:`BatchNorm`.
       with_gelu: whether GELU comes first.
       name: name of the module; None: linen chooses it.
     """

@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
+from tokenvit_jax.ops.batch_norm import SharedBy
 
 
 class LayerNorm(nn.Module):
@@ -54,7 +55,7 @@ class AddLayerNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over the global batch, optionally of GELU(x): (..., C) -> (..., C).
+    """BatchNorm, optionally of GELU(x): (..., C) -> (..., C).
 
     Parameters and collection "batch_stats" are those of `nn.BatchNorm`.
 
@@ -62,14 +63,15 @@ class BatchNorm(nn.Module):
       momentum: weight of the old running statistics.
       epsilon: constant added to the variance.
       dtype: type of the result.
-      axis_name: mapped axis over which the statistics are averaged, for pmap; None under jit.
+      axis_name: mapped axis or axes whose devices share statistics, or groups of these devices,
+        which then have running statistics of their own; None: one device.
       with_gelu: whether GELU(x) is normalized instead of x.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
+    axis_name: SharedBy = None
     with_gelu: bool = False
 
     @nn.compact

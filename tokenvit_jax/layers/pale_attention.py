@@ -16,6 +16,7 @@ from tokenvit_jax.layers.conv import (
     depthwise_init,
     linear_init,
 )
+from tokenvit_jax.ops.batch_norm import SharedBy
 from tokenvit_jax.ops.heads import merge_heads, split_heads
 from tokenvit_jax.ops.pale_attention import HALVED
 from tokenvit_jax.ops.windows import pad_map, whole_windows
@@ -28,14 +29,14 @@ class SeparableProjection(nn.Module):
 
     Attributes:
       dtype: type of the computation.
-      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+      axis_name: devices that share the statistics of BatchNorm, see :class:`layers.norm.BatchNorm`.
 
     References:
       Wu et al. 2021, "CvT".
     """
 
     dtype: Any = jnp.float32
-    axis_name: str | None = None
+    axis_name: SharedBy = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
@@ -61,7 +62,7 @@ class PaleAttention(nn.Module):
       mode: see :func:`tokenvit_jax.ops.pale_attention`.
       mask_padding: True: no token attends to padding. False: padding is attended to like tokens.
       dtype: type of the computation.
-      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+      axis_name: devices that share the statistics of BatchNorm, see :class:`layers.norm.BatchNorm`.
 
     Raises:
       UserError: num_heads does not divide C, or is odd where the mode halves it.
@@ -75,7 +76,7 @@ class PaleAttention(nn.Module):
     mode: str = "parallel"
     mask_padding: bool = False
     dtype: Any = jnp.float32
-    axis_name: str | None = None
+    axis_name: SharedBy = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:

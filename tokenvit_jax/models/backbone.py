@@ -60,6 +60,11 @@ class Trainable(nn.Module):
         """Number of layers that :meth:`layer_of` tells apart."""
         return 1
 
+    @property
+    def local_statistics(self) -> bool:
+        """Whether devices have different running statistics until the step averages them."""
+        return False
+
     @nn.nowrap
     def layer_of(self, path: str) -> int:
         """Returns the layer of a variable, from 0 at the images to ``num_layers - 1`` at the head.
@@ -151,6 +156,10 @@ class Backbone(Trainable):
     optional_parameters: ClassVar[tuple[str, ...]] = ()
     float32_parameters: ClassVar[str] = "classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias"
 
+    @property
+    def local_statistics(self) -> bool:
+        return getattr(self.settings, "batch_norm", "global") != "global"
+
     @nn.nowrap
     def cast_weights(self, params: Any) -> Any:
         dtype = jnp.dtype(self.settings.dtype)
@@ -162,6 +171,8 @@ class Backbone(Trainable):
             for i, (path, leaf) in enumerate(leaves)
             if leaf.dtype == jnp.float32 and self._is_cast(path, params)
         ]
+        if not places:
+            return params
         leaves = [leaf for _, leaf in leaves]
         for i, leaf in zip(places, cast_packed([leaves[i] for i in places], dtype), strict=True):
             leaves[i] = leaf
@@ -333,6 +344,10 @@ class BackboneModel(Trainable):
     @property
     def num_layers(self) -> int:
         return self.backbone.num_layers
+
+    @property
+    def local_statistics(self) -> bool:
+        return self.backbone.local_statistics
 
     @nn.nowrap
     def layer_of(self, path: str) -> int:

@@ -28,14 +28,21 @@ from tokenvit_jax.layers.conv import (
 )
 from tokenvit_jax.models.backbone import Variables
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
-from tokenvit_jax.models.settings import CHANNELS, EXPANSION, Rules, check_unused
+from tokenvit_jax.models.settings import (
+    CHANNELS,
+    EXPANSION,
+    BatchNormSettings,
+    Rules,
+    check_unused,
+)
+from tokenvit_jax.ops.batch_norm import SharedBy
 from tokenvit_jax.valid import Flag, Number, OneOf, whole
 
 CENTROID_RULES = ("literal", "swapped", "constant")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DGTSettings(PyramidSettings):
+class DGTSettings(BatchNormSettings, PyramidSettings):
     """Settings of the Dynamic Group Transformer; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
@@ -96,7 +103,7 @@ class InvertedResidualFFN(nn.Module):
 
     ratio: int
     dtype: Any
-    axis_name: str | None
+    axis_name: SharedBy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -155,7 +162,7 @@ class DGTBlock(nn.Module):
             name="attention",
         )
         ffn = InvertedResidualFFN(
-            settings.mlp_ratio, settings.dtype, settings.axis_name, name="ffn"
+            settings.mlp_ratio, settings.dtype, settings.norm_axis, name="ffn"
         )
 
         def attend(x):
@@ -180,7 +187,7 @@ class Stem(nn.Module):
 
     dim: int
     dtype: Any
-    axis_name: str | None
+    axis_name: SharedBy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -205,9 +212,9 @@ class DGT(Pyramid):
     def setup(self):
         super().setup()
         settings = self.settings
-        self.first_layers = Stem(settings.stem_dim, settings.dtype, settings.axis_name)
+        self.first_layers = Stem(settings.stem_dim, settings.dtype, settings.norm_axis)
         self.head_conv = nn.Dense(settings.head_dim, dtype=settings.dtype, kernel_init=conv_init)
-        self.head_norm = batch_norm(dtype=settings.dtype, axis_name=settings.axis_name)
+        self.head_norm = batch_norm(dtype=settings.dtype, axis_name=settings.norm_axis)
 
     def stem(self, images: jax.Array, train: bool) -> jax.Array:
         return self.first_layers(images, train)

@@ -20,7 +20,7 @@ from tokenvit_jax.layers import (
 )
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings, pool_tokens
-from tokenvit_jax.models.settings import EXPANSION, SIDE, Rules
+from tokenvit_jax.models.settings import EXPANSION, SIDE, BatchNormSettings, Rules
 from tokenvit_jax.ops.pale_attention import HALVED
 from tokenvit_jax.valid import Flag, OneOf, Several, whole
 
@@ -35,7 +35,7 @@ POSITIONS = ("none", "ape", "cpe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PaleSettings(PyramidSettings):
+class PaleSettings(BatchNormSettings, PyramidSettings):
     """Settings of the Pale Transformer; the common ones are in :class:`PyramidSettings`.
 
     Attributes:
@@ -125,7 +125,7 @@ class PaleBlock(nn.Module):
         settings, stage = self.settings, self.stage
         attention = PaleAttention(
             settings.num_heads[stage], settings.pale_sizes[stage], self.mode,
-            settings.mask_padding, settings.dtype, settings.axis_name, name="attention",
+            settings.mask_padding, settings.dtype, settings.norm_axis, name="attention",
         )  # fmt: skip
         mlp = Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
 

@@ -10,7 +10,19 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.layers.blocks import check_num_heads
-from tokenvit_jax.valid import Either, Flag, Number, OneOf, Rule, Text, check_all, shown, whole
+from tokenvit_jax.ops.batch_norm import DeviceGroups, SharedBy
+from tokenvit_jax.valid import (
+    Either,
+    Flag,
+    Number,
+    OneOf,
+    Rule,
+    Several,
+    Text,
+    check_all,
+    shown,
+    whole,
+)
 
 Rules = Mapping[str, Rule]
 
@@ -66,7 +78,7 @@ class Part(NamedTuple):
 
 COMPUTATION: Rules = {
     "dtype": FloatType(),
-    "axis_name": Either((OneOf((None,)), Text(empty=False))),
+    "axis_name": Either((OneOf((None,)), Text(empty=False), Several(Text(empty=False), length=2))),
 }
 
 
@@ -123,7 +135,7 @@ class BackboneSettings(Checked):
       dropout: dropout rate before the classifier.
       remat: whether to recompute the blocks in the backward pass instead of storing activations.
       dtype: type of the computation; parameters are float32.
-      axis_name: mapped axis that the batch is split over, for pmap; None under jit.
+      axis_name: mapped axis or axes that the batch is split over; None: one device.
       parts: settings that have attributes of their own: name -> their class. A class has a method
         `check(depth)`, which raises UserError unless the part fits a number of blocks.
     """
@@ -142,7 +154,7 @@ class BackboneSettings(Checked):
     dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name, cls in self.parts.items():
@@ -165,6 +177,28 @@ class BackboneSettings(Checked):
     def drop_path_of(self, index: int) -> float:
         """Returns the stochastic depth rate of a block; ``index`` counts from 0."""
         return self.drop_path * index / max(self.num_blocks - 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNormSettings(BackboneSettings):
+    """Settings of backbones with BatchNorm.
+
+    Attributes:
+      batch_norm: images that its statistics are over in training: "global", all of a step;
+        "local", those of each device; a number, those of so many devices. Running statistics are
+        averaged over the devices.
+    """
+
+    valid: ClassVar[Rules] = {"batch_norm": Either((OneOf(("global", "local")), whole(1, 2**20)))}
+
+    batch_norm: str | int = "global"
+
+    @property
+    def norm_axis(self) -> SharedBy:
+        """Devices that share the statistics of BatchNorm."""
+        if self.axis_name is None or self.batch_norm == "global":
+            return self.axis_name
+        return DeviceGroups(self.axis_name, 1 if self.batch_norm == "local" else self.batch_norm)
 
 
 def make_part(cls: type, name: str, settings: Mapping[str, Any]) -> Any:

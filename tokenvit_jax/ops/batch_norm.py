@@ -4,7 +4,7 @@ Each direction exchanges one small array between devices: two sums per channel.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,22 @@ from jaxtyping import Array, Float
 
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.gelu import gelu, gelu_and_slope
+
+
+class DeviceGroups(NamedTuple):
+    """Groups of consecutive devices, each with statistics of its own.
+
+    Attributes:
+      axis_name: mapped axis or axes of all devices.
+      size: devices in a group, a divisor of their number.
+    """
+
+    axis_name: str | tuple[str, ...]
+    size: int
+
+
+# The devices that share statistics: those of mapped axes, groups of these, or None, one device.
+SharedBy: TypeAlias = str | tuple[str, ...] | DeviceGroups | None
 
 
 class BatchAffine(NamedTuple):
@@ -57,10 +73,10 @@ def batch_norm(
     *,
     epsilon: float,
     dtype: DTypeLike | None = None,
-    axis_name: str | None = None,
+    axis_name: SharedBy = None,
     with_gelu: bool = False,
 ) -> tuple[Float[Array, "*B C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Normalizes every channel by its mean and variance over the global batch.
+    """Normalizes every channel by its mean and variance over the global batch, or a group's part.
 
     Args:
       x: (..., C).
@@ -69,7 +85,8 @@ def batch_norm(
       epsilon: constant added to the variance.
       dtype: type of the result; None: the type of x. Statistics are in float32 (float64 for
         float64).
-      axis_name: mapped axis that divides the batch, for pmap; None under jit.
+      axis_name: mapped axis or axes that divide the batch, or groups of their devices; None: one
+        device.
       with_gelu: whether GELU(x) is normalized instead of x. The backward pass then computes GELU
         again instead of keeping it.
 
@@ -134,15 +151,27 @@ def affine_gradient(
     return BatchAffineGradient(affine.factor, x_factor, offset, dscale(sums), sums[0])
 
 
-def over_devices(sums: Float[Array, "2 C"], axis_name: str | None) -> Float[Array, "2 C"]:
-    """Returns sums over all devices of a mapped axis; None: the sums are global already."""
-    return sums if axis_name is None else lax.psum(sums, axis_name)
+def over_devices(sums: Float[Array, "2 C"], axis_name: SharedBy) -> Float[Array, "2 C"]:
+    """Returns sums over the devices that share statistics."""
+    if not isinstance(axis_name, DeviceGroups):
+        return sums if axis_name is None else lax.psum(sums, axis_name)
+    if axis_name.size == 1:
+        return sums
+    devices = range(lax.axis_size(axis_name.axis_name))
+    groups = [[*devices[i : i + axis_name.size]] for i in devices[:: axis_name.size]]
+    return lax.psum(sums, axis_name.axis_name, axis_index_groups=groups)
 
 
-def global_count(x: Float[Array, "*B C"], axis_name: str | None) -> int:
-    """Returns the number of values per channel in the global batch."""
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return devices * x.size // x.shape[-1]
+def num_sharing(axis_name: SharedBy) -> int:
+    """Returns the number of devices that share statistics."""
+    if isinstance(axis_name, DeviceGroups):
+        return axis_name.size
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
+def global_count(x: Float[Array, "*B C"], axis_name: SharedBy) -> int:
+    """Returns the number of values per channel on the devices that share statistics."""
+    return num_sharing(axis_name) * x.size // x.shape[-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

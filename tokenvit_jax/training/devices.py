@@ -2,7 +2,8 @@
 
 `MeshParallel` runs a step under `jax.jit` over a mesh of all devices of all processes, optionally
 with sharded parameters; `PmapParallel` runs it under `jax.pmap`. Both have the same methods and
-give the same numbers. With other devices, which may not exist, steps can only be compiled: from the
+give the same numbers: steps see one device's part of a batch, and their `axis_name` joins the
+parts. With other devices, which may not exist, steps can only be compiled: from the
 shapes that the `abstract` methods give.
 """
 
@@ -20,8 +21,10 @@ from ml_collections import ConfigDict
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.kernels.platforms import kernels_traced_once
 from tokenvit_jax.tasks import Outcome
+from tokenvit_jax.training.exchange import FSDP, WHOLE
 
-_BATCH_SPEC = P(("data", "fsdp"))
+_AXES = ("data", FSDP)
+_BATCH_SPEC = P(_AXES)
 _PMAP_AXIS = "devices"
 # For a GPU: nothing is chosen by measured time, and scatters add in a fixed order.
 _DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
@@ -31,12 +34,13 @@ class MeshParallel:
     """`jax.jit` over a mesh of all devices with the axes "data" and "fsdp".
 
     The batch is split over both axes. With `fsdp` above 1, matrices (parameters, their averages and
-    the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once and
-    updates each shard on its own device. With `deterministic`, steps on a GPU give the same bits in
-    every run.
-    """
+    the optimizer's state) are sharded over the axis "fsdp"; a step gathers the parameters once, in
+    the type of the computation, and updates each shard on its own device. With `deterministic`,
+    steps on a GPU give the same bits in every run.
 
-    axis_name = None
+    Attributes:
+      axis_name: the axes that a step sees; None: there is one device.
+    """
 
     def __init__(
         self,
@@ -48,10 +52,11 @@ class MeshParallel:
         devices = jax.devices() if devices is None else devices
         self._mesh = jax.make_mesh(
             (len(devices) // fsdp, fsdp),
-            ("data", "fsdp"),
+            _AXES,
             axis_types=(AxisType.Auto,) * 2,
             devices=devices,
         )
+        self.axis_name = _AXES if len(devices) > 1 else None
         on_gpu = devices[0].platform in ("gpu", "cuda")
         self._options = _DETERMINISTIC if deterministic and on_gpu else None
         self._replicated = NamedSharding(self._mesh, P())
@@ -89,24 +94,20 @@ class MeshParallel:
     def train_step(self, step: Callable, abstract_state: Any) -> Callable:
         """Returns the compiled `step(state, batch) -> state, metrics`; the state is consumed."""
 
-        def gathering_step(state, batch):
-            # Without this, the partitioner gathers the activations of some layers instead.
-            params = jax.lax.with_sharding_constraint(state.params, self._replicated)
-            return self._on_mesh(step)(state.replace(params=params), batch)
-
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-        out_shardings = (shardings, self._replicated)
+        specs = jax.tree.map(lambda x: x.sharding.spec, abstract_state)
+        if self._mesh.shape[FSDP] > 1:
+            dimensions = jax.tree.map(_sharded_dimension, specs.params)
+            step = functools.wraps(step)(functools.partial(step, sharded=dimensions))
         return jax.jit(
-            gathering_step,
+            self._on_devices(step, (specs, _BATCH_SPEC), (specs, P())),
             donate_argnums=0,
-            out_shardings=out_shardings,
+            out_shardings=(self._named(specs), self._replicated),
             compiler_options=self._options,
         )
 
     def eval_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, batch) -> Outcome`."""
-        shardings = Outcome(self._replicated, self._batch_sharding)
-        return jax.jit(self._on_mesh(step), out_shardings=shardings, compiler_options=self._options)
+        return self._step_of_variables(step, Outcome(P(), _BATCH_SPEC))
 
     def fetch(self, outcome: Outcome) -> Outcome:
         """Returns the result of :meth:`eval_step` as numpy arrays, rows of the whole batch."""
@@ -119,11 +120,7 @@ class MeshParallel:
 
     def batch_step(self, step: Callable) -> Callable:
         """Returns the compiled `step(variables, x)`; the result is split like the batch x."""
-        return jax.jit(
-            self._on_mesh(step),
-            out_shardings=self._batch_sharding,
-            compiler_options=self._options,
-        )
+        return self._step_of_variables(step, _BATCH_SPEC)
 
     def to_global(self, state: Any) -> Any:
         """Returns the state as arrays over all devices of all processes, to be saved."""
@@ -133,16 +130,35 @@ class MeshParallel:
         """Undoes :meth:`to_global`."""
         return state
 
-    def _on_mesh(self, step: Callable) -> Callable:
-        """Traces a step in the context of the mesh, which kernels and sizes of chunks depend on."""
+    def _step_of_variables(self, step: Callable, specs: Any) -> Callable:
+        """Returns the compiled `step(variables, batch)` with a result that is laid out by specs."""
+        return jax.jit(
+            self._on_devices(step, (P(), _BATCH_SPEC), specs),
+            out_shardings=self._named(specs),
+            compiler_options=self._options,
+        )
+
+    def _on_devices(self, step: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Makes a step see one device's part of its arguments.
+
+        So it exchanges what it says it does, and not what a partitioner makes of it; and kernels
+        and sizes of chunks depend on the images of one device.
+        """
 
         @functools.wraps(step)
-        def on_mesh(*args):
+        def on_devices(*args):
             mesh = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
             with mesh, kernels_traced_once():
-                return step(*args)
+                return mapped(*args)
 
-        return on_mesh
+        mapped = step
+        if self.axis_name is not None:
+            specs = {"in_specs": in_specs, "out_specs": out_specs}
+            mapped = jax.shard_map(step, mesh=self._mesh, check_vma=False, **specs)
+        return on_devices
+
+    def _named(self, specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
 
     def _shardings(self, state: Any) -> Any:
         """Shardings of a state: everything that grows with the parameters is sharded."""
@@ -153,12 +169,12 @@ class MeshParallel:
 
     def _fsdp_spec(self, x: Any) -> P:
         """Shards the largest dimension that divides evenly; vectors are not worth a message."""
-        fsdp = self._mesh.shape["fsdp"]
+        fsdp = self._mesh.shape[FSDP]
         divisible = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
         if fsdp == 1 or len(x.shape) < 2 or not divisible:
             return P()
         largest = max(divisible, key=lambda axis: x.shape[axis])
-        return P(*[None] * largest, "fsdp")
+        return P(*[None] * largest, FSDP)
 
 
 class PmapParallel:
@@ -244,6 +260,11 @@ class PmapParallel:
 def _quick_to_compile() -> dict[str, int] | None:
     """Compiler options for code that runs once: on CPU, optimising many random draws takes long."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+def _sharded_dimension(spec: P) -> int:
+    """Returns the dimension of an array that the axis "fsdp" divides, or WHOLE."""
+    return spec.index(FSDP) if FSDP in spec else WHOLE
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

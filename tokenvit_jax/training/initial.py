@@ -24,8 +24,8 @@ from tokenvit_jax.weights.channels import adapt_channels
 RGB = 3  # input channels that a first layer can be adapted from
 # Settings of a training or a method, which say nothing about the network of another run.
 _OWN_SETTINGS = {
-    "num_classes", "in_channels", "drop_path", "dropout", "remat", "dtype", "axis_name", "init_std",
-    "token_reducer", "expedite", "released_mask",
+    "num_classes", "in_channels", "drop_path", "dropout", "remat", "dtype", "axis_name",
+    "batch_norm", "init_std", "token_reducer", "expedite", "released_mask",
 }  # fmt: skip
 _RESIZED_SETTINGS = {"position_size", "window_size"}
 

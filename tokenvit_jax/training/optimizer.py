@@ -63,8 +63,11 @@ def weight_decay_mask(params: dict) -> dict:
 
 def make_optimizer(
     config: ConfigDict, model: nn.Module | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a configuration, with optional clipping by the global norm.
+
+    Its ``update`` takes the global norm of the gradient as ``norm``, which it needs to clip shards
+    of a gradient; None: it computes the norm of the arrays it is given.
 
     `optimizer.name` is "adamw", whose weight decay is decoupled from the gradient, or "sgd", with
     Nesterov momentum (timm's SGD) and weight decay as a part of the gradient. Parameters that
@@ -79,7 +82,8 @@ def make_optimizer(
     """
     clip = _clip(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adamw, "sgd": _sgd}[config.optimizer.name]
-    optimizer = _packed(optax.chain(clip, make(config.optimizer, learning_rate_schedule(config))))
+    chain = optax.chain(clip, make(config.optimizer, learning_rate_schedule(config)))
+    optimizer = _packed(optax.with_extra_args_support(chain))
     frozen = Frozen(config.optimizer.freeze, model)
     if not frozen:
         return optimizer
@@ -111,20 +115,22 @@ def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> 
 def _clip(max_norm):
     """Scales updates down to a global norm; the norm is the one that a training step logs."""
 
-    def clip(updates, state, params=None):
+    def clip(updates, state, params=None, *, norm=None, **_):
         del params
-        norm = norm_packed(updates)
+        norm = norm_packed(updates) if norm is None else norm
         factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
         return jax.tree.map(lambda x: x * factor, updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, clip)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)
 
 
 def _packed(optimizer):
     """Makes an optimizer update all vectors as one on accelerators; its state looks the same."""
-    return optax.GradientTransformation(
-        optimizer.init, functools.partial(update_packed, optimizer.update)
-    )
+
+    def update(updates, state, params, **extra):
+        return update_packed(functools.partial(optimizer.update, **extra), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _adamw(optimizer, schedule):

@@ -1,8 +1,8 @@
 """One training step and one evaluation step, as pure functions of a state and a batch.
 
-Both steps know nothing about devices. Under `jax.jit` over a mesh, the batch is the global batch.
-Under `jax.pmap`, it is one device's part of the global batch, and the task's `axis_name` joins the
-parts. Both give the same numbers.
+With one device, the batch is the global batch. With several, it is one device's part of the global
+batch, under `jax.jit` over a mesh as under `jax.pmap`, and the task's `axis_name` joins the parts.
+Gradients are added over devices once per step, after all micro-batches.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ import optax
 from flax import linen as nn
 from jax import lax
 
-from tokenvit_jax.ops.packed import map_packed, norm_packed
+from tokenvit_jax.ops.packed import map_packed
 from tokenvit_jax.tasks import Outcome, Task
+from tokenvit_jax.training.exchange import Exchange
 from tokenvit_jax.training.freezing import Frozen
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
 from tokenvit_jax.training.state import TrainState, averaged_variables, step_rngs
@@ -26,7 +27,7 @@ Metrics = dict[str, jax.Array]
 def make_train_step(
     task: Task, model: nn.Module, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch) -> state, metrics`.
+    """Returns `train_step(state, batch, sharded=None) -> state, metrics`.
 
     Args:
       task: prepares the batch and computes the loss; its configuration is read.
@@ -35,37 +36,46 @@ def make_train_step(
 
     Returns:
       A function of the state and a training batch of the task, which contains "skipped" (B,) int32.
+      With `sharded`, the state holds this device's shards of the parameters; see
+      :attr:`tokenvit_jax.training.exchange.Exchange.dimensions`.
       The metrics are scalars: "loss", "grad_norm" (without frozen parameters, before clipping),
       "learning_rate", "data/skipped" (unreadable images skipped since the first step), and the
       metrics that the task and the model log.
     """
-    config, axis_name = task.config, task.axis_name
+    config = task.config
     schedule = learning_rate_schedule(config)
     frozen = Frozen(config.optimizer.freeze, model)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def train_step(state, batch):
+    def train_step(state, batch, sharded=None):
+        exchange = Exchange(task.axis_name, sharded)
         batch_rng, model_rng = step_rngs(config.seed, state.step)
         inputs = task.prepare(batch, batch_rng)
 
-        def loss_fn(params, model_state, inputs, rng):
+        def loss_fn(weights, model_state, inputs, rng):
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
             with frozen.statistics():
-                trained = frozen.stop_gradient(params)
+                trained = frozen.stop_gradient(weights)
                 loss, aux = task.loss(model, trained, model_state, inputs, rngs)
             model_state = dict(aux.model_state)
             sown = jax.tree.leaves(model_state.pop("losses", ()))
             return loss + sum(sown), aux._replace(model_state=model_state)
 
+        # Cast before they are gathered, and once for all micro-batches.
+        weights = exchange.gather(model.cast_weights(state.params))
         loss, logged, grads, model_state = _accumulate(
-            loss_fn, config.accumulate_steps, state, inputs, model_rng
+            loss_fn, config.accumulate_steps, weights, state, inputs, model_rng
         )
         # In float32, which holds it exactly, to travel with the gradients in one reduction.
         skipped = batch["skipped"].astype(jnp.float32).sum()
-        if axis_name is not None:
-            sums = lax.psum((loss, logged, grads, skipped), axis_name)
-            means = jax.tree.map(lambda x: x / lax.axis_size(axis_name), sums[:-1])
-            (loss, logged, grads), skipped = means, sums[-1]
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        statistics = model_state["batch_stats"] if model.local_statistics else {}
+        grads, (loss, logged, statistics), skipped = exchange.reduce(
+            grads, (loss, logged, statistics), skipped, config.gradient_reduce_dtype
+        )
+        if model.local_statistics:
+            model_state = {**model_state, "batch_stats": statistics}
+        norm = exchange.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
         factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
             updates = jax.tree.map(jnp.multiply, updates, factors)
@@ -94,7 +104,7 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "grad_norm": norm_packed(grads),
+            "grad_norm": norm,
             "learning_rate": learning_rate,
             "data/skipped": state.skipped,
         }
@@ -126,32 +136,37 @@ def _model_rngs(rng):
     return {"dropout": dropout, "routing": routing, "sample": jax.random.fold_in(rng, 2)}
 
 
-def _accumulate(loss_fn, num_micro_batches, state, inputs, rng):
+def _accumulate(loss_fn, num_micro_batches, weights, state, inputs, rng):
     """Returns the loss, metrics, gradient and new model state of a batch computed part by part.
 
     Loss, metrics and gradient are means over the parts; each part passes the model state on to the
-    next.
+    next. The weights are the parameters, some in the type of the computation; the gradient has the
+    types of the parameters.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def widened(grads):
+        return jax.tree.map(lambda x, param: x.astype(param.dtype), grads, state.params)
+
     if num_micro_batches == 1:
-        (loss, aux), grads = value_and_grad(state.params, state.model_state, inputs, rng)
-        return loss, aux.metrics, grads, aux.model_state
+        (loss, aux), grads = value_and_grad(weights, state.model_state, inputs, rng)
+        return loss, aux.metrics, widened(grads), aux.model_state
 
     def micro_step(carry, part):
         loss_sum, grads_sum, model_state = carry
         index, inputs = part
         (loss, aux), grads = value_and_grad(
-            state.params, model_state, inputs, jax.random.fold_in(rng, index)
+            weights, model_state, inputs, jax.random.fold_in(rng, index)
         )
-        sums = loss_sum + loss, jax.tree.map(jnp.add, grads_sum, grads)
+        sums = loss_sum + loss, jax.tree.map(jnp.add, grads_sum, widened(grads))
         return (*sums, aux.model_state), aux.metrics
 
     def split(x):
-        # A micro-batch holds every n-th image, not a contiguous slice: each device of a mesh then
-        # finds its part of a micro-batch among its own images, as under pmap.
+        # A micro-batch holds every n-th image, not a contiguous slice, so that micro-batches do not
+        # depend on the number of devices.
         return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(lambda x, param: jnp.zeros(x.shape, param.dtype), weights, state.params)
     (loss, grads, model_state), metrics = lax.scan(
         micro_step,
         (jnp.zeros(()), zeros, state.model_state),
