@@ -174,6 +174,7 @@ def test_a_run_that_does_not_name_its_normalization_has_imagenets(imported, tmp_
 def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path, with_config):
     seen = []
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *args: seen.append(args[2]) or {})
+    monkeypatch.setattr(evaluation, "open_split", lambda *args: range(1))  # it is not prepared
     file = tmp_path / "config.py"
     file.write_text(
         "from tokenvit_jax.tasks import default_config\n"
