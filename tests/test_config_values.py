@@ -10,9 +10,9 @@ from tokenvit_jax.tasks import default_config
 IMAGENET = {
     "augment.crop_scale": (0.08, 1.0), "augment.flip": 0.5, "augment.randaugment.num_ops": 2,
     "batch_size": 1024, "checkpoint_every_steps": 1251, "data.eval_batch_size": 1024,
-    "data.workers": 16, "dataset": "imagenet2012", "dtype": "bfloat16", "eval_every_steps": 1251,
-    "label_smoothing": 0.1, "model_overrides.remat": False, "num_steps": 375_300,
-    "mix.mixup": 0.8, "mix.cutmix": 1.0,
+    "data.workers": "auto", "dataset": "imagenet2012", "dtype": "bfloat16",
+    "eval_every_steps": 1251, "label_smoothing": 0.1, "model_overrides.remat": False,
+    "num_steps": 375_300, "mix.mixup": 0.8, "mix.cutmix": 1.0,
 }  # fmt: skip
 DIGITS = {
     "augment.rotation": 10.0, "augment.translation": 0.05, "batch_size": 64,
@@ -24,7 +24,7 @@ DIGITS = {
 SEGMENTER = {
     "augment.flip": 0.5, "augment.max_class_share": 0.75, "augment.photometric": True,
     "augment.scale_range": (0.5, 2.0), "data.eval_batch_size": 8,
-    "data.normalization": "inception", "data.workers": 10, "dtype": "bfloat16",
+    "data.normalization": "inception", "data.workers": "auto", "dtype": "bfloat16",
     "model_overrides.drop_path": 0.1, "model_overrides.norm_epsilon": 1e-5,
     "model_overrides.position_resize": "bilinear", "model_overrides.position_size": (384, 384),
     "model_overrides.remat": False, "optimizer.name": "sgd", "optimizer.power": 0.9,

@@ -9,6 +9,7 @@ import pytest
 from make_task import make_task
 from PIL import Image
 from random_variables import random_variables
+from timings import without_timings
 
 from tokenvit_jax import cli, expedite
 from tokenvit_jax.data import read_image
@@ -102,8 +103,8 @@ def test_a_run_is_written_that_is_evaluated_as_with_the_setting_by_hand(run, tmp
 
     by_hand = config.copy_and_resolve_references()
     by_hand.model_overrides = {**SETTINGS, "expedite": setting.to_dict()}
-    by_hand_metrics = evaluate_run(plain, config=by_hand)
-    assert evaluate_run(faster, config=found) == by_hand_metrics
+    by_hand_metrics = without_timings(evaluate_run(plain, config=by_hand))
+    assert without_timings(evaluate_run(faster, config=found)) == by_hand_metrics
 
 
 def test_evaluate_measures_the_temperature(tmp_path, monkeypatch):
@@ -114,15 +115,19 @@ def test_evaluate_measures_the_temperature(tmp_path, monkeypatch):
     )
     write_run(tmp_path, config, variables)
     evaluated = []
-    monkeypatch.setattr(evaluation, "evaluate_run", lambda *args: evaluated.append(args[2]) or {})
+    monkeypatch.setattr(
+        evaluation, "evaluate_run", lambda *args: evaluated.append(args[2::2]) or {}
+    )
     setting = {"alpha": 1, "beta": 2, "clusters": (3, 3)}
     inserted = {"auto": {"expedite": setting}, "7": {"expedite": setting | {"temperature": 7.0}}}
     plain, auto, seven = evaluation.evaluate_insertions(tmp_path, "last", config, inserted)
     compare = Comparison(task.make_model(), variables, expedite_run.load_images(task, None, 8))
     assert auto["temperature"] == pytest.approx(0.05 * compare.distance(1), rel=0.005)
     assert seven["temperature"] == 7 and "temperature" not in plain
-    for found, used in zip((auto, seven), evaluated[1:], strict=True):
+    configs, batches = zip(*evaluated, strict=True)
+    for found, used in zip((auto, seven), configs[1:], strict=True):
         assert used.model_overrides.expedite.temperature == found["temperature"]
+    assert len(set(map(id, batches))) == 1  # the workers are started once
 
 
 @pytest.mark.parametrize(

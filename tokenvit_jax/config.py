@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.valid import (
+    Either,
     Flag,
     Form,
     Group,
@@ -30,6 +31,8 @@ from tokenvit_jax.valid import (
 
 MIN_IMAGE_SIZE = 32  # one cell of the last map of a hierarchical backbone [pixels]
 MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a lack of memory
+
+AUTO = "auto"  # value of data.workers
 
 # Fields of models and heads that are no settings: the task or Flax sets them.
 SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
@@ -129,7 +132,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     "data.split": Entry(0.0, "share of the images kept for evaluation; 0: own splits", _DECAY),
     "data.workers": Entry(
-        0, "worker processes that read ahead; 0: read in the training process", whole(0, 1000)
+        FieldReference(0, field_type=object),
+        "worker processes that read ahead; auto: one per core that this process may use, shared "
+        "with the other processes of its host; 0: read in the training process",
+        Either((OneOf((AUTO,)), whole(0, 1000))),
     ),
     "data.on_corrupt": Entry(
         "raise",

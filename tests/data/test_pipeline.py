@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from batches import children, eval_dataset, train_dataset
 from PIL import Image
 
-from tokenvit_jax.data import Spec, check_records, train_batches
+from tokenvit_jax.data import Spec, check_records, cores, train_batches, workers
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
 
@@ -353,6 +354,38 @@ def test_death_of_a_worker_is_an_error(config):
         next(iter(train_dataset(config, source)))
 
 
+def test_a_worker_that_dies_at_its_start_is_an_error(config, monkeypatch):
+    """Before it has taken its first message, and without waiting for it forever."""
+    config.data.workers = 2
+    started = []
+
+    class Dead(subprocess.Popen):
+        def __init__(self, command, **options):
+            super().__init__([sys.executable, "-S", "-c", "raise SystemExit(3)"], **options)
+            self.wait()
+            started.append(self)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Dead)
+    with contextlib.closing(train_dataset(config)) as dataset:
+        dataset.start()
+        assert len(started) == 2
+        with pytest.raises(UserError, match=r"died \(status 3\): its error is above"):
+            next(iter(dataset))
+        assert len(started) == 2
+
+
+def test_workers_follow_the_cores(config, monkeypatch):
+    config.data.workers = "auto"
+    monkeypatch.setattr(cores, "_QUOTA_FILE", Path("none"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5}, raising=False)
+    source = NumberedSource(100)
+    assert train_dataset(config, source).workers == 3
+    assert train_dataset(config, source, cores=12).workers == 12
+    assert eval_dataset(config, source, cores=20).workers == 13  # batches
+    config.data.workers = 2
+    assert train_dataset(config, source, cores=12).workers == 2
+
+
 @pytest.mark.parametrize(
     "key, value, valid",
     [
@@ -362,7 +395,8 @@ def test_death_of_a_worker_is_an_error(config):
         ("data.on_corrupt", "ignore", "raise, skip"),
         ("data.normalization", "half", "imagenet, inception, clip"),
         ("seed", -1, "whole numbers from 0 to 4294967295"),
-        ("data.workers", -1, "whole numbers from 0 to 1000"),
+        ("data.workers", -1, "auto; or whole numbers from 0 to 1000"),
+        ("data.workers", "many", "auto; or whole numbers from 0 to 1000"),
         ("data.repeats", 0, "whole numbers from 1 to 1048576"),
         ("data.repeats", 8, "1, or more below config.batch_size=8"),
     ],

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import tiny_config
+from timings import without_timings
 
 pytestmark = pytest.mark.stress
 
@@ -46,9 +47,9 @@ def train(workdir):
 
 
 def logged(workdir):
-    """Returns everything that was logged except the throughput."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    """Returns everything that was logged except the timings."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [without_timings(json.loads(line)) for line in lines]
 
 
 @pytest.fixture(scope="module")

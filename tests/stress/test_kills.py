@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from timings import without_timings
 
 from tokenvit_jax.training.checkpoint import load_checkpoint, saved_steps
 
@@ -128,13 +129,10 @@ class Training:
 
 
 def logged(workdir):
-    """Returns everything that was logged except the throughput, in order."""
+    """Returns everything that was logged except the timings, in order."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]
-    for line in lines:
-        line.pop("images_per_second", None)
-    return lines
+    return [without_timings(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 # ------------------------------------------------------------------------------------------------

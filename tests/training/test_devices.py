@@ -254,6 +254,10 @@ sys.path.insert(0, "tests/training")
 from tokenvit_jax.training import devices, processes
 processes.connect(sys.argv[1], 2, int(sys.argv[2]))
 from test_devices import assert_normalized_in_groups, row_batch, row_step
+from tokenvit_jax.data.cores import own_cores, share_of_cores
+from tokenvit_jax.training.batches import cores_of_process
+own = own_cores()
+assert cores_of_process() == share_of_cores(own, [own, own])
 part = {name: x[8 * jax.process_index() :][:8] for name, x in row_batch().items()}
 for parallel in (devices.MeshParallel(), devices.PmapParallel()):
     step = parallel.eval_step(row_step(parallel.axis_name))

@@ -10,17 +10,32 @@ from tensorboardX.proto.event_pb2 import Event
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training import train_log
+from tokenvit_jax.training.batches import WaitWarning
 from tokenvit_jax.training.train_log import Profile, TrainLog, read_metrics
 from tokenvit_jax.training.workdir import check_same_run, read_config, write_config
 
 
-def open_log(workdir, steps_done=0, enabled=True):
+class Waits(WaitWarning):
+    """A warning that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(0, 1)
+        self.told = []
+
+    def add(self, waited, elapsed):
+        self.told.append((waited, elapsed))
+
+
+def open_log(workdir, steps_done=0, enabled=True, waited=lambda: 0.0, warning=None):
     return TrainLog(
         workdir,
         steps_done=steps_done,
         num_steps=100,
         batch_size=8,
         every_steps=2,
+        waited=waited,
+        warning=warning or Waits(),
         enabled=enabled,
     )
 
@@ -59,6 +74,26 @@ def test_logs_every_other_step_to_json_and_tensorboard(tmp_path, capsys):
     assert out[1] == "step 3  eval/accuracy 0.5"
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_share_of_the_time_without_data(tmp_path, monkeypatch, enabled):
+    """Every process tells its own warning; the main one logs its share."""
+    now, waited, warning = 100.0, 3.0, Waits()
+    monkeypatch.setattr(train_log.time, "monotonic", lambda: now)
+    with open_log(tmp_path, enabled=enabled, waited=lambda: waited, warning=warning) as log:
+        log.write_steps([(1, metrics(3.0))])  # the clock has not been started
+        log.restart_clock(1)
+        now, waited = 104.0, 4.0
+        log.write_steps([(2, metrics(2.5))])
+        now, waited = 105.0, 4.0
+        log.write_steps([(3, metrics(2.5))])
+        now, waited = 112.0, 10.0
+        log.write_steps([(4, metrics(2.5))])
+    assert warning.told == [(1.0, 4.0), (6.0, 8.0)]
+    if enabled:
+        shares = [(line["data/wait"], line["images_per_second"]) for line in read_metrics(tmp_path)]
+        assert shares == [(0.25, 2.0), (0.75, 2.0)]
+
+
 def test_resuming_drops_later_steps_and_a_line_that_was_cut_off(tmp_path):
     lines = [{"step": step, "loss": 0.1 * step} for step in (2, 4, 6)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -79,7 +114,7 @@ def test_a_terminal_shows_one_bar_and_the_evaluations(tmp_path, capsys, monkeypa
     assert shown.out == "step 2  eval/accuracy 0.5\n"
     assert "2/100" in shown.err
     assert "loss=2.5" in shown.err
-    assert "images_per_second=" in shown.err
+    assert "images_per_second=" in shown.err and "data/wait=0" in shown.err
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):

@@ -14,7 +14,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import AUTO
 from tokenvit_jax.data.check import check_data
+from tokenvit_jax.data.cores import own_cores, share_of_cores
 from tokenvit_jax.data.record import Examples, Source, Spec
 from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
@@ -31,6 +33,7 @@ def train_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    cores: int | None = None,
 ) -> Batches:
     """Returns endless, shuffled, augmented batches of a split.
 
@@ -49,6 +52,8 @@ def train_batches(
       config: provides `seed`, `batch_size`, `data.repeats`, `data.workers` and `data.on_corrupt`.
       process_index: number of this process, which makes this part of each batch.
       process_count: number of processes.
+      cores: number of workers if `data.workers` is "auto"; None: as many as this process may use
+        cores.
 
     Returns:
       A dataset of dicts, with b = batch_size / process_count: the arrays of `examples.specs`, (b,
@@ -67,7 +72,7 @@ def train_batches(
     skip = config.data.on_corrupt == "skip"
     parts = indices.random_map(_TrainExample(source, examples, skip))
     parts = parts.batch(batch)[process_index::process_count]
-    return Batches(parts, _batch_specs(examples, batch), config.data.workers)
+    return Batches(parts, _batch_specs(examples, batch), _num_workers(config, cores))
 
 
 def eval_batches(
@@ -78,6 +83,7 @@ def eval_batches(
     devices: int = 1,
     process_index: int = 0,
     process_count: int = 1,
+    cores: int | None = None,
 ) -> Batches:
     """Returns the batches of one pass over a split, in its order, every record once.
 
@@ -91,6 +97,8 @@ def eval_batches(
       devices: number of devices of all processes; a batch has the next multiple of it as its size.
       process_index: number of this process, which makes this part of each batch.
       process_count: number of processes.
+      cores: number of workers if `data.workers` is "auto"; None: as many as this process may use
+        cores.
 
     Returns:
       A dataset of dicts, with b = (data.eval_batch_size, rounded up) / process_count: the arrays
@@ -108,7 +116,7 @@ def eval_batches(
     skip = config.data.on_corrupt == "skip"
     parts = indices.map(_EvalExample(source, examples, skip))
     parts = parts.batch(batch)[process_index::process_count]
-    return Batches(parts, _batch_specs(examples, batch), config.data.workers)
+    return Batches(parts, _batch_specs(examples, batch), _num_workers(config, cores))
 
 
 def check_records(source: Source, examples: Examples, config: ConfigDict) -> None:
@@ -134,6 +142,13 @@ def check_records(source: Source, examples: Examples, config: ConfigDict) -> Non
 
 def _none_readable(source: Source) -> str:
     return f"none of the {len(source)} records can be read, from {source.name(0)} on"
+
+
+def _num_workers(config: ConfigDict, cores: int | None) -> int:
+    if config.data.workers != AUTO:
+        return config.data.workers
+    own = own_cores()
+    return share_of_cores(own, [own]) if cores is None else cores
 
 
 def _batch_specs(examples: Examples, batch: int) -> dict[str, Spec]:

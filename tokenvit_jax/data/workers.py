@@ -55,13 +55,17 @@ class Batches:
     Args:
       batches: dicts of arrays, equal in shapes and types.
       specs: shapes and types of the arrays of a batch; arrays that are not listed must be small.
-      workers: number of processes that make batches ahead of time; 0: a thread of this process.
+      workers: number of processes that make batches ahead of time, at most one per batch; 0: a
+        thread of this process.
+
+    Attributes:
+      workers: that number.
     """
 
     def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
         self._batches = batches
         self._specs = specs
-        self._workers = workers
+        self.workers = min(workers, len(batches))
         self._pools = []  # those that no iterator uses
 
     def __len__(self) -> int:
@@ -70,6 +74,11 @@ class Batches:
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
 
+    def start(self) -> None:
+        """Starts the workers of the first iterator, which takes seconds; returns at once."""
+        if self.workers and not self._pools:
+            self._pools.append(self._new_pool())
+
     def close(self) -> None:
         """Ends the workers; close the iterators first."""
         while self._pools:
@@ -77,11 +86,10 @@ class Batches:
 
     def open_reader(self, first: int) -> "Reader":
         """Returns an iterator over the batches from a position on."""
-        if not self._workers:
+        if not self.workers:
             rest = self._batches[first:]
             return iter(rest.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=2)))
-        pool = self._pools.pop() if self._pools else None
-        pool = pool or _Pool(self._batches, self._specs, self._workers)
+        pool = self._pools.pop() if self._pools else self._new_pool()
         pool.restart(first)
         return pool
 
@@ -91,6 +99,9 @@ class Batches:
             self._pools.append(reader)
         else:
             reader.close()
+
+    def _new_pool(self) -> "_Pool":
+        return _Pool(self._batches, self._specs, self.workers)
 
 
 class BatchIterator:
@@ -107,9 +118,13 @@ class BatchIterator:
     def __iter__(self) -> "BatchIterator":
         return self
 
-    def __next__(self) -> Batch:
+    def start(self) -> None:
+        """Lets the workers begin, before the first batch is requested; returns at once."""
         if self._reader is None:
             self._reader = self._dataset.open_reader(self._next_index)
+
+    def __next__(self) -> Batch:
+        self.start()
         try:
             batch = next(self._reader)
         except UserError as error:
@@ -242,7 +257,8 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         files = [(memory.file, len(memory.memory)) for memory in (source, *slots)]
-        self.connection.send(files)
+        with contextlib.suppress(OSError):  # it died: its first result will be missing
+            self.connection.send(files)
 
 
 def _end(workers: list[_Worker]) -> None:

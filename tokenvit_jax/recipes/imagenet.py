@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import AUTO
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks import default_config
@@ -73,7 +74,7 @@ class ImageNetRecipe:
         config.dataset = "imagenet2012"
         config.image_size = self.image_size
         config.batch_size = self.batch_size
-        config.data.workers = 16
+        config.data.workers = AUTO
         config.data.eval_batch_size = 1024
         for name in self.augmentations:
             config.update_from_flattened_dict(AUGMENTATIONS[name])

@@ -5,6 +5,7 @@ import functools
 
 from ml_collections import ConfigDict
 
+from tokenvit_jax.config import AUTO
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.tasks import default_config
@@ -100,7 +101,7 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
     config.dataset = recipe.dataset
     config.image_size = recipe.crop
     config.batch_size = recipe.batch_size
-    config.data.workers = 10
+    config.data.workers = AUTO
     config.data.normalization = "inception"
     # mmsegmentation's augmentation.
     config.augment.short_side = recipe.short_side

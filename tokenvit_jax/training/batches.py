@@ -1,13 +1,27 @@
-"""Checks training batches and keeps them ready on the devices."""
+"""Checks training batches, keeps them ready on the devices, and measures the wait for them."""
 
+import contextlib
+import hashlib
+import logging
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+from tokenvit_jax.data.cores import Cores, own_cores, share_of_cores
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import Task
+
+MAX_WAIT = 0.1  # share of the time without data from which there is a warning
+FIRST_CHECK_SECONDS = 10.0  # time that is measured before the first warning
+NEXT_CHECK_SECONDS = 600.0  # and after each warning, before the next one
+_MAX_CORES = 4096  # of a host
 
 
 def check_train_batch(task: Task, devices: int | None = None) -> None:
@@ -32,6 +46,26 @@ def check_train_batch(task: Task, devices: int | None = None) -> None:
     task.check_devices(devices)
 
 
+def cores_of_process() -> int:
+    """Returns the cores for the workers of this process; every process must call this.
+
+    The processes of a host divide the cores that several of them may use.
+    """
+    own = own_cores()
+    if jax.process_count() == 1:
+        return share_of_cores(own, [own])
+    host = np.frombuffer(hashlib.sha256(own.host.encode()).digest(), np.uint8)
+    usable = np.isin(np.arange(_MAX_CORES), list(own.numbers))
+    rows = multihost_utils.process_allgather(np.concatenate([host, np.packbits(usable)]))
+    everyone = [_read_cores(*np.split(row, [len(host)])) for row in np.asarray(rows)]
+    mine = everyone[jax.process_index()]._replace(quota=own.quota)
+    return share_of_cores(mine, everyone)
+
+
+def _read_cores(host: np.ndarray, usable: np.ndarray) -> Cores:
+    return Cores(host.tobytes().hex(), frozenset(np.flatnonzero(np.unpackbits(usable)).tolist()))
+
+
 def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[Any, dict]]:
     """Keeps batches ready on the devices.
 
@@ -50,3 +84,98 @@ def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[A
             batch = put(next(iterator))
             ready.append((batch, iterator.get_state()))
         yield ready.popleft()
+
+
+class DataWait:
+    """Measures how long the devices compute nothing because the next batch is missing.
+
+    Steps are computed while the host goes on, so the time until a batch comes is no loss as long as
+    the devices still compute. The wait for a batch begins when it is requested or, if that is
+    later, when the devices have ended the last step; it ends when the batch is on its way to the
+    devices. Waits are those of this process: its devices may also wait for those of others.
+
+    A thread notes when steps end, because the host waits for the batch at that time. An error in a
+    step is raised where its results are read.
+
+    Attributes:
+      seconds: sum of all waits.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._started = queue.SimpleQueue()  # (number, results) of steps; None: no more
+        self._num_started = 0
+        self._ended = 0, 0.0  # number of the step that ended last, and time
+        threading.Thread(target=self._note_ends, name="ends of steps", daemon=True).start()
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """Returns the next batch."""
+        requested = time.monotonic()
+        batch = next(batches)
+        number, ended = self._ended
+        if number == self._num_started:  # the devices have ended all steps
+            self.seconds += time.monotonic() - max(requested, ended)
+        return batch
+
+    def started(self, results: Any) -> None:
+        """Notes that a step was started.
+
+        Args:
+          results: arrays that the step computes and that no other step consumes.
+        """
+        self._num_started += 1
+        self._started.put((self._num_started, results))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._started.put(None)
+
+    def _note_ends(self) -> None:
+        while (step := self._started.get()) is not None:
+            number, results = step
+            with contextlib.suppress(Exception):  # see above
+                jax.block_until_ready(results)
+            self._ended = number, time.monotonic()
+
+
+class WaitWarning:
+    """Warns when the devices wait for data too long, and says what to change.
+
+    The first warning needs 10 measured seconds, and each further one another 10 minutes.
+
+    Args:
+      workers: number of workers of this process.
+      cores: number of cores for the workers of this process.
+    """
+
+    def __init__(self, workers: int, cores: int):
+        self._workers, self._cores = workers, cores
+        self._waited = self._elapsed = 0.0
+        self._needed = FIRST_CHECK_SECONDS
+
+    def add(self, waited: float, elapsed: float) -> None:
+        """Adds an interval.
+
+        Args:
+          waited: see :class:`DataWait` [s].
+          elapsed: length of the interval [s].
+        """
+        self._waited += waited
+        self._elapsed += elapsed
+        if self._elapsed < self._needed:
+            return
+        share = self._waited / self._elapsed
+        self._waited = self._elapsed = 0.0
+        if share > MAX_WAIT:
+            self._needed = NEXT_CHECK_SECONDS
+            logging.warning("the devices wait for data %.0f %% of the time: %s", 100 * share, self)
+
+    def __str__(self) -> str:
+        """Returns what to change."""
+        now, cores = self._workers, self._cores
+        if now < cores:
+            return f"raise config.data.workers from {now} to {cores}, or set it to 'auto'"
+        return (
+            f"{now} workers on {cores} {'core' if cores == 1 else 'cores'} are not enough; use "
+            "more cores, less augmentation, or images that are stored at a smaller size"
+        )

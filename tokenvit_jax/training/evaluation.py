@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import length_hint
@@ -12,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split
+from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models.backbone import variable_shapes
@@ -47,23 +49,31 @@ def evaluate_batches(
       stopped: called with every batch, equally in all processes; True ends the evaluation.
 
     Returns:
-      The metrics by name; None if the evaluation was stopped.
+      The metrics by name, with "eval/images_per_second", from the first request for a batch to the
+      last result without the first call of the step, which may compile it; None if the evaluation
+      was stopped.
 
     Raises:
       UserError: a record cannot be read, or none counts.
     """
     meter, pending = task.meter(), deque()
+    images, begin = 0, time.monotonic()
     with contextlib.closing(iter(batches)) as iterator:
         for batch in progress(iterator, "evaluating", "batch", length_hint(batches)):
             if stopped():
                 return None
-            pending.append(eval_step(variables, parallel.put_batch(batch)))
+            placed, called = parallel.put_batch(batch), time.monotonic()
+            pending.append(eval_step(variables, placed))
+            if not images:
+                begin += time.monotonic() - called
+            images += batch["mask"].sum() * jax.process_count()
             # Two batches in flight keep the devices busy without filling their memory.
             if len(pending) > 2:
                 meter.add(parallel.fetch(pending.popleft()))
     for outcome in pending:
         meter.add(parallel.fetch(outcome))
     metrics = meter.result()
+    metrics["eval/images_per_second"] = float(images) / (time.monotonic() - begin)
     if per_class:
         for name, values in meter.per_class().items():
             rounded = [None if math.isnan(value) else float(value) for value in values]
@@ -88,6 +98,7 @@ def evaluate_run(
     checkpoint: str = "last",
     config: ConfigDict | None = None,
     per_class: bool = False,
+    batches: Batches | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of a checkpoint over the whole evaluation split.
 
@@ -97,9 +108,10 @@ def evaluate_run(
       config: configuration that replaces the run's own, and suits these devices; None: the run's
         own.
       per_class: as in :func:`evaluate_batches`.
+      batches: of the split, which stay open; None: opened and closed here.
 
     Returns:
-      "step" and the metrics of the task's meter.
+      "step" and the metrics of :func:`evaluate_batches`.
 
     Raises:
       UserError: there is no such checkpoint, the checkpoint does not fit the model, a value of the
@@ -107,17 +119,23 @@ def evaluate_run(
     """
     config = for_inference(read_config(workdir)) if config is None else config
     check_task(create_task(config), training=False)
+    if batches is None:
+        with contextlib.closing(_open_batches(config)) as batches:
+            return evaluate_run(workdir, checkpoint, config, per_class, batches)
+    batches.start()  # the workers start while the weights are loaded
     parallel = make_parallel(config)
     run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
-    task = run.task
-    source = open_split(config, task.info.eval_split)
-    batches = eval_batches(source, task.examples(train=False), config, devices=jax.device_count())
-    eval_step = parallel.eval_step(make_eval_step(task, run.model))
+    eval_step = parallel.eval_step(make_eval_step(run.task, run.model))
     variables = parallel.put_variables(run.variables)
-    with contextlib.closing(batches):
-        metrics = evaluate_batches(task, eval_step, variables, batches, parallel, per_class)
+    metrics = evaluate_batches(run.task, eval_step, variables, batches, parallel, per_class)
     check_metrics(metrics, workdir / "checkpoints" / str(run.step))
     return {"step": run.step, **metrics}
+
+
+def _open_batches(config: ConfigDict) -> Batches:
+    task = create_task(config)
+    source = open_split(config, task.info.eval_split)
+    return eval_batches(source, task.examples(train=False), config, devices=jax.device_count())
 
 
 def evaluate_insertions(
@@ -146,20 +164,21 @@ def evaluate_insertions(
     """
     all_overrides = {"none": {}, **inserted}
     configs = {label: _insert(config, overrides) for label, overrides in all_overrides.items()}
-    for label, changed in configs.items():
-        overrides = all_overrides[label]
-        if "expedite" in overrides:
-            changed = with_measured_temperature(workdir, checkpoint, changed)
-        metrics = evaluate_run(workdir, checkpoint, changed, per_class)
-        if inserted:
-            task = create_task(changed)
-            macs = summarize_model(
-                task.make_model(), task.input_size, changed.model, task.input_shape[-1]
-            ).macs
-            metrics |= {"inserted": label, "gmacs": macs / 1e9}
+    with contextlib.closing(_open_batches(config)) as batches:  # they do not depend on the model
+        for label, changed in configs.items():
+            overrides = all_overrides[label]
             if "expedite" in overrides:
-                metrics["temperature"] = changed.model_overrides.expedite.temperature
-        yield metrics
+                changed = with_measured_temperature(workdir, checkpoint, changed)
+            metrics = evaluate_run(workdir, checkpoint, changed, per_class, batches)
+            if inserted:
+                task = create_task(changed)
+                macs = summarize_model(
+                    task.make_model(), task.input_size, changed.model, task.input_shape[-1]
+                ).macs
+                metrics |= {"inserted": label, "gmacs": macs / 1e9}
+                if "expedite" in overrides:
+                    metrics["temperature"] = changed.model_overrides.expedite.temperature
+            yield metrics
 
 
 def check_insertion(config: ConfigDict, overrides: Mapping[str, Any]) -> None:

@@ -24,7 +24,13 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training import devices, processes
-from tokenvit_jax.training.batches import check_train_batch, prefetch
+from tokenvit_jax.training.batches import (
+    DataWait,
+    WaitWarning,
+    check_train_batch,
+    cores_of_process,
+    prefetch,
+)
 from tokenvit_jax.training.checkpoint import Checkpoints, saved_steps
 from tokenvit_jax.training.compiled import keep_compiled
 from tokenvit_jax.training.evaluation import check_metrics, evaluate_batches
@@ -55,11 +61,23 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read, or another training runs there.
     """
-    with processes.StopRequest() as stop, workdir_lock(workdir):
-        _train(with_class_names(config), workdir, stop)
+    with (
+        processes.StopRequest() as stop,
+        workdir_lock(workdir),
+        contextlib.ExitStack() as opened,
+    ):
+        _train(with_class_names(config), workdir, stop, opened)
 
 
-def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> None:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    stop: processes.StopRequest,
+    opened: contextlib.ExitStack,
+) -> None:
+    def close_later(thing):
+        return opened.enter_context(contextlib.closing(thing))
+
     task = create_task(config)
     check_task(task)
     check_train_batch(task)
@@ -86,8 +104,16 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     train_data = splits[task.info.train_split], task.examples(train=True), config
     eval_data = splits[task.info.eval_split], task.examples(train=False), config
     check_records(*eval_data)  # before the first step, not after the first epoch
-    training = train_batches(*train_data, **process)
-    evaluation = eval_batches(*eval_data, devices=jax.device_count(), **process)
+    process["cores"] = cores_of_process()
+    training = close_later(train_batches(*train_data, **process))
+    evaluation = close_later(eval_batches(*eval_data, devices=jax.device_count(), **process))
+    iterator = close_later(iter(training))
+    # The workers start while the model is made. They begin with the batches that will probably be
+    # needed first: a damaged checkpoint would not be restored.
+    steps = saved_steps(workdir)
+    iterator.set_state({"next_index": steps[-1] if steps else 0})
+    iterator.start()
+    evaluation.start()
     put_train_batch = taught_batches(task, parallel)
 
     # ---------------------------------------------------------------- model and steps
@@ -101,7 +127,7 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
 
     # ---------------------------------------------------------------- resume or start
     notes = []
-    if steps := saved_steps(workdir):  # before they are opened, which sets damaged ones aside
+    if steps:  # before they are opened, which sets damaged ones aside
         check_same_run(workdir, config, steps[-1])
     checkpoints = Checkpoints(
         workdir,
@@ -119,18 +145,20 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     else:
         global_state, progress = restored
         state = parallel.from_global(global_state)
-    iterator = iter(training)
-    if restored is not None:
-        iterator.set_state(progress["data"])
+        if iterator.get_state() != progress["data"]:
+            iterator.set_state(progress["data"])
         warn_of_other_records(progress, train_data[0], workdir)
     first_step = int(state.step) + 1
     processes.on_main_process(functools.partial(write_config, workdir, config))
+    data_wait = close_later(DataWait())
     log = TrainLog(
         workdir,
         steps_done=first_step - 1,
         num_steps=config.num_steps,
         batch_size=config.batch_size,
         every_steps=config.log_every_steps,
+        waited=lambda: data_wait.seconds,
+        warning=WaitWarning(training.workers, process["cores"]),
         enabled=processes.is_main_process(),
     )
 
@@ -160,23 +188,17 @@ def _train(config: ConfigDict, workdir: Path, stop: processes.StopRequest) -> No
     numbers = itertools.count(step)  # of the steps that the batches are for, from 0
     batches = prefetch(iterator, lambda batch: put_train_batch(batch, next(numbers)))
     profile = Profile(workdir, *profiled_steps(config))
-    with (
-        contextlib.closing(evaluation),
-        contextlib.closing(training),
-        contextlib.closing(iterator),
-        checkpoints,
-        log,
-        profile,
-    ):
+    with checkpoints, log, profile:
         stopped = owes_evaluation(config, workdir, step) and not evaluated(step)
         steps = range(first_step, config.num_steps + 1)
         for step in () if stopped else steps:
-            batch, data_state = next(batches)
+            batch, data_state = data_wait.next(batches)
             profile.before(step)
             # The first call returns when the step is compiled.
             compiles = step == first_step
             with timed("compiling the training step") if compiles else contextlib.nullcontext():
                 state, step_metrics = train_step(state, batch)
+            data_wait.started(step_metrics["loss"])
             stopping.hold(True)  # from here on, a signal waits until this step is saved
             profile.after(step, step_metrics)
             pending.append((step, step_metrics))

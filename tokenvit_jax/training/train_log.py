@@ -1,7 +1,7 @@
 """Writes the logs of a run: a progress bar or lines, `metrics.jsonl`, TensorBoard events.
 
 A number has the same name in all logs, such as "loss", "grad_norm", "learning_rate",
-"images_per_second", "data/skipped", "eval/accuracy".
+"images_per_second", "data/wait", "data/skipped", "eval/accuracy".
 """
 
 import contextlib
@@ -11,19 +11,17 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenvit_jax import progress
 from tokenvit_jax.output import Log, write_file
+from tokenvit_jax.training.batches import WaitWarning
 from tokenvit_jax.training.processes import is_main_process
 from tokenvit_jax.training.workdir import CONFIG_FILE, has_config, read_file
 
@@ -34,7 +32,7 @@ _START = b'{"step": '  # of each line
 
 
 class TrainLog:
-    """Writes the metrics of a run; does nothing in processes other than the main one."""
+    """Writes the metrics of a run; processes other than the main one only warn."""
 
     def __init__(
         self,
@@ -44,6 +42,8 @@ class TrainLog:
         num_steps: int,
         batch_size: int,
         every_steps: int,
+        waited: Callable[[], float],
+        warning: WaitWarning,
         enabled: bool,
     ):
         """Opens the logs of a new or resumed run.
@@ -55,6 +55,8 @@ class TrainLog:
           num_steps: number of steps of the whole run.
           batch_size: number of images per step.
           every_steps: number of steps between two logged ones.
+          waited: returns for how long the devices have waited for data so far [s].
+          warning: is told the waits.
           enabled: whether this process writes.
 
         Raises:
@@ -63,7 +65,8 @@ class TrainLog:
         self._enabled = enabled
         self._batch_size = batch_size
         self._every_steps = every_steps
-        self._clock = None
+        self._clock = None  # (step, time, wait until then)
+        self._waited, self._warning = waited, warning
         if not enabled:
             return
         _drop_later_steps(workdir, steps_done)
@@ -91,8 +94,8 @@ class TrainLog:
             self._lines.close()
 
     def restart_clock(self, step: int) -> None:
-        """Restarts the throughput clock, to leave out the time to compile, evaluate and save."""
-        self._clock = step, time.monotonic()
+        """Restarts the clock, to leave out the time to compile, evaluate and save."""
+        self._clock = step, time.monotonic(), self._waited()
 
     def write_steps(self, done: list[tuple[int, dict[str, float]]]) -> None:
         """Moves the progress bar and logs every n-th step.
@@ -100,19 +103,21 @@ class TrainLog:
         Args:
           done: steps since the last call, with their metrics.
         """
-        if not self._enabled or not done:
+        if not done:
             return
         last_step, last_metrics = done[-1]
-        throughput = self._throughput(last_step)
+        speed = self._speed(last_step)
         logged = [(step, metrics) for step, metrics in done if step % self._every_steps == 0]
-        for step, metrics in logged:
-            numbers = {name: value.item() for name, value in metrics.items()} | throughput
-            self.write(step, numbers, visible=self._bar.disable)
+        if self._enabled:
+            for step, metrics in logged:
+                numbers = {name: value.item() for name, value in metrics.items()} | speed
+                self.write(step, numbers, visible=self._bar.disable)
+            shown = {"loss": last_metrics["loss"], **speed}
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            self._bar.update(last_step - self._bar.n)
         if logged:
+            self._warn()
             self.restart_clock(last_step)
-        shown = {"loss": last_metrics["loss"], **throughput}
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-        self._bar.update(last_step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float], *, visible: bool = True) -> None:
         """Logs the metrics of a step and, if `visible`, also prints them."""
@@ -132,36 +137,54 @@ class TrainLog:
         if self._enabled:
             progress.note(text)
 
-    def _throughput(self, step: int) -> dict[str, float]:
-        """Returns the images per second since the clock started; empty until a step has ended."""
+    def _speed(self, step: int) -> dict[str, float]:
+        """Returns what was measured since the clock started; empty until a step has ended."""
         if self._clock is None or self._clock[0] == step:
             return {}
-        clock_step, clock = self._clock
+        clock_step, _, _ = self._clock
+        waited, elapsed = self._since_clock()
         images = (step - clock_step) * self._batch_size
-        return {"images_per_second": images / (time.monotonic() - clock)}
+        return {"images_per_second": images / elapsed, "data/wait": waited / elapsed}
+
+    def _warn(self) -> None:
+        if self._clock is not None:
+            self._warning.add(*self._since_clock())
+
+    def _since_clock(self) -> tuple[float, float]:
+        """Returns the wait for data and the time since the clock started [s]."""
+        _, clock, waited = self._clock
+        return self._waited() - waited, time.monotonic() - clock
 
 
 class _Events:
     """A file of TensorBoard's, written in the thread of its caller, which receives the errors."""
 
     def __init__(self, workdir: Path, steps_done: int):
+        # tensorboardX imports torch if it is installed, which takes a second: while workers start.
+        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._check = masked_crc32c
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self._log = Log(workdir / name)
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(file_version="brain.Event:2")
         # TensorBoard hides what an interrupted run logged from this step on.
-        start = SessionLog(status=SessionLog.START)
-        self._add(Event(wall_time=time.time(), step=steps_done + 1, session_log=start))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=steps_done + 1, session_log=start)
         self.close = self._log.close
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of a step."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        make = self._summary.Value
+        values = [make(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step=step, summary=self._summary(value=values))
 
-    def _add(self, event: Event) -> None:
-        content = event.SerializeToString()
+    def _add(self, **fields: Any) -> None:
+        """Adds an event that happens now."""
+        content = self._event(wall_time=time.time(), **fields).SerializeToString()
         size = struct.pack("<Q", len(content))
-        check = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        check = [struct.pack("<I", self._check(part)) for part in (size, content)]
         self._log.append(size + check[0] + content + check[1])
 
 
