@@ -31,7 +31,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # What is tested without kernels: a CPU would trace them, which takes as long as all the rest, but
 # not run them. tests/ops and tests/layers compare each kernel with the default form; with kernels,
-# models/test_registry.py traces every model, test_lowering_steps.py lowers training steps, and
+# models/test_registry.py traces every model, test_lowering.py lowers training steps, and
 # test_train_command.py trains on eight devices.
 WITHOUT_KERNELS = {
     "expediting", "measure", "models", "tasks", "training", "weights", "test_benchmark_command.py",

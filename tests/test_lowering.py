@@ -1,11 +1,12 @@
-"""Operators lower for accelerators on a host without accelerators."""
+"""Operators and training steps lower for accelerators on a host without accelerators."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from lowering import array, lowers
+from lowering import array, lowers, step_lowers
+from shipped_configs import load_config
 
 from tokenvit_jax import ops
 
@@ -75,3 +76,11 @@ def test_other_operators(dtype):
     lowers(gradient(lambda x, w, initial: ops.kmeans(x, initial, w), 2), tokens, scores, initial)
     q = array(2, 49, 2, 32, dtype=dtype)
     lowers(gradient(ops.scored_attention, 3), q, q, q)
+
+
+@pytest.mark.parametrize("name", ["dgt_t", "dgt_s", "clustr_t", "pale_t"])
+def test_training_step(name):
+    config = load_config(name)
+    # One block per stage at the published widths: the other blocks lower like these.
+    config.model_overrides.depths = (1, 1, 1, 1)
+    step_lowers(config)
