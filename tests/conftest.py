@@ -6,6 +6,9 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 # On a CPU: eight virtual devices, so that code for several devices is tested on any machine; and
 # quick compilation, which is most of the time that small tests take: without optimisation by LLVM,
@@ -24,6 +27,32 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+# What is tested without kernels: a CPU would trace them, which takes as long as all the rest, but
+# not run them. tests/ops and tests/layers compare each kernel with the default form; with kernels,
+# models/test_registry.py traces every model, test_lowering.py lowers training steps, and
+# test_train_command.py trains on eight devices.
+WITHOUT_KERNELS = {
+    "expediting", "measure", "models", "tasks", "training", "weights", "test_benchmark_command.py",
+    "test_configs.py", "test_convert_command.py", "test_evaluate_command.py",
+    "test_expedite_command.py", "test_expedite_costs.py", "test_label_command.py",
+    "test_predict_command.py", "test_random_command_lines.py", "test_summary_command.py",
+}  # fmt: skip
+WITH_KERNELS = {"test_registry.py"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forms(request):
+    """Leaves kernels out of what the tests of a module trace, unless they are about kernels."""
+    from tokenvit_jax.kernels import platforms  # after the settings above, which jax reads once
+
+    part = request.path.relative_to(Path(__file__).parent).parts[0]
+    if part not in WITHOUT_KERNELS or request.path.name in WITH_KERNELS:
+        yield
+        return
+    with platforms.default_forms():
+        yield
 
 
 def pytest_collection_finish():

@@ -1,44 +1,14 @@
 """Operators and training steps lower for accelerators on a host without accelerators."""
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import export
-from make_task import make_task
+from lowering import array, lowers, step_lowers
 from shipped_configs import load_config
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import cudnn
-from tokenvit_jax.models.backbone import variable_shapes
-from tokenvit_jax.tasks import default_config
-from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.state import init_state
-from tokenvit_jax.training.step import make_eval_step, make_train_step
-
-PLATFORMS = ("cuda", "tpu")
-# Exported programs with kernels promise nothing for later versions of XLA; these are not kept.
-KERNELS = [
-    export.DisabledSafetyCheck.custom_call(name)
-    for name in ("__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-]
-
-
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def lowers(fn, *args):
-    """Asserts that fn lowers for every platform, each in a separate lowering."""
-    for platform in PLATFORMS:
-        with cudnn.assumed() if platform == "cuda" else contextlib.nullcontext():
-            exported = export.export(
-                jax.jit(fn), platforms=[platform], disabled_checks=KERNELS
-            )(*args)  # fmt: skip
-        assert exported.platforms == (platform,)
-        assert "func.func public @main" in exported.mlir_module()
 
 
 def gradient(fn, num_differentiated):
@@ -114,56 +84,3 @@ def test_training_step(name):
     # One block per stage at the published widths: the other blocks lower like these.
     config.model_overrides.depths = (1, 1, 1, 1)
     step_lowers(config)
-
-
-@pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "evit", "tome"])
-def test_training_step_with_a_token_reducer(method):
-    config = load_config("deit_s", "pooled")
-    config.model_overrides.depth = 2
-    config.model_overrides.token_reducer.update({"method": method, "keep": (49, 7), "carry": True})
-    step_lowers(config)
-
-
-def test_training_step_of_a_host_with_windows():
-    config = default_config("classification")
-    config.model = "swinv2_t"
-    # The second block of a stage has shifted windows.
-    config.model_overrides = {"depths": (1, 2, 1, 1), "drop_path": 0.1}
-    step_lowers(config)
-
-
-def test_training_step_of_the_search():
-    config = load_config("deit_s", "search")
-    config.model_overrides.depth = 1
-    step_lowers(config)
-
-
-def test_training_step_and_evaluation_of_a_clustered_segmenter():
-    config = load_config("segmenter_ti")
-    config.model_overrides.depth = 3
-    config.model_overrides.expedite = {
-        "alpha": 1, "beta": 2, "clusters": (20, 20), "where": "logits"
-    }  # fmt: skip
-    step_lowers(config, 512, label=(2, 512, 512))
-    task = make_task(config)
-    model = task.make_model()
-    variables = variable_shapes(model, array(1, 512, 512, 3))
-    pair = array(1, 2, dtype=jnp.int32)
-    batch = {
-        "image": array(1, 600, 700, 3, dtype=jnp.uint8), "image_size": pair,
-        "label": array(1, 90, 80, dtype=jnp.uint8), "label_size": pair, "mask": array(1),
-    }  # fmt: skip
-    lowers(make_eval_step(task, model), variables, batch)
-
-
-def step_lowers(config, side=224, label=(2,)):
-    config.batch_size = 2
-    task = make_task(config, 1000)
-    model, optimizer = task.make_model(), make_optimizer(config)
-    state = jax.eval_shape(lambda: init_state(model, optimizer, config))
-    batch = {
-        "image": array(2, side, side, 3, dtype=jnp.uint8),
-        "label": array(*label, dtype=jnp.int32),
-        "skipped": array(2, dtype=jnp.int32),
-    }
-    lowers(make_train_step(task, model, optimizer), state, batch)

@@ -35,13 +35,17 @@ CONFIG = Path(tiny_config.__file__)
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """The environment of the processes: one device each, with shared compiled programs."""
+    """The environment of the processes: one device each, with shared compiled programs.
+
+    They leave out kernels, whose tracing takes seconds in each of them.
+    """
     flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     return {
         **os.environ,
         "XLA_FLAGS": " ".join(flags),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TOKENVIT_JAX_KERNELS": "off",
     }
 
 
