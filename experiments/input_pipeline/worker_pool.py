@@ -25,7 +25,7 @@ from PIL import Image
 from experiments import pages
 from tokenvit_jax import cli
 from tokenvit_jax.data import Record, Spec, builtin_info, open_split, train_batches
-from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.decoding import open_image
 from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples
@@ -58,7 +58,7 @@ class JpegSource:
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.Source`."""
-        image = decode_image(self._files[index % len(self._files)])
+        image = open_image(self._files[index % len(self._files)])
         return Record(id=index, image=image, label=index % 1000)
 
     def _encode(self, rng: np.random.Generator) -> bytes:
