@@ -10,6 +10,7 @@ hands over uint8 here, as with its prefetcher, and erases on the device: it has 
 
 import dataclasses
 import io
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def open_ours(source: JpegSource, case: str, batch_size: int) -> Iterator:
     info = dataclasses.replace(builtin_info("digits"), center_crop=True)
     examples = ClassificationExamples(config, info, train=train)
     batches = (train_batches if train else eval_batches)(source, examples, config)
-    return iter(batches._batches)  # at once: its own iterator works ahead in a thread
+    # One at a time: the iterators, also grain's, work ahead in threads.
+    return map(batches._batches.__getitem__, itertools.count())
 
 
 class PillowFiles:
