@@ -4,8 +4,8 @@
 
 Needs torch and timm (see the extra `parity`). Both pipelines make batches of the same JPEG files in
 this process, which is pinned to one core, and take turns. The result is the ratio of the CPU time
-of a turn: the median over the turns, and the lowest and highest, which show the noise. timm's loader
-hands over uint8 here, as with its prefetcher, and erases on the device: it has less to do.
+of a turn: the median over the turns, and the lowest and highest, which show the noise. timm's
+loader hands over uint8 here, as with its prefetcher, and erases on the device: it has less to do.
 """
 
 import dataclasses
@@ -125,11 +125,11 @@ def write_page(found: dict[str, dict[str, np.ndarray]], batch_size: int) -> None
     lines = pages.heading(
         "Images per second and core, against timm's loader",
         __file__,
-        f"""CPU time of a batch of {batch_size} images in one process on one core, in turns; files of
-        500 x 375 pixels and {kilobytes:.0f} kB; Pillow {PIL.__version__}, {form} the extension
-        `_jpeg_regions`. timm hands over uint8 and erases on the device; ours erases, too. Ratio
-        of the images per second: median, lowest and highest of the turns. Other work ran on the
-        machine: the ratios hold, the images per second do not.""",
+        f"""CPU time of a batch of {batch_size} images in one process on one core, in turns;
+        files of 500 x 375 pixels and {kilobytes:.0f} kB; Pillow {PIL.__version__}, {form} the
+        extension `_jpeg_regions`. timm hands over uint8 and erases on the device; ours erases,
+        too. Ratio of the images per second: median, lowest and highest of the turns. Other work
+        ran on the machine: the ratios hold, the images per second do not.""",
     )
     rows = [
         [f"{case}: {CASES[case]}"]
