@@ -125,6 +125,19 @@ def test_warps_equal_pillow():
             np.testing.assert_array_equal(found, expected)
 
 
+def test_without_the_extension_pillow_gives_the_same_pixels(monkeypatch):
+    image = decode_image(draw_jpeg(np.random.default_rng(0), 50, 30))
+    content = encode(image)
+    whole, matrix, fill = decode_image(content), (1, 0.2, 3, 0.1, 1, -2), (1, 2, 3)
+    resized = resize_pixels(open_image(content), (20, 24), FILTERS[1], flip=True)
+    warped = jpeg_regions.warp(whole, matrix, fill)
+    monkeypatch.setattr(jpeg_regions, "_extension", None)
+    opened = open_image(content)
+    assert not isinstance(opened, LazyJpeg)
+    np.testing.assert_array_equal(resize_pixels(opened, (20, 24), FILTERS[1], flip=True), resized)
+    np.testing.assert_array_equal(jpeg_regions.warp(whole, matrix, fill), warped)
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_rotated_files_are_opened_upright(tmp_path, orientation):
     exif = Image.Exif()
