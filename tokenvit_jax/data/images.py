@@ -1,8 +1,9 @@
 """Transforms single images: PIL images in, uint8 arrays (H, W, C) out.
 
-The pixels equal those of torchvision and timm: Pillow does the work, or :mod:`.jpeg_regions`, which
-gives the same pixels. All random numbers come from the generator that is passed in. Images are grey,
-RGB, or RGB with alpha; sizes are one number or (height, width) [pixels].
+The pixels equal those of torchvision and timm exactly: Pillow does the resampling, colour changes
+and warps, or `jpeg_regions`, which gives the same pixels. All random numbers come from the
+generator that is passed in. Images are grey, RGB, or RGB with alpha; sizes are one number or
+(height, width) [pixels].
 """
 
 import math

@@ -1,7 +1,7 @@
 """Decodes and resizes regions of JPEGs, and warps images, with exactly Pillow's pixels.
 
-No library on PyPI does this: simplejpeg decodes whole images, and PyTurboJPEG needs a system library
-and resizes nothing. The decoder is the libjpeg-turbo that Pillow has loaded.
+Neither simplejpeg (decodes whole images) nor PyTurboJPEG (needs a system library, resizes nothing)
+does this. The decoder is the libjpeg-turbo that Pillow has loaded.
 
 The extension `_jpeg_regions` is compiled at installation. Without it (no C compiler, Windows, or a
 Pillow that was built with another libjpeg than libjpeg-turbo), :func:`jpeg_size` returns None for
