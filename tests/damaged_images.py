@@ -31,13 +31,13 @@ _HEADER = 64  # bytes that every second damage hits
 
 def run_damages(kind: str, seed: int, trials: int) -> list[str]:
     """Returns the faults: what is neither an image nor one line, warnings, and too much memory."""
-    content, rng = _encode(kind), np.random.default_rng(seed)
+    content, rng = encode(kind), np.random.default_rng(seed)
     before, faults, refused = _peak_bytes(), [], 0
     for trial in range(trials):
         with warnings.catch_warnings(record=True) as noise:
             warnings.simplefilter("always")
             try:
-                image = decode_image(_damage(content, rng), upright=True)
+                image = decode_image(damage(content, rng), upright=True)
                 fault = image.mode not in ("RGB", "RGBA") or min(image.size) < 1
             except UserError as error:
                 refused, fault = refused + 1, "\n" in str(error) or str(error).endswith(": ")
@@ -52,7 +52,7 @@ def run_damages(kind: str, seed: int, trials: int) -> list[str]:
     return faults
 
 
-def _encode(kind: str) -> bytes:
+def encode(kind: str) -> bytes:
     """Returns an image file with a photograph, 80 x 60 pixels."""
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     photo = Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC)
@@ -66,7 +66,7 @@ def _encode(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _damage(content: bytes, rng: np.random.Generator) -> bytes:
+def damage(content: bytes, rng: np.random.Generator) -> bytes:
     """Returns a file with one damage: a flipped bit, a cut, zeros, or bytes of something else."""
     changed = bytearray(content)
     start = int(rng.integers(len(content) if rng.random() < 0.5 else _HEADER))

@@ -25,8 +25,9 @@ from PIL import Image
 from experiments import pages
 from tokenvit_jax import cli
 from tokenvit_jax.data import Record, Spec, builtin_info, open_split, train_batches
-from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.decoding import open_image
 from tokenvit_jax.data.workers import Batches
+from tokenvit_jax.measure.report import markdown_table
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples
 
@@ -43,11 +44,15 @@ PAUSE = 10.0  # seconds after which an orphan counts as one
 
 
 class JpegSource:
-    """Records that share 32 JPEG files of 500 x 375 pixels."""
+    """Records that share 32 JPEG files of 500 x 375 pixels.
 
-    def __init__(self):
+    Args:
+      quality: quality of the files, up to 95.
+    """
+
+    def __init__(self, quality: int = 90):
         rng = np.random.default_rng(0)
-        self._files = [self._encode(rng) for _ in range(32)]
+        self._files = [self._encode(rng, quality) for _ in range(32)]
 
     def __len__(self) -> int:
         return 50_000
@@ -58,15 +63,19 @@ class JpegSource:
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.Source`."""
-        image = decode_image(self._files[index % len(self._files)])
+        image = open_image(self.content(index))
         return Record(id=index, image=image, label=index % 1000)
 
-    def _encode(self, rng: np.random.Generator) -> bytes:
+    def content(self, index: int) -> bytes:
+        """Returns the file of a record."""
+        return self._files[index % len(self._files)]
+
+    def _encode(self, rng: np.random.Generator, quality: int) -> bytes:
         coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         pixels = np.asarray(image) + rng.normal(0, 8, (375, 500, 3))
         buffer = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
 
 
@@ -219,13 +228,13 @@ def write_page(
         of the time is the way from the workers to the training process.""",
     )
     rows = [[case, *map(_spread, found.T)] for case, found in ratios.items()]
-    lines += ["", *pages.table(["batches", "time", "CPU time"], rows), ""]
+    lines += ["", *markdown_table(["batches", "time", "CPU time"], rows), ""]
     rows = [
         ["same batches in the same order", *[_yes_or_no(equal)] * 2],
         ["state independent of the number of workers", *map(_yes_or_no, independent.values())],
         [f"workers that outlive a killed parent (of {WORKERS})", *orphans.values()],
     ]
-    lines += pages.table(["", *independent], rows)
+    lines += markdown_table(["", *independent], rows)
     pages.write(__file__, lines)
 
 

@@ -13,6 +13,7 @@ from batches import children, eval_dataset, train_dataset
 from PIL import Image
 
 from tokenvit_jax.data import Spec, check_records, cores, train_batches, workers
+from tokenvit_jax.data.decoding import LazyJpeg
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import create_task, default_config
 
@@ -268,6 +269,26 @@ def test_skipped_record_is_replaced_counted_and_logged_once(config, caplog):
     for record in (3, 4, 15):
         line = f"skipped numbers, record {record}: unreadable"
         assert [message for message in caplog.messages if message == line] == [line]
+
+
+class DamagedInside(NumberedSource):
+    """Record 3 is a JPEG that can be opened, but not decoded."""
+
+    def read(self, index):
+        record = super().read(index)
+        if index == 3:
+            record["image"] = LazyJpeg(b"\xff\xd8 no image \xff\xd9", (8, 8))
+        return record
+
+
+def test_damage_that_shows_when_the_pixels_are_needed_is_passed_over(config):
+    with pytest.raises(UserError, match=r"^numbers, record 3: cannot decode 14 bytes.*on_corrupt="):
+        take(train_dataset(config, DamagedInside(8)), 1)
+    config.data.on_corrupt = "skip"
+    (batch,) = take(train_dataset(config, DamagedInside(8)), 1)
+    assert sorted(batch["label"]) == [0, 1, 2, 4, 4, 5, 6, 7] and batch["skipped"].sum() == 1
+    (batch,) = eval_dataset(config, DamagedInside(8))
+    np.testing.assert_array_equal(batch["skipped"], np.arange(8) == 3)
 
 
 def test_skipped_record_does_not_count_in_evaluation(config):

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenvit_jax.data.files import error_text, image_formats, open_file
+from tokenvit_jax.data.jpeg_regions import jpeg_size
 from tokenvit_jax.errors import UserError
 
 # Pixels of the largest image that is decoded: 2 GB in Pillow's memory. A file of a few bytes can
@@ -75,6 +76,79 @@ def decode_image(file: bytes | Path, upright: bool = False) -> Image.Image:
         rotation = _rotation(image) if upright else None
         image = to_rgb(image)
         return image if rotation is None else image.transpose(rotation)
+
+
+class UndecodableError(UserError):
+    """The pixels of an image that was opened cannot be decoded."""
+
+
+class LazyJpeg(Image.Image):
+    """An RGB image whose file is decoded when its pixels are needed.
+
+    Args:
+      content: contents of the file.
+      size: its :func:`jpeg_size`.
+
+    Attributes:
+      content: contents of the file; None once it is decoded.
+    """
+
+    content: bytes | None = None
+
+    def __init__(self, content: bytes, size: tuple[int, int]):
+        super().__init__()
+        self._mode, self._size = "RGB", size
+        self.content = content
+
+    def load(self):
+        """Decodes the file; Pillow calls it before it touches the pixels.
+
+        Raises:
+          UndecodableError: the file is damaged.
+        """
+        if self.content is not None:
+            try:
+                self.im = decode_image(self.content).im
+            except UserError as error:
+                raise UndecodableError(str(error)) from error
+            self.content = None
+        return super().load()
+
+
+def open_image(file: bytes | Path, upright: bool = False) -> Image.Image:
+    """Opens an image file like :func:`decode_image`, but decodes a JPEG only when it is needed.
+
+    Returns:
+      As for decode_image; a :class:`LazyJpeg` if the file is an intact JPEG that is not rotated.
+
+    Raises:
+      UserError: as for decode_image; damage inside a JPEG, which does not end too early, shows
+        when its pixels are needed.
+    """
+    content = _jpeg_content(file)
+    size = jpeg_size(content) if content is not None else None
+    if not size or size[0] * size[1] > MAX_PIXELS or (upright and _is_rotated(content)):
+        return decode_image(file if content is None else content, upright)
+    return LazyJpeg(content, size)
+
+
+def _jpeg_content(file: bytes | Path) -> bytes | None:
+    """Returns the contents of a file that starts like a JPEG, and None for any other file."""
+    if isinstance(file, bytes):
+        return file
+    try:
+        with open_file(file) as stream:
+            start = stream.read(2)
+            return start + stream.read() if start == b"\xff\xd8" else None
+    except (OSError, MemoryError):  # decode_image reports it
+        return None
+
+
+def _is_rotated(content: bytes) -> bool:
+    if b"Exif" not in content and b"tiff:Orientation" not in content:  # faster than Pillow
+        return False
+    with opened(content, "an image") as image:
+        return _rotation(image) is not None
 
 
 def read_image(path: Path) -> Image.Image:

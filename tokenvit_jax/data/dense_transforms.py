@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.config import height_and_width
-from tokenvit_jax.data.decoding import crop_box
-from tokenvit_jax.data.images import strip_length, to_array
+from tokenvit_jax.data.images import from_array, resize_pixels, strip_length, to_array
 from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
@@ -49,24 +48,27 @@ def train_scene(
       Image uint8 (H, W, C) and labels uint8 (H, W), `IGNORED` on the padding.
     """
     size = height_and_width(size)
-    image, label = _piece_of_strip(image, label, size, rng)
-    short = (augment.short_side or _covering_side(*image.size, size)) * rng.uniform(
-        *augment.scale_range
-    )
-    width, height = scaled_size(*image.size, short / min(image.size))
+    crop = _piece_of_strip(*image.size, size, rng)
+    label = label[crop[1] : crop[3], crop[0] : crop[2]]
+    image_height, image_width = label.shape
+    short = augment.short_side or _covering_side(image_width, image_height, size)
+    scale = short * rng.uniform(*augment.scale_range) / min(image_width, image_height)
+    width, height = scaled_size(image_width, image_height, scale)
     label = resize_label(label, width, height)
     left, top = _draw_crop(label, size, augment.max_class_share, rng)
     label = label[top : top + size[0], left : left + size[1]]
     # Only the crop is resized; its pixels equal a crop of the resized image.
     bottom, right = top + label.shape[0], left + label.shape[1]
-    x, y = image.width / width, image.height / height
-    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
-    image = image.resize((right - left, bottom - top), _BILINEAR, box=box)
-    if augment.flip and rng.random() < augment.flip:
-        image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label[:, ::-1]
+    x, y = image_width / width, image_height / height
+    box = left * x, top * y, min(right * x, image_width), min(bottom * y, image_height)
+    flip = bool(augment.flip and rng.random() < augment.flip)
+    pixels = resize_pixels(
+        image, (right - left, bottom - top), _BILINEAR, crop=crop, box=box, flip=flip
+    )
+    if flip:
+        label = label[:, ::-1]
     if augment.photometric:
-        image = distort_colors(image, rng)
-    pixels = to_array(image)
+        pixels = to_array(distort_colors(from_array(pixels), rng))
     return pad(pixels, (*size, pixels.shape[-1]), fill), pad(label, size, IGNORED)
 
 
@@ -76,18 +78,13 @@ def _covering_side(width, height, size):
     return max(size[0] * short / height, size[1] * short / width)
 
 
-def _piece_of_strip(image, label, size, rng):
-    """Returns a random piece of a strip; any other image and its labels as they are."""
-    most = strip_length(min(image.size), *size)
-    if max(image.size) <= most:
-        return image, label
-    start = int(rng.integers(max(image.size) - most + 1))
-    if image.width > image.height:
-        box = start, 0, start + most, image.height
-    else:
-        box = 0, start, image.width, start + most
-    left, top, right, bottom = box
-    return crop_box(image, box), label[top:bottom, left:right]
+def _piece_of_strip(width, height, size, rng):
+    """Returns the box of a random piece of a strip, and of the whole of any other image."""
+    most = strip_length(min(width, height), *size)
+    if max(width, height) <= most:
+        return 0, 0, width, height
+    start = int(rng.integers(max(width, height) - most + 1))
+    return (start, 0, start + most, height) if width > height else (0, start, width, start + most)
 
 
 def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> np.ndarray:
@@ -104,7 +101,7 @@ def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> n
       if the image would not fit.
     """
     scale = min(short_side / min(image.size), width / image.width, height / image.height)
-    return to_array(image.resize(scaled_size(*image.size, scale), _BILINEAR))
+    return resize_pixels(image, scaled_size(*image.size, scale), _BILINEAR)
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Transforms single images: PIL images in, uint8 arrays (H, W, C) out.
 
-Pillow does the resampling, colour changes and warps, as in torchvision and timm, so that the pixels
-equal theirs exactly. All random numbers come from the generator that is passed in. Images are grey,
-RGB, or RGB with alpha; sizes are one number or (height, width) [pixels].
+The pixels equal those of torchvision and timm exactly: Pillow does the resampling, colour changes
+and warps, or `jpeg_regions`, which gives the same pixels. All random numbers come from the
+generator that is passed in. Images are grey, RGB, or RGB with alpha; sizes are one number or
+(height, width) [pixels].
 """
 
 import math
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
 from tokenvit_jax.config import height_and_width
-from tokenvit_jax.data.decoding import crop_box
+from tokenvit_jax.data.decoding import LazyJpeg, crop_box
+from tokenvit_jax.data.jpeg_regions import Box, resize_region
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
@@ -108,8 +110,54 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def resize_pixels(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    *,
+    crop: tuple[int, int, int, int] | None = None,
+    box: Box | None = None,
+    window: tuple[int, int, int, int] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """Crops, resizes, crops and mirrors an image; decodes no more of a JPEG than that needs.
+
+    The pixels are those of `image.crop(crop).resize(size, resample, box).crop(window)`.
+
+    Args:
+      image: image of any size.
+      size: width and height of the resized crop [pixels].
+      resample: Pillow's filter, bilinear or bicubic.
+      crop: part of the image (left, top, right, bottom) that the filter sees; None: all of it.
+      box: part of the crop that is resized; None: all of it.
+      window: part of the resized crop that is returned; None: all of it.
+      flip: whether the result is mirrored horizontally.
+
+    Returns:
+      uint8 (H, W, C).
+    """
+    crop = crop or (0, 0, *image.size)
+    box = box or (0, 0, crop[2] - crop[0], crop[3] - crop[1])
+    window = window or (0, 0, *size)
+    content = image.content if isinstance(image, LazyJpeg) else None
+    if content is not None:
+        pixels = resize_region(content, crop, box, size, resample, window, flip)
+        if pixels is not None:
+            return pixels
+    if crop != (0, 0, *image.size):
+        image = crop_box(image, crop)
+    image = image.resize(size, resample, box)
+    if window != (0, 0, *size):
+        image = image.crop(window)
+    return to_array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+
 def eval_image(
-    image: Image.Image, size: int | Sequence[int], crop: float, interpolation: str = "bicubic"
+    image: Image.Image,
+    size: int | Sequence[int],
+    crop: float,
+    interpolation: str = "bicubic",
+    flip: bool = False,
 ) -> np.ndarray:
     """Resizes an image to cover size / crop and crops the centre: the evaluation transform.
 
@@ -118,20 +166,23 @@ def eval_image(
       size: height and width of the result [pixels].
       crop: height of the centre crop / height that the resized image covers, in (0, 1].
       interpolation: a key of INTERPOLATIONS.
+      flip: whether the result is mirrored horizontally.
 
     Returns:
       uint8 (H, W, C); if H = W, equal to timm's evaluation transform.
     """
     height, width = height_and_width(size)
-    image = _middle_of_strip(image, height, width, crop)
+    part = _middle_of_strip(*image.size, height, width, crop)
+    image_width, image_height = part[2] - part[0], part[3] - part[1]
     tall, wide = math.floor(height / crop), math.floor(width / crop)
-    if image.width * tall <= image.height * wide:
-        tall = int(wide * image.height / image.width)
+    if image_width * tall <= image_height * wide:
+        tall = int(wide * image_height / image_width)
     else:
-        wide = int(tall * image.width / image.height)
-    image = image.resize((wide, tall), INTERPOLATIONS[interpolation])
+        wide = int(tall * image_width / image_height)
     left, top = round((wide - width) / 2), round((tall - height) / 2)
-    return to_array(image.crop((left, top, left + width, top + height)))
+    window = left, top, left + width, top + height
+    resample = INTERPOLATIONS[interpolation]
+    return resize_pixels(image, (wide, tall), resample, crop=part, window=window, flip=flip)
 
 
 def strip_length(short: int, height: int, width: int) -> int:
@@ -147,15 +198,14 @@ def strip_length(short: int, height: int, width: int) -> int:
     return math.ceil(_STRIP * short * max(height, width) / min(height, width))
 
 
-def _middle_of_strip(image, height, width, crop):
-    """Returns the middle of a strip, and any other image as it is."""
+def _middle_of_strip(image_width, image_height, height, width, crop):
+    """Returns the box of the middle of a strip, and of the whole of any other image."""
     # A small crop shows less of an image that is resized to more pixels.
-    most = math.ceil(strip_length(min(image.size), height, width) * max(crop, _LEAST_PART))
+    most = strip_length(min(image_width, image_height), height, width)
+    most = math.ceil(most * max(crop, _LEAST_PART))
     # An even number of pixels is cut off, so that the centre stays where it is.
-    left, top = (max(side - most, 0) // 2 for side in image.size)
-    if not (left or top):
-        return image
-    return crop_box(image, (left, top, image.width - left, image.height - top))
+    left, top = (max(side - most, 0) // 2 for side in (image_width, image_height))
+    return left, top, image_width - left, image_height - top
 
 
 class View(NamedTuple):
@@ -197,7 +247,7 @@ def draw_view(
 def whole_image(image: Image.Image, size: int | Sequence[int]) -> np.ndarray:
     """Returns the whole image, squeezed into height x width, uint8 (H, W, C)."""
     height, width = height_and_width(size)
-    return to_array(image.resize((width, height), _BICUBIC))
+    return resize_pixels(image, (width, height), _BICUBIC)
 
 
 def train_image(
@@ -221,24 +271,31 @@ def train_image(
     """
     view = view or draw_view(image.size, size, augment, rng)
     if view.box is None:
-        image = from_array(eval_image(image, size, crop=1.0))
+        pixels = eval_image(image, size, crop=1.0, flip=view.flip)
     else:
-        # Not `resize(box=...)`, whose filter would reach beyond the box.
+        # A crop, not a box, beyond which the filter would reach.
         height, width = height_and_width(size)
-        image = crop_box(image, view.box).resize((width, height), _BICUBIC)
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if augment.rotation or augment.translation:
+        pixels = resize_pixels(image, (width, height), _BICUBIC, crop=view.box, flip=view.flip)
+    pixels = _change_look(pixels, augment, rng)
+    if augment.erasing and rng.random() < augment.erasing:
+        pixels = erase(pixels, rng)
+    return pixels
+
+
+def _change_look(pixels: np.ndarray, augment: ConfigDict, rng: np.random.Generator) -> np.ndarray:
+    """Applies what Pillow does to the pixels of a crop: shifts, RandAugment and colours."""
+    shifts = augment.rotation or augment.translation
+    if not (shifts or augment.randaugment.num_ops or augment.color_jitter):
+        return pixels
+    image = from_array(pixels)
+    if shifts:
         image = _random_shift(image, augment.rotation, augment.translation, rng)
     if augment.randaugment.num_ops:
         fill = mean_pixel("imagenet", len(image.getbands()))
         image = randaugment(image, rng, fill=fill, **augment.randaugment)
     if augment.color_jitter:
         image = color_jitter(image, augment.color_jitter, rng)
-    pixels = to_array(image)
-    if augment.erasing and rng.random() < augment.erasing:
-        pixels = erase(pixels, rng)
-    return pixels
+    return to_array(image)
 
 
 def random_crop_box(

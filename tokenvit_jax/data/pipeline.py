@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.config import AUTO
 from tokenvit_jax.data.check import check_data
 from tokenvit_jax.data.cores import own_cores, share_of_cores
+from tokenvit_jax.data.decoding import UndecodableError
 from tokenvit_jax.data.record import Examples, Source, Spec
 from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
@@ -189,14 +190,9 @@ class _TrainExample(grain.transforms.RandomMap):
     def random_map(self, index: int, rng: np.random.Generator) -> Example:
         for skipped in range(len(self._source)):
             number = (index + skipped) % len(self._source)
-            try:
-                record = self._source.read(number)
-            except UserError as error:
-                _pass_over(error, self._skip)
-                continue
-            with _named(self._source, number):
-                example = self._examples(record, rng)
-            return example | {"index": np.int32(number), "skipped": np.int32(skipped)}
+            example = _read_example(self._source, self._examples, number, rng, self._skip)
+            if example is not None:
+                return example | {"index": np.int32(number), "skipped": np.int32(skipped)}
         raise UserError(_none_readable(self._source))
 
 
@@ -211,18 +207,29 @@ class _EvalExample(grain.transforms.Map):
     def map(self, index: int) -> Example:
         if index >= len(self._source):
             return self._examples.empty() | _counts(NO_RECORD, mask=0, skipped=0)
-        try:
-            record = self._source.read(index)
-        except UserError as error:
-            _pass_over(error, self._skip)
+        example = _read_example(self._source, self._examples, index, None, self._skip)
+        if example is None:
             return self._examples.empty() | _counts(index, mask=0, skipped=1)
-        with _named(self._source, index):
-            example = self._examples(record, None)
         return example | _counts(index, mask=1, skipped=0)
 
 
 def _counts(index: int, mask: int, skipped: int) -> Example:
     return {"index": np.int32(index), "mask": np.float32(mask), "skipped": np.int32(skipped)}
+
+
+def _read_example(
+    source: Source, examples: Examples, index: int, rng: np.random.Generator | None, skip: bool
+) -> Example | None:
+    """Returns the example of a record; None if the record cannot be read and is passed over."""
+    try:
+        record = source.read(index)
+    except UserError as error:
+        return _pass_over(error, skip)
+    try:
+        with _named(source, index):
+            return examples(record, rng)
+    except UndecodableError as error:  # damage that shows when the pixels are needed
+        return _pass_over(error, skip)
 
 
 @contextlib.contextmanager
@@ -231,7 +238,7 @@ def _named(source: Source, index: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{source.name(index)}: {error}") from error
+        raise type(error)(f"{source.name(index)}: {error}") from error
 
 
 def _pass_over(error: UserError, skip: bool) -> None:

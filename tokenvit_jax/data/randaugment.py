@@ -8,10 +8,13 @@ References:
   (2019), Section 4.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+from tokenvit_jax.data.jpeg_regions import warp
 
 Fill = tuple[int, ...]
 
@@ -71,34 +74,29 @@ def apply_operation(
     return changed
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=fill,
-    )
-
-
 def _rotate(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    return image.rotate(sign * part * 30.0, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+    # The matrix of Image.rotate, rounded like there.
+    angle = -math.radians(sign * part * 30.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = image.width / 2, image.height / 2
+    matrix = (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
+    return warp(image, matrix, fill)
 
 
 def _shear_x(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, sign * part * 0.3, 0, 0, 1, 0), fill)
+    return warp(image, (1, sign * part * 0.3, 0, 0, 1, 0), fill)
 
 
 def _shear_y(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * part * 0.3, 1, 0), fill)
+    return warp(image, (1, 0, 0, sign * part * 0.3, 1, 0), fill)
 
 
 def _translate_x(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, sign * part * 0.45 * image.width, 0, 1, 0), fill)
+    return warp(image, (1, 0, sign * part * 0.45 * image.width, 0, 1, 0), fill)
 
 
 def _translate_y(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * part * 0.45 * image.height), fill)
+    return warp(image, (1, 0, 0, 0, 1, sign * part * 0.45 * image.height), fill)
 
 
 def _posterize(image: Image.Image, part: float, sign: int, fill: Fill) -> Image.Image:

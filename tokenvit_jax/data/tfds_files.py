@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.decoding import open_image
 from tokenvit_jax.data.files import error_text, list_folders
 from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.errors import UserError
@@ -55,7 +55,7 @@ class TfdsSource:
         try:
             features = self.stored(index)
             file = _file_of(features)
-            image = decode_image(features[self.image])
+            image = open_image(features[self.image])
             return Record(id=index, image=image) | self.ground_truth(features, image)
         except Exception as error:
             raise UserError(f"{self._name_with(index, file)}: {error_text(error)}") from error

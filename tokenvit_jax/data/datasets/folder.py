@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data.class_names import different_names, labels_by_value
 from tokenvit_jax.data.datasets import none
-from tokenvit_jax.data.decoding import decode_image
+from tokenvit_jax.data.decoding import open_image
 from tokenvit_jax.data.files import list_folders, list_images, read_text
 from tokenvit_jax.data.held_out import held_out
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
@@ -182,7 +182,7 @@ class ClassFiles(_Files):
         self._labels = [label for _, label in files]
 
     def _fields(self, index: int) -> Record:
-        image = decode_image(self._folder / self._paths[index], upright=True)
+        image = open_image(self._folder / self._paths[index], upright=True)
         return Record(image=image, label=self._labels[index])
 
 
@@ -283,7 +283,7 @@ class LabelMapFiles(_Files):
         self._table = table
 
     def _fields(self, index: int) -> Record:
-        image = decode_image(self._folder / self._paths[index])
+        image = open_image(self._folder / self._paths[index])
         try:
             labels = decode_label_map(self._maps[index], self._table, image.size)
         except UserError as error:
