@@ -53,7 +53,9 @@ def settings_like(bench: Bench, side: int) -> dict[str, Setting]:
         name: settings[bisect.bisect_left(settings, budget, key=bench.mmacs)]
         for name, settings in rivals().items()
     }
-    return {EXPEDITE: own} | baselines | chosen
+    # ACT saves only attention, and costs more than Expedite with as few prototypes as centres.
+    act = {"token_reducer": {"method": "act", "keep": (side * side,) * DEPTH}}
+    return {EXPEDITE: own} | baselines | chosen | {"ACT": act}
 
 
 def describe(setting: Setting) -> str:
@@ -78,8 +80,9 @@ def about(plain: Result) -> str:
     The plain model costs {plain.mmacs:.1f} MMACs and has mIoU {plain.miou:.2f}. Expedite uses alpha
     = {evaluation.ALPHA} of {DEPTH} blocks and temperature {evaluation.TEMPERATURE:g}. EViT reduces
     tokens in blocks 3, 5 and 7, ToMe (Token Merging) in all blocks; both restore each patch from
-    the token that stands for it. Methods whose costs cannot equal Expedite's use their cheapest
-    setting that costs no less than Expedite.
+    the token that stands for it. ACT, in all blocks, has as many prototypes per head as Expedite
+    has centres; it saves only attention and cannot cost as little. Other methods whose costs cannot
+    equal Expedite's use their cheapest setting that costs no less than Expedite.
     """
 
 

@@ -1,6 +1,7 @@
 """Ways to make a network cheaper, at no more than the cost of a setting of Expedite."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from tokenvit_jax.expediting.rivals import (
 )
 from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.reducers import evit_keep
+from tokenvit_jax.models.reducers import ACT, evit_keep
 
 # EViT fuses in three blocks, as in its paper; a finer grid of rates than the paper's.
 EVIT_BLOCKS = (4, 7, 10)
@@ -34,6 +35,7 @@ REDUCERS = {
     "PoWER-BERT": ("powerbert", False),
     "importance": ("importance", False),
     "random": ("random", False),
+    "ACT": (ACT, False),
 }
 
 
@@ -60,6 +62,9 @@ def at_cost_of(
 ) -> dict[str, Method]:
     """Returns Expedite and the methods that cost at most as much, by name.
 
+    ACT makes only attention cheaper and may not reach the cost: then it has as many prototypes per
+    head as Expedite has centres, and costs more.
+
     Args:
       model: the plain network, a backbone.
       expedite: setting with a temperature.
@@ -83,9 +88,10 @@ def at_cost_of(
     for name in reducers:
         method, carry = REDUCERS[name]
         find = functools.partial(kept_tokens, model, image_size, method, budget)
-        keep = remember(method, find)
+        keep = remember(method, find) or (math.prod(expedite.clusters),) * model.settings.depth
         reducer = {"method": method, "keep": tuple(keep), "carry": carry}
-        methods[name] = Method(with_reducer(model, reducer), image_size, f"{keep[-1]} at the end")
+        about = f"{keep[-1]} prototypes" if method == ACT else f"{keep[-1]} at the end"
+        methods[name] = Method(with_reducer(model, reducer), image_size, about)
     return methods
 
 

@@ -301,15 +301,18 @@ class Block(nn.Module):
             name="attention",
         )  # fmt: skip
         acts = reducer is not None and reducer.acts(self.index, x.shape[1] - settings.num_front)
+        clusters_queries = acts and reducer.method == reducers.ACT
         x, y = norm("norm1")(x)
         attended = attention(
             y,
             scored_by=reducer.scored_by if acts else None,
             diagonal=reducer is None or reducer.diagonal,
             size=origin.size if reducer is not None and reducer.carry else None,
+            prototypes=reducer.keep[self.index] if clusters_queries else None,
+            num_alone=settings.num_front,
         )
         branch = drop(attended.y, "scale1")
-        if acts:
+        if acts and not clusters_queries:
             x, origin = self._reduce(x + branch, attended, origin, grid, train)
             branch = None
         x, y = norm("norm2")(x, branch)
