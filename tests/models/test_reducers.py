@@ -436,6 +436,10 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
             {"method": "convolution"},
             r"blocks=\(\) is not valid; valid: one or more different numbers from 1 to 3",
         ),
+        (
+            {"keep": (3, 3, 3), "method": "tome", "neighbors": 2},
+            "neighbors=2 is not valid; valid: 1",
+        ),
         ({"keep": (3, 0, 3), "method": "act"}, "valid: with method='act', 3 numbers from 1"),
         ({"keep": (3, 3, 3), "method": "act", "carry": True}, "carry=True is not valid"),
         ({"method": "convolution", "blocks": (0, 4)}, r"blocks=\(0, 4\) is not valid"),

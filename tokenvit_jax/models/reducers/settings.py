@@ -46,6 +46,10 @@ class TokenReducer(Checked):
         E of Token Pooling), for models that were trained without the reducer.
       diagonal: whether the attention of a patch to itself counts in its score; it does not in the
         code of PoWER-BERT.
+      neighbors: number of remaining tokens from which a patch of a map is reconstructed, if the
+        method drops patches. 1: it is a copy of the token that was nearest when it was dropped.
+        More: the weighted mean of the tokens that were nearest before the first reduction, as
+        after Expedite's clustering (Liang, W. et al. 2022, Eq. 4, and its supplement for EViT).
       blocks: the blocks with a convolution, counted from 1.
       penalty: weight of the loss of "soft_extract", which grows with the retained tokens: block l,
         from 1, adds penalty * l * sum(retention of block l).
@@ -59,6 +63,7 @@ class TokenReducer(Checked):
         "initial": OneOf(INITIAL),
         "carry": Flag(),
         "diagonal": Flag(),
+        "neighbors": whole(1, 2**24),
         "blocks": Several(whole(1, BLOCKS)),
         "penalty": ZeroOr(Number(1e-12, 1e6)),
         "learning_rate_factor": ZeroOr(Number(1e-9, 1e6)),
@@ -69,6 +74,7 @@ class TokenReducer(Checked):
     initial: str = "score"
     carry: bool = False
     diagonal: bool = True
+    neighbors: int = 1
     blocks: tuple[int, ...] = ()
     penalty: float = 0.0
     learning_rate_factor: float = 1.0
@@ -91,6 +97,7 @@ class TokenReducer(Checked):
         names += () if self.method == CONVOLUTION else ("blocks",)
         names += () if self.method == SEARCH else ("penalty", "learning_rate_factor")
         names += () if reads_keep({"method": self.method}) else ("keep",)
+        names += () if self.drops else ("neighbors",)
         names += ("carry",) if self.method in (ACT, CONVOLUTION, SEARCH) else ()
         return names if self.scored_by == "all" else (*names, "diagonal")
 
@@ -110,6 +117,11 @@ class TokenReducer(Checked):
             self._refuse("method", "for a map, all others")
         if 0 in self.keep:
             self._refuse("keep", "for a map, numbers from 1")
+
+    @property
+    def drops(self) -> bool:
+        """Whether patches are dropped, so that a map needs tokens to stand for them."""
+        return self.method in (*SELECTIONS, EVIT)
 
     @property
     def scored_by(self) -> str | None:
