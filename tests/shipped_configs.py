@@ -20,10 +20,11 @@ _ARGS = {
     "swinv2": ("", "digits"),
     "segmenter": ("", "pascal_context", "cityscapes", "scenes"),
 }  # fmt: skip
+_OWN_ARGS = {"dgt_t": ("swin_block", "cswin_block", "cmt_block")}
 CASES = [
     (path.stem, arg)
     for path in sorted(FOLDER.glob("*.py"))
-    for arg in _ARGS[path.stem.split("_")[0]]
+    for arg in (*_ARGS[path.stem.split("_")[0]], *_OWN_ARGS.get(path.stem, ()))
 ]
 # Stage 3 of Token Pooling with the paper's numbers of tokens.
 LEVELS = [(name, arg) for name in ("deit_s", "deit_e318", "deit_e252") for arg in _LEVELS]

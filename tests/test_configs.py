@@ -54,8 +54,11 @@ SAME = {
 SMALL_DATASET = {"classification": "digits", "segmentation": "scenes"}
 # Families whose shrunk configs exercise nothing beyond the published ones and other families.
 ONE_STEP = ("swin", "swinv2", "segmenter")
-# Arguments whose steps other tests run: fine-tuning, and training with a teacher.
-SAME_STEP = ("distilled", "digits_distilled", "vit_b", "swin_t", "clustr_s", "vit_b,3680")
+# Arguments whose steps other tests run: other blocks, fine-tuning, and training with a teacher.
+SAME_STEP = (
+    "swin_block", "cswin_block", "cmt_block", "distilled", "digits_distilled", "vit_b", "swin_t",
+    "clustr_s", "vit_b,3680",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "arg"), CASES)

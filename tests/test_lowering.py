@@ -77,6 +77,11 @@ def test_other_operators(dtype):
     q = array(2, 49, 2, 32, dtype=dtype)
     lowers(gradient(ops.scored_attention, 3), q, q, q)
 
+    def act(q):
+        return ops.clustered_attention(q, q, q, ops.hash_clusters(q[:, 1:], 9), 9)
+
+    lowers(gradient(act, 1), q)
+
 
 @pytest.mark.parametrize("name", ["dgt_t", "dgt_s", "clustr_t", "pale_t"])
 def test_training_step(name):

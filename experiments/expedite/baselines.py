@@ -22,6 +22,7 @@ SIDES = (4, 6, 8, 11, 13)  # sides of the map of centres
 PATCHES = 256
 # After 1/4, 1/2 and 3/4 of the blocks, as in the paper.
 EVIT_BLOCKS = (3, 5, 7)
+NEIGHBORS = 20  # tokens from which a dropped patch is reconstructed, as in Expedite
 EXPEDITE = "Expedite"
 COLUMNS = [
     "method", "centres, image or tokens", "MMACs", "% of plain", "mIoU", "- plain", "similarity",
@@ -36,9 +37,11 @@ def rivals() -> dict[str, list[Setting]]:
     evit = [evit_keep(PATCHES, DEPTH, rate, EVIT_BLOCKS) for rate in np.arange(0.02, 1, 0.01)]
     tome = [tome_keep(PATCHES, DEPTH, merged) for merged in range(64, 0, -1)]
     merge = [{"method": "tome", "keep": keep} for keep in tome]
+    fuse, soft = [{"method": "evit", "keep": keep} for keep in evit], {"neighbors": NEIGHBORS}
     return {
         "smaller image": [{"expedite": smaller | {"clusters": size}} for size in images],
-        "EViT": [{"token_reducer": {"method": "evit", "keep": keep}} for keep in evit],
+        "EViT": [{"token_reducer": reducer} for reducer in fuse],
+        "EViT, reconstructed": [{"token_reducer": reducer | soft} for reducer in fuse],
         "ToMe": [{"token_reducer": reducer} for reducer in merge],
         "ToMe, carry": [{"token_reducer": reducer | {"carry": True}} for reducer in merge],
     }
@@ -53,7 +56,9 @@ def settings_like(bench: Bench, side: int) -> dict[str, Setting]:
         name: settings[bisect.bisect_left(settings, budget, key=bench.mmacs)]
         for name, settings in rivals().items()
     }
-    return {EXPEDITE: own} | baselines | chosen
+    # ACT saves only attention, and costs more than Expedite with as few prototypes as centres.
+    act = {"token_reducer": {"method": "act", "keep": (side * side,) * DEPTH}}
+    return {EXPEDITE: own} | baselines | chosen | {"ACT": act}
 
 
 def describe(setting: Setting) -> str:
@@ -78,8 +83,10 @@ def about(plain: Result) -> str:
     The plain model costs {plain.mmacs:.1f} MMACs and has mIoU {plain.miou:.2f}. Expedite uses alpha
     = {evaluation.ALPHA} of {DEPTH} blocks and temperature {evaluation.TEMPERATURE:g}. EViT reduces
     tokens in blocks 3, 5 and 7, ToMe (Token Merging) in all blocks; both restore each patch from
-    the token that stands for it. Methods whose costs cannot equal Expedite's use their cheapest
-    setting that costs no less than Expedite.
+    the token that stands for it, "EViT, reconstructed" from the {NEIGHBORS} remaining tokens
+    nearest to it before the first reduction. ACT, in all blocks, has as many prototypes per head as
+    Expedite has centres; it saves only attention and cannot cost as little. Other methods whose
+    costs cannot equal Expedite's use their cheapest setting that costs no less than Expedite.
     """
 
 

@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import pages, plots
 from experiments.real_networks import networks, photographs
-from experiments.real_networks.methods import REDUCERS, Method, at_cost_of
+from experiments.real_networks.methods import NEIGHBORS, REDUCERS, Method, at_cost_of
 from tokenvit_jax import cli
 from tokenvit_jax.data import NORMALIZATIONS
 from tokenvit_jax.expediting.candidates import macs_of, with_expedite
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 CARRY = ["ToMe, carry", "weighted K-Medoids, carry"]
-MOST = [*CARRY, "EViT", "ToMe", "weighted K-Medoids", "random"]
+MOST = [*CARRY, "EViT", "EViT, reconstructed", "ToMe", "weighted K-Medoids", "random", "ACT"]
 ALL = list(REDUCERS)
 PLANS = {
     "vit_s14_dinov2": Plan(
@@ -382,10 +382,14 @@ def about(network: str, crops: int) -> str:
     The options are --network={network} and --crops={crops}: {images} images, from photographs of
     scikit-image, scikit-learn and matplotlib. Nothing is trained. Cost is a fraction of the plain
     network's multiply-adds. Methods other than pooling use the most tokens or pixels whose cost
-    does not exceed Expedite's. Cosine compares patch features with the plain network's, averaged
-    over positions and images; features of a smaller image are resized bilinearly. Brackets hold 95
-    % intervals over {DRAWS} bootstrap samples of the photographs; differences are paired. The
-    temperature is {FACTOR} times the median squared distance of neighbouring tokens.
+    does not exceed Expedite's; ACT saves only attention: where it cannot cost so little, it has as
+    many prototypes per head as Expedite has centres. Cosine compares patch features with the plain
+    network's, averaged over positions and images; features of a smaller image are resized
+    bilinearly. "Reconstructed" means that each patch is a weighted mean of the
+    {NEIGHBORS} remaining tokens that were nearest before the first reduction; otherwise a patch
+    copies its nearest token. Brackets hold 95 % intervals over {DRAWS} bootstrap samples of the
+    photographs; differences are paired. The temperature is {FACTOR} times the median squared
+    distance of neighbouring tokens.
     {SECOND_TEXT[network]}
     """
 

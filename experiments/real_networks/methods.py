@@ -1,6 +1,7 @@
 """Ways to make a network cheaper, at no more than the cost of a setting of Expedite."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,24 +17,30 @@ from tokenvit_jax.expediting.rivals import (
 )
 from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.reducers import evit_keep
+from tokenvit_jax.models.reducers import ACT, evit_keep
 
 # EViT fuses in three blocks, as in its paper; a finer grid of rates than the paper's.
 EVIT_BLOCKS = (4, 7, 10)
 EVIT_RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
-# Label -> method of the reducer, and whether later attention weights tokens by their size.
+# Remaining tokens from which a dropped patch is reconstructed, as in Expedite.
+NEIGHBORS = 20
+# Label -> attributes of the reducer.
 REDUCERS = {
-    "ToMe, carry": ("tome", True),
-    "ToMe": ("tome", False),
-    "weighted K-Medoids, carry": ("weighted_kmedoids", True),
-    "weighted K-Medoids": ("weighted_kmedoids", False),
-    "K-Medoids": ("kmedoids", False),
-    "weighted K-Means": ("weighted_kmeans", False),
-    "K-Means": ("kmeans", False),
-    "EViT": ("evit", False),
-    "PoWER-BERT": ("powerbert", False),
-    "importance": ("importance", False),
-    "random": ("random", False),
+    "ToMe, carry": {"method": "tome", "carry": True},
+    "ToMe": {"method": "tome"},
+    "weighted K-Medoids, carry": {"method": "weighted_kmedoids", "carry": True},
+    "weighted K-Medoids": {"method": "weighted_kmedoids"},
+    "K-Medoids": {"method": "kmedoids"},
+    "weighted K-Means": {"method": "weighted_kmeans"},
+    "K-Means": {"method": "kmeans"},
+    "EViT": {"method": "evit"},
+    "EViT, reconstructed": {"method": "evit", "neighbors": NEIGHBORS},
+    "PoWER-BERT": {"method": "powerbert"},
+    "PoWER-BERT, reconstructed": {"method": "powerbert", "neighbors": NEIGHBORS},
+    "importance": {"method": "importance"},
+    "random": {"method": "random"},
+    "random, reconstructed": {"method": "random", "neighbors": NEIGHBORS},
+    "ACT": {"method": ACT},
 }
 
 
@@ -60,6 +67,9 @@ def at_cost_of(
 ) -> dict[str, Method]:
     """Returns Expedite and the methods that cost at most as much, by name.
 
+    ACT makes only attention cheaper and may not reach the cost: then it has as many prototypes per
+    head as Expedite has centres, and costs more.
+
     Args:
       model: the plain network, a backbone.
       expedite: setting with a temperature.
@@ -81,11 +91,12 @@ def at_cost_of(
     if smaller:
         methods["smaller image"] = Method(model, tuple(smaller), "{} x {} pixels".format(*smaller))
     for name in reducers:
-        method, carry = REDUCERS[name]
+        method = REDUCERS[name]["method"]
         find = functools.partial(kept_tokens, model, image_size, method, budget)
-        keep = remember(method, find)
-        reducer = {"method": method, "keep": tuple(keep), "carry": carry}
-        methods[name] = Method(with_reducer(model, reducer), image_size, f"{keep[-1]} at the end")
+        keep = remember(method, find) or (math.prod(expedite.clusters),) * model.settings.depth
+        reducer = REDUCERS[name] | {"keep": tuple(keep)}
+        about = f"{keep[-1]} prototypes" if method == ACT else f"{keep[-1]} at the end"
+        methods[name] = Method(with_reducer(model, reducer), image_size, about)
     return methods
 
 

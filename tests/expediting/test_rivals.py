@@ -17,7 +17,7 @@ SIZE = (48, 40)
 
 
 def test_rivals_cost_at_most_as_much(monkeypatch):
-    assert rivals.REDUCERS == ("tome", "weighted_kmedoids")
+    assert rivals.REDUCERS == ("tome", "weighted_kmedoids", "act")
     monkeypatch.setattr(rivals, "REDUCERS", ("tome",))
     model = MODELS["vit"].clone(depth=2)
     setting = Expedite(1, 1, (6, 5))
@@ -41,6 +41,15 @@ def test_rivals_cost_at_most_as_much(monkeypatch):
     (y,) = model.apply(variables, resized, False, method="features")
     y = jax.image.resize(y, (1, 12, 10, y.shape[-1]), "bilinear")
     assert found[0].similarity == pytest.approx(compare.of_features(y), abs=1e-5)
+
+
+def test_act_has_equally_many_prototypes_in_every_block(monkeypatch):
+    kept = lambda model, *_: sum(model.settings.token_reducer.keep)  # noqa: E731
+    monkeypatch.setattr(rivals, "macs_of", kept)
+    model = MODELS["vit"].clone(depth=2)
+    assert rivals.reduced_tokens(model, SIZE, "act", 11) == (5, 5)
+    assert rivals.reduced_tokens(model, SIZE, "act", 1) is None
+    assert not rivals.best_reducer("act", (5, 5))["carry"]
 
 
 def test_rivals_of_a_swin():

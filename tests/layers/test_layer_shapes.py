@@ -50,6 +50,7 @@ MODULES = {
         {"use_running_average": False},
     ),
     "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),
+    "cross_window_attention.CrossWindowAttention": (layers.CrossWindowAttention(2, 5), (MAP,), {}),
     "group_attention.DynamicGroupAttention": (
         layers.DynamicGroupAttention(2, 3, 5, cosine=True), (TOKENS, True), {}
     ),
@@ -66,6 +67,7 @@ MODULES = {
     ),
     "stochastic.DropPath": (layers.DropPath(0.5), (MAP, True), {}),
     "stochastic.Dropout": (layers.Dropout(0.5), (TOKENS, True), {}),
+    "strided_attention.StridedAttention": (layers.StridedAttention(2, 4), (MAP, True), {}),
     "window_attention.CosineWindowAttention": (
         layers.CosineWindowAttention(2, 3), (MAP, (3, 2), (1, 1)), {}
     ),

@@ -217,6 +217,41 @@ def test_merging_alike_tokens_is_a_mean_by_size():
             np.testing.assert_allclose(found[b, k], expected, rtol=1e-5)
 
 
+def test_act_clusters_the_queries_of_the_patches():
+    """Queries of a cluster share a row of attention; the class token has its own."""
+    model = VisionTransformer(ViTSettings(**SMALL | {"depth": 1}))
+    act = model.clone(token_reducer={"keep": (4,), "method": "act"})
+    first = {"params": {k: v for k, v in variables()["params"].items() if k != "blocks_1"}}
+    apply = lambda model: jax.jit(functools.partial(model.attention))(first, IMAGES)[0]  # noqa: E731
+    plain, found = np.asarray(apply(model)), np.asarray(apply(act))
+    np.testing.assert_allclose(found[:, :, 0], plain[:, :, 0], rtol=1e-5)
+    rows = [len(np.unique(head[1:].round(5), axis=0)) for image in found for head in image]
+    assert all(1 < number <= 4 for number in rows)
+
+    module = Attention(2, "none", 0.02, jnp.float32)
+    x = rng.normal(size=(2, 13, 8)).astype(np.float32)
+    params = {"params": first["params"]["blocks_0"]["attention"]}
+    y, received, _ = module.apply(params, x, prototypes=4, num_alone=1)
+    qkv = x @ params["params"]["qkv"]["kernel"] + params["params"]["qkv"]["bias"]
+    q, k, v = (part.reshape(2, 13, 2, 4) for part in np.split(qkv, 3, -1))
+    expected = ops.clustered_attention(q, k, v, ops.hash_clusters(q[:, 1:], 4), 4)
+    proj = params["params"]["proj"]
+    expected = expected.reshape(2, 13, 8) @ proj["kernel"] + proj["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert received is None
+
+
+def test_act_saves_only_attention():
+    """A block saves 2 (N - K) (N + 1) C multiply-adds, and hashes and sums the queries."""
+    model = tv.create_model("deit_s", depth=1)
+    plain, act = (
+        count_macs(functools.partial(m.apply, train=False), shapes_of(model), PHOTO)
+        for m in (model, model.clone(token_reducer={"keep": (49,), "method": "act"}))
+    )
+    hashes, sums = 196 * 384 * 16, 196 * 6 * 65
+    assert plain - act == 2 * 147 * 197 * 384 - hashes - sums
+
+
 def with_extra(model, seed=3):
     """The variables of all tests, with those that only this model has."""
     shapes = variable_shapes(model, IMAGES)
@@ -353,6 +388,7 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
             True,
         ),
         ({"keep": (7, 5, 3), "method": "tome", "carry": True}, False),
+        ({"keep": (7, 5, 3), "method": "act"}, False),
         ({"method": "convolution", "blocks": (1,)}, False),
         ({"method": "soft_extract", "diagonal": False}, False),
     ],
@@ -400,6 +436,12 @@ def test_gradients_and_chance_in_training(reducer, by_chance):
             {"method": "convolution"},
             r"blocks=\(\) is not valid; valid: one or more different numbers from 1 to 3",
         ),
+        (
+            {"keep": (3, 3, 3), "method": "tome", "neighbors": 2},
+            "neighbors=2 is not valid; valid: 1",
+        ),
+        ({"keep": (3, 0, 3), "method": "act"}, "valid: with method='act', 3 numbers from 1"),
+        ({"keep": (3, 3, 3), "method": "act", "carry": True}, "carry=True is not valid"),
         ({"method": "convolution", "blocks": (0, 4)}, r"blocks=\(0, 4\) is not valid"),
         (
             {"method": "convolution", "blocks": (1, 2, 3)},

@@ -35,7 +35,7 @@ def features_and_steps(module, images, train):
     size = jnp.ones(x.shape[:2])
     for block in module.blocks:
         own = jnp.broadcast_to(jnp.arange(x.shape[1] - 1), (len(x), x.shape[1] - 1))
-        x, (size, home) = block(x, Origin(size, own), (4, 3), train)
+        x, (size, home, _) = block(x, Origin(size, own), (4, 3), train)
         homes.append(home)
     return module.features(images, train)[0], homes, module.norm(x[:, 1:])
 
@@ -57,6 +57,37 @@ def test_tokens_go_back_the_way_they_came(method):
         for token, patches in zip(tokens[b], members, strict=True):
             expected[patches] = token
         np.testing.assert_allclose(found[b].reshape(12, 8), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["evit", "powerbert"])
+def test_patches_are_reconstructed_from_several_tokens(method):
+    """Distances are those before the first reduction, from the tokens left at the end."""
+    reducer = {"keep": (7, 3), "method": method, "neighbors": 2}
+
+    def steps(module, images, train):
+        x, seen = module._embed(images, (4, 3)), []
+        origin = Origin(jnp.ones(x.shape[:2]), jnp.broadcast_to(jnp.arange(12), (2, 12)))
+        for block in module.blocks:
+            x, origin = block(x, origin, (4, 3), train)
+            seen.append(origin.before)
+        return module.features(images, train)[0], seen, module.norm(x[:, 1:])
+
+    found, (first, last), tokens = jax.device_get(apply(reducer, steps))
+    np.testing.assert_array_equal(first.patches, last.patches)
+    maps = first.patches.astype(np.float64).reshape(2, 4, 3, 8)
+    for b in range(2):
+        pairs = [np.diff(maps[b], axis=axis).reshape(-1, 8) for axis in (0, 1)]
+        tau = 0.05 * np.median((np.concatenate(pairs) ** 2).sum(-1))
+        np.testing.assert_allclose(last.temperature[b], tau, rtol=1e-4)
+        for patch, y in zip(first.patches[b], found[b].reshape(12, 8), strict=True):
+            distances = ((patch - last.remaining[b].astype(np.float64)) ** 2).sum(-1)
+            near = np.argsort(distances, kind="stable")[:2]
+            weights = np.exp((distances.min() - distances[near]) / tau)
+            expected = weights @ tokens[b][near] / weights.sum()
+            np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+        # Selected tokens are patches; the fused one, the last in each block, is none.
+        own = last.remaining[b][: 3 - (method == "evit")]
+        assert method == "evit" or all((first.patches[b] == row).all(1).any() for row in own)
 
 
 def test_nothing_to_restore():

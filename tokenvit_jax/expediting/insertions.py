@@ -25,7 +25,7 @@ EXPEDITE = re.compile(
 # import is too slow for --help.
 KEPT_METHODS = (
     "kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids", "powerbert", "random",
-    "importance", "evit", "tome",
+    "importance", "evit", "tome", "act",
 )  # fmt: skip
 
 

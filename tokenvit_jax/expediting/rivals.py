@@ -1,8 +1,9 @@
 """Rates other ways to make a model cheaper, at most at the cost of a setting of Expedite.
 
-The rivals are a smaller image, adaptive average pooling in place of clustering, Token Merging, and
-weighted K-Medoids. All keep the weights of the model. Pooling keeps the blocks and the map of the
-setting; the others use the most pixels or tokens whose cost does not exceed the setting's.
+The rivals are a smaller image, adaptive average pooling in place of clustering, Token Merging,
+weighted K-Medoids, and the clustered queries of ACT. All keep the weights of the model. Pooling
+keeps the blocks and the map of the setting; the others use the most pixels, tokens or prototypes
+whose cost does not exceed the setting's. ACT, which makes only attention cheaper, often has none.
 """
 
 import bisect
@@ -19,8 +20,9 @@ import numpy as np
 from tokenvit_jax.expediting.candidates import Candidate, macs_of, with_expedite
 from tokenvit_jax.models import swin, vit
 from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, backbone_of, backbone_variables
+from tokenvit_jax.models.reducers import ACT
 
-REDUCERS = ("tome", "weighted_kmedoids")
+REDUCERS = ("tome", "weighted_kmedoids", ACT)
 
 
 class Rival(NamedTuple):
@@ -79,10 +81,11 @@ def rate_rivals(
     for method in REDUCERS if allows_reducers(host) else ():
         keep = reduced_tokens(model, size, method, budget * plain, channels)
         if keep:
-            reducer = {"method": method, "keep": keep, "carry": True}
+            reducer = best_reducer(method, keep)
             macs = macs_of(with_reducer(model, reducer), size, channels) / plain
-            setting = f"--method={method} --carry --keep={','.join(map(str, keep))}"
-            name = f"{method}, carry"
+            carry = reducer["carry"]
+            setting = f"--method={method}{' --carry' * carry} --keep={','.join(map(str, keep))}"
+            name = f"{method}{', carry' * carry}"
             rivals.append(rate(name, setting, with_reducer(host, reducer), images, macs))
     return rivals
 
@@ -150,13 +153,18 @@ def with_reducer(model: nn.Module, reducer: dict[str, Any]) -> nn.Module:
     return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
 
 
+def best_reducer(method: str, keep: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the attributes of a reducer for a model that was trained without one."""
+    return {"method": method, "keep": keep, "carry": method != ACT}
+
+
 def reduced_tokens(
     model: nn.Module, image_size: tuple[int, int], method: str, budget: float, channels: int = 3
 ) -> tuple[int, ...] | None:
     """Returns the most patches after each block within a budget; None: there are none.
 
-    Every block removes the same number of patches, up to rounding. At most 64 numbers of remaining
-    patches are distinguished, because counting takes a second for each.
+    Every block removes the same number of patches, up to rounding; ACT has the same number of
+    prototypes in every block.
 
     Args:
       model: the model.
@@ -167,13 +175,14 @@ def reduced_tokens(
     """
     settings = backbone_of(model).settings
     num_patches = int(np.prod(settings.grid(*image_size)))
-    keeps = [
-        linear_keep(num_patches, settings.depth, last) for last in range(num_patches - 1, 0, -1)
-    ]
+    lasts, depth = range(num_patches - 1, 0, -1), settings.depth
+    if method == ACT:
+        keeps = [(last,) * depth for last in lasts]
+    else:
+        keeps = [linear_keep(num_patches, depth, last) for last in lasts]
 
     def count(keep):
-        reducer = {"method": method, "keep": keep, "carry": True}
-        return macs_of(with_reducer(model, reducer), image_size, channels)
+        return macs_of(with_reducer(model, best_reducer(method, keep)), image_size, channels)
 
     return largest_within(keeps, budget, count)
 

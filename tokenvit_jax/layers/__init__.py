@@ -10,11 +10,13 @@ from tokenvit_jax.layers.blocks import (
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
 from tokenvit_jax.layers.conv import Conv3x3, batch_norm
+from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import Dropout, DropPath
+from tokenvit_jax.layers.strided_attention import StridedAttention
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "ConditionalPositionEncoding",
     "Conv3x3",
     "CosineWindowAttention",
+    "CrossWindowAttention",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
@@ -34,6 +37,7 @@ __all__ = [
     "Mlp",
     "PaleAttention",
     "PatchEmbedding",
+    "StridedAttention",
     "WindowAttention",
     "advance_centroids",
     "batch_norm",

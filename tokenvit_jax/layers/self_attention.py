@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, Shaped
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.cosine import unit_length
+from tokenvit_jax.ops.gather import take
 from tokenvit_jax.ops.heads import merge_heads, split_qkv
 
 WEIGHTS = "attention_weights"  # collection that receives the weights where it is mutable
@@ -58,6 +60,8 @@ class Attention(nn.Module):
         scored_by: str | None = None,
         diagonal: bool = True,
         size: Shaped[Array, "B T"] | None = None,
+        prototypes: int | None = None,
+        num_alone: int = 0,
     ) -> Attended:
         """Attends.
 
@@ -68,6 +72,9 @@ class Attention(nn.Module):
             nothing is reported.
           diagonal: whether the sum includes the attention of a token to itself.
           size: number of patches that each token stands for (B, T); None: all 1.
+          prototypes: largest number of clusters of queries per head that attend in place of the
+            queries (ACT); None: every query attends. Excludes ``scored_by`` and ``size``.
+          num_alone: number of tokens in front whose queries are not clustered.
         """
         channels = x.shape[-1]
         check_num_heads(self.num_heads, channels)
@@ -79,19 +86,29 @@ class Attention(nn.Module):
             scale = 1.0
         if self.qk_norm == "learned":
             q = q * self.param("alpha", nn.initializers.ones, ()).astype(q.dtype)
-        self._note_weights(q, k, size, scale)
-        if scored_by == "all" or size is not None:
+        if prototypes is not None:
+            assignment = ops.hash_clusters(q[:, num_alone:], prototypes)
+            y = ops.clustered_attention(q, k, v, assignment, prototypes, scale=scale)
+            if self._notes_weights():
+                means = ops.query_prototypes(q[:, num_alone:], assignment, prototypes)
+                means = take(means.swapaxes(1, 2), assignment).swapaxes(1, 2)
+                q = jnp.concatenate([q[:, :num_alone], means], 1)
+        elif scored_by == "all" or size is not None:
             y, received = ops.scored_attention(q, k, v, size, scale=scale, diagonal=diagonal)
         else:
             y = ops.dot_product_attention(q, k, v, scale=scale)
         if scored_by == "class":  # computing one more row is cheaper than keeping all rows
             row = ops.scored_attention(q[:, :1], k, v, size, scale=scale)
             received = row.received / self.num_heads
+        if self._notes_weights():
+            self._note_weights(q, k, size, scale)
         y = dense(channels, self.dtype, "proj", init)(merge_heads(y))
         return Attended(y, received, k.mean(2))
 
+    def _notes_weights(self):
+        """Returns whether the caller asks for the attention weights."""
+        return self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
+
     def _note_weights(self, q, k, size, scale):
-        """Sows the attention weights, which are computed only for a caller that asks for them."""
-        if self.is_mutable_collection(WEIGHTS) and not self.is_initializing():
-            weights = ops.attention_weights(q, k, size, scale=scale)
-            self.sow(WEIGHTS, "weights", weights, init_fn=tuple, reduce_fn=lambda _, new: new)
+        weights = ops.attention_weights(q, k, size, scale=scale)
+        self.sow(WEIGHTS, "weights", weights, init_fn=tuple, reduce_fn=lambda _, new: new)

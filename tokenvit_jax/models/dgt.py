@@ -11,10 +11,14 @@ from tokenvit_jax.layers import (
     AddLayerNorm,
     ConditionalPositionEncoding,
     Conv3x3,
+    CrossWindowAttention,
     DropPath,
     DynamicGroupAttention,
     LayerNorm,
+    Mlp,
     PatchEmbedding,
+    StridedAttention,
+    WindowAttention,
     advance_centroids,
     batch_norm,
 )
@@ -35,10 +39,17 @@ from tokenvit_jax.models.settings import (
     Rules,
     check_unused,
 )
+from tokenvit_jax.models.swin import windows_of
 from tokenvit_jax.ops.batch_norm import SharedBy
 from tokenvit_jax.valid import Flag, Number, OneOf, whole
 
 CENTROID_RULES = ("literal", "swapped", "constant")
+# Blocks that the paper compares (Table 4c). Sides of windows and stripes, and strides of keys and
+# values, are those of Swin-T, CSWin-T and CMT; the last stage attends globally at 224 pixels.
+BLOCKS = ("dgt", "swin", "cswin", "cmt")
+WINDOW = 7
+STRIPES = (1, 2, 7, 7)
+STRIDES = (8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,9 @@ class DGTSettings(BatchNormSettings, PyramidSettings):
         (``centroid_old_weight``). The rule in the paper's text contradicts its stated purpose,
         stable centroids; experiments/dgt measures all three rules.
       centroid_old_weight: weight of the old centroid with the rule "constant", in [0, 1].
+      block: "dgt", or a block with which the paper replaces it in DGT-T (Table 4c): "swin"
+        (shifted windows of 7 x 7), "cswin" (cross-shaped windows) or "cmt" (attention to a shrunk
+        map, between DGT's position encoding and IRFFN). Swin's and CSWin's blocks have an MLP.
     """
 
     valid: ClassVar[Rules] = {
@@ -68,6 +82,7 @@ class DGTSettings(BatchNormSettings, PyramidSettings):
         "head_dim": CHANNELS,
         "centroid_rule": OneOf(CENTROID_RULES),
         "centroid_old_weight": Number(0, 1),
+        "block": OneOf(BLOCKS),
     }
 
     depths: tuple[int, ...] = (1, 2, 17, 2)
@@ -79,12 +94,17 @@ class DGTSettings(BatchNormSettings, PyramidSettings):
     head_dim: int = 1280
     centroid_rule: str = "constant"
     centroid_old_weight: float = 0.9
+    block: str = "dgt"
 
     def check_relations(self) -> None:
         super().check_relations()
         if self.centroid_rule != "constant":
             reason = f"centroid_rule={self.centroid_rule!r}"
             check_unused("", self, reason, ("centroid_old_weight",))
+        if self.block != "dgt":
+            reason = f"block={self.block!r}"
+            names = ("num_groups", "top_k", "centroid_rule", "centroid_old_weight")
+            check_unused("", self, reason, (*names, "post_norm_cosine"))
 
 
 SIZES = {
@@ -182,6 +202,77 @@ class DGTBlock(nn.Module):
         return x + drop(ffn(y, train))
 
 
+class WindowBlock(nn.Module):
+    """Swin's or CSWin's block in a DGT: x + attention(LN(x)), x + MLP(LN(x)).
+
+    The attributes are those of :class:`DGTBlock`.
+
+    References:
+      Liu et al. 2022, Table 4(c); Liu et al. 2021, "Swin Transformer"; Dong et al. 2022, "CSWin
+      Transformer".
+    """
+
+    settings: DGTSettings
+    stage: int
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings = self.settings
+
+        def drop(y):
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(self._attend(y)))
+        return x + drop(Mlp(settings.mlp_ratio, settings.dtype, name="mlp")(y))
+
+    def _attend(self, y):
+        settings, heads = self.settings, self.settings.num_heads[self.stage]
+        if settings.block == "cswin":
+            stripe = STRIPES[self.stage]
+            return CrossWindowAttention(heads, stripe, settings.dtype, name="attention")(y)
+        shifted = (self.index - sum(settings.depths[: self.stage])) % 2 == 1
+        window, shift = windows_of(y.shape[1:3], WINDOW, shifted)
+        return WindowAttention(heads, WINDOW, settings.dtype, name="attention")(y, window, shift)
+
+
+class CMTBlock(nn.Module):
+    """CMT's block in a DGT: position encoding, attention to a shrunk map, IRFFN.
+
+    The attributes are those of :class:`DGTBlock`.
+
+    References:
+      Liu et al. 2022, Table 4(c); Guo et al. 2022, "CMT".
+    """
+
+    settings: DGTSettings
+    stage: int
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings = self.settings
+        attention = StridedAttention(
+            settings.num_heads[self.stage], STRIDES[self.stage], settings.dtype,
+            settings.axis_name, name="attention",
+        )  # fmt: skip
+        ffn = InvertedResidualFFN(
+            settings.mlp_ratio, settings.dtype, settings.axis_name, name="ffn"
+        )
+
+        def drop(y):
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+
+        x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(attention(y, train)))
+        return x + drop(ffn(y, train))
+
+
+BLOCK_TYPES = {"dgt": DGTBlock, "swin": WindowBlock, "cswin": WindowBlock, "cmt": CMTBlock}
+
+
 class Stem(nn.Module):
     """Three 3x3 convolutions, the first with stride 2, each followed by GELU and BatchNorm."""
 
@@ -205,9 +296,13 @@ class DGT(Pyramid):
 
     settings: DGTSettings
 
-    block_type = DGTBlock
     head_modules = ("classifier", "head_conv", "head_norm")
     first_layer = "first_layers/conv0"
+
+    @property
+    def block_type(self) -> type[nn.Module]:
+        """The class of the blocks."""
+        return BLOCK_TYPES[self.settings.block]
 
     def setup(self):
         super().setup()

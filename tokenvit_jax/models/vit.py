@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import truncated_normal
 
+from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
     ACTIVATIONS,
@@ -31,7 +32,7 @@ from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables
-from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.models.expedite import Expedite, auto_temperature
 from tokenvit_jax.models.reducers import Patches, TokenReducer
 from tokenvit_jax.models.settings import (
     BLOCKS,
@@ -246,14 +247,40 @@ class Origin(NamedTuple):
       size: number of patches that each token stands for (B, T).
       home: the token that stands for each patch of the image (B, N) int32, counted without the
         tokens in front; None: not recorded, because no map is needed.
+      before: what reconstructs the patches instead, after the first reduction; None: ``home``.
     """
 
     size: jax.Array
     home: jax.Array | None
+    before: "Before | None" = None
 
-    def restore(self, tokens: jax.Array) -> jax.Array:
-        """Maps the remaining tokens (B, n, D) back to all patches (B, N, D)."""
+    def restore(self, tokens: jax.Array, neighbors: int = 1) -> jax.Array:
+        """Maps the remaining tokens (B, n, D) back to all patches (B, N, D).
+
+        Args:
+          tokens: values of the remaining tokens (B, n, D).
+          neighbors: number of tokens from which a patch is reconstructed, if there is ``before``.
+        """
+        if self.before is not None:
+            patches, remaining, temperature = self.before
+            return ops.reconstruct_tokens(
+                patches, remaining, tokens, neighbors=neighbors, temperature=temperature
+            )
         return tokens if self.home is None else take(tokens, self.home)
+
+
+class Before(NamedTuple):
+    """The tokens before the first reduction, from whose distances a map is reconstructed.
+
+    Attributes:
+      patches: all patches (B, N, C).
+      remaining: the patches that are left (B, n, C); a fused token is fused here, too.
+      temperature: tau of the softmax, for each map (B,).
+    """
+
+    patches: jax.Array
+    remaining: jax.Array
+    temperature: jax.Array
 
 
 class Block(nn.Module):
@@ -301,15 +328,18 @@ class Block(nn.Module):
             name="attention",
         )  # fmt: skip
         acts = reducer is not None and reducer.acts(self.index, x.shape[1] - settings.num_front)
+        clusters_queries = acts and reducer.method == reducers.ACT
         x, y = norm("norm1")(x)
         attended = attention(
             y,
             scored_by=reducer.scored_by if acts else None,
             diagonal=reducer is None or reducer.diagonal,
             size=origin.size if reducer is not None and reducer.carry else None,
+            prototypes=reducer.keep[self.index] if clusters_queries else None,
+            num_alone=settings.num_front,
         )
         branch = drop(attended.y, "scale1")
-        if acts:
+        if acts and not clusters_queries:
             x, origin = self._reduce(x + branch, attended, origin, grid, train)
             branch = None
         x, y = norm("norm2")(x, branch)
@@ -319,7 +349,7 @@ class Block(nn.Module):
     def _reduce(self, x, attended, origin, grid, train):
         settings, reducer = self.settings, self.settings.token_reducer
         tokens = Patches(x, attended.received, attended.keys, origin.size)
-        home = origin.home
+        home, before = origin.home, origin.before
         front = jax.tree.map(lambda t: t[:, : settings.num_front], tokens)
         patches = jax.tree.map(lambda t: t[:, settings.num_front :], tokens)
         match reducer.method:
@@ -336,14 +366,25 @@ class Block(nn.Module):
                 num_kept = reducer.keep[self.index]
                 if num_kept == 0:
                     return front.x, Origin(front.size, None)
+                if home is not None and reducer.neighbors > 1:
+                    before = before or self._before(patches.x, grid)
+                    joined = jnp.concatenate([patches.x, before.remaining], -1)
+                    patches = patches._replace(x=joined)
                 x, size, new_home = reducers.reduce_tokens(
                     patches, num_kept, reducer, self._routing_keys(x.shape[0], train),
-                    restorable=home is not None,
+                    restorable=home is not None and before is None,
                 )  # fmt: skip
-                if home is not None:
+                if before is not None:
+                    x, remaining = jnp.split(x, 2, -1)
+                    before = before._replace(remaining=remaining)
+                elif home is not None:
                     home = take(new_home, home)
         size = jnp.concatenate([front.size, size], 1)
-        return jnp.concatenate([front.x, x], 1), Origin(size, home)
+        return jnp.concatenate([front.x, x], 1), Origin(size, home, before)
+
+    def _before(self, patches, grid):
+        maps = patches.reshape(patches.shape[0], *grid, patches.shape[-1])
+        return Before(patches, patches, auto_temperature(maps))
 
     def _routing_keys(self, batch, train):
         if train:
@@ -469,13 +510,15 @@ class VisionTransformer(Backbone):
             own = jnp.arange(num_patches, dtype=jnp.int32)
             home = jnp.broadcast_to(own, (x.shape[0], num_patches))
         origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
+        neighbors = 1 if reducer is None else reducer.neighbors
+        restore_of = lambda origin: functools.partial(origin.restore, neighbors=neighbors)  # noqa: E731
         for block in blocks:
             x, origin = block(x, origin, grid, train)
             if reducer is not None and reducer.halves(block.index):
                 grid = (grid[0] // 2, grid[1] // 2)
             if visit is not None:
-                visit(block.index, x, origin.restore)
-        return x, origin.restore
+                visit(block.index, x, restore_of(origin))
+        return x, restore_of(origin)
 
     def _expedited(self, images, grid, train, visit):
         """Runs blocks on all patches, then on their cluster centres, then on all patches again."""
@@ -512,7 +555,8 @@ class VisionTransformer(Backbone):
 
         If ``expedite`` reconstructs logits, the tokens are cluster centres. If ``token_reducer``
         reduces, they are the remaining tokens; a patch of the map then gets the output for the
-        token that stands for it after all blocks: its cluster, or the nearest kept token.
+        token that stands for it after all blocks (its cluster, or the nearest kept token), or is
+        reconstructed from several kept tokens (``token_reducer.neighbors``).
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.

@@ -14,6 +14,11 @@ from tokenvit_jax.ops.batch_norm import (
     batch_norm,
 )
 from tokenvit_jax.ops.channel_affine import channel_affine, channel_sums
+from tokenvit_jax.ops.clustered_attention import (
+    clustered_attention,
+    hash_clusters,
+    query_prototypes,
+)
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -64,6 +69,7 @@ __all__ = [
     "channel_sums",
     "cluster_density_peaks",
     "cluster_superpixels",
+    "clustered_attention",
     "defer_gelu",
     "density_peaks",
     "depthwise_block",
@@ -72,12 +78,14 @@ __all__ = [
     "gelu",
     "group_attention",
     "group_sums",
+    "hash_clusters",
     "kmeans",
     "kmedoids",
     "layer_norm",
     "merge_tokens",
     "move_centroids",
     "pale_attention",
+    "query_prototypes",
     "reconstruct_tokens",
     "relative_position_bias",
     "scored_attention",

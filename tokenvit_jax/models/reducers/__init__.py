@@ -2,7 +2,8 @@
 
 The methods are Token Pooling (Marin et al. 2021) and the methods that it compares with (Section 5
 and Supplement D), PoWER-BERT's search for the number of tokens (Goyal et al. 2020), Token Merging
-(ToMe, Bolya et al. 2023) and EViT (Liang, Y. et al. 2022).
+(ToMe, Bolya et al. 2023), EViT (Liang, Y. et al. 2022) and the clustered queries of the Adaptive
+Clustering Transformer (ACT, Zheng et al. 2020), which keeps all tokens.
 """
 
 from tokenvit_jax.models.reducers.reductions import (
@@ -19,6 +20,7 @@ from tokenvit_jax.models.reducers.search import (
     searched_keep,
 )
 from tokenvit_jax.models.reducers.settings import (
+    ACT,
     CLUSTERINGS,
     CONVOLUTION,
     EVIT,
@@ -36,6 +38,7 @@ from tokenvit_jax.models.reducers.settings import (
 OPTIONAL_PARAMETERS = ("soft_extract/retention", "halve_map/conv/kernel", "halve_map/conv/bias")
 
 __all__ = [
+    "ACT",
     "CLUSTERINGS",
     "CONVOLUTION",
     "EVIT",

@@ -15,9 +15,10 @@ CLUSTERINGS = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
 SELECTIONS = ("powerbert", "random", "importance")
 EVIT = "evit"
 MERGING = "tome"
+ACT = "act"
 CONVOLUTION = "convolution"
 SEARCH = "soft_extract"
-_KEEPING = (*CLUSTERINGS, *SELECTIONS, EVIT, MERGING)  # methods that read `keep`
+_KEEPING = (*CLUSTERINGS, *SELECTIONS, EVIT, MERGING, ACT)  # methods that read `keep`
 METHODS = (*_KEEPING, CONVOLUTION, SEARCH)
 INITIAL = ("score", "random")
 
@@ -34,6 +35,8 @@ class TokenReducer(Checked):
         "powerbert" (the highest scores), "importance" (drawn in proportion to the scores) and
         "random" (drawn evenly). "evit": the patches with the K - 1 highest scores, and one token
         fused from all others. "tome": means of patches with similar keys, found in pairs.
+        "act": all patches stay, but the queries of each head are clustered by their hashes, and K
+        prototypes attend in their place (ACT, Zheng et al. 2020); K is at least 1.
         "convolution": a convolution of 2 x 2 patches in some ``blocks``. "soft_extract": all
         patches stay, scaled by a learned parameter of their rank.
         The score of a patch is the attention that it receives from all heads and queries, or with
@@ -43,6 +46,10 @@ class TokenReducer(Checked):
         E of Token Pooling), for models that were trained without the reducer.
       diagonal: whether the attention of a patch to itself counts in its score; it does not in the
         code of PoWER-BERT.
+      neighbors: number of remaining tokens from which a patch of a map is reconstructed, if the
+        method drops patches. 1: it is a copy of the token that was nearest when it was dropped.
+        More: the weighted mean of the tokens that were nearest before the first reduction, as
+        after Expedite's clustering (Liang, W. et al. 2022, Eq. 4, and its supplement for EViT).
       blocks: the blocks with a convolution, counted from 1.
       penalty: weight of the loss of "soft_extract", which grows with the retained tokens: block l,
         from 1, adds penalty * l * sum(retention of block l).
@@ -56,6 +63,7 @@ class TokenReducer(Checked):
         "initial": OneOf(INITIAL),
         "carry": Flag(),
         "diagonal": Flag(),
+        "neighbors": whole(1, 2**24),
         "blocks": Several(whole(1, BLOCKS)),
         "penalty": ZeroOr(Number(1e-12, 1e6)),
         "learning_rate_factor": ZeroOr(Number(1e-9, 1e6)),
@@ -66,6 +74,7 @@ class TokenReducer(Checked):
     initial: str = "score"
     carry: bool = False
     diagonal: bool = True
+    neighbors: int = 1
     blocks: tuple[int, ...] = ()
     penalty: float = 0.0
     learning_rate_factor: float = 1.0
@@ -75,6 +84,8 @@ class TokenReducer(Checked):
         check_unused(self.prefix, self, f"method={self.method!r}", self._unused())
         if reads_keep({"method": self.method}) and len(self.keep) != depth:
             self._refuse("keep", f"{depth} numbers from 0, one for every block")
+        if self.method == ACT and 0 in self.keep:
+            self._refuse("keep", f"with method='act', {depth} numbers from 1")
         if self.method == CONVOLUTION:
             blocks = set(self.blocks)
             if not blocks or max(blocks) > depth or len(blocks) < len(self.blocks):
@@ -85,7 +96,9 @@ class TokenReducer(Checked):
         names = () if self.method in CLUSTERINGS else ("initial",)
         names += () if self.method == CONVOLUTION else ("blocks",)
         names += () if self.method == SEARCH else ("penalty", "learning_rate_factor")
-        names += () if reads_keep({"method": self.method}) else ("keep", "carry")
+        names += () if reads_keep({"method": self.method}) else ("keep",)
+        names += () if self.drops else ("neighbors",)
+        names += ("carry",) if self.method in (ACT, CONVOLUTION, SEARCH) else ()
         return names if self.scored_by == "all" else (*names, "diagonal")
 
     def _refuse(self, name, valid):
@@ -106,10 +119,15 @@ class TokenReducer(Checked):
             self._refuse("keep", "for a map, numbers from 1")
 
     @property
+    def drops(self) -> bool:
+        """Whether patches are dropped, so that a map needs tokens to stand for them."""
+        return self.method in (*SELECTIONS, EVIT)
+
+    @property
     def scored_by(self) -> str | None:
         """Queries whose attention gives the scores: "all" or "class"; None: no scores."""
         by_chance = ("random",) if self.initial == "score" else ("random", "kmeans", "kmedoids")
-        if self.method in (MERGING, CONVOLUTION, *by_chance):
+        if self.method in (MERGING, ACT, CONVOLUTION, *by_chance):
             return None
         return "class" if self.method == EVIT else "all"
 
