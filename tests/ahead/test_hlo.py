@@ -66,6 +66,31 @@ def test_bytes(shape, size):
     assert shape_bytes(shape) == size
 
 
+SLICES = """
+%sliced (x: f32[100], i: s32[], y: f32[8]) -> f32[8] {
+  %x = f32[100]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[8]{0} parameter(2)
+  %first = f32[8]{0} slice(%x), slice={[0:8]}
+  %second = f32[8]{0} dynamic-slice(%x, %i), dynamic_slice_sizes={8}
+  %sum = f32[8]{0} add(%first, %second)
+  ROOT %both = f32[8]{0} add(%sum, %y)
+}
+
+ENTRY %main (x: f32[100], i: s32[], y: f32[8]) -> f32[8] {
+  %x = f32[100]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[8]{0} parameter(2)
+  ROOT %fusion = f32[8]{0} fusion(%x, %i, %y), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_of_an_operand_that_is_sliced_only_the_slices_are_read():
+    (fusion,) = read_program(SLICES).kernels
+    assert fusion.bytes == 4 * (8 + 2 * 8 + 1 + 8)
+
+
 GATHER = """
 ENTRY %main (a: f32[2,4], b: bf16[6]) -> (f32[16,4], bf16[48]) {
   %a = f32[2,4]{1,0} parameter(0), metadata={op_name="a"}

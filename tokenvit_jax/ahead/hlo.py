@@ -210,11 +210,10 @@ class _Reader:
         return None
 
     def _kernel(self, times, computation, instruction):
-        operands = [computation[x].shape for x in instruction.operands if x in computation]
         shape = instruction.shape
         if instruction.target.startswith("__cu"):  # a library's result is first; then its workspace
             shape = re.sub(r"\b[su]8\[\d+\]", "", shape)
-        size = sum(map(shape_bytes, (shape, *operands)))
+        size = shape_bytes(shape) + sum(self._read_bytes(computation, instruction))
         if instruction.opcode in ("copy-start", "slice-start"):  # results: the copy, its source
             size = shape_bytes(shape)
         return Kernel(
@@ -225,6 +224,21 @@ class _Reader:
             self._origin(computation, instruction),
             instruction.name,
         )
+
+    def _read_bytes(self, computation, instruction) -> Iterator[int]:
+        """Yields the bytes read of each operand: of one that a fusion only slices, its slices."""
+        called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+        inner = self._computations.get(called[1], {}) if called else {}
+        names = {x.rest.split(")")[0]: name for name, x in inner.items() if x.opcode == "parameter"}
+        for number, operand in enumerate(instruction.operands):
+            if operand not in computation:
+                continue
+            whole = shape_bytes(computation[operand].shape)
+            readers = [x for x in inner.values() if names.get(str(number)) in x.operands]
+            if readers and all(x.opcode in ("slice", "dynamic-slice") for x in readers):
+                yield min(whole, sum(shape_bytes(x.shape) for x in readers))
+            else:
+                yield whole
 
     def _origin(self, computation, instruction) -> str:
         """Returns the origin of a kernel; without one, that of its last step or of an operand."""

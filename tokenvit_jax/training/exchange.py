@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from tokenvit_jax.ops.packed import norm_packed
+from tokenvit_jax.ops.packed import Packing, norm_packed
 
 FSDP = "fsdp"  # axis of the mesh over which parameters are sharded
 WHOLE = -1  # in place of a dimension: an array is not sharded
@@ -53,15 +53,18 @@ class Exchange(NamedTuple):
         """
         if self.axis_name is None:
             return grads, means, sums
-        narrow = jax.tree.map(lambda x: x.astype(dtype), grads)
-        if self.dimensions is None:
-            added, means, sums = lax.psum((narrow, means, sums), self.axis_name)
-        else:
-            added = self._scatter(narrow)
-            means, sums = lax.psum((means, sums), self.axis_name)
+        # Divided before they are added: on a GPU, a quotient of a sum is a launch for each array.
         size = lax.axis_size(self.axis_name)
-        grads = jax.tree.map(lambda x, old: x.astype(old.dtype) / size, added, grads)
-        return grads, jax.tree.map(lambda x: x / size, means), sums
+        parts, means = jax.tree.map(lambda x: x / size, (grads, means))
+        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
+        if self.dimensions is None:
+            packing = Packing(grads)  # so that all vectors are one part of the sum
+            added, means, sums = lax.psum((packing.pack(parts), means, sums), self.axis_name)
+            added = packing.unpack(added)
+        else:
+            added = self._scatter(parts)
+            means, sums = lax.psum((means, sums), self.axis_name)
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), added, grads), means, sums
 
     def norm(self, grads: Any) -> jax.Array:
         """Returns the global norm of the results of :meth:`reduce`."""
