@@ -137,6 +137,29 @@ def test_gradients_travel_in_the_type_of_the_config(kind):
     assert types == {"bf16": len(jax.tree.leaves(state.params)), "f32": 6}
 
 
+def test_sharded_weights_are_gathered_in_the_type_of_the_computation():
+    config = small_config()
+    config.model, config.dtype = "deit_ti", "bfloat16"
+    config.model_overrides = {
+        "dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 1, "patch_size": 16,
+        "position_size": (32, 32),
+    }  # fmt: skip
+    parallel = devices.MeshParallel(fsdp=2)
+    task = make_task(config, axis_name=parallel.axis_name)
+    model, optimizer = task.make_model(), make_optimizer(config)
+    state = parallel.abstract(functools.partial(init_state, model, optimizer, config))
+    step = parallel.train_step(make_train_step(task, model, optimizer), state)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in random_batch(0).items()}
+    program = step.lower(state, parallel.abstract_batch(shapes)).as_text()
+    sharded = [x for x in jax.tree.leaves(state.params) if "fsdp" in x.sharding.spec]
+    linear = [x for x in jax.tree.leaves(state.params["blocks_0"]) if x.ndim == 2]
+    types = {"bf16": len(linear), "f32": len(sharded) - len(linear)}
+    assert types_of("all_gather", program) == types
+    assert types["bf16"] == 4  # qkv, projection, two layers of the MLP
+    assert {x.dtype for x in sharded} == {np.dtype("float32")}
+    assert types_of("reduce_scatter", program) == {"f32": len(sharded)}
+
+
 def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
     given = []
     monkeypatch.setattr(
