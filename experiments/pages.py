@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from tokenvit_jax.measure.report import markdown_table
+
+table = markdown_table
 ROOT = Path(__file__).parent.parent
 
 

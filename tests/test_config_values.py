@@ -122,6 +122,7 @@ SHRUNK = {
     "swinv2": SWIN_DIGITS | overrides(pretrained_window_sizes=(4, 4, 4, 2)),
 }  # fmt: skip
 # Argument -> entries besides the family's.
+OF_GROUPS = ("num_groups", "top_k", "centroid_rule", "centroid_old_weight")
 VARIANTS = {
     "": {}, "digits": {},
     "tokens": TOKENS, "digits_tokens": TOKENS,
@@ -189,6 +190,10 @@ def expected_entries(name, arg):
     if arg.startswith("level"):
         keep = TOKEN_POOLING[name][int(arg[-1])].keep
         return expected_entries(name, "pooled") | overrides(**{"token_reducer.keep": keep})
+    if arg.endswith("_block"):  # neither groups nor centroids
+        entries = expected_entries(name, "").items()
+        entries = {k: v for k, v in entries if not k.endswith(OF_GROUPS)}
+        return entries | overrides(block=arg.removesuffix("_block"))
     if arg == "fashion_mnist":
         return {"model": name} | FASHION_MNIST | SHRUNK[family]
     if "digits" in arg:
