@@ -135,7 +135,7 @@ def page(rows: list[Row]) -> list[str]:
         ({" to ".join(dates[:1] + dates[1:][-1:])}, jax {", ".join(versions)}), as the command
         `compile` does ([compiling](../compiling.md)). Each device sees as many images as in the
         recipe, at most {MOST}, or fewer where these do not fit into its memory. "Floor" is the
-        least time of the kernels; "images/s" is for all devices. Floors were .57 to .75 of the
+        least time of the kernels; "images/s" is for all devices. Floors were .37 to .57 of the
         measured times of kernels on one H200, which gives the range for GPUs; on TPUs nothing was
         measured, so that the number is only an upper bound. Collectives are counted in full, as if
         nothing ran beside them. Launches of TPUs are operations of the program. "Compiled" is the

@@ -27,13 +27,13 @@ def times_of_parts(compiled: jax.stages.Compiled, run: Callable[[], Any]) -> dic
       run: calls it once.
     """
     on_gpu = jax.default_backend() == "gpu"
-    found = re.findall(r'%?([\w.\-]+) = .*?op_name="([^"]+)"', compiled.as_text())
-    origins = dict(found) | {_plain(operation): origin for operation, origin in found}
+    origins = origins_of_kernels(compiled.as_text())
     jax.block_until_ready(run())
     times = Counter()
-    for operation, nanoseconds in trace(run):
-        origin = origins.get(operation, origins.get(_plain(operation)))
-        if origin is None and re.match(r"(transpose_)?copy|Mem", operation):
+    for names, nanoseconds in trace(run):
+        known = (origins.get(name, origins.get(_plain(name))) for name in names)
+        origin = next((one for one in known if one is not None), None)
+        if origin is None and any(re.match(r"(transpose_)?copy|Mem", name) for name in names):
             origin = ""
         if origin is not None:
             times[part_of(origin)] += nanoseconds
@@ -42,11 +42,28 @@ def times_of_parts(compiled: jax.stages.Compiled, run: Callable[[], Any]) -> dic
     return {part: times[part] / 1e6 for part in (*PARTS, UNKNOWN)}
 
 
-def trace(run: Callable[[], Any]) -> list[tuple[str, int]]:
-    """Returns the duration [ns] of every operation of one run, by its name in the program.
+def origins_of_kernels(text: str) -> dict[str, str]:
+    """Returns the origin of every operation of a program, by its name and that of its kernel.
 
-    On a GPU, an event is a kernel: its statistic "hlo_op" names the operation, and the kernel of a
-    fusion bears the fusion's name.
+    Args:
+      text: result of `jax.stages.Compiled.as_text`.
+    """
+    found = re.findall(r'%?([\w.\-]+) = .*?op_name="([^"]+)"', text)
+    # A kernel that was written in Triton bears its own name, which all its calls share.
+    own = re.findall(r'xla\.gpu\.triton".*?op_name="([^"]+)".*?\bname = "(\w+)"', text)
+    return (
+        {kernel: origin for origin, kernel in own}
+        | {_plain(operation): origin for operation, origin in found}
+        | dict(found)
+    )
+
+
+def trace(run: Callable[[], Any]) -> list[tuple[tuple[str, ...], int]]:
+    """Returns the names and the duration [ns] of every operation of one run.
+
+    On a GPU, an event is a kernel. Its statistic "hlo_op" names the operation of the program, or,
+    of a kernel that is launched as part of a graph, the graph; but the kernel of a fusion, and one
+    of this package, bears the name of its operation.
 
     Args:
       run: calls a compiled program once.
@@ -58,15 +75,18 @@ def trace(run: Callable[[], Any]) -> list[tuple[str, int]]:
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
         return [
-            (
-                dict(event.stats).get("hlo_op", event.name) if on_gpu else event.name,
-                event.duration_ns,
-            )
+            (_names(event) if on_gpu else (event.name,), event.duration_ns)
             for plane in data.planes
             for line in plane.lines
             if not on_gpu or line.name.startswith("Stream")
             for event in line.events
         ]
+
+
+def _names(event):
+    """Returns the names by which the operation of a GPU's event may be known."""
+    operation = dict(event.stats).get("hlo_op")
+    return (event.name,) if operation is None else (operation, event.name)
 
 
 def _plain(operation):
