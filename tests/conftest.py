@@ -39,7 +39,7 @@ WITHOUT_KERNELS = {
     "test_expedite_command.py", "test_expedite_costs.py", "test_label_command.py",
     "test_predict_command.py", "test_random_command_lines.py", "test_summary_command.py",
 }  # fmt: skip
-WITH_KERNELS = {"test_registry.py"}
+WITH_KERNELS = {"test_registry.py", "test_timing.py"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,7 @@ from tokenvit_jax import output
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.task import Prediction
+from tokenvit_jax.training.batches import WaitWarning
 from tokenvit_jax.training.prediction import Table, predict_files
 from tokenvit_jax.training.train_log import TrainLog, read_metrics
 from tokenvit_jax.training.workdir import read_config, write_config
@@ -202,8 +203,11 @@ def work(folder, config):
     """Writes the files of a run, resumed after step 2, and of predictions."""
     workdir = folder / "run"
     write_config(workdir, config)
-    numbers = {"steps_done": 2, "num_steps": 4, "batch_size": 1, "every_steps": 1}
-    with TrainLog(workdir, **numbers, enabled=True) as log:
+    settings = {
+        "steps_done": 2, "num_steps": 4, "batch_size": 1, "every_steps": 1,
+        "waited": lambda: 0.0, "warning": WaitWarning(0, 1),
+    }  # fmt: skip
+    with TrainLog(workdir, **settings, enabled=True) as log:
         for step in (3, 4):
             log.write(step, {"loss": 1 / step}, visible=False)
     files = [folder / f"{name}.png" for name in ("a", "b")]

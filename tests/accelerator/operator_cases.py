@@ -79,6 +79,12 @@ def _deferred_block(x, bias, kernel, scale, shift):
     return result, sums
 
 
+def _hashed_alike(x):
+    """Which vectors share a cluster: numbers of clusters shift if one more is found."""
+    clusters = ops.hash_clusters(x, 20)
+    return (clusters[..., None] == clusters[..., None, :]).astype(jnp.int32)
+
+
 def _affine(x, scale, bias):
     return ops.affine_of(ops.channel_sums(x), len(x), scale, bias, 1e-5)
 
@@ -89,6 +95,7 @@ def _affine_gradient(x, dy, scale, bias):
 
 
 QKV = _qkv(4, 196, 4, 64)
+TWENTY = np.broadcast_to(np.arange(196) % 20, (4, 4, 196))  # clusters of the queries
 GROUPED, CENTROIDS = _qkv(4, 196, 4, 32), _normal(3, 4, 48, 32)
 LONG, FEW_CENTROIDS = _qkv(2, 784, 2, 32), _normal(3, 2, 48, 32)
 MAPS = _qkv(4, 28, 28, 2, 32)
@@ -137,6 +144,11 @@ CASES: dict[str, dict[str, Case]] = {
     "bipartite_matching": {
         "": Case(lambda x: ops.bipartite_matching(x, 60), (TOKENS,), 1, 0, chooses=True)
     },
+    "clustered_attention": {
+        "": Case(lambda q, k, v: ops.clustered_attention(q, k, v, TWENTY, 20), QKV, 3, 3)
+    },
+    "query_prototypes": {"": Case(lambda q: ops.query_prototypes(q, TWENTY, 20), QKV[:1], 1, 1)},
+    "hash_clusters": {"": Case(_hashed_alike, QKV[:1], 1, 0, chooses=True)},
     "cluster_density_peaks": {
         "": Case(lambda x: ops.cluster_density_peaks(x, 49), (MANY,), 1, 0, chooses=True)
     },

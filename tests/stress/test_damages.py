@@ -21,6 +21,7 @@ import pytest
 import tiny_config
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.training.batches import WaitWarning
 from tokenvit_jax.training.checkpoint import FOLDER, Checkpoints, load_checkpoint, saved_steps
 from tokenvit_jax.training.state import TrainState
 from tokenvit_jax.training.train_log import TrainLog
@@ -74,6 +75,8 @@ def open_log(workdir, config, step):
         num_steps=config.num_steps,
         batch_size=config.batch_size,
         every_steps=1,
+        waited=lambda: 0.0,
+        warning=WaitWarning(0, 1),
         enabled=True,
     )
 
