@@ -73,7 +73,10 @@ SLICES = """
   %y = f32[8]{0} parameter(2)
   %first = f32[8]{0} slice(%x), slice={[0:8]}
   %second = f32[8]{0} dynamic-slice(%x, %i), dynamic_slice_sizes={8}
-  %sum = f32[8]{0} add(%first, %second)
+  %squares = f32[100]{0} multiply(%x, %x)
+  %squared = f32[8]{0} slice(%squares), slice={[0:8]}
+  %first_sum = f32[8]{0} add(%first, %squared)
+  %sum = f32[8]{0} add(%first_sum, %second)
   ROOT %both = f32[8]{0} add(%sum, %y)
 }
 
@@ -89,6 +92,8 @@ ENTRY %main (x: f32[100], i: s32[], y: f32[8]) -> f32[8] {
 def test_of_an_operand_that_is_sliced_only_the_slices_are_read():
     (fusion,) = read_program(SLICES).kernels
     assert fusion.bytes == 4 * (8 + 2 * 8 + 1 + 8)
+    (whole,) = read_program(SLICES.replace("multiply(", "reverse(")).kernels
+    assert whole.bytes == 4 * (8 + 100 + 1 + 8)
 
 
 GATHER = """

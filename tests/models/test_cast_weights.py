@@ -1,5 +1,7 @@
 """Weights that are cast before the model are exactly those that it would cast itself."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def test_no_weight_is_cast_back(name, settings):
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = dict(variable_shapes(model, images))
     params = variables.pop("params")
-    cast = jax.eval_shape(model.cast_weights, params)
+    cast = jax.eval_shape(functools.partial(model.cast_weights, convolutions=True), params)
 
     def apply(params, state, images):
         # Without the cast in front of `Backbone.apply`.
@@ -53,6 +55,8 @@ def test_no_weight_is_cast_back(name, settings):
         if old.dtype != new.dtype
     ]
     assert len(changed) > 4
+    kernels = zip(*map(jax.tree.leaves, (params, cast)), strict=True)
+    assert {new.dtype for old, new in kernels if old.ndim == 4} == {jnp.dtype("bfloat16")}
     for before, after in changed:
         assert before == {"bfloat16"}
         assert "float32" not in after

@@ -139,6 +139,18 @@ def test_gradients_travel_in_the_type_of_the_config(kind):
     assert types == {"bf16": len(matrices) + 1, "f32": 6}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_gpus_gradients_travel_as_one_vector(dtype):
+    config, parallel = mixing_config(), devices.MeshParallel()
+    config.gradient_reduce_dtype = dtype
+    step, state = start(parallel, config)
+    traced = step.trace(state, parallel.put_batch(random_batch(0)))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # In float32 also: statistics of BatchNorm, sums and counts of the centroids.
+    joined = {"float32": {"f32": 5}, "bfloat16": {"bf16": 1, "f32": 5}}[dtype]
+    assert types_of("all_reduce", program) == joined
+
+
 def test_sharded_weights_are_gathered_in_the_type_of_the_computation():
     config = small_config()
     config.model, config.dtype = "deit_ti", "bfloat16"
@@ -154,10 +166,11 @@ def test_sharded_weights_are_gathered_in_the_type_of_the_computation():
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in random_batch(0).items()}
     program = step.lower(state, parallel.abstract_batch(shapes)).as_text()
     sharded = [x for x in jax.tree.leaves(state.params) if "fsdp" in x.sharding.spec]
-    linear = [x for x in jax.tree.leaves(state.params["blocks_0"]) if x.ndim == 2]
-    types = {"bf16": len(linear), "f32": len(sharded) - len(linear)}
-    assert types_of("all_gather", program) == types
-    assert types["bf16"] == 4  # qkv, projection, two layers of the MLP
+    # The class token and the position embeddings, which are small, and the classifier, which
+    # computes in float32, are gathered in float32. In bfloat16: the convolution of the patches,
+    # qkv, projection, two layers of the MLP.
+    assert types_of("all_gather", program) == {"bf16": 5, "f32": 3}
+    assert len(sharded) == 8
     assert {x.dtype for x in sharded} == {np.dtype("float32")}
     assert types_of("reduce_scatter", program) == {"f32": len(sharded)}
 

@@ -8,7 +8,8 @@ inside kernels of our own are not known.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ _KERNELS = frozenset((
     "iota", "select-and-scatter", "rng-bit-generator", "pad", "slice", "copy-start", "slice-start",
 ))  # fmt: skip
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_ELEMENTWISE = ("add", "convert", "divide", "multiply", "negate", "subtract")
 _TRANSPARENT = ("get-tuple-element", "bitcast", "copy", "tuple", "convert", "concatenate")
 
 
@@ -230,15 +232,20 @@ class _Reader:
         called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
         inner = self._computations.get(called[1], {}) if called else {}
         names = {x.rest.split(")")[0]: name for name, x in inner.items() if x.opcode == "parameter"}
+        readers = defaultdict(list)
+        for one in inner.values():
+            for operand in one.operands:
+                readers[operand].append(one)
         for number, operand in enumerate(instruction.operands):
             if operand not in computation:
                 continue
-            whole = shape_bytes(computation[operand].shape)
-            readers = [x for x in inner.values() if names.get(str(number)) in x.operands]
-            if readers and all(x.opcode in ("slice", "dynamic-slice") for x in readers):
-                yield min(whole, sum(shape_bytes(x.shape) for x in readers))
+            shape = computation[operand].shape
+            slices = _slices(readers, names.get(str(number)))
+            if slices is None:
+                yield shape_bytes(shape)
             else:
-                yield whole
+                values = sum(_num_values(x.shape) for x in slices.values())
+                yield shape_bytes(shape) * min(values, _num_values(shape)) // _num_values(shape)
 
     def _origin(self, computation, instruction) -> str:
         """Returns the origin of a kernel; without one, that of its last step or of an operand."""
@@ -299,6 +306,29 @@ class _Reader:
                 yield from self._sources(computation, operand)
 
 
+def _slices(
+    readers: Mapping[str, list[Instruction]], name: str | None
+) -> dict[str, Instruction] | None:
+    """Returns the slices of an array that a fusion reads; None: it reads all.
+
+    A slice of an elementwise function needs the same slice of its argument only.
+    """
+    found: dict[str, Instruction] = {}
+    if not readers.get(name):
+        return None
+    for reader in readers[name]:
+        if reader.opcode == "slice":
+            found[re.search(r"slice=\{([^}]*)\}", reader.rest)[1]] = reader
+        elif reader.opcode == "dynamic-slice":
+            found[reader.name] = reader
+        else:
+            within = _slices(readers, reader.name) if reader.opcode in _ELEMENTWISE else None
+            if within is None:
+                return None
+            found |= within
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # Bytes
 # ------------------------------------------------------------------------------------------------
@@ -307,6 +337,10 @@ class _Reader:
 def shape_bytes(shape: str) -> int:
     """Returns the bytes of a shape, or of all shapes of a tuple, in the devices' main memory."""
     return sum(map(_array_bytes, _ARRAY.findall(shape)))
+
+
+def _num_values(shape: str) -> int:
+    return sum(math.prod(_sizes(sizes)) for _, sizes, _ in _ARRAY.findall(shape))
 
 
 def _array_bytes(array: tuple[str, str, str]) -> int:

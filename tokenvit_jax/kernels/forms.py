@@ -152,6 +152,12 @@ FORMS: dict[str, dict[str, str]] = {
         "of 784 tokens in each of 48 groups, 1.3 ms instead of 3.6",
         "default": "sorting, which the compiler can divide over devices",
     },
+    "sums over devices": {
+        "cpu": "one by one: joining costs copies",
+        "default": "in long vectors: compiled for eight H100, a launch instead of three for each "
+        "array",
+        "tpu": "one by one: its compiler joins messages without copies",
+    },
     "updates of centroids": {
         "cpu": "block by block: an operation costs little",
         "default": "all blocks at once: compiled for an H200, a launch for many",

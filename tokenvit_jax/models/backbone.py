@@ -114,11 +114,17 @@ class Trainable(nn.Module):
         return {}
 
     @nn.nowrap
-    def cast_weights(self, params: Any) -> Any:
+    def cast_weights(self, params: Any, *, convolutions: bool = False) -> Any:
         """Returns the parameters, some of them already in the type of the computation.
 
         The model would cast each of them where it is used; here few operations cast all.
+
+        Args:
+          params: parameters.
+          convolutions: whether to cast the kernels of convolutions, too. Where they are used, a
+            cast is a part of a change of the layout; here it halves the bytes that travel.
         """
+        del convolutions
         return params
 
     @nn.nowrap
@@ -161,7 +167,7 @@ class Backbone(Trainable):
         return getattr(self.settings, "batch_norm", "global") != "global"
 
     @nn.nowrap
-    def cast_weights(self, params: Any) -> Any:
+    def cast_weights(self, params: Any, *, convolutions: bool = False) -> Any:
         dtype = jnp.dtype(self.settings.dtype)
         if dtype.itemsize >= 4:
             return params
@@ -169,7 +175,8 @@ class Backbone(Trainable):
         places = [
             i
             for i, (path, leaf) in enumerate(leaves)
-            if leaf.dtype == jnp.float32 and self._is_cast(path, params)
+            if leaf.dtype == jnp.float32
+            and (self._is_cast(path, params) or (convolutions and _is_convolution(path, leaf)))
         ]
         if not places:
             return params
@@ -360,8 +367,9 @@ class BackboneModel(Trainable):
         return path.split("/")[0] != BACKBONE
 
     @nn.nowrap
-    def cast_weights(self, params: Any) -> Any:
-        return {**params, BACKBONE: self.backbone.cast_weights(params[BACKBONE])}
+    def cast_weights(self, params: Any, *, convolutions: bool = False) -> Any:
+        cast = self.backbone.cast_weights(params[BACKBONE], convolutions=convolutions)
+        return {**params, BACKBONE: cast}
 
     @nn.nowrap
     def after_step(self, variables: Variables, learning_rate: jax.Array) -> Variables:
@@ -381,6 +389,10 @@ class BackboneModel(Trainable):
     @nn.nowrap
     def monitor(self, params: Any) -> dict[str, jax.Array]:
         return self.backbone.monitor(params["backbone"])
+
+
+def _is_convolution(path, leaf):
+    return path[-1].key == "kernel" and leaf.ndim == 4
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

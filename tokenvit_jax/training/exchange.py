@@ -1,5 +1,6 @@
 """What a training step exchanges between devices: shards of parameters, and sums of gradients."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.packed import Packing, norm_packed
+from tokenvit_jax.training import buckets
 
 FSDP = "fsdp"  # axis of the mesh over which parameters are sharded
 WHOLE = -1  # in place of a dimension: an array is not sharded
@@ -20,10 +23,13 @@ class Exchange(NamedTuple):
       axis_name: mapped axis or axes of all devices; None: there is one device.
       dimensions: tree like the parameters, with the dimension of each array that the axis `FSDP`
         divides, or `WHOLE`; None: no array is sharded.
+      layers: tree like the parameters, with the layer of each array, counted from the images; None:
+        one layer.
     """
 
     axis_name: str | tuple[str, ...] | None
     dimensions: Any = None
+    layers: Any = None
 
     def gather(self, params: Any) -> Any:
         """Returns whole arrays from shards, in the types of the shards.
@@ -39,8 +45,10 @@ class Exchange(NamedTuple):
 
         return jax.tree.map(whole, params, self.dimensions)
 
-    def reduce(self, grads: Any, means: Any, sums: Any, dtype: DTypeLike) -> tuple[Any, Any, Any]:
-        """Returns gradients, means and sums over all devices; each array travels once.
+    def reduce(
+        self, grads: Any, means: Any, sums: Any, dtype: DTypeLike
+    ) -> tuple[Any, jax.Array, Any, Any]:
+        """Returns gradients, their norm, means and sums over all devices.
 
         Args:
           grads: gradients of whole arrays, of the loss of this device's images.
@@ -49,45 +57,67 @@ class Exchange(NamedTuple):
           dtype: type in which the gradients travel and are added.
 
         Returns:
-          The mean gradients, of this device's shards, in their own types; the means; the sums.
+          The mean gradients, of this device's shards, in their own types; their global norm; the
+          means; the sums.
         """
         if self.axis_name is None:
-            return grads, means, sums
+            return grads, norm_packed(grads), means, sums
         # Divided before they are added: on a GPU, a quotient of a sum is a launch for each array.
         size = lax.axis_size(self.axis_name)
         parts, means = jax.tree.map(lambda x: x / size, (grads, means))
-        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
-        if self.dimensions is None:
-            packing = Packing(grads)  # so that all vectors are one part of the sum
-            added, means, sums = lax.psum((packing.pack(parts), means, sums), self.axis_name)
-            added = packing.unpack(added)
-        else:
-            added = self._scatter(parts)
-            means, sums = lax.psum((means, sums), self.axis_name)
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), added, grads), means, sums
+        if self.dimensions is not None:
+            added, norm = self._scatter(parts, dtype)
+            return added, norm, *lax.psum((means, sums), self.axis_name)
+        one_by_one = functools.partial(self._add, dtype=dtype)
+        return by_platform(
+            "sums over devices",
+            parts,
+            means,
+            sums,
+            default=functools.partial(self._add_in_buckets, dtype=dtype),
+            cpu=one_by_one,
+            tpu=one_by_one,
+            shared=(0, 1, 2),
+        )
 
-    def norm(self, grads: Any) -> jax.Array:
-        """Returns the global norm of the results of :meth:`reduce`."""
-        if self.dimensions is None:
-            return norm_packed(grads)
-        pairs = self._pairs(grads)
-        whole = norm_packed([x for x, dimension in pairs if dimension == WHOLE])
-        shards = norm_packed([x for x, dimension in pairs if dimension != WHOLE])
-        return jnp.sqrt(whole**2 + lax.psum(shards**2, FSDP))
+    def _add(self, grads, means, sums, *, dtype):
+        packing = Packing(grads)  # so that all vectors are one part of the sum
+        parts = packing.pack(_cast(grads, dtype))
+        added, means, sums = lax.psum((parts, means, sums), self.axis_name)
+        added = _cast_back(packing.unpack(added), grads)
+        return added, norm_packed(added), means, sums
 
-    def _scatter(self, grads):
+    def _add_in_buckets(self, grads, means, sums, *, dtype):
+        leaves, structure = jax.tree.flatten(grads)
+        others, structure_of_others = jax.tree.flatten((means, sums))
+        layers = [0] * len(leaves) if self.layers is None else jax.tree.leaves(self.layers)
+        added, norm, found = buckets.add(leaves, layers, others, self.axis_name, dtype)
+        added = structure.unflatten(_cast_back(added, leaves))
+        return added, norm, *structure_of_others.unflatten(_cast_back(found, others))
+
+    def _scatter(self, grads, dtype):
         """Adds gradients over all devices; each device gets the sums of its shards only."""
         others = tuple(axis for axis in self.axis_name if axis != FSDP)
-        pairs = self._pairs(grads)
+        leaves, dimensions = jax.tree.leaves(_cast(grads, dtype)), jax.tree.leaves(self.dimensions)
+        pairs = list(zip(leaves, dimensions, strict=True))
         shards = [
             lax.psum_scatter(x, FSDP, scatter_dimension=dimension, tiled=True)
             for x, dimension in pairs
             if dimension != WHOLE
         ]
-        shards = iter(lax.psum(shards, others))
-        whole = iter(lax.psum([x for x, dim in pairs if dim == WHOLE], self.axis_name))
-        added = [next(whole if dimension == WHOLE else shards) for _, dimension in pairs]
-        return jax.tree.unflatten(jax.tree.structure(grads), added)
+        whole = [x for x, dimension in pairs if dimension == WHOLE]
+        shards, whole = lax.psum(shards, others), lax.psum(whole, self.axis_name)
+        wide = (_cast(arrays, jnp.float32) for arrays in (shards, whole))
+        of_shards, of_whole = map(norm_packed, wide)
+        norm = jnp.sqrt(of_whole**2 + lax.psum(of_shards**2, FSDP))
+        shards, whole = iter(shards), iter(whole)
+        added = [next(whole if dimension == WHOLE else shards) for dimension in dimensions]
+        return _cast_back(jax.tree.unflatten(jax.tree.structure(grads), added), grads), norm
 
-    def _pairs(self, grads):
-        return list(zip(jax.tree.leaves(grads), jax.tree.leaves(self.dimensions), strict=True))
+
+def _cast(arrays, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)
+
+
+def _cast_back(arrays, like):
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), arrays, like)

@@ -16,7 +16,7 @@ from jax import lax
 from tokenvit_jax.ops.packed import map_packed
 from tokenvit_jax.tasks import Outcome, Task
 from tokenvit_jax.training.exchange import Exchange
-from tokenvit_jax.training.freezing import Frozen
+from tokenvit_jax.training.freezing import Frozen, map_paths
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
 from tokenvit_jax.training.state import TrainState, averaged_variables, step_rngs
 
@@ -48,7 +48,8 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state, batch, sharded=None):
-        exchange = Exchange(task.axis_name, sharded)
+        layers = map_paths(lambda path, _: model.layer_of(path), state.params)
+        exchange = Exchange(task.axis_name, sharded, layers)
         batch_rng, model_rng = step_rngs(config.seed, state.step)
         inputs = task.prepare(batch, batch_rng)
 
@@ -62,19 +63,19 @@ def make_train_step(
             return loss + sum(sown), aux._replace(model_state=model_state)
 
         # Cast before they are gathered, and once for all micro-batches.
-        weights = exchange.gather(model.cast_weights(state.params))
+        cast = model.cast_weights(state.params, convolutions=sharded is not None)
+        weights = exchange.gather(cast)
         loss, logged, grads, model_state = _accumulate(
             loss_fn, config.accumulate_steps, weights, state, inputs, model_rng
         )
         # In float32, which holds it exactly, to travel with the gradients in one reduction.
         skipped = batch["skipped"].astype(jnp.float32).sum()
         statistics = model_state["batch_stats"] if model.local_statistics else {}
-        grads, (loss, logged, statistics), skipped = exchange.reduce(
+        grads, norm, (loss, logged, statistics), skipped = exchange.reduce(
             grads, (loss, logged, statistics), skipped, config.gradient_reduce_dtype
         )
         if model.local_statistics:
             model_state = {**model_state, "batch_stats": statistics}
-        norm = exchange.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
         factors = learning_rate_factors(config, model, state.params)
         if factors is not None:
