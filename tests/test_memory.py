@@ -1,7 +1,11 @@
 """The allocator is configured on a CPU with glibc and nowhere else."""
 
+import contextlib
 import ctypes
+import importlib.metadata
+import os
 import platform
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +22,16 @@ def pretend(monkeypatch, system, backend, load):
     monkeypatch.setattr(ctypes, "CDLL", load)
 
 
+@contextlib.contextmanager
+def jax_platforms(value):
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", value)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_glibc_takes_the_settings(monkeypatch):
     mallopt = ctypes.CDLL(None).mallopt
@@ -25,8 +39,43 @@ def test_glibc_takes_the_settings(monkeypatch):
     library = SimpleNamespace(mallopt=lambda *args: noted.append((*args, mallopt(*args))))
     pretend(monkeypatch, "linux", "cpu", lambda name: library)
     keep_pages()
-    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is success.
-    assert noted == [(-4, 0, 1), (-1, -1, 1)]
+    # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; 1 is success.
+    assert noted == [(-8, 1, 1), (-4, 0, 1), (-1, -1, 1)]
+
+
+def test_arenas_of_a_host_that_may_have_an_accelerator(monkeypatch):
+    noted = []
+    library = SimpleNamespace(mallopt=lambda *args: noted.append(args))
+    pretend(monkeypatch, "linux", "gpu", lambda name: library)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [group])
+    with jax_platforms(None):
+        keep_pages()
+    with jax_platforms("cuda,cpu"):
+        keep_pages()
+    assert not noted
+
+
+ARENAS = """
+import ctypes, sys
+from tokenvit_jax.memory import keep_pages
+keep_pages()
+import jax, jax.numpy as jnp
+x = jnp.ones((1000, 1000))
+jax.jit(lambda x: (x @ x) @ jnp.sin(x @ x))(x).block_until_ready()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_threads_share_one_arena(tmp_path):
+    file = tmp_path / "malloc.xml"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", ARENAS, str(file)], check=True, env=environment)
+    assert file.read_text().count("<heap ") == 1
 
 
 def test_all_pages_are_released(monkeypatch):
@@ -45,8 +94,12 @@ def test_a_c_library_without_these_functions(monkeypatch):
 
 @pytest.mark.parametrize(("system", "backend"), [("darwin", "cpu"), ("linux", "gpu")])
 def test_does_nothing_elsewhere(monkeypatch, system, backend):
-    pretend(monkeypatch, system, backend, lambda name: pytest.fail("loads the C library"))
-    keep_pages()
+    noted = []
+    library = SimpleNamespace(mallopt=lambda *args: noted.append(args))
+    pretend(monkeypatch, system, backend, lambda name: library)
+    with jax_platforms("cuda,cpu" if backend == "gpu" else "cpu"):
+        keep_pages()
+    assert not noted
 
 
 def test_returns_on_this_platform():

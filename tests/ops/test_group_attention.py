@@ -15,7 +15,7 @@ import pytest
 from tokenvit_jax import ops
 from tokenvit_jax.kernels import chunked, top_indices
 from tokenvit_jax.kernels.group_attention_tiles import num_tiles, plan_tiles
-from tokenvit_jax.ops.group_attention import cheaper_path
+from tokenvit_jax.ops.group_attention import cheaper_path, cheaper_path_on_cpu
 from tokenvit_jax.ops.selection import largest_mask
 from tokenvit_jax.ops.unit_norm import unit_norm
 
@@ -271,6 +271,29 @@ def test_dense_chunks_of_queries_change_nothing(monkeypatch):
 def test_path_is_chosen_from_the_shapes():
     chosen = {length: cheaper_path(length, 48, 98) for length in (99, 196, 784, 3136, 16384)}
     assert chosen == {99: "dense", 196: "dense", 784: "dense", 3136: "tiles", 16384: "tiles"}
+
+
+def test_path_on_a_cpu_is_chosen_from_the_shapes():
+    shapes = ((8, 576, 4), (8, 784, 4), (1, 784, 4), (1, 3136, 2))  # batch, length, heads
+    chosen = [cheaper_path_on_cpu((*shape, 32), 48, 98) for shape in shapes]
+    # One image of 784 tokens: 4 x 784 x 784 logits fit into the cache.
+    assert chosen == ["dense", "tiles", "dense", "tiles"]
+
+
+def test_tiles_instead_of_chunks_change_nothing(monkeypatch):
+    q, k, v, centroids = inputs()
+    attend = ops.group_attention.__wrapped__  # not compiled yet: it reads the limit
+
+    def run(q, k, v):
+        output, pull = jax.vjp(lambda *x: attend(*x, centroids, top_k=3).output, q, k, v)
+        return output, pull(output)
+
+    whole = jax.jit(run)(q, k, v)
+    monkeypatch.setattr(chunked, "MAX_LOGITS", 2000)
+    monkeypatch.setattr(module, "SMALLEST_TILE", {"cpu": 4, "default": 32})
+    assert module.cheaper_path_on_cpu(q.shape, centroids.shape[1], 3) == "tiles"
+    in_tiles = lambda *x: run(*x)  # noqa: E731  (a function that was not traced yet)
+    chex.assert_trees_all_close(jax.jit(in_tiles)(q, k, v), whole, atol=1e-6)
 
 
 def naive_update(centroids, q, groups, old_weight):

@@ -123,6 +123,7 @@ CALLS = {
     ],
     "channel_sums.with_sums_gradient": [((SQUARES, SQUARES, [floats(1, 30)] * 2), {})],
     "chunked.map_queries": [((lambda q: q, 13, HEADS_FIRST), {})],
+    "chunked.num_chunks": [((2, 3, 11, 13), {})],
     "chunked.one_by_one": [((jnp.add, TOKENS, TOKENS), {})],
     "chunks.chunk_tokens": [((1 << 20, 2, 30, 7), {})],
     "chunks.num_chunks": [((30, 7), {})],
@@ -203,6 +204,7 @@ CALLS = {
     "gpus.capability_of": [(("9.0",), {})],
     "gpus.traced_gpu": [((), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],
+    "group_attention.cheaper_path_on_cpu": [((Q.shape, 4, 3), {})],
     "group_attention.group_attention": [
         ((Q, Q, Q, floats(3, 4, 8)), {"top_k": 5, "path": path}) for path in ("dense", "tiles")
     ],
@@ -261,6 +263,7 @@ CALLS = {
     ],
     "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
     "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
+    "linear.linear_product": [((TOKENS, floats(7, 5)), {}), ((MAP, floats(5, 3)), {})],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})

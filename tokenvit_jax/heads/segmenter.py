@@ -105,9 +105,7 @@ class MaskTransformer(Head):
         x = LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
 
         def directions(x, name):
-            project = nn.Dense(
-                dim, use_bias=False, dtype=self.dtype, kernel_init=normal(dim**-0.5), name=name
-            )
+            project = dense(dim, self.dtype, name, normal(dim**-0.5), use_bias=False)
             return unit_length(project(x))
 
         patches = directions(x[:, :num_patches], "patch_projection")

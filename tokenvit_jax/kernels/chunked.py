@@ -30,6 +30,12 @@ def one_by_one(run: Callable[..., Array], *stacked: Any) -> Array:
     return lax.map(lambda entries: run(*entries), stacked)
 
 
+def num_chunks(batch: int, heads: int, length: int, num_keys: int) -> int:
+    """Returns in how many chunks :func:`map_queries` computes."""
+    logits = device_batch(batch) * heads * length * num_keys
+    return min(-(-logits // MAX_LOGITS), length)
+
+
 def map_queries(
     run: Callable[..., Array], num_keys: int, *queries: Shaped[Array, "B N L ..."]
 ) -> Shaped[Array, "B N L ..."]:
@@ -45,8 +51,7 @@ def map_queries(
       (B, N, L, ...).
     """
     batch, heads, length = queries[0].shape[:3]
-    logits = device_batch(batch) * heads * length * num_keys
-    chunks = min(-(-logits // MAX_LOGITS), length)
+    chunks = num_chunks(batch, heads, length, num_keys)
     if chunks == 1:
         return run(*queries)
     size = -(-length // chunks)

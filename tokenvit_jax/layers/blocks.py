@@ -98,7 +98,12 @@ class Mlp(nn.Module):
 
 
 def dense(
-    dim: int, dtype: Any, name: str | None = None, init: Initializer = linear_init
+    dim: int,
+    dtype: Any,
+    name: str | None = None,
+    init: Initializer = linear_init,
+    *,
+    use_bias: bool = True,
 ) -> nn.Dense:
     """Returns a linear layer with the usual initialization in transformers.
 
@@ -107,8 +112,17 @@ def dense(
       dtype: type of the computation.
       name: name of the module; None: linen chooses it.
       init: initializer of the kernel.
+      use_bias: whether there is a bias.
     """
-    return nn.Dense(dim, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(
+        dim, use_bias, dtype=dtype, kernel_init=init, name=name, dot_general=_linear_product
+    )
+
+
+def _linear_product(x, kernel, dimensions, precision=None):
+    """Computes the product of `nn.Dense`, whose dimensions are always those of a linear layer."""
+    del dimensions, precision
+    return ops.linear_product(x, kernel)
 
 
 def check_num_heads(num_heads: int, channels: int) -> None:

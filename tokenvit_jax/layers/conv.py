@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from tokenvit_jax import ops
 from tokenvit_jax.layers.norm import BatchNorm
 from tokenvit_jax.ops.batch_norm import SharedBy, affine_of, num_sharing, over_devices
 
@@ -111,7 +112,7 @@ class FoldedBatchNorm(BatchNorm):
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:
     """Multiplies by a kernel in the type of ``x``."""
-    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return ops.linear_product(x, kernel.astype(x.dtype))
 
 
 def affine_product(

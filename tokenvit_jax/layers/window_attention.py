@@ -108,9 +108,7 @@ class CosineWindowAttention(WindowAttention):
 
     def _qkv(self, x):
         channels = x.shape[-1]
-        qkv = nn.Dense(
-            3 * channels, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="qkv"
-        )(x)
+        qkv = dense(3 * channels, self.dtype, "qkv", use_bias=False)(x)
         q_bias, v_bias = (
             self.param(name, nn.initializers.zeros, (channels,)) for name in ("q_bias", "v_bias")
         )

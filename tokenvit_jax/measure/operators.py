@@ -21,7 +21,7 @@ from tokenvit_jax.measure.timing import (
     normal,
     time_in_turns,
 )
-from tokenvit_jax.ops.group_attention import cheaper_path
+from tokenvit_jax.ops.group_attention import cheaper_path, cheaper_path_on_cpu
 
 # DGT, Table 1.
 HEAD_DIM, NUM_GROUPS, TOP_K = 32, 48, 98
@@ -157,7 +157,7 @@ def group_attention_cases(
             shape={
                 "length": length,
                 "heads": heads,
-                "path": cheaper_path(length, NUM_GROUPS, min(TOP_K, length)),
+                "path": _path(shape),
                 "eq7": 2 * length**2 * heads * HEAD_DIM / equation_6(length, heads * HEAD_DIM),
             },
             inputs=(
@@ -172,6 +172,14 @@ def group_attention_cases(
                 "group": lambda q, k, v, c: ops.group_attention(q, k, v, c, top_k=TOP_K).output,
             },
         )
+
+
+def _path(shape):
+    """Returns the path of group attention on this device."""
+    top_k = min(TOP_K, shape[1])
+    if jax.default_backend() == "cpu":
+        return cheaper_path_on_cpu(shape, NUM_GROUPS, top_k)
+    return cheaper_path(shape[1], NUM_GROUPS, top_k)
 
 
 def _cudnn_attention(shape, dtype):

@@ -21,6 +21,7 @@ from tokenvit_jax.layers import (
     WindowAttention,
     advance_centroids,
     batch_norm,
+    dense,
 )
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
@@ -308,7 +309,7 @@ class DGT(Pyramid):
         super().setup()
         settings = self.settings
         self.first_layers = Stem(settings.stem_dim, settings.dtype, settings.norm_axis)
-        self.head_conv = nn.Dense(settings.head_dim, dtype=settings.dtype, kernel_init=conv_init)
+        self.head_conv = dense(settings.head_dim, settings.dtype, init=conv_init)
         self.head_norm = batch_norm(dtype=settings.dtype, axis_name=settings.norm_axis)
 
     def stem(self, images: jax.Array, train: bool) -> jax.Array:

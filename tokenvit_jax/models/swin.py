@@ -21,8 +21,8 @@ from tokenvit_jax.layers import (
     Mlp,
     PatchEmbedding,
     WindowAttention,
+    dense,
 )
-from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
 from tokenvit_jax.models.settings import EXPANSION, Part, Rules
@@ -149,9 +149,7 @@ class PatchMerging(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         norm = LayerNorm(EPSILON, self.dtype, name="norm")
-        reduction = nn.Dense(
-            self.dim, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name="reduction"
-        )
+        reduction = dense(self.dim, self.dtype, "reduction", use_bias=False)
         squares = to_windows(pad_to_windows(x, (2, 2)), (2, 2))  # (B, H / 2, W / 2, 2, 2, C)
         # The order within a square is column by column.
         x = squares.swapaxes(3, 4).reshape(*squares.shape[:3], -1)

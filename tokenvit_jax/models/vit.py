@@ -27,6 +27,7 @@ from tokenvit_jax.layers import (
     DropPath,
     LayerNorm,
     Mlp,
+    dense,
 )
 from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.layers.stochastic import image_keys
@@ -428,9 +429,7 @@ class VisionTransformer(Backbone):
         self.blocks = [cls(settings, index) for index in range(settings.depth)]
         self.norm = LayerNorm(settings.norm_epsilon, settings.dtype)
         if settings.projection:
-            self.projection = nn.Dense(
-                settings.projection, use_bias=False, dtype=settings.dtype, kernel_init=init
-            )
+            self.projection = dense(settings.projection, settings.dtype, init=init, use_bias=False)
         self.head_dropout = Dropout(settings.dropout, settings.axis_name)
         self.classifier = self.make_classifier(init)
         if settings.distilled:

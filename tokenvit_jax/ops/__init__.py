@@ -38,6 +38,7 @@ from tokenvit_jax.ops.group_attention import (
     update_centroids,
 )
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
+from tokenvit_jax.ops.linear import linear_product
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
@@ -82,6 +83,7 @@ __all__ = [
     "kmeans",
     "kmedoids",
     "layer_norm",
+    "linear_product",
     "merge_tokens",
     "move_centroids",
     "pale_attention",

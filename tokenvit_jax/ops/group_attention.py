@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels import cudnn
-from tokenvit_jax.kernels.chunked import map_queries
+from tokenvit_jax.kernels.chunked import map_queries, num_chunks
 from tokenvit_jax.kernels.group_attention_dense import attend_dense, attend_dense_by_cudnn
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
 from tokenvit_jax.kernels.group_attention_heads import (
@@ -60,6 +60,7 @@ from tokenvit_jax.ops.selection import largest_mask, top_indices
 from tokenvit_jax.ops.unit_norm import unit_norm
 
 PATHS = ("auto", "dense", "tiles")
+SMALLEST_TILE = {"cpu": 16, "default": 32}
 
 
 class GroupAttention(NamedTuple):
@@ -142,19 +143,50 @@ def group_attention(
     if top_k == length:
         groups, keys, _ = _route(q, k, centroids, top_k)
         return GroupAttention(dot_product_attention(q, k, v, scale=scale), groups, keys)
+    on_cpu = path
     if path == "auto":
         path = cheaper_path(length, num_groups, top_k)
-    attend = _attend_dense if path == "dense" else _attend_tiles
-    return GroupAttention(*attend(q, k, v, centroids, top_k, scale))
+        on_cpu = cheaper_path_on_cpu(q.shape, num_groups, top_k)
+    if path == "tiles":
+        return GroupAttention(*_attend_tiles(q, k, v, centroids, top_k, scale))
+    return GroupAttention(*_attend_dense(q, k, v, centroids, top_k, scale, on_cpu))
 
 
-def cheaper_path(length: int, num_groups: int, top_k: int) -> str:
-    """Returns the path, "dense" or "tiles", that ``path="auto"`` takes for these shapes."""
+def cheaper_path(
+    length: int, num_groups: int, top_k: int, smallest: int = SMALLEST_TILE["default"]
+) -> str:
+    """Returns the path, "dense" or "tiles", that ``path="auto"`` takes for these shapes.
+
+    Args:
+      length: L.
+      num_groups: G.
+      top_k: number of keys per group.
+      smallest: smallest number of queries in a tile.
+    """
     # A tiled logit costs about as much as three dense ones (sorting, gathers, smaller products).
-    # Measured on CPU, where both paths take equally long near L = 1,000 at k = 98.
-    tile = tile_size(length, num_groups)
+    # Measured on CPU, where both paths take equally long near L = 600 at k = 98, and tiles of 32
+    # near L = 1,000.
+    tile = tile_size(length, num_groups, smallest)
     tiled = num_tiles(length, num_groups, tile) * tile * top_k
     return "dense" if length**2 <= 3 * tiled else "tiles"
+
+
+def cheaper_path_on_cpu(shape: tuple[int, ...], num_groups: int, top_k: int) -> str:
+    """Returns the path that ``path="auto"`` takes on a CPU.
+
+    Smaller tiles make "tiles" the cheaper path for shorter sequences, once all logits do not fit
+    into the cache.
+
+    Args:
+      shape: shape of the queries (B, L, N, D).
+      num_groups: G.
+      top_k: number of keys per group.
+    """
+    batch, length, heads, _ = shape
+    path = cheaper_path(length, num_groups, top_k)
+    if path == "dense" and num_chunks(batch, heads, length, length) > 1:
+        return cheaper_path(length, num_groups, top_k, SMALLEST_TILE["cpu"])
+    return path
 
 
 def group_sums(
@@ -256,8 +288,8 @@ def update_centroids(
     return move_centroids(centroids, sums, old_weight)
 
 
-def _attend_dense(q, k, v, centroids, top_k, scale):
-    """Attends with all logits: on CPU in chunks of queries, on GPUs and TPUs in kernels."""
+def _attend_dense(q, k, v, centroids, top_k, scale, on_cpu):
+    """Attends with all logits: on CPU in chunks of queries, or in tiles, else in kernels."""
 
     def masked(q, k, v, centroids, run, attend=attend_dense):
         groups, keys, scores = _route(q, k, centroids, top_k)
@@ -283,7 +315,11 @@ def _attend_dense(q, k, v, centroids, top_k, scale):
     return by_platform(
         "group attention, dense",
         *(q, k, v, centroids),
-        cpu=functools.partial(masked, run=map_queries),
+        cpu=(
+            functools.partial(_in_tiles, top_k=top_k, scale=scale, smallest=SMALLEST_TILE["cpu"])
+            if on_cpu == "tiles"
+            else functools.partial(masked, run=map_queries)
+        ),
         cuda=on_gpu,
         tpu=functools.partial(_attend_by_heads, top_k=top_k, scale=scale),
         default=functools.partial(masked, run=at_once),
@@ -295,12 +331,10 @@ def _attend_dense(q, k, v, centroids, top_k, scale):
 def _attend_tiles(q, k, v, centroids, top_k, scale):
     """Attends to the keys of one group at a time: in tiles of queries, on GPUs in kernels."""
     num_groups = centroids.shape[1]
-
-    def in_tiles(q, k, v, centroids):
-        groups, keys, _ = _route(q, k, centroids, top_k)
-        plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups))
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
+    in_tiles = {
+        platform: functools.partial(_in_tiles, top_k=top_k, scale=scale, smallest=smallest)
+        for platform, smallest in SMALLEST_TILE.items()
+    }
 
     def in_kernels(q, k, v, centroids):
         groups = assign(lax.stop_gradient(q), centroids)
@@ -318,15 +352,23 @@ def _attend_tiles(q, k, v, centroids, top_k, scale):
     return by_platform(
         "group attention, tiles",
         *(q, k, v, centroids),
+        **in_tiles,
         cuda=in_kernels,
         tpu=functools.partial(_attend_by_heads, top_k=top_k, scale=scale),
-        default=in_tiles,
         misfits={
             "cuda": of_types or assign_misfit(q, num_groups) or sorted_misfit(q, top_k),
             "tpu": of_types or heads_misfit(q, num_groups),
         },
         shared=(3,),
     )
+
+
+def _in_tiles(q, k, v, centroids, *, top_k, scale, smallest):
+    groups, keys, _ = _route(q, k, centroids, top_k)
+    num_groups = centroids.shape[1]
+    plan = plan_tiles(groups, num_groups, tile_size(q.shape[1], num_groups, smallest))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(attend_tiles(q * scale, k, v, keys, plan), 1, 2), groups, keys
 
 
 def _attend_by_heads(q, k, v, centroids, top_k, scale):

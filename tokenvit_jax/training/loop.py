@@ -80,8 +80,8 @@ def _train(
 
     task = create_task(config)
     check_task(task)
-    check_train_batch(task)
     keep_pages()
+    check_train_batch(task)
     keep_compiled(config)
     parallel = devices.make_parallel(config)
     # A run that goes on does not need the run that it once started from.
