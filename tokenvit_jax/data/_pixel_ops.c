@@ -33,19 +33,30 @@ AVX2 static inline __m256d cubic(__m256d p1, __m256d p2, __m256d p3, __m256d p4,
 AVX2 static inline __m128i load_pixel(const uint8_t *pixel) {
     int32_t rgbx;
     memcpy(&rgbx, pixel, 4);
-    return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(rgbx));
+    return _mm_cvtsi32_si128(rgbx);
 }
 
-/* The cubic along a row; the first sums are integers. */
-AVX2 static inline __m256d cubic_of_row(const uint8_t *row, const int *x, __m256d dx) {
-    __m128i v1 = load_pixel(row + x[0]), v2 = load_pixel(row + x[1]);
-    __m128i v3 = load_pixel(row + x[2]), v4 = load_pixel(row + x[3]);
-    __m128i slope = _mm_sub_epi32(v3, v1), bend = _mm_sub_epi32(v3, v4);
-    __m128i fall = _mm_sub_epi32(v1, v2);
-    __m128i p3 = _mm_add_epi32(_mm_slli_epi32(fall, 1), bend);
-    __m128i p4 = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(fall, bend));
-    return cubic(_mm256_cvtepi32_pd(v2), _mm256_cvtepi32_pd(slope), _mm256_cvtepi32_pd(p3),
-                 _mm256_cvtepi32_pd(p4), dx);
+/* Sums of four neighbours v1 to v4 times small integers, for each channel. */
+AVX2 static inline __m256d combine(__m128i neighbours, int c1, int c2, int c3, int c4) {
+    __m128i weights = _mm_set1_epi32((c1 & 255) | (c2 & 255) << 8 | (c3 & 255) << 16 | c4 * (1 << 24));
+    __m128i pairs = _mm_maddubs_epi16(neighbours, weights);
+    return _mm256_cvtepi32_pd(_mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+}
+
+/* The cubic along a row through four pixels, the first at x[0]. */
+AVX2 static inline __m256d cubic_of_row(const uint8_t *row, const int *x, int inside, __m256d dx) {
+    const __m128i by_channel = _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1);
+    __m128i pixels;
+    if (inside) {
+        pixels = _mm_loadu_si128((const void *)(row + x[0]));
+    } else { /* some are the pixel at the edge */
+        uint8_t copies[16] = {0};
+        for (int i = 0; i < 4; i++) memcpy(copies + 3 * i, row + x[i], 3);
+        pixels = _mm_loadu_si128((const void *)copies);
+    }
+    pixels = _mm_shuffle_epi8(pixels, by_channel);
+    return cubic(combine(pixels, 0, 1, 0, 0), combine(pixels, -1, 0, 1, 0),
+                 combine(pixels, 2, -2, 1, -1), combine(pixels, -1, 1, -1, 1), dx);
 }
 
 AVX2 static inline __m256d cubic_of_column(const __m256d *v, __m256d dy) {
@@ -64,17 +75,19 @@ static inline int clamp(int value, int size) {
 AVX2 static inline int32_t cubic_pixel(const uint8_t *in, int width, int height, double xin,
                                        double yin) {
     xin -= 0.5, yin -= 0.5;
-    int left = (int)floor(xin), top = (int)floor(yin), x[4];
+    int left = (int)floor(xin), top = (int)floor(yin);
+    int inside = left >= 1 && left + 2 < width, x[4] = {3 * (left - 1), 3 * left};
+    if (!inside)
+        for (int i = 0; i < 4; i++) x[i] = 3 * clamp(left - 1 + i, width);
     size_t stride = 3 * (size_t)width;
     __m256d dx = _mm256_set1_pd(xin - left), v[4], result;
-    for (int i = 0; i < 4; i++) x[i] = 3 * clamp(left - 1 + i, width);
     if (yin == top) {
-        result = cubic_of_row(in + stride * clamp(top, height), x, dx);
+        result = cubic_of_row(in + stride * clamp(top, height), x, inside, dx);
     } else {
         for (int i = 0; i < 4; i++) {
             const uint8_t *row = in + stride * clamp(top - 1 + i, height);
-            v[i] = xin == left ? _mm256_cvtepi32_pd(load_pixel(row + x[1]))
-                               : cubic_of_row(row, x, dx);
+            v[i] = xin == left ? _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(load_pixel(row + x[1])))
+                               : cubic_of_row(row, x, inside, dx);
         }
         result = cubic_of_column(v, _mm256_set1_pd(yin - top));
     }
@@ -85,15 +98,15 @@ AVX2 static inline int32_t cubic_pixel(const uint8_t *in, int width, int height,
 /* out(x, y) = in(matrix (x, y)); pixels from outside have the colour `fill`. */
 AVX2 static void warp_image(const uint8_t *in, uint8_t *out, int width, int height,
                             const double *matrix, const uint8_t *fill) {
+    int32_t outside = fill[0] | fill[1] << 8 | fill[2] << 16;
+    double m[6];
+    memcpy(m, matrix, sizeof m); /* `out` could be part of the matrix, for all the compiler knows */
     for (int y = 0; y < height; y++) {
         for (int x = 0; x < width; x++, out += 3) {
-            double xin = matrix[0] * (x + 0.5) + matrix[1] * (y + 0.5) + matrix[2];
-            double yin = matrix[3] * (x + 0.5) + matrix[4] * (y + 0.5) + matrix[5];
-            int32_t pixel;
-            if (xin >= 0.0 && xin < width && yin >= 0.0 && yin < height)
-                pixel = cubic_pixel(in, width, height, xin, yin);
-            else
-                memcpy(&pixel, fill, 3);
+            double xin = m[0] * (x + 0.5) + m[1] * (y + 0.5) + m[2];
+            double yin = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5];
+            int inside = xin >= 0.0 && xin < width && yin >= 0.0 && yin < height;
+            int32_t pixel = inside ? cubic_pixel(in, width, height, xin, yin) : outside;
             memcpy(out, &pixel, 3);
         }
     }
