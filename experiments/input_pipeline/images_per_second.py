@@ -140,8 +140,8 @@ def write_page(found: dict[str, dict[str, np.ndarray]], batch_size: int) -> None
         f"""CPU time of a batch of {batch_size} images in one process on one core, in turns;
         files of 500 x 375 pixels and {kilobytes:.0f} kB; Pillow {PIL.__version__}; extensions:
         {" and ".join(extensions) or "none"}. timm hands over uint8 and erases on the device; ours
-        erases, too. Ratio of the images per second: median, lowest and highest of the turns. Other work
-        ran on the machine: the ratios hold, the images per second do not.""",
+        erases, too. Ratio of the images per second: median, lowest and highest of the turns.
+        Other work ran on the machine: the ratios hold, the images per second do not.""",
     )
     rows = [
         [f"{case}: {CASES[case]}"]
