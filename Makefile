@@ -44,7 +44,7 @@ docs: .venv/docs
 tutorial: .venv/docs
 	JAX_PLATFORMS=cpu .venv/bin/jupyter-execute docs/tutorial.ipynb
 
-.venv/installed: pyproject.toml constraints.txt setup.py tokenvit_jax/data/_jpeg_regions.c
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard tokenvit_jax/data/*.c)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -e '.[test]'

@@ -1,4 +1,4 @@
-"""Lists the packages, and the extension that installations without a C compiler do without.
+"""Lists the packages, and the extensions that installations without a C compiler do without.
 
 The packages are those of tokenvit_jax, and configs/, which a wheel has inside tokenvit_jax. All
 other metadata is in pyproject.toml, which cannot rename a folder.
@@ -11,11 +11,12 @@ setup(
     package_dir={"tokenvit_jax.configs": "configs"},
     ext_modules=[
         Extension(
-            "tokenvit_jax.data._jpeg_regions",
-            ["tokenvit_jax/data/_jpeg_regions.c"],
+            f"tokenvit_jax.data.{name}",
+            [f"tokenvit_jax/data/{name}.c"],
             extra_compile_args=["-O3"],
             py_limited_api=True,  # one build for all versions of Python from 3.11 on
             optional=True,
         )
+        for name in ("_jpeg_regions", "_pixel_ops")
     ],
 )

@@ -24,7 +24,13 @@ from PIL import Image
 from experiments import pages
 from experiments.input_pipeline.worker_pool import SIDE, JpegSource
 from tokenvit_jax import cli
-from tokenvit_jax.data import builtin_info, eval_batches, jpeg_regions, train_batches
+from tokenvit_jax.data import (
+    builtin_info,
+    eval_batches,
+    jpeg_regions,
+    pixel_ops,
+    train_batches,
+)
 from tokenvit_jax.measure import timm_peers
 from tokenvit_jax.measure.report import markdown_table
 from tokenvit_jax.tasks import default_config
@@ -126,15 +132,16 @@ def measure(case: str, batch_size: int, turns: int) -> dict[str, np.ndarray]:
 def write_page(found: dict[str, dict[str, np.ndarray]], batch_size: int) -> None:
     """Writes the page of this script: a row per case."""
     kilobytes = np.mean([len(JpegSource(QUALITY).content(index)) for index in range(32)]) / 1000
-    form = "with" if jpeg_regions.jpeg_size(JpegSource(QUALITY).content(0)) else "without"
+    modules = {"_jpeg_regions": jpeg_regions, "_pixel_ops": pixel_ops}
+    extensions = [f"`{name}`" for name, module in modules.items() if module._extension]
     lines = pages.heading(
         "Images per second and core, against timm's loader",
         __file__,
         f"""CPU time of a batch of {batch_size} images in one process on one core, in turns;
-        files of 500 x 375 pixels and {kilobytes:.0f} kB; Pillow {PIL.__version__}, {form} the
-        extension `_jpeg_regions`. timm hands over uint8 and erases on the device; ours erases,
-        too. Ratio of the images per second: median, lowest and highest of the turns. Other work
-        ran on the machine: the ratios hold, the images per second do not.""",
+        files of 500 x 375 pixels and {kilobytes:.0f} kB; Pillow {PIL.__version__}; extensions:
+        {" and ".join(extensions) or "none"}. timm hands over uint8 and erases on the device; ours
+        erases, too. Ratio of the images per second: median, lowest and highest of the turns.
+        Other work ran on the machine: the ratios hold, the images per second do not.""",
     )
     rows = [
         [f"{case}: {CASES[case]}"]

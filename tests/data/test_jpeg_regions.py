@@ -10,7 +10,6 @@ from PIL import ExifTags, Image, ImageOps
 from tokenvit_jax.data import jpeg_regions
 from tokenvit_jax.data.decoding import LazyJpeg, decode_image, open_image
 from tokenvit_jax.data.images import resize_pixels
-from tokenvit_jax.data.randaugment import apply_operation
 from tokenvit_jax.errors import UserError
 
 needs_extension = pytest.mark.skipif(
@@ -105,37 +104,14 @@ def test_a_jpeg_is_decoded_when_its_pixels_are_needed():
     np.testing.assert_array_equal(resize_pixels(image, (50, 30), FILTERS[0]), image)
 
 
-def test_warps_equal_pillow():
-    rng, fill = np.random.default_rng(0), (124, 116, 104)
-    for trial in range(40):
-        width, height = (int(side) for side in rng.integers(1, 60, 2))
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        angle = float(rng.uniform(-30, 30))
-        matrix = (1, *rng.normal(0, (0.3, 9, 0.3)), 1, rng.normal(0, 9))
-        if trial % 4 == 0:
-            matrix = (1, 0, trial - 20, 0, 1, 0.5)
-        expected = image.transform(
-            image.size, Image.Transform.AFFINE, matrix, FILTERS[1], fillcolor=fill
-        )
-        np.testing.assert_array_equal(jpeg_regions.warp(image, matrix, fill), expected)
-        for sign in (-1, 1):
-            found = apply_operation(image, "rotate", abs(angle) / 3, sign, fill)
-            turn = sign * (abs(angle) / 3 / 10.0) * 30.0
-            expected = image.rotate(turn, FILTERS[1], fillcolor=fill)
-            np.testing.assert_array_equal(found, expected)
-
-
 def test_without_the_extension_pillow_gives_the_same_pixels(monkeypatch):
     image = decode_image(draw_jpeg(np.random.default_rng(0), 50, 30))
     content = encode(image)
-    whole, matrix, fill = decode_image(content), (1, 0.2, 3, 0.1, 1, -2), (1, 2, 3)
     resized = resize_pixels(open_image(content), (20, 24), FILTERS[1], flip=True)
-    warped = jpeg_regions.warp(whole, matrix, fill)
     monkeypatch.setattr(jpeg_regions, "_extension", None)
     opened = open_image(content)
     assert not isinstance(opened, LazyJpeg)
     np.testing.assert_array_equal(resize_pixels(opened, (20, 24), FILTERS[1], flip=True), resized)
-    np.testing.assert_array_equal(jpeg_regions.warp(whole, matrix, fill), warped)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

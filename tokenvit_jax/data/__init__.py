@@ -17,12 +17,11 @@ from tokenvit_jax.data.images import (
     INTERPOLATIONS,
     NORMALIZATIONS,
     eval_image,
-    from_array,
     mean_and_std,
-    to_array,
     with_channels,
 )
 from tokenvit_jax.data.pipeline import check_records, eval_batches, train_batches
+from tokenvit_jax.data.pixel_ops import from_array, to_array
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Examples, Record, Source, Spec
 
 __all__ = [

@@ -1,5 +1,4 @@
-/* Decodes, crops, resizes and mirrors a JPEG in one pass, and warps images; jpeg_regions.py is the
-   only caller.
+/* Decodes, crops, resizes and mirrors a JPEG in one pass; jpeg_regions.py is the only caller.
 
 The decoder is the libjpeg-turbo that Pillow itself has loaded, looked up at run time: the pixels
 are the same, no header and no library is needed to compile this file, and nothing is linked. The
@@ -131,6 +130,7 @@ static void prepare(Decoder *decoder) {
 enum {
     BITS = 22,    /* fraction of a weight */
     LOW_BITS = 11, /* bits of a weight's lower half: both halves fit 16-bit products */
+    ROWS = 4,     /* rows that are resized at once */
     SLACK = 32    /* bytes that vectors read and write beyond the end of a row */
 };
 
@@ -218,9 +218,9 @@ static int make_taps(Taps *taps, int in, float from, float to, int out, int star
     return 1;
 }
 
-/* The two passes, one row of the result each.
+/* The two passes.
 
-   resize_row: a row of RGB; `low` is the column of in[0].
+   resize_rows: ROWS rows of RGB at once, which share the weights; `low` is the column of in[][0].
    sum_rows: a weighted sum of taps->count[i] rows of `size` bytes that lie `stride` bytes apart. */
 
 static uint8_t clip(int32_t sum) {
@@ -228,7 +228,7 @@ static uint8_t clip(int32_t sum) {
     return sum < 0 ? 0 : sum > 255 ? 255 : sum;
 }
 
-static void resize_row_plain(const uint8_t *in, uint8_t *out, const Taps *taps, int width) {
+static void resize_row(const uint8_t *in, uint8_t *out, const Taps *taps, int width) {
     for (int x = 0; x < width; x++, out += 3) {
         const uint8_t *pixel = in + 3 * (taps->first[x] - taps->low);
         const int32_t *weights = taps->weights + (size_t)x * taps->most;
@@ -240,6 +240,12 @@ static void resize_row_plain(const uint8_t *in, uint8_t *out, const Taps *taps, 
         }
         out[0] = clip(r), out[1] = clip(g), out[2] = clip(b);
     }
+}
+
+static void resize_rows_plain(uint8_t *const *in, uint8_t *const *out, const Taps *taps,
+                              int width) {
+    for (int row = 0; row < ROWS; row++)
+        if (!row || out[row] != out[row - 1]) resize_row(in[row], out[row], taps, width);
 }
 
 static void sum_rows_plain(const uint8_t *in, size_t stride, uint8_t *out, const Taps *taps, int i,
@@ -262,33 +268,61 @@ AVX2 static inline __m256i join(__m256i high, __m256i low) {
     return _mm256_srai_epi32(_mm256_add_epi32(sum, _mm256_set1_epi32(1 << (BITS - 1))), BITS);
 }
 
-AVX2 static void resize_row_avx2(const uint8_t *in, uint8_t *out, const Taps *taps, int width) {
+/* One pixel of ROWS rows: (0, 2, -, - | 1, 3, -, -) with four bytes per row, the last undefined. */
+AVX2 static inline __m256i resize_pixel(const uint8_t *const *in, size_t offset, const Pair *pair,
+                                        int count) {
     /* Four pixels, two in each half: r0 r1 g0 g1 b0 b1 with 16 bits each. */
     const __m256i spread = _mm256_setr_epi8(
         0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,
         6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
     const __m256i highs = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
     const __m256i lows = _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3);
-    const __m128i half = _mm_set1_epi32(1 << (BITS - 1));
-    for (int x = 0; x < width; x++, out += 3) {
-        const uint8_t *pixel = in + 3 * (taps->first[x] - taps->low);
-        const Pair *pair = taps->pairs + (size_t)x * taps->most / 2;
-        __m256i high = _mm256_setzero_si256(), low = high;
-        for (int j = 0; j < taps->count[x]; j += 4, pixel += 12, pair += 2) {
-            __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)pixel));
-            __m256i weights = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)pair));
-            pixels = _mm256_shuffle_epi8(pixels, spread);
-            high = _mm256_add_epi32(high, _mm256_madd_epi16(
-                pixels, _mm256_permutevar8x32_epi32(weights, highs)));
-            low = _mm256_add_epi32(low, _mm256_madd_epi16(
-                pixels, _mm256_permutevar8x32_epi32(weights, lows)));
+    const __m256i half = _mm256_set1_epi32(1 << (BITS - 1));
+    __m256i high[ROWS], low[ROWS];
+    for (int row = 0; row < ROWS; row++) high[row] = low[row] = _mm256_setzero_si256();
+    for (int j = 0; j < count; j += 4, offset += 12, pair += 2) {
+        __m256i weights = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)pair));
+        __m256i upper = _mm256_permutevar8x32_epi32(weights, highs);
+        __m256i lower = _mm256_permutevar8x32_epi32(weights, lows);
+        for (int row = 0; row < ROWS; row++) {
+            __m128i bytes = _mm_loadu_si128((const void *)(in[row] + offset));
+            __m256i pixels = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), spread);
+            high[row] = _mm256_add_epi32(high[row], _mm256_madd_epi16(pixels, upper));
+            low[row] = _mm256_add_epi32(low[row], _mm256_madd_epi16(pixels, lower));
         }
-        __m256i sums = _mm256_add_epi32(_mm256_slli_epi32(high, LOW_BITS), low);
-        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        sum = _mm_srai_epi32(_mm_add_epi32(sum, half), BITS);
-        sum = _mm_packus_epi16(_mm_packs_epi32(sum, sum), sum);
-        int32_t rgb = _mm_cvtsi128_si32(sum);
-        memcpy(out, &rgb, 4);
+    }
+    for (int row = 0; row < ROWS; row++)
+        low[row] = _mm256_add_epi32(_mm256_slli_epi32(high[row], LOW_BITS), low[row]);
+    for (int row = 0; row < ROWS; row += 2) { /* the halves of two rows, added */
+        __m256i left = _mm256_permute2x128_si256(low[row], low[row + 1], 0x20);
+        __m256i right = _mm256_permute2x128_si256(low[row], low[row + 1], 0x31);
+        __m256i sum = _mm256_add_epi32(_mm256_add_epi32(left, right), half);
+        high[row / 2] = _mm256_srai_epi32(sum, BITS);
+    }
+    __m256i words = _mm256_packs_epi32(high[0], high[1]);
+    return _mm256_packus_epi16(words, words);
+}
+
+/* Stores four bytes of a pixel, of which the next pixel overwrites one, or three. */
+AVX2 static inline void store_pixel(uint8_t *const *out, size_t offset, __m256i pixels, int bytes) {
+    __m128i even = _mm256_castsi256_si128(pixels), odd = _mm256_extracti128_si256(pixels, 1);
+    int32_t rows[ROWS] = {_mm_cvtsi128_si32(even), _mm_cvtsi128_si32(odd),
+                          _mm_extract_epi32(even, 1), _mm_extract_epi32(odd, 1)};
+    for (int row = 0; row < ROWS; row++) memcpy(out[row] + offset, &rows[row], bytes);
+}
+
+AVX2 static void resize_rows_avx2(uint8_t *const *in, uint8_t *const *out, const Taps *taps,
+                                  int width) {
+    const uint8_t *from[ROWS] = {in[0], in[1], in[2], in[3]};
+    uint8_t *to[ROWS] = {out[0], out[1], out[2], out[3]};
+    for (int x = 0; x < width; x++) {
+        size_t offset = 3 * (size_t)(taps->first[x] - taps->low);
+        const Pair *pair = taps->pairs + (size_t)x * taps->most / 2;
+        __m256i pixels = resize_pixel(from, offset, pair, taps->count[x]);
+        if (x + 1 < width)
+            store_pixel(to, 3 * (size_t)x, pixels, 4);
+        else
+            store_pixel(to, 3 * (size_t)x, pixels, 3);
     }
 }
 
@@ -319,85 +353,24 @@ AVX2 static void sum_rows_avx2(const uint8_t *in, size_t stride, uint8_t *out, c
     }
 }
 
-/* The cubic through four values, in Pillow's order of operations, for four channels. */
-AVX2 static inline __m256d cubic(__m256d p1, __m256d p2, __m256d p3, __m256d p4, __m256d d) {
-    __m256d sum = _mm256_add_pd(p3, _mm256_mul_pd(d, p4));
-    sum = _mm256_add_pd(p2, _mm256_mul_pd(d, sum));
-    return _mm256_add_pd(p1, _mm256_mul_pd(d, sum));
-}
-
-AVX2 static inline __m128i load_pixel(const uint8_t *pixel) {
-    int32_t rgbx;
-    memcpy(&rgbx, pixel, 4);
-    return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(rgbx));
-}
-
-/* The cubic along a row; the first sums are integers. */
-AVX2 static inline __m256d cubic_of_row(const uint8_t *row, const int *x, __m256d dx) {
-    __m128i v1 = load_pixel(row + x[0]), v2 = load_pixel(row + x[1]);
-    __m128i v3 = load_pixel(row + x[2]), v4 = load_pixel(row + x[3]);
-    __m128i slope = _mm_sub_epi32(v3, v1), bend = _mm_sub_epi32(v3, v4);
-    __m128i fall = _mm_sub_epi32(v1, v2);
-    __m128i p3 = _mm_add_epi32(_mm_slli_epi32(fall, 1), bend);
-    __m128i p4 = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(fall, bend));
-    return cubic(_mm256_cvtepi32_pd(v2), _mm256_cvtepi32_pd(slope), _mm256_cvtepi32_pd(p3),
-                 _mm256_cvtepi32_pd(p4), dx);
-}
-
-static inline int clamp(int value, int size) {
-    return value < 0 ? 0 : value < size ? value : size - 1;
-}
-
-/* The pixel at (xin, yin) of an image of four bytes a pixel, interpolated bicubically. */
-AVX2 static inline int32_t cubic_pixel(const uint8_t *in, int width, int height, double xin,
-                                       double yin) {
-    xin -= 0.5, yin -= 0.5;
-    int left = (int)floor(xin), top = (int)floor(yin);
-    __m256d dx = _mm256_set1_pd(xin - left), dy = _mm256_set1_pd(yin - top), v[4];
-    size_t stride = 4 * (size_t)width;
-    if (left >= 1 && left + 2 < width && top >= 1 && top + 2 < height) {
-        const uint8_t *corner = in + stride * (top - 1) + 4 * (left - 1);
-        for (int i = 0; i < 4; i++)
-            v[i] = cubic_of_row(corner + stride * i, (const int[]){0, 4, 8, 12}, dx);
-    } else {
-        int x[4];
-        for (int i = 0; i < 4; i++) x[i] = 4 * clamp(left - 1 + i, width);
-        for (int i = 0; i < 4; i++)
-            v[i] = cubic_of_row(in + stride * clamp(top - 1 + i, height), x, dx);
-    }
-    __m256d fall = _mm256_sub_pd(v[0], v[1]);
-    __m256d p3 = _mm256_sub_pd(_mm256_add_pd(_mm256_add_pd(fall, fall), v[2]), v[3]);
-    __m256d p4 = _mm256_add_pd(_mm256_sub_pd(_mm256_sub_pd(v[1], v[0]), v[2]), v[3]);
-    __m128i sum = _mm256_cvttpd_epi32(cubic(v[1], _mm256_sub_pd(v[2], v[0]), p3, p4, dy));
-    return _mm_cvtsi128_si32(_mm_packus_epi16(_mm_packs_epi32(sum, sum), sum));
-}
-
-/* out(x, y) = in(matrix (x, y)); pixels from outside keep the colour of `out`. */
-AVX2 static void warp_avx2(const uint8_t *in, uint8_t *out, int width, int height,
-                           const double *matrix) {
-    for (int y = 0; y < height; y++) {
-        for (int x = 0; x < width; x++, out += 4) {
-            double xin = matrix[0] * (x + 0.5) + matrix[1] * (y + 0.5) + matrix[2];
-            double yin = matrix[3] * (x + 0.5) + matrix[4] * (y + 0.5) + matrix[5];
-            if (!(xin >= 0.0 && xin < width && yin >= 0.0 && yin < height)) continue;
-            int32_t pixel = cubic_pixel(in, width, height, xin, yin);
-            memcpy(out, &pixel, 4);
-        }
-    }
-}
-
 static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
 #else
-#define warp_avx2(in, out, width, height, matrix) ((void)0)
-#define resize_row_avx2 resize_row_plain
+#define resize_rows_avx2 resize_rows_plain
 #define sum_rows_avx2 sum_rows_plain
 static int has_avx2(void) { return 0; }
 #endif
 
 static int vectors; /* whether this processor's vectors are used */
 
-static void resize_row(const uint8_t *in, uint8_t *out, const Taps *taps, int width) {
-    (vectors ? resize_row_avx2 : resize_row_plain)(in, out, taps, width);
+/* Resizes `count` rows that lie `in_stride` bytes apart, at most ROWS. */
+static void resize_rows(uint8_t *in, size_t in_stride, uint8_t *out, size_t out_stride, int count,
+                        const Taps *taps, int width) {
+    uint8_t *from[ROWS], *to[ROWS];
+    for (int row = 0; row < ROWS; row++) { /* the last row stands for those that are missing */
+        size_t place = row < count ? row : count - 1;
+        from[row] = in + in_stride * place, to[row] = out + out_stride * place;
+    }
+    (vectors ? resize_rows_avx2 : resize_rows_plain)(from, to, taps, width);
 }
 
 static void sum_rows(const uint8_t *in, size_t stride, uint8_t *out, const Taps *taps, int i,
@@ -413,42 +386,62 @@ typedef struct {
     Taps across, down;
     int out_width, out_height, vertical_first;
     uint8_t *out;
-    uint8_t *line, *rows; /* a decoded row; the rows that the vertical pass needs */
+    uint8_t *lines, *rows; /* ROWS decoded rows; all rows that the vertical pass needs */
 } Job;
+
+/* Reads `count` rows, at most ROWS. */
+static void read_rows(Jpeg *jpeg, uint8_t *lines, size_t stride, int count) {
+    for (int done = 0; done < count;) {
+        uint8_t *rows[ROWS];
+        for (int row = done; row < count; row++) rows[row - done] = lines + stride * row;
+        unsigned read = lib.read(jpeg, rows, count - done);
+        if (!read) fail(jpeg);
+        done += read;
+    }
+}
+
+static int fewer(int count) { return count < ROWS ? count : ROWS; }
 
 /* Decodes the region that the taps need and resizes it. The caller has set `failed`. */
 static void decode(Decoder *decoder, Job *job) {
     Jpeg *jpeg = &decoder->jpeg;
-    int top = job->top + job->down.low, count = job->down.high - job->down.low;
-    int left = job->left + job->across.low, right = job->left + job->across.high;
-    size_t needed = 3 * (size_t)(right - left);
-    size_t stride = 3 * (size_t)(job->vertical_first ? right - left : job->out_width);
+    const Taps *across = &job->across, *down = &job->down;
+    int top = job->top + down->low, height = down->high - down->low;
+    int left = job->left + across->low, right = job->left + across->high;
+    size_t needed = 3 * (size_t)(right - left), resized = 3 * (size_t)job->out_width;
+    size_t stride = job->vertical_first ? needed : resized;
     jpeg->out_color_space = RGB;
     lib.start(jpeg);
     /* Columns at the edge of a cropped decode lack their neighbours' chroma. */
     unsigned start = left > 8 ? left - 8 : 0, stop = right + 8;
     unsigned width = (stop < jpeg->width ? stop : jpeg->width) - start;
     lib.crop(jpeg, &start, &width);
-    job->line = malloc(3 * (size_t)jpeg->width + SLACK);
-    job->rows = malloc(stride * count + SLACK);
-    if (!job->line || !job->rows) fail(jpeg);
+    size_t line = 3 * (size_t)jpeg->width + SLACK;
+    job->lines = malloc(ROWS * line);
+    job->rows = malloc(stride * height + SLACK);
+    if (!job->lines || !job->rows) fail(jpeg);
+    uint8_t *pixels = job->lines + 3 * (left - (int)start);
     if (top) lib.skip(jpeg, top);
-    for (int y = 0; y < count; y++) {
-        uint8_t *row = job->rows + stride * y, *pixels = job->line + 3 * (left - (int)start);
-        if (lib.read(jpeg, &job->line, 1) != 1) fail(jpeg);
+    for (int y = 0; y < height; y += ROWS) {
+        int count = fewer(height - y);
+        uint8_t *rows = job->rows + stride * y;
+        read_rows(jpeg, job->lines, line, count);
         if (job->vertical_first)
-            memcpy(row, pixels, needed);
+            for (int row = 0; row < count; row++)
+                memcpy(rows + stride * row, pixels + line * row, needed);
         else
-            resize_row(pixels, row, &job->across, job->out_width);
+            resize_rows(pixels, line, rows, stride, count, across, job->out_width);
     }
-    for (int y = 0; y < job->out_height; y++) {
-        const Taps *down = &job->down;
-        const uint8_t *rows = job->rows + stride * (down->first[y] - down->low);
-        uint8_t *out = job->out + 3 * (size_t)job->out_width * y;
-        uint8_t *sums = job->vertical_first ? job->line : out;
-        sum_rows(rows, stride, sums, down, y, stride);
+    for (int y = 0; y < job->out_height; y += ROWS) {
+        int count = fewer(job->out_height - y);
+        uint8_t *out = job->out + resized * y, *sums = job->vertical_first ? job->lines : out;
+        size_t sums_stride = job->vertical_first ? line : resized;
+        for (int row = 0; row < count; row++) {
+            const uint8_t *rows = job->rows + stride * (down->first[y + row] - down->low);
+            sum_rows(rows, stride, sums + sums_stride * row, down, y + row, stride);
+        }
         if (job->vertical_first)
-            resize_row(sums, out, &job->across, job->out_width);
+            resize_rows(sums, sums_stride, out, resized, count, across, job->out_width);
     }
 }
 
@@ -465,7 +458,7 @@ static int run(const uint8_t *content, size_t size, Job *job) {
         }
     }
     lib.destroy(&decoder.jpeg);
-    free(job->line), free(job->rows);
+    free(job->lines), free(job->rows);
     return done;
 }
 
@@ -539,29 +532,10 @@ static PyObject *resize(PyObject *self, PyObject *args) {
     return PyErr_Occurred() ? NULL : PyBool_FromLong(done);
 }
 
-static PyObject *warp(PyObject *self, PyObject *args) {
-    Py_buffer in, out;
-    int width, height;
-    double matrix[6];
-    if (!PyArg_ParseTuple(args, "y*w*(ii)(dddddd)", &in, &out, &width, &height, matrix, matrix + 1,
-                          matrix + 2, matrix + 3, matrix + 4, matrix + 5))
-        return NULL;
-    if (width < 1 || height < 1 || in.len != out.len || in.len != 4 * (Py_ssize_t)width * height) {
-        PyErr_SetString(PyExc_ValueError, "buffers do not fit the size");
-    } else if (vectors) {
-        Py_BEGIN_ALLOW_THREADS
-        warp_avx2(in.buf, out.buf, width, height, matrix);
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&in), PyBuffer_Release(&out);
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(vectors);
-}
-
 static PyMethodDef methods[] = {
     {"load", load, METH_VARARGS, "Looks up libjpeg in a library and what it has loaded; returns success."},
     {"read_size", read_size, METH_VARARGS, "Returns (width, height) of a JPEG, or None."},
     {"resize", resize, METH_VARARGS, "Writes a resized region into a buffer; returns success."},
-    {"warp", warp, METH_VARARGS, "Writes an affine, bicubic warp into a buffer; returns success."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg_regions", NULL, -1, methods};

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.config import height_and_width
-from tokenvit_jax.data.images import from_array, resize_pixels, strip_length, to_array
+from tokenvit_jax.data.images import resize_pixels, strip_length
+from tokenvit_jax.data.pixel_ops import from_array, to_array
 from tokenvit_jax.data.record import IGNORED
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST

@@ -1,22 +1,32 @@
 """Transforms single images: PIL images in, uint8 arrays (H, W, C) out.
 
 The pixels equal those of torchvision and timm exactly: Pillow does the resampling, colour changes
-and warps, or `jpeg_regions`, which gives the same pixels. All random numbers come from the
-generator that is passed in. Images are grey, RGB, or RGB with alpha; sizes are one number or
-(height, width) [pixels].
+and warps, or `jpeg_regions` and `pixel_ops`, which give the same pixels. All random numbers come
+from the generator that is passed in. Images are grey, RGB, or RGB with alpha; sizes are one number
+or (height, width) [pixels].
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from tokenvit_jax.config import height_and_width
 from tokenvit_jax.data.decoding import LazyJpeg, crop_box
 from tokenvit_jax.data.jpeg_regions import Box, resize_region
+from tokenvit_jax.data.pixel_ops import (
+    MODES,
+    brightness,
+    change_colors,
+    color,
+    contrast,
+    from_array,
+    to_array,
+)
 from tokenvit_jax.data.randaugment import randaugment
 from tokenvit_jax.errors import UserError
 
@@ -29,7 +39,6 @@ NORMALIZATIONS = {
     "inception": ((0.5,) * 3, (0.5,) * 3),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # `config.in_channels` -> Pillow's mode
 
 _BICUBIC = Image.Resampling.BICUBIC
 _STRIP = 16  # longer side / shorter side from which an image is a strip
@@ -87,27 +96,6 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == mode else image.convert(mode)
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Returns the pixels of an image, uint8 (H, W, C), also for one channel."""
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns an image with the given pixels, uint8 (H, W, C) with 1, 3 or 4 channels.
-
-    Raises:
-      UserError: the array has another shape or type.
-    """
-    fits = pixels.ndim == 3 and pixels.shape[-1] in MODES and pixels.size
-    if not fits or pixels.dtype != np.uint8:
-        raise UserError(
-            f"image is {pixels.dtype}{pixels.shape}; valid: uint8 (height, width, channels) with "
-            f"{', '.join(map(str, MODES))} channels"
-        )
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def resize_pixels(
@@ -283,19 +271,15 @@ def train_image(
 
 
 def _change_look(pixels: np.ndarray, augment: ConfigDict, rng: np.random.Generator) -> np.ndarray:
-    """Applies what Pillow does to the pixels of a crop: shifts, RandAugment and colours."""
-    shifts = augment.rotation or augment.translation
-    if not (shifts or augment.randaugment.num_ops or augment.color_jitter):
-        return pixels
-    image = from_array(pixels)
-    if shifts:
-        image = _random_shift(image, augment.rotation, augment.translation, rng)
+    """Shifts, changes colours and applies RandAugment, as far as enabled."""
+    if augment.rotation or augment.translation:
+        pixels = _random_shift(pixels, augment.rotation, augment.translation, rng)
     if augment.randaugment.num_ops:
-        fill = mean_pixel("imagenet", len(image.getbands()))
-        image = randaugment(image, rng, fill=fill, **augment.randaugment)
+        fill = mean_pixel("imagenet", pixels.shape[-1])
+        pixels = randaugment(pixels, rng, fill=fill, **augment.randaugment)
     if augment.color_jitter:
-        image = color_jitter(image, augment.color_jitter, rng)
-    return to_array(image)
+        pixels = color_jitter(pixels, augment.color_jitter, rng)
+    return pixels
 
 
 def random_crop_box(
@@ -332,19 +316,22 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Changes brightness, contrast and saturation in random order, like torchvision's ColorJitter.
 
     Args:
-      image: grey images have no saturation, and alpha does not change.
+      pixels: uint8 (H, W, C); grey images have no saturation, and alpha does not change.
       strength: factors are drawn from [1 - strength, 1 + strength], clipped at 0.
       rng: source of the random numbers.
+
+    Returns:
+      uint8 (H, W, C).
     """
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for i in rng.permutation(len(enhancers)):
+    changes = (brightness, contrast, color)
+    for i in rng.permutation(len(changes)):
         factor = rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
-        image = enhancers[i](image).enhance(factor)
-    return image
+        pixels = change_colors(functools.partial(changes[i], factor=factor), pixels)
+    return pixels
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -376,10 +363,11 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_shift(
-    image: Image.Image, rotation: float, translation: float, rng: np.random.Generator
-) -> Image.Image:
+    pixels: np.ndarray, rotation: float, translation: float, rng: np.random.Generator
+) -> np.ndarray:
     """Rotates by up to `rotation` degrees and shifts by up to `translation` times each side."""
+    image = from_array(pixels)
     angle = rng.uniform(-rotation, rotation)
     shift = rng.uniform(-translation, translation, size=2) * image.size
     # The fill is black, like the background of the digits.
-    return image.rotate(angle, Image.Resampling.BILINEAR, translate=tuple(shift))
+    return to_array(image.rotate(angle, Image.Resampling.BILINEAR, translate=tuple(shift)))

@@ -1,4 +1,4 @@
-"""Decodes and resizes regions of JPEGs, and warps images, with exactly Pillow's pixels.
+"""Decodes and resizes regions of JPEGs with exactly Pillow's pixels.
 
 Neither simplejpeg (decodes whole images) nor PyTurboJPEG (needs a system library, resizes nothing)
 does this. The decoder is the libjpeg-turbo that Pillow has loaded.
@@ -8,7 +8,6 @@ Pillow that was built with another libjpeg than libjpeg-turbo), :func:`jpeg_size
 every file, and Pillow decodes and resizes whole images: the same pixels in more time.
 """
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -87,27 +86,6 @@ def resize_region(
         content, pixels, crop, box, size, window, _CUBIC[resample], flip, vertical_first
     )
     return pixels[:count].reshape(height, width, 3) if done else None
-
-
-def warp(image: Image.Image, matrix: Sequence[float], fill: tuple[int, ...]) -> Image.Image:
-    """Returns an image that is warped bicubically, as `Image.transform` does: the same pixels.
-
-    Args:
-      image: an image; the extension warps RGB, Pillow all others.
-      matrix: maps (x, y) of the result to the image: (a, b, c, d, e, f), as in Pillow.
-      fill: colour of pixels that come from outside the image.
-    """
-    if _extension is not None and image.mode == "RGB":
-        warped = bytearray(bytes((*fill, 255)) * (image.width * image.height))
-        if _extension.warp(image.tobytes("raw", "RGBX"), warped, image.size, tuple(matrix)):
-            return Image.frombytes("RGB", image.size, warped, "raw", "RGBX")
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=fill,
-    )
 
 
 def _sides(box: tuple[int, int, int, int]) -> tuple[int, int]:
