@@ -223,13 +223,13 @@ def draw_view(
       augment: `config.augment`.
       rng: source of the random numbers.
     """
-    box = None
-    if tuple(augment.crop_scale) != (1.0, 1.0):
+    box, scale, flip = None, tuple(augment.crop_scale), augment.flip
+    if scale != (1.0, 1.0):
         height, width = height_and_width(size)
         # A ratio of 1 is the example's own shape, which is not distorted.
         ratio = [width / height * limit for limit in augment.crop_ratio]
-        box = random_crop_box(*image_size, augment.crop_scale, ratio, rng)
-    return View(box, flip=bool(augment.flip and rng.random() < augment.flip))
+        box = random_crop_box(*image_size, scale, ratio, rng)
+    return View(box, flip=bool(flip and rng.random() < flip))
 
 
 def whole_image(image: Image.Image, size: int | Sequence[int]) -> np.ndarray:
@@ -302,7 +302,7 @@ def random_crop_box(
       (left, top, right, bottom) inside the image; the largest centred box of an allowed shape if
       no drawn box fits.
     """
-    log_ratio = np.log(ratio)
+    log_ratio = np.log(ratio).tolist()
     for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*log_ratio))
