@@ -36,10 +36,11 @@ class TokenReducer(Checked):
         "powerbert" (the highest scores), "importance" (drawn in proportion to the scores) and
         "random" (drawn evenly). "evit": the patches with the K - 1 highest scores, and one token
         fused from all others. "dynamicvit": before the attention of each block that reduces the
-        patches, a learned predictor selects the K patches that stay; see `KeepPredictor`. K is at
-        least 1. "tome": means of patches with similar keys, found in pairs.
-        "act": all patches stay, but the queries of each head are clustered by their hashes, and K
-        prototypes attend in their place (ACT, Zheng et al. 2020); K is at least 1.
+        patches, a learned predictor selects the K patches that stay; see `KeepPredictor`. A block
+        has one if its K, at least 1, is below the K of all blocks before it and below the number of
+        patches of images of ``position_size``. "tome": means of patches with similar keys, found in
+        pairs. "act": all patches stay, but the queries of each head are clustered by their hashes,
+        and K prototypes attend in their place (ACT, Zheng et al. 2020); K is at least 1.
         "convolution": a convolution of 2 x 2 patches in some ``blocks``. "soft_extract": all
         patches stay, scaled by a learned parameter of their rank.
         The score of a patch is the attention that it receives from all heads and queries, or with
