@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import pages, plots
-from experiments.real_networks import networks, photographs, predictors
+from experiments import pages, plots, predictors
+from experiments.real_networks import networks, photographs
 from experiments.real_networks.methods import NEIGHBORS, REDUCERS, Method, at_cost_of
 from tokenvit_jax import cli
 from tokenvit_jax.data import NORMALIZATIONS
@@ -31,6 +31,8 @@ from tokenvit_jax.models.vit import VisionTransformer
 
 BATCH = 8
 DRAWS = 10000  # samples of the bootstrap
+# Predictors that learned from the photographs of one fold are evaluated with those of the other.
+FOLDS = 2
 PER_IMAGE = ("cosine", "second", "nearest")
 
 
@@ -152,10 +154,10 @@ class Bench:
             return self._apply(method, self.variables, images)
         # Of every fold, by the predictors that have not seen it.
         parts = []
-        for fold in range(predictors.FOLDS):
+        for fold in range(FOLDS):
             found = self._predictors(method, images.shape[1], fold)
-            parts.append(self._apply(method, found, images[fold :: predictors.FOLDS]))
-        order = np.argsort(np.argsort(np.arange(len(images)) % predictors.FOLDS, kind="stable"))
+            parts.append(self._apply(method, found, images[fold::FOLDS]))
+        order = np.argsort(np.argsort(np.arange(len(images)) % FOLDS, kind="stable"))
         return Features(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
 
     def _predictors(self, method: Method, side: int, fold: int) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class Bench:
             crops = range(photographs.NUM_CROPS)
             own = [self.images(side, crop) for crop in crops]
             plain = [self.plain(side, crop).patches for crop in crops]
-            others = [i for i in range(len(own[0])) if predictors.fold_of(i) != fold]
+            others = [i for i in range(len(own[0])) if i % FOLDS != fold]
             seen = predictors.Images(
                 *(np.concatenate([x[others] for x in y]) for y in (own, plain))
             )

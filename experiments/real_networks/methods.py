@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from experiments.real_networks import predictors
+from experiments import predictors
 from tokenvit_jax.expediting.candidates import macs_of, with_expedite
 from tokenvit_jax.expediting.rivals import (
     adaptive_pooling,
@@ -20,9 +20,9 @@ from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import ACT, DYNAMICVIT, evit_keep
 
-# EViT fuses in three blocks, as in its paper; a finer grid of rates than the paper's.
-EVIT_BLOCKS = (4, 7, 10)
-EVIT_RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
+# EViT and DynamicViT reduce in three blocks, as in their papers; a finer grid of rates.
+BLOCKS = (4, 7, 10)
+RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
 # Remaining tokens from which a dropped patch is reconstructed, as in Expedite.
 NEIGHBORS = 20
 # Label -> attributes of the reducer.
@@ -113,10 +113,11 @@ def kept_tokens(
     if method not in ("evit", DYNAMICVIT):
         return reduced_tokens(model, image_size, method, budget)
     settings = backbone_of(model).settings
-    rows, columns = settings.grid(*image_size)
-    keeps = [evit_keep(rows * columns, settings.depth, r, EVIT_BLOCKS) for r in EVIT_RATES]
     if method == DYNAMICVIT:
-        keeps = predictors.keeps(backbone_of(model), image_size)
+        keeps = predictors.keeps(backbone_of(model), image_size, BLOCKS, RATES)
+    else:
+        num_patches = math.prod(settings.grid(*image_size))
+        keeps = [evit_keep(num_patches, settings.depth, rate, BLOCKS) for rate in RATES]
     return largest_within(keeps, budget, _cost(model, image_size, method))
 
 

@@ -1,16 +1,13 @@
-"""Trains DynamicViT's predictors for a network that stays as it is, on photographs.
+"""Trains DynamicViT's predictors for a network that stays as it is, without labels.
 
-The networks have no predictors, and the photographs no labels. The loss is what the tables measure:
-1 - cosine between the map with dropped patches, which copy the nearest remaining one, and the plain
-network's map; DynamicViT's own loss holds the number of kept patches. Nothing else is trained.
-
-No photograph is evaluated with predictors that have seen it: those of one half of the photographs
-serve the other half.
+The loss is what Expedite's Table 1 measures, 1 - cosine between the map with dropped patches, which
+copy the nearest remaining one, and the plain network's map. DynamicViT's own loss holds the number
+of kept patches. Nothing else is trained.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,10 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tokenvit_jax.models.reducers import DYNAMICVIT, dynamicvit_keep
 
-FOLDS = 2
 PENALTY = 2 / 3  # of each predictor, in the paper
-BLOCKS = (4, 7, 10)  # as in the paper
-RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
 STEPS = 60
 BATCH = 4
 LEARNING_RATE = 1e-3
@@ -38,19 +32,23 @@ class Images(NamedTuple):
     plain: np.ndarray
 
 
-def keeps(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Returns the numbers of patches after every block at all rates, most patches first."""
+def keeps(
+    model: nn.Module, image_size: tuple[int, int], blocks: tuple[int, ...], rates: Sequence[float]
+) -> list[tuple[int, ...]]:
+    """Returns the numbers of patches after every block for each rate.
+
+    Args:
+      model: the plain network, a backbone.
+      image_size: height and width [pixels].
+      blocks: the blocks with a predictor, counted from 1.
+      rates: rates of `dynamicvit_keep`.
+    """
     settings = model.settings
     num_patches = math.prod(settings.grid(*image_size))
     # Blocks without a predictor keep all patches, also those of the images of position_size.
     everything = max(num_patches, math.prod(settings.grid(*settings.position_size)))
-    found = [dynamicvit_keep(num_patches, settings.depth, rate, BLOCKS) for rate in RATES]
+    found = [dynamicvit_keep(num_patches, settings.depth, rate, blocks) for rate in rates]
     return [tuple(everything if k == num_patches else k for k in keep) for keep in found]
-
-
-def fold_of(photograph: int) -> int:
-    """Returns the half that a photograph belongs to; its predictors learn from the other half."""
-    return photograph % FOLDS
 
 
 def with_predictors(model: nn.Module, keep: tuple[int, ...], **changes: Any) -> nn.Module:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from random_variables import random_variables
 
-from experiments.real_networks import predictors
+from experiments import predictors
 from tokenvit_jax.models.vit import VisionTransformer, ViTSettings
 
 
@@ -18,9 +18,9 @@ def test_only_predictors_are_trained(monkeypatch):
     model = VisionTransformer(settings)
     pixels = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     variables = random_variables(model, pixels)
-    for name, value in {"STEPS": 3, "BATCH": 2, "BLOCKS": (2,), "RATES": [0.5]}.items():
+    for name, value in {"STEPS": 3, "BATCH": 2}.items():
         monkeypatch.setattr(predictors, name, value)
-    (keep,) = predictors.keeps(model, (32, 32))
+    (keep,) = predictors.keeps(model, (32, 32), (2,), [0.5])
     assert keep == (16, 2)
 
     def features(model, variables):
