@@ -76,9 +76,9 @@ def title(network: str) -> str:
     return f"Shrunk {network} on rotated and shifted digits, {NUM_STEPS} steps, {seeds}"
 
 
-def describe(network: str) -> str:
+def describe(network: str, num_steps: int = NUM_STEPS) -> str:
     """Returns the sentences on the training and the precision of the results."""
-    training = f"A small {network} was trained for {NUM_STEPS} steps on rotated and shifted digits"
+    training = f"A small {network} was trained for {num_steps} steps on rotated and shifted digits"
     precision = "mean ± standard deviation; there are 360 test images, so one image is 0.003."
     return f"{training} with {len(SEEDS)} seeds. Results are {precision}"
 

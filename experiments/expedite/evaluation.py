@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments import pages, plots
 from experiments.costs import count_macs
-from experiments.runs import Run, load_run, normalize_images
+from experiments.runs import Run, Variables, load_run, normalize_images
 from tokenvit_jax.data.datasets.scenes import ScenesSource
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.expediting.similarity import mean_cosine
@@ -192,22 +192,26 @@ class Bench:
         """Counts 10^6 multiply-adds of one image."""
         return count_macs(self.model(setting), self.scenes.images.shape[1:3]) / 1e6
 
-    def run(self, setting: Setting) -> Output:
-        """Returns the output of the network with a setting."""
+    def run(self, setting: Setting, variables: Variables | None = None) -> Output:
+        """Returns the output of the network with a setting; see :meth:`evaluate`."""
         model = self.model(setting)
+        variables = self.trained.variables if variables is None else variables
 
         def forward(model, images):
             images = normalize_images(self.trained.config, images)
             classes = jnp.argmax(model(images, False), -1).astype(jnp.uint8)
             return Output(classes, self._read(model.backbone, images))
 
-        return map_scenes(
-            jax.jit(nn.apply(forward, model)), self.trained.variables, self.scenes.images
-        )
+        return map_scenes(jax.jit(nn.apply(forward, model)), variables, self.scenes.images)
 
-    def evaluate(self, setting: Setting) -> Result:
-        """Returns cost and quality of a setting."""
-        return self._compare(setting, self.run(setting))
+    def evaluate(self, setting: Setting, variables: Variables | None = None) -> Result:
+        """Returns cost and quality of a setting.
+
+        Args:
+          setting: the setting.
+          variables: variables of the network; None: those of the run.
+        """
+        return self._compare(setting, self.run(setting, variables))
 
     def _compare(self, setting, output):
         num_classes = self.trained.model.head.num_classes
@@ -215,11 +219,18 @@ class Bench:
         similarity = float(mean_cosine(output.features, self._features))
         return Result(self.mmacs(setting), confusion, similarity)
 
-    def evaluate_all(self, settings: dict[str, Setting]) -> dict[str, Result]:
-        """Evaluates settings by name, and prints each result."""
+    def evaluate_all(
+        self, settings: dict[str, Setting], variables: dict[str, Variables] | None = None
+    ) -> dict[str, Result]:
+        """Evaluates settings by name, and prints each result.
+
+        Args:
+          settings: name -> setting.
+          variables: name -> variables of the network, where they are not the run's.
+        """
         results = {}
         for name, setting in settings.items():
-            results[name] = self.evaluate(setting)
+            results[name] = self.evaluate(setting, (variables or {}).get(name))
             print(f"{name}: {' | '.join(self.cells(results[name]))}", flush=True)
         return results
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import pages, plots
+from experiments import pages, plots, predictors
 from experiments.real_networks import networks, photographs
 from experiments.real_networks.methods import NEIGHBORS, REDUCERS, Method, at_cost_of
 from tokenvit_jax import cli
@@ -31,6 +31,8 @@ from tokenvit_jax.models.vit import VisionTransformer
 
 BATCH = 8
 DRAWS = 10000  # samples of the bootstrap
+# Predictors that learned from the photographs of one fold are evaluated with those of the other.
+FOLDS = 2
 PER_IMAGE = ("cosine", "second", "nearest")
 
 
@@ -52,7 +54,10 @@ class Plan(NamedTuple):
 
 
 CARRY = ["ToMe, carry", "weighted K-Medoids, carry"]
-MOST = [*CARRY, "EViT", "EViT, reconstructed", "ToMe", "weighted K-Medoids", "random", "ACT"]
+MOST = [
+    *CARRY, "EViT", "EViT, reconstructed", "DynamicViT", "DynamicViT, reconstructed", "ToMe",
+    "weighted K-Medoids", "random", "ACT",
+]  # fmt: skip
 ALL = list(REDUCERS)
 PLANS = {
     "vit_s14_dinov2": Plan(
@@ -74,7 +79,12 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_enum("network", None, list(PLANS), "network", flag_values=FLAGS)
 flags.DEFINE_string("cache", None, "folder that keeps the results", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "crops", 1, "crops of every photograph", lower_bound=1, upper_bound=3, flag_values=FLAGS
+    "crops",
+    1,
+    "crops of every photograph",
+    lower_bound=1,
+    upper_bound=photographs.NUM_CROPS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_list("sides", ["224", "448"], "sides of the images [pixels]", flag_values=FLAGS)
 
@@ -139,7 +149,35 @@ class Bench:
         return self.remember(name, lambda: self.comparison(side).distance(alpha))
 
     def features(self, method: Method, images: np.ndarray) -> Features:
-        """Returns the features of a method for full images."""
+        """Returns the features of a method for full images, one of each photograph."""
+        if method.keep is None:
+            return self._apply(method, self.variables, images)
+        # Of every fold, by the predictors that have not seen it.
+        parts = []
+        for fold in range(FOLDS):
+            found = self._predictors(method, images.shape[1], fold)
+            parts.append(self._apply(method, found, images[fold::FOLDS]))
+        order = np.argsort(np.argsort(np.arange(len(images)) % FOLDS, kind="stable"))
+        return Features(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
+
+    def _predictors(self, method: Method, side: int, fold: int) -> dict[str, Any]:
+        """Returns the network's variables with predictors for a fold of the photographs."""
+        words = f"{self.name} {side} predictors {predictors.STEPS} {fold}".split()
+        path = self.cache / f"{'_'.join([*words, *map(str, method.keep)])}.npz"
+        if not path.exists():
+            crops = range(photographs.NUM_CROPS)
+            own = [self.images(side, crop) for crop in crops]
+            plain = [self.plain(side, crop).patches for crop in crops]
+            others = [i for i in range(len(own[0])) if i % FOLDS != fold]
+            seen = predictors.Images(
+                *(np.concatenate([x[others] for x in y]) for y in (own, plain))
+            )
+            found = predictors.train(self.model, self.variables, method.keep, seen, fold)
+            np.savez(path, **found)
+        with np.load(path) as found:
+            return jax.device_put(predictors.add(self.variables, found))
+
+    def _apply(self, method, variables, images):
         full = images.shape[1:3]
         grid = tuple(-(-side // method.model.strides[-1]) for side in full)
 
@@ -153,7 +191,7 @@ class Bench:
 
         parts = []
         for start in range(0, len(images), BATCH):
-            patches, front = jax.device_get(run(self.variables, images[start : start + BATCH]))
+            patches, front = jax.device_get(run(variables, images[start : start + BATCH]))
             parts.append(Features(patches, self.second(patches, front)))
         return Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
@@ -282,6 +320,11 @@ SECOND_TEXT = {
     "images whose nearest embedding of the plain network belongs to the same image.",
     "swin_b": "Pooled features are compared by their cosine.",
 }
+PREDICTOR_TEXT = (
+    f"DynamicViT's predictors, which it lacks, were trained in {predictors.STEPS} steps of "
+    f"{predictors.BATCH} images for similar patch features, on all crops of the half of the "
+    "photographs that is not evaluated with them."
+)
 SIMILARITY = {"vit_s14_dinov2": correlations, "clip_vit_b16": cosines, "swin_b": cosines}
 
 
@@ -378,14 +421,16 @@ def about(network: str, crops: int) -> str:
     images = (
         f"{crops} x {photographs.NUM_PHOTOGRAPHS}" if crops > 1 else photographs.NUM_PHOTOGRAPHS
     )
+    predicts = any("DynamicViT" in reducers for *_, reducers in PLANS[network].settings)
+    trained = PREDICTOR_TEXT if predicts else ""
     return f"""
     The options are --network={network} and --crops={crops}: {images} images, from photographs of
-    scikit-image, scikit-learn and matplotlib. Nothing is trained. Cost is a fraction of the plain
-    network's multiply-adds. Methods other than pooling use the most tokens or pixels whose cost
-    does not exceed Expedite's; ACT saves only attention: where it cannot cost so little, it has as
-    many prototypes per head as Expedite has centres. Cosine compares patch features with the plain
-    network's, averaged over positions and images; features of a smaller image are resized
-    bilinearly. "Reconstructed" means that each patch is a weighted mean of the
+    scikit-image, scikit-learn and matplotlib. The network is not trained. {trained} Cost is a
+    fraction of the plain network's multiply-adds. Methods other than pooling use the most tokens or
+    pixels whose cost does not exceed Expedite's; ACT saves only attention: where it cannot cost so
+    little, it has as many prototypes per head as Expedite has centres. Cosine compares patch
+    features with the plain network's, averaged over positions and images; features of a smaller
+    image are resized bilinearly. "Reconstructed" means that each patch is a weighted mean of the
     {NEIGHBORS} remaining tokens that were nearest before the first reduction; otherwise a patch
     copies its nearest token. Brackets hold 95 % intervals over {DRAWS} bootstrap samples of the
     photographs; differences are paired. The temperature is {FACTOR} times the median squared

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from experiments import predictors
 from tokenvit_jax.expediting.candidates import macs_of, with_expedite
 from tokenvit_jax.expediting.rivals import (
     adaptive_pooling,
@@ -17,11 +18,11 @@ from tokenvit_jax.expediting.rivals import (
 )
 from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.models.expedite import Expedite
-from tokenvit_jax.models.reducers import ACT, evit_keep
+from tokenvit_jax.models.reducers import ACT, DYNAMICVIT, evit_keep
 
-# EViT fuses in three blocks, as in its paper; a finer grid of rates than the paper's.
-EVIT_BLOCKS = (4, 7, 10)
-EVIT_RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
+# EViT and DynamicViT reduce in three blocks, as in their papers; a finer grid of rates.
+BLOCKS = (4, 7, 10)
+RATES = [round(0.99 - 0.01 * step, 2) for step in range(98)]
 # Remaining tokens from which a dropped patch is reconstructed, as in Expedite.
 NEIGHBORS = 20
 # Label -> attributes of the reducer.
@@ -35,6 +36,8 @@ REDUCERS = {
     "K-Means": {"method": "kmeans"},
     "EViT": {"method": "evit"},
     "EViT, reconstructed": {"method": "evit", "neighbors": NEIGHBORS},
+    "DynamicViT": {"method": DYNAMICVIT},
+    "DynamicViT, reconstructed": {"method": DYNAMICVIT, "neighbors": NEIGHBORS},
     "PoWER-BERT": {"method": "powerbert"},
     "PoWER-BERT, reconstructed": {"method": "powerbert", "neighbors": NEIGHBORS},
     "importance": {"method": "importance"},
@@ -51,11 +54,13 @@ class Method(NamedTuple):
       model: the network.
       image_size: height and width of the images that it gets [pixels].
       about: the size that its cost depends on, for the table.
+      keep: patches after every block, if predictors choose them; None: there are no predictors.
     """
 
     model: nn.Module
     image_size: tuple[int, int]
     about: str
+    keep: tuple[int, ...] | None = None
 
 
 def at_cost_of(
@@ -96,7 +101,8 @@ def at_cost_of(
         keep = remember(method, find) or (math.prod(expedite.clusters),) * model.settings.depth
         reducer = REDUCERS[name] | {"keep": tuple(keep)}
         about = f"{keep[-1]} prototypes" if method == ACT else f"{keep[-1]} at the end"
-        methods[name] = Method(with_reducer(model, reducer), image_size, about)
+        predicted = reducer["keep"] if method == DYNAMICVIT else None
+        methods[name] = Method(with_reducer(model, reducer), image_size, about, predicted)
     return methods
 
 
@@ -104,11 +110,14 @@ def kept_tokens(
     model: nn.Module, image_size: tuple[int, int], method: str, budget: float
 ) -> tuple[int, ...]:
     """Returns the number of patches after every block of the dearest reducer within a budget."""
-    if method != "evit":
+    if method not in ("evit", DYNAMICVIT):
         return reduced_tokens(model, image_size, method, budget)
     settings = backbone_of(model).settings
-    rows, columns = settings.grid(*image_size)
-    keeps = [evit_keep(rows * columns, settings.depth, r, EVIT_BLOCKS) for r in EVIT_RATES]
+    if method == DYNAMICVIT:
+        keeps = predictors.keeps(backbone_of(model), image_size, BLOCKS, RATES)
+    else:
+        num_patches = math.prod(settings.grid(*image_size))
+        keeps = [evit_keep(num_patches, settings.depth, rate, BLOCKS) for rate in RATES]
     return largest_within(keeps, budget, _cost(model, image_size, method))
 
 

@@ -20,6 +20,7 @@ FILES = {
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
     "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg"),
 }
+NUM_CROPS = 3  # see :func:`crop`
 NUM_PHOTOGRAPHS = sum(len(names.split()) for _, names in FILES.values())
 
 

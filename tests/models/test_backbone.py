@@ -486,6 +486,7 @@ def test_optional_parameters_come_with_their_settings():
     for settings in (
         {"token_reducer": SEARCH},
         {"token_reducer": {"method": "convolution", "blocks": (2,)}},
+        {"token_reducer": {"method": "dynamicvit", "keep": (12, 7, 7)}},
         {"qk_norm": "learned"},
     ):
         assert plain < paths(**settings)

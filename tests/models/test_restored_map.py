@@ -11,7 +11,8 @@ from random_variables import random_variables
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import count_macs
-from tokenvit_jax.models.reducers import Patches, TokenReducer, reduce_tokens
+from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.models.reducers import Patches, TokenReducer, reduce_tokens, sample_kept
 from tokenvit_jax.models.vit import Origin, VisionTransformer, ViTSettings
 
 rng = np.random.default_rng(0)
@@ -35,7 +36,7 @@ def features_and_steps(module, images, train):
     size = jnp.ones(x.shape[:2])
     for block in module.blocks:
         own = jnp.broadcast_to(jnp.arange(x.shape[1] - 1), (len(x), x.shape[1] - 1))
-        x, (size, home, _) = block(x, Origin(size, own), (4, 3), train)
+        x, (size, home, *_) = block(x, Origin(size, own), (4, 3), train)
         homes.append(home)
     return module.features(images, train)[0], homes, module.norm(x[:, 1:])
 
@@ -116,8 +117,12 @@ def linear(x, params):
     return x @ params["kernel"] + params["bias"]
 
 
-def evit_block(x, params, num_kept):
-    """A block of EViT for one image (T, C)."""
+def gelu(x):
+    return x * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(x)
+
+
+def attend(x, params):
+    """Adds attention to the tokens of an image (T, C); also returns the class token's scores."""
     q, k, v = np.split(linear(layer_norm(x, params["norm1"]), params["attention"]["qkv"]), 3, -1)
     y, score = np.empty_like(x), 0
     for head in (slice(0, 4), slice(4, 8)):
@@ -125,13 +130,20 @@ def evit_block(x, params, num_kept):
         weights /= weights.sum(1, keepdims=True)
         y[:, head] = weights @ v[:, head]
         score = score + weights[0, 1:] / 2
-    x = x + linear(y, params["attention"]["proj"])
+    return x + linear(y, params["attention"]["proj"]), score
+
+
+def add_mlp(x, params):
+    hidden = gelu(linear(layer_norm(x, params["norm2"]), params["mlp"]["fc1"]))
+    return x + linear(hidden, params["mlp"]["fc2"])
+
+
+def evit_block(x, params, num_kept):
+    """A block of EViT for one image (T, C)."""
+    x, score = attend(x, params)
     best, others = np.split(1 + np.argsort(-score), [num_kept - 1])
     fused = sum(score[i - 1] * x[i] for i in others)
-    x = np.concatenate([x[:1], x[best], [fused]])
-    hidden = linear(layer_norm(x, params["norm2"]), params["mlp"]["fc1"])
-    hidden = hidden * np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2)(hidden)
-    return x + linear(hidden, params["mlp"]["fc2"])
+    return add_mlp(np.concatenate([x[:1], x[best], [fused]]), params)
 
 
 def embedded_and_tokens(module, images, train):
@@ -147,6 +159,130 @@ def test_evit_equals_the_loops():
         assert x.shape == (6, 8)
         x = evit_block(x, params["blocks_1"], 1)
         np.testing.assert_allclose(found[b], x, rtol=1e-4, atol=1e-4)
+
+
+DYNAMIC = {"keep": (7, 3), "method": "dynamicvit"}
+
+
+@functools.cache
+def predicting():
+    """The variables of all tests, with predictors in both blocks."""
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=DYNAMIC))
+    params, draw = dict(variables()["params"]), np.random.default_rng(5)
+    for block, shapes in variable_shapes(model, IMAGES)["params"].items():
+        if block.startswith("blocks_"):
+            own = jax.tree.map(lambda leaf: draw.normal(0, 0.7, leaf.shape), shapes)
+            params[block] = params[block] | {"keep_predictor": own["keep_predictor"]}
+    return {"params": jax.tree.map(np.float32, params)}
+
+
+def scores_of(patches, left, params):
+    """The log odds that the patches of one image (N, C) stay, as DynamicViT predicts them."""
+    x = gelu(linear(layer_norm(patches, params["norm"]), params["fc_in"]))
+    mean = (x[:, 4:] * left[:, None]).sum(0) / left.sum()
+    x = np.concatenate([x[:, :4], np.broadcast_to(mean, (len(x), 4))], 1)
+    for layer in ("fc1", "fc2"):
+        x = gelu(linear(x, params[layer]))
+    x = linear(x, params["fc_out"])
+    return x[:, 0] - x[:, 1]
+
+
+def test_dynamicvit_equals_the_loops():
+    """Patches are dropped before attention; each is at home in the nearest one that stays."""
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=DYNAMIC))
+
+    @jax.jit
+    def run(variables):
+        method = lambda module, x: (  # noqa: E731
+            module._embed(x, (4, 3)), module.tokens(x, False), module.features(x, False)[0]
+        )  # fmt: skip
+        return model.apply(variables, IMAGES, method=method)
+
+    embedded, found, features = run(predicting())
+    params = jax.tree.map(np.float64, predicting()["params"])
+    for b in range(2):
+        x, home = np.asarray(embedded[b], np.float64), np.arange(12)
+        for block, num_kept in (("blocks_0", 7), ("blocks_1", 3)):
+            front, patches = x[:1], x[1:]
+            score = scores_of(patches, np.ones(len(patches)), params[block]["keep_predictor"])
+            best = np.argsort(-score)[:num_kept]
+            home = ((patches[:, None] - patches[best]) ** 2).sum(-1).argmin(1)[home]
+            x = np.concatenate([front, patches[best]])
+            x = add_mlp(attend(x, params[block])[0], params[block])
+        np.testing.assert_allclose(found[b], x, rtol=1e-4, atol=1e-4)
+        expected = layer_norm(x[1:], params["norm"])[home]
+        np.testing.assert_allclose(features[b].reshape(12, 8), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dynamicvit_masks_dropped_patches_in_training():
+    """Remaining tokens see nothing of the others; every parameter of a predictor has a gradient."""
+    reducer = DYNAMIC | {"penalty": 0.5}
+    model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer, remat=True))
+    rngs = {"routing": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def steps(module, images):
+        x = module._embed(images, (4, 3))
+        own = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
+        origin, seen = Origin(jnp.ones(x.shape[:2]), own), [(x, None)]
+        for block in module.blocks:
+            x, origin = block(x, origin, (4, 3), True)
+            seen.append((x, origin))
+        return seen, origin.restore(x[:, 1:])
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            given = {"params": params}
+            found, state = model.apply(given, IMAGES, rngs=rngs, method=steps, mutable=["losses"])
+            return (found[1] ** 2).sum(), (found, state["losses"])
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, ((seen, restored), losses) = jax.device_get(run(predicting()["params"]))
+    params = jax.tree.map(np.float64, predicting()["params"])
+    policies = [origin.kept.policy for _, origin in seen[1:]]
+    assert set(np.unique(policies)) == {0, 1} and (policies[1] <= policies[0]).all()
+    assert (policies[1].sum(1) < policies[0].sum(1)).any()
+    for block in range(2):
+        share = (7 / 12, 3 / 12)[block]
+        expected = 0.5 * ((policies[block].mean(1) - share) ** 2).mean()
+        np.testing.assert_allclose(losses[f"blocks_{block}"]["ratio"][0], expected, rtol=1e-5)
+    for b in range(2):
+        for block, policy in enumerate(policies):
+            left = np.concatenate([[True], policy[b] > 0])
+            before, after = (seen[at][0][b] for at in (block, block + 1))
+            x = np.float64(before[left])
+            expected = add_mlp(attend(x, params[f"blocks_{block}"])[0], params[f"blocks_{block}"])
+            np.testing.assert_allclose(after[left], expected, rtol=1e-3, atol=1e-3)
+        home = seen[-1][1].home[b]
+        assert (policies[1][b][home] == 1).all() or not policies[1][b].any()
+        np.testing.assert_array_equal(restored[b], seen[-1][0][b, 1:][home])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        read = "classifier" not in name and not name.startswith("['norm']")
+        assert np.isfinite(leaf).all() and (np.abs(leaf).max() > 0) == read, name
+
+
+def test_kept_patches_are_drawn_with_their_probabilities():
+    """The gradient is that of the soft choice; a dropped patch stays dropped."""
+    images, logits = 4000, jnp.array([[0.0, 0.0], [1.0, -1.0], [-3.0, 1.0]])
+    keys = jax.random.split(jax.random.key(0), images)
+    left = jnp.array([1.0, 1.0, 0.0])
+    given = jnp.broadcast_to(jax.nn.log_softmax(logits), (images, 3, 2))
+
+    def mean(log_probabilities):
+        policy = sample_kept(log_probabilities, jnp.broadcast_to(left, (images, 3)), keys)
+        return policy.mean(0).sum(), policy
+
+    slope, policy = jax.jit(jax.grad(mean, has_aux=True))(given)
+    share = np.asarray(policy).mean(0)
+    np.testing.assert_allclose(share, [0.5, 1 / (1 + math.exp(-2)), 0], atol=0.03)
+    assert share[2] == 0 and set(np.unique(policy)) == {0, 1}
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (3, 2)))(keys)
+    soft = np.asarray(jax.nn.softmax(given + noise))[..., 0]
+    expected = soft * (1 - soft) * left / images
+    np.testing.assert_allclose(slope[..., 0], expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(slope[..., 1], -expected, rtol=1e-4, atol=1e-9)
 
 
 def test_patches_are_at_home_in_the_nearest_token():

@@ -34,7 +34,7 @@ from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables
 from tokenvit_jax.models.expedite import Expedite, auto_temperature
-from tokenvit_jax.models.reducers import Patches, TokenReducer
+from tokenvit_jax.models.reducers import Kept, Patches, TokenReducer
 from tokenvit_jax.models.settings import (
     BLOCKS,
     CHANNELS,
@@ -86,7 +86,8 @@ class ViTSettings(BackboneSettings):
       distilled: whether to add a distillation token with its own classifier (DeiT); the logits are
         then the mean of both classifiers.
       token_reducer: a :class:`TokenReducer` or its attributes by name, which reduces the patches
-        between attention and MLP of the blocks; None: all patches stay.
+        between attention and MLP of the blocks ("dynamicvit": before attention); None: all patches
+        stay.
       expedite: an :class:`Expedite` or its attributes by name, which clusters the patches after
         some blocks and reconstructs them after others; None: all patches go through all blocks.
       qk_norm: normalisation of queries and keys: "none", "fixed" or "learned", see
@@ -249,11 +250,14 @@ class Origin(NamedTuple):
       home: the token that stands for each patch of the image (B, N) int32, counted without the
         tokens in front; None: not recorded, because no map is needed.
       before: what reconstructs the patches instead, after the first reduction; None: ``home``.
+      kept: which patches are left in training with "dynamicvit", where all tokens stay in the
+        sequence; None: all. It has its own way back to the map.
     """
 
     size: jax.Array
     home: jax.Array | None
     before: "Before | None" = None
+    kept: Kept | None = None
 
     def restore(self, tokens: jax.Array, neighbors: int = 1) -> jax.Array:
         """Maps the remaining tokens (B, n, D) back to all patches (B, N, D).
@@ -267,6 +271,8 @@ class Origin(NamedTuple):
             return ops.reconstruct_tokens(
                 patches, remaining, tokens, neighbors=neighbors, temperature=temperature
             )
+        if self.kept is not None:
+            return self.kept.restore(tokens)
         return tokens if self.home is None else take(tokens, self.home)
 
 
@@ -287,7 +293,8 @@ class Before(NamedTuple):
 class Block(nn.Module):
     """x + attention(LN(x)), the reducer, x + MLP(LN(x)): (B, T, C) -> (B, T', C).
 
-    Layer scale multiplies the outputs of attention and MLP.
+    The predictor of "dynamicvit" comes first. Layer scale multiplies the outputs of attention and
+    MLP.
 
     Attributes:
       settings: the architecture.
@@ -328,28 +335,66 @@ class Block(nn.Module):
             settings.num_heads, settings.qk_norm, settings.init_std, settings.dtype,
             name="attention",
         )  # fmt: skip
-        acts = reducer is not None and reducer.acts(self.index, x.shape[1] - settings.num_front)
+        predicts = reducer is not None and reducer.predicts(
+            self.index, math.prod(settings.grid(*settings.position_size))
+        )
+        if predicts:
+            x, origin = self._predict(x, origin, grid, train)
+        acts = (
+            reducer is not None
+            and reducer.method != reducers.DYNAMICVIT
+            and reducer.acts(self.index, x.shape[1] - settings.num_front)
+        )
         clusters_queries = acts and reducer.method == reducers.ACT
+        carries = reducer is not None and (reducer.carry or origin.kept is not None)
         x, y = norm("norm1")(x)
         attended = attention(
             y,
             scored_by=reducer.scored_by if acts else None,
             diagonal=reducer is None or reducer.diagonal,
-            size=origin.size if reducer is not None and reducer.carry else None,
+            size=origin.size if carries else None,
             prototypes=reducer.keep[self.index] if clusters_queries else None,
             num_alone=settings.num_front,
         )
         branch = drop(attended.y, "scale1")
         if acts and not clusters_queries:
-            x, origin = self._reduce(x + branch, attended, origin, grid, train)
+            x = x + branch
+            tokens = Patches(x, attended.received, attended.keys, origin.size)
+            x, origin = self._reduce(tokens, origin, grid, train)
             branch = None
         x, y = norm("norm2")(x, branch)
         mlp = Mlp(settings.mlp_ratio, settings.dtype, init, settings.activation, name="mlp")
         return x + drop(mlp(y), "scale2"), origin
 
-    def _reduce(self, x, attended, origin, grid, train):
+    def _predict(self, x, origin, grid, train):
+        """Drops the patches that the predictor does not keep; in training it masks them."""
         settings, reducer = self.settings, self.settings.token_reducer
-        tokens = Patches(x, attended.received, attended.keys, origin.size)
+        patches = x[:, settings.num_front :]
+        left = jnp.ones(patches.shape[:2]) if origin.kept is None else origin.kept.policy
+        init = truncated_normal(settings.init_std)
+        predictor = reducers.KeepPredictor(settings.dtype, init, name="keep_predictor")
+        scores = predictor(patches, left)
+        num_kept, num_patches = reducer.keep[self.index], patches.shape[1]
+        if num_kept >= num_patches:  # a smaller image
+            return x, origin
+        if not train:
+            scores = jnp.pad(scores[..., 0], ((0, 0), (settings.num_front, 0)))
+            return self._reduce(Patches(x, scores, None, origin.size), origin, grid, train)
+        policy = reducers.sample_kept(scores, left, self._routing_keys(x.shape[0], train))
+        penalty = reducer.penalty_of(self.index)
+        if penalty is not None and not self.is_initializing():
+            loss = reducers.ratio_loss(policy, num_kept / num_patches)
+            self.sow("losses", "ratio", penalty * loss)
+        home = origin.home
+        if home is not None:
+            home = take(reducers.nearest_kept(patches, policy), home)
+        size = reducers.DROPPED + (1 - reducers.DROPPED) * policy
+        size = jnp.concatenate([origin.size[:, : settings.num_front], size], 1)
+        return x, Origin(size, home, kept=Kept(policy, home))
+
+    def _reduce(self, tokens, origin, grid, train):
+        """Reduces the patches; ``tokens`` also has the tokens in front."""
+        settings, reducer = self.settings, self.settings.token_reducer
         home, before = origin.home, origin.before
         front = jax.tree.map(lambda t: t[:, : settings.num_front], tokens)
         patches = jax.tree.map(lambda t: t[:, settings.num_front :], tokens)
@@ -372,7 +417,7 @@ class Block(nn.Module):
                     joined = jnp.concatenate([patches.x, before.remaining], -1)
                     patches = patches._replace(x=joined)
                 x, size, new_home = reducers.reduce_tokens(
-                    patches, num_kept, reducer, self._routing_keys(x.shape[0], train),
+                    patches, num_kept, reducer, self._routing_keys(tokens.x.shape[0], train),
                     restorable=home is not None and before is None,
                 )  # fmt: skip
                 if before is not None:

@@ -10,6 +10,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.reducers.settings import (
     CLUSTERINGS,
+    DYNAMICVIT,
     EVIT,
     MERGING,
     SELECTIONS,
@@ -26,14 +27,15 @@ class Patches(NamedTuple):
 
     Attributes:
       x: tokens (B, N, C).
-      score: attention that each token received (B, N), at least 0; None if the method reads none.
-      keys: attention keys of the tokens, averaged over the heads (B, N, D).
+      score: attention that each token received (B, N), at least 0; with "dynamicvit" the logarithm
+        of the probability that it stays; None if the method reads none.
+      keys: attention keys of the tokens, averaged over the heads (B, N, D); only "tome" reads them.
       size: number of patches of the image that each token stands for (B, N).
     """
 
     x: jax.Array
     score: jax.Array | None
-    keys: jax.Array
+    keys: jax.Array | None
     size: jax.Array
 
 
@@ -90,7 +92,7 @@ def reduce_tokens(
         case _:
             rank = score
     chosen = top_indices(rank, num_kept)  # (B, K)
-    if reducer.method in SELECTIONS:
+    if reducer.method in (*SELECTIONS, DYNAMICVIT):
         home = _nearest(x, chosen) if restorable else None
         return Reduced(take(x, chosen), take(size, chosen), home)
     weights = score if reducer.method.startswith("weighted") else None

@@ -14,11 +14,12 @@ from tokenvit_jax.valid import Flag, Number, OneOf, Several, ZeroOr, whole
 CLUSTERINGS = ("kmeans", "weighted_kmeans", "kmedoids", "weighted_kmedoids")
 SELECTIONS = ("powerbert", "random", "importance")
 EVIT = "evit"
+DYNAMICVIT = "dynamicvit"
 MERGING = "tome"
 ACT = "act"
 CONVOLUTION = "convolution"
 SEARCH = "soft_extract"
-_KEEPING = (*CLUSTERINGS, *SELECTIONS, EVIT, MERGING, ACT)  # methods that read `keep`
+_KEEPING = (*CLUSTERINGS, *SELECTIONS, EVIT, DYNAMICVIT, MERGING, ACT)  # methods that read `keep`
 METHODS = (*_KEEPING, CONVOLUTION, SEARCH)
 INITIAL = ("score", "random")
 
@@ -34,9 +35,12 @@ class TokenReducer(Checked):
         "kmedoids" and, weighted by score, "weighted_kmeans" and "weighted_kmedoids". Selections:
         "powerbert" (the highest scores), "importance" (drawn in proportion to the scores) and
         "random" (drawn evenly). "evit": the patches with the K - 1 highest scores, and one token
-        fused from all others. "tome": means of patches with similar keys, found in pairs.
-        "act": all patches stay, but the queries of each head are clustered by their hashes, and K
-        prototypes attend in their place (ACT, Zheng et al. 2020); K is at least 1.
+        fused from all others. "dynamicvit": before the attention of each block that reduces the
+        patches, a learned predictor selects the K patches that stay; see `KeepPredictor`. A block
+        has one if its K, at least 1, is below the K of all blocks before it and below the number of
+        patches of images of ``position_size``. "tome": means of patches with similar keys, found in
+        pairs. "act": all patches stay, but the queries of each head are clustered by their hashes,
+        and K prototypes attend in their place (ACT, Zheng et al. 2020); K is at least 1.
         "convolution": a convolution of 2 x 2 patches in some ``blocks``. "soft_extract": all
         patches stay, scaled by a learned parameter of their rank.
         The score of a patch is the attention that it receives from all heads and queries, or with
@@ -49,10 +53,12 @@ class TokenReducer(Checked):
       neighbors: number of remaining tokens from which a patch of a map is reconstructed, if the
         method drops patches. 1: it is a copy of the token that was nearest when it was dropped.
         More: the weighted mean of the tokens that were nearest before the first reduction, as
-        after Expedite's clustering (Liang, W. et al. 2022, Eq. 4, and its supplement for EViT).
+        after Expedite's clustering (Liang, W. et al. 2022, Eq. 4). Training of "dynamicvit" always
+        copies.
       blocks: the blocks with a convolution, counted from 1.
-      penalty: weight of the loss of "soft_extract", which grows with the retained tokens: block l,
-        from 1, adds penalty * l * sum(retention of block l).
+      penalty: weight of a loss. "soft_extract": block l, from 1, adds penalty * l * sum(retention
+        of block l). "dynamicvit": every predictor adds penalty * (share of the patches that it
+        keeps - K / N)^2, averaged over the images; 2 / 3 in the paper, with three predictors.
       learning_rate_factor: factor on the learning rate of the retention parameters.
     """
 
@@ -84,8 +90,8 @@ class TokenReducer(Checked):
         check_unused(self.prefix, self, f"method={self.method!r}", self._unused())
         if reads_keep({"method": self.method}) and len(self.keep) != depth:
             self._refuse("keep", f"{depth} numbers from 0, one for every block")
-        if self.method == ACT and 0 in self.keep:
-            self._refuse("keep", f"with method='act', {depth} numbers from 1")
+        if self.method in (ACT, DYNAMICVIT) and 0 in self.keep:
+            self._refuse("keep", f"with method={self.method!r}, {depth} numbers from 1")
         if self.method == CONVOLUTION:
             blocks = set(self.blocks)
             if not blocks or max(blocks) > depth or len(blocks) < len(self.blocks):
@@ -95,10 +101,11 @@ class TokenReducer(Checked):
         """Returns the settings that the method does not read."""
         names = () if self.method in CLUSTERINGS else ("initial",)
         names += () if self.method == CONVOLUTION else ("blocks",)
-        names += () if self.method == SEARCH else ("penalty", "learning_rate_factor")
+        names += () if self.method in (SEARCH, DYNAMICVIT) else ("penalty",)
+        names += () if self.method == SEARCH else ("learning_rate_factor",)
         names += () if reads_keep({"method": self.method}) else ("keep",)
         names += () if self.drops else ("neighbors",)
-        names += ("carry",) if self.method in (ACT, CONVOLUTION, SEARCH) else ()
+        names += ("carry",) if self.method in (ACT, CONVOLUTION, DYNAMICVIT, SEARCH) else ()
         return names if self.scored_by == "all" else (*names, "diagonal")
 
     def _refuse(self, name, valid):
@@ -111,6 +118,17 @@ class TokenReducer(Checked):
             return self.halves(block)
         return self.method == SEARCH or self.keep[block] < num_patches
 
+    def predicts(self, block: int, num_patches: int) -> bool:
+        """Returns whether a block, counted from 0, predicts which patches stay.
+
+        Args:
+          block: the block.
+          num_patches: number of patches of images of position_size.
+        """
+        if self.method != DYNAMICVIT:
+            return False
+        return self.keep[block] < min((num_patches, *self.keep[:block]))
+
     def check_map(self) -> None:
         """Raises UserError where a patch may have no token that stands for it."""
         if self.method == CONVOLUTION:
@@ -121,13 +139,13 @@ class TokenReducer(Checked):
     @property
     def drops(self) -> bool:
         """Whether patches are dropped, so that a map needs tokens to stand for them."""
-        return self.method in (*SELECTIONS, EVIT)
+        return self.method in (*SELECTIONS, EVIT, DYNAMICVIT)
 
     @property
     def scored_by(self) -> str | None:
         """Queries whose attention gives the scores: "all" or "class"; None: no scores."""
         by_chance = ("random",) if self.initial == "score" else ("random", "kmeans", "kmedoids")
-        if self.method in (MERGING, ACT, CONVOLUTION, *by_chance):
+        if self.method in (MERGING, ACT, CONVOLUTION, DYNAMICVIT, *by_chance):
             return None
         return "class" if self.method == EVIT else "all"
 
@@ -136,8 +154,9 @@ class TokenReducer(Checked):
         return block + 1 in self.blocks
 
     def penalty_of(self, block: int) -> np.float32 | None:
-        """Returns the weight of a block's retention in the loss, in float32; None: no penalty."""
-        return np.float32(self.penalty) * np.float32(block + 1) if self.penalty else None
+        """Returns the weight of a block's own loss, in float32; None: it has none."""
+        factor = block + 1 if self.method == SEARCH else 1
+        return np.float32(self.penalty) * np.float32(factor) if self.penalty else None
 
 
 def reads_keep(settings: Mapping[str, Any]) -> bool:
@@ -185,4 +204,26 @@ def evit_keep(
         if block in blocks:
             num_patches = min(math.ceil(rate * num_patches) + 1, num_patches)
         keep.append(num_patches)
+    return tuple(keep)
+
+
+def dynamicvit_keep(
+    num_patches: int, depth: int, rate: float, blocks: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Returns K of every block when DynamicViT keeps a share of the patches in some blocks.
+
+    Args:
+      num_patches: N, number of patches of the image.
+      depth: number of blocks.
+      rate: fraction in (0, 1]; the i-th of the blocks keeps rate^i of all patches, rounded down,
+        but at least 1.
+      blocks: the blocks with a predictor, counted from 1; in the paper 4, 7 and 10 of 12.
+
+    References:
+      Rao et al. 2021, Section 4.1, and its code (raoyongming/DynamicViT).
+    """
+    keep, passed = [], 0
+    for block in range(1, depth + 1):
+        passed += block in blocks
+        keep.append(max(1, math.floor(rate**passed * num_patches)))
     return tuple(keep)
