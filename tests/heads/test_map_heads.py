@@ -10,12 +10,14 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tokenvit_jax.heads import FcnHead, SemanticFpn, UperNet
 from tokenvit_jax.heads.upernet import POOL_SIDES
+from tokenvit_jax.layers import ChannelDropout, ConvModule
 from tokenvit_jax.ops import resize_bilinear
 from tokenvit_jax.tasks.segmentation.losses import pixel_cross_entropy
 
@@ -88,3 +90,56 @@ def test_a_head_equals_mmsegmentation(name, head, weight):
     near(weight * loss, arrays["loss/loss_ce"])
     for path, expected in flatten_dict(after).items():  # the running variance is unbiased
         near(flatten_dict(state)[path], expected, atol=1e-6)
+
+
+def naive_conv_module(x, kernel, scale, bias, mean, var):
+    """Computes convolution, BatchNorm with given statistics, and ReLU in float64."""
+    side = len(kernel)
+    x = np.pad(x, ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+    height, width = x.shape[1] - side + 1, x.shape[2] - side + 1
+    y = np.zeros((len(x), height, width, kernel.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            patch = x[:, i : i + side, j : j + side]
+            y[:, i, j] = np.einsum("bijc,ijcd->bd", patch, kernel)
+    mean, var = (y.mean((0, 1, 2)), y.var((0, 1, 2))) if mean is None else (mean, var)
+    return np.maximum((y - mean) / np.sqrt(var + 1e-5) * scale + bias, 0), y
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_convolution_with_batch_norm_equals_its_equations(side):
+    draw = np.random.default_rng(side).normal
+    x, kernel = draw(size=(2, 4, 3, 5)), draw(size=(side, side, 5, 6))
+    scale, bias, mean = draw(size=(3, 6))
+    var = draw(size=6) ** 2
+    module = ConvModule(6, side)
+    variables = {
+        "params": {"conv": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias}},
+        "batch_stats": {"norm": {"mean": mean, "var": var}},
+    }
+    variables, x32 = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (variables, x))
+    found = module.apply(variables, x32, train=False)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    near(found, naive_conv_module(x, kernel, scale, bias, mean, var)[0])
+    found, state = module.apply(variables, x32, train=True, mutable="batch_stats")
+    expected, y = naive_conv_module(x, kernel, scale, bias, None, None)
+    near(found, expected)
+    running = state["batch_stats"]["norm"]
+    near(running["mean"], 0.9 * mean + 0.1 * y.mean((0, 1, 2)))
+    near(running["var"], 0.9 * var + 0.1 * y.var((0, 1, 2), ddof=1))  # as PyTorch
+
+
+def test_one_value_per_channel_has_a_finite_running_variance():
+    x, module = jnp.ones((1, 1, 1, 2)), ConvModule(3, 1)
+    variables = module.init(jax.random.key(0), x, train=False)
+    state = module.apply(variables, x, train=True, mutable="batch_stats")[1]
+    np.testing.assert_allclose(state["batch_stats"]["norm"]["var"], 0.9)
+
+
+def test_channel_dropout_drops_channels_of_images():
+    x = jnp.ones((50, 3, 2, 40))
+    y = ChannelDropout(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], x.shape))
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    assert abs(np.mean(y == 0) - 0.25) < 0.05
+    np.testing.assert_array_equal(ChannelDropout(0.25).apply({}, x, train=False), x)
