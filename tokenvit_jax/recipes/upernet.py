@@ -115,10 +115,10 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     config.batch_size = 16
     config.data.eval_batch_size = 20
 
-    config.num_steps = 1000
+    config.num_steps = 400
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
-    config.log_every_steps = 50
-    config.eval_every_steps = 500
-    config.checkpoint_every_steps = 500
+    config.optimizer.warmup_steps = 50
+    config.log_every_steps = 25
+    config.eval_every_steps = 200
+    config.checkpoint_every_steps = 200
     return config
