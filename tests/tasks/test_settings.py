@@ -214,6 +214,7 @@ WITHOUT_EFFECT = {
     "optimizer.b2": (0.95, None),
     "optimizer.power": (0.9, {"optimizer.schedule": "polynomial"}),
     "optimizer.warmup_learning_rate": (1e-5, {"optimizer.warmup_steps": 10}),
+    "auxiliary_weight": (0.2, {"head": "upernet"}),
     "augment.crop_ratio": ((0.5, 2.0), {"augment.crop_scale": (0.5, 1.0)}),
     "augment.randaugment.magnitude": (5.0, {"augment.randaugment.num_ops": 2}),
     "augment.randaugment.magnitude_std": (1.0, {"augment.randaugment.num_ops": 2}),

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
@@ -15,33 +14,12 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.metrics.confusion import confusion_matrix
 from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.tasks.segmentation.losses import pixel_losses
 from tokenvit_jax.tasks.segmentation.settings import windows
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
 
 # Number of rows of a label map to predict at once: logits for all rows would not fit into memory.
 CHUNK = 64
-
-
-def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the loss () of a batch in nats, float32.
-
-    The sum over the pixels that count is divided by the number of all pixels, as in mmsegmentation.
-    Thus the loss is the mean of the losses of the parts of a batch.
-
-    Args:
-      logits: (B, H, W, K).
-      labels: (B, H, W) integers; IGNORED ones do not count.
-    """
-    return jnp.mean(_pixel_losses(logits, labels))
-
-
-def _pixel_losses(logits, labels):
-    """Returns the loss of every pixel; 0 where the label is ignored."""
-    counts = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counts, labels, 0).astype(jnp.int32)
-    )
-    return jnp.where(counts, losses, 0.0)
 
 
 def predict_logits(
@@ -169,7 +147,7 @@ def compare_views(
         found = resized_logits(views, label_size, rows, width)
         sums = {
             "confusion": confusion_matrix(jnp.argmax(found, -1), wanted, num_classes, IGNORED),
-            "loss": _pixel_losses(found, wanted).sum(),
+            "loss": pixel_losses(found, wanted).sum(),
         }
         return jax.tree.map(jnp.add, carry, sums)
 

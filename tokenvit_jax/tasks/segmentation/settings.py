@@ -23,8 +23,15 @@ _ZEROS = OneOf(((0, 0),))
 _LENGTH = whole(0, MAX_IMAGE_SIZE)
 
 ENTRIES: dict[str, Entry] = {
-    "head": Entry("mask_transformer", "head on the tokens", OneOf(("mask_transformer", "linear"))),
+    "head": Entry(
+        "mask_transformer",
+        "head on the tokens; upernet and semantic_fpn: on the maps of a hierarchical backbone",
+        OneOf(("mask_transformer", "linear", "upernet", "semantic_fpn")),
+    ),
     "head_overrides": Entry({}, "settings of the head", Group()),
+    "auxiliary_weight": Entry(
+        0.4, "weight of the auxiliary head's loss; 0: there is none", Number(0, 100)
+    ),
     # Evaluation resizes images, shrinks them further if they do not fit the buffer, and compares
     # the predictions with the label maps at their own size.
     "data.eval_short_side": Entry(
@@ -185,6 +192,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 NEEDS: tuple[Need, ...] = (
+    Need(("auxiliary_weight",), "config.head=upernet", lambda config: config.head == "upernet"),
     Need(
         ("inference.stride",),
         "windows below config.data.eval_size",

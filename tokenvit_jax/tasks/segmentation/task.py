@@ -26,11 +26,11 @@ from tokenvit_jax.tasks.segmentation.inference import (
     compare_views,
     compare_with_labels,
     largest_labels,
-    pixel_cross_entropy,
     predict_logits,
     predict_views,
 )
-from tokenvit_jax.tasks.segmentation.model import head_class, make_segmenter
+from tokenvit_jax.tasks.segmentation.losses import pixel_cross_entropy
+from tokenvit_jax.tasks.segmentation.model import check_head, head_class, make_segmenter
 from tokenvit_jax.tasks.segmentation.settings import (
     ENTRIES,
     NEEDS,
@@ -76,6 +76,7 @@ class Segmentation(Task):
         return Task.overridable(config) | {"head_overrides": head_class(config.head)}
 
     def check(self) -> None:
+        check_head(self.config)
         windows(self.config, eval_size(self.config))
         check_scales(self.config)
 
@@ -101,8 +102,17 @@ class Segmentation(Task):
     def loss(
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
-        logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
-        return pixel_cross_entropy(logits, inputs["label"]), Aux(model_state, {})
+        images, labels = inputs["image"], inputs["label"]
+        logits, model_state = apply_in_training(
+            model, params, model_state, images, rngs, method="coarse_logits"
+        )
+        to_pixels = functools.partial(model.to_pixels, size=images.shape[1:3])
+        loss = pixel_cross_entropy(logits.main, labels, to_pixels)
+        if logits.auxiliary is None:
+            return loss, Aux(model_state, {})
+        auxiliary = pixel_cross_entropy(logits.auxiliary, labels, to_pixels)
+        metrics = {"loss/main": loss, "loss/auxiliary": auxiliary}
+        return loss + self.config.auxiliary_weight * auxiliary, Aux(model_state, metrics)
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         def labels():  # records that fill up a batch are ignored like pixels outside an image
