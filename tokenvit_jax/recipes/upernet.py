@@ -76,10 +76,9 @@ def ade20k_config(model: str, model_overrides: Mapping[str, Any], steps: int) ->
     config.augment.photometric = True
     config.data.eval_batch_size = 8
     config.data.eval_short_side = 512
-    # Nearly all images fit without being shrunk.
-    config.data.eval_size = (1024, 1024)
+    config.data.eval_size = (2048, 2048)  # the longer side of larger images is shrunk to 2048
     config.data.label_size = (2100, 2100)
-    config.inference.stride = 341
+    config.inference.window = "whole"
 
     config.num_steps = steps
     config.optimizer.name = "adamw"
