@@ -20,20 +20,22 @@ import jax.numpy as jnp
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.heads import LinearDecoder, MaskTransformer
 from tokenvit_jax.models import model_settings
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import METHODS, TokenReducer
+from tokenvit_jax.tasks.segmentation.model import HEADS
 
 SECONDS = 60  # a trial that takes longer hangs
 BATCH, SIDE = 2, 64  # images
-HEADS = {"mask_transformer": MaskTransformer, "linear": LinearDecoder}
 OWNERS = (*tv.list_models(), *HEADS)
 PARTS = {"token_reducer": TokenReducer, "expedite": Expedite}
 
 # Small models are traced in seconds.
 PLAIN = {"dim": 16, "depth": 2, "num_heads": 2, "patch_size": 16, "position_size": (64, 64)}
 PYRAMID = {"dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 1, 1)}
+SMALL_HEADS = {
+    "mask_transformer": {"head_dim": 8}, "upernet": {"channels": 8}, "semantic_fpn": {"channels": 8}
+}  # fmt: skip
 SMALL_PARTS = {
     "token_reducer": {"keep": (8, 4), "method": "powerbert"},
     "expedite": {"alpha": 1, "beta": 1, "clusters": (2, 2)},
@@ -103,6 +105,7 @@ PLAUSIBLE = {
     "where": ["blocks", "logits"],
     "window": [1, 3, 4], "iterations": [0, 1, 9], "temperature": ["auto", 0.5, 50, 1e-6],
     "batch_norm": ["global", "local", 1, 4], "neighbors": [1, 20, 999], "normalize": ["sum", "l2"],
+    "channels": [1, 12, 256], "neck_channels": [1, 7], "auxiliary_channels": [1, 256],
 }  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _draw(rng, owner, name, settings):
 def small_settings(owner: str) -> dict[str, Any]:
     """Returns the settings of a small model or head."""
     if owner in HEADS:
-        return {"num_classes": 3} | ({"head_dim": 8} if owner == "mask_transformer" else {})
+        return {"num_classes": 3, **SMALL_HEADS.get(owner, {})}
     plain = hasattr(model_settings(owner), "dim")
     return {"num_classes": 3} | (PLAIN if plain else PYRAMID)
 
@@ -231,8 +234,11 @@ def message_fault(message: str, drawn: list[str]) -> str:
 
 def shapes_fault(trial: Trial, model: Any) -> str:
     """Returns what is wrong with the outputs of a model; "": nothing."""
-    is_head = trial.owner in HEADS
-    shape = (BATCH, 9, 16) if is_head else (BATCH, SIDE, SIDE, 3)
+    x, size = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.float32), ()
+    if trial.owner in HEADS:
+        sizes = [(8, 8), (4, 4), (2, 2), (1, 1)] if model.reads == "maps" else [(9,)]
+        maps = [jax.ShapeDtypeStruct((BATCH, *size, 16), jnp.float32) for size in sizes]
+        x, size = maps if model.reads == "maps" else maps[0], sizes[0]
     rngs = {name: jax.random.key(0) for name in ("params", "dropout", "routing")}
 
     def run(x):
@@ -241,8 +247,8 @@ def shapes_fault(trial: Trial, model: Any) -> str:
         found, _ = model.apply(variables, x, train=True, rngs=rngs, mutable=True)
         return found, model.apply(variables, x, train=False)
 
-    for found in jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32)):
+    for found in jax.eval_shape(run, x):
         classes = trial.settings["num_classes"] or found.shape[-1]  # 0: the pooled features
-        if found.shape != (*shape[: 2 if is_head else 1], classes) or found.dtype != jnp.float32:
+        if found.shape != (BATCH, *size, classes) or found.dtype != jnp.float32:
             return f"the output is {found}"
     return ""

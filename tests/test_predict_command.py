@@ -209,6 +209,37 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     assert row["pictures"]["labels"] == "out/a_labels.png"
 
 
+def test_entries_of_the_run_can_be_changed(monkeypatch, capsys, tmp_path, images):
+    """Whole images, mirrored, too; without superpixels, which need a program of their own."""
+    config = scenes_config()
+    config.model_overrides.expedite = None
+    write_run(tmp_path, config, initial_state(config))
+    args = {"workdir": tmp_path, "images": images[0], "out": tmp_path / "out"}
+    views = {"config.inference.window": "whole", "config.inference.flip": True}
+    status, printed, err = run(monkeypatch, capsys, **args, **views)
+    assert (status, err) == (0, "")
+    with Image.open(tmp_path / "out" / "a_labels.png") as labels:
+        assert labels.size == (50, 40)
+        labels = np.asarray(labels)
+    config.inference.update({"window": "whole", "flip": True})
+    expected = load_run(tmp_path, config=config).predict(images[0])[0]["labels"]
+    np.testing.assert_array_equal(labels, expected)
+    for key, value, status, message in (
+        (
+            "scales",
+            "(0.5,)",
+            1,
+            "error: config.inference.scales=(0.5,) is not valid: at 0.5, ",
+        ),
+        ("scales", "(-1,)", 1, "error: config.inference.scales=(-1,) is not valid; valid: one or"),
+        ("scale", "(2,)", 2, "config.inference.scale: no such entry"),
+        ("scales", "2", 2, "--config.inference.scales=2 is not valid; valid: one or more values"),
+    ):
+        found, printed, err = run(monkeypatch, capsys, **args, **{f"config.inference.{key}": value})
+        assert (found, printed, len(err.splitlines())) == (status, "", 1)
+        assert message in err
+
+
 def test_classes_without_names():
     names = make_task(tiny_config(), num_classes=1000).class_names()
     assert list(names) == [f"class {label}" for label in range(1000)]

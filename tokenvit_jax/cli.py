@@ -126,16 +126,41 @@ def _outputs(flag_values: flags.FlagValues) -> str:
     return " ".join(f"--{name}={flag_values[name].value}" for name in given)
 
 
-def config_flags() -> flags.FlagValues:
-    """Returns the flag --config=FILE.py[:ARGUMENT] with its overrides --config.key=value."""
+def config_flags(of_run: bool = False) -> flags.FlagValues:
+    """Returns the flag --config=FILE.py[:ARGUMENT] with its overrides --config.key=value.
+
+    Args:
+      of_run: whether the overrides may stand without --config; see :func:`run_config`.
+    """
     from tokenvit_jax import config_flag  # not every command has a config
 
-    return config_flag.ConfigFlags()
+    return config_flag.ConfigFlags(of_run)
 
 
 def read_config(flag_values: flags.FlagValues) -> "ConfigDict":
     """Returns the locked `ConfigDict` of the flag --config."""
     return flag_values["config"].value
+
+
+def run_config(flag_values: flags.FlagValues, own: "Callable[[], ConfigDict]") -> "ConfigDict":
+    """Returns the configuration for a run: that of the flag --config, or the run's own.
+
+    The overrides have changed it.
+
+    Args:
+      flag_values: parsed result of ``config_flags(of_run=True)``, perhaps with further flags.
+      own: function that reads the run's own configuration.
+
+    Raises:
+      UsageError: an override is wrong.
+    """
+    if flag_values["config"].value is not None:
+        return read_config(flag_values)
+    config = own()
+    try:
+        return flag_values.changed(config)
+    except UserError as error:
+        raise UsageError(str(error)) from error
 
 
 def define_number(

@@ -40,10 +40,15 @@ class ConfigFlags(flags.FlagValues):
     """The flags of a command that takes a configuration, with --config and its overrides.
 
     Overrides may stand anywhere on the command line.
+
+    Args:
+      of_run: whether the command also takes a run, whose configuration the overrides change if
+        there is no --config; see :meth:`changed`.
     """
 
-    def __init__(self):
+    def __init__(self, of_run: bool = False):
         super().__init__()
+        vars(self).update(_of_run=of_run, _overrides=[])  # attributes that are set are flags
         flags.DEFINE_string(
             "config",
             None,
@@ -73,11 +78,20 @@ class ConfigFlags(flags.FlagValues):
         if len(set(files)) > 1:
             raise UserError(f"{' '.join(files)} contradict each other; valid: one --config")
         rest = super().__call__(others, known_only)
+        vars(self).update(_overrides=overrides)
         if flag.value is not None:
             flag.value = _override(_load(flag.value), overrides)
-        elif overrides:
+        elif overrides and not self._of_run:
             raise UserError(f"{overrides[0].flag} needs --config=FILE.py or --config=NAME")
         return rest
+
+    def changed(self, config: ConfigDict) -> ConfigDict:
+        """Changes the configuration of a run by the overrides of the command line, and returns it.
+
+        Raises:
+          UserError: an override is wrong.
+        """
+        return _override(config, self._overrides)
 
 
 def config_files() -> dict[str, Path]:

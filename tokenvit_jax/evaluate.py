@@ -1,9 +1,14 @@
 """Evaluates a checkpoint: python -m tokenvit_jax.evaluate --workdir=DIRECTORY.
 
 Prints the metrics as one line of JSON; --per_class adds the metrics of every class by name. The
-configuration is the run's own, or another one with --config=CONFIG.py; --dataset and --data_dir
-name other images with the same classes. --checkpoint is last, best (highest score of the task) or a
-step.
+configuration is the run's own, or another one with --config=CONFIG.py; --config.key=value changes
+an entry of it. --dataset and --data_dir name other images with the same classes. --checkpoint is
+last, best (highest score of the task) or a step.
+
+    python -m tokenvit_jax.evaluate --workdir=RUN --config.inference.window=whole \\
+        --config.inference.scales="(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)" --config.inference.flip
+
+evaluates a segmentation model on whole images, at six sizes and mirrored.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
@@ -22,7 +27,7 @@ from absl import flags
 from tokenvit_jax import cli
 from tokenvit_jax.expediting import insertions
 
-FLAGS = cli.config_flags()
+FLAGS = cli.config_flags(of_run=True)
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 flags.DEFINE_string(
@@ -48,12 +53,9 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.workdir import for_inference, read_config
 
     workdir, checkpoint = Path(flag_values.workdir), flag_values.checkpoint
-    if flag_values["config"].value is None:
-        config = for_inference(read_config(workdir), flag_values.data_dir)
-    else:
-        config = cli.read_config(flag_values)
-        if flag_values.data_dir is not None:
-            config.data.data_dir = flag_values.data_dir
+    config = cli.run_config(flag_values, lambda: for_inference(read_config(workdir)))
+    if flag_values.data_dir is not None:
+        config.data.data_dir = flag_values.data_dir
     if flag_values.dataset is not None:
         config = with_dataset(config, flag_values.dataset)
     check_reads_files(config, flag_values.data_dir)

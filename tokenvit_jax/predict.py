@@ -16,7 +16,8 @@ same size (a PNG whose pixels are the labels). If a model clusters patches by `e
 borders of the superpixels are drawn; an image that is predicted in several windows shows the
 superpixels of the middle window. --attention also draws where a ViT or DeiT attends: the heads of
 its last block, and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best (highest
-score of the task) or a step.
+score of the task) or a step. --config.key=value changes an entry of the run's configuration, such
+as --config.inference.flip; --config=CONFIG.py replaces it.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.output import check_folder
 
-FLAGS = flags.FlagValues()
+FLAGS = cli.config_flags(of_run=True)
 flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=FLAGS)
 cli.define_images(FLAGS, "images to predict")
 flags.DEFINE_string("out", None, "folder that receives the pictures", flag_values=FLAGS)
@@ -41,13 +42,15 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the pictures and the table, and prints one line per image."""
     from tokenvit_jax.progress import note, progress
+    from tokenvit_jax.tasks import check_values
     from tokenvit_jax.training.prediction import Table, predict_files
     from tokenvit_jax.training.run import load_run
     from tokenvit_jax.training.workdir import read_config
 
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_folder(out, "--out")
-    config = read_config(workdir)
+    config = cli.run_config(flag_values, lambda: read_config(workdir))
+    check_values(config)
     files = cli.image_files(flag_values.images)  # first: a mistake in a name costs no time
     table = Table(_results_path(flag_values.results, out), files)
     run = load_run(workdir, flag_values.checkpoint, config=config)

@@ -160,21 +160,24 @@ class Several(NamedTuple):
       rule: rule for every value.
       length: number of values; None: any.
       ascending: whether no value may be below the one before it.
+      empty: whether no value at all is valid, if any number of values is.
     """
 
     rule: Rule
     length: int | None = None
     ascending: bool = False
+    empty: bool = True
 
     def accepts(self, value: Any) -> bool:
         if not isinstance(value, tuple | list) or self.length not in (None, len(value)):
             return False
-        if not all(map(self.rule.accepts, value)):
+        if not all(map(self.rule.accepts, value)) or not (value or self.empty):
             return False
         return not self.ascending or list(value) == sorted(value)
 
     def __str__(self) -> str:
-        length = "" if self.length is None else f"{self.length} "
+        some = "" if self.empty else "one or more "
+        length = some if self.length is None else f"{self.length} "
         return f"{length}{'ascending ' if self.ascending else ''}values, each: {self.rule}"
 
 

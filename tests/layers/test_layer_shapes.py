@@ -44,7 +44,9 @@ MODULES = {
     "blocks.Mlp": (layers.Mlp(2), (TOKENS,), {}),
     "blocks.PatchEmbedding": (layers.PatchEmbedding(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "cluster_attention.ClusterAttention": (layers.ClusterAttention(2, (4, 2)), (MAP, True), {}),
+    "conv.Conv": (layers.Conv(5, 3), (MAP,), {}),
     "conv.Conv3x3": (layers.Conv3x3(5, 2), (floats(2, 6, 5, 3),), {}),
+    "conv.ConvModule": (layers.ConvModule(5, 1), (MAP, True), {}),
     "conv.FoldedBatchNorm": (
         layers.conv.FoldedBatchNorm(), (floats(2, 8), 8, 3),
         {"use_running_average": False},
@@ -65,6 +67,7 @@ MODULES = {
         layers.Attention(2, "learned", 0.02, jnp.float32), (TOKENS,),
         {"scored_by": "all", "size": floats(2, 30)},
     ),
+    "stochastic.ChannelDropout": (layers.ChannelDropout(0.5), (MAP, True), {}),
     "stochastic.DropPath": (layers.DropPath(0.5), (MAP, True), {}),
     "stochastic.Dropout": (layers.Dropout(0.5), (TOKENS, True), {}),
     "strided_attention.StridedAttention": (layers.StridedAttention(2, 4), (MAP, True), {}),

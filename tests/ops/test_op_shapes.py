@@ -66,6 +66,7 @@ SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
+    "adaptive_pooling.adaptive_average_pool": [((floats(2, 6, 4, 5), 3), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
@@ -301,7 +302,14 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.linear_weights": [((4, 6), {})],
+    "resize.multiply_axis": [
+        ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
+        ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
+    ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
+    "resize.resize_bilinear": [((floats(2, 6, 4, 5), (3, 9)), {})],
+    "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "scored_attention.received_attention": [

@@ -17,8 +17,10 @@ from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.metrics.confusion import ConfusionMeter
 from tokenvit_jax.ops.resize import resize_rows
 from tokenvit_jax.tasks import Outcome, Segmentation, default_config
-from tokenvit_jax.tasks.segmentation.inference import pixel_cross_entropy, predict_logits
+from tokenvit_jax.tasks.segmentation.inference import predict_logits
+from tokenvit_jax.tasks.segmentation.losses import pixel_cross_entropy
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
+from tokenvit_jax.training.validate import check_task
 
 K = 3
 RNG = np.random.default_rng(0)
@@ -221,19 +223,37 @@ def test_windows_that_do_not_fit_are_named(name, value, message):
         predict_logits(None, changed, {}, jnp.zeros((1, 32, 48, 3)), None)
 
 
+@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
+def test_a_head_on_maps_refuses_a_plain_host(head):
+    wrong = config(head=head)
+    wrong.head_overrides = {}
+    message = (
+        f"config.head='{head}' is not valid: it reads the maps of a hierarchical backbone, and "
+        "config.model='vit_ti' is plain; valid: mask_transformer, linear"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_task(make_task(wrong))
+
+
 # ------------------------------------------------------------------------------------------------
 # Loss and metrics
 # ------------------------------------------------------------------------------------------------
 
 
-def test_ignored_pixels_do_not_count():
-    logits = RNG.normal(size=(1, 2, 2, K)).astype(np.float32)
-    labels = np.array([[[0, IGNORED], [2, IGNORED]]], np.uint8)
+def test_loss_of_pixels():
+    """The mean over all pixels; ignored ones and their gradients are 0."""
+    logits = RNG.normal(size=(2, 2, 2, K)).astype(np.float32)
+    labels = np.array([[[0, IGNORED], [2, IGNORED]], [[1, 1], [IGNORED, 0]]], np.uint8)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = -(np.log(p[0, 0, 0, 0]) + np.log(p[0, 1, 0, 2])) / 4
-    loss, grad = jax.value_and_grad(pixel_cross_entropy)(jnp.asarray(logits), labels)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert not grad[0, :, 1].any() and grad[0, :, 0].all()
+    counted = np.argwhere(labels != IGNORED)
+    expected = -sum(np.log(p[b, i, j, labels[b, i, j]]) for b, i, j in counted) / 8
+
+    def loss(logits):
+        return pixel_cross_entropy(logits, labels, lambda x: x)
+
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(logits))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert ((np.abs(grad) > 0) == (labels != IGNORED)[..., None]).all()
 
 
 class Echo:

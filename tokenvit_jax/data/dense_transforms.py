@@ -101,8 +101,28 @@ def fit_image(image: Image.Image, short_side: int, height: int, width: int) -> n
       uint8 (h, w, C) with h <= `height` and w <= `width`; the shorter side is `short_side`, or less
       if the image would not fit.
     """
-    scale = min(short_side / min(image.size), width / image.width, height / image.height)
-    return resize_pixels(image, scaled_size(*image.size, scale), _BILINEAR)
+    return resize_image(image, *fitted_size(*image.size, short_side, height, width))
+
+
+def fitted_size(
+    width: int, height: int, short_side: int, max_height: int, max_width: int
+) -> tuple[int, int]:
+    """Returns the width and height of an image after :func:`fit_image` [pixels].
+
+    Args:
+      width: width of the image [pixels].
+      height: its height [pixels].
+      short_side: desired shorter side [pixels].
+      max_height: largest height [pixels].
+      max_width: largest width [pixels].
+    """
+    scale = min(short_side / min(width, height), max_width / width, max_height / height)
+    return scaled_size(width, height, scale)
+
+
+def resize_image(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """Returns an image of another size, uint8 (height, width, C)."""
+    return resize_pixels(image, (width, height), _BILINEAR)
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:

@@ -1,5 +1,17 @@
 """Necks and heads for dense tasks; they read the tokens or the maps of a backbone."""
 
+from tokenvit_jax.heads.fcn import FcnHead
+from tokenvit_jax.heads.head import Head, MapHead
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
+from tokenvit_jax.heads.semantic_fpn import SemanticFpn
+from tokenvit_jax.heads.upernet import UperNet
 
-__all__ = ["LinearDecoder", "MaskTransformer"]
+__all__ = [
+    "FcnHead",
+    "Head",
+    "LinearDecoder",
+    "MapHead",
+    "MaskTransformer",
+    "SemanticFpn",
+    "UperNet",
+]

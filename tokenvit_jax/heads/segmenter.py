@@ -8,32 +8,14 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.heads.head import Head
 from tokenvit_jax.layers import AddLayerNorm, Attention, DropPath, LayerNorm, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
-from tokenvit_jax.models.settings import (
-    BLOCKS,
-    CHANNELS,
-    CLASSES,
-    COMPUTATION,
-    EXPANSION,
-    RATE,
-    Rules,
-    rules_of,
-)
-from tokenvit_jax.valid import check_all, whole
+from tokenvit_jax.models.settings import BLOCKS, CHANNELS, EXPANSION, RATE, Rules
+from tokenvit_jax.valid import whole
 
 EPSILON = 1e-5  # epsilon of LayerNorm, as in the published weights
 INIT_STD = 0.02
-
-
-class Head(nn.Module):
-    """A head whose attributes are checked when it is made, like the settings of a model."""
-
-    valid: ClassVar[Rules] = {"num_classes": whole(1, CLASSES), **COMPUTATION}
-
-    def __post_init__(self):
-        check_all("", vars(self), rules_of(type(self)))
-        super().__post_init__()
 
 
 class LinearDecoder(Head):

@@ -9,13 +9,13 @@ from tokenvit_jax.layers.blocks import (
     gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
-from tokenvit_jax.layers.conv import Conv3x3, batch_norm
+from tokenvit_jax.layers.conv import Conv, Conv3x3, ConvModule, batch_norm
 from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
-from tokenvit_jax.layers.stochastic import Dropout, DropPath
+from tokenvit_jax.layers.stochastic import ChannelDropout, Dropout, DropPath
 from tokenvit_jax.layers.strided_attention import StridedAttention
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 
@@ -25,9 +25,12 @@ __all__ = [
     "Attended",
     "Attention",
     "BatchNorm",
+    "ChannelDropout",
     "ClusterAttention",
     "ConditionalPositionEncoding",
+    "Conv",
     "Conv3x3",
+    "ConvModule",
     "CosineWindowAttention",
     "CrossWindowAttention",
     "DropPath",

@@ -43,6 +43,66 @@ class Conv3x3(nn.Module):
         )(x)
 
 
+class Conv(nn.Module):
+    """k x k convolution that keeps the size: (B, H, W, C) -> (B, H, W, dim).
+
+    The parameters are those of `nn.Conv`. A 1 x 1 convolution is a product of matrices.
+
+    Attributes:
+      dim: output channels.
+      kernel_size: k, odd.
+      use_bias: whether there is a bias.
+      init: initializer of the kernel.
+      dtype: type of the computation.
+    """
+
+    dim: int
+    kernel_size: int
+    use_bias: bool = True
+    init: Callable[..., Any] = conv_init
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W dim"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
+        kernel = self.param("kernel", self.init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.kernel_size == 1:
+            y = product(x, kernel[0, 0])
+        else:
+            layout = ("NHWC", "HWIO", "NHWC")
+            y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.dim,))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class ConvModule(nn.Module):
+    """Convolution, BatchNorm and ReLU: (B, H, W, C) -> (B, H, W, dim).
+
+    The running variance is PyTorch's: with one value per image, as in the smallest cells of
+    pyramid pooling, it differs from flax's by a factor B / (B - 1).
+
+    Attributes:
+      dim: output channels.
+      kernel_size: side of the kernel, odd.
+      dtype: type of the computation.
+      axis_name: devices that share statistics, see :class:`BatchNorm`.
+    """
+
+    dim: int
+    kernel_size: int
+    dtype: Any = jnp.float32
+    axis_name: SharedBy = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W dim"]:
+        conv = Conv(self.dim, self.kernel_size, use_bias=False, dtype=self.dtype, name="conv")
+        norm = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, unbiased=True, name="norm")
+        return nn.relu(norm(conv(x), use_running_average=not train))
+
+
 class Weights(nn.Module):
     """Kernel and bias of a layer that an operator computes together with its neighbours.
 

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
-from tokenvit_jax.ops.batch_norm import SharedBy
+from tokenvit_jax.ops.batch_norm import SharedBy, global_count
 
 
 class LayerNorm(nn.Module):
@@ -66,6 +66,8 @@ class BatchNorm(nn.Module):
       axis_name: mapped axis or axes whose devices share statistics, or groups of these devices,
         which then have running statistics of their own; None: one device.
       with_gelu: whether GELU(x) is normalized instead of x.
+      unbiased: whether the running variance is an average of n / (n - 1) times the variance of a
+        batch of n values, as in PyTorch, instead of the variance itself.
     """
 
     momentum: float = 0.9
@@ -73,6 +75,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
     axis_name: SharedBy = None
     with_gelu: bool = False
+    unbiased: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"], use_running_average: bool) -> Float[Array, "*B C"]:
@@ -94,6 +97,9 @@ class BatchNorm(nn.Module):
             with_gelu=self.with_gelu,
         )
         if not self.is_initializing():
+            if self.unbiased:
+                count = global_count(x, self.axis_name)
+                var = var * (count / max(count - 1, 1))
             for running, new in ((running_mean, mean), (running_var, var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * new
         return y

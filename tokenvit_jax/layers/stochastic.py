@@ -70,3 +70,14 @@ class DropPath(Dropout):
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0],) + (1,) * (len(shape) - 1)
+
+
+class ChannelDropout(Dropout):
+    """Drops whole channels of an image: x (B, ..., C), as `torch.nn.Dropout2d`.
+
+    References:
+      Tompson et al. 2015, "Efficient Object Localization Using Convolutional Networks".
+    """
+
+    def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], *(1,) * (len(shape) - 2), shape[-1])

@@ -149,6 +149,7 @@ class Pale(Pyramid):
 
     block_type = PaleBlock
     head_modules = ("classifier", "token_classifier", "head_norm")
+    map_norm_epsilon = 1e-6
 
     def setup(self):
         super().setup()

@@ -35,6 +35,7 @@ RATE = Number(0, 1, below=True)
 CLASSES = 10**7
 BLOCKS = 1000
 SIDE = whole(1, 2**15)  # of an image [pixels]
+BATCH_NORM = Either((OneOf(("global", "local")), whole(1, 2**20)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,16 +190,26 @@ class BatchNormSettings(BackboneSettings):
         averaged over the devices.
     """
 
-    valid: ClassVar[Rules] = {"batch_norm": Either((OneOf(("global", "local")), whole(1, 2**20)))}
+    valid: ClassVar[Rules] = {"batch_norm": BATCH_NORM}
 
     batch_norm: str | int = "global"
 
     @property
     def norm_axis(self) -> SharedBy:
         """Devices that share the statistics of BatchNorm."""
-        if self.axis_name is None or self.batch_norm == "global":
-            return self.axis_name
-        return DeviceGroups(self.axis_name, 1 if self.batch_norm == "local" else self.batch_norm)
+        return norm_axis(self.batch_norm, self.axis_name)
+
+
+def norm_axis(batch_norm: str | int, axis_name: str | tuple[str, ...] | None) -> SharedBy:
+    """Returns the devices that share the statistics of BatchNorm.
+
+    Args:
+      batch_norm: as in :class:`BatchNormSettings`.
+      axis_name: mapped axis or axes that the batch is split over; None: one device.
+    """
+    if axis_name is None or batch_norm == "global":
+        return axis_name
+    return DeviceGroups(axis_name, 1 if batch_norm == "local" else batch_norm)
 
 
 def make_part(cls: type, name: str, settings: Mapping[str, Any]) -> Any:

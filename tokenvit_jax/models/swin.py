@@ -293,6 +293,7 @@ class Swin(Pyramid):
 
     block_type = SwinBlock
     head_modules = ("classifier", "head_norm")
+    map_norm_epsilon = EPSILON
     norm_after_merging: ClassVar[bool] = False
 
     def setup(self):

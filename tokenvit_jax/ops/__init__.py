@@ -1,5 +1,6 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
+from tokenvit_jax.ops.adaptive_pooling import adaptive_average_pool
 from tokenvit_jax.ops.attention import (
     ScoredAttention,
     attention_weights,
@@ -42,6 +43,7 @@ from tokenvit_jax.ops.linear import linear_product
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
+from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
 from tokenvit_jax.ops.rollout import attention_rollout
 from tokenvit_jax.ops.superpixels import cluster_superpixels
 from tokenvit_jax.ops.token_merging import bipartite_matching
@@ -58,6 +60,7 @@ __all__ = [
     "Means",
     "Medoids",
     "ScoredAttention",
+    "adaptive_average_pool",
     "add_layer_norm",
     "affine_gradient",
     "affine_of",
@@ -90,6 +93,8 @@ __all__ = [
     "query_prototypes",
     "reconstruct_tokens",
     "relative_position_bias",
+    "resize_bilinear",
+    "resize_nearest",
     "scored_attention",
     "update_centroids",
     "used_clusters",

@@ -1,13 +1,91 @@
-"""Resizes images: inside a padded buffer, whose image's size is known only at run time, or bicubic.
+"""Resizes maps and images, as PyTorch does.
 
-`jax.image.resize` covers the other cases.
+`count_macs` leaves the interpolation matrices of maps out: resizing counts as elementwise work.
 """
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
+
+
+@counted(lambda inputs, outputs: 0, static_argnames=("size",))
+def resize_bilinear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
+    """Resizes maps bilinearly, without antialiasing.
+
+    As in `torch.nn.functional.interpolate` with align_corners=False, row i of the result lies at
+    (i + 1/2) H / h - 1/2; beyond the outermost rows the values are constant.
+
+    Args:
+      x: (B, H, W, C).
+      size: height h and width w of the result.
+
+    Returns:
+      (B, h, w, C) in the type of x.
+    """
+    y = x
+    for axis, new in zip((1, 2), size, strict=True):
+        if y.shape[axis] != new:
+            y = multiply_axis(y, linear_weights(y.shape[axis], new), axis)
+    return y.astype(x.dtype)
+
+
+@counted(lambda inputs, outputs: 0, static_argnames=("size",))
+def resize_nearest(x: Shaped[Array, "B H W C"], size: tuple[int, int]) -> Shaped[Array, "B h w C"]:
+    """Resizes maps; row i of the result is row floor(i H / h).
+
+    As in `torch.nn.functional.interpolate` with mode="nearest". (`jax.image.resize` takes row
+    floor((i + 1/2) H / h).)
+
+    Args:
+      x: (B, H, W, C).
+      size: height h and width w of the result.
+
+    Returns:
+      (B, h, w, C) in the type of x.
+    """
+    for axis, new in zip((1, 2), size, strict=True):
+        old = x.shape[axis]
+        if new == old:
+            continue
+        if new % old == 0:
+            x = jnp.repeat(x, new // old, axis)
+        else:
+            x = jnp.take(x, np.arange(new) * old // new, axis)
+    return x
+
+
+def linear_weights(old: int, new: int) -> np.ndarray:
+    """Returns the weights (new, old) of linear interpolation along one axis.
+
+    Args:
+      old: number of values.
+      new: number of interpolated values.
+    """
+    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old)))
+
+
+def multiply_axis(
+    x: Float[Array, "B H W C"], weights: Float[np.ndarray, "n m"], axis: int
+) -> Float[Array, "B h w C"]:
+    """Multiplies a matrix and one axis of maps, with the precision of float32.
+
+    Args:
+      x: (B, H, W, C).
+      weights: (n, m); m is the length of the axis.
+      axis: 1 for the rows, 2 for the columns.
+
+    Returns:
+      Maps with n rows or columns, in float32 for narrower types.
+    """
+    dtype = softmax_dtype(x.dtype)
+    spec = {1: "nH,BHWC->BnWC", 2: "nW,BHWC->BHnC"}[axis]
+    matrix = jnp.asarray(weights, dtype)
+    return jnp.einsum(spec, matrix, x.astype(dtype), precision=lax.Precision.HIGHEST)
 
 
 def resize_rows(

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -197,6 +197,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         """Returns the outcome of an evaluation batch; records with "mask" 0 do not count."""
+
+    def grouped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Returns evaluation batches for :meth:`evaluate`, on the host.
+
+        Args:
+          batches: this process's batches, one shape for all; their records may come in any order.
+        """
+        return batches
 
     @abc.abstractmethod
     def meter(self) -> Meter:

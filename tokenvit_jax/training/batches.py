@@ -28,7 +28,7 @@ def check_train_batch(task: Task, devices: int | None = None) -> None:
     """Raises UserError unless a training batch, and groups for BatchNorm, fit the devices.
 
     Args:
-      task: task whose configuration has `batch_size`, `accumulate_steps` and `model_overrides`.
+      task: task whose configuration has `batch_size`, `accumulate_steps` and overrides.
       devices: number of devices; None: those that are available.
     """
     devices, config = devices or jax.device_count(), task.config
@@ -37,12 +37,13 @@ def check_train_batch(task: Task, devices: int | None = None) -> None:
             f"config.batch_size={config.batch_size} is not a multiple of {devices} devices x "
             f"{config.accumulate_steps} accumulate_steps"
         )
-    group = config.model_overrides.get("batch_norm", "global")
-    if isinstance(group, int) and group > 0 and devices % group:
-        raise UserError(
-            f"config.model_overrides.batch_norm={group} does not divide the number of devices, "
-            f"{devices}; valid: a divisor, global or local"
-        )
+    for name in {"model_overrides", "head_overrides"} & set(config):
+        group = config[name].get("batch_norm", "global")
+        if isinstance(group, int) and group > 0 and devices % group:
+            raise UserError(
+                f"config.{name}.batch_norm={group} does not divide the number of devices, "
+                f"{devices}; valid: a divisor, global or local"
+            )
     task.check_devices(devices)
 
 

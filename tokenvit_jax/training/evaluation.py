@@ -59,7 +59,8 @@ def evaluate_batches(
     meter, pending = task.meter(), deque()
     images, begin = 0, time.monotonic()
     with contextlib.closing(iter(batches)) as iterator:
-        for batch in progress(iterator, "evaluating", "batch", length_hint(batches)):
+        read = progress(iterator, "evaluating", "batch", length_hint(batches))
+        for batch in task.grouped(read):
             if stopped():
                 return None
             placed, called = parallel.put_batch(batch), time.monotonic()

@@ -134,13 +134,14 @@ def predict_files(
       UserError: at the end, if a file could not be read; or the model has no attention to draw, or
         a result cannot be written.
     """
+    predictor = run.predictor  # first: what is wrong with it is wrong with no file
     unread, names = [], picture_names(files)
     folder = _PictureFolder(out, files, names)
     with contextlib.closing(table):
         for file, name in zip(files, names, strict=True):
             try:
                 image = run.read(file)
-                prediction = run.predictor(image)
+                prediction = predictor(image)
             except UserError as error:
                 named = str(error) if str(file) in str(error) else f"{file}: {error}"
                 unread.append(named if len(unread) < _NUM_REPORTED else "")

@@ -1,12 +1,12 @@
 """Predicts images of any size and compares the predictions with label maps."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
@@ -14,33 +14,12 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.metrics.confusion import confusion_matrix
 from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.tasks.segmentation.losses import pixel_losses
 from tokenvit_jax.tasks.segmentation.settings import windows
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
 
 # Number of rows of a label map to predict at once: logits for all rows would not fit into memory.
 CHUNK = 64
-
-
-def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the loss () of a batch in nats, float32.
-
-    The sum over the pixels that count is divided by the number of all pixels, as in mmsegmentation.
-    Thus the loss is the mean of the losses of the parts of a batch.
-
-    Args:
-      logits: (B, H, W, K).
-      labels: (B, H, W) integers; IGNORED ones do not count.
-    """
-    return jnp.mean(_pixel_losses(logits, labels))
-
-
-def _pixel_losses(logits, labels):
-    """Returns the loss of every pixel; 0 where the label is ignored."""
-    counts = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counts, labels, 0).astype(jnp.int32)
-    )
-    return jnp.where(counts, losses, 0.0)
 
 
 def predict_logits(
@@ -66,6 +45,59 @@ def predict_logits(
     return sliding_logits(apply, images, sizes, window, stride)
 
 
+class View(NamedTuple):
+    """The logits for an image at one size.
+
+    Attributes:
+      logits: (H, W, K) float32.
+      size: (2,) int, height and width of the image in the map of logits.
+    """
+
+    logits: jax.Array
+    size: jax.Array
+
+
+def predict_views(
+    model: nn.Module,
+    config: ConfigDict,
+    variables: Any,
+    images: Sequence[jax.Array],
+    sizes: Sequence[jax.Array],
+) -> list[View]:
+    """Returns the logits for one image at several sizes, and for the mirrored image.
+
+    Args:
+      model: segmentation model.
+      config: provides `image_size` and `inference`.
+      variables: variables of the model.
+      images: the image at each of the scales, in a buffer (H, W, C), normalised.
+      sizes: (2,) int each, height and width of the image in its buffer.
+
+    Returns:
+      One view for each scale, and with `inference.flip` two: the image's, and that of the mirrored
+      image, mirrored back.
+
+    Raises:
+      UserError: the windows do not fit.
+    """
+    views = []
+    for image, size in zip(images, sizes, strict=True):
+        shown = [image, mirrored(image, size[1])] if config.inference.flip else [image]
+        logits = predict_logits(
+            model, config, variables, jnp.stack(shown), jnp.stack([size] * len(shown))
+        )
+        views.append(View(logits[0], size))
+        if config.inference.flip:
+            views.append(View(mirrored(logits[1], size[1]), size))
+    return views
+
+
+def mirrored(x: jax.Array, width: jax.Array) -> jax.Array:
+    """Returns a map (H, W, C) whose first ``width`` columns are in reverse order."""
+    columns = jnp.arange(x.shape[1])
+    return jnp.take(x, jnp.where(columns < width, width - 1 - columns, columns), 1)
+
+
 def compare_with_labels(
     logits: jax.Array,
     sizes: jax.Array,
@@ -84,14 +116,26 @@ def compare_with_labels(
       "confusion" (K, K) int32, see `metrics.confusion`; "loss" () float32, the sum over the pixels
       that count, in nats.
     """
-    compare = jax.vmap(functools.partial(_compare_rows, num_classes=logits.shape[-1]))
-    sums = compare(logits, labels, sizes, label_sizes)
+    compare = jax.vmap(lambda view, *label: compare_views([view], *label))
+    sums = compare(View(logits, sizes), labels, label_sizes)
     return jax.tree.map(lambda x: x.sum(0), sums)
 
 
-def _compare_rows(logits, labels, size, label_size, num_classes):
-    """Computes confusion and loss of one image, a chunk of rows at a time."""
+def compare_views(
+    views: Sequence[View], labels: jax.Array, label_size: jax.Array
+) -> dict[str, jax.Array]:
+    """Compares the prediction for one image with its label map, a chunk of rows at a time.
+
+    Args:
+      views: logits for the image.
+      labels: (h, w) integers; IGNORED ones do not count.
+      label_size: (2,) int, height and width of the label map in its buffer.
+
+    Returns:
+      As :func:`compare_with_labels`.
+    """
     height, width = labels.shape
+    num_classes = views[0].logits.shape[-1]
     chunk = min(CHUNK, height)
 
     def visit(number, carry):
@@ -100,10 +144,10 @@ def _compare_rows(logits, labels, size, label_size, num_classes):
         rows = start + jnp.arange(chunk)
         wanted = lax.dynamic_slice_in_dim(labels, start, chunk)
         wanted = jnp.where((rows >= number * chunk)[:, None], wanted, IGNORED)
-        found = resize_pixels(logits, size, label_size, rows, width)
+        found = resized_logits(views, label_size, rows, width)
         sums = {
             "confusion": confusion_matrix(jnp.argmax(found, -1), wanted, num_classes, IGNORED),
-            "loss": _pixel_losses(found, wanted).sum(),
+            "loss": pixel_losses(found, wanted).sum(),
         }
         return jax.tree.map(jnp.add, carry, sums)
 
@@ -112,6 +156,27 @@ def _compare_rows(logits, labels, size, label_size, num_classes):
         "loss": jnp.zeros(()),
     }
     return lax.fori_loop(0, -(-height // chunk), visit, zero)
+
+
+def resized_logits(
+    views: Sequence[View], new_size: jax.Array, rows: jax.Array, width: int
+) -> jax.Array:
+    """Returns rows of an image's logits at another resolution, (n, width, K).
+
+    The logits of a single view are resized. Several views are resized before the softmax; the mean
+    of their probabilities has the logits log(mean), as in mmsegmentation.
+
+    Args:
+      views: logits for the image.
+      new_size: (2,) int, height and width of the resized image.
+      rows: (n,) int, rows of the resized image to return.
+      width: number of columns to return; columns from ``new_size[1]`` on are meaningless.
+    """
+    resized = (resize_pixels(*view, new_size, rows, width) for view in views)
+    if len(views) == 1:
+        return next(resized)
+    mean = sum(map(jax.nn.softmax, resized)) / len(views)
+    return jnp.log(jnp.maximum(mean, jnp.finfo(mean.dtype).tiny))
 
 
 def resize_pixels(
@@ -131,12 +196,11 @@ def resize_pixels(
 
 
 @functools.partial(jax.jit, static_argnames="new_size")
-def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]) -> jax.Array:
+def largest_labels(views: Sequence[View], new_size: tuple[int, int]) -> jax.Array:
     """Returns the most probable class of every pixel of a resized image, uint8.
 
     Args:
-      logits: (H, W, K).
-      size: (2,) int, height and width of the image in the buffer.
+      views: logits for the image.
       new_size: height and width of the result.
     """
     height, width = new_size
@@ -144,7 +208,7 @@ def largest_labels(logits: jax.Array, size: jax.Array, new_size: tuple[int, int]
 
     def predict(start):  # a chunk of rows at a time: logits for all would not fit into memory
         rows = start + jnp.arange(chunk)
-        found = resize_pixels(logits, size, jnp.array(new_size), rows, width)
+        found = resized_logits(views, jnp.array(new_size), rows, width)
         return jnp.argmax(found, -1).astype(jnp.uint8)
 
     labels = lax.map(predict, jnp.arange(0, height, chunk))

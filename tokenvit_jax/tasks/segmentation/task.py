@@ -1,29 +1,44 @@
 """The task of semantic segmentation."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import IGNORED, Examples, to_array, with_channels
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.confusion import ConfusionMeter
-from tokenvit_jax.tasks.segmentation.examples import ImageBuffer, SegmentationExamples
+from tokenvit_jax.tasks.segmentation.examples import (
+    ImageViews,
+    SegmentationExamples,
+    image_key,
+    size_key,
+)
+from tokenvit_jax.tasks.segmentation.grouping import group_by_size
 from tokenvit_jax.tasks.segmentation.inference import (
     class_shares,
+    compare_views,
     compare_with_labels,
     largest_labels,
-    pixel_cross_entropy,
     predict_logits,
+    predict_views,
 )
-from tokenvit_jax.tasks.segmentation.model import head_class, make_segmenter
+from tokenvit_jax.tasks.segmentation.losses import pixel_cross_entropy
+from tokenvit_jax.tasks.segmentation.model import check_head, head_class, make_segmenter
 from tokenvit_jax.tasks.segmentation.settings import (
     ENTRIES,
     NEEDS,
+    WHOLE,
+    check_scales,
     eval_size,
+    is_whole,
+    one_view,
     window_size,
     windows,
 )
@@ -48,7 +63,8 @@ class Segmentation(Task):
 
     Training batches hold "image" (B, H, W, C) uint8 and "label" (B, H, W) uint8. Evaluation
     batches hold the image at the top left of a buffer (B, H, W, C) and its "image_size" (B, 2),
-    the label map in a buffer (B, h, w) and its "label_size" (B, 2).
+    the label map in a buffer (B, h, w) and its "label_size" (B, 2); for other scales than 1, see
+    :class:`SegmentationExamples`.
     """
 
     reads = frozenset({"image", "label_map"})
@@ -60,7 +76,18 @@ class Segmentation(Task):
         return Task.overridable(config) | {"head_overrides": head_class(config.head)}
 
     def check(self) -> None:
+        check_head(self.config)
         windows(self.config, eval_size(self.config))
+        check_scales(self.config)
+
+    def check_devices(self, devices: int) -> None:
+        del devices
+        if is_whole(self.config) and jax.process_count() > 1:
+            raise UserError(
+                f"config.inference.window={WHOLE} is not valid for training in "
+                f"{jax.process_count()} processes, whose images have different sizes; valid: the "
+                f"sides of a window; evaluate takes {WHOLE} after the training"
+            )
 
     def examples(self, *, train: bool) -> Examples:
         return SegmentationExamples(self.config, train=train)
@@ -75,15 +102,47 @@ class Segmentation(Task):
     def loss(
         self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
     ) -> tuple[jax.Array, Aux]:
-        logits, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
-        return pixel_cross_entropy(logits, inputs["label"]), Aux(model_state, {})
+        images, labels = inputs["image"], inputs["label"]
+        logits, model_state = apply_in_training(
+            model, params, model_state, images, rngs, method="coarse_logits"
+        )
+        to_pixels = functools.partial(model.to_pixels, size=images.shape[1:3])
+        loss = pixel_cross_entropy(logits.main, labels, to_pixels)
+        if logits.auxiliary is None:
+            return loss, Aux(model_state, {})
+        auxiliary = pixel_cross_entropy(logits.auxiliary, labels, to_pixels)
+        metrics = {"loss/main": loss, "loss/auxiliary": auxiliary}
+        return loss + self.config.auxiliary_weight * auxiliary, Aux(model_state, metrics)
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
-        images, sizes = self.normalize(batch["image"]), batch["image_size"]
-        logits = predict_logits(model, self.config, variables, images, sizes)
-        # Records that fill up a batch are ignored like pixels outside an image.
-        labels = jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
-        return Outcome(compare_with_labels(logits, sizes, labels, batch["label_size"]))
+        def labels():  # records that fill up a batch are ignored like pixels outside an image
+            return jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
+
+        if one_view(self.config):
+            images, sizes = self.normalize(batch["image"]), batch["image_size"]
+            logits = predict_logits(model, self.config, variables, images, sizes)
+            return Outcome(compare_with_labels(logits, sizes, labels(), batch["label_size"]))
+
+        def compare(record):
+            views, label, label_size = record
+            return compare_views(self._views(model, variables, views), label, label_size)
+
+        views = [(batch[image_key(s)], batch[size_key(s)]) for s in self.config.inference.scales]
+        # One image after another: the logits of all its views are large.
+        sums = lax.map(compare, (views, labels(), batch["label_size"]))
+        return Outcome(jax.tree.map(lambda x: x.sum(0), sums))
+
+    def grouped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        if not is_whole(self.config):
+            return batches
+        # Sizes at all scales follow from those at scale 1, and scales may lack 1.
+        scales = dict.fromkeys((1.0, *self.config.inference.scales))
+        return group_by_size(batches, [*map(image_key, scales)])
+
+    def _views(self, model, variables, views):
+        """Returns the views of one image from its (pixels, size) at each of the scales."""
+        images = [self.normalize(pixels[None])[0] for pixels, _ in views]
+        return predict_views(model, self.config, variables, images, [size for _, size in views])
 
     def meter(self) -> ConfusionMeter:
         return ConfusionMeter(self.info.num_classes)
@@ -102,11 +161,13 @@ class Segmentation(Task):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
-        names, buffer = self.class_names(), ImageBuffer(self.config)
+        self.check()
+        names, views_of = self.class_names(), ImageViews(self.config)
+        whole = is_whole(self.config)
 
         @jax.jit
-        def apply(variables, images, sizes):
-            return predict_logits(model, self.config, variables, self.normalize(images), sizes)[0]
+        def apply(variables, views):
+            return self._views(model, variables, views)
 
         @jax.jit
         def cluster(variables, images):
@@ -114,10 +175,16 @@ class Segmentation(Task):
 
         def predict(image):
             image = with_channels(image, self.config.in_channels)
-            pixels, size = buffer(image)
-            logits = apply(variables, pixels[None], size[None])
-            labels = np.asarray(largest_labels(logits, size, image.size[::-1]))
-            window = middle_window(pixels, size, self.view_size)
+            views = views_of(image)
+            if whole:  # a program for each size
+                views = {s: (x, np.array(x.shape[:2], np.int32)) for s, x in views.items()}
+            else:
+                views = {s: views_of.in_buffer(s, x) for s, x in views.items()}
+            logits = apply(variables, [views[s] for s in self.config.inference.scales])
+            labels = np.asarray(largest_labels(logits, image.size[::-1]))
+            pixels, size = views[1.0]
+            view_size = pixels.shape[:2] if whole else self.view_size
+            window = middle_window(pixels, size, view_size)
             found = dict(class_shares(labels))
             shares = [(names[label], share) for label, share in found.items()]
             values = [found.get(label, 0.0) for label in range(len(names))]
@@ -125,7 +192,7 @@ class Segmentation(Task):
             superpixels = functools.partial(cluster, variables, window[None])
             shown = window[: size[0], : size[1]]  # without padding
             draw = functools.partial(
-                pictures.draw, to_array(image), labels, names, shown, self.view_size, superpixels
+                pictures.draw, to_array(image), labels, names, shown, view_size, superpixels
             )
             return Prediction({"labels": labels}, row, describe_shares(shares), draw)
 
