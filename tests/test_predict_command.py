@@ -232,7 +232,7 @@ def test_entries_of_the_run_can_be_changed(monkeypatch, capsys, tmp_path, images
             "error: config.inference.scales=(0.5,) is not valid: at 0.5, ",
         ),
         ("scales", "(-1,)", 1, "error: config.inference.scales=(-1,) is not valid; valid: one or"),
-        ("scale", "(2,)", 2, "config.inference.scale: no such entry"),
+        ("scale", "(2,)", 2, "--config.inference.scale is not a key of the configuration; did"),
         ("scales", "2", 2, "--config.inference.scales=2 is not valid; valid: one or more values"),
     ):
         found, printed, err = run(monkeypatch, capsys, **args, **{f"config.inference.{key}": value})
