@@ -18,6 +18,11 @@ _ARGS = {
     "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),
+    "upernet": (
+        "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",
+        "swin_b", "scenes",
+    ),
+    "semantic": ("clustr_s", "swin_t", "scenes"),
     "segmenter": ("", "pascal_context", "cityscapes", "scenes"),
 }  # fmt: skip
 _OWN_ARGS = {"dgt_t": ("swin_block", "cswin_block", "cmt_block")}

@@ -179,7 +179,50 @@ SEGMENTER_DATASETS = {
 }  # fmt: skip
 
 
+MAPS_ADE20K = {
+    "augment.flip": 0.5, "augment.max_class_share": 0.75, "augment.photometric": True,
+    "augment.scale_range": (0.5, 2.0), "augment.short_side": 512, "batch_size": 16,
+    "checkpoint_every_steps": 4000, "data.eval_batch_size": 8, "data.eval_short_side": 512,
+    "data.eval_size": (2048, 2048), "data.label_size": (2100, 2100), "data.workers": "auto",
+    "dataset": "ade20k", "dtype": "bfloat16", "eval_every_steps": 16_000, "image_size": 512,
+    "inference.window": "whole", "optimizer.end_learning_rate": 0.0,
+    "optimizer.schedule": "polynomial",
+}  # fmt: skip
+UPERNET = MAPS_ADE20K | {
+    "head": "upernet", "num_steps": 160_000, "optimizer.learning_rate": 6e-5,
+    "optimizer.warmup_learning_rate": 6e-11, "optimizer.warmup_steps": 1500,
+    "optimizer.weight_decay": 0.01,
+}  # fmt: skip
+SEMANTIC_FPN = MAPS_ADE20K | {
+    "head": "semantic_fpn", "num_steps": 80_000, "optimizer.learning_rate": 1e-4,
+    "optimizer.power": 0.9, "optimizer.weight_decay": 1e-4,
+} | overrides(drop_path=0.1, remat=False)  # fmt: skip
+UPERNET_DROP_PATH = {"clustr_s": 0.1, "dgt_b": 0.5, "pale_b": 0.5}
+MAPS_SCENES = {
+    "batch_size": 16, "checkpoint_every_steps": 200, "data.eval_batch_size": 20,
+    "dataset": "scenes", "eval_every_steps": 200, "head_overrides.channels": 32,
+    "image_size": 128, "log_every_steps": 25, "model": "swin_t", "num_steps": 400,
+    "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 50,
+} | overrides(
+    dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8), depths=(2, 2, 2, 2), window_size=4,
+    drop_path=0.0, remat=False,
+)  # fmt: skip
+
+
+def entries_of_maps(name, arg):
+    """Returns the entries of a head on maps."""
+    if arg == "scenes":
+        own = {"upernet": "auxiliary_channels", "semantic_fpn": "neck_channels"}[name]
+        return MAPS_SCENES | {"head": name, f"head_overrides.{own}": 32}
+    if name == "semantic_fpn":
+        return SEMANTIC_FPN | {"model": arg}
+    entries = {"model": arg} | overrides(drop_path=UPERNET_DROP_PATH.get(arg, 0.3), remat=False)
+    return UPERNET | entries | (DGT | overrides(top_k=512) if arg.startswith("dgt") else {})
+
+
 def expected_entries(name, arg):
+    if name in ("upernet", "semantic_fpn"):
+        return entries_of_maps(name, arg)
     if name == "finetune":
         model, _, _ = arg.partition(",")
         return {"model": model, "initial.workdir": f"runs/{model}"} | FINETUNING[arg]
@@ -212,7 +255,8 @@ def typed(value):
 def test_entries(name, arg):
     config = load_config(name, arg)
     found = flatten_dict(config.to_dict(), sep=".")
-    default = default_config("segmentation" if name.startswith("segmenter") else "classification")
+    dense = name.startswith(("segmenter", "upernet", "semantic_fpn"))
+    default = default_config("segmentation" if dense else "classification")
     expected = flatten_dict(default.to_dict(), sep=".") | expected_entries(name, arg)
     assert {key: typed(found[key]) for key in found} == {
         key: typed(expected[key]) for key in expected

@@ -131,7 +131,14 @@ def test_convolution_with_batch_norm_equals_its_equations(side):
 
 def test_one_value_per_channel_has_a_finite_running_variance():
     x, module = jnp.ones((1, 1, 1, 2)), ConvModule(3, 1)
-    variables = module.init(jax.random.key(0), x, train=False)
+    zero, one = jnp.zeros(3), jnp.ones(3)
+    variables = {
+        "params": {
+            "conv": {"kernel": jnp.ones((1, 1, 2, 3))},
+            "norm": {"scale": one, "bias": zero},
+        },
+        "batch_stats": {"norm": {"mean": zero, "var": one}},
+    }
     state = module.apply(variables, x, train=True, mutable="batch_stats")[1]
     np.testing.assert_allclose(state["batch_stats"]["norm"]["var"], 0.9)
 

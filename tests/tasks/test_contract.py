@@ -1,4 +1,7 @@
-"""The contract that every task keeps; a new task needs one tiny configuration here."""
+"""The contract that every task keeps; a new task needs one tiny configuration here.
+
+A case may have a model of another kind, whose training step alone differs from the task's own case.
+"""
 
 import functools
 import itertools
@@ -31,17 +34,22 @@ HOST = {"dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8, "position_size": 
 
 
 class Case(NamedTuple):
-    """A task in a test.
+    """A task in a test, with one of its models.
 
     Attributes:
       entries: entries of its tiny configuration.
       foreign_key: an entry of another task.
+      task: name of the task; "": that of the case.
+      copies: copies of each image in a training batch. With two, micro-batches are equal, and so
+        are their statistics in BatchNorm.
       ignore: returns an evaluation batch with a part of the ground truth ignored, and the same
         batch with other contents in this part; None: the task ignores nothing.
     """
 
     entries: dict
     foreign_key: str
+    task: str = ""
+    copies: int = 1
     ignore: Callable[[dict], tuple[dict, dict]] | None = None
 
 
@@ -69,14 +77,30 @@ CASES = {
             "data.label_size": (128, 128),
         },
         "mix.mixup",
-        ignore_pixels,
+        ignore=ignore_pixels,
     ),
-}
+    "upernet": Case(
+        {
+            "dataset": "scenes",
+            "model": "swin_t",
+            "model_overrides": {
+                "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0),
+                "mlp_ratio": 1, "window_size": 2,
+            },
+            "head": "upernet",
+            "head_overrides": {"channels": 4, "auxiliary_channels": 4, "dropout": 0.0},
+        },
+        "mix.mixup",
+        task="segmentation",
+        copies=2,
+    ),
+}  # fmt: skip
 each_task = pytest.mark.parametrize("name", TASKS)
+each_case = pytest.mark.parametrize("name", CASES)
 
 
 def tiny_config(name: str) -> ConfigDict:
-    config = default_config(name)
+    config = default_config(CASES[name].task or name)
     config.model, config.model_overrides = "vit_ti", HOST
     config.image_size, config.batch_size = SIZE, BATCH_SIZE
     config.data.eval_batch_size = 8
@@ -93,10 +117,10 @@ def tiny_config(name: str) -> ConfigDict:
 
 
 def test_every_task_has_a_case():
-    assert set(CASES) == set(TASKS)
+    assert {case.task or name for name, case in CASES.items()} == set(TASKS)
 
 
-@each_task
+@each_case
 def test_defaults_are_valid(name):
     check_task(create_task(tiny_config(name)))
 
@@ -169,7 +193,10 @@ def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
     step = parallel.train_step(step, parallel.abstract(init_fn))
     before = parallel.init(init_fn)
     start = jax.device_get(before.params)
-    state, metrics = step(before, parallel.put_batch(example_batch(task, train=True)))
+    copies = CASES[name].copies
+    batch = example_batch(task, train=True, count=BATCH_SIZE // copies)
+    batch = {key: np.repeat(x, copies, axis=0) for key, x in batch.items()}
+    state, metrics = step(before, parallel.put_batch(batch))
     return float(metrics["loss"]), start, jax.device_get(state.params)
 
 
@@ -181,10 +208,12 @@ def step_on_one_device(name: str):
         return one_step(name, devices.MeshParallel())
 
 
-@each_task
+FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)]
+STEPS = [(name, *form) for name in TASKS for form in FORMS]
+
+
 @pytest.mark.parametrize(
-    ("parallel", "accumulate_steps"),
-    [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)],
+    ("name", "parallel", "accumulate_steps"), [*STEPS, ("upernet", devices.PmapParallel, 2)]
 )
 def test_a_step_does_not_depend_on_devices_and_micro_batches(name, parallel, accumulate_steps):
     loss, _, params = one_step(name, parallel(), accumulate_steps)
@@ -197,7 +226,7 @@ def test_a_step_does_not_depend_on_devices_and_micro_batches(name, parallel, acc
     )
 
 
-@each_task
+@each_case
 def test_every_parameter_has_a_gradient(name):
     _, before, after = step_on_one_device(name)
     leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: a != b, before, after))

@@ -76,10 +76,9 @@ def ade20k_config(model: str, model_overrides: Mapping[str, Any], steps: int) ->
     config.augment.photometric = True
     config.data.eval_batch_size = 8
     config.data.eval_short_side = 512
-    # Nearly all images fit without being shrunk.
-    config.data.eval_size = (1024, 1024)
+    config.data.eval_size = (2048, 2048)  # the longer side of larger images is shrunk to 2048
     config.data.label_size = (2100, 2100)
-    config.inference.stride = 341
+    config.inference.window = "whole"
 
     config.num_steps = steps
     config.optimizer.name = "adamw"
@@ -115,10 +114,10 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     config.batch_size = 16
     config.data.eval_batch_size = 20
 
-    config.num_steps = 1000
+    config.num_steps = 400
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
-    config.log_every_steps = 50
-    config.eval_every_steps = 500
-    config.checkpoint_every_steps = 500
+    config.optimizer.warmup_steps = 50
+    config.log_every_steps = 25
+    config.eval_every_steps = 200
+    config.checkpoint_every_steps = 200
     return config

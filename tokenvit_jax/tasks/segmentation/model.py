@@ -78,11 +78,13 @@ class Segmenter(BackboneModel):
     @nn.nowrap
     def to_pixels(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Interpolates coarse logits (B, h, w, K) to images of a size: (B, H, W, K) in float32."""
-        covered = size
-        if self.head.reads == "tokens":  # the map covers the image padded to whole patches
-            stride = self.backbone.strides[0]
-            covered = logits.shape[1] * stride, logits.shape[2] * stride
-        logits = resize_bilinear(logits.astype(jnp.float32), tuple(covered))
+        logits = logits.astype(jnp.float32)
+        if self.head.reads == "maps":
+            return resize_bilinear(logits, tuple(size))
+        # The map covers the image padded to whole patches.
+        height, width = (cells * self.backbone.strides[0] for cells in logits.shape[1:3])
+        shape = (logits.shape[0], height, width, logits.shape[-1])
+        logits = jax.image.resize(logits, shape, "bilinear", antialias=False)
         return logits[:, : size[0], : size[1]]
 
 
