@@ -146,7 +146,7 @@ def _block_forward(block, x, kernel, bias, input_bias, scale, shift):
     form = functools.partial(_forward_by_xla, block=block)
     y, z, sums = by_platform(
         "depthwise block", x, kernel, bias, input_bias, scale, shift,
-        cpu=functools.partial(form, convolve=convolve_by_shifts),
+        cpu=functools.partial(form, convolve=convolve_by_shifts, store=_stored),
         default=functools.partial(form, convolve=convolve_by_library),
         tpu=functools.partial(form, convolve=convolve_by_shifts),
         cuda=functools.partial(kernels.block_forward, block=block),
@@ -221,14 +221,26 @@ _defer_gelu.defvjp(_defer_gelu_forward, _defer_gelu_backward)
 # ------------------------------------------------------------------------------------------------
 
 
-def _forward_by_xla(x, kernel, bias, input_bias, scale, shift, *, block, convolve):
+def _forward_by_xla(
+    x, kernel, bias, input_bias, scale, shift, *, block, convolve, store=lambda y: y
+):
     u = _input(x, input_bias, scale, shift, block.deferred)[0]
     z = convolve(u, kernel.astype(x.dtype))
     z = z if bias is None else z + bias.astype(x.dtype)
     z = u + z if block.residual else z
-    y = gelu(z) if block.activate else z
+    y = store(gelu(z)) if block.activate else z
     sums = per_device(_sums_of_squares(y)) if block.with_sums else None
     return y, z if block.activate else None, sums
+
+
+def _stored(y):
+    """Returns ``y``, which XLA does not take along into the product of a linear layer on a CPU.
+
+    The loop that adds up the shifted products would end up there in pieces that each go through
+    memory. Rounding to the precision that ``y`` has changes nothing, but is no part of products.
+    """
+    precision = jnp.finfo(y.dtype)
+    return lax.reduce_precision(y, precision.nexp, precision.nmant)
 
 
 def _backward_by_xla(
