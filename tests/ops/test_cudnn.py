@@ -51,7 +51,8 @@ def by_xla(monkeypatch):
 @pytest.mark.parametrize("lengths", [(5, 7), (4, 7), (6, 6)], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 def test_attention_and_gradients(by_xla, lengths, biased):
-    q, k, v = (normal(i, 2, lengths[i > 0], 3, 8) for i in range(3))
+    dim = 8 if lengths == (6, 6) else 7  # zeros are appended up to 8
+    q, k, v = (normal(i, 2, lengths[i > 0], 3, dim) for i in range(3))
     key_bias = None
     if biased:
         key_bias = jnp.log(1 + 9 * jax.random.uniform(jax.random.key(3), k.shape[:2]))
@@ -105,9 +106,8 @@ def test_misfits():
         assert "fewer than 64" in cudnn.misfit(q[:, :49], q, q)
         assert cudnn.misfit(q[:, :49], q, q, min_queries=16) is None
         assert cudnn.misfit(q, q[:, :49], q[:, :49]) is None
-        short = q[..., :20]
-        assert "multiple of 8" in cudnn.misfit(short, short, short)
-        assert cudnn.misfit(short, short, short, extra=3) is None
+        short = q[..., :20]  # zeros are appended
+        assert cudnn.misfit(short, short, short) is None
     assert not cudnn.available()
 
 

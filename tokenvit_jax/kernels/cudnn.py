@@ -121,8 +121,6 @@ def misfit(
     if dtypes != {q.dtype} or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attends in bfloat16 and float16, not in {', '.join(map(str, dtypes))}"
     dim, largest = q.shape[-1], 256 if gpu.capability >= HOPPER.capability else 128
-    if not extra and dim % 8:
-        return f"head dim {dim} is not a multiple of 8"
     if dim + extra > largest:
         return f"head dim {dim + extra} is above {largest}"
     if q.shape[1] < min_queries or k.shape[1] < MIN_KEYS:
@@ -152,7 +150,7 @@ def attend(
       (B, T, N, D) in the type of ``v``; it can be differentiated.
     """
     if key_bias is None:
-        return _attend(q, k, v, scale)
+        return attend_augmented(q, k, v, scale=scale)
     columns = split_in_three(key_bias / BIAS_UNIT, k.dtype)[:, :, None]  # (B, S, 1, 3)
     columns = jnp.broadcast_to(columns, (*k.shape[:3], BIAS_COLUMNS))
     units = jnp.full((*q.shape[:3], BIAS_COLUMNS), BIAS_UNIT, q.dtype)
