@@ -41,9 +41,10 @@ def resize_bilinear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[
 def _enlarge(x, factor, axis):
     """Makes an axis of maps a whole number of times as long, in float32 for narrower types.
 
-    Every value between two neighbours is one of ``factor`` fixed means of them. The sums are
-    elementwise, forward and backward: with the cross-entropy of 512 x 512 pixels, 1.6 times as fast
-    on a CPU as products with a matrix (the gradient included), and on GPUs they fuse.
+    Every new value is one of ``factor`` fixed means of two neighbours. The sums are elementwise,
+    forward and backward. With the cross-entropy of 512 x 512 pixels and its gradient, they take
+    0.6 times as long on a CPU as products with a matrix; compiled for an H200, one axis is one
+    kernel forward, and both are one backward.
     """
     length, cut = x.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
     x = x.astype(softmax_dtype(x.dtype))
