@@ -64,7 +64,7 @@ class Published(NamedTuple):
     gmacs: int | None
 
 
-# Swin: Table 3; Pale: Table 5; DGT: Table 5; ClusTR: Tables 3 and A4.
+# What the papers of the four backbones report for ADE20K.
 PUBLISHED = {
     ("upernet", "clustr_s"): Published(52.5, None),
     ("upernet", "dgt_t"): Published(52.5, 954),

