@@ -3,6 +3,7 @@
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from PIL import Image
 
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.tasks import Segmentation, default_config
+from tokenvit_jax.tasks import Outcome, Segmentation, default_config
 from tokenvit_jax.tasks.segmentation.examples import ImageViews
 from tokenvit_jax.tasks.segmentation.inference import (
     compare_with_labels,
@@ -22,6 +23,7 @@ from tokenvit_jax.tasks.segmentation.inference import (
     resized_logits,
 )
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
+from tokenvit_jax.training.evaluation import evaluate_batches
 
 K = 3
 GOLDEN = Path(__file__).parent / "golden"
@@ -171,8 +173,7 @@ def sides_when_whole(image, short, scale):
 def test_whole_images_are_seen_without_padding_in_any_grouping():
     scales = (0.5, 1.5)
     settings = config(window="whole", scales=scales, flip=True)
-    settings.data.eval_short_side, settings.data.eval_size = 40, (96, 96)
-    settings.data.label_size = (80, 100)
+    settings.data.update(eval_short_side=40, eval_size=(96, 96), label_size=(80, 100))
     task = Unnormalised(settings, make_task(settings, K).info)
     records = list(scenes())
     expected = np.zeros((K, K))
@@ -206,6 +207,25 @@ def test_whole_images_are_seen_without_padding_in_any_grouping():
         image, functools.partial(sides_when_whole, image, 40), scales, (False, True)
     )
     assert np.mean(labels == p.argmax(-1)) > 0.999
+
+
+def test_the_evaluation_of_a_run_groups_whole_images():
+    settings = config(window="whole")
+    settings.data.update(eval_short_side=40, eval_size=(96, 96), label_size=(80, 100))
+    task, shapes = make_task(settings, K), []
+    examples = task.examples(train=False)
+    made = [dict(examples(record, None), mask=np.float32(1)) for record in scenes()]
+    batches = ({name: np.stack([x[name] for x in made]) for name in made[0]} for _ in range(1))
+    parallel = SimpleNamespace(put_batch=lambda x: x, fetch=lambda x: x)
+
+    def step(variables, batch):
+        shapes.append(batch["image"].shape[1:3])
+        for size in batch["image_size"]:
+            assert tuple(size) == shapes[-1]
+        return Outcome({"confusion": np.eye(K) * batch["mask"].sum(), "loss": 0.0})
+
+    metrics = evaluate_batches(task, step, {}, batches, parallel)
+    assert sorted(shapes) == [(64, 64), (64, 96)] and metrics["eval/miou"] == 1
 
 
 def test_views_in_buffers_are_mirrored_within_the_image():
