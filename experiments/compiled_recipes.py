@@ -138,9 +138,10 @@ def page(rows: list[Row]) -> list[str]:
         least time of the kernels; "images/s" is for all devices. Floors were .37 to .57 of the
         measured times of kernels on one H200, which gives the range for GPUs; on TPUs nothing was
         measured, so that the number is only an upper bound. Collectives are counted in full, as if
-        nothing ran beside them. Launches of TPUs are operations of the program. "Compiled" is the
-        time of all processors together. "Misfits" are kernels that cannot take their arguments, in
-        whose place the default form runs.
+        nothing ran beside them; "efficiency" is the share of the step that they leave, on paper
+        ([formula](../scale_out.md#efficiency-on-paper)). Launches of TPUs are operations of the
+        program. "Compiled" is the time of all processors together. "Misfits" are kernels that
+        cannot take their arguments, in whose place the default form runs.
         """,
     )
     for target in TARGETS:
@@ -153,7 +154,7 @@ def page(rows: list[Row]) -> list[str]:
 def _table(rows: list[Row]) -> list[str]:
     columns = [
         "recipe", "images per device", "memory, GiB", "launches", "floor, ms", "images/s",
-        "all-reduces", "of these BatchNorm", "MB", "misfits", "compiled, s",
+        "efficiency, %", "all-reduces", "of these BatchNorm", "MB", "misfits", "compiled, s",
     ]  # fmt: skip
     order = {name: place for place, name in enumerate(recipes())}
     rows = sorted(rows, key=lambda row: order.get(row["recipe"], len(order)))
@@ -168,11 +169,12 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{row['memory']['total'] / 2**30:.1f}"
     if not row["fits"]:
         yield "does not fit"
-        yield from [""] * 5
+        yield from [""] * 6
     else:
         yield f"{row['launches']:,}"
         yield f"{1e3 * row['floor_seconds']:.1f}"
         yield _images(row["images_per_second"])
+        yield _efficiency(row)
         yield f"{sum(one['count'] for one in reduces)}"
         yield f"{sum(one['count'] for one in norms)}"
         yield f"{sum(one['bytes'] for one in reduces) / 1e6:.1f}"
@@ -184,6 +186,14 @@ def _images(speed: dict[str, float]) -> str:
     if speed["low"] is None:
         return f"below {speed['bound']:,.0f}"
     return f"{speed['low']:,.0f} to {speed['high']:,.0f}"
+
+
+def _efficiency(row: Row) -> str:
+    """Returns the share of a step in which a device computes, k / (k + c) [%]."""
+    speed = row["images_per_second"]
+    rates = (speed["bound"],) if speed["low"] is None else (speed["high"], speed["low"])
+    shares = [1 - row["collective_seconds"] * rate / row["batch_size"] for rate in rates]
+    return " to ".join(dict.fromkeys(f"{100 * share:.0f}" for share in shares))
 
 
 def _bounds() -> Iterator[str]:

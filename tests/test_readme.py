@@ -10,9 +10,13 @@ from flax.traverse_util import flatten_dict
 from shipped_configs import load_config
 
 import tokenvit_jax as tv
+from tokenvit_jax import cli
+from tokenvit_jax.ahead.targets import parse_target
 from tokenvit_jax.config_keys import list_settings
 from tokenvit_jax.measure.macs import format_known
 from tokenvit_jax.published import PUBLISHED
+from tokenvit_jax.tasks import create_task
+from tokenvit_jax.training.validate import check_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,6 +58,27 @@ def test_flags_exist():
         known = {*importlib.import_module(f"tokenvit_jax.{name}").FLAGS, "help"}
         for flag in re.findall(r"--([a-z]\w*)", arguments):
             assert flag in known, (name, flag)
+
+
+def test_commands_for_many_devices_are_valid(monkeypatch):
+    """With all values: entries of the configuration, targets and numbers of processes."""
+    text = (ROOT / "docs" / "scale_out.md").read_text().replace("$JOB_COMPLETION_INDEX", "0")
+    pattern = r"(?:python -m tokenvit_jax\.|tokenvit )([a-z]+)((?:\s+(?:\\\s+)?--[^\s`\"]+)+)"
+    commands = [
+        (name, re.findall(r"--[^\s`\"]+", rest)) for name, rest in re.findall(pattern, text)
+    ]
+    assert [name for name, _ in commands] == ["train"] * 5 + ["compile"] * 3
+    monkeypatch.chdir(ROOT)
+    for name, arguments in commands:
+        module = importlib.reload(importlib.import_module(f"tokenvit_jax.{name}"))
+        module.FLAGS([name, *arguments])
+        config = cli.read_config(module.FLAGS)
+        check_task(create_task(config), training=True)
+        if name == "compile":
+            parse_target(module.FLAGS.target)
+        else:
+            assert module.FLAGS.workdir
+        importlib.reload(module)  # its flags are not parsed again
 
 
 @pytest.mark.parametrize("name", tv.list_models())

@@ -17,7 +17,7 @@ def test_page_shows_the_stored_rows_and_the_bounds():
 def test_a_row_that_does_not_fit_shows_its_memory():
     row = dict(compiled_recipes.read_rows()[0], fits=False)
     cells = list(compiled_recipes._cells(row))
-    assert cells[3] == "does not fit" and len(cells) == 11
+    assert cells[3] == "does not fit" and len(cells) == 12
 
 
 def test_every_file_is_a_recipe_and_every_bound_is_one():
@@ -37,3 +37,11 @@ def test_first_batches():
     assert compiled_recipes.first_batch("dgt_t", "v5e:16x16") == 4
     assert compiled_recipes.first_batch("segmenter_s", "h100") == 8
     assert compiled_recipes.first_batch("segmenter_s", "v5e:16x16") == 1
+
+
+def test_efficiency_is_the_share_of_the_step_without_collectives():
+    row = {"floor_seconds": 0.4, "collective_seconds": 0.2, "batch_size": 8}
+    speed = {"low": 8 / (0.4 / 0.4 + 0.2), "high": 8 / (0.4 / 0.5 + 0.2), "bound": 8 / 0.6}
+    assert compiled_recipes._efficiency(row | {"images_per_second": speed}) == "80 to 83"
+    unknown = speed | {"low": None, "high": None}
+    assert compiled_recipes._efficiency(row | {"images_per_second": unknown}) == "67"

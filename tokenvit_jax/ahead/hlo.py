@@ -273,10 +273,13 @@ class _Reader:
 
     def _messages(self, computation, instruction) -> Iterator[Message]:
         growth = self._growth(computation, instruction)
-        for name in instruction.operands:
-            for message in self._sources(computation, name):
-                origin = message.origin or instruction.origin
-                yield Message(message.bytes * growth, origin)
+        operands = instruction.operands
+        messages = [one for name in operands for one in self._sources(computation, name)]
+        for message in messages:
+            # What adds a single array is its purpose; joined messages have those of their arrays.
+            origins = (instruction.origin, message.origin)
+            origin = next(filter(None, origins if len(messages) == 1 else reversed(origins)), "")
+            yield Message(message.bytes * growth, origin)
 
     def _growth(self, computation, instruction) -> int:
         """Returns how often a gather's operands fit into its results; 1 for other collectives."""
