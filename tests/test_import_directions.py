@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "weights": "heads models layers ops output errors",
     "heads": "models layers ops valid errors",
     "metrics": "errors",
-    "models": "layers ops published valid errors",
+    "models": "layers ops kernels published valid errors",
     "data": "config output progress stopping valid errors",
     "layers": "ops valid errors",
     "ops": "kernels arrays errors",

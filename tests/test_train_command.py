@@ -19,6 +19,7 @@ import pytest
 import tiny_config
 from make_task import make_task
 from timings import without_timings
+from token_model import token_config, use_token_model
 
 from tokenvit_jax import stopping
 from tokenvit_jax.errors import UserError
@@ -176,35 +177,45 @@ def test_two_processes_equal_one(reference, start, tmp_path):
     assert (tmp_path / "checkpoints" / str(lines[-1]["step"])).is_dir()
 
 
-def test_infinite_loss_stops_and_keeps_the_last_good_checkpoint(reference, start, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(reference, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "40")
-    poison(workdir, step=35)
-    _, err = finish(start("train", workdir, "--config.checkpoint_every_steps=1"), status=1)
-    assert err.strip().splitlines()[-1] == (
-        f"error: loss is nan at step 36: stopped; the checkpoints before it are in "
-        f"{workdir / 'checkpoints'}"
+def token_run(monkeypatch):
+    """Returns the configuration of runs in this process, whose model compiles in a second."""
+    use_token_model(monkeypatch)
+    config = token_config()
+    config.image_size = config.batch_size = 32
+    config.log_every_steps = config.eval_every_steps = config.checkpoint_every_steps = 1
+    config.data.eval_batch_size = 100  # no multiple of 8 devices
+    return config
+
+
+def test_infinite_loss_stops_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
+    config = token_run(monkeypatch)
+    config.eval_every_steps = config.num_steps
+    loop.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "10")
+    poison(config, tmp_path, step=9)
+    message = (
+        f"loss is nan at step 10: stopped; the checkpoints before it are in "
+        f"{tmp_path / 'checkpoints'}"
     )
-    assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == 35
-    assert last_logged(workdir) == 35
-    assert load_checkpoint(workdir).step == 35
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        loop.train(config, tmp_path)
+    assert max(saved_steps(tmp_path)) == 9
+    assert last_logged(tmp_path) == 9
+    assert load_checkpoint(tmp_path).step == 9
 
 
-def poison(workdir, step):
-    """Makes the parameters of a checkpoint so large that the next loss is not finite."""
-    config = tiny_config.get_config()
+def poison(config, workdir, step):
+    """Makes the parameters of a checkpoint infinite, so that the next loss is not finite."""
     task = make_task(config)
-    model = task.make_model()
-    init_fn = functools.partial(init_state, model, make_optimizer(config), config)
+    init_fn = functools.partial(init_state, task.make_model(), make_optimizer(config), config)
     abstract = MeshParallel().abstract(init_fn)
     with Checkpoints(workdir, keep_last=9, keep_best=0, score=task.score) as checkpoints:
         state, progress = checkpoints.restore(abstract)
     shutil.rmtree(workdir / "checkpoints" / str(step))
     with Checkpoints(workdir, keep_last=9, keep_best=0, score=task.score) as checkpoints:
         assert int(state.step) == step
-        state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
-        checkpoints.save(step, state, progress)
+        infinite = lambda x: jax.device_put(np.full(x.shape, np.inf, x.dtype), x.sharding)  # noqa: E731
+        checkpoints.save(step, state.replace(params=jax.tree.map(infinite, state.params)), progress)
 
 
 def run_here(monkeypatch, capsys, command, *arguments):
@@ -411,8 +422,8 @@ def test_workdir_that_cannot_be_made(monkeypatch, capsys, tmp_path, workdir, mes
 
 def test_no_end_of_an_evaluation_costs_steps_or_metrics(monkeypatch, capsys, tmp_path):
     """One that fails, one that a signal ends, and one whose training goes on."""
-    config = tiny_config.get_config().unlock()
-    config.eval_every_steps, config.data.eval_batch_size = 1, 100  # no multiple of 8 devices
+    config = token_run(monkeypatch)
+    config.checkpoint_every_steps = 1000
     evaluate = loop.evaluate_batches
 
     def fail(*_, **kwargs):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels.platforms import default_forms
 from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, variable_shapes
 from tokenvit_jax.models.registry import create_model
 from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
@@ -99,8 +100,7 @@ def summarize_model(
     images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     variables = variable_shapes(model, images)
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
-    apply = functools.partial(model.apply, train=False)
-    jaxpr = jax.make_jaxpr(apply)(variables, images).jaxpr
+    jaxpr = _trace(functools.partial(model.apply, train=False), variables, images)
     macs_as_published = _count(jaxpr, frozenset(left_out(name)))
     return Summary(name, params, _count(jaxpr, frozenset()), macs_as_published)
 
@@ -184,7 +184,12 @@ def count_macs(fn: Callable, *args: Any, leave_out: tuple[str, ...] = ()) -> int
     Raises:
       ValueError: a `while` loop contains a product; it may run any number of times.
     """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr, frozenset(leave_out))
+    return _count(_trace(fn, *args), frozenset(leave_out))
+
+
+def _trace(fn: Callable, *args: Any) -> core.Jaxpr:
+    with default_forms():  # all forms count alike
+        return jax.make_jaxpr(fn)(*args).jaxpr
 
 
 def _count(jaxpr: core.Jaxpr, leave_out: frozenset[str]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.nn.initializers import Initializer
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels.platforms import default_forms
 from tokenvit_jax.layers.blocks import dense
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.settings import BackboneSettings
@@ -420,7 +421,8 @@ def variable_shapes(model: nn.Module, images: Any) -> Any:
     Returns:
       A tree of `jax.ShapeDtypeStruct` like the result of ``model.init``.
     """
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    with default_forms():
+        return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def check_images(images: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data.datasets.digits import DigitsSource
+from tokenvit_jax.data.datasets.digits import DigitsSource, installed_file
 from tokenvit_jax.data.record import DatasetInfo, Record
 
 DIGITS = 4  # 0 to 3: few classes are learnt in minutes
@@ -48,8 +48,6 @@ class ScenesSource:
     """
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_sample_images
-
         self._split = split
         digits = DigitsSource(split)
         records = [digits.read(index) for index in range(len(digits))]
@@ -59,7 +57,8 @@ class ScenesSource:
             if record["label"] < DIGITS
         ]
         self._photographs = []
-        for pixels in load_sample_images().images:  # (427, 640, 3)
+        for name in ("china.jpg", "flower.jpg"):
+            pixels = np.asarray(Image.open(installed_file(f"images/{name}")))  # (427, 640, 3)
             border = pixels.shape[1] * 3 // 4
             part = pixels[:, border:] if split == "test" else pixels[:, :border]
             self._photographs.append(Image.fromarray(part))
