@@ -22,6 +22,7 @@ all norms and biases; Swin's code applies it to biases and to the BatchNorms of 
     python -m tokenvit_jax.train --config=configs/upernet.py:scenes --workdir=runs/scenes
 
 A small Swin Transformer with a small UperNet on the embedded scenes. Hardware: 2 CPU cores.
+Expected result: not yet trained to the end.
 """
 
 from tokenvit_jax.recipes.upernet import upernet_config
