@@ -20,6 +20,7 @@ from tokenvit_jax.data.dense_transforms import fit_image, pad
 from tokenvit_jax.pictures.tokens import finest_routing
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.segmentation.inference import class_shares, predict_logits
+from tokenvit_jax.training import prediction
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.state import init_state
@@ -208,34 +209,31 @@ def test_label_maps_and_superpixels(monkeypatch, capsys, tmp_path, images):
     np.testing.assert_allclose(row["shares"][name], part, rtol=1e-5)
     assert row["pictures"]["labels"] == "out/a_labels.png"
 
+    # At half its size, the image is smaller than a window.
+    scales = {"config.inference.scales": "(0.5, 1.0)"}
+    args = {"workdir": tmp_path, "images": images[0], "out": tmp_path / "other"}
+    status, printed, err = run(monkeypatch, capsys, **args, **scales)
+    assert (status, printed, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith("error: config.inference.scales=(0.5, 1.0) is not valid: at 0.5, images")
+    assert not (tmp_path / "other").exists()
 
-def test_entries_of_the_run_can_be_changed(monkeypatch, capsys, tmp_path, images):
-    """Whole images, mirrored, too; without superpixels, which need a program of their own."""
-    config = scenes_config()
-    config.model_overrides.expedite = None
-    write_run(tmp_path, config, initial_state(config))
-    args = {"workdir": tmp_path, "images": images[0], "out": tmp_path / "out"}
-    views = {"config.inference.window": "whole", "config.inference.flip": True}
-    status, printed, err = run(monkeypatch, capsys, **args, **views)
-    assert (status, err) == (0, "")
-    with Image.open(tmp_path / "out" / "a_labels.png") as labels:
-        assert labels.size == (50, 40)
-        labels = np.asarray(labels)
-    config.inference.update({"window": "whole", "flip": True})
-    expected = load_run(tmp_path, config=config).predict(images[0])[0]["labels"]
-    np.testing.assert_array_equal(labels, expected)
+
+def test_entries_of_the_run_can_be_changed(monkeypatch, capsys, tmp_path, workdir, images):
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "predict_files", lambda run, *_, **__: seen.append(run) or ())
+        args = {"workdir": workdir, "images": images[0], "out": tmp_path / "out"}
+        changes = {"config.data.eval_crop": 0.5, "config.data.eval_interpolation": "bilinear"}
+        for changed in ({}, changes):
+            assert run(monkeypatch, capsys, **args, **changed)[::2] == (0, "")
+    before, after = (run.config.data.to_dict() for run in seen)
+    assert after == before | {"eval_crop": 0.5, "eval_interpolation": "bilinear"}
     for key, value, status, message in (
-        (
-            "scales",
-            "(0.5,)",
-            1,
-            "error: config.inference.scales=(0.5,) is not valid: at 0.5, ",
-        ),
-        ("scales", "(-1,)", 1, "error: config.inference.scales=(-1,) is not valid; valid: one or"),
-        ("scale", "(2,)", 2, "config.inference.scale: no such entry"),
-        ("scales", "2", 2, "--config.inference.scales=2 is not valid; valid: one or more values"),
+        ("data.eval_crop", 2, 1, "config.data.eval_crop=2.0 is not valid; valid: numbers from"),
+        ("data.eval_crop", "a", 2, "--config.data.eval_crop=a is not valid; valid: numbers from"),
+        ("data.eval_crops", 1, 2, "--config.data.eval_crops is not a key of the configuration"),
     ):
-        found, printed, err = run(monkeypatch, capsys, **args, **{f"config.inference.{key}": value})
+        found, printed, err = run(monkeypatch, capsys, **args, **{f"config.{key}": value})
         assert (found, printed, len(err.splitlines())) == (status, "", 1)
         assert message in err
 

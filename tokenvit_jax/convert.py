@@ -17,6 +17,8 @@ it like any other run.
     clip         image towers (ViT) of openai/CLIP and open_clip
     huggingface  ViT, DeiT, DINOv2, CLIP, Swin and Swin v2 of transformers
     segmenter    vit and deit of rstrudel/segmenter, with either decoder
+    mmseg        swin with UperNet or Semantic FPN of mmsegmentation 1.x
+    mmseg0       the same of mmsegmentation 0.x, such as Swin's own code for segmentation
 
 The arrays determine the settings of the model and the number of classes. A file without a
 classifier becomes a run without one, from which training can start. 1000 classes are ImageNet's;
@@ -40,6 +42,9 @@ stride of the windows nor the sizes of the evaluation images (`data.eval_short_s
 `label_size`): give evaluate a --config with these entries. The encoder's classifiers, encoder.head
 and encoder.head_dist, are dropped, because no mask depends on them. An exported file lacks them, so
 the authors' code must load it with load_state_dict(..., strict=False).
+
+mmsegmentation: the run sees images whole, with a shorter side of 512 pixels, as in the published
+evaluation. The sizes of label maps (`data.label_size`) are not in the file.
 """
 
 import ast

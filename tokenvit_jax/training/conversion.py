@@ -24,9 +24,9 @@ from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import (
     Arrays,
     Layout,
-    export_weights,
+    export_variables,
     find_layout,
-    import_weights,
+    import_variables,
     layouts_of,
     read_arrays,
     recognise_layout,
@@ -112,8 +112,8 @@ def import_file(
     lines += _set_images(config, found, arrays, model, choices)
     check_values(config)
     with _about(source, published, name, layout):
-        params = import_weights(arrays, model, found)
-    write_run(out, config, {"params": params})
+        variables = import_variables(arrays, model, found)
+    write_run(out, config, variables)
     classes = f"{len(config.data.classes)} classes" if config.data.classes else "no classifier"
     data = config.dataset if config.dataset != "none" else classes
     return [f"{name}, layout {layout}, {data}, image_size {config.image_size}", *lines]
@@ -247,7 +247,7 @@ def export_run(source: Path, out: Path, layout: str, checkpoint: str) -> list[st
     check_new_weights(out)
     run = load_run(source, checkpoint, config=config)
     try:
-        arrays = export_weights(run.variables["params"], run.model, found)
+        arrays = export_variables(run.variables, run.model, found)
     except LookupError as error:
         others = [name for name in layouts_of(config.model, config.task) if name != layout]
         raise UserError(

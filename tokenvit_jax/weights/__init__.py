@@ -6,12 +6,23 @@ from collections import Counter
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import create_model, list_models
 from tokenvit_jax.models.registry import model_settings
-from tokenvit_jax.weights import clip, dinov2, google, huggingface, segmenter, swin, timm_vit
+from tokenvit_jax.weights import (
+    clip,
+    dinov2,
+    google,
+    huggingface,
+    mmseg,
+    segmenter,
+    swin,
+    timm_vit,
+)
 from tokenvit_jax.weights.files import INDEX, SUFFIXES, check_file, read_arrays
 from tokenvit_jax.weights.rules import (
     Arrays,
     Layout,
+    export_variables,
     export_weights,
+    import_variables,
     import_weights,
     parameter_shapes,
     shown,
@@ -38,6 +49,8 @@ LAYOUTS = {  # name of a layout -> family of models -> its layout
         "vit": segmenter.LAYOUT_VIT,
         "deit": segmenter.LAYOUT_DEIT,
     },
+    "mmseg": {"swin": mmseg.VERSION_1},
+    "mmseg0": {"swin": mmseg.VERSION_0},
 }
 
 
@@ -72,8 +85,14 @@ def layouts_of(model: str, task: str | None = None) -> list[str]:
         if family in families and task in (None, families[family].task)
     ]
     if not found:
-        known = dict.fromkeys(family for families in LAYOUTS.values() for family in families)
-        raise UserError(f"no layout has the model {model!r}; valid: {', '.join(known)}")
+        known = dict.fromkeys(
+            name
+            for families in LAYOUTS.values()
+            for name, layout in families.items()
+            if task in (None, layout.task)
+        )
+        purpose = "" if task is None else f" for {task}"
+        raise UserError(f"no layout has the model {model!r}{purpose}; valid: {', '.join(known)}")
     return found
 
 
@@ -116,7 +135,9 @@ def similar_models(arrays: Arrays) -> list[str]:
       embedding, and as many blocks.
     """
     kernels = [array.shape for array in arrays.values() if array.ndim == 4]
-    widths = {side for shape in kernels for side in (shape[0], shape[-1])}
+    # Kernels for RGB images: (C, 3, rows, columns), or (rows, columns, 3, C).
+    widths = {shape[0] for shape in kernels if shape[1] == 3}
+    widths |= {shape[-1] for shape in kernels if shape[2] == 3}
     norms = [name for name in arrays if re.search(r"norm|ln_", name.lower())]
     blocks = Counter(re.sub(r"(?<=\.|_)\d+(?=\.|/LayerNorm_0)", "0", x) for x in norms).values()
 
@@ -134,7 +155,7 @@ def similar_models(arrays: Arrays) -> list[str]:
 
 
 __all__ = [
-    "INDEX", "LAYOUTS", "SUFFIXES", "Arrays", "Layout", "check_file", "export_weights",
-    "find_layout", "import_weights", "layouts_of", "parameter_shapes", "read_arrays",
-    "recognise_layout", "similar_models",
+    "INDEX", "LAYOUTS", "SUFFIXES", "Arrays", "Layout", "check_file", "export_variables",
+    "export_weights", "find_layout", "import_variables", "import_weights", "layouts_of",
+    "parameter_shapes", "read_arrays", "recognise_layout", "similar_models",
 ]  # fmt: skip

@@ -37,7 +37,8 @@ class Rule(NamedTuple):
     """Pairs a parameter with one or more published arrays.
 
     Attributes:
-      ours: path of the parameter, such as "blocks_{}/norm1/scale".
+      ours: path of the parameter, such as "blocks_{}/norm1/scale"; of a running statistic, with
+        `STATISTICS` in front, such as "batch_stats/head/norm/mean".
       theirs: name of the array in the file, such as "blocks.{}.norm1.weight", or several names.
       change: conversion between the arrays.
     """
@@ -118,8 +119,11 @@ JOINED = Change(
 )
 JOINED_BIAS = Change(lambda *x: np.concatenate(x), lambda x: tuple(np.split(x, 3)))
 
-# Suffixes of arrays that some files hold, but that the models here compute.
-COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+STATISTICS = "batch_stats"  # collection of the running statistics of BatchNorm
+# Suffixes of arrays that some files hold, but that the models here compute or need not count.
+COMPUTED = (
+    "relative_position_index", "relative_coords_table", "attn_mask", "num_batches_tracked"
+)  # fmt: skip
 _NAMED = 10  # entries that an error message names; the others are counted
 _SHOWN, _REASON = 80, 200  # characters of a name, and of another program's error, in a message
 
@@ -177,23 +181,33 @@ def within(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
 
 def parameter_shapes(model: nn.Module) -> dict[str, Any]:
     """Returns the tree of the model's parameters, as `jax.ShapeDtypeStruct`."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return variable_shapes(model, images)["params"]
+    return _shapes(model)["params"]
+
+
+def _shapes(model):
+    return variable_shapes(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
 
 
 def import_weights(
     arrays: Mapping[str, np.ndarray], model: nn.Module, layout: Layout
 ) -> dict[str, Any]:
-    """Converts published arrays into parameters of a model.
+    """Returns the parameters of :func:`import_variables`, for models without other variables."""
+    return import_variables(arrays, model, layout)["params"]
+
+
+def import_variables(
+    arrays: Mapping[str, np.ndarray], model: nn.Module, layout: Layout
+) -> dict[str, Any]:
+    """Converts published arrays into variables of a model.
 
     Args:
       arrays: published name -> array. Arrays that the model computes itself are ignored, and a
         classifier if the model has none.
-      model: model that receives the parameters.
+      model: model that receives the variables.
       layout: names and shapes of the arrays.
 
     Returns:
-      The tree of parameters [float32].
+      The tree of variables [float32]: "params", and "batch_stats" if the model has statistics.
 
     Raises:
       UserError: arrays are missing, have another shape, are not finite floating-point numbers, or
@@ -205,13 +219,13 @@ def import_weights(
         for name, array in arrays.items()
         if not name.endswith(COMPUTED) and not any(re.match(x, name) for x in layout.unused)
     }
-    shapes = flatten_dict(parameter_shapes(model), sep="/")
+    shapes = _by_path(_shapes(model))
     if not any(_is_classifier(path) for path in shapes):
         for name in [
             name for rule in rules if _is_classifier(rule.ours) for name in _tuple(rule.theirs)
         ]:
             left.pop(name, None)
-    params, wrong = {}, []
+    found_variables, wrong = {}, []
     for path, leaf in shapes.items():
         names, change = _theirs(path, rules)
         expected = _tuple(change.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)))
@@ -223,7 +237,7 @@ def import_weights(
         ]
         wrong += filter(None, problems)
         if not any(problems):
-            params[path] = np.ascontiguousarray(change.to_ours(*found), np.float32)
+            found_variables[path] = np.ascontiguousarray(change.to_ours(*found), np.float32)
     wrong += [
         f"{shown(name)} {array.shape} has no counterpart in the model"
         for name, array in left.items()
@@ -232,7 +246,22 @@ def import_weights(
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         entries = "1 entry does" if len(wrong) == 1 else f"{len(wrong)} entries do"
         raise UserError(f"{entries} not fit the model: {'; '.join(wrong[:_NAMED])}{more}")
-    return unflatten_dict(params, sep="/")
+    return _from_paths(found_variables)
+
+
+def _by_path(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns variables by the paths that rules have for them."""
+    flat = flatten_dict(variables, sep="/")
+    return {path.removeprefix("params/"): leaf for path, leaf in flat.items()}
+
+
+def _from_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes :func:`_by_path`."""
+    full = {
+        path if path.startswith(f"{STATISTICS}/") else f"params/{path}": leaf
+        for path, leaf in leaves.items()
+    }
+    return unflatten_dict(full, sep="/")
 
 
 def _is_classifier(path: str) -> bool:
@@ -265,8 +294,27 @@ def export_weights(
     Returns:
       Published name -> array.
     """
+    return export_variables({"params": params}, model, layout)
+
+
+def export_variables(
+    variables: Mapping[str, Any], model: nn.Module, layout: Layout
+) -> dict[str, np.ndarray]:
+    """Converts variables of a model into published arrays: inverse of :func:`import_variables`.
+
+    Args:
+      variables: "params", and "batch_stats" if the model has statistics.
+      model: model of the variables.
+      layout: names and shapes of the arrays.
+
+    Returns:
+      Published name -> array.
+
+    Raises:
+      LookupError: the layout has no name for a variable.
+    """
     rules, arrays = layout.rules(model), {}
-    for path, leaf in flatten_dict(params, sep="/").items():
+    for path, leaf in _by_path(variables).items():
         names, change = _theirs(path, rules)
         for name, array in zip(names, _tuple(change.to_theirs(np.asarray(leaf))), strict=True):
             arrays[name] = np.ascontiguousarray(array)
