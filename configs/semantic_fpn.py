@@ -14,6 +14,7 @@ biases; the code of PVT, on which the paper builds, applies it to all parameters
     python -m tokenvit_jax.train --config=configs/semantic_fpn.py:scenes --workdir=runs/scenes
 
 A small Swin Transformer with a small Semantic FPN on the embedded scenes. Hardware: 2 CPU cores.
+Expected result: not yet trained to the end.
 """
 
 from tokenvit_jax.recipes.semantic_fpn import semantic_fpn_config

@@ -34,10 +34,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # models/test_registry.py traces every model, test_lowering.py lowers training steps, and
 # test_train_command.py trains on eight devices.
 WITHOUT_KERNELS = {
-    "expediting", "measure", "models", "tasks", "training", "weights", "test_benchmark_command.py",
-    "test_configs.py", "test_convert_command.py", "test_evaluate_command.py",
-    "test_expedite_command.py", "test_expedite_costs.py", "test_label_command.py",
-    "test_predict_command.py", "test_random_command_lines.py", "test_summary_command.py",
+    "expediting", "heads", "measure", "models", "tasks", "training", "weights",
+    "test_benchmark_command.py", "test_configs.py", "test_convert_command.py",
+    "test_evaluate_command.py", "test_expedite_command.py", "test_expedite_costs.py",
+    "test_label_command.py", "test_predict_command.py", "test_random_command_lines.py",
+    "test_summary_command.py",
 }  # fmt: skip
 WITH_KERNELS = {"test_registry.py", "test_timing.py"}
 

@@ -102,9 +102,8 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     config = default_config("segmentation")
     config.model = "swin_t"
     config.model_overrides = {
-        "dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8),
-        # Maps of 32, 16, 8 and 4 rows and columns, in windows of 4.
-        "depths": (2, 2, 2, 2), "window_size": 4, "drop_path": 0.0, "remat": False,
+        "dims": (24, 48, 96, 96), "num_heads": (1, 2, 4, 4), "depths": (1, 1, 6, 1),
+        "window_size": 8, "drop_path": 0.0, "remat": False,
     }  # fmt: skip
     config.head = head
     config.head_overrides = dict(head_overrides)
@@ -114,10 +113,10 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     config.batch_size = 16
     config.data.eval_batch_size = 20
 
-    config.num_steps = 400
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 50
-    config.log_every_steps = 25
-    config.eval_every_steps = 200
-    config.checkpoint_every_steps = 200
+    config.num_steps = 1000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.log_every_steps = 50
+    config.eval_every_steps = 500
+    config.checkpoint_every_steps = 500
     return config
