@@ -161,8 +161,8 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "sums over devices": {
         "cpu": "one by one: joining costs copies",
-        "default": "in long vectors: compiled for eight H100, a launch instead of three for each "
-        "array",
+        "default": "in long vectors: compiled for eight H100, 584 launches instead of 840 in a "
+        "training step of DeiT-S",
         "tpu": "one by one: its compiler joins messages without copies",
     },
     "top indices": {
