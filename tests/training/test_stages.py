@@ -82,14 +82,13 @@ def retention(params):
 
 def test_loss_grows_with_what_is_retained():
     """The loss grows by penalty times l times the sum over the 9 ranks of block l = 1, 2."""
-    config = search()
+    config, plain = search(), stage()
+    apply = jax.jit(functools.partial(make_task(config).make_model().apply, train=True))
     for before, _, metrics in steps(100.0):
         _, model_rng = jax.random.split(step_rng(config.seed, before.step))
-        plain = stage()
-        model = make_task(search()).make_model()
         images = (batch()["image"] / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         rngs = dict(zip(("dropout", "routing"), jax.random.split(model_rng), strict=True))
-        logits = model.apply({"params": before.params}, images, train=True, rngs=rngs)
+        logits = apply({"params": before.params}, images, rngs=rngs)
         targets = losses.soft_targets(batch()["label"], 10, plain.label_smoothing)
         penalty = 0.5 * ([1, 2] @ retention(before.params).sum(1))
         expected = losses.cross_entropy(logits, targets) + penalty
