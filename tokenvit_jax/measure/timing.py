@@ -27,7 +27,7 @@ Built = TypeVar("Built")
 MIB = 2**20
 # Bounds on the number of timed calls; between the bounds, a time budget decides.
 MAX_CALLS = 50
-MIN_CALLS = 2
+MIN_CALLS = 3
 # On an accelerator, so many calls follow one another before the host waits for the results, as the
 # steps of a training do; a wait after every call would count as a part of it.
 CALLS_IN_A_ROW = 10
