@@ -83,9 +83,16 @@ def test_other_operators(dtype):
     lowers(gradient(act, 1), q)
 
 
-@pytest.mark.parametrize("name", ["dgt_t", "dgt_s", "clustr_t", "pale_t"])
-def test_training_step(name):
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [
+        # One block per stage at the published widths: the other blocks lower like these.
+        ("dgt_t", (1, 1, 1, 1)), ("clustr_t", (1, 1, 1, 1)), ("pale_t", (1, 1, 1, 1)),
+        # Widths that are no powers of two, cosine attention in groups and to all tokens.
+        ("dgt_s", (1, 0, 0, 1)),
+    ],
+)  # fmt: skip
+def test_training_step(name, depths):
     config = load_config(name)
-    # One block per stage at the published widths: the other blocks lower like these.
-    config.model_overrides.depths = (1, 1, 1, 1)
+    config.model_overrides.depths = depths
     step_lowers(config)
