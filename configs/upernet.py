@@ -17,7 +17,7 @@ flip:
 The recipe is that of Swin's code: AdamW, 160,000 steps with 16 crops of 512 x 512 pixels, a warm-up
 of 1,500 steps and linear decay to 0, BatchNorm over all 16 crops. Pale and ClusTR name it, or its
 values, too; DGT's supplement, which holds its settings, is not available. Weight decay leaves out
-all norms and biases; Swin's code applies it to biases and to the BatchNorms of the heads. Images are
+norms and biases; Swin's code applies it to biases and to the BatchNorms of the heads. Images are
 evaluated whole; several processes need windows during training, as with
 --config.inference.window=512 --config.inference.stride=341.
 
