@@ -1,0 +1,122 @@
+"""Four processes train as one does, and a run goes on with other numbers of processes.
+
+    pytest tests/stress/test_elastic.py -m stress
+
+All processes are real, with their own virtual devices, and exchange arrays through the network.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from timings import without_timings
+
+pytestmark = pytest.mark.stress
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = Path(__file__).with_name("tiny_vit.py")
+LAST = 60  # step of `tiny_vit.py`
+# Processes, devices of each, step after which the run is stopped; one after another.
+STAGES = [(4, 2, 16), (2, 2, 32), (1, 1, LAST)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder in which the processes share compiled programs."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def start(compiled, devices, command):
+    """Starts a process with a number of devices."""
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    kept.append(f"--xla_force_host_platform_device_count={devices}")
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join(kept),
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TOKENVIT_JAX_KERNELS": "off",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def finish(processes):
+    """Returns the output of process 0, after all have ended without an error."""
+    outputs = [process.communicate(timeout=1800) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return outputs[0][0]
+
+
+def run(compiled, workdir, processes, devices, stop_after):
+    """Trains, and stops all processes by a signal to one of them."""
+    command = ["-m", "tokenvit_jax.train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    several = (f"--coordinator={free_address()}", f"--num_processes={processes}")
+    started = [
+        start(
+            compiled,
+            devices,
+            [*command, *((*several, f"--process_id={i}") if processes > 1 else ())],
+        )
+        for i in range(processes)
+    ]
+    if stop_after < LAST:
+        for line in started[0].stdout:
+            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= stop_after:
+                break
+        started[-1].terminate()
+    finish(started)
+
+
+def metrics_of(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [*map(without_timings, lines)]
+
+
+@pytest.fixture(scope="module")
+def reference(compiled, tmp_path_factory):
+    """Metrics of an undisturbed run of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("reference")
+    run(compiled, workdir, 1, 8, LAST)
+    return metrics_of(workdir)
+
+
+def assert_same_run(found, expected):
+    """The same batches in the same order, losses within rounding."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+            # Differs by a factor of two from batch to batch.
+            assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+            assert line["data/skipped"] == wanted["data/skipped"]
+
+
+def test_four_processes_with_two_devices_equal_one_with_eight(compiled, reference, tmp_path):
+    run(compiled, tmp_path, 4, 2, LAST)
+    assert_same_run(metrics_of(tmp_path), reference)
+
+
+def test_processes_and_devices_come_and_go(compiled, reference, tmp_path):
+    for processes, devices, stop_after in STAGES:
+        run(compiled, tmp_path, processes, devices, stop_after)
+        last = metrics_of(tmp_path)[-1]["step"]
+        assert stop_after <= last and (last < LAST or stop_after == LAST)
+    assert_same_run(metrics_of(tmp_path), reference)
