@@ -5,9 +5,9 @@ import functools
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import AUTO
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.recipes import choose_config
+from tokenvit_jax.recipes.segmentation import train_on_scenes, use_mmseg_images
 from tokenvit_jax.tasks import default_config
 
 
@@ -99,18 +99,9 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
     config.dtype = "bfloat16"
 
     config.dataset = recipe.dataset
-    config.image_size = recipe.crop
     config.batch_size = recipe.batch_size
-    config.data.workers = AUTO
     config.data.normalization = "inception"
-    # mmsegmentation's augmentation.
-    config.augment.short_side = recipe.short_side
-    config.augment.scale_range = (0.5, 2.0)
-    config.augment.max_class_share = 0.75
-    config.augment.flip = 0.5
-    config.augment.photometric = True
-    config.data.eval_batch_size = 8
-    config.data.eval_short_side = recipe.short_side
+    use_mmseg_images(config, crop=recipe.crop, short_side=recipe.short_side)
     config.data.eval_size = recipe.eval_size
     config.data.label_size = recipe.label_size
     config.inference.stride = recipe.stride
@@ -129,11 +120,7 @@ def _segmenter(model: str, drop_path: float, recipe: SegmenterRecipe) -> ConfigD
 
 
 def segmenter_scenes_config(model: str) -> ConfigDict:
-    """Returns the configuration of a small Segmenter on the embedded scenes, with 256 patches.
-
-    The scenes are 2,000 training and 200 test images of 128 x 128 pixels: digits pasted on
-    photographs.
-    """
+    """Returns the configuration of a small Segmenter on the embedded scenes, with 256 patches."""
     config = default_config("segmentation")
     config.model = model
     config.model_overrides = {
@@ -143,15 +130,5 @@ def segmenter_scenes_config(model: str) -> ConfigDict:
     config.head = "mask_transformer"
     config.head_overrides = {"depth": 1, "head_dim": 24}
 
-    config.dataset = "scenes"
-    config.image_size = 128
-    config.batch_size = 16
-    config.data.eval_batch_size = 20
-
-    config.num_steps = 3000
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
-    config.log_every_steps = 50
-    config.eval_every_steps = 500
-    config.checkpoint_every_steps = 500
+    train_on_scenes(config, 3000)
     return config

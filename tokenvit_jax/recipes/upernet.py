@@ -6,9 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokenvit_jax.config import AUTO
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.dgt import COMMON as DGT
+from tokenvit_jax.recipes.segmentation import train_on_scenes, use_mmseg_images
 from tokenvit_jax.tasks import default_config
 
 # Settings that differ from training on ImageNet-1K, for each model. Drop path: Swin's code for Swin
@@ -66,16 +66,8 @@ def ade20k_config(model: str, model_overrides: Mapping[str, Any], steps: int) ->
     config.dtype = "bfloat16"
 
     config.dataset = "ade20k"
-    config.image_size = 512
     config.batch_size = 16
-    config.data.workers = AUTO
-    config.augment.short_side = 512
-    config.augment.scale_range = (0.5, 2.0)
-    config.augment.max_class_share = 0.75
-    config.augment.flip = 0.5
-    config.augment.photometric = True
-    config.data.eval_batch_size = 8
-    config.data.eval_short_side = 512
+    use_mmseg_images(config, crop=512, short_side=512)
     config.data.eval_size = (2048, 2048)  # the longer side of larger images is shrunk to 2048
     config.data.label_size = (2100, 2100)
     config.inference.window = "whole"
@@ -92,9 +84,6 @@ def ade20k_config(model: str, model_overrides: Mapping[str, Any], steps: int) ->
 def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     """Returns the configuration of a small Swin Transformer with a head on the embedded scenes.
 
-    The scenes are 2,000 training and 200 test images of 128 x 128 pixels: digits pasted on
-    photographs.
-
     Args:
       head: name of the head.
       head_overrides: settings of the head.
@@ -108,15 +97,5 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     config.head = head
     config.head_overrides = dict(head_overrides)
 
-    config.dataset = "scenes"
-    config.image_size = 128
-    config.batch_size = 16
-    config.data.eval_batch_size = 20
-
-    config.num_steps = 1000
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
-    config.log_every_steps = 50
-    config.eval_every_steps = 500
-    config.checkpoint_every_steps = 500
+    train_on_scenes(config, 1000)
     return config
