@@ -28,7 +28,7 @@ KEYS = (
 )  # fmt: skip
 # All networks of a family shrink to the same one, so that most steps compile once.
 PYRAMID = {
-    "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 1, 0, 0), "drop_path": 0.1
+    "dims": (8, 8, 16, 16), "num_heads": (2, 2, 2, 2), "depths": (1, 0, 0, 0), "drop_path": 0.1
 }  # fmt: skip
 PLAIN = {
     "dim": 8, "num_heads": 2, "depth": 2, "mlp_ratio": 2, "patch_size": 16,

@@ -109,6 +109,9 @@ MAP, KERNEL = _normal(0, 4, 14, 14, 64), _normal(1, 3, 3, 64)
 
 # Operator -> calls by name.
 CASES: dict[str, dict[str, Case]] = {
+    "adaptive_average_pool": {
+        "": Case(functools.partial(ops.adaptive_average_pool, side=6), (MAP,), 1, 1)
+    },
     "add_layer_norm": {
         "": Case(
             functools.partial(ops.add_layer_norm, epsilon=1e-6),
@@ -136,6 +139,7 @@ CASES: dict[str, dict[str, Case]] = {
     "layer_norm": {
         "": Case(functools.partial(ops.layer_norm, epsilon=1e-6), (TOKENS, *CHANNELS), 1, 3)
     },
+    "linear_product": {"": Case(ops.linear_product, (TOKENS, _normal(1, 64, 128)), 2, 2)},
     "assign_clusters": {"": Case(_assigned, (MANY,), 1, 0, chooses=True)},
     "attention_rollout": {
         "": Case(ops.attention_rollout, (_softmax(_normal(0, 4, 3, 2, 50, 50)),), 1, 1)
@@ -206,6 +210,12 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "relative_position_bias": {
         "": Case(lambda x: ops.relative_position_bias(x, (7, 7)), (_normal(0, 13, 13, 4),), 1, 1)
+    },
+    "resize_bilinear": {
+        "": Case(functools.partial(ops.resize_bilinear, size=(28, 35)), (MAP,), 1, 1)
+    },
+    "resize_nearest": {
+        "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)
     },
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
     "update_centroids": {

@@ -120,3 +120,20 @@ def test_processes_and_devices_come_and_go(compiled, reference, tmp_path):
         last = metrics_of(tmp_path)[-1]["step"]
         assert stop_after <= last and (last < LAST or stop_after == LAST)
     assert_same_run(metrics_of(tmp_path), reference)
+
+
+def test_batch_norm_over_processes(compiled):
+    """Over all devices, over groups in one or in several processes, and on each device."""
+    script = Path(__file__).with_name("norm_groups.py")
+    found = []
+    for processes, devices in ((1, 8), (4, 2)):
+        address = free_address()
+        started = [
+            start(compiled, devices, [script, address, processes, i]) for i in range(processes)
+        ]
+        found.append(json.loads(finish(started).splitlines()[-1]))
+    expected, found = found
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        assert values == pytest.approx(expected[name], rel=1e-4), name
+    assert len({tuple(values) for values in expected.values()}) > 3  # groups change what is trained
