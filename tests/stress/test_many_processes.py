@@ -1,6 +1,6 @@
 """Four processes train as one does, and a run goes on with other numbers of processes.
 
-    pytest tests/stress/test_elastic.py -m stress
+    pytest tests/stress/test_many_processes.py -m stress
 
 All processes are real, with their own virtual devices, and exchange arrays through the network.
 """
