@@ -37,6 +37,7 @@ def plan(monkeypatch):
 
     monkeypatch.setattr(models, "create_model", create)
     monkeypatch.setattr(page, "SECONDS", 0.01)
+    monkeypatch.setattr(page, "CASE_SECONDS", 0.01)
     monkeypatch.setattr(timm_peers, "import_timm", import_timm)
     monkeypatch.setitem(operators.CASES, "depthwise_conv", conv_cases)
     return page.Plan(

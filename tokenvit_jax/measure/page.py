@@ -33,6 +33,7 @@ LENGTHS = ((64, 784, 4), (32, 3136, 2), (8, 16384, 2), (1, 65536, 2))
 LENGTHS_ON_CPU = ((1, 784, 4), (1, 3136, 2))
 HEADING = "\n## "  # before the title of a part
 SECONDS = 4.0  # to time each model, less than `benchmark --model`
+CASE_SECONDS = 1.0  # to time a case of attention
 
 
 class Plan(NamedTuple):
@@ -182,7 +183,7 @@ def _profile(contenders):
 def _attention(plan):
     """Returns a table of attention in groups beside the dense forms, by the number of tokens."""
     rows = [
-        operators.benchmark_case(case, mode, seconds=1.0)
+        operators.benchmark_case(case, mode, seconds=CASE_SECONDS)
         for batch, length, heads in plan.lengths
         for case in operators.group_attention_cases(batch, plan.dtype, ((length, heads),))
         for mode in ("forward", "train")
