@@ -212,7 +212,10 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(lambda x: ops.relative_position_bias(x, (7, 7)), (_normal(0, 13, 13, 4),), 1, 1)
     },
     "resize_bilinear": {
-        "": Case(functools.partial(ops.resize_bilinear, size=(28, 35)), (MAP,), 1, 1)
+        "": Case(functools.partial(ops.resize_bilinear, size=(28, 35)), (MAP,), 1, 1),
+        "align_corners": Case(
+            functools.partial(ops.resize_bilinear, size=(28, 28), align_corners=True), (MAP,), 1, 1
+        ),
     },
     "resize_nearest": {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)

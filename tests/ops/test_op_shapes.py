@@ -307,7 +307,9 @@ CALLS = {
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
     ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
-    "resize.resize_bilinear": [((floats(2, 6, 4, 5), (3, 9)), {})],
+    "resize.resize_bilinear": [
+        ((floats(2, 6, 4, 5), (3, 9)), {}), ((floats(2, 6, 4, 5), (12, 9), True), {})
+    ],
     "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],

@@ -9,7 +9,15 @@ from tokenvit_jax.layers.blocks import (
     gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
-from tokenvit_jax.layers.conv import Conv, Conv3x3, ConvModule, batch_norm
+from tokenvit_jax.layers.conv import (
+    Conv,
+    Conv3x3,
+    ConvModule,
+    PatchConvTranspose,
+    ResidualConvUnit,
+    batch_norm,
+    uniform_init,
+)
 from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
@@ -39,11 +47,14 @@ __all__ = [
     "LayerNorm",
     "Mlp",
     "PaleAttention",
+    "PatchConvTranspose",
     "PatchEmbedding",
+    "ResidualConvUnit",
     "StridedAttention",
     "WindowAttention",
     "advance_centroids",
     "batch_norm",
     "dense",
     "gelu",
+    "uniform_init",
 ]

@@ -43,11 +43,11 @@ class Tap(NamedTuple):
     Attributes:
       map: the patches (B, h, w, C).
       front: the tokens in front of the patches (B, f, C): the class token, then the distillation
-        token, then registers.
+        token, then registers; None: a map of the stem, which has no tokens.
     """
 
     map: jax.Array
-    front: jax.Array
+    front: jax.Array | None
 
 
 class Trainable(nn.Module):
@@ -281,19 +281,24 @@ class Backbone(Trainable):
         raise NotImplementedError
 
     def taps(
-        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+        self,
+        images: jax.Array,
+        train: bool = False,
+        blocks: Sequence[int] | None = None,
+        stages: Sequence[int] = (),
     ) -> list[Tap]:
-        """Returns the tokens after some blocks.
+        """Returns maps of the stem, and the tokens after some blocks.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
           blocks: the blocks, counted from 0; None: all.
+          stages: the stages of the stem, counted from 0.
 
         Raises:
           UserError: the backbone is hierarchical.
         """
-        del images, train, blocks
+        del images, train, blocks, stages
         raise UserError(
             f"{type(self).__name__} is hierarchical and has no taps; valid: deit and vit, or the "
             "maps of its method features"

@@ -619,7 +619,11 @@ class VisionTransformer(Backbone):
         return Encoded(tokens, functools.partial(self._to_map, restore, images.shape))
 
     def taps(
-        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+        self,
+        images: jax.Array,
+        train: bool = False,
+        blocks: Sequence[int] | None = None,
+        stages: Sequence[int] = (),
     ) -> list[Tap]:
         """Returns the tokens after some blocks, before any LayerNorm.
 
@@ -638,6 +642,8 @@ class VisionTransformer(Backbone):
         Raises:
           UserError: there is no such block, the reducer convolves, or it leaves no patch.
         """
+        if stages:
+            raise UserError(f"stages={tuple(stages)} is not valid without a stem; valid: ()")
         blocks = range(self.settings.depth) if blocks is None else blocks
         for block in blocks:
             if not 0 <= block < self.settings.depth:
