@@ -7,7 +7,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +21,20 @@ METRICS = (
 )  # fmt: skip
 
 
-class Box(NamedTuple):
-    """A part of a depth map [pixels]; the last row and column are outside."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """The rows and columns, to index an array (H, W)."""
-        return slice(self.top, self.bottom), slice(self.left, self.right)
+Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
 
 
-def _shares(top: float, bottom: float, left: float, right: float) -> Callable[[int, int], Box]:
-    return lambda h, w: Box(int(top * h), int(left * w), int(bottom * h), int(right * w))
+def _shares(left: float, top: float, right: float, bottom: float) -> Callable[[int, int], Box]:
+    return lambda h, w: (int(left * w), int(top * h), int(right * w), int(bottom * h))
 
 
 # Name of a crop -> function from height and width to the part that is compared. "garg" and "eigen"
 # are for KITTI, "eigen_nyu" is for the 480 x 640 images of NYUv2.
 CROPS: dict[str, Callable[[int, int], Box]] = {
-    "none": lambda h, w: Box(0, 0, h, w),
-    "garg": _shares(0.40810811, 0.99189189, 0.03594771, 0.96405229),
-    "eigen": _shares(0.3324324, 0.91351351, 0.0359477, 0.96405229),
-    "eigen_nyu": lambda h, w: Box(45, 41, 471, 601),
+    "none": lambda h, w: (0, 0, w, h),
+    "garg": _shares(0.03594771, 0.40810811, 0.96405229, 0.99189189),
+    "eigen": _shares(0.0359477, 0.3324324, 0.96405229, 0.91351351),
+    "eigen_nyu": lambda h, w: (41, 45, 601, 471),
 }
 
 
@@ -62,9 +51,9 @@ def comparable(truth: np.ndarray, limits: Sequence[float], boxes: Sequence[Box])
     """
     low, high = limits
     kept = np.where((truth > low) & (truth < high), truth, np.float32(0))
-    for box in boxes:
+    for left, top, right, bottom in boxes:
         inside = np.zeros_like(kept)
-        inside[box.slices] = kept[box.slices]
+        inside[top:bottom, left:right] = kept[top:bottom, left:right]
         kept = inside
     return kept
 
@@ -107,9 +96,7 @@ def depth_metrics(
         "silog": 100 * jnp.sqrt(mean(centred**2)),
         "log10": mean(jnp.abs(log_error)) / np.log(10),
     }
-    found |= {
-        f"delta{n}": jnp.where(pixels > 0, mean(ratio < DELTA**n), 0.0) for n in (1, 2, 3)
-    }
+    found |= {f"delta{n}": jnp.where(pixels > 0, mean(ratio < DELTA**n), 0.0) for n in (1, 2, 3)}
     return found, pixels
 
 

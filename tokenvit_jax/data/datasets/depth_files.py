@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from tokenvit_jax.data.decoding import opened
@@ -94,9 +95,7 @@ def write(name: str, splits: dict[str, Pairs], data_dir: Path) -> None:
 
     features = {
         "image": tfds.features.Image(),
-        "depth": tfds.features.Image(
-            shape=(None, None, 1), dtype="uint16", encoding_format="png"
-        ),
+        "depth": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
         "file_name": tfds.features.Text(),
     }
     write_splits(data_dir, f"{FOLDER}/{name}", VERSION, features, splits)
@@ -154,6 +153,7 @@ def _examples(layout: Layout, files: list[Files]) -> Pairs:
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
         contents = {"image": read_file(image), "depth": read_file(depth)}
-        yield name, {key: io.BytesIO(content) for key, content in contents.items()} | {
-            "file_name": name
-        }
+        yield (
+            name,
+            {key: io.BytesIO(content) for key, content in contents.items()} | {"file_name": name},
+        )
