@@ -136,6 +136,11 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "gelu": {"": Case(ops.gelu, (TOKENS,), 1, 1)},
+    "group_norm": {
+        "": Case(
+            functools.partial(ops.group_norm, num_groups=8, epsilon=1e-5), (MAP, *CHANNELS), 1, 3
+        )
+    },
     "layer_norm": {
         "": Case(functools.partial(ops.layer_norm, epsilon=1e-6), (TOKENS, *CHANNELS), 1, 3)
     },

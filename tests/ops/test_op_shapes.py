@@ -240,6 +240,11 @@ CALLS = {
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_norm.group_norm": [
+        ((floats(2, 6, 4, 12), floats(12), floats(12)), {"num_groups": 3, "epsilon": 1e-5}),
+        ((floats(2, 12), floats(12), floats(12)),
+         {"num_groups": 3, "epsilon": 1e-5, "dtype": jnp.bfloat16}),
+    ],
     "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
     "group_routing.assign_misfit": [((Q, 4), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],

@@ -15,12 +15,13 @@ from tokenvit_jax.layers.conv import (
     ConvModule,
     PatchConvTranspose,
     ResidualConvUnit,
+    StandardizedConv,
     batch_norm,
     uniform_init,
 )
 from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
-from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
+from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, GroupNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import ChannelDropout, Dropout, DropPath
@@ -44,12 +45,14 @@ __all__ = [
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
+    "GroupNorm",
     "LayerNorm",
     "Mlp",
     "PaleAttention",
     "PatchConvTranspose",
     "PatchEmbedding",
     "ResidualConvUnit",
+    "StandardizedConv",
     "StridedAttention",
     "WindowAttention",
     "advance_centroids",

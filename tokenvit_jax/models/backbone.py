@@ -156,6 +156,8 @@ class Backbone(Trainable):
       float32_parameters: pattern in the paths of kernels (n, m) and their biases that enter the
         computation in float32, so that :meth:`cast_weights` leaves them: layers in float32, and
         layers that an operator joins with a BatchNorm or a convolution.
+      standardized_kernels: pattern at the start of the paths of kernels that are standardised, in
+        float32, and not cast before that; None: there are none.
     """
 
     settings: BackboneSettings
@@ -165,6 +167,7 @@ class Backbone(Trainable):
     optional_parameters: ClassVar[tuple[str, ...]] = ()
     map_norm_epsilon: ClassVar[float | None] = None
     float32_parameters: ClassVar[str] = "classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias"
+    standardized_kernels: ClassVar[str | None] = None
 
     @property
     def local_statistics(self) -> bool:
@@ -180,7 +183,7 @@ class Backbone(Trainable):
             i
             for i, (path, leaf) in enumerate(leaves)
             if leaf.dtype == jnp.float32
-            and (self._is_cast(path, params) or (convolutions and _is_convolution(path, leaf)))
+            and (self._is_cast(path, params) or (convolutions and self._is_convolution(path, leaf)))
         ]
         if not places:
             return params
@@ -198,6 +201,14 @@ class Backbone(Trainable):
             layer = layer[module]
         linear = name in ("kernel", "bias") and getattr(layer.get("kernel"), "ndim", 0) == 2
         return linear and not re.search(self.float32_parameters, "/".join((*modules, name)))
+
+    @nn.nowrap
+    def _is_convolution(self, path, leaf):
+        """Returns whether a convolution uses a kernel in the type of the computation only."""
+        names = "/".join(part.key for part in path)
+        standardized = self.standardized_kernels
+        kept = standardized is not None and re.match(standardized, names)
+        return path[-1].key == "kernel" and leaf.ndim == 4 and not kept
 
     @nn.nowrap
     def check_images(self, images: Any) -> None:
@@ -414,10 +425,6 @@ class BackboneModel(Trainable):
     @nn.nowrap
     def monitor(self, params: Any) -> dict[str, jax.Array]:
         return self.backbone.monitor(params["backbone"])
-
-
-def _is_convolution(path, leaf):
-    return path[-1].key == "kernel" and leaf.ndim == 4
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
