@@ -15,7 +15,7 @@ _ZEROS = OneOf(((0, 0),))
 _FACTORS = Several(Number(0.1, 10), 2, ascending=True)
 
 ENTRIES: dict[str, Entry] = {
-    "model": COMMON["model"]._replace(default="vit_b"),
+    "model": COMMON["model"]._replace(default="vit_b_r50"),
     "head_overrides": Entry({}, "settings of DPT's decoder", Group()),
     # The decoder returns y >= 0.
     "depth.scale": Entry(1.0, "factor of the decoder's output y", Number(0, 10**6, above=True)),
