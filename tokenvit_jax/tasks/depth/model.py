@@ -13,6 +13,7 @@ from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
 LEAST_INVERSE_DEPTH = 1e-8  # [1 / m]
+STEM_MAPS = 2  # that a hybrid gives; their strides, 4 and 8, are those of the finest levels
 
 
 class Dpt(BackboneModel):
@@ -106,7 +107,9 @@ def make_dpt(config: ConfigDict, axis_name: str | tuple[str, ...] | None) -> Dpt
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     backbone = make_backbone(config, **common)
     head = make_head(DptHead, config, **common)
-    blocks = default_blocks(backbone.settings.num_blocks)
+    settings = backbone.settings
+    num_maps = 0 if settings.stem is None else min(len(settings.stem.widths), STEM_MAPS)
+    blocks = default_blocks(settings.num_blocks, LEVELS - num_maps)
     depth = config.depth
     return Dpt(backbone, head, blocks, depth.scale, depth.shift, depth.invert)
 
