@@ -42,8 +42,7 @@ class Dpt(BackboneModel):
     invert: bool = False
 
     @property
-    def multiple(self) -> int:
-        """The sides of images are multiples of this number of pixels, the largest stride."""
+    def multiple(self) -> int:  # the largest stride
         return 2 * self.backbone.strides[0]
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -60,6 +59,12 @@ class Dpt(BackboneModel):
 
     def decode(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the decoder's output y (B, H, W), at least 0, for the arguments of a call."""
+        return self.head(self._taps(images, train), images.shape[1:3], train=train)
+
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        return [tap.map for tap in self._taps(images, train)]
+
+    def _taps(self, images, train):
         height, width = images.shape[1:3]
         if height % self.multiple or width % self.multiple:
             raise UserError(
@@ -67,8 +72,7 @@ class Dpt(BackboneModel):
                 f"{self.multiple}"
             )
         stages = tuple(range(LEVELS - len(self.blocks)))
-        taps = self.backbone.taps(images, train, self.blocks, stages)
-        return self.head(taps, (height, width), train=train)
+        return self.backbone.taps(images, train, self.blocks, stages)
 
     @nn.nowrap
     def to_depth(self, y: jax.Array) -> jax.Array:
