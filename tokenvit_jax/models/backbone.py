@@ -280,6 +280,10 @@ class Backbone(Trainable):
         """
         raise NotImplementedError
 
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Returns :meth:`features`; a model of another task returns what its head reads."""
+        return self.features(images, train)
+
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.
 
@@ -367,6 +371,18 @@ class BackboneModel(Trainable):
     """
 
     backbone: nn.Module
+
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Returns the maps of the backbone that the head reads, with all patches.
+
+        They are those of its method `features`, unless a head reads others.
+        """
+        return self.backbone.features(images, train)
+
+    @property
+    def multiple(self) -> int:
+        """The sides of images are multiples of this number of pixels."""
+        return 1
 
     @property
     def num_layers(self) -> int:

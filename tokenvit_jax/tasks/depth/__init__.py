@@ -1,1 +1,5 @@
-"""Monocular depth."""
+"""Monocular depth: the distance of every pixel."""
+
+from tokenvit_jax.tasks.depth.task import Depth
+
+__all__ = ["Depth"]

@@ -13,6 +13,7 @@ from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
 LEAST_INVERSE_DEPTH = 1e-8  # [1 / m]
+STEM_MAPS = 2  # that a hybrid gives; their strides, 4 and 8, are those of the finest levels
 
 
 class Dpt(BackboneModel):
@@ -41,8 +42,7 @@ class Dpt(BackboneModel):
     invert: bool = False
 
     @property
-    def multiple(self) -> int:
-        """The sides of images are multiples of this number of pixels, the largest stride."""
+    def multiple(self) -> int:  # the largest stride
         return 2 * self.backbone.strides[0]
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -59,6 +59,12 @@ class Dpt(BackboneModel):
 
     def decode(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the decoder's output y (B, H, W), at least 0, for the arguments of a call."""
+        return self.head(self._taps(images, train), images.shape[1:3], train=train)
+
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        return [tap.map for tap in self._taps(images, train)]
+
+    def _taps(self, images, train):
         height, width = images.shape[1:3]
         if height % self.multiple or width % self.multiple:
             raise UserError(
@@ -66,8 +72,7 @@ class Dpt(BackboneModel):
                 f"{self.multiple}"
             )
         stages = tuple(range(LEVELS - len(self.blocks)))
-        taps = self.backbone.taps(images, train, self.blocks, stages)
-        return self.head(taps, (height, width), train=train)
+        return self.backbone.taps(images, train, self.blocks, stages)
 
     @nn.nowrap
     def to_depth(self, y: jax.Array) -> jax.Array:
@@ -102,7 +107,9 @@ def make_dpt(config: ConfigDict, axis_name: str | tuple[str, ...] | None) -> Dpt
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     backbone = make_backbone(config, **common)
     head = make_head(DptHead, config, **common)
-    blocks = default_blocks(backbone.settings.num_blocks)
+    settings = backbone.settings
+    num_maps = 0 if settings.stem is None else min(len(settings.stem.widths), STEM_MAPS)
+    blocks = default_blocks(settings.num_blocks, LEVELS - num_maps)
     depth = config.depth
     return Dpt(backbone, head, blocks, depth.scale, depth.shift, depth.invert)
 
