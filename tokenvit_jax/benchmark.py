@@ -4,6 +4,7 @@
     python -m tokenvit_jax.benchmark --model=dgt_t,pale_t --against=pvt_v2_b2 --mode=both
     python -m tokenvit_jax.benchmark --model=deit_s --keep=level1 --keep=level3
     python -m tokenvit_jax.benchmark --task=segmentation --against=upernet_swin_t --mode=both
+    python -m tokenvit_jax.benchmark --task=depth --image_size=384x512 --expedite=3,9,14x14
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
     python -m tokenvit_jax.benchmark --report
 
@@ -17,8 +18,8 @@ Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suf
 needs PyTorch and timm.
 
 --task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
-recipe. The training step has the loss of the recipe. --against then names networks of transformers
-(upernet_swin_t).
+recipe; --task=depth times DPT-hybrid. The training step has the loss of the recipe, on a batch that
+is prepared before. --against then names networks of transformers: upernet_swin_t or dpt_hybrid.
 
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
@@ -62,7 +63,7 @@ class Measured(NamedTuple):
 
 
 # A test compares them with `tasks.TASKS`.
-MEASURED = {"segmentation": Measured("swin_t", "512")}
+MEASURED = {"segmentation": Measured("swin_t", "512"), "depth": Measured("vit_b_r50", "384")}
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
@@ -181,16 +182,21 @@ def _measure(flag_values):
 
 def _task_kind(task):
     """Returns how the models of a task are timed."""
-    from tokenvit_jax.recipes import upernet
+    from tokenvit_jax.recipes import dpt, upernet
     from tokenvit_jax.training.task_speed import task_kind
 
-    recipes, make = {"segmentation": (upernet.MODELS, upernet.upernet_config)}[task]
+    recipes = {
+        "segmentation": {
+            name: functools.partial(upernet.upernet_config, name) for name in upernet.MODELS
+        },
+        "depth": {dpt.MODEL: functools.partial(dpt.dpt_config, "nyu")},
+    }[task]
 
     def recipe(name):
         if name not in recipes:
             hint, valid = did_you_mean(name, recipes), ", ".join(recipes)
             raise UserError(f"--model={name} is not valid with --task={task}{hint}; valid: {valid}")
-        return make(name)
+        return recipes[name]()
 
     return task_kind(recipe)
 
