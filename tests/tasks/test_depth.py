@@ -164,6 +164,21 @@ def test_scale_and_shift_invariant_loss_and_its_gradient(kind):
     np.testing.assert_allclose(loss(3 * prediction + 2), value, rtol=1e-4)
 
 
+def test_pixels_are_counted_over_all_devices():
+    config = default_config("depth")
+    config.dataset, config.depth.loss, config.image_size = "depth_scenes", "ssi", 64
+    depth = np.random.default_rng(0).uniform(-2, 4, (16, 8, 8)).astype(np.float32)
+    batch = {"image": np.zeros((16, 8, 8, 3), np.uint8), "depth": depth.clip(0)}
+    key = jax.random.key(0)
+    expected = create_task(config).prepare(batch, key)["pixels"]
+    assert len(np.unique(np.asarray(expected), axis=0)) == 1
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+    prepare = jax.pmap(create_task(config, "data").prepare, "data", in_axes=(0, None))
+    found = prepare(split, key)["pixels"]
+    np.testing.assert_allclose(found.reshape(16, 5), expected, rtol=1e-6)
+    np.testing.assert_allclose(expected[0, 0], (depth > 0).sum() / 16)
+
+
 def test_gradients_are_finite_where_losses_are_not_smooth():
     truth = jnp.array([[[2.0, 0.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
     for prediction in (jnp.where(truth > 0, truth, 1.0), jnp.ones_like(truth)):
