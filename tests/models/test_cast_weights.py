@@ -20,7 +20,11 @@ SHALLOW = {"depths": (1, 0, 0, 1)}
         ("deit_s", {"depth": 1}),
         (
             "vit_b_r50",
-            {"depth": 1, "stem": {"widths": (32, 32), "depths": (1, 1)}, "patch_size": 8},
+            {
+                "depth": 1,
+                "patch_size": 8,
+                "stem": {"widths": (32, 32), "depths": (1, 1), "num_groups": 8},
+            },
         ),
         ("swin_t", SHALLOW),
         ("swinv2_t", SHALLOW),
