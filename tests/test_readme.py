@@ -23,6 +23,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.md"))
+FOLDERS = sorted({page.parent for page in EXPERIMENTS})
 # Together these configs have the entries of all tasks and model families.
 CONFIGS = [("dgt_t", ""), ("pale_t", "tokens"), ("deit_s", "search"), ("segmenter_ti", "")]
 
@@ -106,3 +107,11 @@ def test_files_that_are_linked_exist(page):
 def test_all_pages_are_linked_from_the_readme():
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in README, page.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_all_pages_of_an_experiment_are_linked_from_its_readme(folder):
+    """The navigation of the documentation lists only the README of each folder."""
+    text = (folder / "README.md").read_text()
+    for page in {*folder.glob("*.md")} - {folder / "README.md"}:
+        assert f"]({page.name})" in text, page.name
