@@ -25,7 +25,13 @@ PAGES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.md"))
 FOLDERS = sorted({page.parent for page in EXPERIMENTS})
 # Together these configs have the entries of all tasks and model families.
-CONFIGS = [("dgt_t", ""), ("pale_t", "tokens"), ("deit_s", "search"), ("segmenter_ti", "")]
+CONFIGS = [
+    ("dgt_t", ""),
+    ("pale_t", "tokens"),
+    ("deit_s", "search"),
+    ("segmenter_ti", ""),
+    ("dpt", "kitti"),
+]
 
 
 def test_length():
