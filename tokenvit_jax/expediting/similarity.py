@@ -53,7 +53,7 @@ class Comparison:
         self._model = with_backbone(model, backbone_of(model).clone(expedite=None, remat=False))
         self._variables = jax.device_put(variables)
         self._images, self._method = jnp.asarray(images), method
-        before = describe_host(backbone_of(model), self._images.shape[1:3]).first
+        before = describe_host(backbone_of(self._model), self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)
         self._plain = self.features(None)
 
