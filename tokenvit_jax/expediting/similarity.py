@@ -87,7 +87,7 @@ class Comparison:
         self._blocks.begin(expedite)
         with nn.intercept_methods(self._blocks):
             found = model.apply(self._variables, self._images, False, method=self._method)
-        return found[-1] if self._method == "maps" else found
+        return found if self._method == "pooled" else found[-1]
 
 
 def measured(expedite: Expedite, distance: float, factor: float = FACTOR) -> Expedite:
