@@ -159,6 +159,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "Pallas: one pass for both sums",
         "default": "XLA's operations",
     },
+    "standardised kernels": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all with as many inputs at once: compiled for an H200, NNN launches instead of "
+        "248 for the 52 kernels of DPT-hybrid",
+    },
     "sums over devices": {
         "cpu": "one by one: joining costs copies",
         "default": "in long vectors: compiled for eight H100, 584 launches instead of 840 in a "
