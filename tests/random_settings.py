@@ -23,12 +23,13 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.models import model_settings
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.reducers import METHODS, TokenReducer
+from tokenvit_jax.models.resnet_stem import ResNetStem
 from tokenvit_jax.tasks.segmentation.model import HEADS
 
 SECONDS = 60  # a trial that takes longer hangs
 BATCH, SIDE = 2, 64  # images
 OWNERS = (*tv.list_models(), *HEADS)
-PARTS = {"token_reducer": TokenReducer, "expedite": Expedite}
+PARTS = {"token_reducer": TokenReducer, "expedite": Expedite, "stem": ResNetStem}
 
 # Small models are traced in seconds.
 PLAIN = {"dim": 16, "depth": 2, "num_heads": 2, "patch_size": 16, "position_size": (64, 64)}
@@ -39,12 +40,14 @@ SMALL_HEADS = {
 SMALL_PARTS = {
     "token_reducer": {"keep": (8, 4), "method": "powerbert"},
     "expedite": {"alpha": 1, "beta": 1, "clusters": (2, 2)},
+    "stem": {"first": 8, "widths": (16, 16, 32), "depths": (1, 1, 1), "num_groups": 4},
 }
 
 NAN, INFINITE = math.nan, math.inf
 # No setting can have one of these values.
 ODD = [NAN, -INFINITE, (), [], {}, object(), 1j, b"1", "nonsense", "", " ", "x" * 5000, "a\nb",
        {"a": 1}, {1, 2}, jnp.float32, -1, -(10**30), 10**5000]  # fmt: skip
+PARTS_OF_NO_KIND = [True, 3, (3,), {"nonsense": 1}, {1: 2}, {"": None}]
 MEANINGLESS = {
     int: [*ODD, None, True, 1.5, INFINITE, "3", (3,), [3], 10**12, -7],
     float: [*ODD, None, True, INFINITE, "0.1", (0.1,), -0.5, -1e-30, 1e30],
@@ -55,12 +58,13 @@ MEANINGLESS = {
         *(form([value] * size) for size in (2, 4) for form in (tuple, list)
           for value in (NAN, INFINITE, None, -1, 1.5, "8", True, 10**12, {}))
     ],
-    "part": [*ODD, True, 3, (3,), {"nonsense": 1}, {1: 2}, {"": None}],
+    "part": [*ODD, *PARTS_OF_NO_KIND],
+    "optional": [*(odd for odd in ODD if odd != {}), *PARTS_OF_NO_KIND],  # {}: its defaults
     "dtype": [*(odd for odd in ODD if odd is not jnp.float32), None, True, 3, int, dict, "int8",
               "float33", jnp.int32, "f4,f4"],
     "axis": [NAN, (), [], {}, object(), "", " ", True, 3, b"x"],
 }  # fmt: skip
-KINDS = {**dict.fromkeys(PARTS, "part"), "dtype": "dtype", "axis_name": "axis",
+KINDS = {**dict.fromkeys(PARTS, "part"), "stem": "optional", "dtype": "dtype", "axis_name": "axis",
          "temperature": float, "batch_norm": int}  # fmt: skip
 # Numbers for which 0 means something.
 ZERO = {
@@ -88,7 +92,9 @@ PLAUSIBLE = {
     "ratios": [((4,), (4,), (1,), (1,)), [[16, 4], [4, 1], [1], [1]], ((4, 8),) * 4, ((),) * 4,
                ((64,),) * 4, ((8, 2), (2,), (1,), (1,))],
     "aggregation": ["clusters", "grid"], "assign": ["nearest", "parent"], "adaptive": [0, 0.5],
-    "stem_dim": [4], "num_groups": [1, 5, 48], "top_k": [1, 10**4], "head_dim": [4, 5, 8],
+    "stem_dim": [4], "first": [8, 12],
+    "widths": [(32,), [8, 16], (8, 8, 8, 8)], "num_groups": [1, 5, 48],
+    "top_k": [1, 10**4], "head_dim": [4, 5, 8],
     "post_norm_cosine": [True, False], "centroid_rule": ["literal", "swapped", "constant"],
     "centroid_old_weight": [0, 0.9, 1], "block": ["swin", "cswin", "cmt"],
     "pale_sizes": [(1, 1, 1, 1), [2, 3, 4, 5]],
@@ -154,8 +160,9 @@ def small_settings(owner: str) -> dict[str, Any]:
     """Returns the settings of a small model or head."""
     if owner in HEADS:
         return {"num_classes": 3, **SMALL_HEADS.get(owner, {})}
-    plain = hasattr(model_settings(owner), "dim")
-    return {"num_classes": 3} | (PLAIN if plain else PYRAMID)
+    settings = model_settings(owner)
+    stem = {"stem": SMALL_PARTS["stem"]} if getattr(settings, "stem", None) else {}
+    return {"num_classes": 3} | (PLAIN | stem if hasattr(settings, "dim") else PYRAMID)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ _ARGS = {
         "", "search", "pooled", "distilled", "digits", "digits_search", "digits_pooled",
         "digits_distilled",
     ),
+    "dpt": ("kitti", "nyu", "scenes"),
     "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),

@@ -209,6 +209,48 @@ MAPS_SCENES = {
 )  # fmt: skip
 
 
+DPT = {
+    "augment.brightness_range": (0.9, 1.1), "augment.color_range": (0.9, 1.1),
+    "augment.flip": 0.5, "augment.gamma_range": (0.9, 1.1), "augment.rotation": 2.5,
+    "batch_size": 16, "data.eval_batch_size": 8, "data.normalization": "inception",
+    "data.workers": "auto", "dtype": "bfloat16", "model": "vit_b_r50",
+    "model_overrides.remat": False, "optimizer.backbone_factor": 0.1,
+    "optimizer.end_learning_rate": 1e-6, "optimizer.learning_rate": 1e-4,
+    "optimizer.weight_decay": 0.0,
+}  # fmt: skip
+DPT_DATASETS = {
+    "kitti": DPT | {
+        "augment.frame": "kitti", "checkpoint_every_steps": 1447, "data.depth_size": (376, 1242),
+        "data.eval_size": (352, 1216), "data.frame": "kitti", "dataset": "kitti_depth",
+        "depth.crop": "garg", "depth.scale": 0.00006016, "depth.shift": 0.00579,
+        "eval_every_steps": 1447, "image_size": (352, 704), "num_steps": 34_737,
+    },
+    "nyu": DPT | {
+        "augment.brightness_range": (0.75, 1.25), "augment.frame": "nyu",
+        "checkpoint_every_steps": 1514, "data.depth_size": (480, 640),
+        "data.eval_size": (480, 640), "dataset": "nyu_depth_v2", "depth.crop": "eigen_nyu",
+        "depth.limits": (1e-3, 10.0), "depth.scale": 0.000305, "depth.shift": 0.1378,
+        "eval_every_steps": 1514, "image_size": (416, 544), "num_steps": 36_346,
+    },
+    "scenes": {
+        "augment.flip": 0.5, "batch_size": 16, "checkpoint_every_steps": 200,
+        "data.eval_batch_size": 20, "dataset": "depth_scenes", "depth.limits": (1e-3, 20.0),
+        "depth.shift": 0.05, "eval_every_steps": 200, "head_overrides.channels": 32,
+        "head_overrides.level_channels": (24, 48, 96, 96), "image_size": 128, "model": "vit_ti",
+        "num_steps": 600, "optimizer.warmup_steps": 50,
+    } | overrides(
+        dim=96, depth=4, num_heads=4, patch_size=8, position_size=(128, 128), drop_path=0.0,
+        remat=False, init_std=0.1,
+    ),
+}  # fmt: skip
+
+
+TASKS = {
+    "segmenter": "segmentation", "upernet": "segmentation", "semantic": "segmentation",
+    "dpt": "depth",
+}  # fmt: skip
+
+
 def entries_of_maps(name, arg):
     """Returns the entries of a head on maps."""
     if arg == "scenes":
@@ -221,6 +263,8 @@ def entries_of_maps(name, arg):
 
 
 def expected_entries(name, arg):
+    if name == "dpt":
+        return DPT_DATASETS[arg]
     if name in ("upernet", "semantic_fpn"):
         return entries_of_maps(name, arg)
     if name == "finetune":
@@ -255,8 +299,8 @@ def typed(value):
 def test_entries(name, arg):
     config = load_config(name, arg)
     found = flatten_dict(config.to_dict(), sep=".")
-    dense = name.startswith(("segmenter", "upernet", "semantic_fpn"))
-    default = default_config("segmentation" if dense else "classification")
+    task = TASKS.get(name.split("_")[0], "classification")
+    default = default_config(task)
     expected = flatten_dict(default.to_dict(), sep=".") | expected_entries(name, arg)
     assert {key: typed(found[key]) for key in found} == {
         key: typed(expected[key]) for key in expected

@@ -82,6 +82,9 @@ def test_config_runs_one_step(name, arg):
     if name == "finetune":
         assert config.initial.workdir and config.initial.checkpoint == "last"
         name = arg.split(",")[0]
+    if name == "dpt":  # tests/tasks/test_contract.py runs a step
+        assert config.model == ("vit_ti" if arg == "scenes" else "vit_b_r50")
+        return
     if name in ("upernet", "semantic_fpn"):  # tests/tasks/test_contract.py runs a step
         assert (config.head, config.model) == (name, "swin_t" if arg == "scenes" else arg)
         return

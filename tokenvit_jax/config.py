@@ -188,6 +188,11 @@ ENTRIES: dict[str, Entry] = {
         "factor of the learning rate from each layer to the layer below it; 1: off",
         Number(0.001, 1),
     ),
+    "optimizer.backbone_factor": Entry(
+        1.0,
+        "factor of the learning rate of all parameters but the classifier's or head's",
+        Number(1e-6, 1),
+    ),
     "optimizer.freeze": Entry(
         "",
         "variables that stay as they are: backbone (all but the classifier or head), or patterns "
@@ -229,7 +234,7 @@ ENTRIES: dict[str, Entry] = {
     "checkpoint_every_steps": Entry(1000, "steps between two checkpoints", _STEPS),
     "keep_last_checkpoints": Entry(2, "number of latest checkpoints that are kept", _STEPS),
     "keep_best_checkpoints": Entry(
-        1, "number of checkpoints kept by score (accuracy or mIoU)", whole(0, 2**31 - 1)
+        1, "number of checkpoints kept by score (accuracy, mIoU or -AbsRel)", whole(0, 2**31 - 1)
     ),
     "profile": Entry(
         "",

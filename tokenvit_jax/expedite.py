@@ -2,7 +2,7 @@
 
     python -m tokenvit_jax.expedite --workdir=RUN --budget=0.66 --plot=front.png --out=FASTER_RUN
 
-The model is a classifier or a segmentation model whose backbone is a plain ViT or a Swin
+The model is a classifier, a segmentation or a depth model whose backbone is a plain ViT or a Swin
 Transformer. Its middle blocks run on the centres of clusters (Liang et al. 2022, "Expediting
 Large-Scale Vision Transformer for Dense Prediction without Fine-tuning"). --budget is a fraction of
 the original model's multiply-adds (MACs), or with --of=latency a fraction of its time per image on

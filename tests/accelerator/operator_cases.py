@@ -136,6 +136,11 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "gelu": {"": Case(ops.gelu, (TOKENS,), 1, 1)},
+    "group_norm": {
+        "": Case(
+            functools.partial(ops.group_norm, num_groups=8, epsilon=1e-5), (MAP, *CHANNELS), 1, 3
+        )
+    },
     "layer_norm": {
         "": Case(functools.partial(ops.layer_norm, epsilon=1e-6), (TOKENS, *CHANNELS), 1, 3)
     },
@@ -212,7 +217,10 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(lambda x: ops.relative_position_bias(x, (7, 7)), (_normal(0, 13, 13, 4),), 1, 1)
     },
     "resize_bilinear": {
-        "": Case(functools.partial(ops.resize_bilinear, size=(28, 35)), (MAP,), 1, 1)
+        "": Case(functools.partial(ops.resize_bilinear, size=(28, 35)), (MAP,), 1, 1),
+        "align_corners": Case(
+            functools.partial(ops.resize_bilinear, size=(28, 28), align_corners=True), (MAP,), 1, 1
+        ),
     },
     "resize_nearest": {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)

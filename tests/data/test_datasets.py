@@ -22,11 +22,11 @@ def test_info_is_consistent(name):
 def test_unknown_dataset_names_the_nearest():
     with pytest.raises(
         UserError,
-        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, digits, fashion_mnist",
+        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, depth_scenes, digits",
     ):
         builtin_info("digitz")
     with pytest.raises(
-        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, digits, fashion_mnist"
+        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, depth_scenes, digits"
     ):
         builtin_info("zzz")
 

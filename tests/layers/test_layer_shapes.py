@@ -31,6 +31,7 @@ FUNCTIONS = {
     "conv.affine_product": ((TOKENS, floats(8, 5), floats(5), floats(8), floats(8)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
     "conv.product": ((TOKENS, floats(8, 5)), {}),
+    "conv.uniform_init": ((9,), {}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
     "cosine.unit_length": ((TOKENS,), {}),
     "group_attention.advance_centroids": ((CENTROIDS, 0.9), {}),
@@ -51,6 +52,9 @@ MODULES = {
         layers.conv.FoldedBatchNorm(), (floats(2, 8), 8, 3),
         {"use_running_average": False},
     ),
+    "conv.PatchConvTranspose": (layers.PatchConvTranspose(5, 2), (MAP,), {}),
+    "conv.ResidualConvUnit": (layers.ResidualConvUnit(), (MAP,), {}),
+    "conv.StandardizedConv": (layers.StandardizedConv(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),
     "cross_window_attention.CrossWindowAttention": (layers.CrossWindowAttention(2, 5), (MAP,), {}),
     "group_attention.DynamicGroupAttention": (
@@ -58,6 +62,7 @@ MODULES = {
     ),
     "norm.AddLayerNorm": (layers.AddLayerNorm(), (MAP, MAP), {}),
     "norm.BatchNorm": (layers.BatchNorm(), (MAP, False), {}),
+    "norm.GroupNorm": (layers.GroupNorm(2), (MAP,), {}),
     "norm.LayerNorm": (layers.LayerNorm(), (TOKENS,), {}),
     "pale_attention.PaleAttention": (layers.PaleAttention(2, 3), (MAP, True), {}),
     "pale_attention.SeparableProjection": (

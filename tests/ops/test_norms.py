@@ -1,4 +1,4 @@
-"""LayerNorm and BatchNorm against float64 formulas, their kernels, and flax's modules."""
+"""LayerNorm, GroupNorm and BatchNorm against float64 formulas, kernels, and flax's modules."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tokenvit_jax import ops
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.kernels import layer_norm as kernels
 from tokenvit_jax.layers import BatchNorm, LayerNorm
 
@@ -70,6 +71,32 @@ def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
         results[0], cotangents[1], cotangents[0], scale, mean, inverse, interpret=True
     )
     near((dx, *sums[0]), (gradients[0], *gradients[-2:]), tolerance)
+
+
+def grouped(x, scale, bias):
+    """GroupNorm of four groups, by definition."""
+    groups = x.reshape(*x.shape[:-1], 4, -1)
+    y = normalized(groups, 1.0, 0.0, (1, 2, 4))
+    return y.reshape(x.shape) * scale + bias
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_group_norm(dtype):
+    """The map is not square, and the images have different means."""
+    x = normal(2, 5, 3, 12) + 2 * np.arange(2)[:, None, None, None]
+    args = tuple(jnp.asarray(a, dtype) for a in (x, normal(12), normal(12)))
+    cotangent = jnp.asarray(normal(*x.shape), dtype)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (args, cotangent))
+        expected, pull = jax.vjp(grouped, *wide[0])
+        gradients = jax.tree.map(np.asarray, pull(wide[1]))
+    norm = functools.partial(ops.group_norm, num_groups=4, epsilon=EPSILON)
+    y, pull = jax.vjp(norm, *args)
+    tolerance = 2e-5 if dtype == jnp.float32 else 0.1
+    assert y.dtype == dtype
+    near((y, *pull(cotangent)), (np.asarray(expected), *gradients), tolerance)
+    with pytest.raises(UserError, match="num_groups=5 does not divide 12 channels; valid: div"):
+        ops.group_norm(*args, num_groups=5, epsilon=EPSILON)
 
 
 def test_layer_norm_alone():

@@ -240,6 +240,11 @@ CALLS = {
     "group_attention_tiles.num_tiles": [((30, 4, 8), {})],
     "group_attention_tiles.plan_tiles": [((integers(2, 3, 11), 4, 4), {})],
     "group_attention_tiles.tile_size": [((30, 4), {})],
+    "group_norm.group_norm": [
+        ((floats(2, 6, 4, 12), floats(12), floats(12)), {"num_groups": 3, "epsilon": 1e-5}),
+        ((floats(2, 12), floats(12), floats(12)),
+         {"num_groups": 3, "epsilon": 1e-5, "dtype": jnp.bfloat16}),
+    ],
     "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
     "group_routing.assign_misfit": [((Q, 4), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
@@ -307,7 +312,9 @@ CALLS = {
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
     ],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
-    "resize.resize_bilinear": [((floats(2, 6, 4, 5), (3, 9)), {})],
+    "resize.resize_bilinear": [
+        ((floats(2, 6, 4, 5), (3, 9)), {}), ((floats(2, 6, 4, 5), (12, 9), True), {})
+    ],
     "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],

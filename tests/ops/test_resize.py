@@ -1,7 +1,7 @@
 """Resizing and pooling of maps against float64 loops and PyTorch's arrays."""
 
-import functools
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,9 +16,10 @@ GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "resize.npz"))
 RNG = np.random.default_rng(0)
 
 
-def naive_bilinear(x, size):
+def naive_bilinear(x, size, align_corners=False):
     def weight(i, old, new):
-        place = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        place = i * (old - 1) / max(new - 1, 1) if align_corners else (i + 0.5) * old / new - 0.5
+        place = min(max(place, 0), old - 1)
         low = math.floor(place)
         return {min(low + 1, old - 1): place - low} | {low: 1 - (place - low)}
 
@@ -49,18 +50,24 @@ def naive_pool(x, side):
     return y
 
 
+ALIGNED = {"align_corners": True}
 # Twice and four times as large, odd, smaller, equal, and from one row.
 SIZES = [((3, 4), (6, 16)), ((5, 7), (9, 13)), ((9, 6), (4, 5)), ((3, 4), (3, 4)), ((1, 2), (5, 7))]
 
 
 @pytest.mark.parametrize(("old", "new"), SIZES)
 @pytest.mark.parametrize(
-    ("resize", "naive"), [(resize_bilinear, naive_bilinear), (resize_nearest, naive_nearest)]
+    ("resize", "naive"),
+    [
+        (resize_bilinear, naive_bilinear),
+        (partial(resize_bilinear, **ALIGNED), partial(naive_bilinear, **ALIGNED)),
+        (resize_nearest, naive_nearest),
+    ],
 )
 def test_resizing_equals_its_definition(resize, naive, old, new):
     """Values, the gradient as the transposed matrix, and narrow types."""
     x, cotangent = RNG.normal(size=(2, *old, 3)), RNG.normal(size=(2, *new, 3))
-    y, pull = jax.vjp(functools.partial(resize, size=new), jnp.asarray(x, jnp.float32))
+    y, pull = jax.vjp(partial(resize, size=new), jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, naive(x, new), atol=1e-6)
     (dx,) = pull(jnp.asarray(cotangent, jnp.float32))
     unit = np.eye(math.prod(old)).reshape(-1, *old, 1)
@@ -85,10 +92,11 @@ def test_resizing_and_pooling_equal_pytorch():
     def near(found, expected):
         np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-5)
 
-    for number in (1, 4, 5):  # to 13 x 25, 9 x 31 and 1 x 5
+    for number in (1, 2, 4, 5):  # to 13 x 25, 6 x 8, 9 x 31 and 1 x 5
         x = GOLDEN[f"{number}/in"].transpose(0, 2, 3, 1)
         expected = GOLDEN[f"{number}/bilinear_half"]
         near(resize_bilinear(x, expected.shape[2:]), expected)
+        near(resize_bilinear(x, expected.shape[2:], **ALIGNED), GOLDEN[f"{number}/bilinear_align"])
         near(resize_nearest(x, expected.shape[2:]), GOLDEN[f"{number}/nearest_none"])
     for side in (1, 2, 3, 6):
         x = GOLDEN["pool/in"].transpose(0, 2, 3, 1)
@@ -98,4 +106,5 @@ def test_resizing_and_pooling_equal_pytorch():
 def test_matrices_of_interpolation_are_no_multiply_adds():
     x = jax.ShapeDtypeStruct((1, 5, 7, 3), jnp.float32)
     assert count_macs(lambda x: resize_bilinear(x, (9, 13)), x) == 0
+    assert count_macs(lambda x: resize_bilinear(x, (9, 13), **ALIGNED), x) == 0
     assert count_macs(lambda x: adaptive_average_pool(x, 6), x) == 0

@@ -62,6 +62,12 @@ def ignore_pixels(batch):
     return {**batch, "label": labels}, {**batch, "label": labels, "image": beyond}
 
 
+def forget_depth(batch):
+    depth = batch["depth"].copy()
+    depth[:, ::2] = 0
+    return {**batch, "depth": depth}, {**batch, "depth": np.where(depth > 0, depth, -1)}
+
+
 CASES = {
     "classification": Case(
         {"dataset": "digits", "image_size": (SIZE, 40), "in_channels": 1}, "inference.stride"
@@ -78,6 +84,19 @@ CASES = {
         },
         "mix.mixup",
         ignore=ignore_pixels,
+    ),
+    "depth": Case(
+        {
+            "dataset": "depth_scenes",
+            "model_overrides": HOST | {"patch_size": 16, "init_std": 0.3},
+            "head_overrides": {"channels": 4, "last_channels": 4},
+            "image_size": (SIZE, 64),
+            "data.eval_size": (64, SIZE),
+            "data.depth_size": (136, 144),
+            "depth.shift": 0.05,
+        },
+        "mix.mixup",
+        ignore=forget_depth,
     ),
     "upernet": Case(
         {
@@ -291,7 +310,7 @@ def test_records_that_fill_a_batch_change_no_metric(name):
 @each_task
 def test_ignored_ground_truth_changes_no_metric(name):
     if CASES[name].ignore is None:
-        assert "label_map" not in TASKS[name].reads
+        assert not {"label_map", "depth"} & TASKS[name].reads
         return
     batch = example_batch(evaluator(name)[0], train=False, count=8)
     ignoring, spoilt = CASES[name].ignore(batch)

@@ -135,9 +135,9 @@ def resize_label(label: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(label).resize((width, height), _NEAREST))
 
 
-def pad(array: np.ndarray, shape: tuple[int, ...], fill: int | Pixel) -> np.ndarray:
-    """Returns an array of a larger shape with the given array at the top left, uint8."""
-    padded = np.empty(shape, np.uint8)
+def pad(array: np.ndarray, shape: tuple[int, ...], fill: float | Pixel) -> np.ndarray:
+    """Returns an array of a larger shape with the given array at the top left."""
+    padded = np.empty(shape, array.dtype)
     padded[:] = fill
     padded[: array.shape[0], : array.shape[1]] = array
     return padded

@@ -53,7 +53,11 @@ class Host(NamedTuple):
 
 def with_expedite(model: nn.Module, expedite: Expedite | None) -> nn.Module:
     """Returns a copy of a model whose backbone has this setting; None: no clustering."""
-    backbone = backbone_of(model).clone(expedite=expedite)
+    return with_backbone(model, backbone_of(model).clone(expedite=expedite))
+
+
+def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """Returns a copy of a model with another backbone."""
     return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
 
 
@@ -103,6 +107,11 @@ def describe_host(backbone: nn.Module, image_size: tuple[int, int]) -> Host:
     return host
 
 
+def reads_taps(model: nn.Module) -> bool:
+    """Returns whether a model's head reads the tokens after several blocks, as DPT's does."""
+    return getattr(getattr(model, "head", None), "reads", "") == "taps"
+
+
 def list_candidates(
     model: nn.Module, image_size: tuple[int, int], channels: int = 3
 ) -> list[Candidate]:
@@ -111,10 +120,11 @@ def list_candidates(
     Clustering begins after any block. In a plain host, the maps of centres have about 0.3 to 0.95
     of the rows and columns of the map of tokens. If centres go on to the last block, the output of
     the head is reconstructed, as in the published Segmenter; otherwise the output of a block is. In
-    a Swin Transformer, windows have any number of centres; its later stages need all tokens.
+    a depth model, every output that the head reads is reconstructed on its own. In a Swin
+    Transformer, windows have any number of centres; its later stages need all tokens.
 
     Args:
-      model: classifier or segmentation model.
+      model: classifier, segmentation or depth model.
       image_size: height and width [pixels].
       channels: number of channels of the images.
 
@@ -122,6 +132,8 @@ def list_candidates(
       UserError: the model cannot be expedited, see :func:`describe_host`.
     """
     host = describe_host(backbone_of(model), image_size)
+    if reads_taps(model):  # each tap is reconstructed on its own, in front of the head
+        host = host._replace(ends=False)
 
     @functools.cache
     def count(expedite):

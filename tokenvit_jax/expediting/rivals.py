@@ -17,9 +17,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from tokenvit_jax.expediting.candidates import Candidate, macs_of, with_expedite
+from tokenvit_jax.expediting.candidates import Candidate, macs_of, with_backbone, with_expedite
 from tokenvit_jax.models import swin, vit
-from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, backbone_of, backbone_variables
+from tokenvit_jax.models.backbone import MIN_IMAGE_SIZE, backbone_of
 from tokenvit_jax.models.reducers import ACT
 
 REDUCERS = ("tome", "weighted_kmedoids", ACT)
@@ -51,7 +51,7 @@ def rate_rivals(
     """Returns the rivals that the model allows and that the cost of a setting suffices for.
 
     Args:
-      model: classifier or segmentation model without clustering.
+      model: classifier, segmentation or depth model without clustering.
       variables: variables of the model.
       images: (B, H, W, channels), normalised.
       chosen: the setting and its MACs, as a fraction of the plain model's.
@@ -60,11 +60,11 @@ def rate_rivals(
     """
     size, channels = images.shape[1:3], images.shape[-1]
     plain, budget = macs_of(model, size, channels), chosen.macs
-    host = backbone_of(model).clone(remat=False)
-    variables = jax.device_put(backbone_variables(model, variables))
+    host = with_backbone(model, backbone_of(model).clone(remat=False))
+    variables = jax.device_put(variables)
 
-    def rate(name, setting, backbone, images, macs):
-        similarity = similarity_of(last_map(backbone, variables, images, size))
+    def rate(name, setting, model, images, macs):
+        similarity = similarity_of(last_map(model, variables, images, size))
         return Rival(name, setting, macs, similarity)
 
     rivals = []
@@ -78,7 +78,7 @@ def rate_rivals(
     macs = macs_of(with_expedite(model, pooled), size, channels) / plain
     setting = "{}x{} centres".format(*pooled.clusters)
     rivals.append(rate("adaptive pooling", setting, with_expedite(host, pooled), images, macs))
-    for method in REDUCERS if allows_reducers(host) else ():
+    for method in REDUCERS if allows_reducers(backbone_of(model)) else ():
         keep = reduced_tokens(model, size, method, budget * plain, channels)
         if keep:
             reducer = best_reducer(method, keep)
@@ -91,21 +91,21 @@ def rate_rivals(
 
 
 def last_map(
-    backbone: nn.Module, variables: Any, images: jax.Array, image_size: tuple[int, int]
+    model: nn.Module, variables: Any, images: jax.Array, image_size: tuple[int, int]
 ) -> jax.Array:
-    """Returns the last map of a backbone, resized bilinearly to the map of another image size.
+    """Returns the last map that a head reads, resized bilinearly to the map of another image size.
 
     Args:
-      backbone: result of :func:`tokenvit_jax.models.backbone.backbone_of`.
-      variables: variables of the backbone.
+      model: a model of any task, or a backbone.
+      variables: variables of the model.
       images: (B, H, W, channels), normalised.
       image_size: height and width [pixels] whose map the result fits.
     """
 
     @jax.jit
     def compute(variables, images):
-        y = backbone.apply(variables, images, False, method="features")[-1]
-        grid = tuple(-(-side // backbone.strides[-1]) for side in image_size)
+        y = model.apply(variables, images, False, method="maps")[-1]
+        grid = tuple(-(-side // backbone_of(model).strides[-1]) for side in image_size)
         return jax.image.resize(y, (len(y), *grid, y.shape[-1]), "bilinear")
 
     return compute(variables, images)
@@ -124,7 +124,7 @@ def smaller_image(
     """
     backbone = backbone_of(model)
     stage = backbone.settings.expedited_stage if isinstance(backbone, swin.Swin) else 0
-    stride = backbone.strides[stage]
+    stride = math.lcm(backbone.strides[stage], getattr(model, "multiple", 1))
     grid = np.array(image_size) / stride
     # Sides change one by one, so that the steps are fine.
     maps = {tuple(np.round(grid * part + (0.25, -0.25))) for part in np.arange(0.995, 0, -0.01)}
@@ -149,8 +149,7 @@ def allows_reducers(backbone: nn.Module) -> bool:
 
 def with_reducer(model: nn.Module, reducer: dict[str, Any]) -> nn.Module:
     """Returns a copy of a model whose plain backbone has a token reducer."""
-    backbone = backbone_of(model).clone(token_reducer=reducer)
-    return backbone if model is backbone_of(model) else model.clone(backbone=backbone)
+    return with_backbone(model, backbone_of(model).clone(token_reducer=reducer))
 
 
 def best_reducer(method: str, keep: tuple[int, ...]) -> dict[str, Any]:

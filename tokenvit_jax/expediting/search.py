@@ -98,7 +98,7 @@ def search_budget(
       candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's cost, between 0 and 1.
       of: "macs" | "latency", the cost that the budget limits; latency is measured on one image.
-      model: classifier or segmentation model.
+      model: classifier, segmentation or depth model.
       variables: variables of the model.
       images: images on which features are compared, normalised (B, H, W, 3).
 
@@ -232,7 +232,7 @@ def search_latency(
       candidates: result of :func:`tokenvit_jax.expediting.candidates.list_candidates`.
       budget: fraction of the plain model's time.
       similarity_of: function from a setting to its similarity, such as :class:`Comparison`.
-      model: classifier or segmentation model.
+      model: classifier, segmentation or depth model.
       variables: variables of the model.
       images: the batch that is timed, normalised (B, H, W, 3).
 

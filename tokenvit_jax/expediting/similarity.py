@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenvit_jax.expediting.candidates import describe_host
+from tokenvit_jax.expediting.candidates import describe_host, with_backbone, with_expedite
 from tokenvit_jax.models import swin, vit
-from tokenvit_jax.models.backbone import backbone_of, backbone_variables
+from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.models.expedite import FACTOR, Expedite, neighbor_distance
 
 
@@ -18,10 +18,10 @@ def similarity(model: nn.Module, variables: Any, images: jax.Array, expedite: Ex
 
     The similarity is computed in float32 and averaged over images and positions of the map. The
     features are the patches of a plain host after its last LayerNorm, or the last map of a
-    hierarchical host.
+    hierarchical host; of a depth model, the patches of the last tap.
 
     Args:
-      model: classifier or segmentation model.
+      model: classifier, segmentation or depth model.
       variables: variables of the model.
       images: (B, H, W, 3), normalised.
       expedite: the setting.
@@ -40,22 +40,20 @@ class Comparison:
     only in `beta`, the blocks on the centres.
     """
 
-    def __init__(
-        self, model: nn.Module, variables: Any, images: jax.Array, method: str = "features"
-    ):
+    def __init__(self, model: nn.Module, variables: Any, images: jax.Array, method: str = "maps"):
         """Computes the features without clustering.
 
         Args:
-          model: classifier or segmentation model.
+          model: classifier, segmentation or depth model.
           variables: variables of the model.
           images: (B, H, W, 3), normalised.
-          method: what is compared: the last map of "features", or the "pooled" features.
+          method: what is compared: the last of the "maps" that a head reads, or the "pooled"
+            features of a classifier.
         """
-        backbone = backbone_of(model)
-        self._backbone = backbone.clone(expedite=None, remat=False)
-        self._variables = jax.device_put(backbone_variables(model, variables))
+        self._model = with_backbone(model, backbone_of(model).clone(expedite=None, remat=False))
+        self._variables = jax.device_put(variables)
         self._images, self._method = jnp.asarray(images), method
-        before = describe_host(self._backbone, self._images.shape[1:3]).first
+        before = describe_host(backbone_of(model), self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)
         self._plain = self.features(None)
 
@@ -76,19 +74,20 @@ class Comparison:
           The median over the images of :func:`neighbor_distance`.
         """
         tokens = self._blocks.plain_output(alpha - 1)
-        if isinstance(self._backbone, vit.VisionTransformer):
-            settings, x = self._backbone.settings, tokens[0]
+        backbone = backbone_of(self._model)
+        if isinstance(backbone, vit.VisionTransformer):
+            settings, x = backbone.settings, tokens[0]
             grid = settings.grid(*self._images.shape[1:3])
             tokens = x[:, settings.num_front :].reshape(len(x), *grid, x.shape[-1])
         return float(jnp.median(neighbor_distance(tokens)))
 
     def features(self, expedite: Expedite | None) -> jax.Array:
         """Returns the compared features with a setting; None: without clustering."""
-        backbone = self._backbone.clone(expedite=expedite)
+        model = with_expedite(self._model, expedite)
         self._blocks.begin(expedite)
         with nn.intercept_methods(self._blocks):
-            found = backbone.apply(self._variables, self._images, False, method=self._method)
-        return found[-1] if self._method == "features" else found
+            found = model.apply(self._variables, self._images, False, method=self._method)
+        return found[-1] if self._method == "maps" else found
 
 
 def measured(expedite: Expedite, distance: float, factor: float = FACTOR) -> Expedite:

@@ -1,5 +1,6 @@
-"""Necks and heads for dense tasks; they read the tokens or the maps of a backbone."""
+"""Necks and heads for dense tasks; they read the tokens, maps or taps of a backbone."""
 
+from tokenvit_jax.heads.dpt import DptHead
 from tokenvit_jax.heads.fcn import FcnHead
 from tokenvit_jax.heads.head import Head, MapHead
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
@@ -7,6 +8,7 @@ from tokenvit_jax.heads.semantic_fpn import SemanticFpn
 from tokenvit_jax.heads.upernet import UperNet
 
 __all__ = [
+    "DptHead",
     "FcnHead",
     "Head",
     "LinearDecoder",

@@ -20,20 +20,24 @@ from tokenvit_jax.models.settings import (
 )
 from tokenvit_jax.valid import Number, check_all, whole
 
+# Rule of the heads whose outputs are logits.
+LOGITS: Rules = {"num_classes": whole(1, CLASSES)}
+
 
 class Head(nn.Module):
     """A head whose attributes are checked when it is made, like the settings of a model.
 
     Attributes:
-      reads: the input: "tokens", those of `Backbone.encode`, or "maps", those of
-        `Backbone.features`, of which a hierarchical backbone has four.
+      reads: the input: "tokens", those of `Backbone.encode`; "maps", those of
+        `Backbone.features`, of which a hierarchical backbone has four; or "taps", those of
+        `Backbone.taps`.
       has_auxiliary: whether training adds the loss of an :class:`~tokenvit_jax.heads.FcnHead` on
         the third map; the head then has the setting ``auxiliary_channels``.
     """
 
     reads: ClassVar[str] = "tokens"
     has_auxiliary: ClassVar[bool] = False
-    valid: ClassVar[Rules] = {"num_classes": whole(1, CLASSES), **COMPUTATION}
+    valid: ClassVar[Rules] = COMPUTATION
 
     def __post_init__(self):
         check_all("", vars(self), rules_of(type(self)))
@@ -56,9 +60,9 @@ class MapHead(Head):
     """
 
     reads = "maps"
-    valid: ClassVar[Rules] = {
-        "channels": CHANNELS, "dropout": RATE, "init_std": Number(1e-8, 10),
-        "batch_norm": BATCH_NORM,
+    valid: ClassVar[Rules] = LOGITS | {
+        "channels": CHANNELS, "dropout": RATE, "batch_norm": BATCH_NORM,
+        "init_std": Number(1e-8, 10),
     }  # fmt: skip
 
     num_classes: int

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.heads.head import Head
+from tokenvit_jax.heads.head import LOGITS, Head
 from tokenvit_jax.layers import AddLayerNorm, Attention, DropPath, LayerNorm, Mlp, dense
 from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.models.settings import BLOCKS, CHANNELS, EXPANSION, RATE, Rules
@@ -29,6 +29,8 @@ class LinearDecoder(Head):
     References:
       Strudel et al. 2021, Section 3.2, "Linear".
     """
+
+    valid: ClassVar[Rules] = LOGITS
 
     num_classes: int
     dtype: Any = jnp.float32
@@ -59,7 +61,7 @@ class MaskTransformer(Head):
       Strudel et al. 2021, Section 3.2, "Mask Transformer".
     """
 
-    valid: ClassVar[Rules] = {
+    valid: ClassVar[Rules] = LOGITS | {
         "depth": whole(0, BLOCKS), "head_dim": CHANNELS, "mlp_ratio": EXPANSION, "drop_path": RATE
     }  # fmt: skip
 

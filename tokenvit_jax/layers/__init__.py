@@ -9,10 +9,19 @@ from tokenvit_jax.layers.blocks import (
     gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
-from tokenvit_jax.layers.conv import Conv, Conv3x3, ConvModule, batch_norm
+from tokenvit_jax.layers.conv import (
+    Conv,
+    Conv3x3,
+    ConvModule,
+    PatchConvTranspose,
+    ResidualConvUnit,
+    StandardizedConv,
+    batch_norm,
+    uniform_init,
+)
 from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
-from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, LayerNorm
+from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, GroupNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import ChannelDropout, Dropout, DropPath
@@ -36,14 +45,19 @@ __all__ = [
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
+    "GroupNorm",
     "LayerNorm",
     "Mlp",
     "PaleAttention",
+    "PatchConvTranspose",
     "PatchEmbedding",
+    "ResidualConvUnit",
+    "StandardizedConv",
     "StridedAttention",
     "WindowAttention",
     "advance_centroids",
     "batch_norm",
     "dense",
     "gelu",
+    "uniform_init",
 ]

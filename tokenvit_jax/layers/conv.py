@@ -1,9 +1,10 @@
-"""Convolutions and BatchNorm."""
+"""Convolutions, also with standardised kernels or BatchNorm."""
 
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -18,6 +19,20 @@ conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 linear_init = nn.initializers.truncated_normal(0.02)
 # The fan-out of a depthwise kernel is its nine entries.
 depthwise_init = nn.initializers.normal((2 / 9) ** 0.5)
+
+
+def uniform_init(fan_in: int) -> Callable[..., Any]:
+    """Returns PyTorch's default initializer for kernels and biases: uniform in +-1 / sqrt(fan_in).
+
+    Args:
+      fan_in: number of inputs of an output.
+    """
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 class Conv3x3(nn.Module):
@@ -44,9 +59,10 @@ class Conv3x3(nn.Module):
 
 
 class Conv(nn.Module):
-    """k x k convolution that keeps the size: (B, H, W, C) -> (B, H, W, dim).
+    """k x k convolution with padding k // 2: (B, H, W, C) -> (B, H / stride, W / stride, dim).
 
-    The parameters are those of `nn.Conv`. A 1 x 1 convolution is a product of matrices.
+    Sizes that the stride does not divide are rounded up. The parameters are those of `nn.Conv`. A
+    1 x 1 convolution is a product of matrices.
 
     Attributes:
       dim: output channels.
@@ -54,6 +70,8 @@ class Conv(nn.Module):
       use_bias: whether there is a bias.
       init: initializer of the kernel.
       dtype: type of the computation.
+      stride: stride in both directions.
+      bias_init: initializer of the bias.
     """
 
     dim: int
@@ -61,21 +79,113 @@ class Conv(nn.Module):
     use_bias: bool = True
     init: Callable[..., Any] = conv_init
     dtype: Any = jnp.float32
+    stride: int = 1
+    bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W dim"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
         kernel = self.param("kernel", self.init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel_size == 1:
+        if self.kernel_size == self.stride == 1:
             y = product(x, kernel[0, 0])
         else:
+            padding, strides = [(self.kernel_size // 2,) * 2] * 2, (self.stride,) * 2
             layout = ("NHWC", "HWIO", "NHWC")
-            y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+            y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.dim,))
+            bias = self.param("bias", self.bias_init, (self.dim,))
             y = y + bias.astype(self.dtype)
         return y
+
+
+class StandardizedConv(nn.Module):
+    """k x k convolution without bias: (B, H, W, C) -> (B, H / stride, W / stride, dim).
+
+    The kernel of every output channel is shifted to mean 0 and divided by its standard deviation.
+    Padding is TensorFlow's "SAME".
+
+    Attributes:
+      dim: output channels.
+      kernel_size: k, odd.
+      stride: stride in both directions.
+      dtype: type of the computation; kernels are standardised in float32.
+      epsilon: constant added to the variance.
+
+    References:
+      Qiao et al. 2019, "Weight Standardization"; constants as in timm from version 0.4.12.
+    """
+
+    dim: int
+    kernel_size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-8
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
+        kernel = self.param("kernel", conv_init, shape)
+        mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        kernel = ((kernel - mean) * lax.rsqrt(var + self.epsilon)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.kernel_size == self.stride == 1:
+            return product(x, kernel[0, 0])
+        layout, strides = ("NHWC", "HWIO", "NHWC"), (self.stride, self.stride)
+        return lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
+
+
+class PatchConvTranspose(nn.Module):
+    """Transposed convolution whose kernel is as wide as its stride: every cell becomes a patch.
+
+    (B, H, W, C) -> (B, factor H, factor W, dim). Kernel and bias have PyTorch's default
+    initialisation.
+
+    Attributes:
+      dim: output channels.
+      factor: stride and side of the kernel.
+      dtype: type of the computation.
+    """
+
+    dim: int
+    factor: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
+        batch, height, width, channels = x.shape
+        k, init = self.factor, uniform_init(self.factor**2 * self.dim)  # PyTorch's fan
+        kernel = self.param("kernel", init, (k, k, channels, self.dim))
+        bias = self.param("bias", init, (self.dim,)).astype(self.dtype)
+        kernel = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+        y = product(x.astype(self.dtype), kernel).reshape(batch, height, width, k, k, self.dim)
+        return y.swapaxes(2, 3).reshape(batch, k * height, k * width, self.dim) + bias
+
+
+class ResidualConvUnit(nn.Module):
+    """x + convolution(ReLU(convolution(ReLU(x)))), 3 x 3 with bias: (B, H, W, C) -> (B, H, W, C).
+
+    Kernels and biases have PyTorch's default initialisation.
+
+    Attributes:
+      dtype: type of the computation.
+
+    References:
+      Lin et al. 2017, "RefineNet: Multi-Path Refinement Networks for High-Resolution Semantic
+      Segmentation"; without BatchNorm as in Ranftl et al. 2021, "Vision Transformers for Dense
+      Prediction".
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels, init = x.shape[-1], uniform_init(9 * x.shape[-1])
+        y = x
+        for name in ("conv1", "conv2"):
+            conv = Conv(channels, 3, init=init, dtype=self.dtype, bias_init=init, name=name)
+            y = conv(nn.relu(y))
+        return x + y
 
 
 class ConvModule(nn.Module):

@@ -1,4 +1,4 @@
-"""LayerNorm, also together with a residual sum, and BatchNorm."""
+"""LayerNorm, also together with a residual sum, GroupNorm, and BatchNorm."""
 
 from typing import Any
 
@@ -52,6 +52,29 @@ class AddLayerNorm(nn.Module):
     ) -> tuple[Float[Array, "*B C"], Float[Array, "*B C"]]:
         scale, bias = _scale_and_bias(self, x.shape[-1])
         return ops.add_layer_norm(x, branch, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm with statistics in float32, like `nn.GroupNorm`: (B, ..., C) -> (B, ..., C).
+
+    Attributes:
+      num_groups: number of groups of neighbouring channels.
+      epsilon: constant added to the variance.
+      dtype: type of the result.
+      scale_init: initializer of the scale.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *M C"]) -> Float[Array, "B *M C"]:
+        scale, bias = _scale_and_bias(self, x.shape[-1])
+        return ops.group_norm(
+            x, scale, bias, num_groups=self.num_groups, epsilon=self.epsilon, dtype=self.dtype
+        )
 
 
 class BatchNorm(nn.Module):

@@ -43,11 +43,11 @@ class Tap(NamedTuple):
     Attributes:
       map: the patches (B, h, w, C).
       front: the tokens in front of the patches (B, f, C): the class token, then the distillation
-        token, then registers.
+        token, then registers; None: a map of the stem, which has no tokens.
     """
 
     map: jax.Array
-    front: jax.Array
+    front: jax.Array | None
 
 
 class Trainable(nn.Module):
@@ -156,6 +156,8 @@ class Backbone(Trainable):
       float32_parameters: pattern in the paths of kernels (n, m) and their biases that enter the
         computation in float32, so that :meth:`cast_weights` leaves them: layers in float32, and
         layers that an operator joins with a BatchNorm or a convolution.
+      standardized_kernels: pattern at the start of the paths of kernels that are standardised, in
+        float32, and not cast before that; None: there are none.
     """
 
     settings: BackboneSettings
@@ -165,6 +167,7 @@ class Backbone(Trainable):
     optional_parameters: ClassVar[tuple[str, ...]] = ()
     map_norm_epsilon: ClassVar[float | None] = None
     float32_parameters: ClassVar[str] = "classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias"
+    standardized_kernels: ClassVar[str | None] = None
 
     @property
     def local_statistics(self) -> bool:
@@ -180,7 +183,7 @@ class Backbone(Trainable):
             i
             for i, (path, leaf) in enumerate(leaves)
             if leaf.dtype == jnp.float32
-            and (self._is_cast(path, params) or (convolutions and _is_convolution(path, leaf)))
+            and (self._is_cast(path, params) or (convolutions and self._is_convolution(path, leaf)))
         ]
         if not places:
             return params
@@ -198,6 +201,14 @@ class Backbone(Trainable):
             layer = layer[module]
         linear = name in ("kernel", "bias") and getattr(layer.get("kernel"), "ndim", 0) == 2
         return linear and not re.search(self.float32_parameters, "/".join((*modules, name)))
+
+    @nn.nowrap
+    def _is_convolution(self, path, leaf):
+        """Returns whether a convolution uses a kernel in the type of the computation only."""
+        names = "/".join(part.key for part in path)
+        standardized = self.standardized_kernels
+        kept = standardized is not None and re.match(standardized, names)
+        return path[-1].key == "kernel" and leaf.ndim == 4 and not kept
 
     @nn.nowrap
     def check_images(self, images: Any) -> None:
@@ -269,6 +280,10 @@ class Backbone(Trainable):
         """
         raise NotImplementedError
 
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Returns :meth:`features`; a model of another task returns what its head reads."""
+        return self.features(images, train)
+
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.
 
@@ -281,19 +296,24 @@ class Backbone(Trainable):
         raise NotImplementedError
 
     def taps(
-        self, images: jax.Array, train: bool = False, blocks: Sequence[int] | None = None
+        self,
+        images: jax.Array,
+        train: bool = False,
+        blocks: Sequence[int] | None = None,
+        stages: Sequence[int] = (),
     ) -> list[Tap]:
-        """Returns the tokens after some blocks.
+        """Returns maps of the stem, and the tokens after some blocks.
 
         Args:
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
           blocks: the blocks, counted from 0; None: all.
+          stages: the stages of the stem, counted from 0.
 
         Raises:
           UserError: the backbone is hierarchical.
         """
-        del images, train, blocks
+        del images, train, blocks, stages
         raise UserError(
             f"{type(self).__name__} is hierarchical and has no taps; valid: deit and vit, or the "
             "maps of its method features"
@@ -352,6 +372,18 @@ class BackboneModel(Trainable):
 
     backbone: nn.Module
 
+    def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Returns the maps of the backbone that the head reads, with all patches.
+
+        They are those of its method `features`, unless a head reads others.
+        """
+        return self.backbone.features(images, train)
+
+    @property
+    def multiple(self) -> int:
+        """The sides of images are multiples of this number of pixels."""
+        return 1
+
     @property
     def num_layers(self) -> int:
         return self.backbone.num_layers
@@ -393,10 +425,6 @@ class BackboneModel(Trainable):
     @nn.nowrap
     def monitor(self, params: Any) -> dict[str, jax.Array]:
         return self.backbone.monitor(params["backbone"])
-
-
-def _is_convolution(path, leaf):
-    return path[-1].key == "kernel" and leaf.ndim == 4
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

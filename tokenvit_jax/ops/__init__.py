@@ -38,6 +38,7 @@ from tokenvit_jax.ops.group_attention import (
     move_centroids,
     update_centroids,
 )
+from tokenvit_jax.ops.group_norm import group_norm
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.linear import linear_product
 from tokenvit_jax.ops.merge_tokens import merge_tokens
@@ -81,6 +82,7 @@ __all__ = [
     "dot_product_attention",
     "gelu",
     "group_attention",
+    "group_norm",
     "group_sums",
     "hash_clusters",
     "kmeans",

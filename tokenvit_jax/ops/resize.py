@@ -14,16 +14,19 @@ from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
 
-@counted(lambda inputs, outputs: 0, static_argnames=("size",))
-def resize_bilinear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
-    """Resizes maps bilinearly, without antialiasing.
+@counted(lambda inputs, outputs: 0, static_argnames=("size", "align_corners"))
+def resize_bilinear(
+    x: Float[Array, "B H W C"], size: tuple[int, int], align_corners: bool = False
+) -> Float[Array, "B h w C"]:
+    """Resizes maps bilinearly, without antialiasing, as `torch.nn.functional.interpolate` does.
 
-    As in `torch.nn.functional.interpolate` with align_corners=False, row i of the result lies at
-    (i + 1/2) H / h - 1/2; beyond the outermost rows the values are constant.
+    Row i of the result lies at (i + 1/2) H / h - 1/2, and beyond the outermost rows the values are
+    constant; with ``align_corners`` it lies at i (H - 1) / (h - 1).
 
     Args:
       x: (B, H, W, C).
       size: height h and width w of the result.
+      align_corners: whether the outermost rows and columns keep their places.
 
     Returns:
       (B, h, w, C) in the type of x.
@@ -31,32 +34,41 @@ def resize_bilinear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[
     y = x
     for axis, new in zip((1, 2), size, strict=True):
         old = y.shape[axis]
+        places = _linear_places(old, new, align_corners)
         if new % old or new > old**2:  # or so few values that the matrix is small
-            y = multiply_axis(y, _linear_weights(old, new), axis)
+            y = multiply_axis(y, _linear_weights(places, old), axis)
         elif new > old:
-            y = _enlarge(y, new // old, axis)
+            y = _enlarge(y, places, axis)
     return y.astype(x.dtype)
 
 
-def _enlarge(x, factor, axis):
+def _enlarge(x, places, axis):
     """Makes an axis of maps a whole number of times as long, in float32 for narrower types.
 
-    Every new value is one of ``factor`` fixed means of two neighbours. The sums are elementwise,
-    forward and backward. With the cross-entropy of 512 x 512 pixels and its gradient, they take
-    0.6 times as long on a CPU as products with a matrix; compiled for an H200, one axis is one
-    kernel forward, and both are one backward.
+    New values k j to k j + k - 1 are means of the old values j - 1, j and j + 1. The sums are
+    elementwise, forward and backward. With the cross-entropy of 512 x 512 pixels and its gradient,
+    they take 0.6 times as long on a CPU as products with a matrix; compiled for an H200, one axis
+    is one kernel forward, and both are one backward.
     """
     length, cut = x.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
     x = x.astype(softmax_dtype(x.dtype))
     x = jnp.concatenate([cut(x, 0, 1), x, cut(x, length - 1, length)], axis)
+    places = places.reshape(length, -1) - np.arange(length)[:, None] + 1  # in front is a copy
     means = []
-    for i in range(factor):
-        place = (i + 0.5) / factor + 0.5  # in front of the first value is its copy
-        low = int(place)
-        before, after = cut(x, low, low + length), cut(x, low + 1, low + 1 + length)
-        means.append((1 - (place - low)) * before + (place - low) * after)
-    shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
+    for place in places.T:
+        parts = [(i, np.maximum(0, 1 - np.abs(place - i))) for i in range(3)]
+        means.append(
+            sum(_along(share, x, axis) * cut(x, i, i + length) for i, share in parts if share.any())
+        )
+    shape = (*x.shape[:axis], places.size, *x.shape[axis + 1 :])
     return jnp.stack(means, axis + 1).reshape(shape)
+
+
+def _along(weights, x, axis):
+    """Returns weights along an axis in the type of x; one number if they are equal."""
+    if np.ptp(weights) < 1e-12:
+        return weights[0].astype(x.dtype)
+    return jnp.asarray(weights, x.dtype).reshape(-1, *(1,) * (x.ndim - 1 - axis))
 
 
 @counted(lambda inputs, outputs: 0, static_argnames=("size",))
@@ -84,10 +96,17 @@ def resize_nearest(x: Shaped[Array, "B H W C"], size: tuple[int, int]) -> Shaped
     return x
 
 
-def _linear_weights(old: int, new: int) -> np.ndarray:
-    """Returns the weights (new, old) of linear interpolation along one axis."""
-    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old)))
+def _linear_places(old: int, new: int, align_corners: bool) -> np.ndarray:
+    """Returns the places of the new values among the old ones (new,)."""
+    if align_corners:
+        return np.arange(new) * (old - 1) / max(new - 1, 1)
+    return (np.arange(new) + 0.5) * old / new - 0.5
+
+
+def _linear_weights(places: np.ndarray, old: int) -> np.ndarray:
+    """Returns the weights (new, old) of linear interpolation at some places (new,)."""
+    places = np.clip(places, 0, old - 1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
 
 
 def multiply_axis(

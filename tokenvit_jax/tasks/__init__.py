@@ -7,6 +7,7 @@ from tokenvit_jax.config import ENTRIES, Entry, check_entries, make_config
 from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
+from tokenvit_jax.tasks.depth import Depth
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
 from tokenvit_jax.valid import OneOf, shown
@@ -14,12 +15,14 @@ from tokenvit_jax.valid import OneOf, shown
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
+    "depth": Depth,
 }
 
 __all__ = [
     "TASKS",
     "Aux",
     "Classification",
+    "Depth",
     "Meter",
     "Outcome",
     "Prediction",

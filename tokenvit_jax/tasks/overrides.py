@@ -44,9 +44,10 @@ def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Modu
     valid = [field.name for field in dataclasses.fields(cls) if field.name not in SET_ELSEWHERE]
     for name in config.head_overrides:
         if name not in valid:
+            head = config.get("head", cls.__name__)
             raise UserError(
-                f"config.head_overrides={shown(config.head_overrides.to_dict())}: the head "
-                f"{config.head} has no setting {name!r}{did_you_mean(name, valid)}; valid: "
+                f"config.head_overrides={shown(config.head_overrides.to_dict())}: the head {head} "
+                f"has no setting {name!r}{did_you_mean(name, valid)}; valid: "
                 f"{', '.join(valid) or 'none'}"
             )
     return _make(cls, "head_overrides", config, given)

@@ -1,7 +1,8 @@
 """AdamW or SGD with linear warm-up and decay, as vision transformers are trained.
 
 For fine-tuning, layers can learn more slowly the closer they are to the images
-(`optimizer.layer_decay`), or not at all (`optimizer.freeze`).
+(`optimizer.layer_decay`), the backbone more slowly than the head (`optimizer.backbone_factor`), or
+some not at all (`optimizer.freeze`).
 """
 
 import functools
@@ -94,10 +95,11 @@ def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> 
     """Returns a tree of floats like `params`, the factors on their learning rates.
 
     With `optimizer.layer_decay` d, the factor of layer l of L is d^(L - 1 - l), times the model's
-    own factor. None means 1 for all parameters.
+    own factor, and in the backbone times `optimizer.backbone_factor`. None means 1 for all
+    parameters.
 
     Args:
-      config: configuration; `optimizer.layer_decay` is read.
+      config: configuration; `optimizer.layer_decay` and `optimizer.backbone_factor` are read.
       model: model of the parameters; its layers are counted from the images.
       params: parameters.
 
@@ -105,10 +107,15 @@ def learning_rate_factors(config: ConfigDict, model: nn.Module, params: Any) -> 
       Bao et al. 2022, "BEiT"; He et al. 2022, "Masked Autoencoders", Appendix A.1.
     """
     own, decay = model.learning_rate_factors(params), config.optimizer.layer_decay
-    if decay == 1:
+    backbone, top = config.optimizer.backbone_factor, model.num_layers - 1
+    if decay == backbone == 1:
         return own
-    top = model.num_layers - 1
-    factors = map_paths(lambda path, _: decay ** (top - model.layer_of(path)), params)
+
+    def factor(path, _):
+        layers_above = top - model.layer_of(path)
+        return decay**layers_above * (1.0 if model.is_head(path) else backbone)
+
+    factors = map_paths(factor, params)
     return factors if own is None else jax.tree.map(lambda a, b: a * b, factors, own)
 
 

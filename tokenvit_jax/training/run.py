@@ -56,6 +56,7 @@ class Run:
         Returns:
           Classification: "probabilities" (num_classes,) in the order of :attr:`class_names`, or
           "features" (C,) if the model has no classes. Segmentation: "labels" (H, W) uint8.
+          Depth: "depth" (H, W) float32 [metres].
 
         Raises:
           UserError: a file cannot be read, or an array has another shape or type.
@@ -82,6 +83,8 @@ class Run:
     def features(self, images: Batch) -> list[jax.Array]:
         """Returns the maps of the backbone, (B, h, w, C) each, the finest first.
 
+        A depth model gives the maps of the stem and the patches that its decoder reads.
+
         Args:
           images: images as in :meth:`preprocess`, which this method applies to them, or a batch of
             any size from 32 x 32: (B, H, W, C) with C = `config.in_channels`, either uint8, or
@@ -95,8 +98,8 @@ class Run:
     def pooled(self, images: Batch) -> jax.Array:
         """Returns one vector per image (B, C) in float32, for retrieval or a linear probe.
 
-        A classifier gives the features that its last layer reads. A segmentation model gives the
-        mean over the positions of its last map.
+        A classifier gives the features that its last layer reads. A segmentation or depth model
+        gives the mean over the positions of its last map.
 
         Args:
           images: as in :meth:`features`.
@@ -182,32 +185,29 @@ class Run:
 
     @functools.cached_property
     def _features(self):
-        return self._on_backbone(lambda backbone, *args: backbone.apply(*args, method="features"))
+        return jax.jit(lambda *args: self.model.apply(*args, method="maps"))
 
     @functools.cached_property
     def _pooled(self):
-        def pooled(backbone, *args):
-            if backbone is self.model:
-                return backbone.apply(*args, method="pooled")
+        @jax.jit
+        def pooled(*args):
+            if backbone_of(self.model) is self.model:
+                return self.model.apply(*args, method="pooled")
             # Without a classifier, a backbone lacks the layers in front of it, too.
-            maps = backbone.apply(*args, method="features")
+            maps = self.model.apply(*args, method="maps")
             return maps[-1].mean((1, 2)).astype(jnp.float32)
 
-        return self._on_backbone(pooled)
+        return pooled
 
     @functools.cached_property
     def _attention(self):
-        return self._on_backbone(lambda backbone, *args: backbone.attention(*args))
-
-    def _on_backbone(self, function):
-        """Compiles function(backbone, its variables, images) as a function of variables, images."""
         backbone = backbone_of(self.model)
 
         @jax.jit
-        def compiled(variables, images):
-            return function(backbone, backbone_variables(self.model, variables), images)
+        def attention(variables, images):
+            return backbone.attention(backbone_variables(self.model, variables), images)
 
-        return compiled
+        return attention
 
 
 def load_run(

@@ -9,6 +9,7 @@ from tokenvit_jax.models.registry import model_settings
 from tokenvit_jax.weights import (
     clip,
     dinov2,
+    dpt,
     google,
     huggingface,
     mmseg,
@@ -49,6 +50,7 @@ LAYOUTS = {  # name of a layout -> family of models -> its layout
         "vit": segmenter.LAYOUT_VIT,
         "deit": segmenter.LAYOUT_DEIT,
     },
+    "dpt": {"vit": dpt.LAYOUT, "deit": dpt.LAYOUT},
     "mmseg": {"swin": mmseg.VERSION_1},
     "mmseg0": {"swin": mmseg.VERSION_0},
 }
@@ -143,7 +145,8 @@ def similar_models(arrays: Arrays) -> list[str]:
 
     def is_similar(name):
         settings = model_settings(name)
-        width = getattr(settings, "dim", None) or settings.dims[0]
+        stem = getattr(settings, "stem", None)
+        width = stem.first if stem else getattr(settings, "dim", None) or settings.dims[0]
         layouts = (families.get(name.split("_")[0]) for families in LAYOUTS.values())
         return (
             width in widths

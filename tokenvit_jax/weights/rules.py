@@ -79,6 +79,8 @@ class Layout(NamedTuple):
       unused: regular expressions for the start of the names of arrays that have no counterpart in
         the models of this project.
       prepare: changes the arrays of a file before all else, such as their names.
+      complete: adds to the arrays of a model those that the published code wants to read, but on
+        which no output depends.
     """
 
     task: str
@@ -93,6 +95,7 @@ class Layout(NamedTuple):
     assumed: Callable[[Arrays], tuple[str, ...]] = lambda arrays: ()
     unused: tuple[str, ...] = ()
     prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    complete: Callable[[Arrays], Arrays] = lambda arrays: arrays
 
     def missing_marks(self, arrays: Arrays) -> list[str]:
         """Returns the marks that no name of a file matches, without the regular expression."""
@@ -318,7 +321,7 @@ def export_variables(
         names, change = _theirs(path, rules)
         for name, array in zip(names, _tuple(change.to_theirs(np.asarray(leaf))), strict=True):
             arrays[name] = np.ascontiguousarray(array)
-    return arrays
+    return dict(layout.complete(arrays))
 
 
 def _theirs(path: str, rules: list[Rule]) -> tuple[tuple[str, ...], Change]:

@@ -1,15 +1,18 @@
 """timm's layouts of ViT and DeiT, `VisionTransformer` and `VisionTransformerDistilled`.
 
-timm builds DINOv2 and CLIP from `VisionTransformer`, too.
+timm builds DINOv2, CLIP and hybrids with a ResNet from `VisionTransformer`, too.
 """
 
 import math
+import re
+from collections import Counter
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.models.resnet_stem import ResNetStem
 from tokenvit_jax.weights.rules import (
     KERNEL,
     SAME,
@@ -49,6 +52,23 @@ def block_rules(path: str) -> list[Rule]:
     ]
 
 
+def stem_rules() -> list[Rule]:
+    """Returns the rules of a hybrid's ResNet, whose convolutions have no bias."""
+    stem, block = "patch_embed.backbone.stem", "patch_embed.backbone.stages.{}.blocks.{}"
+    modules = {"conv": f"{stem}.conv", "norm": f"{stem}.norm"}
+    for kind in ("conv", "norm"):
+        names = {f"{kind}{number}": f"{kind}{number}" for number in (1, 2, 3)}
+        names[f"{kind}_shortcut"] = f"downsample.{kind}"
+        modules |= {
+            f"block_{{}}_{{}}/{ours}": f"{block}.{theirs}" for ours, theirs in names.items()
+        }
+    found = []
+    for ours, theirs in modules.items():
+        found.append(Rule(f"stem/{ours}/kernel", f"{theirs}.weight", KERNEL))
+        found += norm(f"stem/{ours}", theirs)
+    return found
+
+
 def rules(model: nn.Module) -> list[Rule]:
     """Returns the rules of a plain vision transformer."""
     return [
@@ -56,6 +76,7 @@ def rules(model: nn.Module) -> list[Rule]:
         Rule("distillation_token", "dist_token", WITHOUT_BATCH),
         Rule("register_token", "reg_token", WITHOUT_BATCH),
         Rule("position", "pos_embed", WITHOUT_BATCH),
+        *stem_rules(),
         *linear("patches", "patch_embed.proj", KERNEL),
         *norm("pre_norm", "norm_pre"),
         *block_rules("blocks_{}/PART"),
@@ -84,25 +105,43 @@ def model_overrides(arrays: Arrays) -> dict[str, Any]:
         overrides |= {"pre_norm": True, "norm_epsilon": 1e-5}
     if "blocks.0.ls1.gamma" in arrays:
         overrides["layer_scale"] = LAYER_SCALE
+    stem = stem_settings(arrays)
+    if stem:
+        overrides["stem"] = stem
     patches, position = arrays.get("patch_embed.proj.weight"), arrays.get("pos_embed")
     if patches is not None and "patch_embed.proj.bias" not in arrays:
         overrides["patch_bias"] = False
-    return overrides | patch_overrides(patches, position, front)
+    stride = ResNetStem(**stem).stride if stem else 1
+    return overrides | patch_overrides(patches, position, front, stride)
+
+
+def stem_settings(arrays: Arrays) -> dict[str, Any]:
+    """Returns the settings of a hybrid's ResNet that the arrays determine; {}: there is none."""
+    prefix = "patch_embed.backbone"
+    names = [re.match(rf"{prefix}\.stages\.(\d+)\.blocks\.(\d+)\.conv3\.", x) for x in arrays]
+    blocks = Counter(int(name[1]) for name in names if name)
+    first = size_of(arrays, f"{prefix}.stem.conv.weight")
+    stages = range(len(blocks))
+    widths = [size_of(arrays, f"{prefix}.stages.{i}.blocks.0.conv3.weight") for i in stages]
+    if not (first and widths and all(widths)):
+        return {}
+    return {"first": first, "widths": tuple(widths), "depths": tuple(blocks[i] for i in stages)}
 
 
 def patch_overrides(
-    patches: np.ndarray | None, position: np.ndarray | None, front: int
+    patches: np.ndarray | None, position: np.ndarray | None, front: int, stride: int = 1
 ) -> dict[str, Any]:
     """Returns the sides of a patch and of the trained image, as far as arrays determine them.
 
     Args:
-      patches: kernel of the patch embedding (C, 3, side, side).
+      patches: kernel of the patch embedding (C, 3, side, side), or of a map with other channels.
       position: position embeddings (1, T, C) with a square map of patches.
       front: number of position embeddings before the patches'.
+      stride: stride of the map that is divided into patches [pixels]; 1: the image.
     """
     if patches is None or patches.ndim != 4:
         return {}
-    overrides = {"patch_size": patches.shape[-1]}
+    overrides = {"patch_size": stride * patches.shape[-1]}
     if position is not None and position.ndim == 3 and position.shape[1] > front:
         side = overrides["patch_size"] * math.isqrt(position.shape[1] - front)
         overrides["position_size"] = (side, side)

@@ -26,9 +26,13 @@ from tokenvit_jax.errors import UserError, did_you_mean
 NAMES = (
     "ade20k",
     "cityscapes",
+    "depth_scenes",
     "digits",
     "fashion_mnist",
     "imagenet2012",
+    "kitti_depth",
+    "motorcycle",
+    "nyu_depth_v2",
     "pascal_context",
     "scenes",
 )
@@ -36,6 +40,7 @@ NAMES = (
 _READ = ("dataset", "data.data_dir", "data.classes", "data.split")
 # Names of modules with `read_info`, and how they are written in `config.dataset`.
 _READERS = {"folder": "folder", "none": "none", "tfds": "tfds:NAME"}
+_READ_FIELDS = frozenset({"image", "label", "label_map"})  # of folder and tfds:NAME
 
 
 def list_datasets() -> list[str]:
@@ -46,7 +51,8 @@ def list_datasets() -> list[str]:
 def datasets_with(fields: frozenset[str]) -> list[str]:
     """Returns the values of `config.dataset` whose records have all these fields."""
     fitting = [name for name in list_datasets() if fields <= builtin_info(name).fields]
-    return fitting + sorted(form for form in _READERS.values() if form != "none")
+    readers = _READERS.values() if fields <= _READ_FIELDS else ()
+    return fitting + sorted(form for form in readers if form != "none")
 
 
 def builtin_info(name: str) -> DatasetInfo:
