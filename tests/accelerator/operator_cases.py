@@ -128,6 +128,19 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "channel_affine": {"": Case(ops.channel_affine, (MAP, *CHANNELS), 1, 3)},
     "channel_sums": {"": Case(ops.channel_sums, (MAP,), 1, 1)},
+    "conv": {"": Case(ops.conv, (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2)},
+    "conv_of_resized": {
+        "": Case(
+            lambda x, y, kernel: ops.conv_of_resized((x, y), kernel, (28, 28)),
+            (_normal(2, 4, 28, 28, 64), MAP, _normal(1, 3, 3, 128, 32) / 34), 3, 3,
+        )
+    },
+    "conv_with_padding": {
+        "": Case(
+            lambda x, kernel: ops.conv_with_padding(x, kernel, 2, ((0, 1), (0, 1))),
+            (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2,
+        )
+    },
     "defer_gelu": {"": Case(_deferred_block, (MAP, CHANNELS[0], KERNEL, *CHANNELS), 1, 0)},
     "depthwise_block": {
         "": Case(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import models, operators, page, timm_peers
+from tokenvit_jax.measure import models, operators, page, torch_peers
 from tokenvit_jax.models.backbone import Trainable
 
 
@@ -32,7 +32,7 @@ def plan(monkeypatch):
     def create(name, dtype=None, token_reducer=None):
         return MeanModel(100 if token_reducer else 2000)
 
-    def import_timm():
+    def import_package(name):
         raise UserError("torch is not installed")
 
     monkeypatch.setattr(models, "create_model", create)
@@ -40,7 +40,7 @@ def plan(monkeypatch):
     monkeypatch.setattr(page, "CASE_SECONDS", 0.01)
     # After many other tests, a collection between two parts takes seconds.
     monkeypatch.setattr(page.gc, "collect", lambda: None)
-    monkeypatch.setattr(timm_peers, "import_timm", import_timm)
+    monkeypatch.setattr(torch_peers, "import_package", import_package)
     monkeypatch.setitem(operators.CASES, "depthwise_conv", conv_cases)
     return page.Plan(
         image_size=(32, 32),

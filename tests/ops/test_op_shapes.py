@@ -139,6 +139,16 @@ CALLS = {
     "clustered_attention.clustered_attention": [((Q, K, K, integers(2, 3, 9), 5), {"scale": 1.0})],
     "clustered_attention.hash_clusters": [((Q, 5), {})],
     "clustered_attention.query_prototypes": [((Q, integers(2, 3, 11), 5), {})],
+    "convolution.conv": [
+        ((floats(2, 6, 4, 5), floats(3, 3, 5, 7)), {}),
+        ((floats(2, 6, 5, 5), floats(3, 3, 5, 7), 2), {}),
+    ],
+    "convolution.conv_of_resized": [
+        (([floats(2, 6, 4, 5), floats(2, 3, 2, 1)], floats(3, 3, 6, 7), (6, 4)), {})
+    ],
+    "convolution.conv_with_padding": [
+        ((floats(2, 6, 4, 5), floats(3, 3, 5, 7), 2, ((0, 1), (1, 1))), {})
+    ],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
@@ -308,6 +318,7 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.linear_weights": [((4, 9, False), {})],
     "resize.multiply_axis": [
         ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
@@ -318,6 +329,9 @@ CALLS = {
     ],
     "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
+    "resize.times_along": [
+        ((np.ones(4), floats(2, 6, 4, 5), 2), {}), ((np.arange(4.0), floats(2, 6, 4, 5), 2), {})
+    ],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})

@@ -75,8 +75,7 @@ class DptHead(Head):
         for i in reversed(range(1, LEVELS + 1)):
             x = self._fuse(x, levels[i - 1], i)
         x = self._conv(x, self.channels // 2, 3, "output_1")
-        x = resize_bilinear(x, size, align_corners=True)
-        x = nn.relu(self._conv(x, self.last_channels, 3, "output_2"))
+        x = nn.relu(self._conv([x], self.last_channels, 3, "output_2", size=size))
         return nn.relu(self._last(x))
 
     def _last(self, x):
@@ -132,10 +131,12 @@ class DptHead(Head):
         size = tuple(2 * side for side in x.shape[1:3])
         return resize_bilinear(x, size, align_corners=True)
 
-    def _conv(self, x, dim, kernel_size, name, stride=1, use_bias=True):
+    def _conv(self, x, dim, kernel_size, name, stride=1, use_bias=True, size=None):
         """Applies a convolution with PyTorch's default initialisation."""
-        init = uniform_init(kernel_size**2 * x.shape[-1])
-        return Conv(dim, kernel_size, use_bias, init, self.dtype, stride, init, name=name)(x)
+        channels = jax.tree.leaves(x)[0].shape[-1]
+        init = uniform_init(kernel_size**2 * channels)
+        conv = Conv(dim, kernel_size, use_bias, init, self.dtype, stride, init, name=name)
+        return conv(x, size, align_corners=True)
 
 
 def _magnitudes(init: Initializer) -> Initializer:

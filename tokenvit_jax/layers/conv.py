@@ -1,6 +1,6 @@
 """Convolutions and BatchNorm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -83,16 +83,29 @@ class Conv(nn.Module):
     bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"] | Sequence[Float[Array, "B _ _ _"]],
+        size: tuple[int, int] | None = None,
+        align_corners: bool = False,
+    ) -> Float[Array, "B h w dim"]:
+        """Convolves a map, or maps that are resized and joined before (with stride 1).
+
+        Args:
+          x: map or, with ``size``, maps.
+          size: height and width to which the maps are resized (bilinear).
+          align_corners: as in :func:`~tokenvit_jax.ops.resize_bilinear`.
+        """
+        x = jax.tree.map(lambda x: x.astype(self.dtype), x)
+        channels = x.shape[-1] if size is None else sum(y.shape[-1] for y in x)
+        shape = (self.kernel_size, self.kernel_size, channels, self.dim)
         kernel = self.param("kernel", self.init, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.kernel_size == self.stride == 1:
+        if size is not None:
+            y = ops.conv_of_resized(tuple(x), kernel, size, align_corners)
+        elif self.kernel_size == self.stride == 1:
             y = product(x, kernel[0, 0])
         else:
-            padding, strides = [(self.kernel_size // 2,) * 2] * 2, (self.stride,) * 2
-            layout = ("NHWC", "HWIO", "NHWC")
-            y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+            y = ops.conv(x, kernel, self.stride)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.dim,))
             y = y + bias.astype(self.dtype)
@@ -155,6 +168,8 @@ class ResidualConvUnit(nn.Module):
 class ConvModule(nn.Module):
     """Convolution, BatchNorm and ReLU: (B, H, W, C) -> (B, H, W, dim).
 
+    With a ``size``, the input is a list of maps that are resized to it and joined.
+
     The running variance is PyTorch's: with one value per image, as in the smallest cells of
     pyramid pooling, it differs from flax's by a factor B / (B - 1).
 
@@ -171,10 +186,15 @@ class ConvModule(nn.Module):
     axis_name: SharedBy = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W dim"]:
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"] | Sequence[Float[Array, "B _ _ _"]],
+        train: bool,
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "B h w dim"]:
         conv = Conv(self.dim, self.kernel_size, use_bias=False, dtype=self.dtype, name="conv")
         norm = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, unbiased=True, name="norm")
-        return nn.relu(norm(conv(x), use_running_average=not train))
+        return nn.relu(norm(conv(x, size), use_running_average=not train))
 
 
 class Weights(nn.Module):
@@ -259,8 +279,8 @@ def convolve_same(
     kernel = kernel.astype(x.dtype)
     if len(kernel) == stride == 1:
         return product(x, kernel[0, 0])
-    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
-    return lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+    return ops.conv_with_padding(x, kernel, stride, tuple(padding))
 
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:

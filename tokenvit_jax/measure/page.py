@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import models, operators, timing, timm_peers
+from tokenvit_jax.measure import models, operators, timing, torch_peers
 from tokenvit_jax.measure.parts import PARTS
 from tokenvit_jax.measure.profile import UNKNOWN, times_of_parts
 from tokenvit_jax.measure.report import format_value, markdown_table
@@ -111,7 +111,7 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
                 left_out.append(f"{part.title}: {message[:300]}")
                 failed.append(part.title)
             gc.collect()
-            timm_peers.release_memory()
+            torch_peers.release_memory()
         lines = [*_heading(plan, command, reason), *done, *_not_measured(left_out)]
         yield "\n".join(lines) + "\n"
     if failed:
@@ -233,7 +233,7 @@ def _operator(plan, name):
 
 def _heading(plan, command, reason):
     device = jax.devices()[0]
-    found = timing.environment() | ({} if reason else timm_peers.environment())
+    found = timing.environment() | ({} if reason else torch_peers.environment("timm"))
     versions = ", ".join(f"{key} {value}" for key, value in found.items())
     platform = getattr(device.client, "platform_version", "").split("\n")[0]
     height, width = plan.image_size
@@ -255,8 +255,8 @@ def _not_measured(left_out):
 def _why_no_peers():
     """Returns why models of timm cannot be timed beside ours; None if they can."""
     try:
-        timm_peers.import_timm()
-        timm_peers.torch_device()
+        torch_peers.import_package("timm")
+        torch_peers.torch_device()
     except UserError as error:
         return str(error)
     return None

@@ -20,6 +20,7 @@ from tokenvit_jax.ops.clustered_attention import (
     hash_clusters,
     query_prototypes,
 )
+from tokenvit_jax.ops.convolution import conv, conv_of_resized, conv_with_padding
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -76,6 +77,9 @@ __all__ = [
     "cluster_density_peaks",
     "cluster_superpixels",
     "clustered_attention",
+    "conv",
+    "conv_of_resized",
+    "conv_with_padding",
     "defer_gelu",
     "density_peaks",
     "depthwise_block",
