@@ -29,8 +29,7 @@ class DptHead(Head):
     level to the finest, and doubles the size at each level.
 
     Kernels and biases have PyTorch's default initialisation. The last layer starts without negative
-    weights: the ReLU after it would have no gradient if all its inputs were negative, which happens
-    for about half of all draws.
+    weights: the ReLU after it would have no gradient if all its inputs were negative.
 
     Attributes:
       channels: channels of the fusion.
@@ -80,13 +79,15 @@ class DptHead(Head):
         return nn.relu(self._last(x))
 
     def _last(self, x):
-        """Returns one number for every cell, in float32, for a map that stays in its type."""
+        """Returns one number for every cell, in float32.
+
+        A product with one column would make a map in float32 first; a sum does not.
+        """
         init = _magnitudes(uniform_init(self.last_channels))
         shape = (1, 1, self.last_channels, 1)
         kernel, bias = Weights(shape, init, bias_init=init, name="output_3")()
         dtype = softmax_dtype(self.dtype)
-        kernel = kernel[0, 0, :, 0].astype(x.dtype)
-        return jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=dtype) + bias[0]
+        return jnp.sum(x.astype(dtype) * kernel[0, 0, :, 0], -1) + bias[0]
 
     def _reassemble(self, tap, level):
         """Returns the map of a level; `resize_{level}` changes the size."""

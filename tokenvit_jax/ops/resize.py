@@ -41,6 +41,8 @@ def resize_bilinear(
             y = multiply_axis(y, _weights_at(places, old), axis)
         elif new > old:
             y = _enlarge(y, places, axis)
+        if align_corners:  # one map less in float32: DPT resizes its largest ones
+            y = y.astype(x.dtype)
     return y.astype(x.dtype)
 
 
