@@ -2,14 +2,14 @@
 
 import pytest
 
-from tokenvit_jax.measure import timm_peers
+from tokenvit_jax.measure import torch_peers
 
 
 @pytest.fixture(scope="session")
 def torchvision():
     pytest.importorskip("torch")
     try:
-        return timm_peers.import_torchvision()
+        return torch_peers.import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
 
