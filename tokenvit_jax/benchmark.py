@@ -24,7 +24,8 @@ is prepared before. --against then names networks of transformers: upernet_swin_
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
 tokens beside the dense forms, clustering, token reducers. The page is written after every part, and
-names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison.
+names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison. With
+--task, the page is about dense tasks.
 
 Temporary memory is the memory that XLA plans; allocations of the libraries that XLA calls are not
 included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
@@ -33,8 +34,10 @@ included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.mem
 import functools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -56,22 +59,44 @@ class Measured(NamedTuple):
     Attributes:
       model: name of the backbone.
       image_size: as --image_size.
+      title: of the network.
+      peer: network of transformers beside it.
+      insertions: label -> overrides of the model, for --report.
+      inserted_size: height and width of the images then [pixels].
     """
 
     model: str
     image_size: str
+    title: str = ""
+    peer: str = ""
+    insertions: Mapping[str, Any] = MappingProxyType({})
+    inserted_size: tuple[int, int] | None = None
 
 
+# The settings that the authors of Expedite released for NYU: blocks before the clustering, centres.
+_CLUSTERED = {
+    f"{alpha}, {side} x {side}": {
+        "expedite": {"alpha": alpha, "beta": 12 - alpha, "clusters": (side, side),
+                     "temperature": 1.0, "mode": "hard"}
+    }
+    for alpha, side in ((3, 14), (5, 16), (7, 24))
+}  # fmt: skip
 # A test compares them with `tasks.TASKS`.
-MEASURED = {"segmentation": Measured("swin_t", "512"), "depth": Measured("vit_b_r50", "384")}
+MEASURED = {
+    "segmentation": Measured("swin_t", "512", "UperNet, Swin-T", "upernet_swin_t"),
+    "depth": Measured(
+        "vit_b_r50", "384", "DPT-hybrid", "dpt_hybrid", _CLUSTERED, inserted_size=(384, 512)
+    ),
+}
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
-flags.DEFINE_enum(
+flags.DEFINE_multi_enum(
     "task",
-    None,
+    [],
     list(MEASURED),
-    "models of a dense task instead of classification; --model is then a backbone",
+    "models of a dense task instead of classification; --model is then a backbone; with --report, "
+    "the flag can be repeated",
     flag_values=FLAGS,
 )
 flags.DEFINE_list(
@@ -158,7 +183,8 @@ def _measure(flag_values):
         return operators.benchmark_operator(flag_values.op, flag_values.batch_size, dtype, modes)
     kind, default = models.CLASSIFICATION, Measured("", "224")
     if flag_values.task:
-        kind, default = _task_kind(flag_values.task), MEASURED[flag_values.task]
+        [task] = flag_values.task
+        kind, default = _task_kind(task), MEASURED[task]
     names = flag_values.model or [default.model]
     if names == ["all"] and not flag_values.task:
         names = list_models()
@@ -212,7 +238,10 @@ def _write_report(flag_values):
     keep_pages()
     path = _report_path(flag_values.report)
     check_file(path, "--report")
-    plan = _plan(flag_values, macs.parse_image_size(flag_values.image_size or "224"))
+    if flag_values.task:
+        plan = _task_plan(flag_values)
+    else:
+        plan = _plan(flag_values, macs.parse_image_size(flag_values.image_size or "224"))
     command = " ".join(["tokenvit benchmark", *sys.argv[1:]])
     for text in page.measure_page(plan, flag_values.report_minutes, command):
         write_file(path, text, "--report")
@@ -257,15 +286,35 @@ def _plan(flag_values, image_size):
     return plan._replace(small=flag_values.model, large=(), insertions=reduced)
 
 
+def _task_plan(flag_values):
+    """Returns what --report --task measures."""
+    import jax.numpy as jnp
+
+    from tokenvit_jax.measure import macs, page
+
+    tasks = [
+        page.TaskPlan(
+            measured.title, _task_kind(name), measured.model, measured.peer,
+            macs.parse_image_size(measured.image_size), measured.insertions, measured.inserted_size,
+        )
+        for name, measured in MEASURED.items() if name in flag_values.task
+    ]  # fmt: skip
+    size, batch = tasks[0].image_size, flag_values.batch_size or 2
+    return page.Plan(size, batch, jnp.dtype(flag_values.dtype), tasks=tasks)
+
+
 def _check_flags(flag_values):
     if flag_values.report:
-        allowed = ("report", "report_minutes", "model", "image_size", "batch_size", "dtype")
+        allowed = ["report", "report_minutes", "batch_size", "dtype"]
+        allowed += ["task"] if flag_values.task else ["model", "image_size"]
         for name in flag_values:
             if flag_values[name].present and name not in allowed:
                 raise cli.UsageError(f"--{name} does not go with --report")
         return
     if flag_values["report_minutes"].present:
         raise cli.UsageError("--report_minutes goes with --report")
+    if len(flag_values.task) > 1:
+        raise cli.UsageError("--task can be repeated with --report only")
     if bool(flag_values.model or flag_values.task) == bool(flag_values.op):
         raise cli.UsageError("one of --model=NAME, --task=NAME, --op=NAME and --report is needed")
     if flag_values.op and flag_values.image_size:
