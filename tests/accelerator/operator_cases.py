@@ -239,6 +239,12 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)
     },
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
+    "standardize_kernels": {
+        "": Case(
+            lambda *kernels: ops.standardize_kernels([*kernels], 1e-8, kernels[0].dtype),
+            (KERNEL[..., None] + 1, _normal(2, 1, 1, 64, 32), _normal(3, 1, 1, 64, 64)), 0, 3,
+        )
+    },
     "update_centroids": {
         "": Case(
             lambda q, c, groups: ops.update_centroids(c, q, groups, old_weight=0.9),

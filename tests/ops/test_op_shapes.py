@@ -293,6 +293,7 @@ CALLS = {
     "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
     "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
+    "packed.join_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
     "packed.map_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.norm_packed": [(([TOKENS, TOKENS[0, 0]],), {})],
@@ -317,11 +318,12 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.linear_weights": [((4, 9, False), {})],
+    "resize.cubic_kernel": [((floats(5), jnp.where), {})],
     "resize.multiply_axis": [
         ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
     ],
-    "resize.linear_weights": [((4, 9, False), {})],
     "resize.resize_bicubic": [((floats(6, 4, 5), (3, 9)), {})],
     "resize.resize_bilinear": [
         ((floats(2, 6, 4, 5), (3, 9)), {}), ((floats(2, 6, 4, 5), (12, 9), True), {})
@@ -347,6 +349,9 @@ CALLS = {
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],
     "selection.smallest_of_groups": [((floats(2, 32, 5), floats(2, 4, 5), 3), {})],
     "selection.top_indices": [((TOKENS, 3), {})],
+    "standardize.standardize_kernels": [
+        (([floats(3, 3, 5, 7), floats(1, 1, 2, 4)], 1e-8, jnp.bfloat16), {})
+    ],
     "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
     "token_merging.bipartite_matching": [((TOKENS, 5), {})],
     "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],

@@ -1,4 +1,4 @@
-"""Convolutions, also with standardised kernels or BatchNorm."""
+"""Convolutions and BatchNorm."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -112,43 +112,6 @@ class Conv(nn.Module):
         return y
 
 
-class StandardizedConv(nn.Module):
-    """k x k convolution without bias: (B, H, W, C) -> (B, H / stride, W / stride, dim).
-
-    The kernel of every output channel is shifted to mean 0 and divided by its standard deviation.
-    Padding is TensorFlow's "SAME".
-
-    Attributes:
-      dim: output channels.
-      kernel_size: k, odd.
-      stride: stride in both directions.
-      dtype: type of the computation; kernels are standardised in float32.
-      epsilon: constant added to the variance.
-
-    References:
-      Qiao et al. 2019, "Weight Standardization"; constants as in timm from version 0.4.12.
-    """
-
-    dim: int
-    kernel_size: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-    epsilon: float = 1e-8
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
-        kernel = self.param("kernel", conv_init, shape)
-        mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
-        kernel = ((kernel - mean) * lax.rsqrt(var + self.epsilon)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.kernel_size == self.stride == 1:
-            return product(x, kernel[0, 0])
-        strides, sides = (self.stride, self.stride), kernel.shape[:2]
-        padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, "SAME")
-        return ops.conv_with_padding(x, kernel, self.stride, tuple(padding))
-
-
 class PatchConvTranspose(nn.Module):
     """Transposed convolution whose kernel is as wide as its stride: every cell becomes a patch.
 
@@ -235,24 +198,26 @@ class ConvModule(nn.Module):
 
 
 class Weights(nn.Module):
-    """Kernel and bias of a layer that an operator computes together with its neighbours.
+    """Kernel and bias of a layer that is computed together with others.
 
     Attributes:
       shape: shape of the kernel; the last axis is that of the bias.
       init: initializer of the kernel.
       use_bias: whether there is a bias.
+      bias_init: initializer of the bias.
     """
 
     shape: tuple[int, ...]
     init: Callable[..., Any]
     use_bias: bool = True
+    bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "..."], Float[Array, " C"] | None]:
         kernel = self.param("kernel", self.init, self.shape)
         if not self.use_bias:
             return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
+        return kernel, self.param("bias", self.bias_init, self.shape[-1:])
 
 
 class FoldedBatchNorm(BatchNorm):
@@ -299,6 +264,23 @@ class FoldedBatchNorm(BatchNorm):
             for average, value in ((mean, affine.mean + shift), (var, affine.var)):
                 average.value = self.momentum * average.value + (1 - self.momentum) * value
         return affine.factor, affine.offset
+
+
+def convolve_same(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C dim"], stride: int
+) -> Float[Array, "B h w dim"]:
+    """Convolves maps with TensorFlow's padding "SAME", in the type of ``x``.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (k, k, C, dim).
+      stride: stride in both directions; sizes that it does not divide are rounded up.
+    """
+    kernel = kernel.astype(x.dtype)
+    if len(kernel) == stride == 1:
+        return product(x, kernel[0, 0])
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+    return ops.conv_with_padding(x, kernel, stride, tuple(padding))
 
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:

@@ -4,6 +4,8 @@
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,8 @@ def resize_bilinear(
             y = multiply_axis(y, _weights_at(places, old), axis)
         elif new > old:
             y = _enlarge(y, places, axis)
+        if align_corners:  # one map less in float32: DPT resizes its largest ones
+            y = y.astype(x.dtype)
     return y.astype(x.dtype)
 
 
@@ -193,17 +197,26 @@ def resize_bicubic(x: Shaped[Array, "H W C"], size: tuple[int, int]) -> Float[Ar
     return jnp.einsum("hH,wW,HWC->hwC", rows, columns, x.astype(dtype)).astype(x.dtype)
 
 
+def cubic_kernel(distance: Any, where: Callable[..., Any]) -> Any:
+    """Returns the weights of cubic convolution with a = -0.75 at distances from 0 to 2.
+
+    Args:
+      distance: an array of numpy or jax.
+      where: `where` of the same library.
+    """
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return where(distance <= 1, near, far)
+
+
 def _cubic_weights(old: int, new: int) -> np.ndarray:
     """Returns the weights (new, old) of cubic convolution along one axis."""
-    a = -0.75
     place = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(place).astype(int) - 1
     weights = np.zeros((new, old))
     for step in range(4):
-        distance = np.abs(place - (first + step))
-        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-        weight = np.where(distance <= 1, near, far)
+        weight = cubic_kernel(np.abs(place - (first + step)), np.where)
         # add.at: at a border several steps meet the same value.
         np.add.at(weights, (np.arange(new), np.clip(first + step, 0, old - 1)), weight)
     return weights
