@@ -47,6 +47,15 @@ def part_of(origin: str) -> str:
     return OTHER_MODEL if _DIFFERENTIATED.search(origin) or module_path(origin) else OTHER
 
 
+def part_of_task(origin: str) -> str:
+    """Returns the part of a model with a backbone, a head and a loss that an operation belongs to.
+
+    It is the top module and one of PARTS, such as "head: convolutions".
+    """
+    top = re.search(r"/(backbone|head|auxiliary)[./]", origin)
+    return f"{top[1] if top else 'loss and others'}: {part_of(origin)}"
+
+
 def module_path(origin: str) -> str:
     """Returns the path of the layer in an origin, such as "stages_0_0/attention/qkv"."""
     *path, _ = origin.split("/")
