@@ -22,10 +22,18 @@ from tokenvit_jax.recipes.upernet import scenes_config, upernet_config
 NUM_STEPS = 240
 IMAGE_SIDE = 64  # of the scenes' 128 pixels, in training and at one scale; labels keep theirs
 
+
+def _linear(learning_rate: float) -> ConfigDict:
+    config = scenes_config("linear", {})
+    config.optimizer.learning_rate = learning_rate
+    return config
+
+
 HEADS: dict[str, Callable[[], ConfigDict]] = {
     "UperNet": lambda: upernet_config("scenes"),
     "Semantic FPN": lambda: semantic_fpn_config("scenes"),
-    "linear": lambda: scenes_config("linear", {}),
+    "linear": lambda: _linear(1e-3),
+    "linear, higher rate": lambda: _linear(3e-3),
 }
 
 Runs = dict[str, list[ShortRun]]
