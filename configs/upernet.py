@@ -24,8 +24,8 @@ evaluated whole; several processes need windows during training, as with
     python -m tokenvit_jax.train --config=configs/upernet.py:scenes --workdir=runs/scenes
 
 A small Swin Transformer with a small UperNet on the embedded scenes. Hardware: 2 CPU cores.
-Expected result: open. After 500 of the 1,000 steps, one run still predicts background only (17.2 %
-mIoU).
+Expected result: open for its 1,000 steps. With 240 steps on scenes of 64 x 64 pixels, mIoU is
+58.4 ± 4.4 % (three seeds, experiments/segmentation).
 """
 
 from tokenvit_jax.recipes.upernet import upernet_config
