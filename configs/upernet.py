@@ -25,7 +25,7 @@ evaluated whole; several processes need windows during training, as with
 
 A small Swin Transformer with a small UperNet on the embedded scenes. Hardware: 2 CPU cores.
 Expected result: an mIoU of 88 % on the test scenes (one run: 87.7, with the scales 0.75, 1 and 1.25
-88.6); it needs about 10 minutes of both cores.
+88.6), which took 13 minutes next to other work.
 """
 
 from tokenvit_jax.recipes.upernet import upernet_config
