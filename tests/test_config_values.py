@@ -201,8 +201,8 @@ UPERNET_DROP_PATH = {"clustr_s": 0.1, "dgt_b": 0.5, "pale_b": 0.5}
 MAPS_SCENES = {
     "batch_size": 16, "checkpoint_every_steps": 500, "data.eval_batch_size": 20,
     "dataset": "scenes", "eval_every_steps": 500, "head_overrides.channels": 32,
-    "image_size": 128, "log_every_steps": 50, "model": "swin_t", "num_steps": 1000,
-    "optimizer.warmup_steps": 100,
+    "head_overrides.init_std": 0.1, "image_size": 128, "log_every_steps": 50, "model": "swin_t",
+    "num_steps": 1000, "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 100,
 } | overrides(
     dims=(24, 48, 96, 96), num_heads=(1, 2, 4, 4), depths=(1, 1, 6, 1), window_size=8,
     drop_path=0.0, remat=False,
