@@ -30,17 +30,25 @@ class ShortRun(NamedTuple):
 
     Attributes:
       loss: training loss of every step (num_steps,).
-      accuracy: accuracy on the test images after training.
-      test_loss: loss on the test images after training [nats].
+      metrics: metrics on the test images after training, as `evaluate` names them.
       model: the trained module.
       variables: variables of the module after training.
     """
 
     loss: np.ndarray
-    accuracy: float
-    test_loss: float
+    metrics: dict[str, float]
     model: nn.Module
     variables: Variables
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy on the test images: share of the images, or of the pixels."""
+        return self.metrics["eval/accuracy"]
+
+    @property
+    def test_loss(self) -> float:
+        """Loss on the test images [nats]."""
+        return self.metrics["eval/loss"]
 
 
 def load_run(workdir: Path, checkpoint: str = "last", data_dir: str | None = None) -> Run:
@@ -128,7 +136,7 @@ def train(
     watch: Callable[[nn.Module, int, TrainState], None] | None = None,
     initial: Variables | None = None,
 ) -> ShortRun:
-    """Trains a classifier in this process, without a workdir.
+    """Trains a model in this process, without a workdir.
 
     Args:
       config: configuration of the training; see `tokenvit_jax.config`.
@@ -162,6 +170,4 @@ def train(
         watch(model, config.num_steps, state)
     variables = eval_variables(state.params, state.model_state, state.ema)
     metrics = make_evaluate(config, model)(variables)
-    return ShortRun(
-        np.array(loss), metrics["eval/accuracy"], metrics["eval/loss"], model, variables
-    )
+    return ShortRun(np.array(loss), metrics, model, variables)

@@ -13,8 +13,9 @@ import pytest
 from stateful_model import StatefulModel
 
 from tokenvit_jax import benchmark, cli
-from tokenvit_jax.measure import macs, models, operators, page, timm_peers
+from tokenvit_jax.measure import models, operators, page, torch_peers
 from tokenvit_jax.models.backbone import Trainable
+from tokenvit_jax.tasks import TASKS
 
 TINY = {
     "stem_dim": 4, "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 0, 0, 0),
@@ -86,20 +87,24 @@ def test_several_models_against_a_peer(monkeypatch, capsys):
     monkeypatch.setattr(models, "create_model", lambda name, dtype: MeanModel(widths[name]))
     asked = []
 
-    def timm_peer(*args):
+    def torch_peer(*args):
         asked.append(args)
-        running = timm_peers.Running(lambda: time.sleep(0.001))
-        return timm_peers.Peer(lambda: running, int(5e9), None)
+        running = torch_peers.Running(lambda: time.sleep(0.001))
+        return torch_peers.Peer(lambda: running, int(5e9), None)
 
-    monkeypatch.setattr(timm_peers, "timm_peer", timm_peer)
-    monkeypatch.setattr(timm_peers, "environment", lambda: {"timm": "1.2.3"})
+    kind = models.CLASSIFICATION._replace(peer=lambda *args: args)
+    monkeypatch.setattr(models, "CLASSIFICATION", kind)
+    monkeypatch.setattr(torch_peers, "torch_peer", torch_peer)
+    monkeypatch.setattr(torch_peers, "environment", lambda package: {package: "1.2.3"})
     args = ("--model=all", "--against=peer", "--mode=both", "--image_size=32", "--batch_size=2")
     status, out, err = run(monkeypatch, capsys, *args, "--format=json")
     assert status == 0, err
     result = json.loads(out)
     assert result["environment"]["timm"] == "1.2.3"
     assert result["environment"]["jax"] == jax.__version__
-    assert asked == [("peer", (32, 32), 2, "float32", mode) for mode in ("forward", "train")]
+    assert asked == [
+        (("peer", (32, 32), mode), (32, 32), 2, "float32", mode) for mode in ("forward", "train")
+    ]
     rows = result["results"]
     assert [row["model"] for row in rows] == 2 * ["narrow", "wide", "timm/peer"]
     assert [row["mode"] for row in rows] == 3 * ["forward"] + 3 * ["train"]
@@ -120,7 +125,6 @@ def test_token_reducers_against_the_model_without(monkeypatch, capsys):
         return MeanModel(widths[token_reducer and token_reducer["keep"]])
 
     monkeypatch.setattr(models, "create_model", create)
-    monkeypatch.setattr(macs, "create_model", create)
     args = ("--model=host", "--keep=3,2", "--method=tome", "--image_size=32", "--batch_size=2")
     status, out, err = run(monkeypatch, capsys, *args, "--format=json")
     assert status == 0, err
@@ -169,6 +173,16 @@ def test_peer_that_is_not_installed(monkeypatch, capsys):
     assert "--against needs PyTorch and timm, but torch is not installed: pip install" in err
 
 
+def test_peer_of_a_task_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    args = ("--task=segmentation", "--against=upernet_swin_t")
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert (status, out) == (1, "")
+    assert "--against needs PyTorch and transformers, but torch is not installed: pip" in err
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("flag", ["--report", "--report=page.md"])
 def test_report(monkeypatch, capsys, tmp_path, flag):
     plans = []
@@ -196,8 +210,12 @@ def test_report(monkeypatch, capsys, tmp_path, flag):
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        ([], 2, "one of --model=NAME, --op=NAME and --report is needed"),
-        (["--model=dgt_t", "--op=depthwise_conv"], 2, "one of --model=NAME, --op=NAME and"),
+        ([], 2, "one of --model=NAME, --task=NAME, --op=NAME and --report is"),
+        (
+            ["--model=dgt_t", "--op=depthwise_conv"],
+            2,
+            "one of --model=NAME, --task=NAME, --op=NAME and",
+        ),
         (["--report", "--op=kmeans"], 2, "--op does not go with --report"),
         (["--report", "--mode=train"], 2, "--mode does not go with --report"),
         (["--report", "--report_minutes=0"], 2, "--report_minutes=0 is not valid; valid: whole"),
@@ -213,6 +231,10 @@ def test_report(monkeypatch, capsys, tmp_path, flag):
         (["--op=conv"], 2, "flag --op=conv: value should be one of <group_attention|"),
         (["--op=kmeans", "--carry"], 2, "--carry goes with --model"),
         (["--model=dgt_t", "--batch_size=0"], 2, "--batch_size=0 is not valid; valid: whole"),
+        (["--task=segmentation", "--op=kmeans"], 2, "one of --model=NAME, --task=NAME, --op=NAME"),
+        (["--task=segmentation", "--model=swin"], 1, "--model=swin is not valid with --task="),
+        (["--task=segmentation", "--against=pvt"], 1, "--against=pvt is not valid for this task"),
+        (["--task=detection"], 2, "flag --task=detection: value should be one of"),
         (["--model=dgt_t", "--dtype=float16"], 2, "should be one of <float32|bfloat16>"),
     ],
 )
@@ -224,3 +246,7 @@ def test_mistakes(monkeypatch, capsys, args, status, message):
 
 def test_operators_are_those_that_are_measured():
     assert list(operators.CASES) == list(benchmark.OPERATORS)
+
+
+def test_tasks_are_those_that_exist():
+    assert set(benchmark.MEASURED) <= set(TASKS)

@@ -233,11 +233,11 @@ DPT_DATASETS = {
         "eval_every_steps": 1514, "image_size": (416, 544), "num_steps": 36_346,
     },
     "scenes": {
-        "augment.flip": 0.5, "batch_size": 16, "checkpoint_every_steps": 200,
+        "augment.flip": 0.5, "batch_size": 16, "checkpoint_every_steps": 100,
         "data.eval_batch_size": 20, "dataset": "depth_scenes", "depth.limits": (1e-3, 20.0),
-        "depth.shift": 0.05, "eval_every_steps": 200, "head_overrides.channels": 32,
+        "depth.shift": 0.05, "eval_every_steps": 100, "head_overrides.channels": 32,
         "head_overrides.level_channels": (24, 48, 96, 96), "image_size": 128, "model": "vit_ti",
-        "num_steps": 600, "optimizer.warmup_steps": 50,
+        "log_every_steps": 25, "num_steps": 300, "optimizer.warmup_steps": 50,
     } | overrides(
         dim=96, depth=4, num_heads=4, patch_size=8, position_size=(128, 128), drop_path=0.0,
         remat=False, init_std=0.1,

@@ -20,12 +20,19 @@ from tokenvit_jax.training.validate import check_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MODELS = (ROOT / "docs" / "models.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.md"))
 FOLDERS = sorted({page.parent for page in EXPERIMENTS})
 # Together these configs have the entries of all tasks and model families.
-CONFIGS = [("dgt_t", ""), ("pale_t", "tokens"), ("deit_s", "search"), ("segmenter_ti", "")]
+CONFIGS = [
+    ("dgt_t", ""),
+    ("pale_t", "tokens"),
+    ("deit_s", "search"),
+    ("segmenter_ti", ""),
+    ("dpt", "kitti"),
+]
 
 
 def test_length():
@@ -84,7 +91,7 @@ def test_commands_for_many_devices_are_valid(monkeypatch):
 
 @pytest.mark.parametrize("name", tv.list_models())
 def test_model_row(name):
-    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", MODELS, re.MULTILINE)
     (params, macs, _), paper = EXACT[name], PUBLISHED.get(name)
     known = (
         [f"{paper.params_m:g} M", format_known(paper.gmacs), f"{paper.top1}"] if paper else [""] * 3

@@ -3,6 +3,8 @@
     python -m tokenvit_jax.benchmark --model=dgt_t --image_size=224 --batch_size=8 --mode=train
     python -m tokenvit_jax.benchmark --model=dgt_t,pale_t --against=pvt_v2_b2 --mode=both
     python -m tokenvit_jax.benchmark --model=deit_s --keep=level1 --keep=level3
+    python -m tokenvit_jax.benchmark --task=segmentation --against=upernet_swin_t --mode=both
+    python -m tokenvit_jax.benchmark --task=depth --image_size=384x512 --expedite=3,9,14x14
     python -m tokenvit_jax.benchmark --op=group_attention --out=curve.png
     python -m tokenvit_jax.benchmark --report
 
@@ -15,22 +17,32 @@ images per second, "saved" the gain in MACs. An operator takes turns with its ob
 Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against
 needs PyTorch and timm.
 
+--task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
+recipe; --task=depth times DPT-hybrid. The training step has the loss of the recipe, on a batch that
+is prepared before. --against then names networks of transformers: upernet_swin_t or dpt_hybrid.
+
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
 tokens beside the dense forms, clustering, token reducers. The page is written after every part, and
-names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison.
+names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison. With
+--task, the page is about dense tasks.
 
 Temporary memory is the memory that XLA plans; allocations of the libraries that XLA calls are not
 included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
 """
 
+import functools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from tokenvit_jax import cli
+from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.expediting import insertions
 from tokenvit_jax.valid import whole
 
@@ -40,15 +52,66 @@ OPERATORS = (
     "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
 )  # fmt: skip
 
+
+class Measured(NamedTuple):
+    """What is measured of a task by default.
+
+    Attributes:
+      model: name of the backbone.
+      image_size: as --image_size.
+      title: of the network.
+      peer: network of transformers beside it.
+      insertions: label -> overrides of the model, for --report.
+      inserted_size: height and width of the images then [pixels].
+    """
+
+    model: str
+    image_size: str
+    title: str = ""
+    peer: str = ""
+    insertions: Mapping[str, Any] = MappingProxyType({})
+    inserted_size: tuple[int, int] | None = None
+
+
+# The settings that the authors of Expedite released for NYU: blocks before the clustering, centres.
+_CLUSTERED = {
+    f"{alpha}, {side} x {side}": {
+        "expedite": {"alpha": alpha, "beta": 12 - alpha, "clusters": (side, side),
+                     "temperature": 1.0, "mode": "hard"}
+    }
+    for alpha, side in ((3, 14), (5, 16), (7, 24))
+}  # fmt: skip
+# A test compares them with `tasks.TASKS`.
+MEASURED = {
+    "segmentation": Measured("swin_t", "512", "UperNet, Swin-T", "upernet_swin_t"),
+    "depth": Measured(
+        "vit_b_r50", "384", "DPT-hybrid", "dpt_hybrid", _CLUSTERED, inserted_size=(384, 512)
+    ),
+}
+
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
+flags.DEFINE_multi_enum(
+    "task",
+    [],
+    list(MEASURED),
+    "models of a dense task instead of classification; --model is then a backbone; with --report, "
+    "the flag can be repeated",
+    flag_values=FLAGS,
+)
 flags.DEFINE_list(
     "against",
     [],
-    "names of timm models, separated by commas, that take turns with --model",
+    "names of timm models, or with --task of networks of transformers, separated by commas, that "
+    "take turns with --model",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("image_size", None, "224 (default) or HEIGHTxWIDTH [pixels]", flag_values=FLAGS)
+flags.DEFINE_string(
+    "image_size",
+    None,
+    "side or HEIGHTxWIDTH [pixels]; default: 224, or the task's own",
+    flag_values=FLAGS,
+)
 flags.DEFINE_enum(
     "op",
     None,
@@ -57,7 +120,7 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 cli.define_number(
-    FLAGS, "batch_size", None, "images per batch; default: 8, or the operator's own",
+    FLAGS, "batch_size", None, "images per batch; default: 8, with --task 2, or the operator's own",
     whole(1, 2**16),
 )  # fmt: skip
 flags.DEFINE_enum(
@@ -89,14 +152,17 @@ def main(flag_values: flags.FlagValues) -> None:
         _write_report(flag_values)
         return
     out = cli.picture_path(flag_values, "out")
-    from tokenvit_jax.measure import report, timing, timm_peers
+    from tokenvit_jax.measure import report, timing, torch_peers
     from tokenvit_jax.memory import keep_pages
 
     if flag_values.against:
-        timm_peers.share_memory()
+        torch_peers.share_memory()
     keep_pages()
     rows = _measure(flag_values)
-    environment = timing.environment() | (timm_peers.environment() if flag_values.against else {})
+    environment = timing.environment()
+    if flag_values.against:
+        package = "transformers" if flag_values.task else "timm"
+        environment |= torch_peers.environment(package)
     if out:
         from tokenvit_jax.output import write_figure
 
@@ -115,34 +181,67 @@ def _measure(flag_values):
     modes = ["forward", "train"] if mode == "both" else [mode]
     if flag_values.op:
         return operators.benchmark_operator(flag_values.op, flag_values.batch_size, dtype, modes)
-    names = list_models() if flag_values.model == ["all"] else flag_values.model
-    image_size = macs.parse_image_size(flag_values.image_size or "224")
+    kind, default = models.CLASSIFICATION, Measured("", "224")
+    if flag_values.task:
+        [task] = flag_values.task
+        kind, default = _task_kind(task), MEASURED[task]
+    names = flag_values.model or [default.model]
+    if names == ["all"] and not flag_values.task:
+        names = list_models()
+    image_size = macs.parse_image_size(flag_values.image_size or default.image_size)
     return models.benchmark_models(
         names,
         image_size,
-        flag_values.batch_size or 8,
+        flag_values.batch_size or (2 if flag_values.task else 8),
         dtype,
         modes,
         against=flag_values.against,
         insertions={
-            name: insertions.from_flags(flag_values, name, macs.fits(name, image_size))
+            name: insertions.from_flags(
+                flag_values, name, macs.fits(functools.partial(kind.model, name), image_size)
+            )
             for name in names
         },
+        kind=kind,
     )
+
+
+def _task_kind(task):
+    """Returns how the models of a task are timed."""
+    from tokenvit_jax.recipes import dpt, upernet
+    from tokenvit_jax.training.task_speed import task_kind
+
+    recipes = {
+        "segmentation": {
+            name: functools.partial(upernet.upernet_config, name) for name in upernet.MODELS
+        },
+        "depth": {dpt.MODEL: functools.partial(dpt.dpt_config, "nyu")},
+    }[task]
+
+    def recipe(name):
+        if name not in recipes:
+            hint, valid = did_you_mean(name, recipes), ", ".join(recipes)
+            raise UserError(f"--model={name} is not valid with --task={task}{hint}; valid: {valid}")
+        return recipes[name]()
+
+    return task_kind(recipe)
 
 
 def _write_report(flag_values):
     """Writes the page of --report, again after each of its parts."""
-    from tokenvit_jax.measure import macs, page, timm_peers
+    from tokenvit_jax.measure import macs, page, torch_peers
     from tokenvit_jax.memory import keep_pages
     from tokenvit_jax.output import check_file, write_file
     from tokenvit_jax.progress import note
 
-    timm_peers.share_memory()
+    torch_peers.share_memory()
     keep_pages()
     path = _report_path(flag_values.report)
     check_file(path, "--report")
-    plan = _plan(flag_values, macs.parse_image_size(flag_values.image_size or "224"))
+    if flag_values.task:
+        plan = _task_plan(flag_values)
+    else:
+        plan = _plan(flag_values, macs.parse_image_size(flag_values.image_size or "224"))
     command = " ".join(["tokenvit benchmark", *sys.argv[1:]])
     for text in page.measure_page(plan, flag_values.report_minutes, command):
         write_file(path, text, "--report")
@@ -187,17 +286,37 @@ def _plan(flag_values, image_size):
     return plan._replace(small=flag_values.model, large=(), insertions=reduced)
 
 
+def _task_plan(flag_values):
+    """Returns what --report --task measures."""
+    import jax.numpy as jnp
+
+    from tokenvit_jax.measure import macs, page
+
+    tasks = [
+        page.TaskPlan(
+            measured.title, _task_kind(name), measured.model, measured.peer,
+            macs.parse_image_size(measured.image_size), measured.insertions, measured.inserted_size,
+        )
+        for name, measured in MEASURED.items() if name in flag_values.task
+    ]  # fmt: skip
+    size, batch = tasks[0].image_size, flag_values.batch_size or 2
+    return page.Plan(size, batch, jnp.dtype(flag_values.dtype), tasks=tasks)
+
+
 def _check_flags(flag_values):
     if flag_values.report:
-        allowed = ("report", "report_minutes", "model", "image_size", "batch_size", "dtype")
+        allowed = ["report", "report_minutes", "batch_size", "dtype"]
+        allowed += ["task"] if flag_values.task else ["model", "image_size"]
         for name in flag_values:
             if flag_values[name].present and name not in allowed:
                 raise cli.UsageError(f"--{name} does not go with --report")
         return
     if flag_values["report_minutes"].present:
         raise cli.UsageError("--report_minutes goes with --report")
-    if bool(flag_values.model) == bool(flag_values.op):
-        raise cli.UsageError("one of --model=NAME, --op=NAME and --report is needed")
+    if len(flag_values.task) > 1:
+        raise cli.UsageError("--task can be repeated with --report only")
+    if bool(flag_values.model or flag_values.task) == bool(flag_values.op):
+        raise cli.UsageError("one of --model=NAME, --task=NAME, --op=NAME and --report is needed")
     if flag_values.op and flag_values.image_size:
         raise cli.UsageError("--image_size goes with --model; operators have their own shapes")
     if flag_values.op and flag_values.against:

@@ -10,6 +10,7 @@ out the parts that the model's paper does not count. --keep adds a plain host wi
 --expedite a host whose tokens are clustered.
 """
 
+import functools
 import json
 
 from absl import flags
@@ -27,12 +28,14 @@ insertions.define_flags(FLAGS)
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the summary of each model."""
     from tokenvit_jax.measure import macs
-    from tokenvit_jax.models import list_models
+    from tokenvit_jax.models import create_model, list_models
 
     names = flag_values.model or list_models()
     image_size = macs.parse_image_size(flag_values.image_size)
     variants = {
-        name: insertions.from_flags(flag_values, name, macs.fits(name, image_size))
+        name: insertions.from_flags(
+            flag_values, name, macs.fits(functools.partial(create_model, name), image_size)
+        )
         for name in names
     }
     summaries = macs.summarize_models(names, image_size, variants)

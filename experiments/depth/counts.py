@@ -31,10 +31,11 @@ COLUMNS = ["network", "GMACs", "the same network as published", "2 x as counted 
 ABOUT = """
 "GMACs" counts every product of the model that runs here, in 10^9 multiply-adds, without
 interpolation. It is lower than that of the published network, which computes the same: the product
-of the readout with the class token is the same for all tokens, and each convolution behind an
-upsampling of the decoder commutes with it. The authors of Expedite count two for each product, and
-add norms, the scale of the attention and four for each interpolated value; the clustering is
-counted as on [this page](../expedite/counts.md). Their alpha is one less.
+of the readout with the class token is the same for all tokens, each convolution behind an
+upsampling of the decoder commutes with it, and the last layer, with one output, is not a product.
+The authors of Expedite count two for each product, and add norms, the scale of the attention and
+four for each interpolated value; the clustering is counted as on [this
+page](../expedite/counts.md). Their alpha is one less.
 """
 
 
@@ -105,7 +106,8 @@ def _shared_work(model: Dpt, image_size: tuple[int, int]) -> int:
     readout = len(model.blocks) * (patches - 1) * dim**2
     # Convolutions of 1 x 1 on four times as many cells as here.
     cells = sum(patches * 4**i // 4 for i in range(4))
-    return readout + 3 * cells * model.head.channels**2
+    last = math.prod(image_size) * model.head.last_channels  # here a sum, not a product
+    return readout + 3 * cells * model.head.channels**2 + last
 
 
 def _elementwise(model: Dpt, image_size: tuple[int, int]) -> int:

@@ -33,8 +33,8 @@ DIFFERENCES = """\
   more than the window of each token.
 - SWAG: the published count adds many elementwise operations, and in every round of the clustering
   the distances between all tokens and all centres.
-- DPT: its convolutions and decoder are not part of this package, and cancel in the saved cost. DPT
-  reconstructs two maps; the encoder here has only the last one.
+- DPT: its convolutions and decoder cancel in the saved cost; [depth](../depth/counts.md) counts the
+  whole network. DPT reconstructs two maps; the encoder here has only the last one.
 """
 
 

@@ -31,7 +31,7 @@ from tokenvit_jax.data import (
     pixel_ops,
     train_batches,
 )
-from tokenvit_jax.measure import timm_peers
+from tokenvit_jax.measure import torch_peers
 from tokenvit_jax.measure.report import markdown_table
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.classification.examples import ClassificationExamples
@@ -93,7 +93,7 @@ class PillowFiles:
 
 def open_timm(source: JpegSource, case: str, batch_size: int) -> Iterator:
     """Opens torch's loader with timm's transforms, without worker processes."""
-    torch, _ = timm_peers.import_timm()
+    torch, _ = torch_peers.import_package("timm")
     torch.set_num_threads(1)
     from timm.data import create_transform
     from timm.data.loader import fast_collate

@@ -128,6 +128,19 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "channel_affine": {"": Case(ops.channel_affine, (MAP, *CHANNELS), 1, 3)},
     "channel_sums": {"": Case(ops.channel_sums, (MAP,), 1, 1)},
+    "conv": {"": Case(ops.conv, (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2)},
+    "conv_of_resized": {
+        "": Case(
+            lambda x, y, kernel: ops.conv_of_resized((x, y), kernel, (28, 28)),
+            (_normal(2, 4, 28, 28, 64), MAP, _normal(1, 3, 3, 128, 32) / 34), 3, 3,
+        )
+    },
+    "conv_with_padding": {
+        "": Case(
+            lambda x, kernel: ops.conv_with_padding(x, kernel, 2, ((0, 1), (0, 1))),
+            (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2,
+        )
+    },
     "defer_gelu": {"": Case(_deferred_block, (MAP, CHANNELS[0], KERNEL, *CHANNELS), 1, 0)},
     "depthwise_block": {
         "": Case(
@@ -226,6 +239,12 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)
     },
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
+    "standardize_kernels": {
+        "": Case(
+            lambda *kernels: ops.standardize_kernels([*kernels], 1e-8, kernels[0].dtype),
+            (KERNEL[..., None] + 1, _normal(2, 1, 1, 64, 32), _normal(3, 1, 1, 64, 64)), 0, 3,
+        )
+    },
     "update_centroids": {
         "": Case(
             lambda q, c, groups: ops.update_centroids(c, q, groups, old_weight=0.9),

@@ -150,3 +150,10 @@ def test_channel_dropout_drops_channels_of_images():
     assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
     assert abs(np.mean(y == 0) - 0.25) < 0.05
     np.testing.assert_array_equal(ChannelDropout(0.25).apply({}, x, train=False), x)
+
+
+def test_first_weights_of_classifiers():
+    head = FcnHead(100, channels=200, init_std=0.3)
+    variables = head.init(jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False)
+    kernel = variables["params"]["classifier"]["kernel"]
+    np.testing.assert_allclose(kernel.std(), 0.3, rtol=0.02)

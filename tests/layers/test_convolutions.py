@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax import layers
+from tokenvit_jax import layers, ops
+from tokenvit_jax.layers.conv import convolve_same
+from tokenvit_jax.ops import standardize
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +44,37 @@ def test_standardized_convolutions(side, stride, size):
     before = [n // 2 for n in zeros]
     after = [n - n // 2 for n in zeros]
     expected = convolve(x, (kernel - mean) / np.sqrt(var + 1e-8), stride, before, after)
-    near(apply(layers.StandardizedConv(4, side, stride), {"kernel": kernel}, x), expected)
+    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    (kernel,) = ops.standardize_kernels([kernel], 1e-8, jnp.float32)
+    near(convolve_same(x, kernel, stride), expected)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_kernels_are_standardised_alone_or_joined(joined, monkeypatch):
+    """Values and gradients against float64; two kernels have 12 inputs, one has 18."""
+    if joined:  # the form for accelerators
+        choose = lambda _, *args, default, **__: default(*args)  # noqa: E731
+        monkeypatch.setattr(standardize, "by_platform", choose)
+    shapes = [(2, 2, 3, 4), (3, 3, 2, 5), (1, 1, 12, 3)]
+    kernels = [1 + RNG.normal(size=shape) for shape in shapes]
+    cotangents = [RNG.normal(size=shape) for shape in shapes]
+
+    def definition(kernel):
+        kernel = kernel - kernel.mean((0, 1, 2))
+        return kernel / jnp.sqrt(jnp.square(kernel).mean((0, 1, 2)) + 0.1)
+
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(kernel, jnp.float64) for kernel in kernels]
+        expected, pull = jax.vjp(lambda kernels: [*map(definition, kernels)], wide)
+        (gradients,) = pull([jnp.asarray(x, jnp.float64) for x in cotangents])
+        expected, gradients = jax.tree.map(np.asarray, (expected, gradients))
+    kernels, cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (kernels, cotangents))
+    found, pull = jax.vjp(lambda x: ops.standardize_kernels(x, 0.1, jnp.float32), kernels)
+    for a, b in zip((*found, *pull(cotangents)[0]), (*expected, *gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    narrow = ops.standardize_kernels(kernels, 0.1, jnp.bfloat16)
+    assert [x.dtype for x in narrow] == [jnp.bfloat16] * 3
+    assert [x.shape for x in narrow] == shapes
 
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (3, 1), (3, 2)])

@@ -30,6 +30,7 @@ FUNCTIONS = {
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.affine_product": ((TOKENS, floats(8, 5), floats(5), floats(8), floats(8)), {}),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
+    "conv.convolve_same": ((MAP, floats(3, 3, 8, 5), 2), {}),
     "conv.product": ((TOKENS, floats(8, 5)), {}),
     "conv.uniform_init": ((9,), {}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
@@ -54,7 +55,6 @@ MODULES = {
     ),
     "conv.PatchConvTranspose": (layers.PatchConvTranspose(5, 2), (MAP,), {}),
     "conv.ResidualConvUnit": (layers.ResidualConvUnit(), (MAP,), {}),
-    "conv.StandardizedConv": (layers.StandardizedConv(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),
     "cross_window_attention.CrossWindowAttention": (layers.CrossWindowAttention(2, 5), (MAP,), {}),
     "group_attention.DynamicGroupAttention": (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import models, operators, page, timm_peers
+from tokenvit_jax.measure import models, operators, page, torch_peers
 from tokenvit_jax.models.backbone import Trainable
 
 
@@ -32,7 +32,7 @@ def plan(monkeypatch):
     def create(name, dtype=None, token_reducer=None):
         return MeanModel(100 if token_reducer else 2000)
 
-    def import_timm():
+    def import_package(name):
         raise UserError("torch is not installed")
 
     monkeypatch.setattr(models, "create_model", create)
@@ -40,7 +40,7 @@ def plan(monkeypatch):
     monkeypatch.setattr(page, "CASE_SECONDS", 0.01)
     # After many other tests, a collection between two parts takes seconds.
     monkeypatch.setattr(page.gc, "collect", lambda: None)
-    monkeypatch.setattr(timm_peers, "import_timm", import_timm)
+    monkeypatch.setattr(torch_peers, "import_package", import_package)
     monkeypatch.setitem(operators.CASES, "depthwise_conv", conv_cases)
     return page.Plan(
         image_size=(32, 32),
@@ -90,7 +90,7 @@ def test_all_parts(plan, monkeypatch):
     assert gain == pytest.approx(min(einsum, ours) / group, rel=0.05)
     reducers = tables["Token reducers, forward pass"]
     assert reducers[2][0] == "`narrow pooled`"
-    assert float(reducers[2][4]) == pytest.approx(20, rel=0.01)  # saved multiply-adds
+    assert float(reducers[2][5]) == pytest.approx(20, rel=0.01)  # saved multiply-adds
 
 
 def test_what_does_not_fit_is_named(plan):
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_named(plan):
 
 
 def test_what_fails_is_named_and_ends_nothing(plan, monkeypatch):
-    def lacks_memory(*args):
+    def lacks_memory(*args, **kwargs):
         raise MemoryError("a training step needs 90 of 80 GiB\nand more")
 
     monkeypatch.setattr(models, "build_contenders", lacks_memory)
@@ -111,3 +111,25 @@ def test_what_fails_is_named_and_ends_nothing(plan, monkeypatch):
             pages.append(text)
     assert "- Training step: a training step needs 90 of 80 GiB\n" in pages[-1]
     assert "Operator `depthwise_conv`" in tables_of(pages[-1])
+
+
+def test_dense_tasks(plan):
+    def subject(name, dtype, width=2000):
+        del name, dtype
+        model = MeanModel(width)
+        return models.Subject(
+            model, lambda size, batch: models.CLASSIFICATION.subject("narrow").work(size, batch)
+        )
+
+    kind = models.Kind(subject, lambda *args: pytest.fail("torch is not installed"), "transformers")
+    task = page.TaskPlan("A net", kind, "host", "peer", (32, 64), {"few": {"width": 100}}, (64, 64))
+    *_, text = page.measure_page(plan._replace(tasks=[task]), 60, "tokenvit benchmark --report")
+    assert "No comparison with transformers: torch is not installed." in text
+    tables = tables_of(text)
+    assert [*tables] == [
+        "A net, 32 x 64, forward pass", "A net, 32 x 64, training step",
+        "A net, 64 x 64, clustered tokens, forward pass",
+    ]  # fmt: skip
+    [_, plain, few] = tables["A net, 64 x 64, clustered tokens, forward pass"]
+    assert (plain[0], few[0]) == ("`host`", "`host few`")
+    assert float(few[5]) == pytest.approx(20, rel=0.01)  # saved multiply-adds

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.kernels import forms, platforms
-from tokenvit_jax.measure import timing, timm_peers
+from tokenvit_jax.measure import timing, torch_peers
 
 
 def test_contenders_take_turns():
@@ -35,7 +35,7 @@ def test_contenders_take_turns():
 def test_calls_of_an_accelerator_follow_one_another(monkeypatch):
     order = []
     monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
-    running = timm_peers.Running(lambda: order.append("wait"))
+    running = torch_peers.Running(lambda: order.append("wait"))
     times = timing.time_in_turns({"a": lambda: order.append("call") or running}, seconds=0)
     assert len(times["a"]) == timing.MIN_CALLS
     in_a_row = ["call"] * timing.CALLS_IN_A_ROW + ["wait"]

@@ -59,8 +59,8 @@ def loss_and_updates(model, variables, x, axis_name=None):
 
 
 @functools.cache
-def reference(remat=False):
-    model = SMALL.clone(drop_path=0.5, remat=remat)
+def reference():
+    model = SMALL.clone(drop_path=0.5)
     return jax.jit(functools.partial(loss_and_updates, model))(variables(), images())
 
 
@@ -76,12 +76,8 @@ def test_gradients_are_finite_and_reach_every_parameter():
         assert np.abs(grad).max() > 1e-7, key
 
 
-def test_rematerialisation_clusters_alike():
-    chex.assert_trees_all_close(reference(), reference(remat=True), atol=1e-5)
-
-
-def test_pmap_gives_the_numbers_of_one_device():
-    model = SMALL.clone(drop_path=0.5, axis_name="devices")
+def test_pmap_and_rematerialisation_give_the_numbers_of_one_device():
+    model = SMALL.clone(drop_path=0.5, axis_name="devices", remat=True)
     step = jax.pmap(
         functools.partial(loss_and_updates, model, axis_name="devices"),
         axis_name="devices", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:4],

@@ -12,7 +12,7 @@ import tokenvit_jax as tv
 from tokenvit_jax.layers import advance_centroids
 
 SMALL = {
-    "stem_dim": 8, "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1),
+    "stem_dim": 8, "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 0, 1),
     "num_groups": 4, "top_k": 6, "head_dim": 24, "num_classes": 5,
 }  # fmt: skip
 RANDOM = {"drop_path": 0.5, "dropout": 0.3}
@@ -53,8 +53,8 @@ def loss_and_updates(model, variables, x, target, axis_name=None):
 
 
 @functools.cache
-def reference(name, remat=False):
-    model = tv.create_model(name, **SMALL, **RANDOM, remat=remat)
+def reference(name):
+    model = tv.create_model(name, **SMALL, **RANDOM)
     step = jax.jit(functools.partial(loss_and_updates, model))
     return step(variables(name), images(), np.arange(8) % 5)
 
@@ -89,7 +89,7 @@ def test_centroids_stay_at_unit_norm_and_move(name):
     moved = [
         np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)
     ]
-    assert sum(m > 1e-4 for m in moved) == 3  # one set of centroids in each block of stages 1 to 3
+    assert sum(m > 1e-4 for m in moved) == 2  # one set of centroids in each block of stages 1 and 2
 
 
 def test_evaluation_freezes_the_state():
@@ -126,10 +126,7 @@ def test_forward_passes_add_up_before_the_centroids_move():
     )
 
 
-def test_rematerialisation_changes_memory_only():
-    plain, remat = reference("dgt_t"), reference("dgt_t", remat=True)
-    chex.assert_trees_all_close(plain, remat, atol=1e-5)
-
+def test_rematerialisation_saves_memory():
     def kept_for_backward(remat):
         model = tv.create_model("dgt_t", **SMALL, remat=remat)
         apply = lambda params: model.apply(  # noqa: E731
@@ -170,10 +167,10 @@ def test_stochastic_depth_drops_whole_images():
     assert np.abs(rows - np.asarray(apply(1)).reshape(8, -1)).max() > 0
 
 
-def test_pmap_gives_the_numbers_of_one_device():
+def test_pmap_and_rematerialisation_give_the_numbers_of_one_device():
     """Sums over devices equal sums over the whole batch: BatchNorm, centroids, masks, gradients."""
     expected = reference("dgt_t")
-    model = tv.create_model("dgt_t", **SMALL, **RANDOM, axis_name="devices")
+    model = tv.create_model("dgt_t", **SMALL, **RANDOM, axis_name="devices", remat=True)
     devices = min(4, jax.device_count())
     assert devices > 1
     step = jax.pmap(

@@ -139,6 +139,16 @@ CALLS = {
     "clustered_attention.clustered_attention": [((Q, K, K, integers(2, 3, 9), 5), {"scale": 1.0})],
     "clustered_attention.hash_clusters": [((Q, 5), {})],
     "clustered_attention.query_prototypes": [((Q, integers(2, 3, 11), 5), {})],
+    "convolution.conv": [
+        ((floats(2, 6, 4, 5), floats(3, 3, 5, 7)), {}),
+        ((floats(2, 6, 5, 5), floats(3, 3, 5, 7), 2), {}),
+    ],
+    "convolution.conv_of_resized": [
+        (([floats(2, 6, 4, 5), floats(2, 3, 2, 1)], floats(3, 3, 6, 7), (6, 4)), {})
+    ],
+    "convolution.conv_with_padding": [
+        ((floats(2, 6, 4, 5), floats(3, 3, 5, 7), 2, ((0, 1), (1, 1))), {})
+    ],
     "counted.counted": [((lambda inputs, outputs: 0,), {})],
     "counted.counted_as": [(("name", 1, lambda x: x), {})],
     "cudnn.attend": [(SHORT, {"scale": 1.0}), (SHORT, {"scale": 1.0, "key_bias": floats(2, 13)})],
@@ -283,6 +293,7 @@ CALLS = {
     "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
     "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
+    "packed.join_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
     "packed.map_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.norm_packed": [(([TOKENS, TOKENS[0, 0]],), {})],
@@ -307,6 +318,7 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "resize.linear_weights": [((4, 9, False), {})],
     "resize.multiply_axis": [
         ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),
@@ -317,6 +329,9 @@ CALLS = {
     ],
     "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
+    "resize.times_along": [
+        ((np.ones(4), floats(2, 6, 4, 5), 2), {}), ((np.arange(4.0), floats(2, 6, 4, 5), 2), {})
+    ],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
@@ -333,6 +348,9 @@ CALLS = {
     "selection.smallest_k": [((TOKENS, 3), {}), ((floats(2, 99, 5), 2), {})],
     "selection.smallest_of_groups": [((floats(2, 32, 5), floats(2, 4, 5), 3), {})],
     "selection.top_indices": [((TOKENS, 3), {})],
+    "standardize.standardize_kernels": [
+        (([floats(3, 3, 5, 7), floats(1, 1, 2, 4)], 1e-8, jnp.bfloat16), {})
+    ],
     "superpixels.cluster_superpixels": [((TOKENS, GRID, CLUSTERS), {})],
     "token_merging.bipartite_matching": [((TOKENS, 5), {})],
     "token_pooling.kmeans": [((TOKENS, integers(2, 5), floats(2, 30)), {})],

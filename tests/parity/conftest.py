@@ -2,14 +2,14 @@
 
 import pytest
 
-from tokenvit_jax.measure import timm_peers
+from tokenvit_jax.measure import torch_peers
 
 
 @pytest.fixture(scope="session")
 def torchvision():
     pytest.importorskip("torch")
     try:
-        return timm_peers.import_torchvision()
+        return torch_peers.import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
 
@@ -17,3 +17,17 @@ def torchvision():
 @pytest.fixture(scope="session")
 def timm(torchvision):
     return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    pytest.importorskip("torch")
+    library = pytest.importorskip("transformers")
+    import transformers.utils
+    import transformers.utils.import_utils
+
+    # Its models import torchvision, if there is one, although they do not need it; builds of
+    # torchvision that do not match torch fail.
+    for module in (transformers.utils, transformers.utils.import_utils):
+        module.is_torchvision_available = lambda: False
+    return library

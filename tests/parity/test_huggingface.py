@@ -45,20 +45,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch")
-    library = pytest.importorskip("transformers")
-    import transformers.utils
-    import transformers.utils.import_utils
-
-    # Its models import torchvision, if there is one, although they do not need it; builds of
-    # torchvision that do not match torch fail.
-    for module in (transformers.utils, transformers.utils.import_utils):
-        module.is_torchvision_available = lambda: False
-    return library
-
-
 def build(transformers, kind, name, config, values):
     import importlib
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import models, timm_peers
+from tokenvit_jax.measure import models, timm_peers, torch_peers
 from tokenvit_jax.measure.timing import MIN_CALLS
 from tokenvit_jax.models.backbone import Trainable
 
@@ -25,10 +25,15 @@ def one_thread(timm, monkeypatch):
     import torch
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(timm_peers.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(torch_peers.os, "sched_getaffinity", lambda pid: {0})
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def make_peer(name, image_size, batch_size, dtype, mode):
+    work = timm_peers.timm_work(name, image_size, mode)
+    return torch_peers.torch_peer(work, image_size, batch_size, dtype, mode)
 
 
 @pytest.fixture
@@ -57,9 +62,9 @@ def linear(monkeypatch):
     ("name", "gmacs"), [("swin_tiny_patch4_window7_224", 4.5), ("pvt_v2_b2", 4.0)]
 )
 def test_multiply_adds_are_the_published_ones(name, gmacs):
-    torch, _ = timm_peers.import_timm()
+    torch, _ = torch_peers.import_package("timm")
     model = timm_peers._create(name, (224, 224))
-    macs = timm_peers.count_torch_macs(model, torch.zeros(1, 3, 224, 224))
+    macs = torch_peers.count_torch_macs(model, torch.zeros(1, 3, 224, 224))
     assert round(macs / 1e9, 1) == gmacs
 
 
@@ -67,7 +72,7 @@ def test_multiply_adds_are_the_published_ones(name, gmacs):
 def test_forward(linear, dtype):
     import torch
 
-    peer = timm_peers.timm_peer("linear", SIZE, 2, dtype, "forward")
+    peer = make_peer("linear", SIZE, 2, dtype, "forward")
     assert peer.macs == 3 * SIZE[0] * SIZE[1] * 1000
     before = [p.clone() for p in linear.parameters()]
     linear.noted.clear()
@@ -80,7 +85,7 @@ def test_forward(linear, dtype):
 def test_training_step_is_gradient_descent(linear):
     import torch
 
-    peer = timm_peers.timm_peer("linear", SIZE, 2, "float32", "train")
+    peer = make_peer("linear", SIZE, 2, "float32", "train")
     linear.noted.clear()
     weight, bias = (p.detach().numpy().astype(np.float64) for p in linear.parameters())
     peer.call()
@@ -121,23 +126,23 @@ def test_threads_are_those_of_jax(monkeypatch):
     import torch
 
     for cpus in ({0}, {0, 1, 5}):
-        monkeypatch.setattr(timm_peers.os, "sched_getaffinity", lambda pid, cpus=cpus: cpus)
-        found = timm_peers.environment()
+        monkeypatch.setattr(torch_peers.os, "sched_getaffinity", lambda pid, cpus=cpus: cpus)
+        found = torch_peers.environment("timm")
         assert found["torch threads"] == len(cpus)
         assert found["torch mode"] == "eager" and found["torch"] == torch.__version__
 
 
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match=r"no model 'pvt_v2_b' \(did you mean 'pvt_v2_b\d'"):
-        timm_peers.timm_peer("pvt_v2_b", SIZE, 1, "float32", "forward")
+        make_peer("pvt_v2_b", SIZE, 1, "float32", "forward")
     with pytest.raises(UserError, match=r"nest_tiny does not take 32x40 images: .*square"):
-        timm_peers.timm_peer("nest_tiny", SIZE, 1, "float32", "forward")
+        make_peer("nest_tiny", SIZE, 1, "float32", "forward")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(UserError, match="JAX uses the tpu, which this PyTorch does not"):
-        timm_peers.torch_device()
+        torch_peers.torch_device()
 
 
 def test_import_beside_a_torchvision_whose_operators_do_not_load():
     # In a new process: in this one torchvision is imported already, with stubs for what it lacks.
-    code = "from tokenvit_jax.measure import timm_peers; timm_peers.import_timm()"
+    code = "from tokenvit_jax.measure import torch_peers; torch_peers.import_package('timm')"
     subprocess.run([sys.executable, "-c", code], check=True)

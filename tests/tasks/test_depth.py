@@ -18,8 +18,9 @@ from PIL import Image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.depth import CROPS, METRICS, DepthMeter, comparable, depth_metrics
 from tokenvit_jax.ops.resize import resize_bicubic
+from tokenvit_jax.output import figure_bytes
 from tokenvit_jax.tasks import Outcome, create_task, default_config
-from tokenvit_jax.tasks.depth import losses
+from tokenvit_jax.tasks.depth import losses, pictures
 from tokenvit_jax.tasks.depth.examples import DepthExamples
 from tokenvit_jax.tasks.depth.inference import aligned, fitted_size, place
 
@@ -164,6 +165,21 @@ def test_scale_and_shift_invariant_loss_and_its_gradient(kind):
     np.testing.assert_allclose(loss(3 * prediction + 2), value, rtol=1e-4)
 
 
+def test_pixels_are_counted_over_all_devices():
+    config = default_config("depth")
+    config.dataset, config.depth.loss, config.image_size = "depth_scenes", "ssi", 64
+    depth = np.random.default_rng(0).uniform(-2, 4, (16, 8, 8)).astype(np.float32)
+    batch = {"image": np.zeros((16, 8, 8, 3), np.uint8), "depth": depth.clip(0)}
+    key = jax.random.key(0)
+    expected = create_task(config).prepare(batch, key)["pixels"]
+    assert len(np.unique(np.asarray(expected), axis=0)) == 1
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+    prepare = jax.pmap(create_task(config, "data").prepare, "data", in_axes=(0, None))
+    found = prepare(split, key)["pixels"]
+    np.testing.assert_allclose(found.reshape(16, 5), expected, rtol=1e-6)
+    np.testing.assert_allclose(expected[0, 0], (depth > 0).sum() / 16)
+
+
 def test_gradients_are_finite_where_losses_are_not_smooth():
     truth = jnp.array([[[2.0, 0.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
     for prediction in (jnp.where(truth > 0, truth, 1.0), jnp.ones_like(truth)):
@@ -283,6 +299,34 @@ def test_records_that_do_not_fit(record, changes, train, message):
         examples(record, np.random.default_rng(0) if train else None)
     with pytest.raises(UserError, match=r"depth map has 128 x 127 pixels, its image 128 x 128"):
         examples({**record, "depth": record["depth"][1:]}, np.random.default_rng(0))
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_have_a_scale_and_the_error_where_the_truth_is_known(record):
+    image, truth = np.asarray(record["image"]), record["depth"].copy()
+    truth[:40] = 0
+    figure = pictures.plot_depth(image, 1.1 * record["depth"], "scene", truth)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:4] == ["scene", "prediction", "truth", "error, mean 10.0 %"]
+    assert [axis.get_ylabel() for axis in figure.axes[4:]] == [
+        "depth [m]", "|prediction - truth| / truth [%]"
+    ]  # fmt: skip
+    prediction, known = (axis.images[0] for axis in figure.axes[1:3])
+    assert prediction.get_clim() == known.get_clim()  # one scale for both
+    assert known.get_array().mask[:40].all() and not known.get_array().mask[40:].any()
+    for unknown in (None, np.zeros_like(truth)):
+        figure = pictures.plot_depth(image, record["depth"], "scene", unknown)
+        assert [axis.get_title() for axis in figure.axes] == ["scene", "prediction", ""]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 300), (300, 2)])
+def test_pictures_of_any_shape(shape):
+    figure = pictures.plot_depth(np.zeros((*shape, 3), np.uint8), np.full(shape, 2.0), "a")
+    assert len(figure_bytes(figure, "png")) > 100
 
 
 def test_a_dataset_without_depth_is_refused():

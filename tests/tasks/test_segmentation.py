@@ -249,6 +249,15 @@ def test_a_head_on_maps_can_have_statistics_of_its_own_devices():
         check_train_batch(make_task(one, K))
 
 
+def test_the_auxiliary_head_shares_settings_of_the_head():
+    one = config(model="swin_t", head="upernet")
+    one.model_overrides = {}
+    one.head_overrides = {"dropout": 0.2, "batch_norm": "local", "init_std": 0.3}
+    model = make_task(one, K).make_model()
+    for name, value in one.head_overrides.items():
+        assert getattr(model.head, name) == getattr(model.auxiliary, name) == value
+
+
 # ------------------------------------------------------------------------------------------------
 # Loss and metrics
 # ------------------------------------------------------------------------------------------------

@@ -224,6 +224,10 @@ def test_layer_decay_multiplies_the_factors_of_the_model():
     found = learning_rate_factors(segmenter, task.make_model(), params)
     assert found["backbone"]["blocks_0"]["norm1"]["scale"] == 0.25
     assert set(jax.tree.leaves(found["head"])) == {1.0}
+    segmenter.optimizer.layer_decay, segmenter.optimizer.backbone_factor = 1.0, 0.1
+    found = learning_rate_factors(segmenter, task.make_model(), params)
+    assert set(jax.tree.leaves(found["backbone"])) == {0.1}
+    assert set(jax.tree.leaves(found["head"])) == {1.0}
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])

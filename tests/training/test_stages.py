@@ -101,16 +101,15 @@ def test_retention_stays_between_0_and_1_and_moves_faster():
     np.testing.assert_allclose(metrics["retention/tokens"], retention(after.params).sum())
     # The learning rate is 1e-3 at first, and Adam's first step is as long.
     np.testing.assert_allclose(retention(after.params), 0.9, atol=1e-5)
-    slow = steps(1.0)[0][1]
-    np.testing.assert_allclose(retention(slow.params), 0.999, atol=1e-5)
+    (_, fast, _), _ = steps(1e4)
+    np.testing.assert_array_equal(retention(fast.params), 0)  # clipped
     kernel = lambda state: state.params["blocks_0"]["mlp"]["fc1"]["kernel"]  # noqa: E731
-    np.testing.assert_allclose(kernel(slow), kernel(after), rtol=1e-5)
-    np.testing.assert_array_equal(retention(steps(1e4)[1][1].params), 0)  # clipped
+    np.testing.assert_allclose(kernel(fast), kernel(after), rtol=1e-5)
 
 
 def pooled_step(parallel):
     """Returns loss and gradient norm of a step with a reducer that draws and clusters."""
-    config = stage({"keep": (5, 3), "method": "weighted_kmedoids", "initial": "random"})
+    config = stage({"keep": (5,), "method": "weighted_kmedoids", "initial": "random"}, depth=1)
     config.model_overrides.drop_path = 0.2
     layout = parallel()
     task = make_task(config, axis_name=layout.axis_name)

@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 
 from tokenvit_jax.heads.head import Head
 from tokenvit_jax.layers import Conv, PatchConvTranspose, ResidualConvUnit, gelu, uniform_init
-from tokenvit_jax.layers.conv import product
+from tokenvit_jax.layers.conv import Weights, product
 from tokenvit_jax.models.backbone import Tap
 from tokenvit_jax.models.settings import CHANNELS, Rules
 from tokenvit_jax.ops import resize_bilinear
@@ -29,8 +29,7 @@ class DptHead(Head):
     level to the finest, and doubles the size at each level.
 
     Kernels and biases have PyTorch's default initialisation. The last layer starts without negative
-    weights: the ReLU after it would have no gradient if all its inputs were negative, which happens
-    for about half of all draws.
+    weights: the ReLU after it would have no gradient if all its inputs were negative.
 
     Attributes:
       channels: channels of the fusion.
@@ -76,12 +75,19 @@ class DptHead(Head):
         for i in reversed(range(1, LEVELS + 1)):
             x = self._fuse(x, levels[i - 1], i)
         x = self._conv(x, self.channels // 2, 3, "output_1")
-        x = resize_bilinear(x, size, align_corners=True)
-        x = nn.relu(self._conv(x, self.last_channels, 3, "output_2"))
+        x = nn.relu(self._conv([x], self.last_channels, 3, "output_2", size=size))
+        return nn.relu(self._last(x))
+
+    def _last(self, x):
+        """Returns one number for every cell, in float32.
+
+        A product with one column would make a map in float32 first; a sum does not.
+        """
         init = _magnitudes(uniform_init(self.last_channels))
+        shape = (1, 1, self.last_channels, 1)
+        kernel, bias = Weights(shape, init, bias_init=init, name="output_3")()
         dtype = softmax_dtype(self.dtype)
-        last = Conv(1, 1, init=init, dtype=dtype, bias_init=init, name="output_3")
-        return nn.relu(last(x))[..., 0]
+        return jnp.sum(x.astype(dtype) * kernel[0, 0, :, 0], -1) + bias[0]
 
     def _reassemble(self, tap, level):
         """Returns the map of a level; `resize_{level}` changes the size."""
@@ -106,7 +112,8 @@ class DptHead(Head):
         The product with the class token is the same for all patches.
         """
         dim = x.shape[-1]
-        layer = Readout(dim, uniform_init(2 * dim), name=name)
+        init = uniform_init(2 * dim)
+        layer = Weights((2 * dim, dim), init, bias_init=init, name=name)
         kernel, bias = (y.astype(self.dtype) for y in layer())
         common = product(token.astype(self.dtype), kernel[dim:]) + bias
         return gelu(product(x.astype(self.dtype), kernel[:dim]) + common[:, None, None])
@@ -124,27 +131,12 @@ class DptHead(Head):
         size = tuple(2 * side for side in x.shape[1:3])
         return resize_bilinear(x, size, align_corners=True)
 
-    def _conv(self, x, dim, kernel_size, name, stride=1, use_bias=True):
+    def _conv(self, x, dim, kernel_size, name, stride=1, use_bias=True, size=None):
         """Applies a convolution with PyTorch's default initialisation."""
-        init = uniform_init(kernel_size**2 * x.shape[-1])
-        return Conv(dim, kernel_size, use_bias, init, self.dtype, stride, init, name=name)(x)
-
-
-class Readout(nn.Module):
-    """Kernel (2 C, C) and bias of the readout projection.
-
-    Attributes:
-      dim: C.
-      init: initializer of both.
-    """
-
-    dim: int
-    init: Initializer
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        kernel = self.param("kernel", self.init, (2 * self.dim, self.dim))
-        return kernel, self.param("bias", self.init, (self.dim,))
+        channels = jax.tree.leaves(x)[0].shape[-1]
+        init = uniform_init(kernel_size**2 * channels)
+        conv = Conv(dim, kernel_size, use_bias, init, self.dtype, stride, init, name=name)
+        return conv(x, size, align_corners=True)
 
 
 def _magnitudes(init: Initializer) -> Initializer:

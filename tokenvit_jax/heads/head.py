@@ -18,7 +18,7 @@ from tokenvit_jax.models.settings import (
     norm_axis,
     rules_of,
 )
-from tokenvit_jax.valid import check_all, whole
+from tokenvit_jax.valid import Number, check_all, whole
 
 # Rule of the heads whose outputs are logits.
 LOGITS: Rules = {"num_classes": whole(1, CLASSES)}
@@ -52,19 +52,24 @@ class MapHead(Head):
       channels: channels of the convolutions.
       dropout: rate at which whole channels are dropped in front of the classifier.
       batch_norm: images that statistics are over in training, as in `BatchNormSettings`.
+      init_std: standard deviation of the classifier's initial weights: 0.01 in mmsegmentation.
+        Narrow heads that are trained from scratch need more: the rows of the classes have to
+        differ before the layers in front learn to tell the classes apart.
       dtype: type of the computation; parameters and logits are float32.
       axis_name: mapped axis that the batch is split over, for pmap; None under jit.
     """
 
     reads = "maps"
     valid: ClassVar[Rules] = LOGITS | {
-        "channels": CHANNELS, "dropout": RATE, "batch_norm": BATCH_NORM
+        "channels": CHANNELS, "dropout": RATE, "batch_norm": BATCH_NORM,
+        "init_std": Number(1e-8, 10),
     }  # fmt: skip
 
     num_classes: int
     channels: int = 256
     dropout: float = 0.1
     batch_norm: str | int = "global"
+    init_std: float = 0.01
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -76,4 +81,4 @@ class MapHead(Head):
     def classify(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the logits (B, h, w, K) in float32 for a map (B, h, w, C)."""
         x = ChannelDropout(self.dropout, self.axis_name)(x, train)
-        return Conv(self.num_classes, 1, init=normal(0.01), name="classifier")(x)
+        return Conv(self.num_classes, 1, init=normal(self.init_std), name="classifier")(x)

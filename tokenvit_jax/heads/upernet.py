@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tokenvit_jax.heads.head import MapHead
 from tokenvit_jax.models.settings import CHANNELS, Rules
@@ -43,8 +42,8 @@ class UperNet(MapHead):
             levels[i] += resize_bilinear(levels[i + 1], levels[i].shape[1:3])
         outputs = [self.block(3, f"fpn_{i}")(x, train) for i, x in enumerate(levels[:-1], 1)]
         outputs.append(top)
-        x = jnp.concatenate([resize_bilinear(x, maps[0].shape[1:3]) for x in outputs], -1)
-        return self.classify(self.block(3, "fusion")(x, train), train)
+        x = self.block(3, "fusion")(outputs, train, maps[0].shape[1:3])
+        return self.classify(x, train)
 
     def _pool_pyramid(self, x, train):
         """Joins a map (B, h, w, C) and its means over cells, from the whole map to 6 x 6 cells."""
@@ -52,5 +51,4 @@ class UperNet(MapHead):
             self.block(1, f"pool_{side}")(adaptive_average_pool(x, side), train)
             for side in POOL_SIDES
         ]
-        x = jnp.concatenate([x, *(resize_bilinear(y, x.shape[1:3]) for y in means)], -1)
-        return self.block(3, "bottleneck")(x, train)
+        return self.block(3, "bottleneck")([x, *means], train, x.shape[1:3])

@@ -46,6 +46,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "Pallas: one pass, with the gradient of the bias",
         "default": "XLA's operations",
     },
+    "gradient of a convolution": {
+        "cpu": "from 1,024 pixels and 128 channels on a product of matrices for every entry of the "
+        "kernel: 3 to 4 times as fast as XLA's convolution",
+        "default": "as autodiff writes it: a convolution",
+    },
     "gradient of a linear layer": {
         "cpu": "as a product of matrices: no transposed copies; 1.1 times as fast a training step "
         "of a feed-forward network",
@@ -154,6 +159,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "cuDNN, and a kernel that sums up the weights; compiled for an H200, a seventh of "
         "the bytes at 197 tokens, and 3 launches instead of 11",
         "default": "all logits at once",
+    },
+    "standardised kernels": {
+        "cpu": "one by one: an operation costs little",
+        "default": "all with as many inputs at once: compiled for an H200, 57 launches instead of "
+        "177 for the 52 kernels of DPT-hybrid",
     },
     "sums of gelu": {
         "cuda": "Pallas: one pass for both sums",

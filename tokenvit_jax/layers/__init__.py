@@ -15,7 +15,6 @@ from tokenvit_jax.layers.conv import (
     ConvModule,
     PatchConvTranspose,
     ResidualConvUnit,
-    StandardizedConv,
     batch_norm,
     uniform_init,
 )
@@ -52,7 +51,6 @@ __all__ = [
     "PatchConvTranspose",
     "PatchEmbedding",
     "ResidualConvUnit",
-    "StandardizedConv",
     "StridedAttention",
     "WindowAttention",
     "advance_centroids",

@@ -1,6 +1,6 @@
-"""Convolutions, also with standardised kernels or BatchNorm."""
+"""Convolutions and BatchNorm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -83,56 +83,33 @@ class Conv(nn.Module):
     bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"] | Sequence[Float[Array, "B _ _ _"]],
+        size: tuple[int, int] | None = None,
+        align_corners: bool = False,
+    ) -> Float[Array, "B h w dim"]:
+        """Convolves a map, or maps that are resized and joined before (with stride 1).
+
+        Args:
+          x: map or, with ``size``, maps.
+          size: height and width to which the maps are resized (bilinear).
+          align_corners: as in :func:`~tokenvit_jax.ops.resize_bilinear`.
+        """
+        x = jax.tree.map(lambda x: x.astype(self.dtype), x)
+        channels = x.shape[-1] if size is None else sum(y.shape[-1] for y in x)
+        shape = (self.kernel_size, self.kernel_size, channels, self.dim)
         kernel = self.param("kernel", self.init, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.kernel_size == self.stride == 1:
+        if size is not None:
+            y = ops.conv_of_resized(tuple(x), kernel, size, align_corners)
+        elif self.kernel_size == self.stride == 1:
             y = product(x, kernel[0, 0])
         else:
-            padding, strides = [(self.kernel_size // 2,) * 2] * 2, (self.stride,) * 2
-            layout = ("NHWC", "HWIO", "NHWC")
-            y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+            y = ops.conv(x, kernel, self.stride)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.dim,))
             y = y + bias.astype(self.dtype)
         return y
-
-
-class StandardizedConv(nn.Module):
-    """k x k convolution without bias: (B, H, W, C) -> (B, H / stride, W / stride, dim).
-
-    The kernel of every output channel is shifted to mean 0 and divided by its standard deviation.
-    Padding is TensorFlow's "SAME".
-
-    Attributes:
-      dim: output channels.
-      kernel_size: k, odd.
-      stride: stride in both directions.
-      dtype: type of the computation; kernels are standardised in float32.
-      epsilon: constant added to the variance.
-
-    References:
-      Qiao et al. 2019, "Weight Standardization"; constants as in timm from version 0.4.12.
-    """
-
-    dim: int
-    kernel_size: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-    epsilon: float = 1e-8
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.dim)
-        kernel = self.param("kernel", conv_init, shape)
-        mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
-        kernel = ((kernel - mean) * lax.rsqrt(var + self.epsilon)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.kernel_size == self.stride == 1:
-            return product(x, kernel[0, 0])
-        layout, strides = ("NHWC", "HWIO", "NHWC"), (self.stride, self.stride)
-        return lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
 
 
 class PatchConvTranspose(nn.Module):
@@ -191,6 +168,8 @@ class ResidualConvUnit(nn.Module):
 class ConvModule(nn.Module):
     """Convolution, BatchNorm and ReLU: (B, H, W, C) -> (B, H, W, dim).
 
+    With a ``size``, the input is a list of maps that are resized to it and joined.
+
     The running variance is PyTorch's: with one value per image, as in the smallest cells of
     pyramid pooling, it differs from flax's by a factor B / (B - 1).
 
@@ -207,31 +186,38 @@ class ConvModule(nn.Module):
     axis_name: SharedBy = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W dim"]:
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"] | Sequence[Float[Array, "B _ _ _"]],
+        train: bool,
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "B h w dim"]:
         conv = Conv(self.dim, self.kernel_size, use_bias=False, dtype=self.dtype, name="conv")
         norm = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, unbiased=True, name="norm")
-        return nn.relu(norm(conv(x), use_running_average=not train))
+        return nn.relu(norm(conv(x, size), use_running_average=not train))
 
 
 class Weights(nn.Module):
-    """Kernel and bias of a layer that an operator computes together with its neighbours.
+    """Kernel and bias of a layer that is computed together with others.
 
     Attributes:
       shape: shape of the kernel; the last axis is that of the bias.
       init: initializer of the kernel.
       use_bias: whether there is a bias.
+      bias_init: initializer of the bias.
     """
 
     shape: tuple[int, ...]
     init: Callable[..., Any]
     use_bias: bool = True
+    bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "..."], Float[Array, " C"] | None]:
         kernel = self.param("kernel", self.init, self.shape)
         if not self.use_bias:
             return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
+        return kernel, self.param("bias", self.bias_init, self.shape[-1:])
 
 
 class FoldedBatchNorm(BatchNorm):
@@ -278,6 +264,23 @@ class FoldedBatchNorm(BatchNorm):
             for average, value in ((mean, affine.mean + shift), (var, affine.var)):
                 average.value = self.momentum * average.value + (1 - self.momentum) * value
         return affine.factor, affine.offset
+
+
+def convolve_same(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C dim"], stride: int
+) -> Float[Array, "B h w dim"]:
+    """Convolves maps with TensorFlow's padding "SAME", in the type of ``x``.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (k, k, C, dim).
+      stride: stride in both directions; sizes that it does not divide are rounded up.
+    """
+    kernel = kernel.astype(x.dtype)
+    if len(kernel) == stride == 1:
+        return product(x, kernel[0, 0])
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+    return ops.conv_with_padding(x, kernel, stride, tuple(padding))
 
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C dim"]) -> Float[Array, "... dim"]:

@@ -105,15 +105,17 @@ def summarize_model(
     return Summary(name, params, _count(jaxpr, frozenset()), macs_as_published)
 
 
-def fits(name: str, image_size: tuple[int, int]) -> Callable[[Mapping[str, Any]], Any]:
+def fits(
+    create: Callable[..., nn.Module], image_size: tuple[int, int]
+) -> Callable[[Mapping[str, Any]], Any]:
     """Returns a function that raises UserError for overrides that do not fit a model.
 
     Args:
-      name: one of :func:`tokenvit_jax.list_models`.
+      create: returns the model with overrides as keyword arguments.
       image_size: height and width [pixels].
     """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return lambda overrides: variable_shapes(create_model(name, **overrides), images)
+    return lambda overrides: variable_shapes(create(**overrides), images)
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ and then timed one at a time.
 """
 
 import datetime
+import functools
 import gc
 import logging
 import textwrap
@@ -18,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import models, operators, timing, timm_peers
-from tokenvit_jax.measure.parts import PARTS
-from tokenvit_jax.measure.profile import UNKNOWN, times_of_parts
+from tokenvit_jax.measure import models, operators, timing, torch_peers
+from tokenvit_jax.measure.parts import part_of, part_of_task
+from tokenvit_jax.measure.profile import times_of_parts
 from tokenvit_jax.measure.report import format_value, markdown_table
 
 SMALL = ("dgt_t", "clustr_t", "pale_t", "swin_t", "deit_s")
@@ -34,6 +35,28 @@ LENGTHS_ON_CPU = ((1, 784, 4), (1, 3136, 2))
 HEADING = "\n## "  # before the title of a part
 SECONDS = 4.0  # to time each model, less than `benchmark --model`
 CASE_SECONDS = 1.0  # to time a case of attention
+
+
+class TaskPlan(NamedTuple):
+    """What the page tells of a dense task.
+
+    Attributes:
+      title: the network.
+      kind: how the models of the task are timed.
+      model: name of the model.
+      peer: network of `kind.package` beside it.
+      image_size: height and width [pixels].
+      insertions: label -> overrides of the model, whose forward passes take turns.
+      inserted_size: height and width of the images then [pixels].
+    """
+
+    title: str
+    kind: models.Kind
+    model: str
+    peer: str
+    image_size: tuple[int, int]
+    insertions: Mapping[str, Any] = MappingProxyType({})
+    inserted_size: tuple[int, int] | None = None
 
 
 class Plan(NamedTuple):
@@ -50,6 +73,7 @@ class Plan(NamedTuple):
       insertions: model -> label -> overrides of `create_model`, token reducers.
       lengths: (images, tokens, heads) of group attention.
       operators: keys of :data:`tokenvit_jax.measure.operators.CASES`.
+      tasks: dense tasks; if there are any, the page is about them alone.
     """
 
     image_size: tuple[int, int]
@@ -65,6 +89,7 @@ class Plan(NamedTuple):
         "cluster_density_peaks", "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
         "depthwise_conv",
     )  # fmt: skip
+    tasks: Sequence[TaskPlan] = ()
 
 
 class Part(NamedTuple):
@@ -94,9 +119,10 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
       UserError: after the last part, if some could not be measured; the page says why.
     """
     start, done, left_out, failed = time.monotonic(), [], [], []
-    reason = _why_no_peers()
+    reason = _why_no_peers(_package(plan))
     if reason:
-        plan = plan._replace(peers=(), large_peers=())
+        tasks = [task._replace(peer="") for task in plan.tasks]
+        plan = plan._replace(peers=(), large_peers=(), tasks=tasks)
     for part in _parts(plan):
         if (time.monotonic() - start) / 60 + part.minutes > minutes:
             left_out.append(f"{part.title}: {part.minutes:g} minutes are needed")
@@ -111,7 +137,7 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
                 left_out.append(f"{part.title}: {message[:300]}")
                 failed.append(part.title)
             gc.collect()
-            timm_peers.release_memory()
+            torch_peers.release_memory()
         lines = [*_heading(plan, command, reason), *done, *_not_measured(left_out)]
         yield "\n".join(lines) + "\n"
     if failed:
@@ -119,6 +145,8 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
 
 
 def _parts(plan):
+    if plan.tasks:
+        return [part for task in plan.tasks for part in _task_parts(plan, task)]
     parts = [
         Part("Training step", 6, lambda: _models(plan, "train")),
         Part("Forward pass", 3, lambda: _models(plan, "forward")),
@@ -139,6 +167,19 @@ def _parts(plan):
     return parts
 
 
+def _task_parts(plan, task):
+    size = "{} x {}".format(*task.image_size)
+    parts = [
+        Part(f"{task.title}, {size}, {text}", minutes, functools.partial(_task, plan, task, mode))
+        for mode, text, minutes in (("forward", "forward pass", 2), ("train", "training step", 6))
+    ]
+    if task.insertions:
+        size = "{} x {}".format(*task.inserted_size)
+        title = f"{task.title}, {size}, clustered tokens, forward pass"
+        parts.append(Part(title, 3, functools.partial(_clustered, plan, task)))
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------
 # Parts
 # ------------------------------------------------------------------------------------------------
@@ -148,8 +189,39 @@ def _models(plan, mode, large=False):
     """Returns a table of models beside timm's, and one of where they spend their time."""
     names, peers = (plan.large, plan.large_peers) if large else (plan.small, plan.peers)
     setting = (plan.image_size, plan.batch_size, plan.dtype, mode)
-    contenders, _ = models.build_contenders(names, *setting, peers)
-    rows = models.compare_contenders(contenders, *setting, peers, seconds=SECONDS)
+    return _compare(names, peers, setting, models.CLASSIFICATION, part_of)
+
+
+def _task(plan, task, mode):
+    """Returns the same tables for a model of a dense task; its parts tell backbone and head."""
+    setting = (task.image_size, plan.batch_size, plan.dtype, mode)
+    peers = [task.peer] if task.peer else []
+    return _compare([task.model], peers, setting, task.kind, part_of_task)
+
+
+def _clustered(plan, task):
+    """Returns a table of images per second with and without clustered tokens."""
+    setting = (task.inserted_size, plan.batch_size, plan.dtype, "forward")
+    variants = {task.model: task.insertions}
+    contenders, plain = models.build_contenders([task.model], *setting, (), variants, task.kind)
+    rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
+    return _insertions(rows)
+
+
+def _compare(names, peers, setting, kind, part_of):
+    """Returns a table of models beside their peers, and one of where the models spend their time.
+
+    Args:
+      names: names of the models.
+      peers: names of the peers.
+      setting: size of the images, of the batch, type of the computation, and mode.
+      kind: task of the models.
+      part_of: part of an operation from its origin.
+    """
+    contenders, _ = models.build_contenders(names, *setting, peers, kind=kind)
+    rows = models.compare_contenders(
+        contenders, *setting, peers, package=kind.package, seconds=SECONDS
+    )
     columns = ["model", "GMACs", "ms", "images/s", *(f"over {peer}" for peer in peers),
                "temporary GiB", "compiled in s"]  # fmt: skip
     cells = (
@@ -159,24 +231,25 @@ def _models(plan, mode, large=False):
     )  # fmt: skip
     lines = _table(columns, cells)
     if peers:
-        text = "divided by the same product of timm's model"
+        text = f"divided by the same product of the model of {kind.package}"
         lines += ["", *_wrap(f'"Over": images per second times multiply-adds, {text}.')]
-    return [*lines, "", *_profile({name: contenders[name] for name in names})]
+    return [*lines, "", *_profile({name: contenders[name] for name in names}, part_of)]
 
 
-def _profile(contenders):
+def _profile(contenders, part_of):
     """Returns a table of the milliseconds of each part of compiled models."""
     try:
         times = {
-            name: times_of_parts(contender.compiled, contender.program.call)
+            name: times_of_parts(contender.compiled, contender.program.call, part_of)
             for name, contender in contenders.items()
         }
     except (RuntimeError, OSError, ValueError) as error:  # a profiler that is not allowed
         return [f"No profile: {str(error).partition(chr(10))[0]}"]
-    parts = [part for part in (*PARTS, UNKNOWN) if any(column[part] for column in times.values())]
+    named = dict.fromkeys(part for column in times.values() for part in column)
+    parts = [part for part in named if any(column.get(part) for column in times.values())]
     unit = "CPU threads" if jax.default_backend() == "cpu" else "kernels"
     title = f"Where the time goes: milliseconds of {unit} in one call."
-    rows = ([part, *(column[part] for column in times.values())] for part in parts)
+    rows = ([part, *(column.get(part, 0.0) for column in times.values())] for part in parts)
     return [title, "", *_table(["part", *(f"`{name}`" for name in times)], rows)]
 
 
@@ -207,8 +280,20 @@ def _reducers(plan):
     setting = (plan.image_size, plan.batch_size, plan.dtype, "forward")
     contenders, plain = models.build_contenders([*plan.insertions], *setting, (), plan.insertions)
     rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
-    columns = ["model", "GMACs", "ms", "speed-up", "saved multiply-adds", "speed-up over saved"]
-    keys = ("gmacs", "median_ms", "speedup", "saved", "speedup_over_saved")
+    return _insertions(rows)
+
+
+def _insertions(rows):
+    columns = [
+        "model",
+        "GMACs",
+        "ms",
+        "images/s",
+        "speed-up",
+        "saved multiply-adds",
+        "speed-up over saved",
+    ]
+    keys = ("gmacs", "median_ms", "images_per_second", "speedup", "saved", "speedup_over_saved")
     return _table(columns, ((f"`{row['model']}`", *(row.get(key) for key in keys)) for row in rows))
 
 
@@ -233,30 +318,36 @@ def _operator(plan, name):
 
 def _heading(plan, command, reason):
     device = jax.devices()[0]
-    found = timing.environment() | ({} if reason else timm_peers.environment())
+    package = _package(plan)
+    found = timing.environment() | ({} if reason else torch_peers.environment(package))
     versions = ", ".join(f"{key} {value}" for key, value in found.items())
     platform = getattr(device.client, "platform_version", "").split("\n")[0]
-    height, width = plan.image_size
+    size = "" if plan.tasks else "{} x {} pixels, ".format(*plan.image_size)
     text = (
-        f"Written by `{command}` on {datetime.date.today()}. {height} x {width} pixels, batch "
-        f"{plan.batch_size}, {plan.dtype.name}, random weights and images. Milliseconds are "
+        f"Written by `{command}` on {datetime.date.today()}: {size}batch {plan.batch_size}, "
+        f"{plan.dtype.name}, random weights and images. Milliseconds are "
         "medians of calls that take turns; on an accelerator "
         f"{timing.CALLS_IN_A_ROW} calls follow one another before the host waits. Programs are "
         "compiled side by side there, so that compilation takes longer than alone."
     )
     lines = [f"# {device.device_kind}", "", *_wrap(text), "", *_wrap(f"{versions}; {platform}.")]
-    return [*lines, "", *_wrap(f"No comparison with timm: {reason}.")] if reason else lines
+    return [*lines, "", *_wrap(f"No comparison with {package}: {reason}.")] if reason else lines
 
 
 def _not_measured(left_out):
     return [f"{HEADING}Not measured", "", *(f"- {line}" for line in left_out)] if left_out else []
 
 
-def _why_no_peers():
-    """Returns why models of timm cannot be timed beside ours; None if they can."""
+def _package(plan):
+    """Returns the Python package of the peers."""
+    return plan.tasks[0].kind.package if plan.tasks else models.CLASSIFICATION.package
+
+
+def _why_no_peers(package):
+    """Returns why models of a package cannot be timed beside ours; None if they can."""
     try:
-        timm_peers.import_timm()
-        timm_peers.torch_device()
+        torch_peers.import_package(package)
+        torch_peers.torch_device()
     except UserError as error:
         return str(error)
     return None

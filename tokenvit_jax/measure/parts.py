@@ -29,6 +29,7 @@ OTHER = "outside the model: optimizer, averages, metrics"
 UNNAMED = "copies and others that the compiler added"
 PARTS = (*(name for name, _ in _PATTERNS), OTHER_MODEL, OTHER, UNNAMED)
 
+_TOP_MODULES = ("backbone", "head", "auxiliary")
 _DIFFERENTIATED = re.compile(r"jvp\(|transpose\(")
 # Parts of an origin that are no layers.
 _NO_LAYER = re.compile(
@@ -45,6 +46,15 @@ def part_of(origin: str) -> str:
         if re.search(pattern, origin):
             return name
     return OTHER_MODEL if _DIFFERENTIATED.search(origin) or module_path(origin) else OTHER
+
+
+def part_of_task(origin: str) -> str:
+    """Returns the part of a model with a backbone, a head and a loss that an operation belongs to.
+
+    It is the top module and one of PARTS, such as "head: convolutions".
+    """
+    top = module_path(origin).partition("/")[0]
+    return f"{top if top in _TOP_MODULES else 'loss and others'}: {part_of(origin)}"
 
 
 def module_path(origin: str) -> str:

@@ -19,12 +19,17 @@ from tokenvit_jax.measure.parts import PARTS, part_of
 UNKNOWN = "library kernels whose layer is unknown"
 
 
-def times_of_parts(compiled: jax.stages.Compiled, run: Callable[[], Any]) -> dict[str, float]:
-    """Returns the time of the operations of each of PARTS, and of UNKNOWN on a GPU [ms].
+def times_of_parts(
+    compiled: jax.stages.Compiled,
+    run: Callable[[], Any],
+    part_of: Callable[[str], str] = part_of,
+) -> dict[str, float]:
+    """Returns the time of the operations of each part, and of UNKNOWN on a GPU, longest first [ms].
 
     Args:
       compiled: the compiled program.
       run: calls it once.
+      part_of: part of an operation from its origin, one of PARTS by default.
     """
     on_gpu = jax.default_backend() == "gpu"
     origins = origins_of_kernels(compiled.as_text())
@@ -39,7 +44,8 @@ def times_of_parts(compiled: jax.stages.Compiled, run: Callable[[], Any]) -> dic
             times[part_of(origin)] += nanoseconds
         elif on_gpu:
             times[UNKNOWN] += nanoseconds
-    return {part: times[part] / 1e6 for part in (*PARTS, UNKNOWN)}
+    found = {part: time / 1e6 for part, time in times.most_common()}
+    return found | {part: 0.0 for part in (*PARTS, UNKNOWN) if part not in found}
 
 
 def origins_of_kernels(text: str) -> dict[str, str]:

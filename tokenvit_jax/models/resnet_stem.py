@@ -6,6 +6,7 @@ names are those of timm's `ResNetV2` with post-activation, which the hybrids of 
 """
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,11 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import GroupNorm, StandardizedConv
+from tokenvit_jax.layers import GroupNorm
+from tokenvit_jax.layers.conv import Weights, conv_init, convolve_same
 from tokenvit_jax.models.settings import BLOCKS, CHANNELS, Checked, Rules
+from tokenvit_jax.ops import standardize_kernels
 from tokenvit_jax.valid import Several, whole
 
 LEAST_BOTTLENECK = 8
+EPSILON = 1e-8  # added to the variance of kernels, as in timm from version 0.4.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ResNet(nn.Module):
     Attributes:
       settings: the architecture.
       remat: whether to recompute the blocks in the backward pass.
-      dtype: type of the computation.
+      dtype: type of the computation; kernels are standardised in float32.
     """
 
     settings: ResNetStem
@@ -85,51 +89,84 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        settings = self.settings
-        x = StandardizedConv(settings.first, 7, 2, self.dtype, name="conv")(x)
-        x = nn.relu(GroupNorm(settings.num_groups, dtype=self.dtype, name="norm")(x))
+        settings, dtype, blocks = self.settings, self.dtype, self._blocks()
+        shape = (7, 7, x.shape[-1], settings.first)
+        weights, _ = Weights(shape, conv_init, use_bias=False, name="conv")()
+        # All kernels at once: they are many, and small.
+        kernels = [weights, *(kernel for block in blocks for kernel in block.kernels())]
+        kernels = iter(standardize_kernels(kernels, EPSILON, dtype))
+        x = convolve_same(x.astype(dtype), next(kernels), 2)
+        x = nn.relu(GroupNorm(settings.num_groups, dtype=dtype, name="norm")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-        block, maps = nn.remat(Bottleneck) if self.remat else Bottleneck, []
+        maps = []
+        for block in blocks:
+            if block.project and block.stage > 0:
+                maps.append(x)
+            x = block(x, list(itertools.islice(kernels, block.num_kernels)))
+        return [*maps, x]
+
+    def _blocks(self):
+        settings, cls = self.settings, nn.remat(Bottleneck) if self.remat else Bottleneck
+        inputs, blocks = settings.first, []
         for stage, depth in enumerate(settings.depths):
             for number in range(depth):
                 name = f"block_{stage}_{number}"
-                stride = 2 if stage > 0 and number == 0 else 1
-                x = block(settings, stage, stride, number == 0, self.dtype, name=name)(x)
-            maps.append(x)
-        return maps
+                blocks.append(cls(settings, stage, inputs, number == 0, self.dtype, name=name))
+                inputs = settings.widths[stage]
+        return blocks
 
 
 class Bottleneck(nn.Module):
-    """ReLU(shortcut + convolutions 1 x 1, 3 x 3, 1 x 1): (B, H, W, C) -> (B, h, w, width).
+    """ReLU(shortcut + convolutions 1 x 1, 3 x 3, 1 x 1): (B, H, W, inputs) -> (B, h, w, width).
 
-    GroupNorm follows each convolution, and ReLU all but the last of them.
+    GroupNorm follows each convolution, and ReLU all but the last of them. The first block of every
+    stage but the first one has stride 2.
 
     Attributes:
       settings: the architecture.
       stage: number of the stage, from 0.
-      stride: stride of the 3 x 3 convolution.
-      project: whether the shortcut is a 1 x 1 convolution with GroupNorm.
+      inputs: number of input channels.
+      project: whether this is the first block of the stage, whose shortcut is a 1 x 1 convolution
+        with GroupNorm.
       dtype: type of the computation.
     """
 
     settings: ResNetStem
     stage: int
-    stride: int
+    inputs: int
     project: bool
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def conv(x, dim, kernel_size, stride, name, scale=nn.initializers.ones):
-            conv = StandardizedConv(dim, kernel_size, stride, self.dtype, name=f"conv{name}")
-            norm = GroupNorm(
-                self.settings.num_groups, dtype=self.dtype, scale_init=scale, name=f"norm{name}"
-            )
-            return norm(conv(x))
-
+    def setup(self):
         width, inner = self.settings.widths[self.stage], self.settings.bottleneck(self.stage)
-        shortcut = conv(x, width, 1, self.stride, "_shortcut") if self.project else x
-        x = nn.relu(conv(x, inner, 1, 1, 1))
-        x = nn.relu(conv(x, inner, 3, self.stride, 2))
+
+        def conv(side, inputs, outputs):
+            return Weights((side, side, inputs, outputs), conv_init, use_bias=False)
+
+        def norm(scale=nn.initializers.ones):
+            return GroupNorm(self.settings.num_groups, dtype=self.dtype, scale_init=scale)
+
+        self.conv1, self.norm1 = conv(1, self.inputs, inner), norm()
+        self.conv2, self.norm2 = conv(3, inner, inner), norm()
         # A block starts as its shortcut, as in timm.
-        return nn.relu(conv(x, width, 1, 1, 3, nn.initializers.zeros) + shortcut)
+        self.conv3, self.norm3 = conv(1, inner, width), norm(nn.initializers.zeros)
+        if self.project:
+            self.conv_shortcut, self.norm_shortcut = conv(1, self.inputs, width), norm()
+
+    @property
+    def num_kernels(self) -> int:
+        return 3 + self.project
+
+    def kernels(self) -> list[jax.Array]:
+        """Returns the kernels, before they are standardised."""
+        shortcut = [self.conv_shortcut] if self.project else []
+        return [weights()[0] for weights in (self.conv1, self.conv2, self.conv3, *shortcut)]
+
+    def __call__(self, x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
+        """Computes the block with the standardised :meth:`kernels`."""
+        stride, shortcut = 2 if self.project and self.stage > 0 else 1, x
+        if self.project:
+            shortcut = self.norm_shortcut(convolve_same(x, kernels[3], stride))
+        x = nn.relu(self.norm1(convolve_same(x, kernels[0], 1)))
+        x = nn.relu(self.norm2(convolve_same(x, kernels[1], stride)))
+        return nn.relu(self.norm3(convolve_same(x, kernels[2], 1)) + shortcut)

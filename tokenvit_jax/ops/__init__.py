@@ -20,6 +20,7 @@ from tokenvit_jax.ops.clustered_attention import (
     hash_clusters,
     query_prototypes,
 )
+from tokenvit_jax.ops.convolution import conv, conv_of_resized, conv_with_padding
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -46,6 +47,7 @@ from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
 from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
 from tokenvit_jax.ops.rollout import attention_rollout
+from tokenvit_jax.ops.standardize import standardize_kernels
 from tokenvit_jax.ops.superpixels import cluster_superpixels
 from tokenvit_jax.ops.token_merging import bipartite_matching
 from tokenvit_jax.ops.token_pooling import Means, Medoids, kmeans, kmedoids
@@ -75,6 +77,9 @@ __all__ = [
     "cluster_density_peaks",
     "cluster_superpixels",
     "clustered_attention",
+    "conv",
+    "conv_of_resized",
+    "conv_with_padding",
     "defer_gelu",
     "density_peaks",
     "depthwise_block",
@@ -98,6 +103,7 @@ __all__ = [
     "resize_bilinear",
     "resize_nearest",
     "scored_attention",
+    "standardize_kernels",
     "update_centroids",
     "used_clusters",
     "window_attention",

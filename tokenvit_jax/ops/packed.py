@@ -188,29 +188,33 @@ def map_rows(
       The results for each place.
     """
 
-    def together(*lists):
-        results = [None] * len(lists[0])
-        groups = collections.defaultdict(list)
-        for i, arrays in enumerate(zip(*lists, strict=True)):
-            groups[tuple((x.shape[1:], x.dtype) for x in arrays)].append(i)
-        for group in groups.values():
-            # The compiler would fuse the joining of hundreds of arrays into every reader of them,
-            # and takes minutes to weigh that.
-            rows = [jnp.concatenate([arrays[i] for i in group]) for arrays in lists]
-            joined = function(*lax.optimization_barrier(rows))
-            shapes = [[(len(lists[0][i]), *x.shape[1:]) for i in group] for x in joined]
-            parts = [_split(x.reshape(-1), shape) for x, shape in zip(joined, shapes, strict=True)]
-            for i, part in zip(group, zip(*parts, strict=True), strict=True):
-                results[i] = part
-        return results
-
     return by_platform(
         "updates of centroids",
         *lists,
-        default=together,
+        default=functools.partial(join_rows, function),
         cpu=lambda *lists: [function(*arrays) for arrays in zip(*lists, strict=True)],
         shared=tuple(range(len(lists))),
     )
+
+
+def join_rows(
+    function: Callable[..., tuple[Array, ...]], *lists: list[Array]
+) -> list[tuple[Array, ...]]:
+    """Computes :func:`map_rows` with the rows of equal shape in one array, on every platform."""
+    results = [None] * len(lists[0])
+    groups = collections.defaultdict(list)
+    for i, arrays in enumerate(zip(*lists, strict=True)):
+        groups[tuple((x.shape[1:], x.dtype) for x in arrays)].append(i)
+    for group in groups.values():
+        # The compiler would fuse the joining of hundreds of arrays into every reader of them, and
+        # takes minutes to weigh that.
+        rows = [jnp.concatenate([arrays[i] for i in group]) for arrays in lists]
+        joined = function(*lax.optimization_barrier(rows))
+        shapes = [[(len(lists[0][i]), *x.shape[1:]) for i in group] for x in joined]
+        parts = [_split(x.reshape(-1), shape) for x, shape in zip(joined, shapes, strict=True)]
+        for i, part in zip(group, zip(*parts, strict=True), strict=True):
+            results[i] = part
+    return results
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

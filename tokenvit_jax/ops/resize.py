@@ -4,6 +4,8 @@
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +38,11 @@ def resize_bilinear(
         old = y.shape[axis]
         places = _linear_places(old, new, align_corners)
         if new % old or new > old**2:  # or so few values that the matrix is small
-            y = multiply_axis(y, _linear_weights(places, old), axis)
+            y = multiply_axis(y, _weights_at(places, old), axis)
         elif new > old:
             y = _enlarge(y, places, axis)
+        if align_corners:  # one map less in float32: DPT resizes its largest ones
+            y = y.astype(x.dtype)
     return y.astype(x.dtype)
 
 
@@ -58,17 +62,21 @@ def _enlarge(x, places, axis):
     for place in places.T:
         parts = [(i, np.maximum(0, 1 - np.abs(place - i))) for i in range(3)]
         means.append(
-            sum(_along(share, x, axis) * cut(x, i, i + length) for i, share in parts if share.any())
+            sum(
+                times_along(share, cut(x, i, i + length), axis) for i, share in parts if share.any()
+            )
         )
     shape = (*x.shape[:axis], places.size, *x.shape[axis + 1 :])
     return jnp.stack(means, axis + 1).reshape(shape)
 
 
-def _along(weights, x, axis):
-    """Returns weights along an axis in the type of x; one number if they are equal."""
+def times_along(
+    weights: Float[np.ndarray, " n"], x: Float[Array, "*shape"], axis: int
+) -> Float[Array, "*shape"]:
+    """Multiplies an array by weights along one axis, or by one number if they are equal."""
     if np.ptp(weights) < 1e-12:
-        return weights[0].astype(x.dtype)
-    return jnp.asarray(weights, x.dtype).reshape(-1, *(1,) * (x.ndim - 1 - axis))
+        return weights[0].astype(x.dtype) * x
+    return jnp.asarray(weights, x.dtype).reshape(-1, *(1,) * (x.ndim - 1 - axis)) * x
 
 
 @counted(lambda inputs, outputs: 0, static_argnames=("size",))
@@ -103,7 +111,18 @@ def _linear_places(old: int, new: int, align_corners: bool) -> np.ndarray:
     return (np.arange(new) + 0.5) * old / new - 0.5
 
 
-def _linear_weights(places: np.ndarray, old: int) -> np.ndarray:
+def linear_weights(old: int, new: int, align_corners: bool) -> Float[np.ndarray, "new old"]:
+    """Returns the weights of the old values in the new ones, as in :func:`resize_bilinear`.
+
+    Args:
+      old: number of old values.
+      new: number of new values.
+      align_corners: as in :func:`resize_bilinear`.
+    """
+    return _weights_at(_linear_places(old, new, align_corners), old)
+
+
+def _weights_at(places: np.ndarray, old: int) -> np.ndarray:
     """Returns the weights (new, old) of linear interpolation at some places (new,)."""
     places = np.clip(places, 0, old - 1)
     return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
@@ -178,17 +197,26 @@ def resize_bicubic(x: Shaped[Array, "H W C"], size: tuple[int, int]) -> Float[Ar
     return jnp.einsum("hH,wW,HWC->hwC", rows, columns, x.astype(dtype)).astype(x.dtype)
 
 
+def cubic_kernel(distance: Any, where: Callable[..., Any]) -> Any:
+    """Returns the weights of cubic convolution with a = -0.75 at distances from 0 to 2.
+
+    Args:
+      distance: an array of numpy or jax.
+      where: `where` of the same library.
+    """
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return where(distance <= 1, near, far)
+
+
 def _cubic_weights(old: int, new: int) -> np.ndarray:
     """Returns the weights (new, old) of cubic convolution along one axis."""
-    a = -0.75
     place = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(place).astype(int) - 1
     weights = np.zeros((new, old))
     for step in range(4):
-        distance = np.abs(place - (first + step))
-        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-        weight = np.where(distance <= 1, near, far)
+        weight = cubic_kernel(np.abs(place - (first + step)), np.where)
         # add.at: at a border several steps meet the same value.
         np.add.at(weights, (np.arange(new), np.clip(first + step, 0, old - 1)), weight)
     return weights

@@ -124,9 +124,9 @@ def _scenes() -> ConfigDict:
     config.data.eval_batch_size = 20
     config.augment.flip = 0.5
 
-    config.num_steps = 600
+    config.num_steps = 300
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 200
+    config.log_every_steps = 25
+    config.eval_every_steps = config.checkpoint_every_steps = 100
     return config

@@ -5,7 +5,7 @@ import functools
 from ml_collections import ConfigDict
 
 from tokenvit_jax.recipes import choose_config
-from tokenvit_jax.recipes.upernet import ade20k_config, scenes_config
+from tokenvit_jax.recipes.upernet import ade20k_config, narrow_head_config
 
 MODELS = ("clustr_s", "swin_t")
 
@@ -17,8 +17,7 @@ def semantic_fpn_config(arg: str) -> ConfigDict:
       arg: one of `MODELS`: on ADE20K; "scenes": a small model on the embedded scenes.
     """
     configs = {name: functools.partial(_semantic_fpn, name) for name in MODELS}
-    overrides = {"channels": 32, "neck_channels": 32}
-    small = functools.partial(scenes_config, "semantic_fpn", overrides)
+    small = functools.partial(narrow_head_config, "semantic_fpn", neck_channels=32)
     return choose_config(arg, configs | {"scenes": small})
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tokenvit_jax.ops.resize import cubic_kernel
 from tokenvit_jax.tasks.depth.losses import align
 
 # Pixels of the image that the model sees / pixels of the size that it was configured for.
 MOST_PIXELS = 4
-_A = -0.75  # of cubic convolution, as in PyTorch and OpenCV; see ops.resize.resize_bicubic
 
 
 def fitted_size(size: tuple[int, int], wanted: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -70,10 +70,7 @@ def _cubic_weights(old: int, start: jax.Array, end: jax.Array, length: int) -> j
     first = jnp.floor(at).astype(jnp.int32) - 1
     weights = jnp.zeros((length, old), jnp.float32)
     for tap in range(4):
-        distance = jnp.abs(at - (first + tap))
-        near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
-        far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
-        weight = jnp.where(distance <= 1, near, far)
+        weight = cubic_kernel(jnp.abs(at - (first + tap)), jnp.where)
         source = jnp.clip(first + tap, 0, old - 1)  # beyond the border, the last value repeats
         weights += weight[:, None] * (source[:, None] == jnp.arange(old))
     inside = (index >= start) & (index < end)

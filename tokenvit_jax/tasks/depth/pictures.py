@@ -69,6 +69,8 @@ def plot_depth(
       caption: title of the image.
       truth: (H, W) [metres], 0 where unknown; None: there is none.
     """
+    if truth is not None and not (truth > 0).any():
+        truth = None
     maps, known = [("prediction", shrink(depth))], depth
     if truth is not None:
         maps.append(("truth", np.ma.masked_equal(shrink(truth), 0)))

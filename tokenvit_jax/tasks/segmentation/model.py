@@ -118,9 +118,8 @@ def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) 
     head = make_head(cls, config, num_classes=num_classes, **common)
     auxiliary = None
     if cls.has_auxiliary and config.auxiliary_weight:
-        auxiliary = FcnHead(
-            num_classes, head.auxiliary_channels, head.dropout, head.batch_norm, **common
-        )
+        shared = {name: getattr(head, name) for name in ("dropout", "batch_norm", "init_std")}
+        auxiliary = FcnHead(num_classes, head.auxiliary_channels, **shared, **common)
     return Segmenter(make_backbone(config, **common), head, auxiliary)
 
 

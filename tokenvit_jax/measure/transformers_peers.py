@@ -1,0 +1,98 @@
+"""Builds the dense networks of Hugging Face's transformers as peers, with random weights.
+
+torch and transformers are imported by the functions that need them; nothing is downloaded.
+"""
+
+from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.measure.torch_peers import TorchWork, import_package
+
+NUM_CLASSES = 150  # of ADE20K
+# Scale and shift from the output to inverse depth, and largest depth, of DPT on NYU [1/m, 1/m, m].
+SCALE, SHIFT, MAX_DEPTH = 0.000305, 0.1378, 10.0
+# SILog: weight of the squared mean, and what keeps the root's gradient finite.
+MEAN_WEIGHT, EPSILON = 0.85, 1e-12
+
+
+def transformers_work(name: str, image_size: tuple[int, int], mode: str) -> TorchWork:
+    """Builds a network of transformers with the loss of its task.
+
+    Args:
+      name: a key of `PEERS`.
+      image_size: height and width [pixels].
+      mode: "forward" | "train"; training adds the auxiliary head.
+
+    Raises:
+      UserError: torch or transformers is not installed, there is no such peer, or it does not take
+        images of this size.
+    """
+    if name not in PEERS:
+        hint, valid = did_you_mean(name, PEERS), ", ".join(PEERS)
+        raise UserError(f"--against={name} is not valid for this task{hint}; valid: {valid}")
+    torch, _ = import_package("transformers")
+    work = PEERS[name](image_size, mode)
+    try:
+        with torch.inference_mode():
+            work.module.eval()(torch.zeros(1, 3, *image_size))
+    except (RuntimeError, ValueError) as error:
+        height, width = image_size
+        message = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name} does not take {height}x{width} images: {message}") from error
+    return work
+
+
+def upernet_swin_t(image_size: tuple[int, int], mode: str) -> TorchWork:
+    """Returns UperNet on Swin-T, as mmsegmentation trains it, and the loss of both heads."""
+    import torch
+    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    stages = [f"stage{i}" for i in range(1, 5)]
+    backbone = SwinConfig(image_size=image_size, drop_path_rate=0.3, out_features=stages)
+    module = UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone,
+            num_labels=NUM_CLASSES,
+            auxiliary_in_channels=4 * backbone.embed_dim,
+            use_auxiliary_head=mode == "train",
+        )
+    )
+
+    def targets(batch_size, generator):
+        return torch.randint(NUM_CLASSES, (batch_size, *image_size), generator=generator)
+
+    def loss(compute, images, labels):
+        return compute(images, labels=labels).loss
+
+    # PyTorch's BatchNorm does not train on the one value of the coarsest cell of one image.
+    return TorchWork(module, targets, loss, smallest_batch=2)
+
+
+def dpt_hybrid(image_size: tuple[int, int], mode: str) -> TorchWork:
+    """Returns DPT on ViT-B with a ResNet stem, and the scale-invariant logarithmic error."""
+    del mode  # the same network in both
+    import torch
+    from transformers import DPTConfig, DPTForDepthEstimation
+
+    module = DPTForDepthEstimation(
+        DPTConfig(
+            is_hybrid=True,
+            image_size=image_size[0],
+            neck_hidden_sizes=[256, 512, 768, 768],
+            reassemble_factors=[1, 1, 1, 0.5],
+            backbone_featmap_shape=[1, 1024, image_size[0] // 16, image_size[1] // 16],
+        )
+    )
+
+    def targets(batch_size, generator):
+        return MAX_DEPTH * (0.05 + 0.9 * torch.rand(batch_size, *image_size, generator=generator))
+
+    def loss(compute, images, depths):
+        inverse = (SCALE * compute(images).predicted_depth.float() + SHIFT).clamp(min=1e-8)
+        error = -torch.log(inverse) - torch.log(depths)
+        mean = error.mean((1, 2))
+        spread = (error * error).mean((1, 2)) - MEAN_WEIGHT * mean * mean
+        return torch.sqrt(spread.clamp(min=0) + EPSILON).mean()
+
+    return TorchWork(module, targets, loss)
+
+
+PEERS = {"upernet_swin_t": upernet_swin_t, "dpt_hybrid": dpt_hybrid}

@@ -1,0 +1,73 @@
+"""Makes the models of dense tasks ready for `measure.models`, with a batch and the loss."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokenvit_jax.measure.models import Kind, Subject, Work
+from tokenvit_jax.measure.transformers_peers import transformers_work
+from tokenvit_jax.tasks import Task, create_task
+
+
+def task_kind(recipe: Callable[[str], ConfigDict]) -> Kind:
+    """Returns how the models of a dense task and their peers are timed.
+
+    The training step has the loss of the recipe; the batch is prepared before it.
+
+    Args:
+      recipe: configuration from the name of a model.
+    """
+    return Kind(functools.partial(_subject, recipe), transformers_work, "transformers")
+
+
+def _subject(recipe, name, dtype, **overrides: Any):
+    config = recipe(name)
+    config.dtype = dtype.name
+    config.model_overrides.update(overrides)
+    model = create_task(config).make_model()
+    return Subject(model, functools.partial(_work, config, model))
+
+
+def _work(config, model, image_size, batch_size):
+    config.image_size = image_size
+    task = create_task(config)
+    batch = random_batch(task, batch_size)
+    inputs = jax.jit(task.prepare)(batch, jax.random.key(0))
+    rngs = {name: jax.random.key(1) for name in ("batch", "dropout", "routing", "sample")}
+
+    def loss(params, state, images, targets):
+        loss, aux = task.loss(model, params, state, {"image": images, **targets}, rngs)
+        new_state = dict(aux.model_state)
+        sown = jax.tree.leaves(new_state.pop("losses", ()))
+        return loss + sum(sown), (aux.metrics, new_state)
+
+    return Work(inputs.pop("image"), inputs, loss)
+
+
+def random_batch(task: Task, batch_size: int) -> dict[str, jax.Array]:
+    """Returns a training batch of random numbers.
+
+    Images are drawn from 0 to 255, other whole numbers below the number of classes, and floats,
+    such as depths [m], from 1 to 2.
+
+    Args:
+      task: gives names, shapes and types.
+      batch_size: number of images.
+    """
+    draw = np.random.default_rng(1)
+
+    def array(name, shape, dtype):
+        shape = (batch_size, *shape)
+        if not np.issubdtype(dtype, np.integer):
+            return draw.uniform(1, 2, shape).astype(dtype)
+        return draw.integers(
+            256 if name == "image" else task.info.num_classes, size=shape, dtype=dtype
+        )
+
+    specs = task.examples(train=True).specs
+    return {name: jnp.asarray(array(name, *spec)) for name, spec in specs.items()}
