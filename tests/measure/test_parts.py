@@ -58,6 +58,9 @@ def test_parts_of_a_dense_task_tell_backbone_and_head():
     of = parts.part_of_task
     step = "jit(step)/transpose(jvp(Segmenter))"
     assert of(f"{step}/head/fusion/conv/dot_general") == "head: convolutions"
-    assert of(f"{step}/backbone/stages_0_0/mlp/fc1/dot_general") == "backbone: feed-forward networks"
+    assert (
+        of(f"{step}/backbone.features/stages_0_0/mlp/fc1/dot_general")
+        == "backbone: feed-forward networks"
+    )
     assert of(f"{step}/auxiliary/convolution/norm/mul") == "auxiliary: convolutions"
     assert of("jit(step)/jvp()/log_softmax/exp") == "loss and others: head and loss"

@@ -319,6 +319,7 @@ CALLS = {
         for mode in ("soft", "hard", "window", "bilinear")
     ],
     "resize.linear_weights": [((4, 9, False), {})],
+    "resize.cubic_kernel": [((floats(5), jnp.where), {})],
     "resize.multiply_axis": [
         ((floats(2, 6, 4, 5), np.ones((5, 6)), 1), {}),
         ((floats(2, 6, 4, 5), np.ones((5, 4)), 2), {}),

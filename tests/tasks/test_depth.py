@@ -332,6 +332,11 @@ def test_pictures_of_any_shape(shape):
 def test_a_dataset_without_depth_is_refused():
     config = default_config("depth")
     config.dataset = "scenes"
+    for other in ("folder", "tfds:a"):
+        config.dataset = other
+        with pytest.raises(UserError, match=r"has nothing for config.task='depth'; valid for this"):
+            create_task(config)
+    config.dataset = "scenes"
     with pytest.raises(UserError) as error:
         create_task(config)
     assert str(error.value).endswith(

@@ -148,6 +148,28 @@ def test_first_layer_of_rgb_weights_is_adapted():
     assert notes == ["patches/kernel of RUN is adapted from 3 to 4 channels"]
 
 
+@pytest.mark.parametrize("model", ["vit_b_r50", "vit_ti"])
+def test_depth_starts_from_a_classifier_and_the_other_way_round(model):
+    """DPT reads blocks: it has no last LayerNorm."""
+    stem = {"first": 8, "widths": (8, 8, 8), "depths": (1, 1, 1), "num_groups": 4}
+    settings = OVERRIDES["vit_ti"] | ({"stem": stem} if model == "vit_b_r50" else {})
+    tasks = []
+    for name, dataset in (("classification", "digits"), ("depth", "depth_scenes")):
+        config = default_config(name)
+        config.model, config.model_overrides, config.dataset = model, settings, dataset
+        tasks.append(make_task(config))
+    classifier, depth = tasks
+    initial, theirs = run_of(classifier)
+    found, notes = fit_variables(initial, shapes_of(depth), depth)
+    norm = {f"params/norm/{name}" for name in ("scale", "bias")}
+    left = {name for name in theirs if "classifier" in name} | norm
+    assert {name.replace("/", "/backbone/", 1) for name in theirs.keys() - left} == found.keys()
+    assert any("gives its backbone; the head of this model is new" in note for note in notes)
+    initial, _ = run_of(depth)
+    found, _ = fit_variables(initial, shapes_of(classifier), classifier)
+    assert found.keys() == theirs.keys() - left
+
+
 def test_a_run_of_another_family_or_with_other_settings_is_named():
     initial, _ = run_of(make_task(config_of("vit_ti")))
     other = make_task(config_of("swin_t"))

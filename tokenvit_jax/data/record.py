@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 from PIL import Image
 
+from tokenvit_jax.errors import UserError
+
 IGNORED = 255  # label of pixels that do not count
 
 
@@ -101,9 +103,19 @@ def label_field(config: ConfigDict) -> str:
     Most datasets have one kind of ground truth; folders and tensorflow_datasets may have several.
 
     Args:
-      config: reads `task`.
+      config: reads `task` and `dataset`.
+
+    Raises:
+      UserError: such datasets have nothing for the task.
     """
-    return "label_map" if config.get("task") == "segmentation" else "label"
+    task = config.get("task", "classification")
+    fields = {"classification": "label", "segmentation": "label_map"}
+    if task not in fields:
+        raise UserError(
+            f"config.dataset={config.dataset!r} has nothing for config.task={task!r}; valid for "
+            f"this dataset: {', '.join(fields)}"
+        )
+    return fields[task]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Comparison:
         self._model = with_backbone(model, backbone_of(model).clone(expedite=None, remat=False))
         self._variables = jax.device_put(variables)
         self._images, self._method = jnp.asarray(images), method
-        before = describe_host(backbone_of(model), self._images.shape[1:3]).first
+        before = describe_host(backbone_of(self._model), self._images.shape[1:3]).first
         self._blocks = _BlockRunner(before)
         self._plain = self.features(None)
 
@@ -87,7 +87,7 @@ class Comparison:
         self._blocks.begin(expedite)
         with nn.intercept_methods(self._blocks):
             found = model.apply(self._variables, self._images, False, method=self._method)
-        return found[-1] if self._method == "maps" else found
+        return found if self._method == "pooled" else found[-1]
 
 
 def measured(expedite: Expedite, distance: float, factor: float = FACTOR) -> Expedite:

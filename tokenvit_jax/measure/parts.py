@@ -29,7 +29,6 @@ OTHER = "outside the model: optimizer, averages, metrics"
 UNNAMED = "copies and others that the compiler added"
 PARTS = (*(name for name, _ in _PATTERNS), OTHER_MODEL, OTHER, UNNAMED)
 
-_TOP_MODULES = ("backbone", "head", "auxiliary")
 _DIFFERENTIATED = re.compile(r"jvp\(|transpose\(")
 # Parts of an origin that are no layers.
 _NO_LAYER = re.compile(
@@ -53,8 +52,8 @@ def part_of_task(origin: str) -> str:
 
     It is the top module and one of PARTS, such as "head: convolutions".
     """
-    top = module_path(origin).partition("/")[0]
-    return f"{top if top in _TOP_MODULES else 'loss and others'}: {part_of(origin)}"
+    top = re.search(r"/(backbone|head|auxiliary)[./]", origin)
+    return f"{top[1] if top else 'loss and others'}: {part_of(origin)}"
 
 
 def module_path(origin: str) -> str:

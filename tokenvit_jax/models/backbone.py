@@ -368,7 +368,11 @@ class BackboneModel(Trainable):
 
     Attributes:
       backbone: the wrapped backbone, whose variables are under "backbone" in every collection.
+      unread_modules: names of the backbone's submodules that this model does not use, and whose
+        variables it does not have, besides the classifier.
     """
+
+    unread_modules: ClassVar[tuple[str, ...]] = ()
 
     backbone: nn.Module
 

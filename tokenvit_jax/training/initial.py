@@ -187,6 +187,8 @@ def fit_variables(
     }
     if other_task:
         may_lack |= {name for name in ours if model.is_head(_path(name))}
+        models = [model] if initial.task is None else [model, initial.task.make_model()]
+        may_lack |= _unread(ours.keys() | theirs.keys(), models)
     if initial.task is not None and not initial.task.info.same_classes(task.info):
         new = _class_parameters(task)
         theirs = {name: value for name, value in theirs.items() if name not in new}
@@ -203,6 +205,13 @@ def fit_variables(
 def _path(name):
     """Returns the path of a variable without its collection."""
     return name.partition("/")[2]
+
+
+def _unread(names, models):
+    """Returns the names of the variables of a backbone that one of some models does not use."""
+    modules = {name for model in models for name in getattr(model, "unread_modules", ())}
+    own = {name: _path(name).removeprefix(f"{BACKBONE}/").split("/")[0] for name in names}
+    return {name for name in names if own[name] in modules}
 
 
 def _wraps(variables):

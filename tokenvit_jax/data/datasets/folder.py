@@ -44,6 +44,7 @@ def read_info(config: ConfigDict) -> DatasetInfo:
     Raises:
       UserError: the folder has no classes, or its splits have different ones.
     """
+    label_field(config)  # refuses tasks that cannot use it, before any file is read
     info = dataclasses.replace(none.read_info(config), name="folder")
     if info.classes:
         return info

@@ -44,6 +44,7 @@ def read_info(config: ConfigDict) -> DatasetInfo:
       UserError: the dataset is not prepared, has no feature that the task reads, or its classes
         have no names.
     """
+    label_field(config)  # refuses tasks that cannot use it, before any file is read
     info = dataclasses.replace(none.read_info(config), name=config.dataset)
     if info.classes and not _versions(config):
         return info

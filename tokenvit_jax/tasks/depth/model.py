@@ -35,6 +35,8 @@ class Dpt(BackboneModel):
       Ranftl et al. 2021, "Vision Transformers for Dense Prediction".
     """
 
+    unread_modules = ("norm", "projection")
+
     head: DptHead
     blocks: tuple[int, ...]
     scale: float = 1.0
