@@ -11,7 +11,7 @@ a decoder that has learnt nothing returns numbers around 1. Hardware: 1 accelera
 bfloat16, or several. Expected result: not yet trained. The authors report, as the mean over images:
 
              delta1  delta2  delta3  AbsRel  SqRel   RMSE  RMSElog  SILog  log10
-    kitti     0.959   0.995   0.999   0.062  0.222  2.573    0.092  8.282  0.027
+    kitti     0.959   0.995   0.999   0.062  0.222  2.575    0.092  8.282  0.027
     nyu       0.904   0.988   0.998   0.110  0.054  0.357    0.129  9.522  0.045
 
 Scale and shift of the inverse depth are those of the published networks: no depth is above 172.7 m

