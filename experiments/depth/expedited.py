@@ -2,8 +2,12 @@
 
     python -m experiments.depth.expedited --workdirs=RUN_0,RUN_1,RUN_2 [--quick]
 
-The runs are trainings of configs/dpt.py:scenes that differ only in their seed. Nothing is trained
-here. Writes expedited.md and expedited.png.
+The runs are trainings that differ only in their seed. Those of the page were made by
+
+    python -m tokenvit_jax.train --config=configs/dpt.py:scenes --workdir=RUN_0 --config.seed=0 \\
+        --config.model_overrides.depth=8 --config.head_overrides.channels=16
+
+Nothing is trained here. Writes expedited.md and expedited.png.
 """
 
 from pathlib import Path
@@ -175,7 +179,8 @@ def about(runs: list[Run], images: int) -> str:
     {len(runs)} runs of `configs/dpt.py:scenes` with different seeds ({runs[0].step} steps each) on
     {images} test scenes of {SIDE} x {SIDE} pixels: boards with handwritten digits in front of a
     slope. This is NOT KITTI or NYUv2, and the network is small: {depth_of(runs)} blocks on 16 x 16
-    tokens.
+    tokens, {runs[0].model.head.channels} channels in the decoder (`--config.model_overrides.depth`,
+    `--config.head_overrides.channels`).
     Nothing is fine-tuned. The decoder reads every block and costs the same in all rows but
     "{SMALLER_IMAGE}", where the whole network sees a smaller image and the depth map is enlarged
     (bicubic). "Hard" copies the nearest centre, as the authors' code for DPT does; "soft" is a mean
