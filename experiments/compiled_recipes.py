@@ -37,6 +37,7 @@ LONG_VECTORS = "2026-11-28"  # from this day on, GPUs add gradients in long vect
 # Recipes that are no file of their own; a file whose configuration needs an argument.
 VARIANTS = {
     "deit_s": ("", "level3"),
+    "dpt": ("kitti", "nyu"),
     "finetune": ("vit_b",),
     "semantic_fpn": ("clustr_s",),
     "upernet": ("clustr_s", "dgt_t", "pale_t", "swin_t"),
