@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 
 from tokenvit_jax.ops.packed import map_packed
-from tokenvit_jax.tasks import Outcome, Task
+from tokenvit_jax.tasks import Aux, Outcome, Task
 from tokenvit_jax.training.exchange import Exchange
 from tokenvit_jax.training.freezing import Frozen, map_paths
 from tokenvit_jax.training.optimizer import learning_rate_factors, learning_rate_schedule
@@ -22,6 +22,13 @@ from tokenvit_jax.training.state import TrainState, averaged_variables, step_rng
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+def add_sown(loss: jax.Array, aux: Aux) -> tuple[jax.Array, Aux]:
+    """Adds the losses that modules sowed to the loss of a task, and takes them out of the state."""
+    model_state = dict(aux.model_state)
+    sown = jax.tree.leaves(model_state.pop("losses", ()))
+    return loss + sum(sown), aux._replace(model_state=model_state)
 
 
 def make_train_step(
@@ -57,10 +64,7 @@ def make_train_step(
             rngs = {"batch": batch_rng, **_model_rngs(rng)}
             with frozen.statistics():
                 trained = frozen.stop_gradient(weights)
-                loss, aux = task.loss(model, trained, model_state, inputs, rngs)
-            model_state = dict(aux.model_state)
-            sown = jax.tree.leaves(model_state.pop("losses", ()))
-            return loss + sum(sown), aux._replace(model_state=model_state)
+                return add_sown(*task.loss(model, trained, model_state, inputs, rngs))
 
         # Cast before they are gathered, and once for all micro-batches.
         cast = model.cast_weights(state.params, convolutions=sharded is not None)

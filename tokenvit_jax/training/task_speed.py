@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.measure.models import Kind, Subject, Work
 from tokenvit_jax.measure.transformers_peers import transformers_work
 from tokenvit_jax.tasks import Task, create_task
+from tokenvit_jax.training.step import add_sown
 
 
 def task_kind(recipe: Callable[[str], ConfigDict]) -> Kind:
@@ -41,10 +42,9 @@ def _work(config, model, image_size, batch_size):
     rngs = {name: jax.random.key(1) for name in ("batch", "dropout", "routing", "sample")}
 
     def loss(params, state, images, targets):
-        loss, aux = task.loss(model, params, state, {"image": images, **targets}, rngs)
-        new_state = dict(aux.model_state)
-        sown = jax.tree.leaves(new_state.pop("losses", ()))
-        return loss + sum(sown), (aux.metrics, new_state)
+        inputs = {"image": images, **targets}
+        loss, aux = add_sown(*task.loss(model, params, state, inputs, rngs))
+        return loss, (aux.metrics, aux.model_state)
 
     return Work(inputs.pop("image"), inputs, loss)
 
