@@ -67,7 +67,8 @@ def valid_anchors(
     """
     levels = []
     for (height, width), stride in zip(map_sizes, strides, strict=True):
-        rows, columns = (jnp.arange(side) * stride < size[i] for i, side in enumerate((height, width)))
+        rows = jnp.arange(height) * stride < size[0]
+        columns = jnp.arange(width) * stride < size[1]
         inside = (rows[:, None] & columns)[..., None]
         levels.append(jnp.broadcast_to(inside, (height, width, per_cell)).reshape(-1))
     return jnp.concatenate(levels)

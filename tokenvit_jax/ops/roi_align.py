@@ -113,7 +113,7 @@ def _regions(boxes, shapes, strides, size, sampling_ratio, finest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _pool(flat, regions, size, cells):
-    """Returns the features (R, size, size, C) float32 of regions in cells (P, C); P is ``cells``."""
+    """Returns features (R, size, size, C) float32 of regions in cells (P, C); P is ``cells``."""
     del cells  # the gradient needs it
     pool = functools.partial(_pool_in_chunks, size=size)
     return by_platform(
