@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.nn.initializers import normal, variance_scaling, xavier_uniform
 
-from tokenvit_jax.heads.detection import COUNT, Detections, Detector, Targets, l1_sums
+from tokenvit_jax.heads.detection import COUNT, Detections, DetectorHead, Targets, l1_sums
 from tokenvit_jax.heads.fpn import FeaturePyramid
 from tokenvit_jax.heads.rpn import Proposals, Rpn, level_anchors, propose, rpn_losses
 from tokenvit_jax.layers import Conv, PatchConvTranspose, dense
@@ -95,8 +95,8 @@ class Rois(NamedTuple):
     valid: jax.Array
 
 
-class MaskRcnn(Detector):
-    """Maps of strides 4 to 32 -> detections with masks. Further attributes: `Detector`.
+class MaskRcnn(DetectorHead):
+    """Maps of strides 4 to 32 -> detections with masks. Further attributes: `DetectorHead`.
 
     Attributes:
       hidden: channels of the hidden layers of the box head.
