@@ -62,7 +62,7 @@ class RetinaNet(Detector):
         self.box_deltas = conv(PER_CELL * 4)
 
     def predict(self, levels: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Returns logits (B, A, K) and deltas (B, A, 4), float32, for the anchors of every level."""
+        """Returns logits (B, A, K) and deltas (B, A, 4), float32, for the anchors of each level."""
         logits, deltas = [], []
         for x in levels:
             y = x
