@@ -1,6 +1,6 @@
 """Necks and heads for dense tasks; they read the tokens, maps or taps of a backbone."""
 
-from tokenvit_jax.heads.detection import Detections, Detector, Targets
+from tokenvit_jax.heads.detection import Detections, DetectorHead, Targets
 from tokenvit_jax.heads.dpt import DptHead
 from tokenvit_jax.heads.fcn import FcnHead
 from tokenvit_jax.heads.head import Head, MapHead
@@ -12,7 +12,7 @@ from tokenvit_jax.heads.upernet import UperNet
 
 __all__ = [
     "Detections",
-    "Detector",
+    "DetectorHead",
     "DptHead",
     "FcnHead",
     "Head",

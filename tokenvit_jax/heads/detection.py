@@ -49,7 +49,7 @@ class Detections(NamedTuple):
     masks: jax.Array | None = None
 
 
-class Detector(Head):
+class DetectorHead(Head):
     """Base of the heads of detectors.
 
     A loss is a sum over the images of a group, divided by a count of the group, so that the mean

@@ -12,7 +12,7 @@ from jax.nn.initializers import normal
 from tokenvit_jax.heads.detection import (
     COUNT,
     Detections,
-    Detector,
+    DetectorHead,
     Targets,
     focal_sums,
     l1_sums,
@@ -34,8 +34,8 @@ NUM_COARSER = 2  # levels beyond the maps
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
 
 
-class RetinaNet(Detector):
-    """Maps of strides 8 to 32 -> detections. Further attributes are those of `Detector`.
+class RetinaNet(DetectorHead):
+    """Maps of strides 8 to 32 -> detections. Further attributes are those of `DetectorHead`.
 
     Attributes:
       num_convs: convolutions in front of the predictions of classes, and as many of boxes.
@@ -62,7 +62,7 @@ class RetinaNet(Detector):
         self.box_deltas = conv(PER_CELL * 4)
 
     def predict(self, levels: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Returns logits (B, A, K) and deltas (B, A, 4), float32, for the anchors of every level."""
+        """Returns logits (B, A, K) and deltas (B, A, 4), float32, for the anchors of each level."""
         logits, deltas = [], []
         for x in levels:
             y = x
