@@ -229,6 +229,11 @@ class Task(abc.ABC):
         """
 
     @property
+    def images_per_group(self) -> int:
+        """Consecutive images of a batch whose losses belong together, on one device."""
+        return 1
+
+    @property
     def teacher(self) -> Teacher | None:
         """The run that labels the training images; None: no run does."""
         return None

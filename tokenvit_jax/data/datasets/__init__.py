@@ -4,6 +4,9 @@ A module has `INFO`, the facts about its dataset; `open_split(config, split)`, w
 source; and `prepare(manual_dir, data_dir)`, which converts the original files into files that
 `open_split` reads. The embedded datasets have no `prepare`: they come with an installed package.
 
+A module whose records have "instances" also has `annotations(config, split)`, the objects of all
+images of a split in COCO's format.
+
 A module whose facts depend on the configuration, such as the classes of a folder of images, has
 `read_info(config)` in place of `INFO`.
 
@@ -16,6 +19,7 @@ import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -34,6 +38,7 @@ NAMES = (
     "motorcycle",
     "nyu_depth_v2",
     "pascal_context",
+    "scene_instances",
     "scenes",
 )
 # Entries of the configuration from which the facts about a dataset follow.
@@ -111,6 +116,22 @@ def open_split(config: ConfigDict, split: str) -> Source:
       UserError: there is no such dataset, or it has not been prepared in `data_dir`.
     """
     return _module(config.dataset).open_split(config, split)
+
+
+def open_annotations(config: ConfigDict, split: str) -> dict[str, Any]:
+    """Returns the objects of all images of a split in COCO's format, for its evaluation code.
+
+    Args:
+      config: as in :func:`open_split`, for a dataset whose records have "instances".
+      split: as in :func:`open_split`.
+
+    Returns:
+      "images", in the order of the split, "annotations" and "categories".
+
+    Raises:
+      UserError: as :func:`open_split`.
+    """
+    return _module(config.dataset).annotations(config, split)
 
 
 def check_reads_files(config: ConfigDict, data_dir: str | None) -> None:
