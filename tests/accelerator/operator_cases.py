@@ -105,6 +105,25 @@ ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
 
 ROWS, OTHER_ROWS = _normal(0, 784, 64), _normal(1, 784, 64)
 CHANNELS = _normal(5, 64), _normal(6, 64)
+# Regions of an image of 120 x 160 [x1 y1 x2 y2, pixels], and its pyramid.
+REGIONS = np.array(
+    [
+        [x, y, x + side, y + 0.8 * side]
+        for x, y, side in (
+            (10, 20, 30),
+            (0, 0, 160),
+            (-20, 5, 70),
+            (50, 40, 9),
+            (70, 3, 111),
+            (140, 90, 60),
+            (3, 7, 140),
+            (90, 60, 33),
+            (20, 20, 250),
+        )
+    ],
+    np.float32,
+)
+PYRAMID = [_normal(i, 2, 120 // 2**i, 160 // 2**i, 64) for i in (2, 3, 4, 5)]
 MAP, KERNEL = _normal(0, 4, 14, 14, 64), _normal(1, 3, 3, 64)
 
 # Operator -> calls by name.
@@ -168,6 +187,15 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "clustered_attention": {
         "": Case(lambda q, k, v: ops.clustered_attention(q, k, v, TWENTY, 20), QKV, 3, 3)
+    },
+    "mask_targets": {
+        "": Case(ops.mask_targets, (_integers(0, 2, 9, 112, 112), REGIONS, REGIONS + 3.3), 0, 0)
+    },
+    "paste_masks": {
+        "": Case(
+            functools.partial(ops.paste_masks, size=(120, 160)),
+            (_normal(0, 9, 28, 28), REGIONS), 1, 1,
+        )
     },
     "query_prototypes": {"": Case(lambda q: ops.query_prototypes(q, TWENTY, 20), QKV[:1], 1, 1)},
     "hash_clusters": {"": Case(_hashed_alike, QKV[:1], 1, 0, chooses=True)},
@@ -238,12 +266,25 @@ CASES: dict[str, dict[str, Case]] = {
     "resize_nearest": {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)
     },
+    "roi_align": {
+        f"size {size}": Case(
+            lambda *inputs, size=size: ops.roi_align(
+                inputs[:-1], (4, 8, 16, 32), inputs[-1], size=size
+            ),
+            (*PYRAMID, np.stack([REGIONS, REGIONS[::-1] + 1.7])), 4, 4,
+        )
+        for size in (7, 14)
+    },
+    "roi_levels": {"": Case(functools.partial(ops.roi_levels, num_levels=4), (REGIONS,), 0, 0)},
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
     "standardize_kernels": {
         "": Case(
             lambda *kernels: ops.standardize_kernels([*kernels], 1e-8, kernels[0].dtype),
             (KERNEL[..., None] + 1, _normal(2, 1, 1, 64, 32), _normal(3, 1, 1, 64, 64)), 0, 3,
         )
+    },
+    "unpack_masks": {
+        "": Case(ops.unpack_masks, (_integers(0, 256, 9, 112, 14).astype(np.uint8),), 0, 0)
     },
     "update_centroids": {
         "": Case(

@@ -266,6 +266,11 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "instance_masks.mask_targets": [
+        ((integers(11, 6, 5), floats(11, 4), floats(11, 4)), {"size": 7})
+    ],
+    "instance_masks.paste_masks": [((floats(11, 7, 7), floats(11, 4), (6, 5)), {})],
+    "instance_masks.unpack_masks": [((jnp.zeros((2, 11, 6, 3), jnp.uint8),), {})],
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
@@ -333,6 +338,12 @@ CALLS = {
     "resize.times_along": [
         ((np.ones(4), floats(2, 6, 4, 5), 2), {}), ((np.arange(4.0), floats(2, 6, 4, 5), 2), {})
     ],
+    "roi_align.roi_align": [
+        (([floats(2, 6, 5, 7), floats(2, 4, 3, 7)], (4, 8), floats(2, 11, 4)), {"size": 3}),
+        (([floats(2, 6, 5, 7, dtype=jnp.bfloat16)], (4,), floats(2, 11, 4)),
+         {"size": 3, "sampling_ratio": 2}),
+    ],
+    "roi_align.roi_levels": [((floats(2, 11, 4), 3), {}), ((floats(11, 4), 3, 28), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})

@@ -71,10 +71,10 @@ class MaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = variance_scaling(2.0, "fan_out", "normal")
+        init = variance_scaling(2.0, "fan_out", "normal")  # (rows, columns, in, out)
         for i in range(1, self.num_convs + 1):
             x = nn.relu(Conv(self.channels, 3, init=init, dtype=self.dtype, name=f"conv{i}")(x))
-        x = nn.relu(PatchConvTranspose(self.channels, 2, self.dtype, name="upsample")(x))
+        x = nn.relu(PatchConvTranspose(self.channels, 2, self.dtype, init, name="upsample")(x))
         logits = Conv(self.num_classes, 1, init=init, dtype=self.dtype, name="logits")(x)
         return logits.astype(jnp.float32)
 
@@ -158,19 +158,19 @@ class MaskRcnn(DetectorHead):
         return losses, proposals
 
     def sample_rois(self, proposals: Proposals, targets: Targets, keys: jax.Array) -> Rois:
-        """Draws regions from the objects themselves and the proposals."""
-        num_objects = targets.classes.shape[1]
+        """Draws regions from the proposals and the objects themselves."""
 
         @jax.vmap
         def sample(key, proposed, scores, boxes, classes):
             present = classes >= 0
-            candidates = jnp.concatenate([boxes, proposed])
-            valid = jnp.concatenate([present, scores >= 0])
+            # Padding comes last, so that it does not change what is drawn.
+            candidates = jnp.concatenate([proposed, boxes])
+            valid = jnp.concatenate([scores >= 0, present])
             least = {"positive": IOU_OF_OBJECT, "negative": IOU_OF_OBJECT, "least": IOU_OF_OBJECT}
             matches = match_boxes(candidates, valid, boxes, present, **least)
             # An object matches itself, and not an earlier one with the same box.
-            own = jnp.where(present, jnp.arange(num_objects), IGNORED)
-            matches = matches.at[:num_objects].set(own.astype(matches.dtype))
+            own = jnp.where(present, jnp.arange(len(boxes), dtype=matches.dtype), IGNORED)
+            matches = matches.at[len(proposed) :].set(own)
             found = sample_matches(key, matches, num=self.num_rois, max_positive=self._max_positive)
             objects = jnp.maximum(matches[found.indices], 0)
             return Rois(candidates[found.indices], objects, found.positive, found.valid)

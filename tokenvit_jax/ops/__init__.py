@@ -40,12 +40,14 @@ from tokenvit_jax.ops.group_attention import (
     update_centroids,
 )
 from tokenvit_jax.ops.group_norm import group_norm
+from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks, unpack_masks
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.linear import linear_product
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
 from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
+from tokenvit_jax.ops.roi_align import roi_align, roi_levels
 from tokenvit_jax.ops.rollout import attention_rollout
 from tokenvit_jax.ops.standardize import standardize_kernels
 from tokenvit_jax.ops.superpixels import cluster_superpixels
@@ -94,16 +96,21 @@ __all__ = [
     "kmedoids",
     "layer_norm",
     "linear_product",
+    "mask_targets",
     "merge_tokens",
     "move_centroids",
     "pale_attention",
+    "paste_masks",
     "query_prototypes",
     "reconstruct_tokens",
     "relative_position_bias",
     "resize_bilinear",
     "resize_nearest",
+    "roi_align",
+    "roi_levels",
     "scored_attention",
     "standardize_kernels",
+    "unpack_masks",
     "update_centroids",
     "used_clusters",
     "window_attention",

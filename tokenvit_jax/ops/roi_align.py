@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
 
 CPU_CHUNK = 16  # regions: their bins and the cells that they read stay in the cache
 FINEST = 56  # square root of the area up to which regions read the finest map [pixels]
@@ -84,12 +84,22 @@ def roi_align(
     Returns:
       In the type of the maps; sums are float32.
     """
-    batch, count = boxes.shape[:2]
-    shapes = tuple(x.shape[1:3] for x in maps)
-    flat = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in maps])
-    regions = _regions(boxes, shapes, strides, size, sampling_ratio, finest)
-    pooled = _pool(flat, jax.tree.map(lax.stop_gradient, regions), size, len(flat))
-    return pooled.reshape(batch, count, size, size, -1).astype(maps[0].dtype)
+
+    def pool(maps, boxes):
+        batch, count = boxes.shape[:2]
+        shapes = tuple(x.shape[1:3] for x in maps)
+        flat = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in maps])
+        regions = _regions(boxes, shapes, strides, size, sampling_ratio, finest)
+        pooled = _pool(flat, lax.stop_gradient(regions), size, flat.shape[0])
+        return pooled.reshape(batch, count, size, size, -1).astype(maps[0].dtype)
+
+    # The cells of all images are one array: every device has its own.
+    batch, maps = boxes.shape[0], tuple(maps)
+    if not isinstance(batch, int):  # an exported program takes any number, image by image
+        return lax.map(
+            lambda image: pool(*jax.tree.map(lambda x: x[None], image))[0], (maps, boxes)
+        )
+    return (pool if batch % num_devices() else on_each_device(pool))(maps, boxes)
 
 
 def _regions(boxes, shapes, strides, size, sampling_ratio, finest):
@@ -98,9 +108,9 @@ def _regions(boxes, shapes, strides, size, sampling_ratio, finest):
     level = roi_levels(boxes, len(shapes), finest)
     limits = jnp.array(shapes, jnp.int32)[level]
     cells = [height * width for height, width in shapes]
-    starts = jnp.array([batch * sum(cells[:i]) for i in range(len(cells))], jnp.int32)
+    before = jnp.array([sum(cells[:i]) for i in range(len(cells))], jnp.int32)  # in an image
     image = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    first = starts[level] + image * jnp.array(cells, jnp.int32)[level]
+    first = batch * before[level] + image * jnp.array(cells, jnp.int32)[level]
     scale = (1 / jnp.array(strides, jnp.float32))[level]
     corners = boxes.astype(jnp.float32) * scale[..., None]
     start = corners[..., 1::-1] - 0.5
@@ -121,7 +131,7 @@ def _pool(flat, regions, size, cells):
         flat,
         regions,
         cpu=functools.partial(pool, chunk=CPU_CHUNK),
-        default=functools.partial(pool, chunk=len(regions.first)),
+        default=functools.partial(pool, chunk=regions.first.shape[0]),
     )
 
 
@@ -138,7 +148,7 @@ def _pool_bwd(size, cells, saved, gradient):
         gradient,
         regions,
         cpu=functools.partial(spread, chunk=CPU_CHUNK),
-        default=functools.partial(spread, chunk=len(regions.first)),
+        default=functools.partial(spread, chunk=regions.first.shape[0]),
     )
     return flat.astype(like.dtype), None
 
@@ -150,7 +160,7 @@ def _pool_in_chunks(flat, regions, size, chunk):
     """Pools chunks of regions one after another; a chunk has regions of about as many samples."""
     order, chunks = _chunks(regions, chunk)
     pooled = lax.map(lambda part: _pool_chunk(flat, part, size), chunks)
-    pooled = pooled.reshape(-1, *pooled.shape[2:])[: len(order)]
+    pooled = pooled.reshape(-1, *pooled.shape[2:])[: order.shape[0]]
     return jnp.zeros_like(pooled).at[order].set(pooled, unique_indices=True)
 
 
@@ -162,7 +172,7 @@ def _pool_chunk(flat, regions, size):
             total += weight[..., None] * flat[index]
         return total
 
-    zeros = jnp.zeros((len(regions.first), size, size, flat.shape[-1]), jnp.float32)
+    zeros = jnp.zeros((regions.first.shape[0], size, size, flat.shape[-1]), jnp.float32)
     total = lax.fori_loop(0, regions.samples.prod(1).max(), turn, zeros)
     return total / _counts(regions)
 
@@ -195,7 +205,7 @@ def _chunks(regions, chunk):
 
 def _in_chunks(x, chunk):
     """Pads with zeros, which stand for regions without samples, and divides: (n, chunk, ...)."""
-    x = jnp.pad(x, ((0, -len(x) % chunk), *((0, 0),) * (x.ndim - 1)))
+    x = jnp.pad(x, ((0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)))
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
