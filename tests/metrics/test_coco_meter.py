@@ -1,5 +1,6 @@
 """COCO's average precision, beside the figures of pycocotools on a fixture."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def split_rows(rows, *parts):
     starts = np.cumsum([0, *parts])
     return [
         Outcome(jax.tree.map(lambda x, a=a, b=b: x[a:b], rows))
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in itertools.pairwise(starts)
     ]
 
 
