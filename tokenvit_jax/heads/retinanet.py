@@ -68,8 +68,8 @@ class RetinaNet(DetectorHead):
             y = x
             for class_conv, box_conv in zip(self.class_convs, self.box_convs, strict=True):
                 x, y = nn.relu(class_conv(x)), nn.relu(box_conv(y))
-            logits.append(self.class_logits(x).reshape(len(x), -1, self.num_classes))
-            deltas.append(self.box_deltas(y).reshape(len(y), -1, 4))
+            logits.append(self.class_logits(x).reshape(x.shape[0], -1, self.num_classes))
+            deltas.append(self.box_deltas(y).reshape(y.shape[0], -1, 4))
         return jax.tree.map(lambda x: x.astype(jnp.float32), (logits, deltas))
 
     def losses(self, maps, strides, targets: Targets, keys):
@@ -137,7 +137,8 @@ class RetinaNet(DetectorHead):
         scores, places = lax.top_k(scores, min(self.num_candidates, len(scores)))
         rows, classes = places // self.num_classes, places % self.num_classes
         boxes = decode_boxes(jnp.asarray(anchors)[rows], deltas[rows], DEVIATIONS, image_size)
-        return boxes, scores, classes
+        has_area = (boxes[:, 2:] > boxes[:, :2]).all(-1)  # within the image
+        return boxes, jnp.where(has_area, scores, -1.0), classes
 
 
 def _anchors(levels, strides):

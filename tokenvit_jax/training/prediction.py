@@ -41,7 +41,8 @@ class Table:
 
     The suffix of the path decides the format. ".json": a list of objects. ".csv": nested entries
     become columns with dots in their names, such as "probabilities.cat", as in
-    `pandas.json_normalize`; lists of objects are texts in JSON. The file is made for the first row, and replaces an earlier table.
+    `pandas.json_normalize`; lists of objects are texts in JSON. The file is made for the first
+    row, and replaces an earlier table.
     """
 
     def __init__(self, path: Path, inputs: Iterable[Path] = ()):

@@ -37,7 +37,8 @@ class Detector(BackboneModel):
           image_size: height and width of each image (B, 2) [pixels]; None: of the canvas.
         """
         if image_size is None:
-            image_size = jnp.tile(jnp.array(images.shape[1:3], jnp.int32), (len(images), 1))
+            whole = jnp.array(images.shape[1:3], jnp.int32)
+            image_size = jnp.broadcast_to(whole, (images.shape[0], 2))  # also of a symbolic batch
         return self.head(*self.head_inputs(images, train), image_size)
 
     def losses(
