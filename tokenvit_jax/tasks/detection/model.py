@@ -12,6 +12,7 @@ from tokenvit_jax.models import create_model, list_models
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
+MAP_NORM_EPSILON = 1e-5  # of Swin's published detectors, for all backbones
 HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
 
 
@@ -56,11 +57,11 @@ class Detector(BackboneModel):
     @nn.compact
     def _inputs(self, images, train):
         """Returns the maps that the head reads, and their strides."""
-        first, epsilon = self.head.first_map, self.backbone.map_norm_epsilon
+        first = self.head.first_map
         maps = self.backbone.features(images, train)[first:]
-        if epsilon is not None:
+        if not self.backbone.has_normed_maps:
             maps = [
-                LayerNorm(epsilon, x.dtype, name=f"map_norm_{i}")(x)
+                LayerNorm(MAP_NORM_EPSILON, x.dtype, name=f"map_norm_{i}")(x)
                 for i, x in enumerate(maps, first + 1)
             ]
         return maps, self.backbone.strides[first:]

@@ -49,6 +49,7 @@ class Detection(Task):
 
     reads = frozenset({"image", "instances"})
     entries = ENTRIES
+    has_results = True
 
     @staticmethod
     def overridable(config: ConfigDict) -> dict[str, Any]:
