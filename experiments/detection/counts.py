@@ -7,8 +7,9 @@ The script only traces shapes; it computes nothing and needs no weights. Writes 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -67,7 +68,7 @@ PUBLISHED = {
     ("mask_rcnn", "pale_s"): Published(68, 432),
     ("mask_rcnn", "pale_b"): Published(105, 595),
     ("mask_rcnn", "swin_t"): Published(47.8, 264),
-    ("mask_rcnn", "swin_s"): Published(69.1, 354),
+    ("mask_rcnn", "swin_s"): Published(69, 354),
     ("mask_rcnn", "swin_b"): Published(107, 496),
 }
 COLUMNS = [
@@ -88,21 +89,25 @@ def model_of(head: str, name: str) -> Detector:
     return Detector(backbone, HEADS[head](NUM_CLASSES))
 
 
-def count_parameters(model: Detector) -> int:
-    """Counts the parameters of a detector."""
-    shapes = variable_shapes(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes["params"]))
+def variables_of(model: nn.Module) -> Any:
+    """Returns the shapes of the variables of a model."""
+    return variable_shapes(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+
+
+def count_parameters(variables: Any) -> int:
+    """Counts parameters."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
 
 
 def count(head: str, name: str, image_size: tuple[int, int] = IMAGE_SIZE) -> Cost:
     """Counts parameters and multiply-adds of a detector."""
     model, images = model_of(head, name), jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    variables = variable_shapes(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    variables = variables_of(model)
     apply = functools.partial(model.apply, train=False)
     macs = count_macs(apply, variables, images)
     leave_out = left_out(name)
     as_published = count_macs(apply, variables, images, leave_out=leave_out) if leave_out else macs
-    return Cost(count_parameters(model), macs, as_published)
+    return Cost(count_parameters(variables), macs, as_published)
 
 
 def head_macs(head: DetectorHead, image_size: tuple[int, int], dims: tuple[int, ...]) -> int:
@@ -113,19 +118,29 @@ def head_macs(head: DetectorHead, image_size: tuple[int, int], dims: tuple[int, 
       image_size: height and width of the image [pixels].
       dims: channels of the four maps.
     """
-    first, strides, size = head.first_map, (4, 8, 16, 32), jnp.array([image_size])
+    maps, strides = _inputs_of(head, image_size, dims)
+
+    def apply(variables, maps):
+        return head.apply(variables, maps, strides, jnp.array([image_size]))
+
+    return count_macs(apply, head_variables(head, image_size, dims), maps)
+
+
+def head_variables(head: DetectorHead, image_size: tuple[int, int], dims: tuple[int, ...]) -> Any:
+    """Returns the shapes of the variables of the head of a detector, as in :func:`head_macs`."""
+    maps, strides = _inputs_of(head, image_size, dims)
+    init = functools.partial(head.init, strides=strides, image_size=jnp.array([image_size]))
+    return jax.eval_shape(init, jax.random.key(0), maps)
+
+
+def _inputs_of(head, image_size, dims):
+    """Returns the maps that a head reads, and their strides."""
+    first, strides = head.first_map, (4, 8, 16, 32)
     maps = [
         jax.ShapeDtypeStruct((1, *(-(-side // stride) for side in image_size), dim), jnp.float32)
         for stride, dim in zip(strides, dims, strict=True)
-    ][first:]
-
-    def init(maps):
-        return head.init(jax.random.key(0), maps, strides[first:], size)
-
-    def apply(variables, maps):
-        return head.apply(variables, maps, strides[first:], size)
-
-    return count_macs(apply, jax.eval_shape(init, maps), maps)
+    ]
+    return maps[first:], strides[first:]
 
 
 def row(head: str, name: str) -> list[str]:

@@ -83,7 +83,7 @@ def test_a_batch_holds_images_of_one_orientation():
 def test_every_record_comes_once_before_any_comes_again():
     found = np.concatenate([batch["index"] for batch in first_batches(30)])
     for is_portrait in (True, False):
-        group = np.flatnonzero(PORTRAIT == is_portrait)
+        group = np.flatnonzero(is_portrait == PORTRAIT)
         stream = found[PORTRAIT[found] == is_portrait]
         for start in range(0, len(stream) - len(group) + 1, len(group)):
             assert sorted(stream[start : start + len(group)]) == group.tolist()

@@ -45,12 +45,12 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for i in (1, 2):
             x = nn.relu(dense(self.hidden, self.dtype, f"fc{i}", xavier_uniform())(x))
         logits = dense(self.num_classes + 1, self.dtype, "logits", normal(self.init_std))(x)
         deltas = dense(4 * self.num_classes, self.dtype, "deltas", normal(self.init_std / 10))(x)
-        deltas = deltas.reshape(len(x), self.num_classes, 4)
+        deltas = deltas.reshape(x.shape[0], self.num_classes, 4)
         return logits.astype(jnp.float32), deltas.astype(jnp.float32)
 
 

@@ -73,8 +73,8 @@ class Rpn(nn.Module):
         shared = conv(self.channels, 3, "shared")
         to_logits, to_deltas = conv(len(RATIOS), 1, "logits"), conv(4 * len(RATIOS), 1, "deltas")
         maps = [nn.relu(shared(x)) for x in levels]
-        logits = [to_logits(x).reshape(len(x), -1) for x in maps]
-        deltas = [to_deltas(x).reshape(len(x), -1, 4) for x in maps]
+        logits = [to_logits(x).reshape(x.shape[0], -1) for x in maps]
+        deltas = [to_deltas(x).reshape(x.shape[0], -1, 4) for x in maps]
         return RpnOutputs(*jax.tree.map(lambda x: x.astype(jnp.float32), (logits, deltas)))
 
 

@@ -30,6 +30,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 NAMES = (
     "ade20k",
     "cityscapes",
+    "coco",
     "depth_scenes",
     "digits",
     "fashion_mnist",

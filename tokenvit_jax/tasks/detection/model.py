@@ -12,6 +12,7 @@ from tokenvit_jax.models import create_model, list_models
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
+MAP_NORM_EPSILON = 1e-5  # of Swin's published detectors, for all backbones
 HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
 
 
@@ -36,8 +37,9 @@ class Detector(BackboneModel):
           image_size: height and width of each image (B, 2) [pixels]; None: of the canvas.
         """
         if image_size is None:
-            image_size = jnp.tile(jnp.array(images.shape[1:3], jnp.int32), (len(images), 1))
-        return self.head(*self._inputs(images, train), image_size)
+            whole = jnp.array(images.shape[1:3], jnp.int32)
+            image_size = jnp.broadcast_to(whole, (images.shape[0], 2))  # also of a symbolic batch
+        return self.head(*self.head_inputs(images, train), image_size)
 
     def losses(
         self, images: jax.Array, train: bool, targets: Targets, keys: jax.Array
@@ -50,16 +52,16 @@ class Detector(BackboneModel):
           targets: the objects.
           keys: a random key for each image (B,).
         """
-        return self.head.losses(*self._inputs(images, train), targets, keys)
+        return self.head.losses(*self.head_inputs(images, train), targets, keys)
 
     @nn.compact
-    def _inputs(self, images, train):
+    def head_inputs(self, images, train):
         """Returns the maps that the head reads, and their strides."""
-        first, epsilon = self.head.first_map, self.backbone.map_norm_epsilon
+        first = self.head.first_map
         maps = self.backbone.features(images, train)[first:]
-        if epsilon is not None:
+        if not self.backbone.has_normed_maps:
             maps = [
-                LayerNorm(epsilon, x.dtype, name=f"map_norm_{i}")(x)
+                LayerNorm(MAP_NORM_EPSILON, x.dtype, name=f"map_norm_{i}")(x)
                 for i, x in enumerate(maps, first + 1)
             ]
         return maps, self.backbone.strides[first:]
