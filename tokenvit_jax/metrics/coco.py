@@ -155,7 +155,7 @@ def _ground_truth(annotations: dict[str, Any]) -> dict[str, Any]:
     It takes an object with the identifier 0 for no object, and needs to know which are crowds.
     """
     objects = [
-        {"iscrowd": 0, **entry, "id": number}
+        {**entry, "id": number, "iscrowd": int(bool(entry.get("iscrowd")))}
         for number, entry in enumerate(annotations["annotations"], 1)
     ]
     return {**annotations, "annotations": objects}
