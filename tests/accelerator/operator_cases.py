@@ -106,6 +106,11 @@ ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
 ROWS, OTHER_ROWS = _normal(0, 784, 64), _normal(1, 784, 64)
 CHANNELS = _normal(5, 64), _normal(6, 64)
 # Regions of an image of 120 x 160 [x1 y1 x2 y2, pixels], and its pyramid.
+RATIOS, DEVIATIONS = (0.5, 1.0, 2.0), (0.1, 0.1, 0.2, 0.2)
+_LOW = 100 * np.random.default_rng(5).random((300, 2), np.float32)
+BOXES = np.concatenate(
+    [_LOW, _LOW + 5 + 60 * np.random.default_rng(6).random((300, 2), np.float32)], 1
+)
 REGIONS = np.array(
     [
         [x, y, x + side, y + 0.8 * side]
@@ -190,6 +195,56 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "mask_targets": {
         "": Case(ops.mask_targets, (_integers(0, 2, 9, 112, 112), REGIONS, REGIONS + 3.3), 0, 0)
+    },
+    "cell_anchors": {"": Case(lambda: ops.cell_anchors([8.0], RATIOS), (), 0, 0)},
+    "grid_anchors": {
+        "": Case(lambda: ops.grid_anchors([(20, 30)], [8], [ops.cell_anchors([64.0], RATIOS)]),
+                 (), 0, 0)
+    },
+    "valid_anchors": {
+        "": Case(
+            lambda size: ops.valid_anchors([(20, 30)], [8], 3, size),
+            (np.array([100, 200], np.int32),), 0, 0,
+        )
+    },
+    "box_areas": {"": Case(ops.box_areas, (BOXES,), 0, 1)},
+    "box_iou": {"": Case(lambda a, b: ops.box_iou(a[:, None], b), (BOXES, BOXES + 7.3), 0, 0)},
+    "clip_boxes": {
+        "": Case(ops.clip_boxes, (BOXES, np.array([90, 120], np.int32)), 0, 0)
+    },
+    "encode_boxes": {
+        "": Case(lambda a, b: ops.encode_boxes(a, b, DEVIATIONS), (BOXES, BOXES + 7.3), 0, 0)
+    },
+    "decode_boxes": {
+        "": Case(
+            lambda deltas, boxes: ops.decode_boxes(boxes, deltas, DEVIATIONS),
+            (_normal(1, 300, 4), BOXES), 0, 1,
+        )
+    },
+    "match_boxes": {
+        "": Case(
+            lambda a, b: ops.match_boxes(
+                a, jnp.ones(300, bool), b, jnp.arange(9) < 7,
+                positive=0.5, negative=0.3, least=0.3,
+            ),
+            (BOXES, BOXES[:9] + 3.3), 0, 0,
+        )
+    },
+    "sample_matches": {
+        "": Case(
+            lambda x: ops.sample_matches(jax.random.key(0), x, num=64, max_positive=16),
+            (_integers(2, 9, 300) - 2,), 0, 0,
+        )
+    },
+    "nms": {"": Case(lambda b, s: ops.nms(b, s, 0.5), (BOXES, _normal(3, 300)), 0, 0)},
+    "select_detections": {
+        name: Case(
+            lambda b, s, soft=soft: ops.select_detections(
+                b, s, score_threshold=0.05, iou_threshold=0.5, num=50, soft=soft
+            ),
+            (BOXES, _softmax(_normal(4, 300, 12))), 0, 0,
+        )
+        for name, soft in (("", False), ("soft", True))
     },
     "paste_masks": {
         "": Case(
