@@ -67,6 +67,9 @@ SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
     "adaptive_pooling.adaptive_average_pool": [((floats(2, 6, 4, 5), 3), {})],
+    "anchors.cell_anchors": [(((8, 9), (0.5, 1.0, 2.0)), {})],
+    "anchors.grid_anchors": [(([(6, 5), (3, 2)], (4, 8), [np.ones((7, 4), np.float32)] * 2), {})],
+    "anchors.valid_anchors": [(([(6, 5), (3, 2)], (4, 8), 7, integers(2)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
@@ -90,6 +93,14 @@ CALLS = {
     "batch_norm.global_count": [((TOKENS, None), {})],
     "batch_norm.num_sharing": [((None,), {})],
     "batch_norm.over_devices": [((floats(2, 7), None), {})],
+    "boxes.box_areas": [((floats(2, 11, 4),), {})],
+    "boxes.box_iou": [((floats(2, 11, 4), floats(2, 11, 4)), {}), ((floats(4), floats(4)), {})],
+    "boxes.clip_boxes": [((floats(2, 11, 4), integers(2)), {})],
+    "boxes.decode_boxes": [
+        ((floats(2, 11, 4), floats(2, 11, 4), (1.0,) * 4), {}),
+        ((floats(11, 4), floats(11, 4), (1.0,) * 4, integers(2)), {}),
+    ],
+    "boxes.encode_boxes": [((floats(2, 11, 4), floats(2, 11, 4), (1.0,) * 4), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
     "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
     "center_tiles.check_temperature": [((50.0,), {})],
@@ -285,6 +296,13 @@ CALLS = {
     "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
     "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
     "linear.linear_product": [((TOKENS, floats(7, 5)), {}), ((MAP, floats(5, 3)), {})],
+    "match_boxes.match_boxes": [
+        ((floats(11, 4), masks(11), floats(3, 4), masks(3)),
+         {"positive": 0.7, "negative": 0.3, "least": 0.3})
+    ],
+    "match_boxes.sample_matches": [
+        ((KEY, integers(11)), {"num": num, "max_positive": 3}) for num in (5, 20)
+    ],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
@@ -297,6 +315,10 @@ CALLS = {
     "nearest_tokens.nearest_denser": [((POINTS, NEAR, SQUARES, masks(2, 30), 16), {})],
     "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
     "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
+    "nms.nms": [
+        ((floats(11, 4), floats(11), 0.5), {}),
+        ((floats(11, 4), floats(11), 0.5), {"labels": integers(11), "valid": masks(11)}),
+    ],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.join_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
@@ -353,6 +375,11 @@ CALLS = {
     ],
     "scored_attention.score_with_logits": [
         ((Q, K, K, floats(2, 13)), {"scale": 1.0, "diagonal": True})
+    ],
+    "select_detections.select_detections": [
+        ((boxes, floats(11, 3)),
+         {"score_threshold": 0.05, "iou_threshold": 0.5, "num": 5, "soft": soft})
+        for boxes in (floats(11, 4), floats(11, 3, 4)) for soft in (False, True)
     ],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
