@@ -195,7 +195,7 @@ CASES: dict[str, dict[str, Case]] = {
     "select_detections": {
         name: Case(
             functools.partial(
-                ops.select_detections, score_threshold=0.1, iou_threshold=0.5, num=300, soft=soft
+                ops.select_detections, score_threshold=0.1, iou_threshold=0.2, num=300, soft=soft
             ),
             (MOVED, MOVED_SCORES), 0, 0,
         )
