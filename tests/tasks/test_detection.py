@@ -251,8 +251,14 @@ def test_a_picture_has_masks_boxes_and_names_of_what_is_likely():
     assert box.get_bbox().bounds == (9.5, 4.5, 20, 20)
     assert [text.get_text() for text in axis.texts] == ["dog 0.80"]
     assert figure_bytes(drawn["detections"], "png").startswith(b"\x89PNG")
+    assert axis.texts[0].get_va() == "bottom"
     del found["masks"]
+    found["scores"] = np.array([0.8, 0.3], np.float32)
     (axis,) = pictures.draw(image, found, ["cat", "dog"], "")["detections"].axes
+    # At the upper border, a name is inside; the highest score is drawn last.
+    assert [(text.get_text(), text.get_va()) for text in axis.texts] == [
+        ("cat 0.30", "top"), ("dog 0.80", "bottom")
+    ]  # fmt: skip
     assert (np.asarray(axis.get_images()[0].get_array()) == 200).all()
 
 
