@@ -1,4 +1,4 @@
-"""Detection: examples, draws, losses, boxes in pixels of the image, pictures and bad input."""
+"""Detection: canvases, draws, losses, boxes in pixels of the image, pictures and bad input."""
 
 import functools
 import re
@@ -11,7 +11,6 @@ from make_task import check_config, make_task
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data.instances import instances_of
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Detections
 from tokenvit_jax.output import figure_bytes
@@ -34,73 +33,15 @@ def make_config(**entries) -> ConfigDict:
     return config
 
 
-def mask_of(size, box):
-    mask = np.zeros(size[::-1], bool)
-    left, top, right, bottom = box
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def record_of(size, boxes, crowd=()):
-    """Returns a record of a size (width, height) whose objects fill their boxes."""
+def image_of(size):
+    """Returns an image of a size (width, height)."""
     pixels = np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
-    instances = instances_of([mask_of(size, box) for box in boxes], range(len(boxes)))
-    instances = instances._replace(crowd=np.isin(np.arange(len(boxes)), crowd))
-    return {"image": Image.fromarray(pixels), "instances": instances}
+    return Image.fromarray(pixels)
 
 
 # ------------------------------------------------------------------------------------------------
-# Examples
+# Images on canvases
 # ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_objects_follow_the_image_onto_its_canvas(flip):
-    """An upright image of 40 x 80 pixels becomes 48 x 96."""
-    boxes = [(5, 10, 20, 30), (0, 40, 40, 80)]
-    record = record_of((40, 80), boxes)
-    examples = make_task(make_config(**{"augment.flip": flip})).examples(train=True)
-    example = examples(record, np.random.default_rng(0))
-    assert example["image"].shape == (HIGH, LOW, 3) == (*examples.canvases[1], 3)
-    assert example["image_size"].tolist() == [96, 48]
-    np.testing.assert_array_equal(
-        example["image"][:, 48:], np.broadcast_to([124, 116, 104], (96, 16, 3))
-    )
-    expected = 1.2 * np.array(boxes, np.float64)
-    if flip:
-        expected[:, [0, 2]] = 48 - expected[:, [2, 0]]
-    np.testing.assert_allclose(example["boxes"][:2], expected, rtol=1e-6)
-    assert example["classes"].tolist() == [0, 1, -1] and example["objects_left_out"] == 0
-    assert (example["masks"][:2] == 255).all() and not example["masks"][2].any()
-
-
-def test_a_mask_is_the_part_of_the_box_that_it_covers():
-    record = record_of((96, 64), [(0, 0, 56, 56)])
-    half = mask_of((96, 64), (0, 0, 28, 56)) | mask_of((96, 64), (0, 0, 56, 14))
-    record["instances"] = instances_of([half], [0])
-    example = make_task(make_config()).examples(train=True)(record, np.random.default_rng(0))
-    found = np.unpackbits(example["masks"][0], axis=1)
-    assert found.shape == (112, 112)
-    assert (found[:, :56] == 1).all() and (found[:28] == 1).all() and (found[28:, 56:] == 0).all()
-
-
-def test_the_largest_objects_are_kept_and_the_others_counted():
-    sides = (10, 30, 20, 25, 5, 40)
-    record = record_of((96, 64), [(1, 1, 1 + side, 1 + side) for side in sides], crowd=[5])
-    example = make_task(make_config()).examples(train=True)(record, np.random.default_rng(0))
-    assert example["classes"].tolist() == [1, 2, 3]  # in the order of the record
-    assert example["objects_left_out"] == 2  # the crowd is no object
-
-
-def test_an_evaluation_batch_has_room_for_both_canvases_and_no_objects():
-    examples = make_task(make_config()).examples(train=False)
-    assert not examples.canvases
-    for size, fitted in (((40, 80), (96, 48)), ((192, 100), (50, 96))):
-        example = examples(record_of(size, []), None)
-        assert set(example) == {"image", "image_size", "original_size"} == set(examples.specs)
-        assert example["image"].shape == (HIGH, HIGH, 3)
-        assert example["image_size"].tolist() == list(fitted)
-        assert example["original_size"].tolist() == list(size[::-1])
 
 
 def test_a_detector_without_masks_reads_none():
@@ -114,7 +55,7 @@ def test_evaluation_batches_hold_one_orientation(monkeypatch):
     task, examples = make_task(make_config()), make_task(make_config()).examples(train=False)
     sizes = [(40, 80), (80, 40), (64, 64), (40, 80), (50, 60)]  # three are upright
     found = [
-        {**examples(record_of(size, []), None), "mask": np.float32(1), "index": np.int32(i)}
+        {**examples({"image": image_of(size)}, None), "mask": np.float32(1), "index": np.int32(i)}
         for i, size in enumerate(sizes)
     ]
     batches = [
@@ -141,10 +82,10 @@ def test_evaluation_batches_hold_one_orientation(monkeypatch):
 
 def test_features_see_the_whole_image_on_the_canvas():
     task = make_task(make_config())
-    (record,) = [record_of((40, 80), [])]
-    view = task.view(record["image"])
+    image = image_of((40, 80))
+    view = task.view(image)
     assert view.shape == (LOW, HIGH, 3)
-    expected = record["image"].resize((32, 64), Image.Resampling.BILINEAR)
+    expected = image.resize((32, 64), Image.Resampling.BILINEAR)
     assert abs(view[:, :32].astype(int) - np.asarray(expected)).max() <= 1
     assert (view[:, 32:] == [124, 116, 104]).all()
 
@@ -235,7 +176,8 @@ def test_boxes_are_evaluated_in_pixels_of_the_original_image():
 
 def test_a_picture_has_masks_boxes_and_names_of_what_is_likely():
     image = np.full((40, 60, 3), 200, np.uint8)
-    mask = mask_of((60, 40), (10, 5, 30, 25))
+    mask = np.zeros((40, 60), bool)
+    mask[5:25, 10:30] = True
     found = {
         "boxes": np.array([[10, 5, 30, 25], [0, 0, 60, 40]], np.float32),
         "classes": np.array([1, 0]),
@@ -251,8 +193,14 @@ def test_a_picture_has_masks_boxes_and_names_of_what_is_likely():
     assert box.get_bbox().bounds == (9.5, 4.5, 20, 20)
     assert [text.get_text() for text in axis.texts] == ["dog 0.80"]
     assert figure_bytes(drawn["detections"], "png").startswith(b"\x89PNG")
+    assert axis.texts[0].get_va() == "bottom"
     del found["masks"]
+    found["scores"] = np.array([0.8, 0.3], np.float32)
     (axis,) = pictures.draw(image, found, ["cat", "dog"], "")["detections"].axes
+    # At the upper border, a name is inside; the highest score is drawn last.
+    assert [(text.get_text(), text.get_va()) for text in axis.texts] == [
+        ("cat 0.30", "top"), ("dog 0.80", "bottom")
+    ]  # fmt: skip
     assert (np.asarray(axis.get_images()[0].get_array()) == 200).all()
 
 
