@@ -1,5 +1,6 @@
-"""Exact counts of every model at 224 x 224: parameters, multiply-adds, and as the paper counts."""
+"""Exact counts of models."""
 
+# Every model at 224 x 224: parameters, multiply-adds, and as the paper counts.
 EXACT = {
     "clustr_t": (11_682_417, 3_267_521_536, 2_145_285_120),
     "clustr_s": (22_690_941, 7_879_147_520, 4_778_421_248),
@@ -29,4 +30,23 @@ EXACT = {
     "vit_b_r50": (98_950_952, 21_535_358_976, 21_535_358_976),
     "vit_l": (304_326_632, 61_554_712_576, 61_554_712_576),
     "vit_h": (632_045_800, 167_295_109_120, 167_295_109_120),
+}
+
+# Detectors with 80 classes: parameters, and multiply-adds at 800 x 1280, with 1000 boxes and 100
+# masks; DGT with 392 keys.
+DETECTORS = {
+    ("retinanet", "clustr_s"): (32_411_529, 1_609_374_525_440),
+    ("retinanet", "dgt_t"): (32_389_108, 256_090_941_440),
+    ("retinanet", "pale_t"): (31_470_068, 286_854_865_664),
+    ("retinanet", "swin_t"): (38_458_606, 246_705_460_224),
+    ("mask_rcnn", "clustr_s"): (42_328_965, 1_627_929_072_640),
+    ("mask_rcnn", "dgt_t"): (42_306_672, 274_645_488_640),
+    ("mask_rcnn", "dgt_s"): (69_773_883, 386_930_160_640),
+    ("mask_rcnn", "dgt_b"): (108_085_076, 538_536_432_640),
+    ("mask_rcnn", "pale_t"): (41_387_632, 305_409_412_864),
+    ("mask_rcnn", "pale_s"): (67_814_448, 430_612_831_360),
+    ("mask_rcnn", "pale_b"): (104_698_352, 593_495_706_112),
+    ("mask_rcnn", "swin_t"): (47_794_602, 265_630_941_184),
+    ("mask_rcnn", "swin_s"): (69_112_506, 356_426_973_184),
+    ("mask_rcnn", "swin_b"): (107_141_800, 499_183_428_608),
 }

@@ -19,6 +19,11 @@ _ARGS = {
     "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),
+    "mask": (
+        "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",
+        "swin_b", "swin_t_3x", "swin_s_3x", "swin_b_3x", "scenes",
+    ),
+    "retinanet": ("clustr_s", "dgt_t", "pale_t", "swin_t", "scenes"),
     "upernet": (
         "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",
         "swin_b", "scenes",

@@ -168,14 +168,25 @@ ENTRIES: dict[str, Entry] = {
     ),
     "optimizer.learning_rate": Entry(1e-3, "after the warm-up", Number(1e-12, 1000)),
     "optimizer.weight_decay": Entry(
-        0.05, "not applied to norms, biases, scales and positions", Number(0, 100)
+        0.05, "applied to the parameters that optimizer.decay names", Number(0, 100)
+    ),
+    "optimizer.decay": Entry(
+        "matrices",
+        "parameters with weight decay; matrices: neither norms, biases, scales nor positions",
+        OneOf(("matrices", "all")),
     ),
     "optimizer.b1": Entry(0.9, "adamw: decay of the mean of gradients; sgd: momentum", _DECAY),
     "optimizer.b2": Entry(0.999, "adamw: decay of the mean of squared gradients", _DECAY),
     "optimizer.schedule": Entry(
         "cosine",
         "course of the learning rate, per step, after the warm-up",
-        OneOf(("cosine", "polynomial")),
+        OneOf(("cosine", "polynomial", "step")),
+    ),
+    "optimizer.milestones": Entry(
+        (), "steps at which the step schedule multiplies the rate", Several(_STEPS, ascending=True)
+    ),
+    "optimizer.milestone_factor": Entry(
+        0.1, "factor of the step schedule at every milestone", Number(1e-6, 1)
     ),
     "optimizer.power": Entry(1.0, "exponent of the polynomial schedule; 1: linear", Number(0, 100)),
     "optimizer.warmup_steps": Entry(
@@ -234,7 +245,9 @@ ENTRIES: dict[str, Entry] = {
     "checkpoint_every_steps": Entry(1000, "steps between two checkpoints", _STEPS),
     "keep_last_checkpoints": Entry(2, "number of latest checkpoints that are kept", _STEPS),
     "keep_best_checkpoints": Entry(
-        1, "number of checkpoints kept by score (accuracy, mIoU or -AbsRel)", whole(0, 2**31 - 1)
+        1,
+        "number of checkpoints kept by score (accuracy, mIoU, -AbsRel or AP)",
+        whole(0, 2**31 - 1),
     ),
     "profile": Entry(
         "",
@@ -255,6 +268,16 @@ NEEDS: tuple[Need, ...] = (
         ("optimizer.b2",),
         "config.optimizer.name=adamw",
         lambda config: config.optimizer.name == "adamw",
+    ),
+    Need(
+        ("optimizer.end_learning_rate",),
+        "config.optimizer.schedule=cosine or polynomial",
+        lambda config: config.optimizer.schedule != "step",
+    ),
+    Need(
+        ("optimizer.milestones", "optimizer.milestone_factor"),
+        "config.optimizer.schedule=step",
+        lambda config: config.optimizer.schedule == "step",
     ),
     Need(
         ("optimizer.power",),

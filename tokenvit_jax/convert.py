@@ -10,15 +10,17 @@ it like any other run.
 
 --layout names the code base whose names the arrays have; by default the names decide:
 
-    timm         vit, deit, swin, swinv2 of timm, also its DINOv2 and CLIP
-    swin         Swin and Swin v2 of microsoft/Swin-Transformer
-    google       vit of google-research/vision_transformer (.npz)
-    dinov2       vit of facebookresearch/dinov2
-    clip         image towers (ViT) of openai/CLIP and open_clip
-    huggingface  ViT, DeiT, DINOv2, CLIP, Swin and Swin v2 of transformers
-    segmenter    vit and deit of rstrudel/segmenter, with either decoder
-    mmseg        swin with UperNet or Semantic FPN of mmsegmentation 1.x
-    mmseg0       the same of mmsegmentation 0.x, such as Swin's own code for segmentation
+    timm            vit, deit, swin, swinv2 of timm, also its DINOv2 and CLIP
+    swin            Swin and Swin v2 of microsoft/Swin-Transformer
+    google          vit of google-research/vision_transformer (.npz)
+    dinov2          vit of facebookresearch/dinov2
+    clip            image towers (ViT) of openai/CLIP and open_clip
+    huggingface     ViT, DeiT, DINOv2, CLIP, Swin and Swin v2 of transformers
+    segmenter       vit and deit of rstrudel/segmenter, with either decoder
+    mmseg           swin with UperNet or Semantic FPN of mmsegmentation 1.x
+    mmseg0          the same of mmsegmentation 0.x, such as Swin's own code for segmentation
+    mmdet           swin with RetinaNet or Mask R-CNN of mmdetection 3.x
+    swin_detection  the same of Swin's own code for detection
 
 The arrays determine the settings of the model and the number of classes. A file without a
 classifier becomes a run without one, from which training can start. 1000 classes are ImageNet's;
@@ -45,6 +47,9 @@ the authors' code must load it with load_state_dict(..., strict=False).
 
 mmsegmentation: the run sees images whole, with a shorter side of 512 pixels, as in the published
 evaluation. The sizes of label maps (`data.label_size`) are not in the file.
+
+mmdetection: images have a shorter side of 800 pixels and a longer one of at most 1333, as in the
+published evaluation, and lie in a canvas of 800 x 1344 pixels, or 1344 x 800.
 """
 
 import ast

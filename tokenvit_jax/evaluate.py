@@ -10,6 +10,10 @@ last, best (highest score of the task) or a step.
 
 evaluates a segmentation model on whole images, at six sizes and mirrored.
 
+    python -m tokenvit_jax.evaluate --workdir=RUN --out=results.json
+
+also writes the detections of a detector, in COCO's format of results.
+
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
 inserts a token reducer into a plain host without training. This prints a line without the reducer,
@@ -20,6 +24,7 @@ the temperature on the first images of the evaluation split.
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
@@ -43,6 +48,9 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_bool("per_class", False, "add the metrics of every class", flag_values=FLAGS)
+flags.DEFINE_string(
+    "out", None, "JSON file for the predictions of a detector; default: none", flag_values=FLAGS
+)
 insertions.define_flags(FLAGS)
 
 
@@ -61,9 +69,27 @@ def main(flag_values: flags.FlagValues) -> None:
     check_reads_files(config, flag_values.data_dir)
     fits = functools.partial(check_insertion, config)
     inserted = insertions.from_flags(flag_values, config.model, fits)
+    out = _results_file(flag_values, config.task, inserted)
     per_class = flag_values.per_class
-    for metrics in evaluate_insertions(workdir, checkpoint, config, inserted, per_class):
+    for metrics in evaluate_insertions(workdir, checkpoint, config, inserted, per_class, out):
         print(json.dumps(metrics), flush=True)
+
+
+def _results_file(flag_values: flags.FlagValues, task: str, inserted: Mapping) -> Path | None:
+    """Returns the file for the predictions, if there is to be one and it can be written."""
+    from tokenvit_jax.output import check_file
+    from tokenvit_jax.tasks import TASKS
+
+    if flag_values.out is None:
+        return None
+    out = Path(flag_values.out)
+    if not TASKS[task].has_results:
+        valid = ", ".join(name for name, cls in TASKS.items() if cls.has_results)
+        raise cli.UsageError(f"--out={out} is for runs of the task {valid}; this is one of {task}")
+    if inserted:
+        raise cli.UsageError(f"--out={out} does not go with --keep and --expedite: one file only")
+    check_file(out, "--out")
+    return out
 
 
 if __name__ == "__main__":

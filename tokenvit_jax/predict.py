@@ -13,7 +13,9 @@ model with dynamic groups also shows the largest query groups with the keys that
 a model with clusters shows the clusters of its tokens, as coloured regions and one by one. A
 segmentation model gives the classes of the pixels, blended over the image and as a label map of the
 same size (a PNG whose pixels are the labels). A depth model gives the depth in colours with a scale
-in metres, and as a PNG of 16 bits with 256 values per metre. If a model clusters patches by
+in metres, and as a PNG of 16 bits with 256 values per metre. A detector gives boxes with classes
+and scores, and blends the masks of Mask R-CNN over the image; the picture leaves out scores below
+0.3. If a model clusters patches by
 `expedite`, the borders of the superpixels are drawn; an image that is predicted in several windows
 shows the superpixels of the middle window. --attention also draws where a ViT or DeiT attends: the
 heads of its last block, and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best

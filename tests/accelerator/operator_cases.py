@@ -105,6 +105,30 @@ ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
 
 ROWS, OTHER_ROWS = _normal(0, 784, 64), _normal(1, 784, 64)
 CHANNELS = _normal(5, 64), _normal(6, 64)
+# Regions of an image of 120 x 160 [x1 y1 x2 y2, pixels], and its pyramid.
+RATIOS, DEVIATIONS = (0.5, 1.0, 2.0), (0.1, 0.1, 0.2, 0.2)
+_LOW = 100 * np.random.default_rng(5).random((300, 2), np.float32)
+BOXES = np.concatenate(
+    [_LOW, _LOW + 5 + 60 * np.random.default_rng(6).random((300, 2), np.float32)], 1
+)
+REGIONS = np.array(
+    [
+        [x, y, x + side, y + 0.8 * side]
+        for x, y, side in (
+            (10, 20, 30),
+            (0, 0, 160),
+            (-20, 5, 70),
+            (50, 40, 9),
+            (70, 3, 111),
+            (140, 90, 60),
+            (3, 7, 140),
+            (90, 60, 33),
+            (20, 20, 250),
+        )
+    ],
+    np.float32,
+)
+PYRAMID = [_normal(i, 2, 120 // 2**i, 160 // 2**i, 64) for i in (2, 3, 4, 5)]
 MAP, KERNEL = _normal(0, 4, 14, 14, 64), _normal(1, 3, 3, 64)
 
 # Operator -> calls by name.
@@ -168,6 +192,65 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "clustered_attention": {
         "": Case(lambda q, k, v: ops.clustered_attention(q, k, v, TWENTY, 20), QKV, 3, 3)
+    },
+    "mask_targets": {
+        "": Case(ops.mask_targets, (_integers(0, 2, 9, 112, 112), REGIONS, REGIONS + 3.3), 0, 0)
+    },
+    "cell_anchors": {"": Case(lambda: ops.cell_anchors([8.0], RATIOS), (), 0, 0)},
+    "grid_anchors": {
+        "": Case(lambda: ops.grid_anchors([(20, 30)], [8], [ops.cell_anchors([64.0], RATIOS)]),
+                 (), 0, 0)
+    },
+    "valid_anchors": {
+        "": Case(
+            lambda size: ops.valid_anchors([(20, 30)], [8], 3, size),
+            (np.array([100, 200], np.int32),), 0, 0,
+        )
+    },
+    "box_areas": {"": Case(ops.box_areas, (BOXES,), 0, 1)},
+    "box_iou": {"": Case(lambda a, b: ops.box_iou(a[:, None], b), (BOXES, BOXES + 7.3), 0, 0)},
+    "clip_boxes": {
+        "": Case(ops.clip_boxes, (BOXES, np.array([90, 120], np.int32)), 0, 0)
+    },
+    "encode_boxes": {
+        "": Case(lambda a, b: ops.encode_boxes(a, b, DEVIATIONS), (BOXES, BOXES + 7.3), 0, 0)
+    },
+    "decode_boxes": {
+        "": Case(
+            lambda deltas, boxes: ops.decode_boxes(boxes, deltas, DEVIATIONS),
+            (_normal(1, 300, 4), BOXES), 0, 1,
+        )
+    },
+    "match_boxes": {
+        "": Case(
+            lambda a, b: ops.match_boxes(
+                a, jnp.ones(300, bool), b, jnp.arange(9) < 7,
+                positive=0.5, negative=0.3, least=0.3,
+            ),
+            (BOXES, BOXES[:9] + 3.3), 0, 0,
+        )
+    },
+    "sample_matches": {
+        "": Case(
+            lambda x: ops.sample_matches(jax.random.key(0), x, num=64, max_positive=16),
+            (_integers(2, 9, 300) - 2,), 0, 0,
+        )
+    },
+    "nms": {"": Case(lambda b, s: ops.nms(b, s, 0.5), (BOXES, _normal(3, 300)), 0, 0)},
+    "select_detections": {
+        name: Case(
+            lambda b, s, soft=soft: ops.select_detections(
+                b, s, score_threshold=0.05, iou_threshold=0.5, num=50, soft=soft
+            ),
+            (BOXES, _softmax(_normal(4, 300, 12))), 0, 0,
+        )
+        for name, soft in (("", False), ("soft", True))
+    },
+    "paste_masks": {
+        "": Case(
+            functools.partial(ops.paste_masks, size=(120, 160)),
+            (_normal(0, 9, 28, 28), REGIONS), 1, 1,
+        )
     },
     "query_prototypes": {"": Case(lambda q: ops.query_prototypes(q, TWENTY, 20), QKV[:1], 1, 1)},
     "hash_clusters": {"": Case(_hashed_alike, QKV[:1], 1, 0, chooses=True)},
@@ -238,12 +321,25 @@ CASES: dict[str, dict[str, Case]] = {
     "resize_nearest": {
         "": Case(functools.partial(ops.resize_nearest, size=(28, 35)), (MAP,), 1, 1)
     },
+    "roi_align": {
+        f"size {size}": Case(
+            lambda *inputs, size=size: ops.roi_align(
+                inputs[:-1], (4, 8, 16, 32), inputs[-1], size=size
+            ),
+            (*PYRAMID, np.stack([REGIONS, REGIONS[::-1] + 1.7])), 4, 4,
+        )
+        for size in (7, 14)
+    },
+    "roi_levels": {"": Case(functools.partial(ops.roi_levels, num_levels=4), (REGIONS,), 0, 0)},
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
     "standardize_kernels": {
         "": Case(
             lambda *kernels: ops.standardize_kernels([*kernels], 1e-8, kernels[0].dtype),
             (KERNEL[..., None] + 1, _normal(2, 1, 1, 64, 32), _normal(3, 1, 1, 64, 64)), 0, 3,
         )
+    },
+    "unpack_masks": {
+        "": Case(ops.unpack_masks, (_integers(0, 256, 9, 112, 14).astype(np.uint8),), 0, 0)
     },
     "update_centroids": {
         "": Case(

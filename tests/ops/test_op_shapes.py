@@ -63,10 +63,14 @@ SORTED = SortedGroups(
     jnp.zeros((2, 3, 4, 11), jnp.int16),
 )  # fmt: skip
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
+RATIOS = (0.5, 1, 2)
 
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
     "adaptive_pooling.adaptive_average_pool": [((floats(2, 6, 4, 5), 3), {})],
+    "anchors.cell_anchors": [(([8, 16], RATIOS), {})],
+    "anchors.grid_anchors": [(([(6, 4)], [8], [np.zeros((3, 4), np.float32)]), {})],
+    "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
@@ -90,6 +94,14 @@ CALLS = {
     "batch_norm.global_count": [((TOKENS, None), {})],
     "batch_norm.num_sharing": [((None,), {})],
     "batch_norm.over_devices": [((floats(2, 7), None), {})],
+    "boxes.box_areas": [((floats(2, 11, 4),), {})],
+    "boxes.box_iou": [((floats(11, 1, 4), floats(11, 7, 4)), {})],
+    "boxes.clip_boxes": [((floats(2, 11, 4), integers(2)), {})],
+    "boxes.decode_boxes": [
+        ((floats(11, 4), floats(11, 4), (*RATIOS, 1)), {}),
+        ((floats(11, 4), floats(11, 4), (*RATIOS, 1), integers(2)), {}),
+    ],
+    "boxes.encode_boxes": [((floats(11, 4), floats(11, 4), (*RATIOS, 1)), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
     "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
     "center_tiles.check_temperature": [((50.0,), {})],
@@ -266,6 +278,11 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "instance_masks.mask_targets": [
+        ((integers(11, 6, 5), floats(11, 4), floats(11, 4)), {"size": 7})
+    ],
+    "instance_masks.paste_masks": [((floats(11, 7, 7), floats(11, 4), (6, 5)), {})],
+    "instance_masks.unpack_masks": [((jnp.zeros((2, 11, 6, 3), jnp.uint8),), {})],
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
@@ -333,6 +350,12 @@ CALLS = {
     "resize.times_along": [
         ((np.ones(4), floats(2, 6, 4, 5), 2), {}), ((np.arange(4.0), floats(2, 6, 4, 5), 2), {})
     ],
+    "roi_align.roi_align": [
+        (([floats(2, 6, 5, 7), floats(2, 4, 3, 7)], (4, 8), floats(2, 11, 4)), {"size": 3}),
+        (([floats(2, 6, 5, 7, dtype=jnp.bfloat16)], (4,), floats(2, 11, 4)),
+         {"size": 3, "sampling_ratio": 2}),
+    ],
+    "roi_align.roi_levels": [((floats(2, 11, 4), 3), {}), ((floats(11, 4), 3, 28), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
@@ -378,6 +401,19 @@ CALLS = {
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
+    ],
+    "match_boxes.match_boxes": [
+        ((floats(11, 4), masks(11), floats(7, 4), masks(7)),
+         {"positive": 0.7, "negative": 0.3, "least": 0.3})
+    ],
+    "match_boxes.sample_matches": [((KEY, integers(11)), {"num": 6, "max_positive": 3})],
+    "nms.nms": [
+        ((floats(11, 4), floats(11), 0.5), {}),
+        ((floats(11, 4), floats(11), 0.5), {"labels": integers(11), "valid": masks(11)}),
+    ],
+    "select_detections.select_detections": [
+        ((boxes, floats(11, 3)), {"score_threshold": 0.1, "iou_threshold": 0.5, "num": 6})
+        for boxes in (floats(11, 4), floats(11, 3, 4))
     ],
     "windows.pad_map": [((floats(2, 6, 4, 5), (7, 9)), {})],
     "windows.pad_to_windows": [((floats(2, 6, 4, 5), (4, 3)), {})],

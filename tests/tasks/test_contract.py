@@ -32,6 +32,14 @@ from tokenvit_jax.training.validate import check_task
 BATCH_SIZE, SIZE = 16, 32
 HOST = {"dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8, "position_size": (SIZE, SIZE)}
 
+TINY_SWIN = {
+    "model": "swin_t",
+    "model_overrides": {
+        "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0),
+        "mlp_ratio": 1, "window_size": 2,
+    },
+}  # fmt: skip
+
 
 class Case(NamedTuple):
     """A task in a test, with one of its models.
@@ -98,14 +106,25 @@ CASES = {
         "mix.mixup",
         ignore=forget_depth,
     ),
+    "detection": Case(
+        {
+            "dataset": "scene_instances",
+            **TINY_SWIN,
+            "head_overrides": {
+                "channels": 4, "hidden": 8, "num_mask_convs": 1, "max_detections": 3,
+                "num_candidates": 8, "num_proposals": 8, "num_anchors": 16, "num_rois": 8,
+                "init_std": 0.1,
+            },
+            "data.max_objects": 5,
+            "image_size": 64,  # objects are about as large as the smallest anchors
+            "batch_size": 32,  # on eight devices, in two micro-batches, two images of a group
+        },
+        "mix.mixup",
+    ),
     "upernet": Case(
         {
             "dataset": "scenes",
-            "model": "swin_t",
-            "model_overrides": {
-                "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0),
-                "mlp_ratio": 1, "window_size": 2,
-            },
+            **TINY_SWIN,
             "head": "upernet",
             "head_overrides": {"channels": 4, "auxiliary_channels": 4, "dropout": 0.0},
         },
@@ -213,7 +232,7 @@ def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
     before = parallel.init(init_fn)
     start = jax.device_get(before.params)
     copies = CASES[name].copies
-    batch = example_batch(task, train=True, count=BATCH_SIZE // copies)
+    batch = example_batch(task, train=True, count=config.batch_size // copies)
     batch = {key: np.repeat(x, copies, axis=0) for key, x in batch.items()}
     state, metrics = step(before, parallel.put_batch(batch))
     return float(metrics["loss"]), start, jax.device_get(state.params)
@@ -231,6 +250,7 @@ FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapPara
 # Compiling a step takes longest of all: these cases join two forms in one.
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
+    "detection": [(devices.PmapParallel, 2)],
     "upernet": [(devices.PmapParallel, 2)],
 }
 STEPS = [(name, *form) for name in CASES for form in JOINED.get(name, FORMS)]

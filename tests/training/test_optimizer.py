@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,38 @@ def test_schedule_warms_up_and_decays_to_the_end(schedule, warmup, decay):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_the_step_schedule_falls_at_its_milestones():
+    config = default_config("classification")
+    config.num_steps = 101
+    config.optimizer.learning_rate = 1.0
+    config.optimizer.schedule = "step"
+    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_learning_rate = 0.2
+    config.optimizer.milestones, config.optimizer.milestone_factor = (60, 90), 0.25
+    check_config(config)
+    found = [float(rate) for rate in map(learning_rate_schedule(config), STEPS)]
+    expected = [
+        0.2 + 0.8 * step / 20 if step < 20 else 0.25 ** ((step >= 60) + (step >= 90))
+        for step in range(101)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("milestones", [(20, 90), (60, 101)])
+def test_milestones_are_after_the_warm_up_and_before_the_end(milestones):
+    config = default_config("classification")
+    config.num_steps = 101
+    config.optimizer.schedule, config.optimizer.warmup_steps = "step", 20
+    config.optimizer.milestones = milestones
+    message = (
+        f"config.optimizer.milestones={milestones} is not valid; valid: steps above "
+        "config.optimizer.warmup_steps=20 and below config.num_steps=101"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_config(config)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "step"])
 def test_schedule_of_one_step_is_finite(schedule):
     config = default_config("classification")
     config.num_steps = 1
@@ -103,6 +136,23 @@ def test_weight_decay_shrinks_kernels_by_the_learning_rate_and_clipping_bounds_t
     _, state = optimizer.update(large, state, params)
     mu = optax.tree_utils.tree_get(state, "mu")
     assert float(optax.global_norm(mu)) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) * clip_norm
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_all_parameters_decay_on_request(name):
+    config = default_config("classification")
+    config.optimizer.name, config.optimizer.decay = name, "all"
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 0.1, 0.5
+    config.optimizer.b1 = 0.0
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2,), 2.0)}
+    optimizer = make_optimizer(config)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    jax.tree.map(
+        lambda update, x: np.testing.assert_allclose(update, -0.1 * 0.5 * x, rtol=1e-6),
+        updates,
+        params,
+    )
 
 
 def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
@@ -131,7 +181,8 @@ def test_sgd_has_the_momentum_of_nesterov_and_decay_in_the_gradient():
     ("key", "value", "message"),
     [
         ("name", "adam", "config.optimizer.name='adam' is not valid; valid: adamw, sgd"),
-        ("schedule", "step", "config.optimizer.schedule='step' is not valid; valid: cosine, poly"),
+        ("schedule", "stair", "config.optimizer.schedule='stair' is not valid; valid: cosine, pol"),
+        ("milestones", (9, 5), "milestones=.9, 5. is not valid; valid: ascending values"),
         ("power", -1.0, "config.optimizer.power=-1.0 is not valid; valid: numbers from 0"),
         ("b1", 1.5, "config.optimizer.b1=1.5 is not valid; valid: numbers from 0"),
     ],

@@ -7,7 +7,7 @@ the number of processes and workers that make it, nor on where a run was interru
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -44,6 +44,10 @@ def train_batches(
     augmentation each time, in the order a b c d a b c: equal records are never neighbours, because
     Mixup would pair them.
 
+    If the examples have two canvases, all records of a batch have the same one. Each pass over the
+    split then has a batch of a canvas for every B of its records, in random order; what is missing
+    in the last one comes from the next pass.
+
     The iterator's state is the number of batches it has returned; it does not depend on the number
     of workers or processes.
 
@@ -67,11 +71,13 @@ def train_batches(
     """
     check_data(config)
     batch = _part(config.batch_size, "batch_size", process_count)
-    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    distinct = -(-config.batch_size // config.data.repeats)
+    groups = _groups(source, examples)
+    indices = _shuffled(len(source), groups, distinct, config.seed)
     if config.data.repeats > 1:
-        indices = _Repeated(indices, config.batch_size, config.data.repeats)
+        indices = _Repeated(indices, config.batch_size, distinct)
     skip = config.data.on_corrupt == "skip"
-    parts = indices.random_map(_TrainExample(source, examples, skip))
+    parts = indices.random_map(_TrainExample(source, examples, groups, skip))
     parts = parts.batch(batch)[process_index::process_count]
     return Batches(parts, _batch_specs(examples, batch), _num_workers(config, cores))
 
@@ -163,13 +169,71 @@ def _part(batch_size: int, name: str, process_count: int) -> int:
     return batch_size // process_count
 
 
-class _Repeated(grain.MapDataset):
-    """Fills each batch with the next ceil(batch_size / repeats) elements, again and again."""
+def _groups(source: Source, examples: Examples) -> list[np.ndarray]:
+    """Returns the records of each canvas, in order; [] if all have the same."""
+    if len(getattr(examples, "canvases", ())) < 2:
+        return []
+    if not hasattr(source, "portrait"):
+        raise UserError(
+            f"the dataset does not tell which images are higher than wide: {type(source).__name__} "
+            "has no portrait(); valid without it: a square config.image_size"
+        )
+    portrait = source.portrait()
+    return [group for group in map(np.flatnonzero, (~portrait, portrait)) if len(group)]
 
-    def __init__(self, parent: grain.MapDataset, batch_size: int, repeats: int):
+
+def _shuffled(
+    count: int, groups: Sequence[np.ndarray], batch_size: int, seed: int
+) -> grain.MapDataset:
+    """Returns an endless stream of the records, in a new order in every pass."""
+    if not groups:
+        return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+    streams = [
+        grain.MapDataset.range(len(group)).seed((seed + i) % 2**32).shuffle().repeat()
+        for i, group in enumerate(groups)
+    ]
+    return _InGroups(streams, groups, batch_size, seed)
+
+
+class _InGroups(grain.MapDataset):
+    """Fills each batch with elements of one group; the groups take turns at random."""
+
+    def __init__(
+        self,
+        streams: Sequence[grain.MapDataset],
+        groups: Sequence[np.ndarray],
+        batch_size: int,
+        seed: int,
+    ):
+        super().__init__(streams)
+        self._groups, self._batch_size, self._seed = groups, batch_size, seed
+        self._batches = [-(-len(group) // batch_size) for group in groups]  # in a pass
+
+    def __len__(self) -> int:
+        return len(self._parents[0])
+
+    def __getitem__(self, position: int) -> Any:
+        batch, place = divmod(position, self._batch_size)
+        number, batch = divmod(batch, sum(self._batches))
+        order = self._order_of(number)
+        group = order[batch]
+        earlier = number * self._batches[group] + int((order[:batch] == group).sum())
+        stream = self._parents[group]
+        return self._groups[group][stream[earlier * self._batch_size + place]]
+
+    def _order_of(self, number: int) -> np.ndarray:
+        """Returns the group of every batch of a pass."""
+        rng = np.random.default_rng((self._seed, number))
+        return rng.permutation(np.repeat(np.arange(len(self._groups)), self._batches))
+
+
+class _Repeated(grain.MapDataset):
+    """Fills each batch with the next few distinct elements, again and again."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, distinct: int):
         super().__init__(parent)
         self._batch_size = batch_size
-        self._distinct = -(-batch_size // repeats)
+        self._distinct = distinct
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -182,14 +246,22 @@ class _Repeated(grain.MapDataset):
 class _TrainExample(grain.transforms.RandomMap):
     """Returns the example of the record with an index, or of the next one that can be read."""
 
-    def __init__(self, source: Source, examples: Examples, skip: bool):
+    def __init__(
+        self, source: Source, examples: Examples, groups: Sequence[np.ndarray], skip: bool
+    ):
         self._source = source
         self._examples = examples
+        self._groups = groups
         self._skip = skip
 
     def random_map(self, index: int, rng: np.random.Generator) -> Example:
-        for skipped in range(len(self._source)):
-            number = (index + skipped) % len(self._source)
+        group, place = range(len(self._source)), index
+        for group in self._groups:
+            place = int(np.searchsorted(group, index))
+            if place < len(group) and group[place] == index:
+                break
+        for skipped in range(len(group)):
+            number = int(group[(place + skipped) % len(group)])
             example = _read_example(self._source, self._examples, number, rng, self._skip)
             if example is not None:
                 return example | {"index": np.int32(number), "skipped": np.int32(skipped)}

@@ -175,6 +175,12 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Returns the name of a record in messages: dataset, split, index and file."""
 
+    def portrait(self) -> np.ndarray:
+        """Returns which images are higher than wide, (n,) bool, without reading the images.
+
+        Only examples with two canvases need it.
+        """
+
 
 class Spec(NamedTuple):
     """Shape and type of one array of an example."""
@@ -187,10 +193,14 @@ class Examples(Protocol):
     """Turns records into examples, using only numpy; is sent to the worker processes.
 
     Attributes:
-      specs: name of an array -> its shape and type; equal for all examples.
+      specs: name of an array -> its shape and type; equal for all examples, but for canvases.
+      canvases: height and width of the images of training examples that are not higher than wide,
+        and of the others; (), or no such attribute: all have one size. A batch holds images of one
+        canvas. Both have as many pixels; `specs` has the first one.
     """
 
     specs: dict[str, Spec]
+    canvases: tuple[tuple[int, int], ...]
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         """Returns the example of a record.

@@ -202,8 +202,8 @@ class _Pool:
         if not done:
             error, trace = result
             raise error from (RuntimeError(trace) if trace else None)
-        slot = self._slots[index % len(self._slots)]
-        batch = result | {name: array.copy() for name, array in slot.items()}
+        slot, (batch, shapes) = self._slots[index % len(self._slots)], result
+        batch |= {name: array.reshape(shapes[name]).copy() for name, array in slot.items()}
         self._request()
         return batch
 
@@ -310,7 +310,8 @@ def serve(receive: Callable[[], Any], send: Callable[[Any], None]) -> None:
     Args:
       receive: returns first (file descriptor, bytes) of the pickled batches and of the slots, then
         pairs (number of the batch, number of the slot).
-      send: takes (True, the small arrays of a batch) or (False, (error, its traceback)).
+      send: takes (True, (the small arrays of a batch, the shapes of the others)), or (False,
+        (error, its traceback)).
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     source, *slots = (mmap.mmap(file, num_bytes) for file, num_bytes in receive())
@@ -329,11 +330,20 @@ def serve(receive: Callable[[], Any], send: Callable[[Any], None]) -> None:
         send(result)
 
 
-def _make(batches: grain.MapDataset, index: int, slot: Batch) -> Batch:
-    batch = dict(batches[index])
+def _make(
+    batches: grain.MapDataset, index: int, slot: Batch
+) -> tuple[Batch, dict[str, tuple[int, ...]]]:
+    """Puts the large arrays of a batch into a slot; returns the others, and the large ones' shapes.
+
+    A large array may have another shape than its spec, with as many elements.
+    """
+    batch, shapes = dict(batches[index]), {}
     for name, array in slot.items():
-        np.copyto(array, batch.pop(name), casting="no")  # another type than the spec is an error
-    return batch
+        made = batch.pop(name)
+        shapes[name] = made.shape
+        # Another type, or another number of elements, than the spec is an error.
+        np.copyto(array.reshape(made.shape), made, casting="no")
+    return batch, shapes
 
 
 def _not_loaded(error: Exception) -> UserError:

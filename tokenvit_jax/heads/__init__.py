@@ -1,19 +1,27 @@
 """Necks and heads for dense tasks; they read the tokens, maps or taps of a backbone."""
 
+from tokenvit_jax.heads.detection import Detections, DetectorHead, Targets
 from tokenvit_jax.heads.dpt import DptHead
 from tokenvit_jax.heads.fcn import FcnHead
 from tokenvit_jax.heads.head import Head, MapHead
+from tokenvit_jax.heads.mask_rcnn import MaskRcnn
+from tokenvit_jax.heads.retinanet import RetinaNet
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
 from tokenvit_jax.heads.semantic_fpn import SemanticFpn
 from tokenvit_jax.heads.upernet import UperNet
 
 __all__ = [
+    "Detections",
+    "DetectorHead",
     "DptHead",
     "FcnHead",
     "Head",
     "LinearDecoder",
     "MapHead",
+    "MaskRcnn",
     "MaskTransformer",
+    "RetinaNet",
     "SemanticFpn",
+    "Targets",
     "UperNet",
 ]

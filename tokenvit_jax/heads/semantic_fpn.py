@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 from jax.nn.initializers import xavier_uniform
 
+from tokenvit_jax.heads.fpn import pyramid_levels
 from tokenvit_jax.heads.head import MapHead
 from tokenvit_jax.layers import Conv
 from tokenvit_jax.models.settings import CHANNELS, Rules
-from tokenvit_jax.ops import resize_bilinear, resize_nearest
+from tokenvit_jax.ops import resize_bilinear
 
 
 class SemanticFpn(MapHead):
@@ -50,7 +51,4 @@ class SemanticFpn(MapHead):
                 self.neck_channels, kernel_size, init=xavier_uniform(), dtype=self.dtype, name=name
             )
 
-        levels = [conv(1, f"lateral_{i}")(x) for i, x in enumerate(maps, 1)]
-        for i in reversed(range(len(levels) - 1)):
-            levels[i] += resize_nearest(levels[i + 1], levels[i].shape[1:3])
-        return [conv(3, f"output_{i}")(x) for i, x in enumerate(levels, 1)]
+        return pyramid_levels(maps, conv)

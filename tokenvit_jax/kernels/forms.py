@@ -128,6 +128,10 @@ FORMS: dict[str, dict[str, str]] = {
         "tpu": "streams over all tokens; compiled for v5e, 64 x 3,136 tokens: both passes move "
         "0.3 GB in place of 12.6",
     },
+    "non-maximum suppression": {
+        "cpu": "in blocks of 128 boxes: no matrix of all pairs, and few turns in a block",
+        "default": "all boxes at once: every turn of a loop is a launch",
+    },
     "norm of gradients": {
         "cpu": "array by array: an operation costs little",
         "default": "all vectors, and all matrices of a shape, at once: compiled for an H100, 420 "
@@ -154,6 +158,16 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "lax.top_k on each device: with the product at once .37 ms in place of .81 on an "
         "H200 (40 x 40 from 28 x 28)",
         "default": "k rounds over the smallest of groups, which are vector loops on CPU",
+    },
+    "roi align": {
+        "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
+        "default": "in up to 8 chunks of at least 256 regions: for 1,000 with up to 21 samples, "
+        "half the reads of one chunk, and 45 turns of a loop, which are launches, instead of 560",
+    },
+    "roi align gradient": {
+        "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
+        "default": "in up to 8 chunks of at least 256 regions: for 1,000 with up to 21 samples, "
+        "half the reads of one chunk, and 45 turns of a loop, which are launches, instead of 560",
     },
     "scored attention": {
         "cuda": "cuDNN, and a kernel that sums up the weights; compiled for an H200, a seventh of "

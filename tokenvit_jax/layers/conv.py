@@ -115,25 +115,27 @@ class Conv(nn.Module):
 class PatchConvTranspose(nn.Module):
     """Transposed convolution whose kernel is as wide as its stride: every cell becomes a patch.
 
-    (B, H, W, C) -> (B, factor H, factor W, dim). Kernel and bias have PyTorch's default
-    initialisation.
+    (B, H, W, C) -> (B, factor H, factor W, dim).
 
     Attributes:
       dim: output channels.
       factor: stride and side of the kernel.
       dtype: type of the computation.
+      kernel_init: initializer of the kernel, with biases of 0; None: PyTorch's default for both.
     """
 
     dim: int
     factor: int
     dtype: Any = jnp.float32
+    kernel_init: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w dim"]:
         batch, height, width, channels = x.shape
-        k, init = self.factor, uniform_init(self.factor**2 * self.dim)  # PyTorch's fan
-        kernel = self.param("kernel", init, (k, k, channels, self.dim))
-        bias = self.param("bias", init, (self.dim,)).astype(self.dtype)
+        k, default = self.factor, uniform_init(self.factor**2 * self.dim)  # PyTorch's fan
+        kernel = self.param("kernel", self.kernel_init or default, (k, k, channels, self.dim))
+        bias_init = nn.initializers.zeros if self.kernel_init else default
+        bias = self.param("bias", bias_init, (self.dim,)).astype(self.dtype)
         kernel = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
         y = product(x.astype(self.dtype), kernel).reshape(batch, height, width, k, k, self.dim)
         return y.swapaxes(2, 3).reshape(batch, k * height, k * width, self.dim) + bias

@@ -151,8 +151,10 @@ class Backbone(Trainable):
         images are not checked.
       optional_parameters: ends of the paths of parameters that exist only with some settings. Runs
         that differ in these parameters can start from each other.
-      map_norm_epsilon: epsilon of the LayerNorm that dense models with convolutional heads apply to
-        each map of :meth:`features`; None: the maps need none.
+      map_norm_epsilon: epsilon of the LayerNorm that segmentation with convolutional heads applies
+        to each map of :meth:`features`; None: no norm.
+      has_normed_maps: whether the maps of :meth:`features` end in a LayerNorm, so that detectors
+        apply none to them.
       float32_parameters: pattern in the paths of kernels (n, m) and their biases that enter the
         computation in float32, so that :meth:`cast_weights` leaves them: layers in float32, and
         layers that an operator joins with a BatchNorm or a convolution.
@@ -166,6 +168,7 @@ class Backbone(Trainable):
     first_layer: ClassVar[str] = ""
     optional_parameters: ClassVar[tuple[str, ...]] = ()
     map_norm_epsilon: ClassVar[float | None] = None
+    has_normed_maps: ClassVar[bool] = False
     float32_parameters: ClassVar[str] = "classifier|position_bias|pointwise|ffn/reduce|ffn/.*/bias"
     standardized_kernels: ClassVar[str | None] = None
 

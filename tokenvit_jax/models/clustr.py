@@ -129,6 +129,7 @@ class ClusTR(Pyramid):
     settings: ClusTRSettings
 
     block_type = ClusTRBlock
+    has_normed_maps = True
 
     def setup(self):
         super().setup()

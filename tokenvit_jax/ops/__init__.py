@@ -1,6 +1,7 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
 from tokenvit_jax.ops.adaptive_pooling import adaptive_average_pool
+from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, valid_anchors
 from tokenvit_jax.ops.attention import (
     ScoredAttention,
     attention_weights,
@@ -14,6 +15,7 @@ from tokenvit_jax.ops.batch_norm import (
     affine_of,
     batch_norm,
 )
+from tokenvit_jax.ops.boxes import box_areas, box_iou, clip_boxes, decode_boxes, encode_boxes
 from tokenvit_jax.ops.channel_affine import channel_affine, channel_sums
 from tokenvit_jax.ops.clustered_attention import (
     clustered_attention,
@@ -40,13 +42,18 @@ from tokenvit_jax.ops.group_attention import (
     update_centroids,
 )
 from tokenvit_jax.ops.group_norm import group_norm
+from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks, unpack_masks
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.linear import linear_product
+from tokenvit_jax.ops.match_boxes import Sample, match_boxes, sample_matches
 from tokenvit_jax.ops.merge_tokens import merge_tokens
+from tokenvit_jax.ops.nms import nms
 from tokenvit_jax.ops.pale_attention import pale_attention
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
 from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
+from tokenvit_jax.ops.roi_align import roi_align, roi_levels
 from tokenvit_jax.ops.rollout import attention_rollout
+from tokenvit_jax.ops.select_detections import Selection, select_detections
 from tokenvit_jax.ops.standardize import standardize_kernels
 from tokenvit_jax.ops.superpixels import cluster_superpixels
 from tokenvit_jax.ops.token_merging import bipartite_matching
@@ -62,7 +69,9 @@ __all__ = [
     "GroupSums",
     "Means",
     "Medoids",
+    "Sample",
     "ScoredAttention",
+    "Selection",
     "adaptive_average_pool",
     "add_layer_norm",
     "affine_gradient",
@@ -72,20 +81,27 @@ __all__ = [
     "attention_weights",
     "batch_norm",
     "bipartite_matching",
+    "box_areas",
+    "box_iou",
+    "cell_anchors",
     "channel_affine",
     "channel_sums",
+    "clip_boxes",
     "cluster_density_peaks",
     "cluster_superpixels",
     "clustered_attention",
     "conv",
     "conv_of_resized",
     "conv_with_padding",
+    "decode_boxes",
     "defer_gelu",
     "density_peaks",
     "depthwise_block",
     "depthwise_conv",
     "dot_product_attention",
+    "encode_boxes",
     "gelu",
+    "grid_anchors",
     "group_attention",
     "group_norm",
     "group_sums",
@@ -94,17 +110,27 @@ __all__ = [
     "kmedoids",
     "layer_norm",
     "linear_product",
+    "mask_targets",
+    "match_boxes",
     "merge_tokens",
     "move_centroids",
+    "nms",
     "pale_attention",
+    "paste_masks",
     "query_prototypes",
     "reconstruct_tokens",
     "relative_position_bias",
     "resize_bilinear",
     "resize_nearest",
+    "roi_align",
+    "roi_levels",
+    "sample_matches",
     "scored_attention",
+    "select_detections",
     "standardize_kernels",
+    "unpack_masks",
     "update_centroids",
     "used_clusters",
+    "valid_anchors",
     "window_attention",
 ]

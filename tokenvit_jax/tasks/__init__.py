@@ -8,6 +8,7 @@ from tokenvit_jax.data import dataset_info, datasets_with
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.depth import Depth
+from tokenvit_jax.tasks.detection import Detection
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
 from tokenvit_jax.valid import OneOf, shown
@@ -16,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "depth": Depth,
+    "detection": Detection,
 }
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Aux",
     "Classification",
     "Depth",
+    "Detection",
     "Meter",
     "Outcome",
     "Prediction",

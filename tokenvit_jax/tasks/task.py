@@ -71,13 +71,17 @@ class Meter(Protocol):
     def per_class(self) -> dict[str, np.ndarray]:
         """Returns metrics of every class by name, (num_classes,); nan: not defined."""
 
+    def results(self) -> list[dict[str, Any]]:
+        """Returns the predictions in the form that the dataset's own code evaluates."""
+
 
 class Prediction(NamedTuple):
     """A model's prediction for one image.
 
     Attributes:
       arrays: the result by name, such as "probabilities" (num_classes,) or "labels" (H, W).
-      row: the result for a table: texts, numbers, and dictionaries or lists of numbers.
+      row: the result for a table: texts, numbers, dictionaries or lists of numbers, and lists of
+        objects, which are dictionaries.
       text: the result in one line.
       draw: function from a caption to pictures by name.
     """
@@ -126,6 +130,7 @@ class Task(abc.ABC):
     reads: ClassVar[frozenset[str]]  # fields of a Record from which the examples are made
     entries: ClassVar[Mapping[str, Entry]]  # the entries of a configuration that only this task has
     needs: ClassVar[Sequence[Need]] = ()  # conditions under which some of them change something
+    has_results: ClassVar[bool] = False  # whether the meter has a method `results`
 
     @staticmethod
     def overridable(config: ConfigDict) -> dict[str, Any]:
@@ -227,6 +232,11 @@ class Task(abc.ABC):
           variables: variables of the model.
           images: (B, H, W, 3), normalised, with the sides of `view_size`; B may be symbolic.
         """
+
+    @property
+    def images_per_group(self) -> int:
+        """Consecutive images of a batch whose losses belong together, on one device."""
+        return 1
 
     @property
     def teacher(self) -> Teacher | None:

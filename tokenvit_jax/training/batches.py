@@ -32,10 +32,12 @@ def check_train_batch(task: Task, devices: int | None = None) -> None:
       devices: number of devices; None: those that are available.
     """
     devices, config = devices or jax.device_count(), task.config
-    if config.batch_size % (devices * config.accumulate_steps):
+    group = task.images_per_group
+    if config.batch_size % (devices * config.accumulate_steps * group):
+        grouped = f" x {group} images of a group" if group > 1 else ""
         raise UserError(
             f"config.batch_size={config.batch_size} is not a multiple of {devices} devices x "
-            f"{config.accumulate_steps} accumulate_steps"
+            f"{config.accumulate_steps} accumulate_steps{grouped}"
         )
     for name in {"model_overrides", "head_overrides"} & set(config):
         group = config[name].get("batch_norm", "global")

@@ -1,6 +1,7 @@
 """Evaluates a model in training, or a run, in one pass over the evaluation split."""
 
 import contextlib
+import json
 import math
 import time
 from collections import deque
@@ -17,10 +18,12 @@ from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.output import write_file
 from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
 from tokenvit_jax.training.expedite_run import with_measured_temperature
+from tokenvit_jax.training.processes import on_main_process
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_task
@@ -35,6 +38,7 @@ def evaluate_batches(
     parallel: Parallel,
     per_class: bool = False,
     stopped: Callable[[], bool] = lambda: False,
+    out: Path | None = None,
 ) -> dict[str, Any] | None:
     """Returns the metrics of a model over all batches.
 
@@ -47,6 +51,7 @@ def evaluate_batches(
       per_class: whether to add metrics of every class, such as "per_class/iou": {name: value}, with
         None where the metric is not defined.
       stopped: called with every batch, equally in all processes; True ends the evaluation.
+      out: file that receives the predictions in JSON, of a task with `has_results`; None: none.
 
     Returns:
       The metrics by name, with "eval/images_per_second", from the first request for a batch to the
@@ -74,6 +79,8 @@ def evaluate_batches(
     for outcome in pending:
         meter.add(parallel.fetch(outcome))
     metrics = meter.result()
+    if out is not None:
+        on_main_process(lambda: write_file(out, json.dumps(meter.results()), "--out"))
     metrics["eval/images_per_second"] = float(images) / (time.monotonic() - begin)
     if per_class:
         for name, values in meter.per_class().items():
@@ -100,6 +107,7 @@ def evaluate_run(
     config: ConfigDict | None = None,
     per_class: bool = False,
     batches: Batches | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of a checkpoint over the whole evaluation split.
 
@@ -110,6 +118,7 @@ def evaluate_run(
         own.
       per_class: as in :func:`evaluate_batches`.
       batches: of the split, which stay open; None: opened and closed here.
+      out: as in :func:`evaluate_batches`.
 
     Returns:
       "step" and the metrics of :func:`evaluate_batches`.
@@ -122,13 +131,15 @@ def evaluate_run(
     check_task(create_task(config), training=False)
     if batches is None:
         with contextlib.closing(_open_batches(config)) as batches:
-            return evaluate_run(workdir, checkpoint, config, per_class, batches)
+            return evaluate_run(workdir, checkpoint, config, per_class, batches, out)
     batches.start()  # the workers start while the weights are loaded
     parallel = make_parallel(config)
     run = load_run(workdir, checkpoint, config=config, axis_name=parallel.axis_name)
     eval_step = parallel.eval_step(make_eval_step(run.task, run.model))
     variables = parallel.put_variables(run.variables)
-    metrics = evaluate_batches(run.task, eval_step, variables, batches, parallel, per_class)
+    metrics = evaluate_batches(
+        run.task, eval_step, variables, batches, parallel, per_class, out=out
+    )
     check_metrics(metrics, workdir / "checkpoints" / str(run.step))
     return {"step": run.step, **metrics}
 
@@ -145,6 +156,7 @@ def evaluate_insertions(
     config: ConfigDict,
     inserted: Mapping[str, Mapping[str, Any]],
     per_class: bool = False,
+    out: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the metrics of a checkpoint without insertions, then with each of them.
 
@@ -155,6 +167,7 @@ def evaluate_insertions(
       inserted: label of an insertion -> overrides of the model; see
         :func:`tokenvit_jax.expediting.insertions.from_flags`.
       per_class: as in :func:`evaluate_batches`.
+      out: as in :func:`evaluate_batches`; only without insertions.
 
     Yields:
       As :func:`evaluate_run`. If there are insertions, also "inserted", the label or "none",
@@ -170,7 +183,7 @@ def evaluate_insertions(
             overrides = all_overrides[label]
             if "expedite" in overrides:
                 changed = with_measured_temperature(workdir, checkpoint, changed)
-            metrics = evaluate_run(workdir, checkpoint, changed, per_class, batches)
+            metrics = evaluate_run(workdir, checkpoint, changed, per_class, batches, out)
             if inserted:
                 task = create_task(changed)
                 macs = summarize_model(

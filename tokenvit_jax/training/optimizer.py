@@ -29,7 +29,8 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
 
     The rate rises linearly from `warmup_learning_rate` at step 0 to `learning_rate` at step
     `warmup_steps`; then it decays to `end_learning_rate` at the last step, `num_steps - 1`: by half
-    a cosine, or by the remaining fraction of the steps to the power of `power`.
+    a cosine, or by the remaining fraction of the steps to the power of `power`. Or it is multiplied
+    by `milestone_factor` at each of the steps `milestones`, which are after the warm-up.
 
     Args:
       config: configuration; `num_steps` and `optimizer` are read.
@@ -42,8 +43,13 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
             optimizer.warmup_learning_rate, peak, optimizer.warmup_steps, last, end
         )
-    decay = optax.polynomial_schedule(peak, end, optimizer.power, last - optimizer.warmup_steps)
     warmup = optax.linear_schedule(optimizer.warmup_learning_rate, peak, optimizer.warmup_steps)
+    if optimizer.schedule == "step":
+        steps = [step - optimizer.warmup_steps for step in optimizer.milestones]
+        factors = dict.fromkeys(steps, optimizer.milestone_factor)
+        decay = optax.piecewise_constant_schedule(peak, factors)
+    else:
+        decay = optax.polynomial_schedule(peak, end, optimizer.power, last - optimizer.warmup_steps)
     return optax.join_schedules([warmup, decay], [optimizer.warmup_steps])
 
 
@@ -146,12 +152,17 @@ def _adamw(optimizer, schedule):
         b1=optimizer.b1,
         b2=optimizer.b2,
         weight_decay=optimizer.weight_decay,
-        mask=weight_decay_mask,
+        mask=_decay_mask(optimizer),
     )
+
+
+def _decay_mask(optimizer):
+    """Returns what optax takes for the parameters that decay; None: all do."""
+    return weight_decay_mask if optimizer.decay == "matrices" else None
 
 
 def _sgd(optimizer, schedule):
     return optax.chain(
-        optax.add_decayed_weights(optimizer.weight_decay, weight_decay_mask),
+        optax.add_decayed_weights(optimizer.weight_decay, _decay_mask(optimizer)),
         optax.sgd(schedule, momentum=optimizer.b1, nesterov=True),
     )

@@ -41,7 +41,8 @@ class Table:
 
     The suffix of the path decides the format. ".json": a list of objects. ".csv": nested entries
     become columns with dots in their names, such as "probabilities.cat", as in
-    `pandas.json_normalize`. The file is made for the first row, and replaces an earlier table.
+    `pandas.json_normalize`; lists of objects are texts in JSON. The file is made for the first
+    row, and replaces an earlier table.
     """
 
     def __init__(self, path: Path, inputs: Iterable[Path] = ()):
@@ -106,12 +107,19 @@ class Table:
 
 
 def flatten(row: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a row without nesting; names and positions in lists are joined by dots."""
+    """Returns a row without nesting; names and positions in lists are joined by dots.
+
+    A list of objects, of which every image has another number, becomes its JSON text.
+    """
     items = row.items() if isinstance(row, Mapping) else enumerate(row)
     flat = {}
     for key, value in items:
-        nested = isinstance(value, Mapping | list)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+            flat[name] = json.dumps(value, ensure_ascii=False)
+        else:
+            nested = isinstance(value, Mapping | list)
+            flat |= flatten(value, f"{name}.") if nested else {name: value}
     return flat
 
 

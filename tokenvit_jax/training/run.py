@@ -56,7 +56,9 @@ class Run:
         Returns:
           Classification: "probabilities" (num_classes,) in the order of :attr:`class_names`, or
           "features" (C,) if the model has no classes. Segmentation: "labels" (H, W) uint8.
-          Depth: "depth" (H, W) float32 [metres].
+          Depth: "depth" (H, W) float32 [metres]. Detection: "boxes" (n, 4) float32 [x1 y1 x2 y2,
+          pixels], "classes" (n,) int32, "scores" (n,) float32 and, with Mask R-CNN, "masks"
+          (n, H, W) bool.
 
         Raises:
           UserError: a file cannot be read, or an array has another shape or type.
@@ -67,7 +69,8 @@ class Run:
         """Returns images as the model takes them, (B, H, W, C) float32, normalised.
 
         A classifier sees the centre crop of its evaluation. A segmentation model sees the centre of
-        the image in its window; :meth:`predict` shows it all windows.
+        the image in its window; :meth:`predict` shows it all windows. A detector sees the whole
+        image at the top left of its canvas.
 
         Args:
           images: as in :meth:`predict`.
@@ -98,8 +101,8 @@ class Run:
     def pooled(self, images: Batch) -> jax.Array:
         """Returns one vector per image (B, C) in float32, for retrieval or a linear probe.
 
-        A classifier gives the features that its last layer reads. A segmentation or depth model
-        gives the mean over the positions of its last map.
+        A classifier gives the features that its last layer reads. Any other model gives the mean
+        over the positions of its last map.
 
         Args:
           images: as in :meth:`features`.

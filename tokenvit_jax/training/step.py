@@ -53,6 +53,7 @@ def make_train_step(
     schedule = learning_rate_schedule(config)
     frozen = Frozen(config.optimizer.freeze, model)
     optimizer = optax.with_extra_args_support(optimizer)
+    group = task.images_per_group
 
     def train_step(state, batch, sharded=None):
         layers = map_paths(lambda path, _: model.layer_of(path), state.params)
@@ -70,7 +71,7 @@ def make_train_step(
         cast = model.cast_weights(state.params, convolutions=sharded is not None)
         weights = exchange.gather(cast)
         loss, logged, grads, model_state = _accumulate(
-            loss_fn, config.accumulate_steps, weights, state, inputs, model_rng
+            loss_fn, config.accumulate_steps, weights, state, inputs, model_rng, group
         )
         # In float32, which holds it exactly, to travel with the gradients in one reduction.
         skipped = batch["skipped"].astype(jnp.float32).sum()
@@ -141,12 +142,12 @@ def _model_rngs(rng):
     return {"dropout": dropout, "routing": routing, "sample": jax.random.fold_in(rng, 2)}
 
 
-def _accumulate(loss_fn, num_micro_batches, weights, state, inputs, rng):
+def _accumulate(loss_fn, num_micro_batches, weights, state, inputs, rng, group):
     """Returns the loss, metrics, gradient and new model state of a batch computed part by part.
 
     Loss, metrics and gradient are means over the parts; each part passes the model state on to the
     next. The weights are the parameters, some in the type of the computation; the gradient has the
-    types of the parameters.
+    types of the parameters. Consecutive images of a group stay together.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -167,9 +168,10 @@ def _accumulate(loss_fn, num_micro_batches, weights, state, inputs, rng):
         return (*sums, aux.model_state), aux.metrics
 
     def split(x):
-        # A micro-batch holds every n-th image, not a contiguous slice, so that micro-batches do not
+        # A micro-batch holds every n-th group, not a contiguous slice, so that micro-batches do not
         # depend on the number of devices.
-        return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        parts = x.reshape(-1, num_micro_batches, group, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(num_micro_batches, -1, *x.shape[1:])
 
     zeros = jax.tree.map(lambda x, param: jnp.zeros(x.shape, param.dtype), weights, state.params)
     (loss, grads, model_state), metrics = lax.scan(

@@ -25,10 +25,22 @@ def check_task(task: Task, *, training: bool = True) -> None:
             f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"config.num_steps={config.num_steps}"
         )
+    _check_milestones(config)
     profiled_steps(config)
     check_data(config)
     task.check()
     check_needs(config, entries_of(config.task), (*NEEDS, *task.needs))
+
+
+def _check_milestones(config: ConfigDict) -> None:
+    """Raises UserError unless every milestone of the step schedule is passed after the warm-up."""
+    milestones = tuple(config.optimizer.milestones)
+    warmup, last = config.optimizer.warmup_steps, config.num_steps
+    if not all(warmup < step < last for step in milestones):
+        raise UserError(
+            f"config.optimizer.milestones={milestones} is not valid; valid: steps above "
+            f"config.optimizer.warmup_steps={warmup} and below config.num_steps={last}"
+        )
 
 
 def profiled_steps(config: ConfigDict) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from tokenvit_jax.weights import (
     dpt,
     google,
     huggingface,
+    mmdet,
     mmseg,
     segmenter,
     swin,
@@ -53,6 +54,8 @@ LAYOUTS = {  # name of a layout -> family of models -> its layout
     "dpt": {"vit": dpt.LAYOUT, "deit": dpt.LAYOUT},
     "mmseg": {"swin": mmseg.VERSION_1},
     "mmseg0": {"swin": mmseg.VERSION_0},
+    "mmdet": {"swin": mmdet.MMDET},
+    "swin_detection": {"swin": mmdet.SWIN},
 }
 
 

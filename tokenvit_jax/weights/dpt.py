@@ -15,8 +15,8 @@ from tokenvit_jax.heads.dpt import LEVELS
 from tokenvit_jax.weights import timm_vit
 from tokenvit_jax.weights.rules import (
     KERNEL,
+    TRANSPOSED_KERNEL,
     Arrays,
-    Change,
     Layout,
     Rule,
     linear,
@@ -25,8 +25,6 @@ from tokenvit_jax.weights.rules import (
 )
 
 IMAGENET_CLASSES = 1000
-# (in, out, rows, columns) -> (rows, columns, in, out)
-TRANSPOSED_KERNEL = Change(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))
 
 
 def rules(model: nn.Module) -> list[Rule]:

@@ -89,7 +89,7 @@ class Layout(NamedTuple):
     rules: Callable[[nn.Module], list[Rule]]
     num_classes: Callable[[Arrays], int]
     model_overrides: Callable[[Arrays], dict[str, Any]]
-    image_size: Callable[[nn.Module, Arrays], int]
+    image_size: Callable[[nn.Module, Arrays], int | tuple[int, int]]
     eval_crop: Callable[[int, Arrays], float] | None = timm_crop
     config_entries: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     assumed: Callable[[Arrays], tuple[str, ...]] = lambda arrays: ()
@@ -108,6 +108,8 @@ SAME = Change(lambda x: x, lambda x: x)
 TRANSPOSED = Change(lambda x: x.transpose(), lambda x: x.transpose())
 # (out, in, rows, columns) -> (rows, columns, in, out)
 KERNEL = Change(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+# (in, out, rows, columns) -> (rows, columns, in, out), of a transposed convolution
+TRANSPOSED_KERNEL = Change(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))
 WITHOUT_BATCH = Change(lambda x: x[0], lambda x: x[None])
 # (heads, 1, 1) -> (heads,)
 FLAT = Change(lambda x: x.reshape(-1), lambda x: x.reshape(-1, 1, 1))

@@ -4,6 +4,9 @@ A module has `INFO`, the facts about its dataset; `open_split(config, split)`, w
 source; and `prepare(manual_dir, data_dir)`, which converts the original files into files that
 `open_split` reads. The embedded datasets have no `prepare`: they come with an installed package.
 
+A module whose records have "instances" also has `annotations(config, split)`, the objects of all
+images of a split in COCO's format.
+
 A module whose facts depend on the configuration, such as the classes of a folder of images, has
 `read_info(config)` in place of `INFO`.
 
@@ -16,6 +19,7 @@ import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,6 +30,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 NAMES = (
     "ade20k",
     "cityscapes",
+    "coco",
     "depth_scenes",
     "digits",
     "fashion_mnist",
@@ -34,6 +39,7 @@ NAMES = (
     "motorcycle",
     "nyu_depth_v2",
     "pascal_context",
+    "scene_instances",
     "scenes",
 )
 # Entries of the configuration from which the facts about a dataset follow.
@@ -77,11 +83,23 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
         dataset that is not built in also `data.data_dir` and `data.split`.
 
     Raises:
-      UserError: an entry is not valid, there is no such dataset, it cannot be read, or it has
-        another number of classes.
+      UserError: an entry is not valid, there is no such dataset, it cannot be read, it has another
+        number of classes, or objects that cannot be evaluated.
     """
     check_entries(config, {key: ENTRIES[key] for key in _READ})
-    module, classes = _module(config.dataset), tuple(config.data.classes)
+    module = _module(config.dataset)
+    info = _read_info(module, config)
+    images = config.dataset != "none"
+    if images and "instances" in info.fields and not hasattr(module, "annotations"):
+        raise UserError(
+            f"config.dataset={config.dataset!r}: records of this module have instances, but it "
+            "has no annotations(config, split), which their evaluation needs"
+        )
+    return info
+
+
+def _read_info(module: ModuleType, config: ConfigDict) -> DatasetInfo:
+    classes = tuple(config.data.classes)
     if hasattr(module, "read_info"):
         return module.read_info(config)
     if config.data.split:
@@ -111,6 +129,22 @@ def open_split(config: ConfigDict, split: str) -> Source:
       UserError: there is no such dataset, or it has not been prepared in `data_dir`.
     """
     return _module(config.dataset).open_split(config, split)
+
+
+def open_annotations(config: ConfigDict, split: str) -> dict[str, Any]:
+    """Returns the objects of all images of a split in COCO's format, for its evaluation code.
+
+    Args:
+      config: as in :func:`open_split`, for a dataset whose records have "instances".
+      split: as in :func:`open_split`.
+
+    Returns:
+      "images", in the order of the split, "annotations" and "categories".
+
+    Raises:
+      UserError: as :func:`open_split`.
+    """
+    return _module(config.dataset).annotations(config, split)
 
 
 def check_reads_files(config: ConfigDict, data_dir: str | None) -> None:

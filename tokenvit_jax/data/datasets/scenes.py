@@ -72,9 +72,16 @@ class ScenesSource:
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
+        image, digits = self.draw(index)
+        label = np.zeros(image.size[::-1], np.uint8)
+        for digit, strokes in digits:
+            label[strokes] = digit + 1
+        return Record(id=index, image=image, label_map=label)
+
+    def draw(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
+        """Returns a scene, and its digits with their strokes (H, W) bool; later ones lie on top."""
         rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
-        image = self._draw_background(rng)
-        label = Image.new("L", image.size)
+        image, digits = self._draw_background(rng), []
         quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
         for row, column in zip(*divmod(quarters, 2), strict=True):
             coverage, digit = self._draw_digit(rng)
@@ -82,10 +89,13 @@ class ScenesSource:
             shift = rng.integers(-_MAX_SHIFT, _MAX_SHIFT, 2, endpoint=True)
             space = SIDE - np.array(coverage.size)
             place = (centre + shift - np.array(coverage.size) / 2).astype(int).clip(0, space)
-            image.paste(tuple(rng.integers(*_COLORS, 3).tolist()), tuple(place.tolist()), coverage)
-            strokes = coverage.point(lambda level: 255 * (level >= 128))
-            label.paste(digit + 1, tuple(place.tolist()), strokes)
-        return Record(id=index, image=image, label_map=np.asarray(label))
+            left, top = place.tolist()
+            image.paste(tuple(rng.integers(*_COLORS, 3).tolist()), (left, top), coverage)
+            strokes = np.zeros(image.size[::-1], bool)
+            drawn = np.asarray(coverage) >= 128
+            strokes[top : top + drawn.shape[0], left : left + drawn.shape[1]] = drawn
+            digits.append((digit, strokes))
+        return image, digits
 
     def _draw_background(self, rng: np.random.Generator) -> Image.Image:
         """Cuts a square from a photograph, darkens it and mirrors every second one."""

@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from tokenvit_jax.data import IGNORED, Examples, to_array, with_channels
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.confusion import ConfusionMeter
+from tokenvit_jax.tasks.grouping import group_by_size
 from tokenvit_jax.tasks.segmentation.examples import (
     ImageViews,
     SegmentationExamples,
     image_key,
     size_key,
 )
-from tokenvit_jax.tasks.segmentation.grouping import group_by_size
 from tokenvit_jax.tasks.segmentation.inference import (
     class_shares,
     compare_views,

@@ -1,19 +1,25 @@
-"""Groups the records of an evaluation by the size of their images, for models that see them whole.
+"""Groups the records of an evaluation by the size of their images.
 
-Shapes of compiled programs are static, and padding would change what a whole image gives: pyramid
-pooling and attention would see it. So a batch holds images of one size, and there is one program
-for each size.
+Shapes of compiled programs are static. Where padding would change what a whole image gives, or cost
+much, a batch holds images of one size, and there is one program for each size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
 
 
-def group_by_size(batches: Iterable[Batch], images: Sequence[str]) -> Iterator[Batch]:
-    """Yields batches of images of one size, without padding, each record of the others once.
+Size = tuple[int, int]
+
+
+def group_by_size(
+    batches: Iterable[Batch],
+    images: Sequence[str],
+    cut: Callable[[Size], Size] = lambda size: size,
+) -> Iterator[Batch]:
+    """Yields batches of images of one size, each record of the others once.
 
     A batch is yielded as soon as there are enough images of a size. The last batch of a size is
     filled with copies of a record whose "mask" is 0.
@@ -23,6 +29,8 @@ def group_by_size(batches: Iterable[Batch], images: Sequence[str]) -> Iterator[B
         image at the top left of a buffer (B, H, W, C) and "NAME_size" (B, 2), its height and width;
         "mask" (B,), 0 for records to leave out; and others.
       images: names of the images. Images whose first ones have equal sizes have equal sizes.
+      cut: maps the size of an image to that of the part of the buffer that is kept; by default,
+        without padding.
     """
     groups: dict[tuple[int, ...], list[Batch]] = {}
     size = 0
@@ -31,9 +39,9 @@ def group_by_size(batches: Iterable[Batch], images: Sequence[str]) -> Iterator[B
         for i in np.flatnonzero(batch["mask"]):
             record = {name: array[i] for name, array in batch.items()}
             for name in images:
-                height, width = record[f"{name}_size"]
+                height, width = cut(tuple(record[f"{name}_size"].tolist()))
                 record[name] = record[name][:height, :width].copy()  # lets go of the batch
-            group = groups.setdefault(tuple(record[f"{images[0]}_size"].tolist()), [])
+            group = groups.setdefault(record[images[0]].shape, [])
             group.append(record)
             if len(group) == size:
                 yield _stacked(group)

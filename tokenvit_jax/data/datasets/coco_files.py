@@ -1,0 +1,403 @@
+"""Prepares datasets of objects from image files and annotations in COCO's format.
+
+Image files are stored unchanged, with their objects; masks become run-length encodings. What
+evaluation compares with, all objects of the evaluation split as they are in the file, and the sizes
+of the training images are in the metadata. Nothing is downloaded, and TensorFlow is not needed.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokenvit_jax.data.decoding import opened
+from tokenvit_jax.data.files import read_file, read_text
+from tokenvit_jax.data.record import DatasetInfo, Instances, Record
+from tokenvit_jax.data.tfds_files import (
+    Pairs,
+    TfdsSource,
+    is_prepared,
+    list_versions,
+    open_records,
+    write_splits,
+)
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import note
+
+# The datasets share this folder, as tensorflow_datasets has other datasets with their names.
+FOLDER = "detection"
+VERSION = "1.0.0"
+MIN_SIDE = 32  # of a training image [pixels]
+
+Entries = dict[str, Any]  # images, annotations and categories of a file, or one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the files of a dataset are in `manual_dir`.
+
+    Attributes:
+      images: split -> folder of its images.
+      annotations: split -> file with its annotations.
+      how_to_get: instructions for the user.
+    """
+
+    images: dict[str, str]
+    annotations: dict[str, str]
+    how_to_get: str
+
+
+class CocoSource(TfdsSource):
+    """Images with their objects."""
+
+    def __init__(self, info: DatasetInfo, split: str, data_dir: str):
+        records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
+        super().__init__(info.name, split, records)
+        self._sizes = read_metadata(info.name, data_dir)["sizes"][split]
+
+    def portrait(self) -> np.ndarray:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        width, height = np.array(self._sizes).T
+        return height > width
+
+    def ground_truth(self, features: Entries, image: Image.Image) -> Record:
+        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
+        objects = json.loads(features["objects"])
+        instances = Instances(
+            boxes=np.array([entry["box"] for entry in objects], np.float32).reshape(-1, 4),
+            classes=np.array([entry["class"] for entry in objects], np.int32),
+            crowd=np.array([entry["crowd"] for entry in objects], bool),
+            masks=[entry["mask"] for entry in objects],
+        )
+        return Record(id=int(features["image_id"]), instances=instances)
+
+
+def read_annotations(name: str, data_dir: str, split: str) -> Entries:
+    """Returns all objects of a prepared evaluation split in COCO's format.
+
+    Args:
+      name: name of the dataset.
+      data_dir: the folder that `prepare` wrote into.
+      split: name of the split.
+    """
+    return read_metadata(name, data_dir)["ground_truth"][split]
+
+
+@functools.lru_cache(maxsize=2)
+def read_metadata(name: str, data_dir: str) -> Entries:
+    """Returns "sizes", width and height of the images of a split, and "ground_truth".
+
+    Args:
+      name: name of a prepared dataset.
+      data_dir: the folder that `prepare` wrote into.
+    """
+    folder = list_versions(Path(os.path.expanduser(data_dir)) / FOLDER / name)[-1]
+    return json.loads(read_text(folder / "metadata.json"))
+
+
+def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path) -> Path:
+    """Writes a dataset as ArrayRecord files; does nothing if they exist.
+
+    Training images are those with an annotation and sides from 32 pixels on. Annotations without
+    area, thinner than a pixel, or outside of their image are left out, as MMDetection does.
+
+    Args:
+      info: facts about the dataset.
+      layout: files that `manual_dir` must hold.
+      manual_dir: folder with the unpacked archives.
+      data_dir: receives the folder `detection/NAME/1.0.0`.
+
+    Returns:
+      The folder with the files.
+
+    Raises:
+      UserError: a file is missing or malformed, an identifier occurs twice, a category is unknown,
+        or an image or a mask has another size than the annotations say; the message names the file
+        and the identifier.
+    """
+    folder = data_dir / FOLDER / info.name / VERSION
+    if is_prepared(folder):
+        return folder
+    files = {split: _read(layout, manual_dir, split, info) for split in layout.images}
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(),
+        "image_id": np.int64,
+        "objects": tfds.features.Text(),
+        "file_name": tfds.features.Text(),
+    }
+    kept = {
+        split: _kept(file.content, train=split == info.train_split) for split, file in files.items()
+    }
+    for split, images in kept.items():
+        _check_files(manual_dir / layout.images[split], files[split], images)
+    metadata = {
+        "sizes": {
+            split: [[image["width"], image["height"]] for image in images]
+            for split, images in kept.items()
+        },
+        "ground_truth": {info.eval_split: files[info.eval_split].content},
+    }
+    splits = {
+        split: _examples(manual_dir / layout.images[split], files[split], images)
+        for split, images in kept.items()
+    }
+    write_splits(
+        data_dir, f"{FOLDER}/{info.name}", VERSION, features, splits,
+        metadata=tfds.core.MetadataDict(metadata), disable_shuffling=True,
+    )  # fmt: skip
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotationFile:
+    """A file of annotations that has been checked.
+
+    Attributes:
+      path: the file.
+      content: "images", "annotations" and "categories".
+      labels: identifier of a category -> class.
+    """
+
+    path: Path
+    content: Entries
+    labels: dict[int, int]
+
+
+def _read(layout: Layout, manual_dir: Path, split: str, info: DatasetInfo) -> AnnotationFile:
+    path = manual_dir / layout.annotations[split]
+    if not path.is_file():
+        raise UserError(
+            f"{layout.annotations[split]} not found in --manual_dir={manual_dir}; "
+            f"{layout.how_to_get}"
+        )
+    try:
+        content = json.loads(read_text(path))
+        content = {kind: [*map(dict, content[kind])] for kind in _FIELDS}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not in COCO's format ({type(error).__name__}: {error}); valid: JSON with "
+            f"lists of {', '.join(_FIELDS)}"
+        ) from error
+    _check(path, content)
+    found = sorted((entry["id"], entry["name"]) for entry in content["categories"])
+    names = tuple(name for _, name in found)
+    if names != info.classes:
+        other = next(
+            (f"{a!r}, not {b!r}" for a, b in zip(names, info.classes, strict=False) if a != b),
+            f"{len(names)} of {len(info.classes)}",
+        )
+        raise UserError(f"{path}: the categories are not those of {info.name}: {other}")
+    return AnnotationFile(path, content, {key: i for i, (key, _) in enumerate(found)})
+
+
+def _is_whole(value: Any, low: int = 0) -> bool:
+    return type(value) is int and low <= value < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # not for nan, either
+
+
+_TEXT = lambda value: type(value) is str and bool(value), "a text"
+_ID = _is_whole, "a whole number"
+_SIDE = functools.partial(_is_whole, low=1), "a number of pixels"
+# Kind of an entry -> a field -> whether a value is right, and which ones are.
+_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": _ID, "width": _SIDE, "height": _SIDE, "file_name": _TEXT},
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (
+            lambda box: type(box) is list and len(box) == 4 and all(map(_is_finite, box)),
+            "x, y, width and height",
+        ),
+        "area": (_is_finite, "a number of pixels"),
+        "segmentation": (
+            lambda mask: (
+                type(mask) is list or (type(mask) is dict and {*mask} >= {"size", "counts"})
+            ),
+            "a list of polygons, or size and counts of run lengths",
+        ),
+    },
+    "categories": {"id": _ID, "name": _TEXT},
+}
+
+
+def _check(path: Path, content: Entries) -> None:
+    """Raises UserError for wrong values, and identifiers that occur twice or do not exist."""
+    for kind, fields in _FIELDS.items():
+        for place, entry in enumerate(content[kind]):
+            for name, (is_right, valid) in fields.items():
+                if not is_right(entry.get(name)):
+                    found = f"{name}={entry[name]!r:.60}" if name in entry else f"no {name}"
+                    who = entry.get("id", f"at place {place}")
+                    raise UserError(f"{path}: {kind}: entry {who} has {found}; valid: {valid}")
+        counts = Counter(entry["id"] for entry in content[kind])
+        twice = [key for key, count in counts.items() if count > 1]
+        if twice:
+            raise UserError(f"{path}: {kind} have the id {twice[0]} twice; valid: one each")
+    images = {entry["id"] for entry in content["images"]}
+    categories = {entry["id"] for entry in content["categories"]}
+    for entry in content["annotations"]:
+        for name, known in {"image_id": images, "category_id": categories}.items():
+            if entry[name] not in known:
+                raise UserError(
+                    f"{path}: annotation {entry['id']} has {name} {entry[name]}, which the file "
+                    "does not list"
+                )
+
+
+def _kept(content: Entries, *, train: bool) -> list[Entries]:
+    """Returns the images of a split in their order, in training those with annotations."""
+    if not train:
+        return content["images"]
+    annotated = {entry["image_id"] for entry in content["annotations"]}
+    return [
+        image
+        for image in content["images"]
+        if image["id"] in annotated and min(image["width"], image["height"]) >= MIN_SIDE
+    ]
+
+
+def _check_files(folder: Path, file: AnnotationFile, images: list[Entries]) -> None:
+    """Raises UserError if images are missing, before anything is written."""
+    missing = [image for image in images if not (folder / image["file_name"]).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder / missing[0]['file_name']} not found, image {missing[0]['id']} of "
+            f"{file.path} (the first of {len(missing)})"
+        )
+
+
+def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pairs:
+    by_image: dict[int, list[Entries]] = {}
+    for entry in file.content["annotations"]:
+        by_image.setdefault(entry["image_id"], []).append(entry)
+    left_out: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    for number, image in enumerate(images):
+        path, objects = folder / image["file_name"], []
+        content = read_file(path)
+        _check_size(path, content, image)
+        for entry in by_image.get(image["id"], ()):
+            fault = box_fault(entry, image)
+            if fault:
+                left_out[fault] += 1
+                first.setdefault(fault, entry["id"])
+                continue
+            objects.append(_object(file, entry, image))
+        yield (
+            number,
+            {
+                "image": io.BytesIO(content),
+                "image_id": image["id"],
+                "objects": json.dumps(objects),
+                "file_name": image["file_name"],
+            },
+        )
+    for fault, count in left_out.items():
+        note(f"{file.path}: annotation {first[fault]} {fault}: left out (the first of {count})")
+
+
+def _check_size(path: Path, content: bytes, image: Entries) -> None:
+    try:
+        with opened(content, "an image") as stored:
+            size = stored.size
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if size != (image["width"], image["height"]):
+        raise UserError(
+            f"{path} has {size[0]} x {size[1]} pixels; image {image['id']} of the annotations has "
+            f"{image['width']} x {image['height']} (width x height)"
+        )
+
+
+def box_fault(entry: Entries, image: Entries) -> str:
+    """Returns why an annotation is left out; "": it is not."""
+    left, top, width, height = entry["bbox"]
+    inside = [
+        max(0, min(low + side, limit) - max(low, 0))
+        for low, side, limit in (
+            (left, width, image["width"]),
+            (top, height, image["height"]),
+        )
+    ]
+    if not inside[0] * inside[1]:
+        return "has a box outside of its image"
+    if entry["area"] <= 0:
+        return "has no area"
+    return "has a box thinner than a pixel" if width < 1 or height < 1 else ""
+
+
+def _object(file: AnnotationFile, entry: Entries, image: Entries) -> Entries:
+    left, top, width, height = entry["bbox"]
+    return {
+        "box": [left, top, left + width, top + height],
+        "class": file.labels[entry["category_id"]],
+        "crowd": bool(entry.get("iscrowd")),
+        "mask": _mask(file, entry, (image["height"], image["width"])),
+    }
+
+
+def _mask(file: AnnotationFile, entry: Entries, size: tuple[int, int]) -> str:
+    """Returns the run-length encoding of an annotation's mask, the union of its polygons."""
+    from pycocotools import mask as rle
+
+    where = f"{file.path}: annotation {entry['id']}"
+    segmentation = entry["segmentation"]
+    try:
+        if isinstance(segmentation, list):
+            for polygon in segmentation:  # pycocotools would crash
+                if not all(map(_is_finite, polygon)) or max(map(abs, polygon)) > 2 * max(size):
+                    raise ValueError("a polygon lies far outside of the image")
+            encoded = rle.merge(rle.frPyObjects(segmentation, *size))
+        elif tuple(segmentation["size"]) != size:
+            raise UserError(
+                f"{where} has a mask of {segmentation['size'][0]} x {segmentation['size'][1]} "
+                f"pixels; its image has {size[0]} x {size[1]} (height x width)"
+            )
+        elif isinstance(segmentation["counts"], list):
+            encoded = rle.frPyObjects(segmentation, *size)
+        else:
+            encoded = {**segmentation, "counts": segmentation["counts"].encode()}
+        if sum(_runs(encoded["counts"])) != size[0] * size[1]:
+            raise ValueError("its runs have another number of pixels than the image")
+    except UserError:
+        raise
+    except Exception as error:  # pycocotools raises many types
+        raise UserError(f"{where}: its mask cannot be read ({error})") from error
+    return encoded["counts"].decode()
+
+
+def _runs(counts: bytes) -> Iterator[int]:
+    """Yields the lengths of the runs of an encoding: pycocotools does not check them.
+
+    A number is stored in groups of five bits, low ones first, the sixth bit telling whether more
+    follow; from the fourth number on it is the difference from the one before the last.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        bits = byte - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        if len(lengths) > 2:
+            value += lengths[-2]
+        lengths.append(value)
+        yield value
+        value = shift = 0

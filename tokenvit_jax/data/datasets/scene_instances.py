@@ -1,0 +1,84 @@
+"""The embedded scenes with their digits as objects, each with a box and a mask.
+
+The images are those of "scenes". The classes are the digits 0 to 3; there is no background class.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokenvit_jax.data.datasets import scenes
+from tokenvit_jax.data.datasets.scenes import DIGITS, ScenesSource
+from tokenvit_jax.data.instances import coco_annotations, instances_of
+from tokenvit_jax.data.record import DatasetInfo, Instances, Record
+
+INFO = DatasetInfo(
+    name="scene_instances",
+    splits=scenes.INFO.splits,
+    train_split="train",
+    eval_split="test",
+    fields=frozenset({"image", "instances"}),
+    num_classes=DIGITS,
+    classes=tuple(map(str, range(DIGITS))),
+)
+
+
+def open_split(config: ConfigDict, split: str) -> "SceneInstancesSource":
+    """Opens a split for reading; `config` is not used."""
+    del config
+    return SceneInstancesSource(split)
+
+
+def annotations(config: ConfigDict, split: str) -> dict[str, Any]:
+    """Returns the objects of a split in COCO's format; `config` is not used.
+
+    Args:
+      config: ignored.
+      split: name of the split.
+
+    Returns:
+      "images", in the order of the split, "annotations" and "categories".
+    """
+    del config
+    return _annotations(split)
+
+
+@functools.cache
+def _annotations(split: str) -> dict[str, Any]:
+    source = SceneInstancesSource(split)
+    images = ((index, source.read_objects(index)) for index in range(len(source)))
+    return coco_annotations(images, (scenes.SIDE, scenes.SIDE), INFO.classes)
+
+
+class SceneInstancesSource(ScenesSource):
+    """Scenes of 128 x 128 pixels; the mask of a digit is the part of its strokes that is seen."""
+
+    def name(self, index: int) -> str:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return f"scene_instances split {self._split!r}, record {index}"
+
+    def read(self, index: int) -> Record:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        image, digits = self.draw(index)
+        return Record(id=index, image=image, instances=_instances(digits))
+
+    def portrait(self) -> np.ndarray:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return np.zeros(len(self), bool)  # they are square
+
+    def read_objects(self, index: int) -> Instances:
+        """Returns the objects of a scene."""
+        return _instances(self.draw(index)[1])
+
+
+def _instances(digits) -> Instances:
+    """Returns the objects for digits with their strokes, of which later ones hide earlier ones."""
+    hidden = np.zeros_like(digits[0][1])
+    seen = []
+    for digit, strokes in reversed(digits):
+        seen.append((digit, strokes & ~hidden))
+        hidden |= strokes
+    seen = [(digit, mask) for digit, mask in reversed(seen) if mask.any()]
+    return instances_of([mask for _, mask in seen], [digit for digit, _ in seen])

@@ -1,0 +1,125 @@
+"""Turns records into examples for detection: images on a canvas, with their objects."""
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data.box_transforms import (
+    MASK_SIDE,
+    View,
+    fitted_size,
+    random_view,
+    view_boxes,
+    view_masks,
+    view_pixels,
+)
+from tokenvit_jax.data.dense_transforms import pad
+from tokenvit_jax.data.images import mean_pixel, with_channels
+from tokenvit_jax.data.record import Instances, Record, Spec
+from tokenvit_jax.tasks.detection.settings import (
+    canvas,
+    eval_short_side,
+    long_side,
+    train_short_sides,
+)
+
+Example = dict[str, np.ndarray]
+NO_OBJECT = -1  # class at places of the padded objects that hold none
+
+
+class DetectionExamples:
+    """Images with objects.
+
+    An example holds the resized image at the top left of its canvas, `image` (H, W, C) uint8, on
+    the mean colour, and `image_size` (2,) int32, its height and width. In training, it also holds
+    the M largest objects: `boxes` (M, 4) float32 [x1 y1 x2 y2, pixels of the canvas], `classes`
+    (M,) int32, `NO_OBJECT` at the end, `objects_left_out` () int32, the number of the others, and
+    for detectors with masks `masks` (M, MASK_SIDE, MASK_SIDE / 8) uint8, rows of bits in the frame
+    of the box. Crowds are background. In evaluation, it holds `original_size` (2,) int32, and the
+    canvas is a square that has room for both orientations.
+
+    Args:
+      config: provides `image_size`, `in_channels`, `data.normalization` and the entries of
+        detection.
+      has_masks: whether training reads masks.
+      train: whether the examples are for training.
+
+    Attributes:
+      canvases: in training, height and width of the canvas of images that are not higher than
+        wide, and of the others if that differs.
+    """
+
+    def __init__(self, config: ConfigDict, *, has_masks: bool, train: bool):
+        self._train, self._channels = train, config.in_channels
+        self._fill = mean_pixel(config.data.normalization, config.in_channels)
+        self._long_side, self._eval_side = long_side(config), eval_short_side(config)
+        self._sides, self._augment = train_short_sides(config), config.augment
+        low, high = canvas(config)
+        self.canvases = ((low, high), (high, low)) if train and low < high else ()
+        height, width = (low, high) if train else (high, high)
+        self.specs = {
+            "image": Spec((height, width, self._channels), np.uint8),
+            "image_size": Spec((2,), np.int32),
+        }
+        if not train:
+            self.specs["original_size"] = Spec((2,), np.int32)
+            return
+        self._max_objects = count = config.data.max_objects
+        self.specs |= {
+            "boxes": Spec((count, 4), np.float32),
+            "classes": Spec((count,), np.int32),
+            "objects_left_out": Spec((), np.int32),
+        }
+        if has_masks:
+            self.specs["masks"] = Spec((count, MASK_SIDE, MASK_SIDE // 8), np.uint8)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """See :class:`tokenvit_jax.data.record.Examples`."""
+        image = with_channels(record["image"], self._channels)
+        if not self._train:
+            size = fitted_size(image.size, self._eval_side, self._long_side)
+            example = self._on_canvas(image, View((0, 0, *image.size), size))
+            return example | {"original_size": np.array(image.size[::-1], np.int32)}
+        view = random_view(
+            image.size, self._sides, self._long_side, room=self._canvas(image)[::-1],
+            crop=self._augment.detr_crop, flip=self._augment.flip, rng=rng,
+        )  # fmt: skip
+        return self._on_canvas(image, view) | self._objects(record["instances"], image.size, view)
+
+    def empty(self) -> Example:
+        """See :class:`tokenvit_jax.data.record.Examples`."""
+        example = {name: np.zeros(*spec) for name, spec in self.specs.items()}
+        example["image_size"][:] = self.specs["image"].shape[:2]
+        if self._train:
+            example["classes"][:] = NO_OBJECT
+        else:
+            example["original_size"][:] = example["image_size"]
+        return example
+
+    def _canvas(self, image: Image.Image) -> tuple[int, int]:
+        """Returns height and width of the canvas of an image."""
+        size = self.specs["image"].shape[:2]
+        return size[::-1] if image.height > image.width else size
+
+    def _on_canvas(self, image: Image.Image, view: View) -> Example:
+        pixels = view_pixels(image, view)
+        return {
+            "image": pad(pixels, (*self._canvas(image), self._channels), self._fill),
+            "image_size": np.array(pixels.shape[:2], np.int32),
+        }
+
+    def _objects(self, instances: Instances, size: tuple[int, int], view: View) -> Example:
+        boxes = view_boxes(instances.boxes, view)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        areas = np.where(instances.crowd, 0.0, sides.prod(1))
+        found = np.flatnonzero(areas > 0)
+        kept = np.sort(found[np.argsort(-areas[found], kind="stable")[: self._max_objects]])
+        example = self.empty()
+        del example["image"], example["image_size"]
+        example["boxes"][: len(kept)] = boxes[kept]
+        example["classes"][: len(kept)] = instances.classes[kept]
+        example["objects_left_out"] = np.array(len(found) - len(kept), np.int32)
+        if "masks" in example:
+            masks = [instances.masks[i] for i in kept]
+            example["masks"][: len(kept)] = view_masks(masks, size, boxes[kept], view)
+        return example

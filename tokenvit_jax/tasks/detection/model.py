@@ -1,0 +1,112 @@
+"""The detector: a hierarchical backbone and a head on its maps."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.heads import Detections, DetectorHead, MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.layers import LayerNorm
+from tokenvit_jax.models import create_model, list_models
+from tokenvit_jax.models.backbone import BackboneModel
+from tokenvit_jax.tasks.overrides import make_backbone, make_head
+
+MAP_NORM_EPSILON = 1e-5  # of Swin's published detectors, for all backbones
+HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
+
+
+class Detector(BackboneModel):
+    """Applies the head of a detector to the maps of a hierarchical backbone.
+
+    Attributes:
+      backbone: the backbone.
+      head: the head.
+    """
+
+    head: DetectorHead
+
+    def __call__(
+        self, images: jax.Array, train: bool = False, image_size: jax.Array | None = None
+    ) -> Detections:
+        """Returns the detections for images.
+
+        Args:
+          images: (B, H, W, C), normalised, each at the top left of its canvas.
+          train: whether the backbone behaves as in training.
+          image_size: height and width of each image (B, 2) [pixels]; None: of the canvas.
+        """
+        if image_size is None:
+            whole = jnp.array(images.shape[1:3], jnp.int32)
+            image_size = jnp.broadcast_to(whole, (images.shape[0], 2))  # also of a symbolic batch
+        return self.head(*self.head_inputs(images, train), image_size)
+
+    def losses(
+        self, images: jax.Array, train: bool, targets: Targets, keys: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the losses of every group of images by name, (B / loss_group,) each.
+
+        Args:
+          images: as in a call.
+          train: whether the backbone behaves as in training.
+          targets: the objects.
+          keys: a random key for each image (B,).
+        """
+        return self.head.losses(*self.head_inputs(images, train), targets, keys)
+
+    @nn.compact
+    def head_inputs(self, images, train):
+        """Returns the maps that the head reads, and their strides."""
+        first = self.head.first_map
+        maps = self.backbone.features(images, train)[first:]
+        if not self.backbone.has_normed_maps:
+            maps = [
+                LayerNorm(MAP_NORM_EPSILON, x.dtype, name=f"map_norm_{i}")(x)
+                for i, x in enumerate(maps, first + 1)
+            ]
+        return maps, self.backbone.strides[first:]
+
+
+def head_class(name: str) -> type[DetectorHead]:
+    """Returns the class of a head.
+
+    Raises:
+      UserError: there is no such head.
+    """
+    if name not in HEADS:
+        hint = did_you_mean(name, HEADS)
+        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(HEADS)}")
+    return HEADS[name]
+
+
+def make_detector(
+    config: ConfigDict, num_classes: int, axis_name: str | tuple[str, ...] | None
+) -> Detector:
+    """Returns the detector of a configuration.
+
+    Args:
+      config: provides `model`, `model_overrides`, `head`, `head_overrides` and `dtype`.
+      num_classes: number of classes.
+      axis_name: mapped axis that the batch is split over; None under `jax.jit`.
+
+    Raises:
+      UserError: the model, the head or an override is unknown, or the model is plain.
+    """
+    check_backbone(config)
+    common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
+    head = make_head(head_class(config.head), config, num_classes=num_classes, **common)
+    return Detector(make_backbone(config, **common), head)
+
+
+def check_backbone(config: ConfigDict) -> None:
+    """Raises UserError if the model has one map only.
+
+    Args:
+      config: provides `model`.
+    """
+    if len(create_model(config.model).strides) == 1:
+        valid = [name for name in list_models() if len(create_model(name).strides) > 1]
+        raise UserError(
+            f"config.model={config.model!r} is not valid: detectors read the maps of a "
+            f"hierarchical backbone; valid: {', '.join(valid)}"
+        )

@@ -1,0 +1,70 @@
+"""The configuration entries of object detection."""
+
+from ml_collections import ConfigDict
+
+from tokenvit_jax.config import ENTRIES as COMMON
+from tokenvit_jax.config import SIDE, Entry, height_and_width
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.valid import Flag, Group, OneOf, Several, ZeroOr, whole
+
+ENTRIES: dict[str, Entry] = {
+    "model": COMMON["model"]._replace(default="swin_t"),
+    "head": Entry(
+        "mask_rcnn",
+        "mask_rcnn: boxes and masks; retinanet: boxes",
+        OneOf(("mask_rcnn", "retinanet")),
+    ),
+    "head_overrides": Entry({}, "settings of the head", Group()),
+    # Images keep their proportions, and lie at the top left of a canvas of `image_size`, height and
+    # width; images that are higher than wide lie in one of width and height.
+    "data.max_objects": Entry(
+        100, "objects of an image in training; the largest are kept", whole(1, 10_000)
+    ),
+    "data.long_side": Entry(0, "longest side of an image [pixels]; 0: of image_size", ZeroOr(SIDE)),
+    "data.eval_short_side": Entry(
+        0, "shorter side of an image in evaluation [pixels]; 0: of image_size", ZeroOr(SIDE)
+    ),
+    "augment.short_sides": Entry(
+        (), "random shorter sides of an image [pixels]; (): of image_size", Several(SIDE)
+    ),
+    "augment.detr_crop": Entry(
+        False, "of every second image, only a random part is seen, as for DETR", Flag()
+    ),
+}
+
+
+def canvas(config: ConfigDict) -> tuple[int, int]:
+    """Returns height and width of the canvas of images that are not higher than wide [pixels]."""
+    low, high = sorted(height_and_width(config.image_size))
+    return low, high
+
+
+def long_side(config: ConfigDict) -> int:
+    """Returns the longest side of an image [pixels]."""
+    return config.data.long_side or canvas(config)[1]
+
+
+def eval_short_side(config: ConfigDict) -> int:
+    """Returns the shorter side of an image in evaluation [pixels]."""
+    return config.data.eval_short_side or canvas(config)[0]
+
+
+def train_short_sides(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the shorter sides from which training draws [pixels]."""
+    return tuple(config.augment.short_sides) or (canvas(config)[0],)
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Raises UserError if images do not fit the canvas."""
+    low, high = canvas(config)
+    sides = {
+        "data.long_side": (long_side(config), high),
+        "data.eval_short_side": (eval_short_side(config), low),
+        "augment.short_sides": (max(train_short_sides(config)), low),
+    }
+    for key, (side, room) in sides.items():
+        if side > room:
+            raise UserError(
+                f"config.{key}: {side} pixels do not fit config.image_size={low} x {high}; valid: "
+                f"at most {room}"
+            )

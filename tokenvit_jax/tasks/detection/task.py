@@ -1,0 +1,196 @@
+"""The task of object detection and instance segmentation."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenvit_jax.data import Examples, open_annotations, to_array, with_channels
+from tokenvit_jax.data.box_transforms import View, fitted_size, view_pixels
+from tokenvit_jax.data.dense_transforms import pad, scaled_size
+from tokenvit_jax.data.images import mean_pixel
+from tokenvit_jax.heads import Detections, Targets
+from tokenvit_jax.metrics.coco import CocoMeter, paste_mask
+from tokenvit_jax.tasks.detection.examples import DetectionExamples
+from tokenvit_jax.tasks.detection.model import head_class, make_detector
+from tokenvit_jax.tasks.detection.settings import (
+    ENTRIES,
+    canvas,
+    check_sizes,
+    eval_short_side,
+    long_side,
+)
+from tokenvit_jax.tasks.grouping import group_by_size
+from tokenvit_jax.tasks.task import (
+    Aux,
+    Batch,
+    Inputs,
+    Outcome,
+    Prediction,
+    Predictor,
+    Rngs,
+    Task,
+    apply_in_training,
+)
+
+
+class Detection(Task):
+    """Boxes of objects, with RetinaNet, or boxes and masks, with Mask R-CNN.
+
+    Batches: see :class:`DetectionExamples`. The ground truth of an evaluation comes from the
+    dataset, whose masks are exact and whose crowds are ignored as COCO does.
+    """
+
+    reads = frozenset({"image", "instances"})
+    entries = ENTRIES
+    has_results = True
+
+    @staticmethod
+    def overridable(config: ConfigDict) -> dict[str, Any]:
+        return Task.overridable(config) | {"head_overrides": head_class(config.head)}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the detector predicts masks."""
+        return head_class(self.config.head).has_masks
+
+    @property
+    def images_per_group(self) -> int:
+        return self.make_model().head.loss_group
+
+    def check(self) -> None:
+        self.make_model()
+        check_sizes(self.config)
+
+    def examples(self, *, train: bool) -> Examples:
+        return DetectionExamples(self.config, has_masks=self.has_masks, train=train)
+
+    def make_model(self) -> nn.Module:
+        return make_detector(self.config, self.info.num_classes, self.axis_name)
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
+        # Draws depend on the image and the step, and not on the image's place in the batch.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["index"])
+        left_out = batch["objects_left_out"].astype(jnp.float32)
+        names = [name for name in Targets._fields if name in batch]
+        return {
+            "image": self.normalize(batch["image"]),
+            "keys": keys,
+            "objects_left_out": left_out,
+            **{name: batch[name] for name in names},
+        }
+
+    def loss(
+        self, model: nn.Module, params: Any, model_state: Any, inputs: Inputs, rngs: Rngs
+    ) -> tuple[jax.Array, Aux]:
+        targets = Targets(**{name: inputs.get(name) for name in Targets._fields})
+        losses, model_state = apply_in_training(
+            model, params, model_state, inputs["image"], rngs,
+            method="losses", targets=targets, keys=inputs["keys"],
+        )  # fmt: skip
+        means = {name: values.mean() for name, values in losses.items()}
+        metrics = {f"loss/{name}": value for name, value in means.items()}
+        metrics["data/objects_left_out"] = inputs["objects_left_out"].mean()
+        return sum(means.values()), Aux(model_state, metrics)
+
+    def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
+        found = self._detect(
+            model, variables, batch["image"], batch["image_size"], batch["original_size"]
+        )
+        rows = {name: value for name, value in found._asdict().items() if value is not None}
+        return Outcome(
+            (), rows | {name: batch[name] for name in ("index", "mask", "original_size")}
+        )
+
+    def _detect(self, model, variables, images, image_size, original_size) -> Detections:
+        """Returns the detections with boxes in pixels of the original images."""
+        images = self.normalize(images)
+        found = model.apply(variables, images, train=False, image_size=image_size)
+        factors = original_size / image_size  # rows, columns
+        factors = jnp.tile(factors[:, ::-1], 2)[:, None].astype(jnp.float32)
+        limits = jnp.tile(original_size[:, ::-1], 2)[:, None]
+        return found._replace(boxes=jnp.clip(found.boxes * factors, 0, limits))
+
+    def grouped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        if jax.process_count() > 1:  # whose batches must have equal shapes: the square
+            return batches
+        low, high = canvas(self.config)
+
+        def canvas_of(size):
+            return (high, low) if size[0] > size[1] else (low, high)
+
+        return batches if low == high else group_by_size(batches, ["image"], canvas_of)
+
+    def meter(self) -> CocoMeter:
+        annotations = functools.partial(open_annotations, self.config, self.info.eval_split)
+        return CocoMeter(annotations, has_masks=self.has_masks)
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return metrics["eval/mask_ap" if self.has_masks else "eval/box_ap"]
+
+    def view(self, image: Image.Image) -> np.ndarray:
+        return self._on_canvas(with_channels(image, self.config.in_channels), self.view_size)[0]
+
+    def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        found = model.apply(variables, images, train=False)
+        return {name: value for name, value in found._asdict().items() if value is not None}
+
+    def predictor(self, model: nn.Module, variables: Any) -> Predictor:
+        from tokenvit_jax.tasks.detection import pictures  # matplotlib: drawing only
+
+        names, (low, high) = self.class_names(), canvas(self.config)
+
+        @jax.jit
+        def apply(variables, images, image_size, original_size):
+            found = self._detect(model, variables, images, image_size, original_size)
+            return jax.tree.map(lambda x: x[0], found)
+
+        def predict(image):
+            image = with_channels(image, self.config.in_channels)
+            shape = (high, low) if image.height > image.width else (low, high)
+            pixels, size = self._on_canvas(image, shape)
+            original = np.array(image.size[::-1], np.int32)
+            found = jax.device_get(apply(variables, pixels[None], size[None], original[None]))
+            count = int((found.classes >= 0).sum())
+            boxes, classes, scores = (x[:count] for x in found[:3])
+            arrays = {"boxes": boxes, "classes": classes, "scores": scores}
+            if found.masks is not None:
+                masks = [
+                    paste_mask(*each, image.size[::-1])
+                    for each in zip(found.masks[:count], boxes.astype(np.float64), strict=True)
+                ]
+                arrays["masks"] = np.array(masks, bool).reshape(count, *image.size[::-1])
+            objects = [
+                {
+                    "class": names[label],
+                    "score": float(f"{score:.4g}"),
+                    "box": [round(float(x), 1) for x in box],
+                }
+                for box, label, score in zip(boxes, classes, scores, strict=True)
+            ]
+            text = pictures.describe(names, classes, scores)
+            draw = functools.partial(pictures.draw, to_array(image), arrays, names)
+            return Prediction(arrays, {"objects": objects}, text, draw)
+
+        return predict
+
+    def _on_canvas(
+        self, image: Image.Image, shape: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a resized image on a canvas, and its height and width.
+
+        It is as large as in an evaluation, unless the canvas is of the other orientation.
+        """
+        size = fitted_size(image.size, eval_short_side(self.config), long_side(self.config))
+        scale = min(room / side for room, side in zip(shape[::-1], size, strict=True))
+        size = scaled_size(*size, scale) if scale < 1 else size
+        pixels = view_pixels(image, View((0, 0, *image.size), size))
+        fill = mean_pixel(self.config.data.normalization, self.config.in_channels)
+        padded = pad(pixels, (*shape, pixels.shape[-1]), fill)
+        return padded, np.array(pixels.shape[:2], np.int32)
