@@ -28,6 +28,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_string("runs", None, "folder of the training runs", flag_values=FLAGS)
 
 SEEDS = (0, 1, 2)
+NUM_STEPS = 240
 DETECTORS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
 COLUMNS = ["detector", "backbone", "parameters, k", "MMACs", *METRICS.values()]
@@ -73,6 +74,9 @@ def make_config(setting: Setting, seed: int = 0) -> ConfigDict:
     """Returns the configuration of a training."""
     config = scenes_config(setting.detector)
     config.seed = seed
+    config.num_steps = config.eval_every_steps = NUM_STEPS
+    config.optimizer.warmup_steps = NUM_STEPS // 10
+    config.checkpoint_every_steps = NUM_STEPS // 2
     if setting.model:
         config.model, config.model_overrides = setting.model, dict(setting.model_overrides)
     return config
