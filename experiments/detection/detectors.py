@@ -15,12 +15,12 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from tokenvit_jax.recipes.detection import scenes_config
 
 from experiments import pages, plots
 from experiments.runs import make_model
 from tokenvit_jax import cli
 from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.recipes.detection import scenes_config
 from tokenvit_jax.training.loop import train
 from tokenvit_jax.training.train_log import read_metrics
 
