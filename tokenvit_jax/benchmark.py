@@ -49,7 +49,7 @@ from tokenvit_jax.valid import whole
 # A test compares them with `measure.operators`, whose import is too slow for --help.
 OPERATORS = (
     "group_attention", "depthwise_conv", "dot_product_attention", "cluster_density_peaks",
-    "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
+    "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens", "roi_align",
 )  # fmt: skip
 
 
