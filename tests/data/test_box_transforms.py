@@ -16,7 +16,8 @@ from tokenvit_jax.data.box_transforms import (
     view_masks,
     view_pixels,
 )
-from tokenvit_jax.data.instances import encode_mask, mask_box
+from tokenvit_jax.data.instances import mask_box
+from tokenvit_jax.run_lengths import encode_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "resize_sizes.json"
 

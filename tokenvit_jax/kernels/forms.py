@@ -103,6 +103,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "one launch that reads tokens and gradients once and adds the residual's gradient",
         "default": "XLA's reductions and fusions",
     },
+    "matching": {
+        "cpu": "object by object: 1.1 times as fast as all steps on ten objects at a time",
+        "default": "ten objects at a time, whose overlaps with 270,000 anchors take 10 MB: compiled "
+        "for an H100, a tenth of the launches, which were half of those of Mask R-CNN's head",
+    },
     "merge tokens": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",

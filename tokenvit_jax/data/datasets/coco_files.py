@@ -61,12 +61,12 @@ class CocoSource(TfdsSource):
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
         records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
         super().__init__(info.name, split, records)
-        self._sizes = read_metadata(info.name, data_dir)["sizes"][split]
+        width, height = np.array(read_metadata(info.name, data_dir)["sizes"][split]).T
+        self._portrait = height > width
 
     def portrait(self) -> np.ndarray:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        width, height = np.array(self._sizes).T
-        return height > width
+        return self._portrait
 
     def ground_truth(self, features: Entries, image: Image.Image) -> Record:
         """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
