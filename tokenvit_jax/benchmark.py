@@ -13,9 +13,9 @@ memory of its parameters. Several models take turns in one run, including timm m
 Models differ in size, so they are compared by images per second times the multiply-adds (MACs) of
 the forward pass of one image: their speed at equal MACs. With --keep or --expedite, every model
 takes turns with a variant that has a token reducer or clustered tokens: "speedup" is the gain in
-images per second, "saved" the gain in MACs. An operator takes turns with its obvious alternatives.
-Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against
-needs PyTorch and timm.
+images per second, "saved" the gain in MACs. An operator takes turns with its obvious alternatives,
+and RoIAlign with torchvision's, where that is installed. Times are medians; compilation and warm-up
+are separate. JAX, Flax and NumPy suffice; --against needs PyTorch and timm.
 
 --task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
 recipe; --task=depth times DPT-hybrid. The training step has the loss of the recipe, on a batch that
