@@ -78,8 +78,9 @@ def _draw_box(axis: Axes, box: np.ndarray, text: str, color: np.ndarray) -> None
     )
     low, high = sorted(axis.get_ylim())
     above = top - low >= _LABEL * (high - low)  # otherwise the label would be cut off
+    dark = color @ (0.299, 0.587, 0.114) < 0.5
     label = axis.text(
-        left, top, text, fontsize=6, va="bottom" if above else "top", color="white",
-        clip_on=True, **PLAIN,
+        left, top, text, fontsize=6, va="bottom" if above else "top",
+        color="white" if dark else "black", clip_on=True, **PLAIN,
     )  # fmt: skip
     label.set_bbox({"facecolor": color, "edgecolor": "none", "pad": 0.8})
