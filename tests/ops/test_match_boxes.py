@@ -1,5 +1,6 @@
 """Matching of anchors with objects, and random samples of the matches."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.kernels.platforms import default_forms
 from tokenvit_jax.ops.match_boxes import IGNORED, NEGATIVE
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "assigner.npz"))
@@ -108,6 +110,31 @@ def test_padding_and_anchors_outside_do_not_matter():
     )  # fmt: skip
     np.testing.assert_array_equal(found[: len(anchors)], expected)
     assert (found[len(anchors) :] == IGNORED).all()
+
+
+def test_overlaps_are_equal_where_float32_has_them_equal():
+    """Many anchors hold a whole object, or lie in it: rounding alone decides which are the best."""
+    sizes, strides = ((25, 42), (13, 21)), (32, 64)
+    cells = [ops.cell_anchors([8 * stride], (0.5, 1, 2)) for stride in strides]
+    anchors = ops.grid_anchors(sizes, strides, cells)
+    draw = np.random.default_rng(4)
+    low = draw.uniform(0, 700, (101, 2))
+    boxes = np.concatenate([low, low + draw.uniform(8, 400, (101, 2))], 1).astype(np.float32)
+    valid, present = np.ones(len(anchors), bool), np.arange(101) != 4
+
+    expected = np.full(len(anchors), NEGATIVE)
+    for i in np.flatnonzero(present):
+        shared = np.minimum(anchors[:, 2:], boxes[i, 2:]) - np.maximum(anchors[:, :2], boxes[i, :2])
+        shared = np.maximum(shared, 0).prod(1)
+        areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (anchors, boxes[i])]
+        iou = shared / (areas[0] + areas[1] - shared)
+        expected[iou == iou.max()] = i
+    assert iou.dtype == np.float32
+    match = functools.partial(ops.match_boxes, positive=2.0, negative=1.0, least=0.0)
+    for forms in (contextlib.nullcontext(), default_forms()):
+        with forms:
+            found = jax.jit(match)(anchors, valid, boxes, present)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_no_matrix_of_anchors_and_objects():

@@ -105,8 +105,8 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "matching": {
         "cpu": "object by object: 1.1 times as fast as all steps on ten objects at a time",
-        "default": "ten objects at a time, whose overlaps with 270,000 anchors take 10 MB: "
-        "compiled for an H100, a tenth of the launches, which were half of Mask R-CNN's head's",
+        "default": "ten objects at a time, whose overlaps with 270,000 anchors take 10 MB: a tenth "
+        "of the launches, which were 900 of 1,100 of Mask R-CNN's head and loss",
     },
     "merge tokens": {
         "cpu": "scatter: 5 to 100 times as fast as products",
