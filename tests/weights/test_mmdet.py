@@ -111,7 +111,7 @@ def test_detections_equal_mmdetection(tmp_path):
 
     @jax.jit
     def detect(variables, images, size):
-        maps = model.apply(variables, images, False, method="headhead_inputs")[0]
+        maps = model.apply(variables, images, False, method="head_inputs")[0]
         return maps, model.apply(variables, images, image_size=size)
 
     images = golden["in/image_normalised"].transpose(0, 2, 3, 1).astype(np.float32)
