@@ -17,7 +17,7 @@ COMMANDS = (
 )
 BELOW_TASKS = (
     "expediting measure pictures heads metrics weights models data layers ops config published "
-    "progress valid output errors"
+    "progress run_lengths valid output errors"
 )
 BELOW_COMMANDS = (
     f"ahead training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys stopping"
@@ -36,9 +36,9 @@ MAY_IMPORT = {
     "pictures": "models layers ops errors",
     "weights": "heads models layers ops output errors",
     "heads": "models layers ops valid errors",
-    "metrics": "errors",
+    "metrics": "run_lengths errors",
     "models": "layers ops kernels published valid errors",
-    "data": "config output progress stopping valid errors",
+    "data": "config output progress run_lengths stopping valid errors",
     "layers": "ops valid errors",
     "ops": "kernels arrays errors",
     "kernels": "arrays errors",
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "output": "errors",
     "published": "",
     "progress": "",
+    "run_lengths": "",
     "stopping": "",
     "worker": "data stopping",
     "valid": "errors",

@@ -118,19 +118,29 @@ def head_macs(head: DetectorHead, image_size: tuple[int, int], dims: tuple[int, 
       image_size: height and width of the image [pixels].
       dims: channels of the four maps.
     """
-    first, strides, size = head.first_map, (4, 8, 16, 32), jnp.array([image_size])
+    maps, strides = _inputs_of(head, image_size, dims)
+
+    def apply(variables, maps):
+        return head.apply(variables, maps, strides, jnp.array([image_size]))
+
+    return count_macs(apply, head_variables(head, image_size, dims), maps)
+
+
+def head_variables(head: DetectorHead, image_size: tuple[int, int], dims: tuple[int, ...]) -> Any:
+    """Returns the shapes of the variables of the head of a detector, as in :func:`head_macs`."""
+    maps, strides = _inputs_of(head, image_size, dims)
+    init = functools.partial(head.init, strides=strides, image_size=jnp.array([image_size]))
+    return jax.eval_shape(init, jax.random.key(0), maps)
+
+
+def _inputs_of(head, image_size, dims):
+    """Returns the maps that a head reads, and their strides."""
+    first, strides = head.first_map, (4, 8, 16, 32)
     maps = [
         jax.ShapeDtypeStruct((1, *(-(-side // stride) for side in image_size), dim), jnp.float32)
         for stride, dim in zip(strides, dims, strict=True)
-    ][first:]
-
-    def init(maps):
-        return head.init(jax.random.key(0), maps, strides[first:], size)
-
-    def apply(variables, maps):
-        return head.apply(variables, maps, strides[first:], size)
-
-    return count_macs(apply, jax.eval_shape(init, maps), maps)
+    ]
+    return maps[first:], strides[first:]
 
 
 def row(head: str, name: str) -> list[str]:

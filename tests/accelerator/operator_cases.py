@@ -85,20 +85,6 @@ def _hashed_alike(x):
     return (clusters[..., None] == clusters[..., None, :]).astype(jnp.int32)
 
 
-def _anchored(size):
-    """The anchors of a map of 30 x 40 cells, and which are valid in an image."""
-    cells = [ops.cell_anchors((32, 64), (1.0, 4.0))]  # whole sides: equal IoUs are equal
-    anchors = ops.grid_anchors([(30, 40)], [4], cells)
-    return jnp.where(ops.valid_anchors([(30, 40)], [4], 4, size)[:, None], anchors, 0.0)
-
-
-def _matched(boxes, present):
-    """Matches with anchors, some of them as good as others."""
-    anchors = _anchored(np.array([120, 160]))
-    valid, rules = jnp.ones(len(anchors), bool), {"positive": 0.5, "negative": 0.4, "least": 0.0}
-    return ops.match_boxes(anchors, valid, boxes, present, **rules)
-
-
 def _affine(x, scale, bias):
     return ops.affine_of(ops.channel_sums(x), len(x), scale, bias, 1e-5)
 
@@ -120,6 +106,11 @@ ON_GRID, ON_CLUSTERS = _normal(0, 2, 400, 64), _normal(1, 2, 100, 64)
 ROWS, OTHER_ROWS = _normal(0, 784, 64), _normal(1, 784, 64)
 CHANNELS = _normal(5, 64), _normal(6, 64)
 # Regions of an image of 120 x 160 [x1 y1 x2 y2, pixels], and its pyramid.
+RATIOS, DEVIATIONS = (0.5, 1.0, 2.0), (0.1, 0.1, 0.2, 0.2)
+_LOW = 100 * np.random.default_rng(5).random((300, 2), np.float32)
+BOXES = np.concatenate(
+    [_LOW, _LOW + 5 + 60 * np.random.default_rng(6).random((300, 2), np.float32)], 1
+)
 REGIONS = np.array(
     [
         [x, y, x + side, y + 0.8 * side]
@@ -137,9 +128,6 @@ REGIONS = np.array(
     ],
     np.float32,
 )
-MOVED = np.concatenate([REGIONS + 7.0 * i for i in range(20)])  # many overlap
-MOVED_SCORES = np.random.default_rng(8).integers(0, 50, (180, 5)).astype(np.float32) / 50
-DELTAS, DEVIATIONS = 0.3 * _normal(9, 9, 4), (0.1, 0.1, 0.2, 0.2)
 PYRAMID = [_normal(i, 2, 120 // 2**i, 160 // 2**i, 64) for i in (2, 3, 4, 5)]
 MAP, KERNEL = _normal(0, 4, 14, 14, 64), _normal(1, 3, 3, 64)
 
@@ -162,46 +150,6 @@ CASES: dict[str, dict[str, Case]] = {
             functools.partial(ops.batch_norm, epsilon=1e-5, with_gelu=True), (MAP, *CHANNELS), 1, 3
         ),
     },
-    "box_areas": {"": Case(ops.box_areas, (REGIONS,), 0, 1)},
-    "box_iou": {"": Case(lambda a, b: ops.box_iou(a[:, None], b), (REGIONS, REGIONS + 3.3), 0, 0)},
-    "cell_anchors": {"": Case(lambda: jnp.asarray(ops.cell_anchors((8, 9), (0.5, 1.0))), (), 0, 0)},
-    "clip_boxes": {"": Case(ops.clip_boxes, (REGIONS, np.array([120, 160])), 0, 0)},
-    "decode_boxes": {
-        "": Case(
-            lambda deltas, anchors, size: ops.decode_boxes(anchors, deltas, DEVIATIONS, size),
-            (DELTAS, REGIONS, np.array([120, 160])), 0, 1,
-        )
-    },
-    "encode_boxes": {
-        "": Case(
-            lambda boxes, anchors: ops.encode_boxes(anchors, boxes, DEVIATIONS),
-            (REGIONS + 3.3, REGIONS), 0, 1,
-        )
-    },
-    "grid_anchors": {"": Case(_anchored, (np.array([90, 130]),), 0, 0)},
-    "match_boxes": {"": Case(_matched, (np.round(REGIONS), np.arange(9) != 4), 0, 0)},
-    "nms": {
-        "": Case(
-            lambda boxes, scores, labels: ops.nms(boxes, scores, 0.5, labels=labels),
-            (MOVED, MOVED_SCORES[:, 0], _integers(2, 3, 180)), 0, 0,
-        )
-    },
-    "sample_matches": {
-        "": Case(
-            lambda matches: ops.sample_matches(jax.random.key(3), matches, num=64, max_positive=16),
-            (_integers(4, 5, 500) - 2,), 0, 0,
-        )
-    },
-    "select_detections": {
-        name: Case(
-            functools.partial(
-                ops.select_detections, score_threshold=0.1, iou_threshold=0.2, num=300, soft=soft
-            ),
-            (MOVED, MOVED_SCORES), 0, 0,
-        )
-        for name, soft in (("hard", False), ("soft", True))
-    },
-    "valid_anchors": {"": Case(_anchored, (np.array([57, 160]),), 0, 0)},
     "channel_affine": {"": Case(ops.channel_affine, (MAP, *CHANNELS), 1, 3)},
     "channel_sums": {"": Case(ops.channel_sums, (MAP,), 1, 1)},
     "conv": {"": Case(ops.conv, (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2)},
@@ -247,6 +195,56 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "mask_targets": {
         "": Case(ops.mask_targets, (_integers(0, 2, 9, 112, 112), REGIONS, REGIONS + 3.3), 0, 0)
+    },
+    "cell_anchors": {"": Case(lambda: ops.cell_anchors([8.0], RATIOS), (), 0, 0)},
+    "grid_anchors": {
+        "": Case(lambda: ops.grid_anchors([(20, 30)], [8], [ops.cell_anchors([64.0], RATIOS)]),
+                 (), 0, 0)
+    },
+    "valid_anchors": {
+        "": Case(
+            lambda size: ops.valid_anchors([(20, 30)], [8], 3, size),
+            (np.array([100, 200], np.int32),), 0, 0,
+        )
+    },
+    "box_areas": {"": Case(ops.box_areas, (BOXES,), 0, 1)},
+    "box_iou": {"": Case(lambda a, b: ops.box_iou(a[:, None], b), (BOXES, BOXES + 7.3), 0, 0)},
+    "clip_boxes": {
+        "": Case(ops.clip_boxes, (BOXES, np.array([90, 120], np.int32)), 0, 0)
+    },
+    "encode_boxes": {
+        "": Case(lambda a, b: ops.encode_boxes(a, b, DEVIATIONS), (BOXES, BOXES + 7.3), 0, 0)
+    },
+    "decode_boxes": {
+        "": Case(
+            lambda deltas, boxes: ops.decode_boxes(boxes, deltas, DEVIATIONS),
+            (_normal(1, 300, 4), BOXES), 0, 1,
+        )
+    },
+    "match_boxes": {
+        "": Case(
+            lambda a, b: ops.match_boxes(
+                a, jnp.ones(300, bool), b, jnp.arange(9) < 7,
+                positive=0.5, negative=0.3, least=0.3,
+            ),
+            (BOXES, BOXES[:9] + 3.3), 0, 0,
+        )
+    },
+    "sample_matches": {
+        "": Case(
+            lambda x: ops.sample_matches(jax.random.key(0), x, num=64, max_positive=16),
+            (_integers(2, 9, 300) - 2,), 0, 0,
+        )
+    },
+    "nms": {"": Case(lambda b, s: ops.nms(b, s, 0.5), (BOXES, _normal(3, 300)), 0, 0)},
+    "select_detections": {
+        name: Case(
+            lambda b, s, soft=soft: ops.select_detections(
+                b, s, score_threshold=0.05, iou_threshold=0.5, num=50, soft=soft
+            ),
+            (BOXES, _softmax(_normal(4, 300, 12))), 0, 0,
+        )
+        for name, soft in (("", False), ("soft", True))
     },
     "paste_masks": {
         "": Case(

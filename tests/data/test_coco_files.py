@@ -13,9 +13,9 @@ from PIL import Image
 from tokenvit_jax.data.box_transforms import MASK_SIDE, View, view_boxes, view_masks
 from tokenvit_jax.data.datasets import coco, coco_files, scene_instances
 from tokenvit_jax.data.datasets.coco_files import CocoSource, Layout
-from tokenvit_jax.data.instances import decode_mask
 from tokenvit_jax.data.record import DatasetInfo
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.run_lengths import decode_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "coco"
 LAYOUT = Layout(

@@ -7,7 +7,7 @@ import pytest
 
 from tokenvit_jax.data.datasets import scene_instances
 from tokenvit_jax.data.datasets.scenes import ScenesSource
-from tokenvit_jax.data.instances import decode_mask
+from tokenvit_jax.run_lengths import decode_mask
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scene_instances.npz")
 SIZE = 128, 128

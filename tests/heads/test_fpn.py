@@ -1,6 +1,7 @@
 """Feature pyramids against mmdetection's FPN on maps with odd sides."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from detectors import golden, maps_of, params_of
@@ -21,3 +22,13 @@ def test_levels_equal_mmdetections(peer, coarser):
     assert len(levels) == len(expected) > len(maps)
     for level, wanted in zip(levels, expected, strict=True):
         np.testing.assert_allclose(level, wanted, atol=3e-5)
+
+
+def test_first_weights():
+    """Xavier: the variance is 2 / (fan in + fan out)."""
+    pyramid = FeaturePyramid(64, num_convolved=1)
+    params = jax.jit(lambda: pyramid.init(jax.random.key(0), [jnp.zeros((1, 1, 1, 32))]))()
+    for name, fans in (("lateral_1", 32 + 64), ("output_1", 9 * 128), ("coarser_1", 9 * 96)):
+        layer = params["params"][name]
+        np.testing.assert_allclose(layer["kernel"].std(), (2 / fans) ** 0.5, rtol=0.05)
+        assert not layer["bias"].any()

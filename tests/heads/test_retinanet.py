@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from detectors import golden, maps_of, params_of
+from flax import linen as nn
 
 from tokenvit_jax.heads import RetinaNet, Targets
 from tokenvit_jax.heads.detection import focal_sums, l1_sums
+from tokenvit_jax.heads.retinanet import best_pairs
 
 STRIDES = (8, 16, 32)  # of the maps that the pyramid reads
 SETTINGS = {"channels": 16, "num_candidates": 60, "max_detections": 20}
@@ -37,6 +40,17 @@ def test_detections_equal_mmdetections():
     np.testing.assert_array_equal(found.classes[0], arrays["inference/out/labels"])
     np.testing.assert_allclose(found.scores[0], arrays["inference/out/scores"], atol=1e-6)
     np.testing.assert_allclose(found.boxes[0], arrays["inference/out/boxes_unscaled"], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (3, 5), (40, 1)])
+def test_best_pairs_equal_a_selection_among_all(shape):
+    """With many equal logits, and with fewer pairs than asked for."""
+    logits = np.random.default_rng(0).integers(-2, 6, shape).astype(np.float32)
+    logits[1], logits[2] = 50, 40  # both have the probability 1
+    order = np.argsort(-np.asarray(nn.sigmoid(logits)).ravel(), kind="stable")[:24]
+    rows, columns, scores = best_pairs(jnp.asarray(logits), 24)
+    np.testing.assert_array_equal(rows * shape[1] + columns, order)
+    np.testing.assert_array_equal(scores, nn.sigmoid(logits).ravel()[order])
 
 
 def targets_of(arrays, num=8):
@@ -99,18 +113,9 @@ def test_box_loss_equals_mmdetections():
 
 def test_first_weights():
     head = RetinaNet(3, channels=64, num_convs=1)
-    maps = [jnp.zeros((1, side, side, 8)) for side in (4, 2, 1)]
-
-    @jax.jit
-    def init():
-        return head.init(jax.random.key(0), maps, STRIDES, jnp.array([[32, 32]]))["params"]
-
-    params = init()
+    levels = [jnp.zeros((1, 1, 1, 64))]
+    params = jax.jit(lambda: head.init(jax.random.key(0), levels, method="predict"))()["params"]
     np.testing.assert_allclose(params["class_logits"]["bias"], -4.59512, atol=1e-5)
     for name in ("class_convs_0", "box_convs_0", "class_logits", "box_deltas"):
         np.testing.assert_allclose(params[name]["kernel"].std(), 0.01, rtol=0.05)
         assert name == "class_logits" or not params[name]["bias"].any()
-    fans = 9 * (8 + 64)  # Xavier: variance 2 / (fan in + fan out)
-    np.testing.assert_allclose(
-        params["fpn"]["coarser_1"]["kernel"].std(), (2 / fans) ** 0.5, rtol=0.05
-    )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.data.datasets import scene_instances
-from tokenvit_jax.data.instances import decode_mask
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.coco import NUMBERS, CocoMeter, paste_mask
+from tokenvit_jax.run_lengths import decode_mask
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "coco"
 MAX_DETECTIONS = 200  # of a fixture's image

@@ -63,13 +63,14 @@ SORTED = SortedGroups(
     jnp.zeros((2, 3, 4, 11), jnp.int16),
 )  # fmt: skip
 SUMS = ops.GroupSums(floats(3, 4, 8), floats(3, 4))
+RATIOS = (0.5, 1, 2)
 
 # Arguments of each function; all sizes that may differ do differ.
 CALLS = {
     "adaptive_pooling.adaptive_average_pool": [((floats(2, 6, 4, 5), 3), {})],
-    "anchors.cell_anchors": [(((8, 9), (0.5, 1.0, 2.0)), {})],
-    "anchors.grid_anchors": [(([(6, 5), (3, 2)], (4, 8), [np.ones((7, 4), np.float32)] * 2), {})],
-    "anchors.valid_anchors": [(([(6, 5), (3, 2)], (4, 8), 7, integers(2)), {})],
+    "anchors.cell_anchors": [(([8, 16], RATIOS), {})],
+    "anchors.grid_anchors": [(([(6, 4)], [8], [np.zeros((3, 4), np.float32)]), {})],
+    "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
@@ -94,13 +95,13 @@ CALLS = {
     "batch_norm.num_sharing": [((None,), {})],
     "batch_norm.over_devices": [((floats(2, 7), None), {})],
     "boxes.box_areas": [((floats(2, 11, 4),), {})],
-    "boxes.box_iou": [((floats(2, 11, 4), floats(2, 11, 4)), {}), ((floats(4), floats(4)), {})],
+    "boxes.box_iou": [((floats(11, 1, 4), floats(11, 7, 4)), {})],
     "boxes.clip_boxes": [((floats(2, 11, 4), integers(2)), {})],
     "boxes.decode_boxes": [
-        ((floats(2, 11, 4), floats(2, 11, 4), (1.0,) * 4), {}),
-        ((floats(11, 4), floats(11, 4), (1.0,) * 4, integers(2)), {}),
+        ((floats(11, 4), floats(11, 4), (*RATIOS, 1)), {}),
+        ((floats(11, 4), floats(11, 4), (*RATIOS, 1), integers(2)), {}),
     ],
-    "boxes.encode_boxes": [((floats(2, 11, 4), floats(2, 11, 4), (1.0,) * 4), {})],
+    "boxes.encode_boxes": [((floats(11, 4), floats(11, 4), (*RATIOS, 1)), {})],
     "center_tiles.add_windows": [((floats(2, *TILES.centers.shape, 7), TILES), {})],
     "center_tiles.check_grid": [(("tokens", TOKENS, "grid", GRID), {})],
     "center_tiles.check_temperature": [((50.0,), {})],
@@ -296,13 +297,6 @@ CALLS = {
     "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
     "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
     "linear.linear_product": [((TOKENS, floats(7, 5)), {}), ((MAP, floats(5, 3)), {})],
-    "match_boxes.match_boxes": [
-        ((floats(11, 4), masks(11), floats(3, 4), masks(3)),
-         {"positive": 0.7, "negative": 0.3, "least": 0.3})
-    ],
-    "match_boxes.sample_matches": [
-        ((KEY, integers(11)), {"num": num, "max_positive": 3}) for num in (5, 20)
-    ],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [
         ((TOKENS, integers(2, 30), 5), {}), ((TOKENS, integers(2, 30), 5, floats(2, 30)), {})
@@ -315,10 +309,6 @@ CALLS = {
     "nearest_tokens.nearest_denser": [((POINTS, NEAR, SQUARES, masks(2, 30), 16), {})],
     "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
     "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
-    "nms.nms": [
-        ((floats(11, 4), floats(11), 0.5), {}),
-        ((floats(11, 4), floats(11), 0.5), {"labels": integers(11), "valid": masks(11)}),
-    ],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.join_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],
@@ -376,11 +366,6 @@ CALLS = {
     "scored_attention.score_with_logits": [
         ((Q, K, K, floats(2, 13)), {"scale": 1.0, "diagonal": True})
     ],
-    "select_detections.select_detections": [
-        ((boxes, floats(11, 3)),
-         {"score_threshold": 0.05, "iou_threshold": 0.5, "num": 5, "soft": soft})
-        for boxes in (floats(11, 4), floats(11, 3, 4)) for soft in (False, True)
-    ],
     "selection.in_groups": [((floats(2, 32, 5),), {})],
     "selection.largest_mask": [((floats(2, 3, 11, 4), 5), {})],
     "selection.smallest": [((TOKENS,), {})],
@@ -416,6 +401,19 @@ CALLS = {
     "window_attention.relative_position_bias": [((floats(5, 3, 2), (3, 2)), {})],
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
+    ],
+    "match_boxes.match_boxes": [
+        ((floats(11, 4), masks(11), floats(7, 4), masks(7)),
+         {"positive": 0.7, "negative": 0.3, "least": 0.3})
+    ],
+    "match_boxes.sample_matches": [((KEY, integers(11)), {"num": 6, "max_positive": 3})],
+    "nms.nms": [
+        ((floats(11, 4), floats(11), 0.5), {}),
+        ((floats(11, 4), floats(11), 0.5), {"labels": integers(11), "valid": masks(11)}),
+    ],
+    "select_detections.select_detections": [
+        ((boxes, floats(11, 3)), {"score_threshold": 0.1, "iou_threshold": 0.5, "num": 6})
+        for boxes in (floats(11, 4), floats(11, 3, 4))
     ],
     "windows.pad_map": [((floats(2, 6, 4, 5), (7, 9)), {})],
     "windows.pad_to_windows": [((floats(2, 6, 4, 5), (4, 3)), {})],

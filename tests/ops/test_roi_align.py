@@ -155,7 +155,7 @@ def test_boxes_get_no_gradient():
 
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_chunks_do_not_matter(monkeypatch, chunk):
-    """All regions at once is the form of accelerators."""
+    """Few large chunks, such as one of all regions here, are the form of accelerators."""
     monkeypatch.setattr(MODULE, "CPU_CHUNK", chunk)
     found = jax.jit(lambda *args: pool_and_gradient(*args))(MAPS, BOXES, WEIGHTS)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, pooled())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokenvit_jax.data.dense_transforms import scaled_size
 from tokenvit_jax.data.images import resize_pixels
-from tokenvit_jax.data.instances import decode_mask
+from tokenvit_jax.run_lengths import decode_mask
 
 MASK_SIDE = 112  # rows and columns of the mask of an object in the frame of its box
 _CROP_SHORT_SIDES = 400, 500, 600  # of the image from which DETR's crop is cut [pixels]

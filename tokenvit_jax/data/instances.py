@@ -1,4 +1,4 @@
-"""Objects with masks: run-length encodings, and COCO's format of annotations."""
+"""Objects from masks, and COCO's format of annotations."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,20 +6,7 @@ from typing import Any
 import numpy as np
 
 from tokenvit_jax.data.record import Instances
-
-
-def encode_mask(mask: np.ndarray) -> str:
-    """Returns the run-length encoding of a mask (H, W) bool, as COCO writes it."""
-    from pycocotools import mask as rle  # only detection needs it
-
-    return rle.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-
-
-def decode_mask(counts: str, size: tuple[int, int]) -> np.ndarray:
-    """Undoes :func:`encode_mask` for an image of a height and width: (H, W) bool."""
-    from pycocotools import mask as rle
-
-    return rle.decode({"size": list(size), "counts": counts.encode()}).astype(bool)
+from tokenvit_jax.run_lengths import encode_mask
 
 
 def mask_box(mask: np.ndarray) -> np.ndarray:

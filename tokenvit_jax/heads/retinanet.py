@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.nn.initializers import normal
@@ -78,7 +79,7 @@ class RetinaNet(DetectorHead):
 
     def level_losses(self, levels, strides, targets):
         """Returns the losses for the levels of the pyramid; see :meth:`losses`."""
-        logits, deltas = (jnp.concatenate(x, 1) for x in self.predict(levels))
+        logits, deltas = self.predict(levels)
         anchors, sizes, strides = _anchors(levels, strides)
 
         @jax.vmap
@@ -93,10 +94,15 @@ class RetinaNet(DetectorHead):
 
         matches, classes, wanted = match(targets.image_size, targets.boxes, targets.classes)
         positive = matches >= 0
+        # Level by level: joined, the logits of all classes would be copied.
+        ends = np.cumsum([x.shape[1] for x in logits])[:-1]
+        parts = logits, jnp.split(classes, ends, 1), jnp.split(matches != IGNORED, ends, 1)
+        class_sums = sum(focal_sums(*level) for level in zip(*parts, strict=True))
+        box_sums = l1_sums(jnp.concatenate(deltas, 1), wanted, positive)
         counts = jnp.maximum(positive.sum(1), 1)
         return {
-            "class": self.per_group(focal_sums(logits, classes, matches != IGNORED), counts),
-            "box": self.per_group(l1_sums(deltas, wanted, positive), counts),
+            "class": self.per_group(class_sums, counts),
+            "box": self.per_group(box_sums, counts),
         }
 
     def __call__(self, maps, strides, image_size):
@@ -133,12 +139,28 @@ class RetinaNet(DetectorHead):
 
     def _candidates(self, logits, deltas, anchors, image_size):
         """Returns boxes, scores and classes of the highest scores of a level."""
-        scores = nn.sigmoid(logits).ravel()
-        scores, places = lax.top_k(scores, min(self.num_candidates, len(scores)))
-        rows, classes = places // self.num_classes, places % self.num_classes
+        rows, classes, scores = best_pairs(logits, self.num_candidates)
         boxes = decode_boxes(jnp.asarray(anchors)[rows], deltas[rows], DEVIATIONS, image_size)
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(-1)  # within the image
         return boxes, jnp.where(has_area, scores, -1.0), classes
+
+
+def best_pairs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns rows, columns and probabilities (n,) of the highest logits, by falling probability.
+
+    Equal ones are in the order of rows, then columns. The rows with the highest probabilities hold
+    all of them, so that two small selections do in place of one among all pairs.
+
+    Args:
+      logits: logits of the anchors of a level for every class (A, K).
+      num: number of pairs; n is smaller if there are fewer.
+    """
+    count, num_classes = logits.shape
+    _, rows = lax.top_k(nn.sigmoid(logits).max(1), min(num, count))
+    rows = jnp.sort(rows)
+    scores = nn.sigmoid(logits[rows]).ravel()
+    scores, places = lax.top_k(scores, min(num, len(scores)))
+    return rows[places // num_classes], places % num_classes, scores
 
 
 def _anchors(levels, strides):

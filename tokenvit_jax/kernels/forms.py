@@ -161,11 +161,13 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "roi align": {
         "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
-        "default": "all regions at once: every turn of a loop is a launch",
+        "default": "in up to 8 chunks of at least 256 regions: of 1,000 with up to 24 samples, "
+        "half the reads of one chunk, and 48 turns of a loop, which are launches, instead of 530",
     },
     "roi align gradient": {
         "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
-        "default": "all regions at once: every turn of a loop is a launch",
+        "default": "in up to 8 chunks of at least 256 regions: of 1,000 with up to 24 samples, "
+        "half the reads of one chunk, and 48 turns of a loop, which are launches, instead of 530",
     },
     "scored attention": {
         "cuda": "cuDNN, and a kernel that sums up the weights; compiled for an H200, a seventh of "

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,9 @@ from jax import lax
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import alternatives
+from tokenvit_jax.measure import alternatives, torch_peers
 from tokenvit_jax.measure.timing import (
+    Program,
     build_all,
     compile_program,
     describe_times,
@@ -40,6 +42,12 @@ CLUSTER_SHAPES = ((3136, 64), (16384, 64), (67200, 64))
 POOLING_SHAPES = ((194, 187, 384), (187, 163, 384), (118, 85, 384), (196, 49, 384))
 # (grid, clusters, channels): Segmenter with ViT-L/16 at 640 x 640, and at 1024 x 2048.
 SUPERPIXEL_SHAPES = (((40, 40), (28, 28), 1024), ((64, 128), (32, 64), 1024))
+# (levels, boxes): proposals of a level or of five, in an evaluation and in training.
+NMS_SHAPES = ((1, 1000), (1, 2000), (5, 1000), (5, 2000))
+# (boxes, classes, least score): the last step of Mask R-CNN, few candidates and many.
+SELECTION_SHAPES = ((1000, 80, 0.05), (1000, 80, 0.001))
+# (height, width, objects): images on COCO.
+MATCHING_SHAPES = ((800, 1344, 100),)
 # Tokens per cluster in stage 1 of ClusTR, fine scale.
 CLUSTER_RATIO = 16
 
@@ -53,12 +61,14 @@ class Case(NamedTuple):
       num_differentiated: number of leading inputs that have a gradient; unless it is 0, the result
         has the shape of the first input.
       contenders: name -> function of the inputs, the obvious alternative first and ours last.
+      peer: the same by torchvision, from this module and the inputs as tensors; None: it has none.
     """
 
     shape: dict[str, Any]
     inputs: tuple[jax.Array, ...]
     num_differentiated: int
     contenders: dict[str, Callable[..., jax.Array]]
+    peer: Callable[..., Any] | None = None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,9 +93,13 @@ def benchmark_operator(
     Raises:
       UserError: only "train" is requested, and the operator has no gradient.
     """
+    cases = [*CASES[name](batch_size, dtype)]
+    torchvision = None
+    if any(case.peer for case in cases):
+        torchvision = torch_peers.torchvision_operators()
     rows = [
-        benchmark_case(case, mode)
-        for case in CASES[name](batch_size, dtype)
+        benchmark_case(case, mode, torchvision=torchvision)
+        for case in cases
         for mode in modes
         if mode == "forward" or case.num_differentiated
     ]
@@ -94,12 +108,15 @@ def benchmark_operator(
     return rows
 
 
-def benchmark_case(case: Case, mode: str, *, seconds: float = 2.0) -> dict[str, Any]:
+def benchmark_case(
+    case: Case, mode: str, *, torchvision: ModuleType | None = None, seconds: float = 2.0
+) -> dict[str, Any]:
     """Times all contenders of a case in turns.
 
     Args:
       case: operator, shape and contenders.
       mode: "forward", or "train" for forward and backward.
+      torchvision: takes part in the forward pass if it has the operator; None: it does not.
       seconds: approximate time to spend on each contender [s].
 
     Returns:
@@ -115,10 +132,15 @@ def benchmark_case(case: Case, mode: str, *, seconds: float = 2.0) -> dict[str, 
         fn = fn if mode == "forward" else forward_backward(fn, case.num_differentiated)
         builders[name] = functools.partial(compile_program, fn, *inputs)
     programs = build_all(builders)
+    if torchvision and case.peer:
+        call = functools.partial(case.peer, torchvision, *torch_peers.tensors(case.inputs))
+        ours = programs.popitem()
+        programs["torchvision"] = Program(lambda *_: call(), None, None, None)
+        programs |= [ours]
     calls = {
         name: lambda program=program: program.call(*inputs)
         for name, program in programs.items()
-        if fits_memory(program.temp_bytes)
+        if program.temp_bytes is None or fits_memory(program.temp_bytes)
     }
     times = time_in_turns(calls, seconds=seconds)
     timings = {name: describe_times(programs[name], times.get(name, [])) for name in programs}
@@ -351,6 +373,118 @@ def _superpixel_shape(grid, clusters, channels):
     return dict(zip(("grid", "clusters"), names, strict=True)) | {"channels": channels}
 
 
+def nms_cases(batch_size: int | None, dtype: jnp.dtype, shapes=NMS_SHAPES) -> Iterator[Case]:
+    """Yields non-maximum suppression against a loop over rows of the matrix of all pairs."""
+    threshold = 0.7
+
+    def by_torchvision(torchvision, boxes, scores):
+        numbers = scores.new_ones(scores.shape).cumsum(0).reshape(-1)
+        flat = boxes.reshape(-1, 4), scores.reshape(-1)
+        return torchvision.ops.batched_nms(*flat, numbers, threshold)
+
+    def of_levels(one):
+        return jax.vmap(functools.partial(one, threshold=threshold))
+
+    for levels, count in shapes:
+        count_of_maps = (batch_size or 1) * levels
+        yield Case(
+            shape={"maps": count_of_maps, "boxes": count},
+            inputs=(_boxes(0, count_of_maps, count), _scores(1, dtype, count_of_maps, count)),
+            num_differentiated=0,
+            contenders={"rows": of_levels(alternatives.nms_by_rows), "nms": of_levels(ops.nms)},
+            peer=by_torchvision,
+        )
+
+
+def select_detections_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=SELECTION_SHAPES
+) -> Iterator[Case]:
+    """Yields the selection of 100 detections against suppression in all classes.
+
+    The batch is always one image.
+    """
+    del batch_size
+
+    def ours(boxes, scores, **settings):
+        found = ops.select_detections(boxes, scores, **settings)
+        return jnp.where(found.rows >= 0, found.rows * scores.shape[1] + found.classes, -1)
+
+    def by_torchvision(torchvision, boxes, scores, *, score_threshold, iou_threshold, num):
+        rows, classes = (scores > score_threshold).nonzero(as_tuple=True)
+        flat = boxes[rows, classes], scores[rows, classes]
+        kept = torchvision.ops.batched_nms(*flat, classes, iou_threshold)[:num]
+        return rows[kept] * scores.shape[1] + classes[kept]
+
+    for count, num_classes, least in shapes:
+        settings = {"score_threshold": least, "iou_threshold": 0.5, "num": min(100, count)}
+        logits = 2 * normal(1, (count, num_classes + 1))
+        yield Case(
+            shape={"boxes": count, "classes": num_classes, "least score": least},
+            inputs=(
+                _boxes(0, count, num_classes),
+                jax.nn.softmax(logits)[:, :-1].astype(dtype).astype(jnp.float32),
+            ),
+            num_differentiated=0,
+            contenders={
+                "all classes": functools.partial(alternatives.select_by_nms, **settings),
+                "select": functools.partial(ours, **settings),
+            },
+            peer=functools.partial(by_torchvision, **settings),
+        )
+
+
+def match_boxes_cases(
+    batch_size: int | None, dtype: jnp.dtype, shapes=MATCHING_SHAPES
+) -> Iterator[Case]:
+    """Yields matching of the anchors of a region proposal network against the matrix of all IoUs.
+
+    Boxes are float32, and the batch is one image.
+    """
+    del batch_size, dtype
+    rules = {"positive": 0.7, "negative": 0.3, "least": 0.3}
+
+    def ours(anchors, boxes):
+        valid, present = (jnp.ones(len(x), bool) for x in (anchors, boxes))
+        return ops.match_boxes(anchors, valid, boxes, present, **rules)
+
+    def by_torchvision(torchvision, anchors, boxes):
+        matcher = torchvision.models.detection._utils.Matcher(
+            rules["positive"], rules["negative"], allow_low_quality_matches=True
+        )
+        return matcher(torchvision.ops.box_iou(boxes, anchors))
+
+    for height, width, count in shapes:
+        strides = (4, 8, 16, 32, 64)
+        maps = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        cells = [ops.cell_anchors([8 * stride], (0.5, 1.0, 2.0)) for stride in strides]
+        anchors = jnp.asarray(ops.grid_anchors(maps, strides, cells))
+        yield Case(
+            shape={"anchors": len(anchors), "objects": count},
+            inputs=(anchors, _boxes(0, count)),
+            num_differentiated=0,
+            contenders={
+                "matrix": functools.partial(alternatives.match_by_matrix, **rules),
+                "match": ours,
+            },
+            peer=by_torchvision,
+        )
+
+
+def _boxes(seed, *shape):
+    """Returns boxes of 16 to 400 pixels in an image of 800 x 1344, in groups that overlap."""
+    draw = np.random.default_rng(seed)
+    centres = draw.uniform((0, 0), (1344, 800), (max(shape[-1] // 20, 1), 2))
+    centres = centres[draw.integers(len(centres), size=shape)] + draw.normal(0, 12, (*shape, 2))
+    sides = np.exp(draw.uniform(np.log(16), np.log(400), (*shape, 2)))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], -1)
+    return jnp.asarray(np.clip(boxes, 0, (1344, 800) * 2), jnp.float32)
+
+
+def _scores(seed, dtype, *shape):
+    scores = np.random.default_rng(seed).uniform(size=shape).astype(np.float32)
+    return jnp.asarray(scores, dtype).astype(jnp.float32)
+
+
 CASES = {
     "group_attention": group_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
@@ -360,4 +494,7 @@ CASES = {
     "kmeans": kmeans_cases,
     "cluster_superpixels": cluster_superpixels_cases,
     "reconstruct_tokens": reconstruct_tokens_cases,
+    "nms": nms_cases,
+    "select_detections": select_detections_cases,
+    "match_boxes": match_boxes_cases,
 }

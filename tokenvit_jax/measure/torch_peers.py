@@ -14,11 +14,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tokenvit_jax.errors import UserError
 
@@ -216,6 +217,32 @@ def import_package(name: str) -> tuple[ModuleType, ModuleType]:
             f"--against needs PyTorch and {name}, but {error.name} is not installed: "
             f"pip install torch {name}"
         ) from error
+
+
+def torchvision_operators() -> ModuleType | None:
+    """Returns torchvision, or None with a note if its compiled operators cannot be compared here.
+
+    They run on the CPU, with as many threads as JAX has.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        torch = importlib.import_module("torch")
+        torchvision = importlib.import_module("torchvision")
+        torch.ops.torchvision.nms  # noqa: B018
+    except (ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"without torchvision, whose operators do not load: {reason}", file=sys.stderr)
+        return None
+    torch_device()
+    return torchvision
+
+
+def tensors(arrays: Sequence[jax.Array]) -> list["torch.Tensor"]:
+    """Returns arrays as tensors on the CPU."""
+    import torch
+
+    return [torch.from_numpy(np.array(x)) for x in arrays]
 
 
 def import_torchvision() -> ModuleType:

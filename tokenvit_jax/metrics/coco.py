@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenvit_jax.data.instances import encode_mask
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.run_lengths import encode_mask
 
 # COCO's twelve numbers: average precision, over IoU thresholds from 0.5 to 0.95, at two of them,
 # and of small, medium and large objects; and average recall, likewise, and with at most 1 and 10

@@ -15,13 +15,7 @@ from tokenvit_jax.ops.batch_norm import (
     affine_of,
     batch_norm,
 )
-from tokenvit_jax.ops.boxes import (
-    box_areas,
-    box_iou,
-    clip_boxes,
-    decode_boxes,
-    encode_boxes,
-)
+from tokenvit_jax.ops.boxes import box_areas, box_iou, clip_boxes, decode_boxes, encode_boxes
 from tokenvit_jax.ops.channel_affine import channel_affine, channel_sums
 from tokenvit_jax.ops.clustered_attention import (
     clustered_attention,

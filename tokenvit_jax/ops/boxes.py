@@ -23,7 +23,7 @@ def box_areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def box_iou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+def box_iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "*n"]:
     """Returns the intersection over union of pairs of boxes (..., 4) that broadcast.
 
     It is 0 where both boxes are empty.
@@ -55,7 +55,7 @@ def encode_boxes(
 
 
 def decode_boxes(
-    anchors: Float[Array, "*n 4"],
+    anchors: Float[Array, "*#n 4"],
     deltas: Float[Array, "*n 4"],
     deviations: Sequence[float],
     size: Num[Array, "2"] | None = None,

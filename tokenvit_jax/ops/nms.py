@@ -40,10 +40,10 @@ def nms(
       valid: boxes that take part (n,); None: all. The others are not kept.
     """
     count = len(scores)
-    labels = jnp.zeros(count, jnp.int32) if labels is None else labels
-    valid = jnp.ones(count, bool) if valid is None else valid
+    labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
+    valid = jnp.ones(count, bool) if valid is None else jnp.asarray(valid)
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
-    sorted_args = boxes[order], labels[order], valid[order]
+    sorted_args = jnp.asarray(boxes)[order], labels[order], valid[order]
     kept = by_platform(
         "non-maximum suppression",
         *sorted_args,

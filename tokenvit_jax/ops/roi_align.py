@@ -20,6 +20,9 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
 
 CPU_CHUNK = 16  # regions: their bins and the cells that they read stay in the cache
+# On accelerators, chunks have at least so many regions, because every turn has launches, and there
+# are at most so many chunks.
+LEAST_CHUNK, MOST_CHUNKS = 256, 8
 FINEST = 56  # square root of the area up to which regions read the finest map [pixels]
 
 
@@ -30,6 +33,7 @@ class Regions(NamedTuple):
       start: upper left corner (R, 2), row and column; 0 is the centre of the first cell.
       bin: height and width of a bin (R, 2).
       samples: samples of a bin along both axes (R, 2).
+      total: samples of a bin (R,).
       limits: rows and columns of the map (R, 2).
       first: number of the map's first cell among all cells (R,).
     """
@@ -37,6 +41,7 @@ class Regions(NamedTuple):
     start: Float[Array, "R 2"]
     bin: Float[Array, "R 2"]
     samples: Int32[Array, "R 2"]
+    total: Int32[Array, " R"]
     limits: Int32[Array, "R 2"]
     first: Int32[Array, " R"]
 
@@ -117,7 +122,7 @@ def _regions(boxes, shapes, strides, size, sampling_ratio, finest):
     bins = (corners[..., :1:-1] - corners[..., 1::-1]) / size
     samples = sampling_ratio if sampling_ratio else jnp.maximum(jnp.ceil(bins), 0)
     samples = jnp.broadcast_to(samples, bins.shape).astype(jnp.int32)
-    regions = Regions(start, bins, samples, limits, first)
+    regions = Regions(start, bins, samples, samples.prod(-1), limits, first)
     return jax.tree.map(lambda x: x.reshape(batch * count, *x.shape[2:]), regions)
 
 
@@ -131,7 +136,7 @@ def _pool(flat, regions, size, cells):
         flat,
         regions,
         cpu=functools.partial(pool, chunk=CPU_CHUNK),
-        default=functools.partial(pool, chunk=regions.first.shape[0]),
+        default=functools.partial(pool, chunk=_large_chunk(regions.first.shape[0])),
     )
 
 
@@ -148,7 +153,7 @@ def _pool_bwd(size, cells, saved, gradient):
         gradient,
         regions,
         cpu=functools.partial(spread, chunk=CPU_CHUNK),
-        default=functools.partial(spread, chunk=regions.first.shape[0]),
+        default=functools.partial(spread, chunk=_large_chunk(regions.first.shape[0])),
     )
     return flat.astype(like.dtype), None
 
@@ -156,12 +161,19 @@ def _pool_bwd(size, cells, saved, gradient):
 _pool.defvjp(_pool_fwd, _pool_bwd)
 
 
+def _large_chunk(count):
+    return max(LEAST_CHUNK, -(-count // MOST_CHUNKS))
+
+
 def _pool_in_chunks(flat, regions, size, chunk):
     """Pools chunks of regions one after another; a chunk has regions of about as many samples."""
-    order, chunks = _chunks(regions, chunk)
-    pooled = lax.map(lambda part: _pool_chunk(flat, part, size), chunks)
-    pooled = pooled.reshape(-1, *pooled.shape[2:])[: order.shape[0]]
-    return jnp.zeros_like(pooled).at[order].set(pooled, unique_indices=True)
+
+    def step(pooled, part):
+        places, regions = part
+        return pooled.at[places].set(_pool_chunk(flat, regions, size), mode="drop"), None
+
+    shape = regions.first.shape[0], size, size, flat.shape[-1]
+    return lax.scan(step, jnp.zeros(shape, jnp.float32), _chunks(regions, chunk))[0]
 
 
 def _pool_chunk(flat, regions, size):
@@ -173,45 +185,43 @@ def _pool_chunk(flat, regions, size):
         return total
 
     zeros = jnp.zeros((regions.first.shape[0], size, size, flat.shape[-1]), jnp.float32)
-    total = lax.fori_loop(0, regions.samples.prod(1).max(), turn, zeros)
-    return total / _counts(regions)
+    return lax.fori_loop(0, regions.total.max(), turn, zeros) / _counts(regions)
 
 
 def _spread_in_chunks(gradient, regions, size, cells, chunk):
     """Returns the gradient of the cells (P, C) float32."""
-    order, chunks = _chunks(regions, chunk)
-    gradient = _in_chunks(gradient[order], chunk)
 
     def step(total, part):
-        own, regions = part
-        own = own.astype(jnp.float32) / _counts(regions)
+        places, regions = part
+        own = gradient.at[places].get(mode="fill", fill_value=0).astype(jnp.float32)
+        own /= _counts(regions)
 
         def turn(number, total):
             for index, weight in _corners(regions, number, size):
                 total = total.at[index].add(weight[..., None] * own)
             return total
 
-        return lax.fori_loop(0, regions.samples.prod(1).max(), turn, total), None
+        return lax.fori_loop(0, regions.total.max(), turn, total), None
 
     zeros = jnp.zeros((cells, gradient.shape[-1]), jnp.float32)
-    return lax.scan(step, zeros, (gradient, chunks))[0]
+    return lax.scan(step, zeros, _chunks(regions, chunk))[0]
 
 
 def _chunks(regions, chunk):
-    """Returns the order of the regions by samples, and chunks (n, chunk, ...) in this order."""
-    order = jnp.argsort(regions.samples.prod(1))
-    return order, jax.tree.map(lambda x: _in_chunks(x[order], chunk), regions)
+    """Returns places and regions (n, chunk, ...), by samples; those at the end do not exist."""
+    count = regions.first.shape[0]
+    order = jnp.argsort(regions.total)
 
+    def in_chunks(x, fill=0):
+        x = jnp.pad(x, ((0, -count % chunk), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+        return x.reshape(-1, chunk, *x.shape[1:])
 
-def _in_chunks(x, chunk):
-    """Pads with zeros, which stand for regions without samples, and divides: (n, chunk, ...)."""
-    x = jnp.pad(x, ((0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)))
-    return x.reshape(-1, chunk, *x.shape[1:])
+    return in_chunks(order, count), jax.tree.map(lambda x: in_chunks(x[order]), regions)
 
 
 def _counts(regions):
     """Returns the samples of a bin (R, 1, 1, 1), at least 1."""
-    return jnp.maximum(regions.samples.prod(1), 1).astype(jnp.float32)[:, None, None, None]
+    return jnp.maximum(regions.total, 1).astype(jnp.float32)[:, None, None, None]
 
 
 def _corners(regions, number, size):
@@ -219,7 +229,7 @@ def _corners(regions, number, size):
     per_row = jnp.maximum(regions.samples[:, 1], 1)
     place = jnp.stack([number // per_row, number % per_row], 1)
     rows, columns = (_neighbors(regions, place, axis, size) for axis in (0, 1))
-    exists = number < regions.samples.prod(1)
+    exists = number < regions.total
     width = regions.limits[:, 1, None, None]
     for row, row_weight in rows:
         for column, column_weight in columns:

@@ -39,7 +39,7 @@ class Detector(BackboneModel):
         if image_size is None:
             whole = jnp.array(images.shape[1:3], jnp.int32)
             image_size = jnp.broadcast_to(whole, (images.shape[0], 2))  # also of a symbolic batch
-        return self.head(*self._inputs(images, train), image_size)
+        return self.head(*self.head_inputs(images, train), image_size)
 
     def losses(
         self, images: jax.Array, train: bool, targets: Targets, keys: jax.Array
@@ -52,10 +52,10 @@ class Detector(BackboneModel):
           targets: the objects.
           keys: a random key for each image (B,).
         """
-        return self.head.losses(*self._inputs(images, train), targets, keys)
+        return self.head.losses(*self.head_inputs(images, train), targets, keys)
 
     @nn.compact
-    def _inputs(self, images, train):
+    def head_inputs(self, images, train):
         """Returns the maps that the head reads, and their strides."""
         first = self.head.first_map
         maps = self.backbone.features(images, train)[first:]

@@ -1,0 +1,175 @@
+"""The commands on a run of a detector: predict, export, compile and expedite."""
+
+import copy
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from make_task import make_task
+from ml_collections import ConfigDict
+from PIL import Image
+from random_variables import random_variables
+
+import tokenvit_jax as tv
+from tokenvit_jax import cli, expedite, predict
+from tokenvit_jax.ahead import compiling
+from tokenvit_jax.expediting import rivals, search
+from tokenvit_jax.metrics.coco import paste_mask
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training import run as training_run
+from tokenvit_jax.training.exporting import lower
+from tokenvit_jax.training.new_run import write_run
+from tokenvit_jax.training.workdir import read_config, write_config
+from tokenvit_jax.weights.own import named_arrays
+
+LOW, HIGH = 64, 96  # sides of the canvas
+NUM = 5  # detections of an image
+HEADS = {
+    "mask_rcnn": {
+        "hidden": 8, "num_mask_convs": 1, "num_proposals": 8, "num_anchors": 16, "num_rois": 8
+    },
+    "retinanet": {"num_convs": 1},
+}  # fmt: skip
+
+
+def tiny_config(head: str) -> ConfigDict:
+    config = default_config("detection")
+    config.model, config.dataset, config.image_size = "swin_t", "scene_instances", (LOW, HIGH)
+    config.model_overrides = {
+        "dims": (4, 4, 64, 4), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 2, 0), "mlp_ratio": 1,
+        "window_size": 4,
+    }  # fmt: skip
+    config.head = head
+    config.head_overrides = {"channels": 4, "max_detections": NUM, "num_candidates": 8}
+    config.head_overrides.update(HEADS[head])
+    config.data.max_objects = 5
+    config.data.eval_batch_size = 8
+    return config
+
+
+def write_random_run(workdir, head):
+    """Writes a run with random variables."""
+    task = make_task(tiny_config(head))
+    images = jax.ShapeDtypeStruct((1, LOW, HIGH, 3), np.float32)
+    write_run(workdir, task.config, random_variables(task.make_model(), images))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Returns a run of Mask R-CNN, whose programs are compiled once."""
+    workdir = tmp_path_factory.mktemp("detection") / "run"
+    write_random_run(workdir, "mask_rcnn")
+    return tv.load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def detect(loaded):
+    """Maps images (3, LOW, HIGH, 3) uint8 to the detections of the model."""
+    task = loaded.task
+    run = jax.jit(lambda variables, x: task.outputs(loaded.model, variables, task.normalize(x)))
+    return lambda pixels: jax.device_get(run(loaded.variables, pixels))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command; returns its exit status, output and errors."""
+
+    def run_command(command, required, **flags):
+        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
+        output = capsys.readouterr()
+        return exit_info.value.code, output.out, output.err
+
+    return run_command
+
+
+def random_pixels(*shape):
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+def test_predict_finds_objects_in_pixels_of_the_image(run, loaded, detect, tmp_path, monkeypatch):
+    """The images: one of the canvas's proportions, twice as large; and an upright one."""
+    large = np.repeat(np.repeat(random_pixels(LOW, HIGH, 3), 2, 0), 2, 1)
+    upright = random_pixels(130, 70, 1)
+    Image.fromarray(large).save(tmp_path / "a.png")
+    Image.fromarray(upright[..., 0]).save(tmp_path / "b.png")
+    write_config(tmp_path / "run", loaded.config)
+    monkeypatch.setattr(training_run, "load_run", lambda *args, **kwargs: loaded)
+    flags = {"workdir": tmp_path / "run", "images": tmp_path / "*.png", "out": tmp_path / "out"}
+    status, printed, err = run(predict, ("workdir", "images", "out"), **flags)
+    assert (status, err) == (0, "")
+    line, other = printed.splitlines()
+    assert line.endswith(f" -> {tmp_path}/out/a_detections.png") and " x " in line
+    assert other.startswith(f"{tmp_path}/b.png: ")
+    with Image.open(tmp_path / "out" / "a_detections.png") as drawn:
+        assert drawn.width > drawn.height
+
+    found, second = loaded.predict([large, upright])
+    view = np.asarray(Image.fromarray(large).resize((HIGH, LOW), Image.Resampling.BILINEAR))
+    expected = {name: x[0] for name, x in detect(np.stack([view] * 3)).items()}
+    count = (expected["classes"] >= 0).sum()
+    assert 1 < count == len(found["boxes"]) == len(found["masks"])
+    np.testing.assert_allclose(found["boxes"], 2 * expected["boxes"][:count], atol=1e-3)
+    np.testing.assert_array_equal(found["classes"], expected["classes"][:count])
+    np.testing.assert_allclose(found["scores"], expected["scores"][:count], rtol=1e-4)
+    assert found["masks"].shape == (count, *large.shape[:2]) and found["masks"].any()
+    for mask, coarse, box in zip(found["masks"], expected["masks"], found["boxes"], strict=False):
+        pasted = paste_mask(coarse, box.astype(np.float64), large.shape[:2])
+        assert (mask != pasted).sum() <= 5
+
+    boxes = second["boxes"]
+    assert (boxes >= 0).all() and (boxes <= [70, 130, 70, 130]).all() and boxes[:, 3].max() > 70
+    assert second["masks"].shape == (len(boxes), 130, 70)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    for row, arrays in zip(rows, (found, second), strict=True):
+        objects = row["objects"]
+        assert [each["class"] for each in objects] == [str(x) for x in arrays["classes"]]
+        for name, key in (("box", "boxes"), ("score", "scores")):
+            values = [each[name] for each in objects]
+            np.testing.assert_allclose(values, arrays[key], rtol=1e-3, atol=0.051)
+
+
+def test_an_exported_model_finds_the_same_objects(loaded, detect):
+    pixels = random_pixels(3, LOW, HIGH, 3)
+    exported = lower(loaded.task, loaded.model, loaded.variables)
+    found = jax.jit(exported.call)(named_arrays(loaded.variables), pixels)
+    expected = detect(pixels)
+    assert {name: x.shape for name, x in found.items()} == {
+        "boxes": (3, NUM, 4), "classes": (3, NUM), "scores": (3, NUM), "masks": (3, NUM, 28, 28)
+    }  # fmt: skip
+    assert len(np.unique(found["boxes"][:, 0], axis=0)) == 3
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(("parallel", "mode"), [("jit", "train"), ("pmap", "evaluate")])
+def test_steps_lower_from_shapes_alone(parallel, mode):
+    config = tiny_config("retinanet")
+    config.parallel = parallel
+    step = compiling.make_step(config, jax.devices()[:2], mode)
+    step.function.lower(*step.arguments)
+    sides = {"train": (LOW, HIGH), "evaluate": (HIGH, HIGH)}[mode]
+    per_device = {"train": config.batch_size, "evaluate": 8}[mode] // 2
+    assert step.memory.batch > per_device * 3 * np.prod(sides)
+
+
+def test_a_clustered_run_is_chosen(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "FACTORS", (0.05,))
+    monkeypatch.setattr(rivals, "smaller_image", lambda *args: None)  # test_rivals.py has it
+    workdir, faster = tmp_path / "run", tmp_path / "faster"
+    write_random_run(workdir, "retinanet")
+    flags = {"workdir": workdir, "out": faster, "budget": 0.95, "num_images": 2}
+    status, printed, err = run(expedite, ("workdir", "budget"), **flags)
+    assert status == 0, err
+    setting = read_config(faster).model_overrides.expedite
+    assert (setting.alpha, setting.beta, setting.where) == (1, 1, "blocks")
+    assert "adaptive pooling" in printed and "<- chosen" in printed
+    plain, clustered = (tv.load_run(folder) for folder in (workdir, faster))
+    jax.tree.map(np.testing.assert_array_equal, plain.variables, clustered.variables)
+    images = random_pixels(1, LOW, HIGH, 3)
+    before, after = plain.features(images), clustered.features(images)
+    np.testing.assert_array_equal(before[1], after[1])
+    assert before[2].shape == after[2].shape and abs(before[2] - after[2]).max() > 1e-3
