@@ -1,6 +1,7 @@
 """Operators of boxes choose what torchvision's compiled ones choose."""
 
 import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from tokenvit_jax.measure import operators, torch_peers
 
+pytestmark = pytest.mark.parity
 FLOAT32 = jnp.dtype("float32")
 
 
@@ -51,7 +53,7 @@ def test_matching(torchvision):
 
 
 def test_operators_that_do_not_load_are_left_out(monkeypatch, capsys):
-    monkeypatch.setitem(importlib.sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     assert torch_peers.torchvision_operators() is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("without torchvision, whose operators do not load: ")

@@ -421,7 +421,7 @@ def select_detections_cases(
         yield Case(
             shape={"boxes": count, "classes": num_classes, "least score": least},
             inputs=(
-                _boxes(0, count, num_classes),
+                _class_boxes(count, num_classes),
                 jax.nn.softmax(logits)[:, :-1].astype(dtype).astype(jnp.float32),
             ),
             num_differentiated=0,
@@ -460,7 +460,7 @@ def match_boxes_cases(
         anchors = jnp.asarray(ops.grid_anchors(maps, strides, cells))
         yield Case(
             shape={"anchors": len(anchors), "objects": count},
-            inputs=(anchors, _boxes(0, count)),
+            inputs=(anchors, _boxes(0, count, image=(height, width))),
             num_differentiated=0,
             contenders={
                 "matrix": functools.partial(alternatives.match_by_matrix, **rules),
@@ -470,14 +470,24 @@ def match_boxes_cases(
         )
 
 
-def _boxes(seed, *shape):
-    """Returns boxes of 16 to 400 pixels in an image of 800 x 1344, in groups that overlap."""
+def _boxes(seed, *shape, image=(800, 1344)):
+    """Returns boxes of a fiftieth to half of the image's height, in groups that overlap."""
     draw = np.random.default_rng(seed)
-    centres = draw.uniform((0, 0), (1344, 800), (max(shape[-1] // 20, 1), 2))
-    centres = centres[draw.integers(len(centres), size=shape)] + draw.normal(0, 12, (*shape, 2))
-    sides = np.exp(draw.uniform(np.log(16), np.log(400), (*shape, 2)))
+    height, width = image
+    groups = max(shape[0 if len(shape) == 1 else 1] // 10, 1)
+    group = draw.integers(groups, size=shape)
+    sides = height * np.exp(draw.uniform(np.log(0.02), np.log(0.5), (groups, 2)))[group]
+    centres = draw.uniform((0, 0), (width, height), (groups, 2))[group]
+    centres += 0.1 * sides * draw.standard_normal((*shape, 2))
+    sides *= np.exp(0.15 * draw.standard_normal((*shape, 2)))
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], -1)
-    return jnp.asarray(np.clip(boxes, 0, (1344, 800) * 2), jnp.float32)
+    return jnp.asarray(np.clip(boxes, 0, (width, height) * 2), jnp.float32)
+
+
+def _class_boxes(count, num_classes):
+    """Returns boxes (n, K, 4) that are the same for all classes but for a few pixels."""
+    offsets = 4 * normal(2, (count, num_classes, 2))
+    return _boxes(0, 1, count)[0][:, None] + jnp.concatenate([offsets, offsets], -1)
 
 
 def _scores(seed, dtype, *shape):
