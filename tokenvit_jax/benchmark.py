@@ -14,12 +14,15 @@ Models differ in size, so they are compared by images per second times the multi
 the forward pass of one image: their speed at equal MACs. With --keep or --expedite, every model
 takes turns with a variant that has a token reducer or clustered tokens: "speedup" is the gain in
 images per second, "saved" the gain in MACs. An operator takes turns with its obvious alternatives,
-and RoIAlign with torchvision's, where that is installed. Times are medians; compilation and warm-up
-are separate. JAX, Flax and NumPy suffice; --against needs PyTorch and timm.
+and RoIAlign, nms, select_detections and match_boxes with torchvision's, where they load. Times are
+medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against needs PyTorch
+and timm.
 
 --task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
-recipe; --task=depth times DPT-hybrid. The training step has the loss of the recipe, on a batch that
-is prepared before. --against then names networks of transformers: upernet_swin_t or dpt_hybrid.
+recipe; --task=depth times DPT-hybrid; --task=detection times Mask R-CNN, with Swin-T unless --model
+names another. The training step has the loss of the recipe, on a batch that is prepared before.
+--against then names networks of transformers, upernet_swin_t or dpt_hybrid, or mask_rcnn_swin_t,
+which is made of torchvision's modules and timm's Swin-T.
 
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
@@ -50,6 +53,7 @@ from tokenvit_jax.valid import whole
 OPERATORS = (
     "group_attention", "depthwise_conv", "dot_product_attention", "cluster_density_peaks",
     "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens", "roi_align",
+    "nms", "select_detections", "match_boxes",
 )  # fmt: skip
 
 
@@ -60,9 +64,11 @@ class Measured(NamedTuple):
       model: name of the backbone.
       image_size: as --image_size.
       title: of the network.
-      peer: network of transformers beside it.
+      peer: network of a package in PyTorch beside it.
       insertions: label -> overrides of the model, for --report.
       inserted_size: height and width of the images then [pixels].
+      batch_size: images per batch.
+      package: of the peers.
     """
 
     model: str
@@ -71,6 +77,8 @@ class Measured(NamedTuple):
     peer: str = ""
     insertions: Mapping[str, Any] = MappingProxyType({})
     inserted_size: tuple[int, int] | None = None
+    batch_size: int = 2
+    package: str = "transformers"
 
 
 # The settings that the authors of Expedite released for NYU: blocks before the clustering, centres.
@@ -87,7 +95,11 @@ MEASURED = {
     "depth": Measured(
         "vit_b_r50", "384", "DPT-hybrid", "dpt_hybrid", _CLUSTERED, inserted_size=(384, 512)
     ),
-}
+    "detection": Measured(
+        "swin_t", "800x1344", "Mask R-CNN, Swin-T", "mask_rcnn_swin_t", batch_size=1,
+        package="torchvision",
+    ),
+}  # fmt: skip
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("model", None, "names, separated by commas, or all", flag_values=FLAGS)
@@ -120,7 +132,7 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 cli.define_number(
-    FLAGS, "batch_size", None, "images per batch; default: 8, with --task 2, or the operator's own",
+    FLAGS, "batch_size", None, "images per batch; default: 8, or that of the task or operator",
     whole(1, 2**16),
 )  # fmt: skip
 flags.DEFINE_enum(
@@ -161,7 +173,7 @@ def main(flag_values: flags.FlagValues) -> None:
     rows = _measure(flag_values)
     environment = timing.environment()
     if flag_values.against:
-        package = "transformers" if flag_values.task else "timm"
+        package = MEASURED[flag_values.task[0]].package if flag_values.task else "timm"
         environment |= torch_peers.environment(package)
     if out:
         from tokenvit_jax.output import write_figure
@@ -192,7 +204,7 @@ def _measure(flag_values):
     return models.benchmark_models(
         names,
         image_size,
-        flag_values.batch_size or (2 if flag_values.task else 8),
+        flag_values.batch_size or (default.batch_size if flag_values.task else 8),
         dtype,
         modes,
         against=flag_values.against,
@@ -208,14 +220,20 @@ def _measure(flag_values):
 
 def _task_kind(task):
     """Returns how the models of a task are timed."""
-    from tokenvit_jax.recipes import dpt, upernet
+    from tokenvit_jax.recipes import detection, dpt, upernet
     from tokenvit_jax.training.task_speed import task_kind
+
+    def detector(name):
+        config = detection.mask_rcnn_config(name)
+        config.head_overrides.update({"loss_group": 1})  # batches of any size
+        return config
 
     recipes = {
         "segmentation": {
             name: functools.partial(upernet.upernet_config, name) for name in upernet.MODELS
         },
         "depth": {dpt.MODEL: functools.partial(dpt.dpt_config, "nyu")},
+        "detection": {name: functools.partial(detector, name) for name in detection.MASK_RCNN},
     }[task]
 
     def recipe(name):
@@ -224,7 +242,7 @@ def _task_kind(task):
             raise UserError(f"--model={name} is not valid with --task={task}{hint}; valid: {valid}")
         return recipes[name]()
 
-    return task_kind(recipe)
+    return task_kind(recipe, MEASURED[task].package)
 
 
 def _write_report(flag_values):

@@ -21,6 +21,9 @@ def small_cases():
     yield from operators.cluster_superpixels_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
     yield from operators.reconstruct_tokens_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
     yield from operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4)
+    yield from operators.nms_cases(2, FLOAT32, ((2, 60),))
+    yield from operators.select_detections_cases(None, FLOAT32, ((60, 3, 0.05),))
+    yield from operators.match_boxes_cases(None, FLOAT32, ((64, 96, 9),))
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))

@@ -1,18 +1,20 @@
 """Operators equal torchvision's, and are timed beside them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax.measure import operators, torchvision_peers
+from tokenvit_jax.measure import operators, torchvision_operators
 from tokenvit_jax.ops import roi_levels
 
 pytestmark = pytest.mark.parity
+FLOAT32 = jnp.dtype("float32")
 
 
 @pytest.fixture(autouse=True)
 def _compiled_operators():
-    if not torchvision_peers.has_operators():
+    if not torchvision_operators.has_operators():
         pytest.skip("torchvision's compiled operators do not load")
 
 
@@ -21,7 +23,7 @@ def test_roi_align():
     import torch
     from torchvision.ops import roi_align
 
-    case = next(operators.roi_align_cases(1, jnp.dtype("float32"), ((1000, 7),), channels=8))
+    case = next(operators.roi_align_cases(1, FLOAT32, ((1000, 7),), channels=8))
     *maps, boxes = case.inputs
     found = np.asarray(case.contenders["roi_align"](*case.inputs))[0].transpose(0, 3, 1, 2)
     levels = np.asarray(roi_levels(boxes[0], 4))
@@ -32,11 +34,39 @@ def test_roi_align():
         np.testing.assert_allclose(found[levels == level], expected, atol=5e-4)
 
 
+def results(case):
+    ours = np.asarray(jax.jit([*case.contenders.values()][-1])(*case.inputs))
+    call = case.peers("forward")["torchvision"]
+    call()
+    return ours, call.found.numpy()
+
+
+def test_nms():
+    for case in operators.nms_cases(None, FLOAT32, ((1, 200), (3, 150))):
+        ours, theirs = results(case)
+        np.testing.assert_array_equal(np.flatnonzero(ours), np.sort(theirs))
+        assert 0.1 < ours.mean() < 0.9
+
+
+def test_selection():
+    for case in operators.select_detections_cases(None, FLOAT32, ((150, 6, 0.05),)):
+        ours, theirs = results(case)
+        np.testing.assert_array_equal(ours, theirs)
+        assert len(ours) == 100
+
+
+def test_matching():
+    for case in operators.match_boxes_cases(None, FLOAT32, ((512, 640, 20),)):
+        ours, theirs = results(case)
+        assert {-2, -1} < {*np.unique(ours)}
+        # An anchor that is the best one of an object goes to the anchor's own best object there.
+        np.testing.assert_array_equal(ours >= 0, theirs >= 0)
+        np.testing.assert_array_equal(ours[ours < 0], theirs[ours < 0])
+
+
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_roi_align_is_timed_beside_ours(mode):
-    case = next(
-        operators.roi_align_cases(2, jnp.dtype("float32"), ((6, 3),), canvas=(64, 96), channels=4)
-    )
+    case = next(operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4))
     row = operators.benchmark_case(case, mode, seconds=0.01)
     assert list(row["contenders"]) == ["torchvision", "static", "roi_align"]
     assert row["contenders"]["torchvision"]["median_ms"] > 0

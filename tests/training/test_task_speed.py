@@ -63,3 +63,18 @@ def test_random_batch_has_the_arrays_of_the_task():
 def test_settings_of_a_variant_reach_the_model(kind):
     assert kind.model("vit_ti", depth=2).backbone.settings.depth == 2
     assert kind.model("vit_ti").backbone.settings.depth == 1
+
+
+def test_random_objects():
+    config = default_config("detection")
+    config.dataset, config.model, config.head = "scene_instances", "swin_t", "mask_rcnn"
+    config.image_size, config.data.max_objects = SIZE, 20
+    task = create_task(config)
+    batch = random_batch(task, 2)
+    shapes = jax.eval_shape(task.prepare, batch, jax.random.key(0))
+    assert shapes["image"].shape == (2, *SIZE, 3) and shapes["keys"].shape == (2,)
+    np.testing.assert_array_equal(batch["image_size"], [SIZE] * 2)
+    boxes, objects = batch["boxes"], batch["classes"] >= 0
+    np.testing.assert_array_equal(objects.sum(1), [8, 8])
+    sides = boxes[..., 2:] - boxes[..., :2]
+    assert (sides[objects] >= 0.09 * min(SIZE)).all() and (boxes[objects] <= max(SIZE)).all()

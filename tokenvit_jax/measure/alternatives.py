@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tokenvit_jax import ops
+
 # Defaults of the operators.
 ROUNDS = 5  # of K-Medoids, K-Means and superpixels
 NEIGHBORS = 5  # of density peaks
@@ -178,3 +180,42 @@ def roi_align_static(
 def _share(position, cell):
     """Returns the bilinear weight of a cell; of a position in a cell's centre, floor = ceil."""
     return jnp.where(position == jnp.floor(position), 0.5, 1 - abs(position - cell))
+
+
+def nms_by_rows(boxes: jax.Array, scores: jax.Array, threshold: float) -> jax.Array:
+    """Suppresses box by box by rows of the matrix of all pairs: (n, 4), (n,) -> (n,) bool."""
+    order = jnp.argsort(-scores, stable=True)
+    suppresses = ops.box_iou(boxes[order][:, None], boxes[order]) > threshold
+    later = ~jnp.tri(len(scores), dtype=bool)
+
+    def visit(i, kept):
+        return kept & ~(kept[i] & suppresses[i] & later[i])
+
+    kept = lax.fori_loop(0, len(scores), visit, jnp.ones(len(scores), bool))
+    return jnp.zeros_like(kept).at[order].set(kept)
+
+
+def select_by_nms(
+    boxes: jax.Array, scores: jax.Array, *, score_threshold: float, iou_threshold: float, num: int
+) -> jax.Array:
+    """Suppresses in all classes, then selects: (n, K, 4), (n, K) -> (num,), row K + class."""
+
+    def keep(boxes, scores):
+        return ops.nms(boxes, scores, iou_threshold, valid=scores > score_threshold)
+
+    kept = jax.vmap(keep, (1, 1), 1)(boxes, scores)
+    values, places = lax.top_k(jnp.where(kept, scores, -1.0).ravel(), num)
+    return jnp.where(values >= 0, places, -1)
+
+
+def match_by_matrix(
+    anchors: jax.Array, boxes: jax.Array, *, positive: float, negative: float, least: float
+) -> jax.Array:
+    """Matches by the IoUs of all objects and anchors at once: (A, 4), (M, 4) -> (A,)."""
+    iou = ops.box_iou(boxes[:, None], anchors)
+    best, largest = iou.max(0), iou.max(1, keepdims=True)
+    matches = jnp.where(best < negative, -1, -2)
+    matches = jnp.where(best >= positive, iou.argmax(0), matches)
+    takes = (iou == largest) & (largest >= least)
+    last = len(boxes) - 1 - jnp.argmax(takes[::-1], 0)
+    return jnp.where(takes.any(0), last, matches).astype(jnp.int32)

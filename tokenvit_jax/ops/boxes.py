@@ -28,9 +28,13 @@ def box_iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, 
 
     It is 0 where both boxes are empty.
     """
-    low = jnp.maximum(a[..., :2], b[..., :2])
-    sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - low, 0)
-    shared = _rounded(sides[..., 0] * sides[..., 1])
+    width, height = (
+        jnp.maximum(
+            jnp.minimum(a[..., i + 2], b[..., i + 2]) - jnp.maximum(a[..., i], b[..., i]), 0
+        )
+        for i in (0, 1)
+    )
+    shared = _rounded(width * height)
     union = box_areas(a) + box_areas(b) - shared
     return shared / jnp.maximum(union, 1e-6)
 

@@ -12,6 +12,7 @@ References:
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
@@ -40,10 +41,10 @@ def nms(
       valid: boxes that take part (n,); None: all. The others are not kept.
     """
     count = len(scores)
-    labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
+    labels = None if labels is None else jnp.asarray(labels)
     valid = jnp.ones(count, bool) if valid is None else jnp.asarray(valid)
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
-    sorted_args = jnp.asarray(boxes)[order], labels[order], valid[order]
+    sorted_args = jax.tree.map(lambda x: x[order], (jnp.asarray(boxes), labels, valid))
     kept = by_platform(
         "non-maximum suppression",
         *sorted_args,
@@ -57,18 +58,20 @@ def _in_blocks(boxes, labels, valid, threshold, block):
     """Returns which boxes, in the order of their visit, are kept."""
     count = len(valid)
     padding = -count % block
-    boxes = jnp.pad(boxes, ((0, padding), (0, 0)))
-    labels, alive = jnp.pad(labels, (0, padding)), jnp.pad(valid, (0, padding))
+    # Numbers that a loop reads one after another lie side by side.
+    columns = jnp.pad(boxes.T, ((0, 0), (0, padding)))
+    labels, alive = jax.tree.map(lambda x: jnp.pad(x, (0, padding)), (labels, valid))
 
     def visit(number, alive):
         start = number * block
-        own, own_labels = (lax.dynamic_slice_in_dim(x, start, block) for x in (boxes, labels))
-        within = _suppresses(own, own_labels, own, own_labels, threshold)
+        every = columns, labels
+        own = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block, -1), every)
+        within = _suppresses(own, own, threshold)
         earlier = jnp.tri(block, k=-1, dtype=bool)  # row: the suppressed box
         kept = _settle(lax.dynamic_slice_in_dim(alive, start, block), within.T & earlier)
         if padding + count > block:
             later = jnp.arange(len(alive)) >= start + block
-            hit = _suppresses(own, own_labels, boxes, labels, threshold) & kept[:, None]
+            hit = _suppresses(own, every, threshold) & kept[:, None]
             alive = alive & ~(later & hit.any(0))
         return lax.dynamic_update_slice_in_dim(alive, kept, start, 0)
 
@@ -77,10 +80,14 @@ def _in_blocks(boxes, labels, valid, threshold, block):
     return alive[:count]
 
 
-def _suppresses(first, first_labels, second, second_labels, threshold):
-    """Returns whether boxes (m, 4) suppress later boxes (n, 4): (m, n)."""
-    same = first_labels[:, None] == second_labels
-    return same & (box_iou(first[:, None], second) > threshold)
+def _suppresses(first, second, threshold):
+    """Returns whether the first boxes suppress the second ones, if these are later: (m, n).
+
+    Both are columns (4, m) or (4, n), and labels (m,) or (n,), or None.
+    """
+    (boxes, labels), (others, other_labels) = first, second
+    overlaps = box_iou(boxes.T[:, None], others.T) > threshold
+    return overlaps if labels is None else overlaps & (labels[:, None] == other_labels)
 
 
 def _settle(alive, suppressed_by):

@@ -10,20 +10,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.measure.models import Kind, Subject, Work
+from tokenvit_jax.measure.torchvision_peers import OBJECTS, random_objects, torchvision_work
 from tokenvit_jax.measure.transformers_peers import transformers_work
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.step import add_sown
 
 
-def task_kind(recipe: Callable[[str], ConfigDict]) -> Kind:
+def task_kind(recipe: Callable[[str], ConfigDict], package: str = "transformers") -> Kind:
     """Returns how the models of a dense task and their peers are timed.
 
     The training step has the loss of the recipe; the batch is prepared before it.
 
     Args:
       recipe: configuration from the name of a model.
+      package: Python package of the peers, "transformers" or "torchvision".
     """
-    return Kind(functools.partial(_subject, recipe), transformers_work, "transformers")
+    peers = {"transformers": transformers_work, "torchvision": torchvision_work}
+    return Kind(functools.partial(_subject, recipe), peers[package], package)
 
 
 def _subject(recipe, name, dtype, **overrides: Any):
@@ -53,7 +56,8 @@ def random_batch(task: Task, batch_size: int) -> dict[str, jax.Array]:
     """Returns a training batch of random numbers.
 
     Images are drawn from 0 to 255, other whole numbers below the number of classes, and floats,
-    such as depths [m], from 1 to 2.
+    such as depths [m], from 1 to 2. Of the places for objects, the first ones are taken, and their
+    images fill the canvas.
 
     Args:
       task: gives names, shapes and types.
@@ -70,4 +74,14 @@ def random_batch(task: Task, batch_size: int) -> dict[str, jax.Array]:
         )
 
     specs = task.examples(train=True).specs
-    return {name: jnp.asarray(array(name, *spec)) for name, spec in specs.items()}
+    batch = {name: array(name, *spec) for name, spec in specs.items()}
+    if "boxes" in batch:
+        size = batch["image"].shape[1:3]
+        batch["index"] = np.arange(batch_size, dtype=np.int32)
+        batch["image_size"][:] = size
+        batch["boxes"][:, :OBJECTS] = random_objects(batch_size, size)
+        batch["classes"][:, OBJECTS:] = -1
+        batch["objects_left_out"][:] = 0
+        if "masks" in batch:
+            batch["masks"][:] = 255  # all of the box
+    return {name: jnp.asarray(x) for name, x in batch.items()}
