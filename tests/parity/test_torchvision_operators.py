@@ -44,9 +44,9 @@ def test_selection(torchvision):
 
 
 def test_matching(torchvision):
-    for case in operators.match_boxes_cases(None, FLOAT32, ((128, 160, 20),)):
+    for case in operators.match_boxes_cases(None, FLOAT32, ((512, 640, 20),)):
         ours, theirs = results(case, torchvision)
-        assert {-2, -1, 0} <= {*np.unique(ours)}
+        assert {-2, -1} < {*np.unique(ours)}
         # An anchor that is the best one of an object goes to the anchor's own best object there.
         np.testing.assert_array_equal(ours >= 0, theirs >= 0)
         np.testing.assert_array_equal(ours[ours < 0], theirs[ours < 0])

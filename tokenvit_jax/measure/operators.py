@@ -474,9 +474,11 @@ def _boxes(seed, *shape, image=(800, 1344)):
     """Returns boxes of a fiftieth to half of the image's height, in groups that overlap."""
     draw = np.random.default_rng(seed)
     height, width = image
-    groups = max(shape[0 if len(shape) == 1 else 1] // 10, 1)
+    groups = max(shape[-1] // 10, 1)
     group = draw.integers(groups, size=shape)
-    sides = height * np.exp(draw.uniform(np.log(0.02), np.log(0.5), (groups, 2)))[group]
+    shape_of_group = np.array([[1, -1]]) * draw.normal(0, 0.35, (groups, 1))  # half its logarithm
+    size_of_group = draw.uniform(np.log(0.02), np.log(0.5), (groups, 1))
+    sides = height * np.exp(size_of_group + shape_of_group)[group]
     centres = draw.uniform((0, 0), (width, height), (groups, 2))[group]
     centres += 0.1 * sides * draw.standard_normal((*shape, 2))
     sides *= np.exp(0.15 * draw.standard_normal((*shape, 2)))
