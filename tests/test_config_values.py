@@ -245,9 +245,49 @@ DPT_DATASETS = {
 }  # fmt: skip
 
 
+EPOCH = 7330  # steps
+COCO = {
+    "augment.flip": 0.5, "batch_size": 16, "checkpoint_every_steps": 1466,
+    "data.eval_batch_size": 8, "data.long_side": 1333, "data.workers": "auto", "dataset": "coco",
+    "dtype": "bfloat16", "eval_every_steps": EPOCH, "image_size": (800, 1344),
+    "model_overrides.remat": False, "num_steps": 12 * EPOCH,
+    "optimizer.milestones": (8 * EPOCH, 11 * EPOCH), "optimizer.schedule": "step",
+    "optimizer.learning_rate": 1e-4, "optimizer.warmup_learning_rate": 1e-4 / 1000,
+    "optimizer.warmup_steps": 500,
+}  # fmt: skip
+THREE_TIMES = {
+    "augment.detr_crop": True, "augment.short_sides": tuple(range(480, 801, 32)),
+    "num_steps": 36 * EPOCH, "optimizer.milestones": (27 * EPOCH, 33 * EPOCH),
+}  # fmt: skip
+# Model -> drop path and weight decay.
+DETECTORS = {
+    "clustr_s": (0.1, 1e-4), "dgt_t": (0.1, 0.05), "dgt_s": (0.3, 0.05), "dgt_b": (0.5, 0.05),
+    "pale_t": (0.2, 1e-3), "pale_s": (0.3, 1e-3), "pale_b": (0.5, 0.05),
+    "swin_t": (0.1, 0.05), "swin_s": (0.2, 0.05), "swin_b": (0.3, 0.05),
+}  # fmt: skip
+OBJECT_SCENES = {
+    "batch_size": 16, "checkpoint_every_steps": 300, "data.eval_batch_size": 20,
+    "data.max_objects": 4, "dataset": "scene_instances", "eval_every_steps": 600,
+    "head_overrides.channels": 32, "head_overrides.max_detections": 20,
+    "head_overrides.num_candidates": 100, "image_size": 128, "log_every_steps": 50,
+    "model": "swin_t", "num_steps": 600, "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 60,
+} | overrides(
+    dims=(24, 48, 96, 96), num_heads=(1, 2, 4, 4), depths=(1, 1, 6, 1), window_size=8,
+    drop_path=0.0, remat=False,
+)  # fmt: skip
+NARROW_DETECTORS = {
+    "mask_rcnn": {
+        "head_overrides.hidden": 128, "head_overrides.num_anchors": 128,
+        "head_overrides.num_proposals": 100, "head_overrides.num_rois": 64,
+    },
+    "retinanet": {"head_overrides.num_convs": 2},
+}  # fmt: skip
+
+
 TASKS = {
     "segmenter": "segmentation", "upernet": "segmentation", "semantic": "segmentation",
-    "dpt": "depth",
+    "dpt": "depth", "mask": "detection", "retinanet": "detection",
 }  # fmt: skip
 
 
@@ -262,7 +302,29 @@ def entries_of_maps(name, arg):
     return UPERNET | entries | (DGT | overrides(top_k=512) if arg.startswith("dgt") else {})
 
 
+def entries_of_detector(name, arg):
+    if arg == "scenes":
+        return OBJECT_SCENES | {"head": name} | NARROW_DETECTORS[name]
+    model = arg.removesuffix("_3x")
+    drop_path, weight_decay = DETECTORS[model]
+    entries = COCO | {"head": name, "model": model, "optimizer.weight_decay": weight_decay}
+    if arg.endswith("_3x"):
+        entries |= THREE_TIMES
+        drop_path = {"swin_t": 0.2}.get(model, drop_path)
+    if model == "clustr_s":
+        entries["optimizer.decay"] = "all"
+        if name == "mask_rcnn":
+            entries |= {
+                "optimizer.learning_rate": 2e-4,
+                "optimizer.warmup_learning_rate": 2e-4 / 1000,
+            }
+    entries |= overrides(drop_path=drop_path)
+    return entries | (DGT | overrides(top_k=392) if model.startswith("dgt") else {})
+
+
 def expected_entries(name, arg):
+    if name in NARROW_DETECTORS:
+        return entries_of_detector(name, arg)
     if name == "dpt":
         return DPT_DATASETS[arg]
     if name in ("upernet", "semantic_fpn"):

@@ -45,6 +45,8 @@ SMALL = {
         "mlp_ratio": 2, "window_size": 4, "pretrained_window_sizes": (4, 4, 4, 2)
     },
 }  # fmt: skip
+# Configs with the name of a head; their arguments name a model.
+HEADS = ("upernet", "semantic_fpn", "mask_rcnn", "retinanet")
 # Entries that change a step's numbers, but not its program.
 SAME = {
     "num_steps": 1000, "optimizer.warmup_steps": 100, "optimizer.learning_rate": 1e-3,
@@ -85,8 +87,9 @@ def test_config_runs_one_step(name, arg):
     if name == "dpt":  # tests/tasks/test_contract.py runs a step
         assert config.model == ("vit_ti" if arg == "scenes" else "vit_b_r50")
         return
-    if name in ("upernet", "semantic_fpn"):  # tests/tasks/test_contract.py runs a step
-        assert (config.head, config.model) == (name, "swin_t" if arg == "scenes" else arg)
+    if name in HEADS:  # tests/tasks/test_contract.py runs a step
+        model = "swin_t" if arg == "scenes" else arg.removesuffix("_3x")
+        assert (config.head, config.model) == (name, model)
         return
     family, size = name.split("_")
     assert config.model == f"{'vit' if family == 'segmenter' else family}_{size}"

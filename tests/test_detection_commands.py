@@ -1,4 +1,4 @@
-"""The commands on a run of a detector: predict, export, compile and expedite."""
+"""The commands on a run of a detector: predict, evaluate, export, compile and expedite."""
 
 import copy
 import json
@@ -10,13 +10,16 @@ import pytest
 from make_task import make_task
 from ml_collections import ConfigDict
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from random_variables import random_variables
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, expedite, predict
+from tokenvit_jax import cli, evaluate, expedite, predict
 from tokenvit_jax.ahead import compiling
+from tokenvit_jax.data import open_annotations
 from tokenvit_jax.expediting import rivals, search
-from tokenvit_jax.metrics.coco import paste_mask
+from tokenvit_jax.metrics.coco import NUMBERS, paste_mask
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training import run as training_run
 from tokenvit_jax.training.exporting import lower
@@ -50,10 +53,14 @@ def tiny_config(head: str) -> ConfigDict:
 
 
 def write_random_run(workdir, head):
-    """Writes a run with random variables."""
+    """Writes a run with random variables; the boxes of RetinaNet are nearly its anchors."""
     task = make_task(tiny_config(head))
     images = jax.ShapeDtypeStruct((1, LOW, HIGH, 3), np.float32)
-    write_run(workdir, task.config, random_variables(task.make_model(), images))
+    variables = random_variables(task.make_model(), images)
+    if head == "retinanet":  # some of which lie on objects
+        params = variables["params"]["head"]
+        params["box_deltas"] = jax.tree.map(lambda x: 0.02 * x, params["box_deltas"])
+    write_run(workdir, task.config, variables)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,14 @@ def detect(loaded):
     task = loaded.task
     run = jax.jit(lambda variables, x: task.outputs(loaded.model, variables, task.normalize(x)))
     return lambda pixels: jax.device_get(run(loaded.variables, pixels))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Returns the folder of a run of RetinaNet."""
+    workdir = tmp_path_factory.mktemp("plain") / "run"
+    write_random_run(workdir, "retinanet")
+    return workdir
 
 
 @pytest.fixture
@@ -132,6 +147,27 @@ def test_predict_finds_objects_in_pixels_of_the_image(run, loaded, detect, tmp_p
             np.testing.assert_allclose(values, arrays[key], rtol=1e-3, atol=0.051)
 
 
+def test_results_of_an_evaluation_are_those_of_the_metrics(run, plain, tmp_path):
+    """The file holds what COCO's own code reads; there is no other line than the metrics."""
+    out = tmp_path / "results.json"
+    status, printed, err = run(evaluate, ("workdir",), workdir=plain, out=out)
+    assert (status, err) == (0, "")
+    metrics = json.loads(printed)
+    results = json.loads(out.read_text())
+    assert 0 < len(results) <= 200 * NUM and len({x["image_id"] for x in results}) > 100
+    task = tv.load_run(plain).task
+    truth = COCO()
+    truth.dataset = open_annotations(task.config, "test")
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    names = [f"eval/box_{name}" for name in NUMBERS]
+    np.testing.assert_allclose([metrics[name] for name in names], evaluation.stats, atol=1e-12)
+    assert metrics["eval/box_ar100"] > 0
+
+
 def test_an_exported_model_finds_the_same_objects(loaded, detect):
     pixels = random_pixels(3, LOW, HIGH, 3)
     exported = lower(loaded.task, loaded.model, loaded.variables)
@@ -145,31 +181,55 @@ def test_an_exported_model_finds_the_same_objects(loaded, detect):
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize(("parallel", "mode"), [("jit", "train"), ("pmap", "evaluate")])
-def test_steps_lower_from_shapes_alone(parallel, mode):
+def test_a_training_step_lowers_from_shapes_alone():
     config = tiny_config("retinanet")
-    config.parallel = parallel
-    step = compiling.make_step(config, jax.devices()[:2], mode)
+    step = compiling.make_step(config, jax.devices()[:2], "train")
     step.function.lower(*step.arguments)
-    sides = {"train": (LOW, HIGH), "evaluate": (HIGH, HIGH)}[mode]
-    per_device = {"train": config.batch_size, "evaluate": 8}[mode] // 2
-    assert step.memory.batch > per_device * 3 * np.prod(sides)
+    assert step.arguments[1]["boxes"].shape == (config.batch_size, 5, 4)
+    assert step.memory.batch > config.batch_size // 2 * LOW * HIGH * 3
 
 
-def test_a_clustered_run_is_chosen(run, tmp_path, monkeypatch):
+def test_a_clustered_run_is_chosen(run, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "FACTORS", (0.05,))
     monkeypatch.setattr(rivals, "smaller_image", lambda *args: None)  # test_rivals.py has it
-    workdir, faster = tmp_path / "run", tmp_path / "faster"
-    write_random_run(workdir, "retinanet")
-    flags = {"workdir": workdir, "out": faster, "budget": 0.95, "num_images": 2}
+    faster = tmp_path / "faster"
+    flags = {"workdir": plain, "out": faster, "budget": 0.95, "num_images": 2}
     status, printed, err = run(expedite, ("workdir", "budget"), **flags)
     assert status == 0, err
     setting = read_config(faster).model_overrides.expedite
     assert (setting.alpha, setting.beta, setting.where) == (1, 1, "blocks")
     assert "adaptive pooling" in printed and "<- chosen" in printed
-    plain, clustered = (tv.load_run(folder) for folder in (workdir, faster))
-    jax.tree.map(np.testing.assert_array_equal, plain.variables, clustered.variables)
+    original, clustered = (tv.load_run(folder) for folder in (plain, faster))
+    jax.tree.map(np.testing.assert_array_equal, original.variables, clustered.variables)
     images = random_pixels(1, LOW, HIGH, 3)
-    before, after = plain.features(images), clustered.features(images)
+    before, after = original.features(images), clustered.features(images)
     np.testing.assert_array_equal(before[1], after[1])
     assert before[2].shape == after[2].shape and abs(before[2] - after[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "status", "message"),
+    [
+        (
+            "classification",
+            {},
+            2,
+            "is for runs of the task detection; this is one of classification",
+        ),
+        ("detection", {"expedite": "1,1,2x2"}, 2, "does not go with --keep and --expedite"),
+        (
+            "detection",
+            {"out": "/proc/results.json"},
+            1,
+            "--out=/proc/results.json cannot be written",
+        ),
+    ],
+)
+def test_wrong_files_of_results_are_named(run, plain, tmp_path, task, flags, status, message):
+    if task == "classification":
+        write_config(tmp_path, default_config(task))
+    workdir = plain if task == "detection" else tmp_path
+    flags = {"workdir": workdir, "out": tmp_path / "results.json"} | flags
+    found, printed, err = run(evaluate, ("workdir",), **flags)
+    assert (found, printed) == (status, "") and message in err
+    assert not (tmp_path / "results.json").exists()

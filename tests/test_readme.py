@@ -32,6 +32,7 @@ CONFIGS = [
     ("deit_s", "search"),
     ("segmenter_ti", ""),
     ("dpt", "kitti"),
+    ("mask_rcnn", "swin_t"),
 ]
 
 

@@ -14,7 +14,7 @@ Models differ in size, so they are compared by images per second times the multi
 the forward pass of one image: their speed at equal MACs. With --keep or --expedite, every model
 takes turns with a variant that has a token reducer or clustered tokens: "speedup" is the gain in
 images per second, "saved" the gain in MACs. An operator takes turns with its obvious alternatives,
-and nms, select_detections and match_boxes on CPU with torchvision, where its operators load.
+and nms, select_detections, match_boxes and roi_align with torchvision, where its operators load.
 Times are medians; compilation and warm-up are separate. JAX, Flax and NumPy suffice; --against
 needs PyTorch and timm.
 
@@ -53,7 +53,7 @@ from tokenvit_jax.valid import whole
 OPERATORS = (
     "group_attention", "depthwise_conv", "dot_product_attention", "cluster_density_peaks",
     "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens",
-    "nms", "select_detections", "match_boxes",
+    "nms", "select_detections", "match_boxes", "roi_align",
 )  # fmt: skip
 
 

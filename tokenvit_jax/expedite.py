@@ -2,15 +2,15 @@
 
     python -m tokenvit_jax.expedite --workdir=RUN --budget=0.66 --plot=front.png --out=FASTER_RUN
 
-The model is a classifier, a segmentation or a depth model whose backbone is a plain ViT or a Swin
-Transformer. Its middle blocks run on the centres of clusters (Liang et al. 2022, "Expediting
-Large-Scale Vision Transformer for Dense Prediction without Fine-tuning"). --budget is a fraction of
-the original model's multiply-adds (MACs), or with --of=latency a fraction of its time per image on
-this machine. Among the settings within the budget, the command chooses the one that changes the
-features least on a few images; it needs no labels and no gradients. The temperature follows the
-distances between the tokens of these images. Below the choice, the command prints other methods at
-no higher cost; where one of them is better, it is the better choice. --out is the folder of a new
-run at step 0 with the same weights: evaluate, predict and train read it like any other run.
+The model is of any task; its backbone is a plain ViT or a Swin Transformer. Its middle blocks run
+on the centres of clusters (Liang et al. 2022, "Expediting Large-Scale Vision Transformer for Dense
+Prediction without Fine-tuning"). --budget is a fraction of the original model's multiply-adds
+(MACs), or with --of=latency a fraction of its time per image on this machine. Among the settings
+within the budget, the command chooses the one that changes the features least on a few images; it
+needs no labels and no gradients. The temperature follows the distances between the tokens of these
+images. Below the choice, the command prints other methods at no higher cost; where one of them is
+better, it is the better choice. --out is the folder of a new run at step 0 with the same weights:
+evaluate, predict and train read it like any other run.
 """
 
 import sys

@@ -9,6 +9,7 @@ import pytest
 from tokenvit_jax.data import train_batches
 from tokenvit_jax.data.decoding import UndecodableError
 from tokenvit_jax.data.record import Spec
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 
 SIDES = 120, 200  # 72,000 bytes: through shared memory
@@ -109,6 +110,14 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_orientation():
     assert sum(batch["skipped"].sum() for batch in found) > 0
     for batch in found:
         assert len(set(PORTRAIT[batch["index"]])) == 1 and not set(batch["index"]) & {*unreadable}
+
+
+def test_a_dataset_must_know_the_orientation_of_its_images():
+    class Plain(Source):
+        portrait = property()  # as if there were none
+
+    with pytest.raises(UserError, match=r"Plain has no portrait\(\); valid without it: a square"):
+        train_batches(Plain(), Examples(), make_config())
 
 
 def test_the_stream_can_be_sent_to_a_worker():

@@ -130,7 +130,7 @@ BAD = {
         changed(a=("categories", "name", "horse")),
         "train.json: the categories are not those of few: 'horse', not 'person'",
     ),
-    "file": (changed(a=("images", "file_name", "none.jpg")), "none.jpg: No such file"),
+    "file": (changed(a=("images", "file_name", "none.jpg")), "none.jpg not found, image 1000 of "),
     "size": (
         changed(a=("images", "width", 161)),
         "has 160 x 120 pixels; image 1000 of the annotations has 161 x 120 (width x height)",
@@ -145,7 +145,33 @@ BAD = {
     ),
     "format": (
         {**ground_truth(), "images": [{"width": 3}]},
-        "train.json is not in COCO's format (KeyError: 'id'); valid: JSON with images, ",
+        "train.json: images: entry at place 0 has no id; valid: a whole number",
+    ),
+    "list": (
+        {**ground_truth(), "images": 3},
+        "train.json is not in COCO's format (TypeError: 'int' object is not iterable); valid: ",
+    ),
+    "box": (
+        changed(a=("annotations", "bbox", [1, 2, float("nan"), 4])),
+        "annotations: entry 1 has bbox=[1, 2, nan, 4]; valid: x, y, width and height",
+    ),
+    "area": (changed(a=("annotations", "area", None)), "entry 1 has area=None; valid: a number"),
+    "side": (changed(a=("images", "height", 0)), "images: entry 1000 has height=0; valid: a "),
+    "no mask": (
+        changed(a=("annotations", "segmentation", "x")),
+        "entry 1 has segmentation='x'; valid: a list of polygons, or size and counts of run ",
+    ),
+    "far": (
+        changed(a=("annotations", "segmentation", [[0, 0, 1e8, 0, 0, 1e8]])),
+        "annotation 1: its mask cannot be read (a polygon lies far outside of the image)",
+    ),
+    "polygon": (
+        changed(a=("annotations", "segmentation", [[1, 2]])),
+        "annotation 1: its mask cannot be read (",
+    ),
+    "no polygon": (
+        changed(a=("annotations", "segmentation", [])),
+        "annotation 1: its mask cannot be read (",
     ),
 }
 

@@ -22,11 +22,11 @@ def test_info_is_consistent(name):
 def test_unknown_dataset_names_the_nearest():
     with pytest.raises(
         UserError,
-        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, depth_scenes, digits",
+        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, coco, depth_scenes, digits",
     ):
         builtin_info("digitz")
     with pytest.raises(
-        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, depth_scenes, digits"
+        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, coco, depth_scenes, digits"
     ):
         builtin_info("zzz")
 
@@ -103,6 +103,7 @@ def test_a_dataset_in_a_module_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "money").mkdir()
     (tmp_path / "money" / "coins.py").write_text(OWN)
     (tmp_path / "money" / "empty.py").write_text("")
+    (tmp_path / "money" / "boxes.py").write_text(OWN.replace('"label"', '"instances"'))
     monkeypatch.syspath_prepend(tmp_path)
     config = default_config("classification")
     config.dataset = "money.coins"
@@ -112,6 +113,7 @@ def test_a_dataset_in_a_module_of_the_user(tmp_path, monkeypatch):
     for name, message in (
         ("money.notes", "config.dataset='money.notes': cannot import this module: No module named"),
         ("money.empty", "this module has neither INFO nor read_info"),
+        ("money.boxes", r"records of this module have instances, but it has no annotations\("),
     ):
         config.dataset = name
         with pytest.raises(UserError, match=message):

@@ -7,7 +7,7 @@ import pytest
 
 from tokenvit_jax.data.datasets import scene_instances
 from tokenvit_jax.data.datasets.scenes import ScenesSource
-from tokenvit_jax.run_lengths import decode_mask
+from tokenvit_jax.run_lengths import decode_mask, encode_mask, encode_part
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scene_instances.npz")
 SIZE = 128, 128
@@ -51,3 +51,13 @@ def test_annotations_list_every_object():
     assert {entry["category_id"] for entry in found["annotations"]} == {1, 2, 3, 4}
     areas = np.array([entry["area"] for entry in found["annotations"]])
     assert len(areas) == 468 and areas.min() > 250 and areas.max() < 2500
+
+
+def test_a_part_is_encoded_as_the_whole_mask():
+    rng = np.random.default_rng(0)
+    for corner, shape in {(0, 0): (9, 13), (4, 0): (9, 5), (3, 2): (5, 6), (7, 3): (6, 6),
+                          (5, 5): (0, 3)}.items():  # fmt: skip
+        for part in (rng.random(shape) < 0.5, np.ones(shape, bool), np.zeros(shape, bool)):
+            mask = np.zeros((9, 13), bool)
+            mask[corner[1] : corner[1] + shape[0], corner[0] : corner[0] + shape[1]] = part
+            assert encode_part(part, corner, mask.shape) == encode_mask(mask)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokenvit_jax.measure import operators
-from tokenvit_jax.measure.timing import MIN_CALLS
+from tokenvit_jax.measure.timing import MIN_CALLS, normal
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -23,6 +23,7 @@ def small_cases():
     yield from operators.nms_cases(2, FLOAT32, ((2, 60),))
     yield from operators.select_detections_cases(None, FLOAT32, ((60, 3, 0.05),))
     yield from operators.match_boxes_cases(None, FLOAT32, ((64, 96, 9),))
+    yield from operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4)
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
@@ -30,7 +31,8 @@ def test_contenders_compute_the_same(case):
     # Where the groups select all keys, attention in groups equals dense attention.
     inputs, fns = case.inputs, case.contenders.values()
     if case.num_differentiated:
-        inputs = (inputs[0], *inputs)  # the first input also serves as the gradient of the output
+        result = jax.eval_shape(next(iter(fns)), *inputs)
+        inputs = (normal(9, result.shape, result.dtype), *inputs)
         fns = [operators.forward_backward(fn, case.num_differentiated) for fn in fns]
     expected, *others = (jax.jit(fn)(*inputs) for fn in fns)
     for found in others:

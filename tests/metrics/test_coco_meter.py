@@ -1,5 +1,6 @@
 """COCO's average precision, beside the figures of pycocotools on a fixture."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -92,12 +93,26 @@ def test_masks_have_the_twelve_numbers_of_the_reference(monkeypatch):
         pixels.setdefault(entry["image_id"], []).append(mask)
     order = [mask for image in truth["images"] for mask in pixels.get(image["id"], ())]
     given = iter(order)  # masks of any form in place of those that a frame can hold
-    monkeypatch.setattr("tokenvit_jax.metrics.coco.paste_mask", lambda *args: next(given))
+    monkeypatch.setattr("tokenvit_jax.metrics.coco.paste_part", lambda *args: (next(given), (0, 0)))
     entries = [{**entry, "bbox": [0, 0, 1, 1]} for entry in detections]
     meter = CocoMeter(lambda: truth, has_masks=True)
     meter.add(Outcome(rows_of(entries, truth, with_masks=True)))
     found = [value for name, value in meter.result().items() if "mask" in name]
     np.testing.assert_allclose(found, read("expected.json")["segm"], atol=1e-12)
+
+
+def test_annotations_may_start_at_zero_and_are_left_as_they_are():
+    truth = copy.deepcopy(read("ground_truth.json"))
+    for number, entry in enumerate(truth["annotations"]):
+        entry["id"] = number
+        if not entry["iscrowd"]:
+            del entry["iscrowd"]
+    given = copy.deepcopy(truth)
+    meter = CocoMeter(lambda: truth, has_masks=False)
+    meter.add(Outcome(rows_of(read("detections_bbox.json"), truth, with_masks=False)))
+    found = [*meter.result().values()]
+    np.testing.assert_allclose(found, read("expected.json")["bbox"], atol=1e-12)
+    assert truth == given
 
 
 def perfect_rows(indices, truth):

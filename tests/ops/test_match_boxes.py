@@ -1,13 +1,16 @@
 """Matching of anchors with objects, and random samples of the matches."""
 
+import contextlib
 import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tokenvit_jax import ops
+from tokenvit_jax.kernels.platforms import default_forms
 from tokenvit_jax.ops.match_boxes import IGNORED, NEGATIVE
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "assigner.npz"))
@@ -16,6 +19,9 @@ RULES = {
     "retina": (0.5, 0.4, 0.0),
     "rpn": (0.7, 0.3, 0.3),
     "box": (0.5, 0.5, 0.5),
+    "box_no_low_quality": (0.5, 0.5, 2.0),
+    "stage2": (0.6, 0.6, 0.6),
+    "stage3": (0.7, 0.7, 0.7),
 }
 
 
@@ -51,6 +57,19 @@ def naive(anchors, valid, boxes, present, rules):
                 match = i
         matches.append(match if valid[j] else IGNORED)
     return matches
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equals_mmdetection(name):
+    anchors = GOLDEN["in/anchors" if name in ("retina", "rpn") else "in/proposals"]
+    valid, match = np.ones(len(anchors), bool), jax.jit(matcher(name))
+    for objects, kind in ((6, "gt_index_plus_1"), (0, "no_gt")):
+        found = match(anchors, valid, GOLDEN["in/gt"], np.arange(6) < objects)
+        expected = GOLDEN[f"{name}/ignore_-1/{kind}"]
+        np.testing.assert_array_equal(np.where(found >= 0, found + 1, -1 - found), abs(expected))
+        # Theirs: 0 for negative and -1 for ignored anchors; ours: -1 and -2.
+        np.testing.assert_array_equal(found == IGNORED, expected == -1)
+        np.testing.assert_array_equal(found == NEGATIVE, expected == 0)
 
 
 @pytest.mark.parametrize("name", ["retina", "rpn", "box"])
@@ -91,6 +110,44 @@ def test_padding_and_anchors_outside_do_not_matter():
     )  # fmt: skip
     np.testing.assert_array_equal(found[: len(anchors)], expected)
     assert (found[len(anchors) :] == IGNORED).all()
+
+
+def test_overlaps_are_equal_where_float32_has_them_equal():
+    """Many anchors hold a whole object, or lie in it: rounding alone decides which are the best."""
+    sizes, strides = ((25, 42), (13, 21)), (32, 64)
+    cells = [ops.cell_anchors([8 * stride], (0.5, 1, 2)) for stride in strides]
+    anchors = ops.grid_anchors(sizes, strides, cells)
+    draw = np.random.default_rng(4)
+    low = draw.uniform(0, 700, (101, 2))
+    boxes = np.concatenate([low, low + draw.uniform(8, 400, (101, 2))], 1).astype(np.float32)
+    valid, present = np.ones(len(anchors), bool), np.arange(101) != 4
+
+    expected = np.full(len(anchors), NEGATIVE)
+    for i in np.flatnonzero(present):
+        shared = np.minimum(anchors[:, 2:], boxes[i, 2:]) - np.maximum(anchors[:, :2], boxes[i, :2])
+        shared = np.maximum(shared, 0).prod(1)
+        areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (anchors, boxes[i])]
+        iou = shared / (areas[0] + areas[1] - shared)
+        expected[iou == iou.max()] = i
+    assert iou.dtype == np.float32
+    match = functools.partial(ops.match_boxes, positive=2.0, negative=1.0, least=0.0)
+    for forms in (contextlib.nullcontext(), default_forms()):
+        with forms:
+            found = jax.jit(match)(anchors, valid, boxes, present)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_no_matrix_of_anchors_and_objects():
+    """All anchors of an image of 800 x 1344, and 100 objects."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((268_569, 4), jnp.float32), ((268_569,), bool), ((100, 4), jnp.float32), ((100,), bool)
+        )
+    ]  # fmt: skip
+    program = jax.jit(matcher("rpn")).lower(*shapes).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 20 * 2**20
+    assert "268569,100" not in program.as_text() and "100,268569" not in program.as_text()
 
 
 MATCHES = np.array([3, NEGATIVE, IGNORED, 0, NEGATIVE, 0, 1, NEGATIVE, IGNORED, 2, NEGATIVE], int)

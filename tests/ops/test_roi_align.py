@@ -153,10 +153,9 @@ def test_boxes_get_no_gradient():
     assert not grad.any()
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_chunks_do_not_matter(monkeypatch, chunk):
-    """Few large chunks, such as one of all regions here, are the form of accelerators."""
-    monkeypatch.setattr(MODULE, "CPU_CHUNK", chunk)
+def test_chunks_do_not_matter(monkeypatch):
+    """All regions are one chunk otherwise, as they are on accelerators."""
+    monkeypatch.setattr(MODULE, "CPU_CHUNK", 3)
     found = jax.jit(lambda *args: pool_and_gradient(*args))(MAPS, BOXES, WEIGHTS)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, pooled())
 
@@ -194,3 +193,17 @@ def test_any_number_of_images():
     shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in (*MAPS, BOXES)]
     exported = export.export(jax.jit(lambda *args: pool(args[:-1], args[-1])))(*shapes)
     np.testing.assert_allclose(exported.call(*MAPS, BOXES), pooled()[0], atol=1e-5)
+
+
+def test_memory():
+    """1,000 regions of a whole pyramid, forward and backward; nothing is computed."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    maps = [shape((1, 800 // stride, 1344 // stride, 256)) for stride in STRIDES]
+    boxes, weights = shape((1, 1000, 4)), shape((1, 1000, 7, 7, 256))
+
+    def both(maps, boxes, weights):
+        y, pull = jax.vjp(lambda maps: roi_align(maps, STRIDES, boxes, size=7), maps)
+        return y, pull(weights)[0]
+
+    compiled = jax.jit(both).lower(maps, boxes, weights).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 200 * 2**20

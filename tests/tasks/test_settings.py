@@ -24,7 +24,10 @@ from tokenvit_jax.tasks.segmentation.model import HEADS
 from tokenvit_jax.training.validate import check_task
 from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, ZeroOr, check
 
-DATASETS = {"classification": "digits", "segmentation": "scenes", "depth": "depth_scenes"}
+DATASETS = {
+    "classification": "digits", "segmentation": "scenes", "depth": "depth_scenes",
+    "detection": "scene_instances",
+}  # fmt: skip
 NAN, INF = math.nan, math.inf
 # Values that no entry takes.
 NONSENSE = [None, NAN, INF, -INF, -1, -0.5, 1j, 10**12, 10**400, b"a", "a\0b", " ", object(), set()]
@@ -56,6 +59,7 @@ RIGHT = {
     "initial.workdir": ["", "runs/a b", "~/run"],
     "model_overrides": [{}, {"depth": 2}],
     "num_steps": [1, 2**31 - 1],
+    "optimizer.milestones": [(), (1,), (10, 20, 30)],
     "optimizer.freeze": ["", "backbone", "patches, blocks_[0-3]"],
     "optimizer.learning_rate": [1, 1e-9, 1000],
     "profile": ["", "1:1", "10:12"],
@@ -71,6 +75,7 @@ WRONG = {
     "augment.max_class_share": [0.0],
     "augment.randaugment.magnitude": [10.5],
     "augment.scale_range": [(2.0, 1.0), (0.0, 1.0), (1, 1e9)],
+    "augment.short_sides": [(31,), (480, 0), (480.0,), 480],
     "data.classes": [("a", ""), (" ",), "cat"],
     "data.data_dir": [""],
     "data.eval_crop": [0.0, 1.5, 1e-9],
@@ -96,6 +101,8 @@ WRONG = {
     "optimizer.freeze": [",", "a,,b", "a,"],
     "optimizer.layer_decay": [0, 1.5],
     "optimizer.learning_rate": [0, 0.0, 1e30],
+    "optimizer.milestone_factor": [0, 0.0, 1.5],
+    "optimizer.milestones": [(0,), (20, 10), (1.5,), 10],
     "profile": ["3", "0:2", "1:", "1-2", "1:2:3", "a:b"],
     "seed": [2**32],
     "token_labels.teacher": [" "],
@@ -212,10 +219,16 @@ def test_choices_are_those_of_the_code():
 # Values that change nothing
 # ------------------------------------------------------------------------------------------------
 
-# Entry that changes nothing by itself -> a value, and entries with which it has an effect.
+# Entry that changes nothing by itself -> a value, and entries with which it has an effect. None: it
+# has one by itself, but not with the entries below.
 WITHOUT_EFFECT = {
     "initial.checkpoint": ("best", {"initial.workdir": "run"}),
     "optimizer.b2": (0.95, None),
+    "optimizer.end_learning_rate": (1e-6, None),
+    "optimizer.milestones": ((10, 20), {"optimizer.schedule": "step"}),
+    "optimizer.milestone_factor": (
+        0.2, {"optimizer.schedule": "step", "optimizer.milestones": (10, 20)}
+    ),
     "optimizer.power": (0.9, {"optimizer.schedule": "polynomial"}),
     "optimizer.warmup_learning_rate": (1e-5, {"optimizer.warmup_steps": 10}),
     "auxiliary_weight": (0.2, {"head": "upernet"}),
@@ -241,6 +254,11 @@ WITHOUT_EFFECT = {
     "inference.stride": (16, {"image_size": 32, "data.eval_size": (64, 64)}),
 }  # fmt: skip
 
+UNDONE_BY = {
+    "optimizer.b2": {"optimizer.name": "sgd"},
+    "optimizer.end_learning_rate": {"optimizer.schedule": "step"},
+}
+
 
 def test_every_need_has_a_case():
     keys = {key for needs in (NEEDS, *(cls.needs for cls in TASKS.values())) for need in needs
@@ -257,7 +275,7 @@ def test_value_that_changes_nothing_is_refused_when_training_starts(key):
         config.update_from_flattened_dict({key: value})
         if others is None:
             check_config(config)
-            config.optimizer.name = "sgd"
+            config.update_from_flattened_dict(UNDONE_BY[key])
         with pytest.raises(UserError) as error:
             check_config(config)
         assert str(error.value).startswith(f"config.{key}={value!r} changes nothing without ")

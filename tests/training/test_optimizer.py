@@ -97,14 +97,14 @@ def test_the_step_schedule_falls_at_its_milestones():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("milestones", [(20, 90), (60, 101)])
+@pytest.mark.parametrize("milestones", [(20, 90), (60, 101), (60, 60)])
 def test_milestones_are_after_the_warm_up_and_before_the_end(milestones):
     config = default_config("classification")
     config.num_steps = 101
     config.optimizer.schedule, config.optimizer.warmup_steps = "step", 20
     config.optimizer.milestones = milestones
     message = (
-        f"config.optimizer.milestones={milestones} is not valid; valid: steps above "
+        f"config.optimizer.milestones={milestones} is not valid; valid: different steps above "
         "config.optimizer.warmup_steps=20 and below config.num_steps=101"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

@@ -12,6 +12,7 @@ import pytest
 from make_task import make_task
 from safetensors.numpy import load_file, save_file
 
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.ops import paste_masks
 from tokenvit_jax.tasks import default_config
@@ -75,6 +76,17 @@ def test_names_and_shapes_are_those_of_published_files(names, layout, head, sett
     assert not {"channels", "hidden"} & found.config_entries(scalars)["head_overrides"].keys()
 
 
+def test_detectors_without_masks_and_cascades_are_refused():
+    names = dict.fromkeys(NAMES["mask_rcnn_swin_t.original"], np.zeros(()))
+    for pattern, name in (("mask_head.*", "x"), ("_head", "_head.0")):
+        others = {re.sub(pattern, name, key): x for key, x in names.items()}
+        message = (
+            r"the nearest is --layout=swin_detection, which has roi_head.mask_head.conv_logits"
+        )
+        with pytest.raises(UserError, match=message):
+            recognise_layout(others, "swin_t")
+
+
 def test_layouts_by_task():
     assert layouts_of("swin_t", "detection") == ["mmdet", "swin_detection"]
 
@@ -99,7 +111,7 @@ def test_detections_equal_mmdetection(tmp_path):
 
     @jax.jit
     def detect(variables, images, size):
-        maps = model.apply(variables, images, False, method="_inputs")[0]
+        maps = model.apply(variables, images, False, method="head_inputs")[0]
         return maps, model.apply(variables, images, image_size=size)
 
     images = golden["in/image_normalised"].transpose(0, 2, 3, 1).astype(np.float32)

@@ -173,6 +173,11 @@ def _groups(source: Source, examples: Examples) -> list[np.ndarray]:
     """Returns the records of each canvas, in order; [] if all have the same."""
     if len(getattr(examples, "canvases", ())) < 2:
         return []
+    if not hasattr(source, "portrait"):
+        raise UserError(
+            f"the dataset does not tell which images are higher than wide: {type(source).__name__} "
+            "has no portrait(); valid without it: a square config.image_size"
+        )
     portrait = source.portrait()
     return [group for group in map(np.flatnonzero, (~portrait, portrait)) if len(group)]
 

@@ -103,6 +103,11 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "one launch that reads tokens and gradients once and adds the residual's gradient",
         "default": "XLA's reductions and fusions",
     },
+    "matching": {
+        "cpu": "object by object: 1.4 times as fast as ten at a time",
+        "default": "ten objects at a time, whose overlaps with 270,000 anchors take 10 MB: compiled"
+        " for an H100, 600 launches less in a training step of Mask R-CNN",
+    },
     "merge tokens": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",
@@ -161,13 +166,13 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "roi align": {
         "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
-        "default": "in up to 8 chunks of at least 256 regions: of 1,000 with up to 24 samples, "
-        "half the reads of one chunk, and 48 turns of a loop, which are launches, instead of 530",
+        "default": "in up to 8 chunks of at least 256 regions: for 1,000 with up to 21 samples, "
+        "half the reads of one chunk, and 45 turns of a loop, which are launches, instead of 560",
     },
     "roi align gradient": {
         "cpu": "in chunks of 16 regions of about as many samples, whose bins stay in the cache",
-        "default": "in up to 8 chunks of at least 256 regions: of 1,000 with up to 24 samples, "
-        "half the reads of one chunk, and 48 turns of a loop, which are launches, instead of 530",
+        "default": "in up to 8 chunks of at least 256 regions: for 1,000 with up to 21 samples, "
+        "half the reads of one chunk, and 45 turns of a loop, which are launches, instead of 560",
     },
     "scored attention": {
         "cuda": "cuDNN, and a kernel that sums up the weights; compiled for an H200, a seventh of "

@@ -164,3 +164,58 @@ def match_by_matrix(
     takes = (iou == largest) & (largest >= least)
     last = len(boxes) - 1 - jnp.argmax(takes[::-1], 0)
     return jnp.where(takes.any(0), last, matches).astype(jnp.int32)
+
+
+def roi_align_static(
+    maps: tuple[jax.Array, ...],
+    strides: tuple[int, ...],
+    boxes: jax.Array,
+    *,
+    size: int,
+    samples: int,
+) -> jax.Array:
+    """Computes RoIAlign with as many turns for all regions: (B, h, w, C), (B, R, 4) -> features.
+
+    A bin has as many samples along an axis as it has cells, at most ``samples``.
+    """
+    cells = [x.shape[1] * x.shape[2] for x in maps]
+    flat = jnp.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in maps], 1)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    level = jnp.log2(jnp.sqrt(sides.prod(-1)) / 56 + 1e-6)
+    level = jnp.clip(jnp.floor(level), 0, len(maps) - 1).astype(jnp.int32)
+    first = jnp.array([sum(cells[:i]) for i in range(len(maps))])[level]
+    shape = jnp.array([x.shape[1:3] for x in maps])[level]  # (B, R, 2)
+    stride = jnp.array(strides, jnp.float32)[level][..., None]
+    start, bins = boxes[..., 1::-1] / stride - 0.5, sides[..., ::-1] / stride / size
+    number = jnp.maximum(jnp.ceil(bins), 1)
+
+    def positions(i):
+        """Returns places (B, R, size) of sample i of the bins along both axes."""
+        at = jnp.arange(size)[:, None] + (i + 0.5) / number[:, :, None]
+        return start[:, :, None] + at * bins[:, :, None]
+
+    def turn(total, place):
+        y, x = positions(place[0])[..., 0], positions(place[1])[..., 1]
+        height, width = shape[..., :1], shape[..., 1:]
+        near_rows, near_columns = (y >= -1) & (y <= height), (x >= -1) & (x <= width)
+        counts = (place < number).all(-1)[..., None, None]
+        counts &= near_rows[..., None] & near_columns[:, :, None]
+        y, x = jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)
+        for row in (jnp.floor(y), jnp.ceil(y)):
+            for column in (jnp.floor(x), jnp.ceil(x)):
+                weight = _share(y, row)[..., None] * _share(x, column)[:, :, None]
+                index = row[..., None] * width[..., None] + column[:, :, None]
+                index = first[..., None, None] + index.astype(jnp.int32)
+                values = jax.vmap(lambda cells, index: cells[index])(flat, index)
+                total += jnp.where(counts, weight, 0)[..., None] * values
+        return total, None
+
+    places = jnp.stack(jnp.meshgrid(*[jnp.arange(samples)] * 2), -1).reshape(-1, 2)
+    zeros = jnp.zeros((*boxes.shape[:2], size, size, flat.shape[-1]), jnp.float32)
+    total = lax.scan(turn, zeros, places)[0]
+    return (total / number.prod(-1)[..., None, None, None]).astype(maps[0].dtype)
+
+
+def _share(position, cell):
+    """Returns the bilinear weight of a cell; of a position in a cell's centre, floor = ceil."""
+    return jnp.where(position == jnp.floor(position), 0.5, 1 - abs(position - cell))

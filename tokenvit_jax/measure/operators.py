@@ -13,7 +13,7 @@ from jax import lax
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import alternatives, torch_peers
+from tokenvit_jax.measure import alternatives, torch_peers, torchvision_peers
 from tokenvit_jax.measure.timing import (
     Program,
     build_all,
@@ -48,6 +48,9 @@ NMS_SHAPES = ((1, 1000), (1, 2000), (5, 1000), (5, 2000))
 SELECTION_SHAPES = ((1000, 80, 0.05), (1000, 80, 0.001))
 # (height, width, objects): images on COCO.
 MATCHING_SHAPES = ((800, 1344, 100),)
+# (regions, bins along an axis): box head and mask head of Mask R-CNN; the maps of its pyramid.
+ROI_SHAPES = ((1000, 7), (100, 14))
+CANVAS, ROI_CHANNELS = (800, 1344), 256
 # Tokens per cluster in stage 1 of ClusTR, fine scale.
 CLUSTER_RATIO = 16
 
@@ -58,10 +61,10 @@ class Case(NamedTuple):
     Attributes:
       shape: names and values that describe the shape in the output.
       inputs: arrays.
-      num_differentiated: number of leading inputs that have a gradient; unless it is 0, the result
-        has the shape of the first input.
+      num_differentiated: number of leading inputs that have a gradient.
       contenders: name -> function of the inputs, the obvious alternative first and ours last.
       peer: the same by torchvision, from this module and the inputs as tensors; None: it has none.
+      peers: mode -> calls of operators of other packages by name; none where they are missing.
     """
 
     shape: dict[str, Any]
@@ -69,6 +72,7 @@ class Case(NamedTuple):
     num_differentiated: int
     contenders: dict[str, Callable[..., jax.Array]]
     peer: Callable[..., Any] | None = None
+    peers: Callable[[str], dict[str, Callable[[], Any]]] = lambda mode: {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,7 +130,8 @@ def benchmark_case(
     """
     inputs = case.inputs
     if mode == "train":
-        inputs = (normal(9, inputs[0].shape, inputs[0].dtype), *inputs)
+        result = jax.eval_shape(next(iter(case.contenders.values())), *inputs)
+        inputs = (normal(9, result.shape, result.dtype), *inputs)
     builders = {}
     for name, fn in case.contenders.items():
         fn = fn if mode == "forward" else forward_backward(fn, case.num_differentiated)
@@ -142,10 +147,13 @@ def benchmark_case(
         for name, program in programs.items()
         if program.temp_bytes is None or fits_memory(program.temp_bytes)
     }
-    times = time_in_turns(calls, seconds=seconds)
+    peers = case.peers(mode)
+    times = time_in_turns(peers | calls, seconds=seconds)
     timings = {name: describe_times(programs[name], times.get(name, [])) for name in programs}
     alternative, *_, ours = (timing["median_ms"] for timing in timings.values())
     speedup = alternative / ours if alternative and ours else None
+    unknown = Program(None, None, None, None)
+    timings = {name: describe_times(unknown, times[name]) for name in peers} | timings
     return {**case.shape, "mode": mode, "speedup": speedup, "contenders": timings}
 
 
@@ -497,6 +505,58 @@ def _scores(seed, dtype, *shape):
     return jnp.asarray(scores, dtype).astype(jnp.float32)
 
 
+def roi_align_cases(
+    batch_size: int | None,
+    dtype: jnp.dtype,
+    shapes=ROI_SHAPES,
+    canvas=CANVAS,
+    channels=ROI_CHANNELS,
+) -> Iterator[Case]:
+    """Yields RoIAlign with as many samples as a region has cells.
+
+    The alternative takes as many samples in all regions as the largest one needs. torchvision's
+    operator takes part where it is installed.
+    """
+    strides, batch = (4, 8, 16, 32), batch_size or 1
+    for regions, size in shapes:
+        maps = [
+            normal(i, (batch, *(side // stride for side in canvas), channels), dtype)
+            for i, stride in enumerate(strides)
+        ]
+        boxes = _regions(batch, regions, canvas)
+        level = np.asarray(ops.roi_levels(boxes, len(strides)))
+        sides = (boxes[..., 2:] - boxes[..., :2]) / np.array(strides)[level][..., None]
+        common = {"strides": strides, "size": size}
+        static = functools.partial(
+            alternatives.roi_align_static, **common, samples=math.ceil(sides.max() / size)
+        )
+        ours = functools.partial(ops.roi_align, **common)
+        yield Case(
+            shape={"regions": regions, "bins": size, "channels": channels},
+            inputs=(*maps, jnp.asarray(boxes)),
+            num_differentiated=4,
+            contenders={
+                "static": lambda *xs, static=static: static(xs[:-1], boxes=xs[-1]),
+                "roi_align": lambda *xs, ours=ours: ours(xs[:-1], boxes=xs[-1]),
+            },
+            peers=lambda mode, maps=maps, boxes=boxes, common=common: (
+                torchvision_peers.roi_align_calls(maps, boxes=boxes, mode=mode, **common)
+            ),
+        )
+
+
+def _regions(batch, count, canvas):
+    """Returns boxes (B, n, 4) float32 of all sizes and of aspect ratios from 1/2 to 2."""
+    draw = np.random.default_rng(0)
+    largest = min(canvas) * 3 / 4
+    scale = largest * 2.0 ** draw.uniform(-5, 0, (batch, count))
+    ratio = 2.0 ** draw.uniform(-0.5, 0.5, (batch, count))
+    sides = np.stack([scale * ratio, scale / ratio], -1)
+    center = draw.uniform(size=(batch, count, 2)) * canvas[::-1]
+    boxes = np.concatenate([center - sides / 2, center + sides / 2], -1)
+    return np.clip(boxes, 0, [*canvas[::-1]] * 2).astype(np.float32)
+
+
 CASES = {
     "group_attention": group_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
@@ -509,4 +569,5 @@ CASES = {
     "nms": nms_cases,
     "select_detections": select_detections_cases,
     "match_boxes": match_boxes_cases,
+    "roi_align": roi_align_cases,
 }

@@ -1,165 +1,72 @@
-"""Builds detectors of torchvision's modules as peers, with random weights.
+"""torchvision's compiled operators, to be timed beside ours.
 
-torch, torchvision and timm are imported by the functions that need them; nothing is downloaded.
+torch and torchvision are imported by the functions that need them. A wheel of torchvision for
+another build of PyTorch has no compiled operators that load.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
 import numpy as np
 
-from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.measure.torch_peers import TorchWork, import_package
-
-NUM_CLASSES = 80  # of COCO
-OBJECTS = 8  # of an image of a random batch
-LEVELS = ("0", "1", "2", "3")  # that regions read
-# Standard deviation of the class scores before the softmax. Random weights give almost equal ones,
-# of which none is a detection; then no masks would be predicted.
-SCORE_STD = 1.5
+from tokenvit_jax.errors import UserError
+from tokenvit_jax.measure.torch_peers import Running, torch_device
+from tokenvit_jax.ops import roi_levels
 
 
-def random_objects(batch_size: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Returns boxes of objects (B, OBJECTS, 4) [x1 y1 x2 y2, pixels] within images.
-
-    Args:
-      batch_size: B.
-      image_size: height and width [pixels].
-    """
-    draw = np.random.default_rng(2)
-    low = draw.uniform(0, 0.5, (batch_size, OBJECTS, 2))
-    high = low + draw.uniform(0.1, 0.5, low.shape)
-    return (np.concatenate([low, high], -1) * (image_size[::-1] * 2)).astype(np.float32)
-
-
-def torchvision_work(name: str, image_size: tuple[int, int], mode: str) -> TorchWork:
-    """Builds a detector of torchvision's modules with its losses.
-
-    Args:
-      name: a key of `PEERS`.
-      image_size: height and width [pixels].
-      mode: "forward" | "train".
-
-    Raises:
-      UserError: torch, torchvision or timm is not installed, torchvision's operators do not load,
-        or there is no such peer.
-    """
-    del mode  # the same network in both
-    if name not in PEERS:
-        hint, valid = did_you_mean(name, PEERS), ", ".join(PEERS)
-        raise UserError(f"--against={name} is not valid for this task{hint}; valid: {valid}")
-    torch, _ = import_package("timm")
+def has_operators() -> bool:
+    """Returns whether torchvision is here, with operators for the device that JAX uses."""
     try:
-        torch.ops.torchvision.roi_align  # noqa: B018
-    except (AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--against={name} needs the compiled operators of torchvision, which do not load; "
-            f"install the torchvision that belongs to torch {torch.__version__}"
-        ) from error
-    return PEERS[name](image_size)
+        import torch
+        from torchvision.ops import nms
+
+        device = torch_device()
+        nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
+    except (ImportError, RuntimeError, NotImplementedError, UserError):
+        return False
+    return True
 
 
-def mask_rcnn_swin_t(image_size: tuple[int, int], **backbone) -> TorchWork:
-    """Returns Mask R-CNN on timm's Swin-T, with norms of its maps as in Swin's detectors.
+def roi_align_calls(
+    maps: Sequence[jax.Array], strides: Sequence[int], boxes: jax.Array, *, size: int, mode: str
+) -> dict[str, Callable[[], Any]]:
+    """Returns "torchvision" -> a function that starts `torchvision.ops.roi_align` on each map.
 
-    Its numbers of anchors, proposals, samples and detections are those of `MaskRcnn` here; regions
-    are read at 2 x 2 points of every bin, as torchvision does.
+    Maps and features are channels first, as there; regions are divided over the maps before.
 
     Args:
-      image_size: height and width [pixels].
-      **backbone: arguments of timm's Swin that differ from Swin-T.
+      maps: the pyramid (B, h, w, C).
+      strides: strides of the maps [pixels].
+      boxes: regions (B, R, 4).
+      size: bins along an axis.
+      mode: "forward", or "train" for forward and backward.
+
+    Returns:
+      Nothing if :func:`has_operators` does not hold.
     """
-    import timm
+    if not has_operators():
+        return {}
     import torch
+    from torchvision.ops import roi_align
 
-    backbone = {"drop_path_rate": 0.1, **backbone}
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", features_only=True, img_size=image_size, **backbone
-    )
-    module = _mask_rcnn(swin)
-    _spread_scores(module, torch.randn(1, 3, *image_size))
+    device = torch_device()
+    levels = np.asarray(roi_levels(boxes, len(maps))).ravel()
+    image = np.repeat(np.arange(boxes.shape[0]), boxes.shape[1])
+    rois = np.concatenate([image[:, None], np.asarray(boxes).reshape(-1, 4)], 1)
+    pairs = []
+    for level, x in enumerate(maps):
+        x = torch.from_numpy(np.array(x, np.float32)).to(device)
+        x = x.permute(0, 3, 1, 2).contiguous().to(getattr(torch, str(maps[0].dtype)))
+        own = torch.from_numpy(rois[levels == level].astype(np.float32)).to(x)
+        pairs.append((x.requires_grad_(mode == "train"), own, 1 / strides[level]))
+    weights = [torch.randn(len(own), x.shape[1], size, size).to(x) for x, own, _ in pairs]
+    running = Running(torch.cuda.synchronize if device == "cuda" else lambda: None)
 
-    def targets(batch_size, generator):
-        del generator
-        return torch.from_numpy(random_objects(batch_size, image_size))
+    def call():
+        features = [roi_align(x, own, size, scale, 0, True) for x, own, scale in pairs]
+        if mode == "train":
+            torch.autograd.grad(features, [x for x, _, _ in pairs], weights)
+        return running
 
-    def loss(compute, images, boxes):
-        objects = [
-            {"boxes": own, "labels": own.new_ones(len(own), dtype=torch.int64), "masks": masks}
-            for own, masks in zip(boxes, _filled(boxes, image_size), strict=True)
-        ]
-        return sum(compute(images, objects).values())
-
-    return TorchWork(module, targets, loss)
-
-
-def _mask_rcnn(swin):
-    """Returns a module of images (B, 3, H, W) and, in training, of targets."""
-    from torch import nn
-    from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
-    from torchvision.models.detection.image_list import ImageList
-    from torchvision.models.detection.roi_heads import RoIHeads
-    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-
-    dims = swin.feature_info.channels()
-
-    class MaskRcnn(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.swin = swin
-            self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)
-            self.fpn = FeaturePyramidNetwork(dims, 256, LastLevelMaxPool())
-            anchors = rpn.AnchorGenerator(
-                tuple((8 * stride,) for stride in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5
-            )
-            self.rpn = rpn.RegionProposalNetwork(
-                anchors, rpn.RPNHead(256, 3), 0.7, 0.3, 256, 0.5,
-                {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7,
-            )  # fmt: skip
-            self.heads = RoIHeads(
-                MultiScaleRoIAlign(LEVELS, 7, 2),
-                faster_rcnn.TwoMLPHead(256 * 7 * 7, 1024),
-                faster_rcnn.FastRCNNPredictor(1024, NUM_CLASSES + 1),
-                0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100,
-                MultiScaleRoIAlign(LEVELS, 14, 2),
-                mask_rcnn.MaskRCNNHeads(256, (256,) * 4, 1),
-                mask_rcnn.MaskRCNNPredictor(256, 256, NUM_CLASSES + 1),
-            )  # fmt: skip
-
-        def forward(self, images, targets=None):
-            sizes = [tuple(images.shape[2:])] * len(images)
-            maps = [
-                norm(x).permute(0, 3, 1, 2)
-                for norm, x in zip(self.norms, self.swin(images), strict=True)
-            ]
-            levels = self.fpn(dict(zip(LEVELS, maps, strict=True)))
-            proposals, losses = self.rpn(ImageList(images, sizes), levels, targets)
-            found, own = self.heads(levels, proposals, sizes, targets)
-            return {**losses, **own} if self.training else found
-
-    return MaskRcnn()
-
-
-def _spread_scores(module, images):
-    """Scales the weights of the class scores so that some of the boxes are detections."""
-    import torch
-
-    seen = []
-    layer = module.heads.box_predictor.cls_score
-    handle = layer.register_forward_hook(lambda _, inputs, output: seen.append(output.std()))
-    with torch.inference_mode():
-        module.eval()(images)
-    handle.remove()
-    with torch.no_grad():
-        layer.weight.mul_(SCORE_STD / float(seen[0]))
-
-
-def _filled(boxes, image_size):
-    """Returns masks (B, n, H, W) that fill boxes (B, n, 4)."""
-    import torch
-
-    y, x = (torch.arange(side, device=boxes.device) for side in image_size)
-    x1, y1, x2, y2 = boxes[..., None].unbind(-2)
-    rows, columns = (y >= y1) & (y < y2), (x >= x1) & (x < x2)
-    return (rows[..., None] & columns[..., None, :]).to(torch.uint8)
-
-
-PEERS = {"mask_rcnn_swin_t": mask_rcnn_swin_t}
+    return {"torchvision": call}

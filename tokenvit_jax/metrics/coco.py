@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.run_lengths import encode_mask
+from tokenvit_jax.run_lengths import encode_part
 
 # COCO's twelve numbers: average precision, over IoU thresholds from 0.5 to 0.95, at two of them,
 # and of small, medium and large objects; and average recall, likewise, and with at most 1 and 10
@@ -57,8 +57,9 @@ class CocoMeter:
                     "score": float(rows["scores"][i, place]),
                 }
                 if self._has_masks:
-                    pixels = paste_mask(rows["masks"][i, place], box, size)
-                    found["segmentation"] = {"size": list(size), "counts": encode_mask(pixels)}
+                    part = paste_part(rows["masks"][i, place], box, size)
+                    counts = encode_part(*part, size)
+                    found["segmentation"] = {"size": list(size), "counts": counts}
                 self._found.append(found)
         self._evaluated = {}
 
@@ -137,7 +138,7 @@ class CocoMeter:
         images, _ = self._identifiers()
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             truth = COCO()
-            truth.dataset = self._annotations()
+            truth.dataset = _ground_truth(self._annotations())
             truth.createIndex()
             found = truth.loadRes(listed) if listed else _empty(truth, COCO)
             evaluation = COCOeval(truth, found, KINDS[kind])
@@ -146,6 +147,18 @@ class CocoMeter:
             evaluation.accumulate()
             evaluation.summarize()
         return evaluation
+
+
+def _ground_truth(annotations: dict[str, Any]) -> dict[str, Any]:
+    """Returns annotations that pycocotools may change, and without what it does not understand.
+
+    It takes an object with the identifier 0 for no object, and needs to know which are crowds.
+    """
+    objects = [
+        {**entry, "id": number, "iscrowd": int(bool(entry.get("iscrowd")))}
+        for number, entry in enumerate(annotations["annotations"], 1)
+    ]
+    return {**annotations, "annotations": objects}
 
 
 def _empty(truth: Any, make: Callable[[], Any]) -> Any:
@@ -159,27 +172,45 @@ def _empty(truth: Any, make: Callable[[], Any]) -> Any:
 def paste_mask(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns the pixels of an image that belong to an object, (H, W) bool.
 
-    Probabilities are interpolated at the centres of the pixels within the box (bilinear); a pixel
-    belongs to the object from 0.5 on. :func:`tokenvit_jax.ops.instance_masks.paste_masks` does the
-    same for whole images: outside of the box, it is below 0.5.
+    Args:
+      probabilities: as in :func:`paste_part`.
+      box: as in :func:`paste_part`.
+      size: height and width of the image [pixels].
+    """
+    part, (left, top) = paste_part(probabilities, box, size)
+    pixels = np.zeros(size, bool)
+    pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return pixels
+
+
+def paste_part(
+    probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the pixels of an object in the part of the image that its box covers.
+
+    Probabilities are interpolated at the centres of the pixels (bilinear); a pixel belongs to the
+    object from 0.5 on. :func:`tokenvit_jax.ops.instance_masks.paste_masks` does the same for whole
+    images: outside of the box, it is below 0.5.
 
     Args:
       probabilities: (m, m), in the frame of the box.
       box: (4,) [x1 y1 x2 y2, pixels]; one without height or width has no pixels.
       size: height and width of the image [pixels].
+
+    Returns:
+      (h, w) bool, and the column and row of its top left pixel.
     """
-    pixels = np.zeros(size, bool)
-    low = np.clip(np.floor(box[:2]), 0, None).astype(int)
-    high = np.minimum(np.ceil(box[2:]).astype(int), size[::-1])
-    if (high <= low).any() or (box[2:] <= box[:2]).any():
-        return pixels
-    cells = np.arange(len(probabilities))
-
-    def weights(axis):
-        position = np.arange(low[axis], high[axis]) + 0.5
-        position = (position - box[axis]) / (box[axis + 2] - box[axis]) * len(cells) - 0.5
-        return np.maximum(1 - abs(position[:, None] - cells), 0)
-
-    inside = weights(1) @ np.asarray(probabilities, np.float64) @ weights(0).T
-    pixels[low[1] : high[1], low[0] : high[0]] = inside >= 0.5
-    return pixels
+    low = np.clip(np.floor(box[:2]), 0, size[::-1]).astype(int)
+    high = np.clip(np.ceil(box[2:]), low, size[::-1]).astype(int)
+    if (box[2:] <= box[:2]).any():
+        high = low
+    cells = np.pad(np.asarray(probabilities, np.float64), 1)
+    for axis, place in ((0, 1), (1, 0)):  # rows from y, columns from x
+        centres = np.arange(low[place], high[place]) + 0.5
+        positions = (centres - box[place]) / (box[place + 2] - box[place])
+        positions = (positions * len(probabilities) + 0.5).clip(0, len(probabilities) + 1)
+        before = np.minimum(positions.astype(int), len(probabilities))
+        weights = np.expand_dims(positions - before, 1 - axis)
+        first, second = (cells.take(before + i, axis) for i in (0, 1))
+        cells = first + weights * (second - first)
+    return cells >= 0.5, (int(low[0]), int(low[1]))

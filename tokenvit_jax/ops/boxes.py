@@ -20,7 +20,7 @@ MAX_LOG_FACTOR = abs(math.log(16 / 1000))
 
 def box_areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     """Returns the areas of boxes (..., 4) [pixels^2], which are negative for no real box."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return _rounded((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))
 
 
 def box_iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "*n"]:
@@ -34,7 +34,7 @@ def box_iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, 
         )
         for i in (0, 1)
     )
-    shared = width * height
+    shared = _rounded(width * height)
     union = box_areas(a) + box_areas(b) - shared
     return shared / jnp.maximum(union, 1e-6)
 
@@ -85,6 +85,15 @@ def clip_boxes(boxes: Float[Array, "*n 4"], size: Num[Array, "2"]) -> Float[Arra
     height, width = size[0], size[1]
     limits = jnp.stack([width, height, width, height]).astype(boxes.dtype)
     return jnp.clip(boxes, 0, limits)
+
+
+def _rounded(product):
+    """Returns a product as float32 has it, wherever it is added.
+
+    Compilers join a product and a sum without rounding between them, in some programs and not in
+    others. Then boxes of equal IoU with an object, whose equality matters, would differ.
+    """
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min)
 
 
 def _sides_and_centres(boxes):

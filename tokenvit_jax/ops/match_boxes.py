@@ -5,6 +5,7 @@ References:
   whose order of rules this is.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.boxes import box_iou
 
+OBJECTS = 10  # compared at a time
 NEGATIVE, IGNORED = -1, -2  # matches of anchors that are background, or that do not count
 
 
@@ -57,24 +60,49 @@ def match_boxes(
       negative: IoU below which an anchor is background.
       least: least IoU of the best anchor of an object for it to match.
     """
-
-    def step(carry, entry):
-        best, found, forced = carry
-        number, box, exists = entry
-        iou = jnp.where(valid & exists, box_iou(anchors, box), -1.0)
-        largest = iou.max()
-        found = jnp.where(iou > best, number, found)
-        takes = (iou == largest) & (largest >= least) & exists
-        return (jnp.maximum(iou, best), found, jnp.where(takes, number, forced)), None
-
-    none = jnp.full(valid.shape, NEGATIVE, jnp.int32)
-    start = jnp.zeros(valid.shape, jnp.float32), none, none
-    numbers = jnp.arange(len(boxes), dtype=jnp.int32)
-    (best, found, forced), _ = lax.scan(step, start, (numbers, boxes, present))
+    best, found, forced = by_platform(
+        "matching",
+        anchors,
+        valid,
+        boxes,
+        present,
+        cpu=functools.partial(_compare, least=least, block=1),
+        default=functools.partial(_compare, least=least, block=OBJECTS),
+    )
     matches = jnp.where(best < negative, NEGATIVE, IGNORED)
     matches = jnp.where(best >= positive, found, matches)
     matches = jnp.where(forced >= 0, forced, matches)
     return jnp.where(valid, matches, IGNORED)
+
+
+def _compare(anchors, valid, boxes, present, least, block):
+    """Compares anchors with some objects after others.
+
+    Returns:
+      The largest IoU of every anchor (A,), the first object with it, or `NEGATIVE`, and the last
+      object that takes the anchor, or `NEGATIVE`.
+    """
+
+    def step(carry, entry):
+        best, found, forced = carry
+        numbers, boxes, exists = entry  # (block, 1), (block, 1, 4), (block, 1)
+        iou = jnp.where(valid & exists, box_iou(anchors, boxes), -1.0)
+        highest, largest = iou.max(0), iou.max(1, keepdims=True)
+        first = jnp.where(iou == highest, numbers, count).min(0)
+        found = jnp.where(highest > best, first, found)
+        takes = (iou == largest) & (largest >= least) & exists
+        taken = jnp.where(takes, numbers, NEGATIVE).max(0)
+        return (jnp.maximum(highest, best), found, jnp.maximum(forced, taken)), None
+
+    count = len(boxes)
+    none = jnp.full(valid.shape, NEGATIVE, jnp.int32)
+    start = jnp.zeros(valid.shape, jnp.float32), none, none
+    boxes, present = (
+        jnp.pad(x, ((0, -count % block), (0, 0))).reshape(-1, block, 1, x.shape[1])
+        for x in (boxes, present[:, None])
+    )
+    numbers = jnp.arange(present.size, dtype=jnp.int32).reshape(-1, block, 1)
+    return lax.scan(step, start, (numbers, boxes, present[..., 0]))[0]
 
 
 def sample_matches(

@@ -138,7 +138,7 @@ def coco_config(head: str, recipe: Recipe) -> ConfigDict:
     optimizer.schedule = "step"
     optimizer.milestones = tuple(epoch * STEPS_PER_EPOCH for epoch in milestones)
     optimizer.warmup_steps = 500
-    optimizer.warmup_learning_rate = 1e-3 * recipe.learning_rate
+    optimizer.warmup_learning_rate = recipe.learning_rate / 1000
     config.eval_every_steps = STEPS_PER_EPOCH
     config.checkpoint_every_steps = STEPS_PER_EPOCH // 5
     return config

@@ -69,7 +69,8 @@ class Run:
         """Returns images as the model takes them, (B, H, W, C) float32, normalised.
 
         A classifier sees the centre crop of its evaluation. A segmentation model sees the centre of
-        the image in its window; :meth:`predict` shows it all windows.
+        the image in its window; :meth:`predict` shows it all windows. A detector sees the whole
+        image at the top left of its canvas.
 
         Args:
           images: as in :meth:`predict`.
@@ -100,8 +101,8 @@ class Run:
     def pooled(self, images: Batch) -> jax.Array:
         """Returns one vector per image (B, C) in float32, for retrieval or a linear probe.
 
-        A classifier gives the features that its last layer reads. A segmentation or depth model
-        gives the mean over the positions of its last map.
+        A classifier gives the features that its last layer reads. Any other model gives the mean
+        over the positions of its last map.
 
         Args:
           images: as in :meth:`features`.

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.measure.models import Kind, Subject, Work
-from tokenvit_jax.measure.torchvision_peers import OBJECTS, random_objects, torchvision_work
+from tokenvit_jax.measure.torchvision_detectors import OBJECTS, random_objects, torchvision_work
 from tokenvit_jax.measure.transformers_peers import transformers_work
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.step import add_sown

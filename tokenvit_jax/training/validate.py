@@ -36,9 +36,10 @@ def _check_milestones(config: ConfigDict) -> None:
     """Raises UserError unless every milestone of the step schedule is passed after the warm-up."""
     milestones = tuple(config.optimizer.milestones)
     warmup, last = config.optimizer.warmup_steps, config.num_steps
-    if not all(warmup < step < last for step in milestones):
+    within = all(warmup < step < last for step in milestones)
+    if not within or len(set(milestones)) < len(milestones):
         raise UserError(
-            f"config.optimizer.milestones={milestones} is not valid; valid: steps above "
+            f"config.optimizer.milestones={milestones} is not valid; valid: different steps above "
             f"config.optimizer.warmup_steps={warmup} and below config.num_steps={last}"
         )
 

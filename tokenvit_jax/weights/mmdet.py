@@ -140,6 +140,7 @@ def _layout(backbone: Backbone) -> Layout:
         marks=(
             *backbone.marks,
             r"neck\.lateral_convs\.0\.conv\.weight",
+            r"neck\.fpn_convs\.0\.conv\.weight",
             "|".join(map(re.escape, _LOGITS)),
         ),
         normalization="imagenet",

@@ -104,7 +104,7 @@ def _layout(backbone: Backbone) -> Layout:
         marks=(
             *backbone.marks,
             r"backbone\.norm0\.weight",
-            r"decode_head\.(bottleneck|scale_heads\.0\.0)\.conv\.weight",
+            r"decode_head\.bottleneck\.conv\.weight|decode_head\.scale_heads\.0\.0\.conv\.weight",
         ),
         normalization="imagenet",
         rules=functools.partial(rules, backbone=backbone),

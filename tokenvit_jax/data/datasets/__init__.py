@@ -83,11 +83,23 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
         dataset that is not built in also `data.data_dir` and `data.split`.
 
     Raises:
-      UserError: an entry is not valid, there is no such dataset, it cannot be read, or it has
-        another number of classes.
+      UserError: an entry is not valid, there is no such dataset, it cannot be read, it has another
+        number of classes, or objects that cannot be evaluated.
     """
     check_entries(config, {key: ENTRIES[key] for key in _READ})
-    module, classes = _module(config.dataset), tuple(config.data.classes)
+    module = _module(config.dataset)
+    info = _read_info(module, config)
+    own = not module.__name__.startswith(__name__)
+    if own and "instances" in info.fields and not hasattr(module, "annotations"):
+        raise UserError(
+            f"config.dataset={config.dataset!r}: records of this module have instances, but it "
+            "has no annotations(config, split), which their evaluation needs"
+        )
+    return info
+
+
+def _read_info(module: ModuleType, config: ConfigDict) -> DatasetInfo:
+    classes = tuple(config.data.classes)
     if hasattr(module, "read_info"):
         return module.read_info(config)
     if config.data.split:

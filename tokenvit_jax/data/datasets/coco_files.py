@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ class CocoSource(TfdsSource):
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
         records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
         super().__init__(info.name, split, records)
-        self._sizes = read_metadata(info.name, data_dir)["sizes"][split]
+        width, height = np.array(read_metadata(info.name, data_dir)["sizes"][split]).T
+        self._portrait = height > width
 
     def portrait(self) -> np.ndarray:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        width, height = np.array(self._sizes).T
-        return height > width
+        return self._portrait
 
     def ground_truth(self, features: Entries, image: Image.Image) -> Record:
         """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
@@ -138,6 +138,8 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
     kept = {
         split: _kept(file.content, train=split == info.train_split) for split, file in files.items()
     }
+    for split, images in kept.items():
+        _check_files(manual_dir / layout.images[split], files[split], images)
     metadata = {
         "sizes": {
             split: [[image["width"], image["height"]] for image in images]
@@ -180,13 +182,13 @@ def _read(layout: Layout, manual_dir: Path, split: str, info: DatasetInfo) -> An
         )
     try:
         content = json.loads(read_text(path))
-        content = {name: content[name] for name in ("images", "annotations", "categories")}
-        _check(path, content)
+        content = {kind: [*map(dict, content[kind])] for kind in _FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not in COCO's format ({type(error).__name__}: {error}); valid: JSON with "
-            "images, annotations and categories"
+            f"lists of {', '.join(_FIELDS)}"
         ) from error
+    _check(path, content)
     found = sorted((entry["id"], entry["name"]) for entry in content["categories"])
     names = tuple(name for _, name in found)
     if names != info.classes:
@@ -198,10 +200,50 @@ def _read(layout: Layout, manual_dir: Path, split: str, info: DatasetInfo) -> An
     return AnnotationFile(path, content, {key: i for i, (key, _) in enumerate(found)})
 
 
+def _is_whole(value: Any, low: int = 0) -> bool:
+    return type(value) is int and low <= value < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # not for nan, either
+
+
+_TEXT = lambda value: type(value) is str and bool(value), "a text"
+_ID = _is_whole, "a whole number"
+_SIDE = functools.partial(_is_whole, low=1), "a number of pixels"
+# Kind of an entry -> a field -> whether a value is right, and which ones are.
+_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": _ID, "width": _SIDE, "height": _SIDE, "file_name": _TEXT},
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (
+            lambda box: type(box) is list and len(box) == 4 and all(map(_is_finite, box)),
+            "x, y, width and height",
+        ),
+        "area": (_is_finite, "a number of pixels"),
+        "segmentation": (
+            lambda mask: (
+                type(mask) is list or (type(mask) is dict and {*mask} >= {"size", "counts"})
+            ),
+            "a list of polygons, or size and counts of run lengths",
+        ),
+    },
+    "categories": {"id": _ID, "name": _TEXT},
+}
+
+
 def _check(path: Path, content: Entries) -> None:
-    """Raises UserError for identifiers that occur twice or do not exist."""
-    for kind, entries in content.items():
-        counts = Counter(entry["id"] for entry in entries)
+    """Raises UserError for wrong values, and identifiers that occur twice or do not exist."""
+    for kind, fields in _FIELDS.items():
+        for place, entry in enumerate(content[kind]):
+            for name, (is_right, valid) in fields.items():
+                if not is_right(entry.get(name)):
+                    found = f"{name}={entry[name]!r:.60}" if name in entry else f"no {name}"
+                    who = entry.get("id", f"at place {place}")
+                    raise UserError(f"{path}: {kind}: entry {who} has {found}; valid: {valid}")
+        counts = Counter(entry["id"] for entry in content[kind])
         twice = [key for key, count in counts.items() if count > 1]
         if twice:
             raise UserError(f"{path}: {kind} have the id {twice[0]} twice; valid: one each")
@@ -226,6 +268,16 @@ def _kept(content: Entries, *, train: bool) -> list[Entries]:
         for image in content["images"]
         if image["id"] in annotated and min(image["width"], image["height"]) >= MIN_SIDE
     ]
+
+
+def _check_files(folder: Path, file: AnnotationFile, images: list[Entries]) -> None:
+    """Raises UserError if images are missing, before anything is written."""
+    missing = [image for image in images if not (folder / image["file_name"]).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder / missing[0]['file_name']} not found, image {missing[0]['id']} of "
+            f"{file.path} (the first of {len(missing)})"
+        )
 
 
 def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pairs:
@@ -293,7 +345,7 @@ def _object(file: AnnotationFile, entry: Entries, image: Entries) -> Entries:
     return {
         "box": [left, top, left + width, top + height],
         "class": file.labels[entry["category_id"]],
-        "crowd": int(entry.get("iscrowd", 0)),
+        "crowd": bool(entry.get("iscrowd")),
         "mask": _mask(file, entry, (image["height"], image["width"])),
     }
 
@@ -306,6 +358,9 @@ def _mask(file: AnnotationFile, entry: Entries, size: tuple[int, int]) -> str:
     segmentation = entry["segmentation"]
     try:
         if isinstance(segmentation, list):
+            for polygon in segmentation:  # pycocotools would crash
+                if not all(map(_is_finite, polygon)) or max(map(abs, polygon)) > 2 * max(size):
+                    raise ValueError("a polygon lies far outside of the image")
             encoded = rle.merge(rle.frPyObjects(segmentation, *size))
         elif tuple(segmentation["size"]) != size:
             raise UserError(

@@ -64,6 +64,10 @@ class SceneInstancesSource(ScenesSource):
         image, digits = self.draw(index)
         return Record(id=index, image=image, instances=_instances(digits))
 
+    def portrait(self) -> np.ndarray:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return np.zeros(len(self), bool)  # they are square
+
     def read_objects(self, index: int) -> Instances:
         """Returns the objects of a scene."""
         return _instances(self.draw(index)[1])

@@ -21,6 +21,7 @@ from tokenvit_jax.tasks.task import NUM_NAMED, Picture
 SHOWN_SCORE = 0.3  # least score of a detection that a picture and a text show
 _OPACITY = 0.5  # of a mask
 _HEIGHT = 4.5  # of the picture [inches]
+_LABEL = 0.035  # height of a label, as a fraction of the picture
 
 
 def describe(names: Sequence[str], classes: np.ndarray, scores: np.ndarray) -> str:
@@ -75,7 +76,11 @@ def _draw_box(axis: Axes, box: np.ndarray, text: str, color: np.ndarray) -> None
     axis.add_patch(
         Rectangle((left, top), right - left, bottom - top, fill=False, color=color, lw=1.2)
     )
+    low, high = sorted(axis.get_ylim())
+    above = top - low >= _LABEL * (high - low)  # otherwise the label would be cut off
+    dark = color @ (0.299, 0.587, 0.114) < 0.5
     label = axis.text(
-        left, top, text, fontsize=6, va="bottom", color="white", clip_on=True, **PLAIN
-    )
+        left, top, text, fontsize=6, va="bottom" if above else "top",
+        color="white" if dark else "black", clip_on=True, **PLAIN,
+    )  # fmt: skip
     label.set_bbox({"facecolor": color, "edgecolor": "none", "pad": 0.8})

@@ -13,12 +13,12 @@ from PIL import Image
 
 from tokenvit_jax.data import Examples, open_annotations, to_array, with_channels
 from tokenvit_jax.data.box_transforms import View, fitted_size, view_pixels
-from tokenvit_jax.data.dense_transforms import pad
+from tokenvit_jax.data.dense_transforms import pad, scaled_size
 from tokenvit_jax.data.images import mean_pixel
 from tokenvit_jax.heads import Detections, Targets
 from tokenvit_jax.metrics.coco import CocoMeter, paste_mask
 from tokenvit_jax.tasks.detection.examples import DetectionExamples
-from tokenvit_jax.tasks.detection.model import check_backbone, head_class, make_detector
+from tokenvit_jax.tasks.detection.model import head_class, make_detector
 from tokenvit_jax.tasks.detection.settings import (
     ENTRIES,
     canvas,
@@ -65,7 +65,7 @@ class Detection(Task):
         return self.make_model().head.loss_group
 
     def check(self) -> None:
-        check_backbone(self.config)
+        self.make_model()
         check_sizes(self.config)
 
     def examples(self, *, train: bool) -> Examples:
@@ -134,6 +134,9 @@ class Detection(Task):
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["eval/mask_ap" if self.has_masks else "eval/box_ap"]
 
+    def view(self, image: Image.Image) -> np.ndarray:
+        return self._on_canvas(with_channels(image, self.config.in_channels), self.view_size)[0]
+
     def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
         found = model.apply(variables, images, train=False)
         return {name: value for name, value in found._asdict().items() if value is not None}
@@ -180,8 +183,13 @@ class Detection(Task):
     def _on_canvas(
         self, image: Image.Image, shape: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a resized image on a canvas, and its height and width."""
+        """Returns a resized image on a canvas, and its height and width.
+
+        It is as large as in an evaluation, unless the canvas is of the other orientation.
+        """
         size = fitted_size(image.size, eval_short_side(self.config), long_side(self.config))
+        scale = min(room / side for room, side in zip(shape[::-1], size, strict=True))
+        size = scaled_size(*size, scale) if scale < 1 else size
         pixels = view_pixels(image, View((0, 0, *image.size), size))
         fill = mean_pixel(self.config.data.normalization, self.config.in_channels)
         padded = pad(pixels, (*shape, pixels.shape[-1]), fill)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import torch_peers, torchvision_peers
+from tokenvit_jax.measure import torch_peers, torchvision_detectors
 from tokenvit_jax.tasks import create_task, default_config
 
 pytestmark = pytest.mark.parity
@@ -18,7 +18,7 @@ TINY = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 def work(timm):
     if torch_peers.torchvision_operators() is None:
         pytest.skip("torchvision's operators do not load")
-    return torchvision_peers.mask_rcnn_swin_t(SIZE, **TINY)
+    return torchvision_detectors.mask_rcnn_swin_t(SIZE, **TINY)
 
 
 def test_number_of_parameters(work):
@@ -61,12 +61,12 @@ def test_detections_and_losses(work):
 
 def test_masks_fill_their_boxes(work):
     boxes = work.targets(2, None)
-    assert boxes.shape == (2, torchvision_peers.OBJECTS, 4)
-    masks = torchvision_peers._filled(boxes, SIZE)
+    assert boxes.shape == (2, torchvision_detectors.OBJECTS, 4)
+    masks = torchvision_detectors._filled(boxes, SIZE)
     sides = (boxes[..., 2:] - boxes[..., :2]).numpy()
     np.testing.assert_allclose(masks.sum((2, 3)), sides.prod(-1), rtol=0.3)
 
 
 def test_unknown_peers(work):
     with pytest.raises(UserError, match=r"did you mean 'mask_rcnn_swin_t'\?\); valid: mask_rcnn"):
-        torchvision_peers.torchvision_work("mask_rcnn_swin", SIZE, "train")
+        torchvision_detectors.torchvision_work("mask_rcnn_swin", SIZE, "train")
