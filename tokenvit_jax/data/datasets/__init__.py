@@ -89,7 +89,7 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
     check_entries(config, {key: ENTRIES[key] for key in _READ})
     module = _module(config.dataset)
     info = _read_info(module, config)
-    own = not module.__name__.startswith(__name__)
+    own = "." in config.dataset and not config.dataset.startswith("tfds:")  # as in `_module`
     if own and "instances" in info.fields and not hasattr(module, "annotations"):
         raise UserError(
             f"config.dataset={config.dataset!r}: records of this module have instances, but it "
