@@ -10,9 +10,8 @@ References:
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, UInt8
 
-MASK_SIDE = 112  # rows and columns of the mask of an object in the frame of its box
 # Samples of a target's cell along an axis, at most. With 28 cells across a whole box, four samples
-# visit each of the mask's 112 rows.
+# visit each of 112 rows of a mask.
 MAX_SAMPLES = 4
 
 
