@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenvit_jax.data.box_transforms import MASK_SIDE
 from tokenvit_jax.heads import MaskRcnn, RetinaNet, Targets
-from tokenvit_jax.ops.instance_masks import MASK_SIDE
 
 STRIDES = (4, 8, 16, 32)
 SIZE = (64, 96)
