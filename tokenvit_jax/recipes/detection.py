@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tokenvit_jax.config import AUTO
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.dgt import COMMON as DGT
+from tokenvit_jax.recipes.upernet import SMALL_SWIN
 from tokenvit_jax.tasks import default_config
 
 BATCH_SIZE = 16
@@ -152,10 +153,7 @@ def scenes_config(head: str) -> ConfigDict:
     """
     config = default_config("detection")
     config.model = "swin_t"
-    config.model_overrides = {
-        "dims": (24, 48, 96, 96), "num_heads": (1, 2, 4, 4), "depths": (1, 1, 6, 1),
-        "window_size": 8, "drop_path": 0.0, "remat": False,
-    }  # fmt: skip
+    config.model_overrides = SMALL_SWIN
     config.head = head
     narrow = {"channels": 32, "max_detections": 20, "num_candidates": 100}
     own = {

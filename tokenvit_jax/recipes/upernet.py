@@ -11,6 +11,11 @@ from tokenvit_jax.recipes.dgt import COMMON as DGT
 from tokenvit_jax.recipes.segmentation import train_on_scenes, use_mmseg_images
 from tokenvit_jax.tasks import default_config
 
+# A Swin Transformer for the embedded scenes, with most blocks in its third stage.
+SMALL_SWIN: dict[str, Any] = {
+    "dims": (24, 48, 96, 96), "num_heads": (1, 2, 4, 4), "depths": (1, 1, 6, 1),
+    "window_size": 8, "drop_path": 0.0, "remat": False,
+}  # fmt: skip
 # Settings that differ from training on ImageNet-1K, for each model. Drop path: Swin's code for Swin
 # and DGT-T, whose paper has no training settings at hand; DGT-S and B like Pale, whose appendix has
 # its own; ClusTR, Table A3.
@@ -90,10 +95,7 @@ def scenes_config(head: str, head_overrides: Mapping[str, Any]) -> ConfigDict:
     """
     config = default_config("segmentation")
     config.model = "swin_t"
-    config.model_overrides = {
-        "dims": (24, 48, 96, 96), "num_heads": (1, 2, 4, 4), "depths": (1, 1, 6, 1),
-        "window_size": 8, "drop_path": 0.0, "remat": False,
-    }  # fmt: skip
+    config.model_overrides = SMALL_SWIN
     config.head = head
     config.head_overrides = dict(head_overrides)
 
