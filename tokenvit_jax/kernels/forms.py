@@ -104,7 +104,8 @@ FORMS: dict[str, dict[str, str]] = {
         "default": "XLA's reductions and fusions",
     },
     "matching": {
-        "cpu": "object by object: 1.4 times as fast as ten at a time",
+        "cpu": "object by object: 1.4 times as fast as ten at a time; only objects take a turn, so"
+        " that 8 objects in 100 places take a fourteenth of the time of all places",
         "default": "ten objects at a time, whose overlaps with 270,000 anchors take 10 MB: compiled"
         " for an H100, 600 launches less in a training step of Mask R-CNN",
     },

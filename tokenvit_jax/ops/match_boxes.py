@@ -66,7 +66,7 @@ def match_boxes(
         valid,
         boxes,
         present,
-        cpu=functools.partial(_compare, least=least, block=1),
+        cpu=functools.partial(_compare_present, least=least),
         default=functools.partial(_compare, least=least, block=OBJECTS),
     )
     matches = jnp.where(best < negative, NEGATIVE, IGNORED)
@@ -83,26 +83,62 @@ def _compare(anchors, valid, boxes, present, least, block):
       object that takes the anchor, or `NEGATIVE`.
     """
 
-    def step(carry, entry):
-        best, found, forced = carry
-        numbers, boxes, exists = entry  # (block, 1), (block, 1, 4), (block, 1)
-        iou = jnp.where(valid & exists, box_iou(anchors, boxes), -1.0)
-        highest, largest = iou.max(0), iou.max(1, keepdims=True)
-        first = jnp.where(iou == highest, numbers, count).min(0)
-        found = jnp.where(highest > best, first, found)
-        takes = (iou == largest) & (largest >= least) & exists
-        taken = jnp.where(takes, numbers, NEGATIVE).max(0)
-        return (jnp.maximum(highest, best), found, jnp.maximum(forced, taken)), None
+    def step(found, some):
+        return _update(found, anchors, valid, *some, least), None
 
     count = len(boxes)
-    none = jnp.full(valid.shape, NEGATIVE, jnp.int32)
-    start = jnp.zeros(valid.shape, jnp.float32), none, none
     boxes, present = (
         jnp.pad(x, ((0, -count % block), (0, 0))).reshape(-1, block, 1, x.shape[1])
         for x in (boxes, present[:, None])
     )
     numbers = jnp.arange(present.size, dtype=jnp.int32).reshape(-1, block, 1)
-    return lax.scan(step, start, (numbers, boxes, present[..., 0]))[0]
+    return lax.scan(step, _nothing(valid), (numbers, boxes, present[..., 0]))[0]
+
+
+def _compare_present(anchors, valid, boxes, present, least):
+    """Returns the result of :func:`_compare`; images have as many turns as they have objects."""
+
+    @jax.custom_batching.sequential_vmap  # or all images would have the turns of the fullest one
+    def compare(anchors, valid, boxes, present):
+        def step(i, found):
+            some = i[None, None], boxes[i][None, None], present[i][None, None]
+            return _update(found, anchors, valid, *some, least)
+
+        places = jnp.arange(1, len(present) + 1, dtype=jnp.int32)
+        last = jnp.where(present, places, 0).max(initial=0)
+        return lax.fori_loop(0, last, step, _nothing(valid))
+
+    return compare(anchors, valid, boxes, present)
+
+
+def _nothing(valid):
+    none = jnp.full(valid.shape, NEGATIVE, jnp.int32)
+    return jnp.zeros(valid.shape, jnp.float32), none, none
+
+
+def _update(found, anchors, valid, numbers, boxes, exists, least):
+    """Returns the best IoU (A,), its object and the object that takes the anchor, after some more.
+
+    Args:
+      found: the same of the objects before.
+      anchors: (A, 4).
+      valid: (A,).
+      numbers: numbers of the objects (n, 1).
+      boxes: (n, 1, 4).
+      exists: whether there is an object (n, 1).
+      least: as in :func:`match_boxes`.
+    """
+    best, first, forced = found
+    iou = jnp.where(valid & exists, box_iou(anchors, boxes), -1.0)
+    highest, largest = iou.max(0), iou.max(1, keepdims=True)
+    now = jnp.where(iou == highest, numbers, jnp.iinfo(jnp.int32).max).min(0)
+    takes = (iou == largest) & (largest >= least) & exists
+    taken = jnp.where(takes, numbers, NEGATIVE).max(0)
+    return (
+        jnp.maximum(highest, best),
+        jnp.where(highest > best, now, first),
+        jnp.maximum(forced, taken),
+    )
 
 
 def sample_matches(
