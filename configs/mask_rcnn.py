@@ -23,7 +23,7 @@ reports 43.7 / 39.8 for it; the papers compare with one size, as here.
 
 A small Swin Transformer with a narrow Mask R-CNN on the embedded scenes. Hardware: 2 CPU cores.
 Expected result: 76 % AP of boxes and 79 % of masks on the test scenes (one run: 76.6 and 79.2),
-which took 25 minutes beside five other programs.
+which took 22 minutes beside other programs.
 """
 
 from tokenvit_jax.recipes.detection import mask_rcnn_config

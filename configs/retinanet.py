@@ -13,8 +13,7 @@ swin_t. The other papers do not use RetinaNet; DGT and Pale have their recipes f
     python -m tokenvit_jax.train --config=configs/retinanet.py:scenes --workdir=runs/scenes
 
 A small Swin Transformer with a narrow RetinaNet on the embedded scenes. Hardware: 2 CPU cores.
-Expected result: 61 % AP on the test scenes (one run), which took 14 minutes beside five other
-programs.
+Expected result: 61 % AP on the test scenes (one run), which took 13 minutes beside other programs.
 """
 
 from tokenvit_jax.recipes.detection import retinanet_config

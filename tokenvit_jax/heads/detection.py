@@ -1,12 +1,10 @@
 """What the heads of detectors share: targets, detections, and losses of groups of images."""
 
-import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.nn.initializers import constant
 
 from tokenvit_jax.heads.head import LOGITS, Head
 from tokenvit_jax.models.settings import CHANNELS, Rules
@@ -128,11 +126,6 @@ def padded_sizes(image_size: jax.Array) -> jax.Array:
     Anchors beyond them take no part in training.
     """
     return -(-image_size // PADDING) * PADDING
-
-
-def rare_bias(probability: float = 0.01):
-    """Returns the initializer of the biases of logits whose class is rare at first."""
-    return constant(-math.log((1 - probability) / probability))
 
 
 def focal_sums(logits: jax.Array, classes: jax.Array, counted: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """RetinaNet: one convolutional head on five levels of a feature pyramid."""
 
 import functools
+import math
 from typing import ClassVar
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.nn.initializers import normal
+from jax.nn.initializers import constant, normal
 
 from tokenvit_jax.heads.detection import (
     COUNT,
@@ -18,7 +19,6 @@ from tokenvit_jax.heads.detection import (
     focal_sums,
     l1_sums,
     padded_sizes,
-    rare_bias,
 )
 from tokenvit_jax.heads.fpn import FeaturePyramid
 from tokenvit_jax.layers import Conv
@@ -33,6 +33,8 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width
 PER_CELL = len(SIZES) * len(RATIOS)
 NUM_COARSER = 2  # levels beyond the maps
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
+# Initial biases of the logits: an anchor holds an object of a class with probability 0.01.
+RARE = constant(-math.log(99))
 
 
 class RetinaNet(DetectorHead):
@@ -59,7 +61,7 @@ class RetinaNet(DetectorHead):
         self.fpn = FeaturePyramid(self.channels, num_convolved=NUM_COARSER, dtype=self.dtype)
         self.class_convs = [conv(self.channels) for _ in range(self.num_convs)]
         self.box_convs = [conv(self.channels) for _ in range(self.num_convs)]
-        self.class_logits = conv(PER_CELL * self.num_classes, bias_init=rare_bias())
+        self.class_logits = conv(PER_CELL * self.num_classes, bias_init=RARE)
         self.box_deltas = conv(PER_CELL * 4)
 
     def predict(self, levels: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
