@@ -1,4 +1,4 @@
-"""A few of the embedded scenes with their objects; every second one is cut higher than wide."""
+"""A few embedded scenes with their objects, all of other sizes, every second one upright."""
 
 from typing import Any
 
@@ -19,11 +19,10 @@ INFO = DatasetInfo(
     num_classes=scene_instances.INFO.num_classes,
     classes=scene_instances.INFO.classes,
 )
-LEFT, RIGHT = 24, 104  # columns of the upright scenes
 
 
 class UprightScenesSource(ScenesSource):
-    """Scenes whose upright half has 128 x 80 pixels. Digits do not hide each other."""
+    """Scenes without some rows above or columns on the left. Digits do not hide each other."""
 
     def __len__(self) -> int:
         return INFO.splits[self._split]
@@ -33,11 +32,11 @@ class UprightScenesSource(ScenesSource):
 
     def read(self, index: int) -> Record:
         image, digits = self.draw(index)
-        left, right = (LEFT, RIGHT) if self.portrait()[index] else (0, SIDE)
-        parts = [(digit, strokes[:, left:right]) for digit, strokes in digits]
+        left, top = (index, 0) if self.portrait()[index] else (0, index)
+        parts = [(digit, strokes[top:, left:]) for digit, strokes in digits]
         seen = [(digit, strokes) for digit, strokes in parts if strokes.any()]
         instances = instances_of([mask for _, mask in seen], [digit for digit, _ in seen])
-        return Record(id=index, image=image.crop((left, 0, right, SIDE)), instances=instances)
+        return Record(id=index, image=image.crop((left, top, SIDE, SIDE)), instances=instances)
 
 
 def open_split(config: ConfigDict, split: str) -> UprightScenesSource:
@@ -47,9 +46,8 @@ def open_split(config: ConfigDict, split: str) -> UprightScenesSource:
 def annotations(config: ConfigDict, split: str) -> dict[str, Any]:
     source = UprightScenesSource(split)
     found = [
-        coco_annotations([(i, source.read(i)["instances"])], size, INFO.classes)
-        for i in range(len(source))
-        for size in [(SIDE, source.read(i)["image"].width)]
+        coco_annotations([(i, record["instances"])], record["image"].size[::-1], INFO.classes)
+        for i, record in enumerate(map(source.read, range(len(source))))
     ]
     objects = [entry for each in found for entry in each["annotations"]]
     return {

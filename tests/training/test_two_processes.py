@@ -43,6 +43,7 @@ def test_a_detector_in_two_processes_equals_one(head, num_steps, tmp_path, monke
     steps = [*range(1, num_steps + 1), num_steps]
     assert [line["step"] for line in found] == [line["step"] for line in expected] == steps
     for line, wanted in zip(found, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=1e-4)
+        # After a step, rounding can move a cell of a mask to the other side of one half.
+        assert line == pytest.approx(wanted, rel=1e-4 if line["step"] == 1 else 1e-3)
     assert all(line["loss"] > 0 for line in found[:-1])
     assert found[-1]["eval/box_ar100"] > 0

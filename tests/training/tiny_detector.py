@@ -27,7 +27,7 @@ def get_config(head: str) -> ConfigDict:
     config.data.max_objects = 5
     config.data.workers = 0
     config.batch_size = config.data.eval_batch_size = 16
-    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
     config.optimizer.warmup_steps = 0
     config.log_every_steps = 1
     return config
