@@ -128,7 +128,7 @@ def test_packages_of_dense_tasks(plan, monkeypatch):
     ]
     *_, text = page.measure_page(plan._replace(tasks=tasks), 0, "command")
     lines = " ".join(text.split())
-    assert ": A net in batches of 2, A detector in batches of 1, float32," in lines
+    assert ": A net, batch 2; A detector, batch 1, float32," in lines
     assert "transformers 1.2.3" in lines and "torchvision 1.2.3" not in lines
     assert "No comparison with torchvision: timm is not installed. ##" in lines
     assert "with transformers" not in lines

@@ -327,7 +327,7 @@ def _heading(plan, command, reasons):
     platform = getattr(device.client, "platform_version", "").split("\n")[0]
     size = "{} x {} pixels, batch {}".format(*plan.image_size, plan.batch_size)
     if plan.tasks:
-        size = ", ".join(f"{task.title} in batches of {task.batch_size}" for task in plan.tasks)
+        size = "; ".join(f"{task.title}, batch {task.batch_size}" for task in plan.tasks)
     text = (
         f"Written by `{command}` on {datetime.date.today()}: {size}, "
         f"{plan.dtype.name}, random weights and images. Milliseconds are "
