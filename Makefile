@@ -30,7 +30,7 @@ test-aot: .venv/aot/installed
 	.venv/aot/bin/python -m pytest tests/aot -m aot -rs
 
 stress: .venv/installed
-	.venv/bin/python -m pytest tests/stress -m stress -rs
+	.venv/bin/python -m pytest tests/stress tests/training/test_two_processes.py -m stress -rs
 
 lint: .venv/installed
 	.venv/bin/ruff check .

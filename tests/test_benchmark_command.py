@@ -1,10 +1,12 @@
 """The command that times models and operators."""
 
 import copy
+import importlib.machinery
 import json
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen as nn
 import jax
@@ -181,6 +183,99 @@ def test_peer_of_a_task_that_is_not_installed(monkeypatch, capsys):
     assert (status, out) == (1, "")
     assert "--against needs PyTorch and transformers, but torch is not installed: pip" in err
     assert len(err.splitlines()) == 1
+
+
+def stand_in(name, **attributes):
+    """Returns a module of a package."""
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    return module
+
+
+def no_operators(*_):
+    raise RuntimeError("Couldn't load custom C++ ops.\nAnd more.")
+
+
+def not_loaded(module):
+    """Returns `importlib.import_module` where a module does not find a library."""
+
+    def import_module(name, package=None):
+        if name == module:
+            raise OSError("libcudart.so.13: cannot open shared object file\nand more")
+        return imported(name, package)
+
+    imported = importlib.import_module
+    return import_module
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            "operators",
+            "--against needs the compiled operators of torchvision, which do not load on the cpu: "
+            "install the torchvision that belongs to torch 9.9",
+        ),
+        ("torchvision", "but torchvision is not installed: pip install torch torchvision"),
+        ("timm", "but timm is not installed: pip install torch timm"),
+        (
+            "libraries",
+            "PyTorch and torchvision, which do not load (libcudart.so.13: cannot open shared "
+            "object file): install builds that belong together with pip install torch torchvision",
+        ),
+    ],
+)
+def test_detector_of_torchvision_that_does_not_load(monkeypatch, capsys, tmp_path, broken, message):
+    """The command ends with a line; the report has no comparison, and says why."""
+    nms = no_operators if broken == "operators" else lambda *_: None
+    torch = stand_in(
+        "torch",
+        __version__="9.9",
+        zeros=lambda *_, device: None,
+        set_num_threads=lambda _: None,
+        cuda=types.SimpleNamespace(is_available=lambda: False),
+    )
+    packages = {
+        "torch": torch,
+        "torchvision": stand_in("torchvision", ops=types.SimpleNamespace(nms=nms)),
+        "timm": stand_in("timm"),
+    }
+    packages |= {broken: None} if broken in packages else {}
+    for name, module in packages.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if broken == "libraries":
+        monkeypatch.setattr(importlib, "import_module", not_loaded("torchvision"))
+    status, out, err = run(
+        monkeypatch, capsys, "--task=detection", "--against=mask_rcnn_swin_t", "--image_size=64"
+    )
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert message in err
+
+    monkeypatch.setattr(
+        page, "_parts", lambda plan: [page.Part("Peers", 0, lambda: peers_of(plan))]
+    )
+    path = tmp_path / "page.md"
+    status, out, err = run(monkeypatch, capsys, "--task=detection", f"--report={path}")
+    assert (status, err) == (0, "")
+    text = " ".join(path.read_text().split())
+    assert message in text and "No comparison with torchvision: " in text and "peers: ['']" in text
+
+
+def peers_of(plan):
+    return [f"peers: {[task.peer for task in plan.tasks]}"]
+
+
+def test_batches_of_a_report_are_those_of_the_tasks(monkeypatch, capsys, tmp_path):
+    plans = []
+    monkeypatch.setattr(page, "measure_page", lambda plan, *_: plans.append(plan) or [])
+    report = f"--report={tmp_path / 'page.md'}"
+    for args in (["--task=detection"], ["--task=detection", "--batch_size=3"],
+                 ["--task=detection", "--task=segmentation"]):  # fmt: skip
+        status, _, err = run(monkeypatch, capsys, report, *args)
+        assert status == 0, err
+    found = [[task.batch_size for task in plan.tasks] for plan in plans]
+    assert found == [[1], [3], [2, 1]]
 
 
 @pytest.mark.parametrize("flag", ["--report", "--report=page.md"])

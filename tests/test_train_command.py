@@ -7,8 +7,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import started
 import tiny_config
 from make_task import make_task
+from started import environment, finish
 from timings import without_timings
 from token_model import token_config, use_token_model
 
@@ -30,44 +30,25 @@ from tokenvit_jax.training.evaluation import check_metrics
 from tokenvit_jax.training.optimizer import make_optimizer
 from tokenvit_jax.training.state import init_state
 
-REPOSITORY = Path(__file__).parent.parent
 CONFIG = Path(tiny_config.__file__)
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """The environment of the processes: one device each, with shared compiled programs.
+def env(tmp_path_factory):
+    """The environment of the processes: one device each, with shared compiled programs."""
+    return environment(tmp_path_factory.mktemp("compiled"))
 
-    They leave out kernels, whose tracing takes seconds in each of them.
-    """
-    flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    return {
-        **os.environ,
-        "XLA_FLAGS": " ".join(flags),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TOKENVIT_JAX_KERNELS": "off",
-    }
+
+def command_of(command, workdir, *arguments):
+    """Returns a command with the tiny configuration."""
+    flags = f"--config={CONFIG}", f"--workdir={workdir}"
+    return ["-m", f"tokenvit_jax.{command}", *flags, *arguments]
 
 
 @pytest.fixture(scope="session")
-def start(environment):
+def start(env):
     """Starts a command with the tiny configuration in a process of its own."""
-
-    def start_process(command, workdir, *arguments):
-        module = f"tokenvit_jax.{command}"
-        flags = [f"--config={CONFIG}", f"--workdir={workdir}", *arguments]
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-
-    return start_process
+    return lambda *command: started.start(command_of(*command), env, process_group=0)
 
 
 @pytest.fixture(scope="session")
@@ -76,13 +57,6 @@ def reference(start, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("reference")
     finish(start("train", workdir))
     return workdir
-
-
-def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    return out, err
 
 
 def wait_for(process, condition):
@@ -159,12 +133,8 @@ def test_evaluate_prints_the_metrics_of_the_last_checkpoint(reference, start):
     assert without_timings(json.loads(out)) == pytest.approx(logged, rel=1e-6)
 
 
-def test_two_processes_equal_one(reference, start, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
-    runs = [start("train", tmp_path, *several, f"--process_id={i}") for i in range(2)]
+def test_two_processes_equal_one(reference, env, tmp_path):
+    runs = started.start_several(2, command_of("train", tmp_path), env)
     # SIGTERM to one process stops both after the same step.
     wait_for(runs[0], lambda: last_logged(tmp_path) >= 3)
     runs[1].terminate()

@@ -313,12 +313,15 @@ def _task_plan(flag_values):
     tasks = [
         page.TaskPlan(
             measured.title, _task_kind(name), measured.model, measured.peer,
-            macs.parse_image_size(measured.image_size), measured.insertions, measured.inserted_size,
+            macs.parse_image_size(measured.image_size),
+            flag_values.batch_size or measured.batch_size,
+            measured.insertions, measured.inserted_size,
         )
         for name, measured in MEASURED.items() if name in flag_values.task
     ]  # fmt: skip
-    size, batch = tasks[0].image_size, flag_values.batch_size or 2
-    return page.Plan(size, batch, jnp.dtype(flag_values.dtype), tasks=tasks)
+    first = tasks[0]
+    dtype = jnp.dtype(flag_values.dtype)
+    return page.Plan(first.image_size, first.batch_size, dtype, tasks=tasks)
 
 
 def _check_flags(flag_values):

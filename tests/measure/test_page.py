@@ -113,6 +113,27 @@ def test_what_fails_is_named_and_ends_nothing(plan, monkeypatch):
     assert "Operator `depthwise_conv`" in tables_of(pages[-1])
 
 
+def test_packages_of_dense_tasks(plan, monkeypatch):
+    """One of two packages is missing."""
+
+    def check_peers(package):
+        if package == "torchvision":
+            raise UserError("timm is not installed")
+
+    monkeypatch.setattr(torch_peers, "check_peers", check_peers)
+    monkeypatch.setattr(torch_peers, "environment", lambda package: {package: "1.2.3"})
+    tasks = [
+        page.TaskPlan("A net", models.Kind(None, None, "transformers"), "a", "b", (32, 64), 2),
+        page.TaskPlan("A detector", models.Kind(None, None, "torchvision"), "a", "b", (32, 64), 1),
+    ]
+    *_, text = page.measure_page(plan._replace(tasks=tasks), 0, "command")
+    lines = " ".join(text.split())
+    assert ": A net, batch 2; A detector, batch 1, float32," in lines
+    assert "transformers 1.2.3" in lines and "torchvision 1.2.3" not in lines
+    assert "No comparison with torchvision: timm is not installed. ##" in lines
+    assert "with transformers" not in lines
+
+
 def test_dense_tasks(plan):
     def subject(name, dtype, width=2000):
         del name, dtype
@@ -122,7 +143,9 @@ def test_dense_tasks(plan):
         )
 
     kind = models.Kind(subject, lambda *args: pytest.fail("torch is not installed"), "transformers")
-    task = page.TaskPlan("A net", kind, "host", "peer", (32, 64), {"few": {"width": 100}}, (64, 64))
+    task = page.TaskPlan(
+        "A net", kind, "host", "peer", (32, 64), 2, {"few": {"width": 100}}, (64, 64)
+    )
     *_, text = page.measure_page(plan._replace(tasks=[task]), 60, "tokenvit benchmark --report")
     assert "No comparison with transformers: torch is not installed." in text
     tables = tables_of(text)

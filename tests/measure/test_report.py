@@ -25,6 +25,13 @@ def test_table():
     assert " ".join(last.split()) == "64 2 tiles 0.64 train - - 20 10 0.5 1 2"
 
 
+def test_a_contender_may_be_missing_from_a_row():
+    rows = [{**row, "contenders": {**row["contenders"]}} for row in ROWS[:2]]
+    del rows[1]["contenders"]["heads_first"]
+    *_, last = report.format_table(rows).splitlines()
+    assert " ".join(last.split()) == "16 2 tiles 0.16 train 2 1234 - 10 0.5 - 2"
+
+
 def test_curve():
     time_axis, speedup_axis = report.plot_cost(ROWS).axes
     group = time_axis.lines[-1]

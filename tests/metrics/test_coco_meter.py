@@ -3,58 +3,15 @@
 import copy
 import itertools
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from coco_fixture import MASK_SIDE, Outcome, mask_meter, read, rows_of
 
 from tokenvit_jax.data.datasets import scene_instances
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.coco import NUMBERS, CocoMeter, paste_mask
-from tokenvit_jax.run_lengths import decode_mask
-
-GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "coco"
-MAX_DETECTIONS = 200  # of a fixture's image
-MASK_SIDE = 8
-
-
-class Outcome(NamedTuple):
-    rows: dict
-
-
-def read(name):
-    return json.loads((GOLDEN / name).read_text())
-
-
-def rows_of(detections, truth, with_masks):
-    """Returns the fixture's detections as rows, and images that fill up the batch."""
-    images = [image["id"] for image in truth["images"]]
-    categories = sorted(entry["id"] for entry in truth["categories"])
-    batch = len(images) + 2
-    rows = {
-        "boxes": np.zeros((batch, MAX_DETECTIONS, 4), np.float64),
-        "classes": np.full((batch, MAX_DETECTIONS), -1),
-        "scores": np.zeros((batch, MAX_DETECTIONS)),
-        "index": np.array([*range(len(images)), -1, -1]),
-        "mask": np.array([1.0] * len(images) + [0.0] * 2),
-        "original_size": np.array(
-            [[image["height"], image["width"]] for image in truth["images"]] + [[9, 9]] * 2
-        ),
-    }
-    counts = dict.fromkeys(images, 0)
-    for entry in detections:
-        image, place = images.index(entry["image_id"]), counts[entry["image_id"]]
-        counts[entry["image_id"]] += 1
-        left, top, width, height = entry["bbox"]
-        rows["boxes"][image, place] = left, top, left + width, top + height
-        rows["classes"][image, place] = categories.index(entry["category_id"])
-        rows["scores"][image, place] = entry["score"]
-    if with_masks:
-        rows["masks"] = np.ones((batch, MAX_DETECTIONS, MASK_SIDE, MASK_SIDE))
-    rows["classes"][-2:] = 0  # of no record
-    return rows
 
 
 def split_rows(rows, *parts):
@@ -85,18 +42,7 @@ def test_boxes_have_the_twelve_numbers_of_the_reference():
 
 
 def test_masks_have_the_twelve_numbers_of_the_reference(monkeypatch):
-    truth, detections = read("ground_truth.json"), read("detections_segm.json")
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    pixels = {}
-    for entry in detections:
-        mask = decode_mask(entry["segmentation"]["counts"], sizes[entry["image_id"]])
-        pixels.setdefault(entry["image_id"], []).append(mask)
-    order = [mask for image in truth["images"] for mask in pixels.get(image["id"], ())]
-    given = iter(order)  # masks of any form in place of those that a frame can hold
-    monkeypatch.setattr("tokenvit_jax.metrics.coco.paste_part", lambda *args: (next(given), (0, 0)))
-    entries = [{**entry, "bbox": [0, 0, 1, 1]} for entry in detections]
-    meter = CocoMeter(lambda: truth, has_masks=True)
-    meter.add(Outcome(rows_of(entries, truth, with_masks=True)))
+    meter = mask_meter(monkeypatch)
     found = [value for name, value in meter.result().items() if "mask" in name]
     np.testing.assert_allclose(found, read("expected.json")["segm"], atol=1e-12)
 

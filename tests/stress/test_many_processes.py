@@ -6,18 +6,14 @@ All processes are real, with their own virtual devices, and exchange arrays thro
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from started import environment, finish, free_address, start, start_several
 from timings import without_timings
 
 pytestmark = pytest.mark.stress
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("tiny_vit.py")
 LAST = 60  # step of `tiny_vit.py`
 # Processes, devices of each, step after which the run is stopped; one after another.
@@ -30,59 +26,23 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(compiled, devices, command):
-    """Starts a process with a number of devices."""
-    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    kept.append(f"--xla_force_host_platform_device_count={devices}")
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join(kept),
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TOKENVIT_JAX_KERNELS": "off",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def finish(processes):
+def finish_all(processes):
     """Returns the output of process 0, after all have ended without an error."""
-    outputs = [process.communicate(timeout=1800) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return outputs[0][0]
+    outputs = [finish(process, timeout=1800)[0] for process in processes]
+    return outputs[0]
 
 
 def run(compiled, workdir, processes, devices, stop_after):
     """Trains, and stops all processes by a signal to one of them."""
     command = ["-m", "tokenvit_jax.train", f"--config={CONFIG}", f"--workdir={workdir}"]
-    several = (f"--coordinator={free_address()}", f"--num_processes={processes}")
-    started = [
-        start(
-            compiled,
-            devices,
-            [*command, *((*several, f"--process_id={i}") if processes > 1 else ())],
-        )
-        for i in range(processes)
-    ]
+    env = environment(compiled, devices)
+    started = start_several(processes, command, env) if processes > 1 else [start(command, env)]
     if stop_after < LAST:
         for line in started[0].stdout:
             if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= stop_after:
                 break
         started[-1].terminate()
-    finish(started)
+    finish_all(started)
 
 
 def metrics_of(workdir):
@@ -128,10 +88,9 @@ def test_batch_norm_over_processes(compiled):
     found = []
     for processes, devices in ((1, 8), (4, 2)):
         address = free_address()
-        started = [
-            start(compiled, devices, [script, address, processes, i]) for i in range(processes)
-        ]
-        found.append(json.loads(finish(started).splitlines()[-1]))
+        env = environment(compiled, devices)
+        started = [start([script, address, processes, i], env) for i in range(processes)]
+        found.append(json.loads(finish_all(started).splitlines()[-1]))
     expected, found = found
     assert found.keys() == expected.keys()
     for name, values in found.items():

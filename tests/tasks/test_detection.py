@@ -1,5 +1,6 @@
 """Detection: canvases, draws, losses, boxes in pixels of the image, pictures and bad input."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_task import check_config, make_task
+from make_task import check_config, make_task, open_dataset
 from ml_collections import ConfigDict
 from PIL import Image
+from random_variables import random_variables
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Detections
@@ -131,6 +133,51 @@ def test_draws_depend_on_the_image_and_the_step_and_not_on_the_place():
     found, moved, later = keys([7, 3, 9, 4], 0), keys([4, 9, 7, 3], 0), keys([7, 3, 9, 4], 1)
     np.testing.assert_array_equal(found, moved[jnp.array([2, 3, 1, 0])])
     assert len(np.unique(np.concatenate([found, later]), axis=0)) == 8
+
+
+def training_records(task, count):
+    """Returns a training batch of the first records of the dataset."""
+    examples, source = task.examples(train=True), open_dataset("scene_instances", "train")
+    rows = [
+        {**examples(source.read(i), np.random.default_rng(i)), "index": np.int32(i)}
+        for i in range(count)
+    ]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_losses_of_retinanet_depend_on_groups_alone():
+    """Eight images on a device; two micro-batches on each of two devices; images for themselves."""
+    config = make_config(head="retinanet", image_size=64, **{"data.max_objects": 5})
+    config.model_overrides = {
+        "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0), "mlp_ratio": 1,
+        "window_size": 2,
+    }  # fmt: skip
+    config.head_overrides = {"channels": 4, "num_convs": 1, "init_std": 0.1}
+    task = make_task(config)
+    model, images = task.make_model(), jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    params = random_variables(model, images)["params"]
+    rngs = dict.fromkeys(("dropout", "routing", "sample"), jax.random.key(0))
+
+    def losses(model, batch):
+        inputs = task.prepare(batch, jax.random.key(0))
+        loss, aux = task.loss(model, params, {}, inputs, rngs)
+        return {**aux.metrics, "loss": loss}
+
+    def micro_batches(batch):
+        found = jax.lax.map(functools.partial(losses, model), batch)
+        return jax.tree.map(lambda x: jax.lax.pmean(x.mean(0), "devices"), found)
+
+    batch = training_records(task, 8)
+    expected = jax.jit(functools.partial(losses, model))(batch)
+    parts = {name: x.reshape(2, 2, 2, *x.shape[1:]) for name, x in batch.items()}
+    found = jax.pmap(micro_batches, "devices", devices=jax.devices()[:2])(parts)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], [value] * 2, rtol=1e-6, err_msg=name)
+    assert expected["loss/class"] > 0 and expected["loss/box"] > 0
+    # The groups have different counts: with images of their own, the losses are others.
+    alone = dataclasses.replace(model.head, loss_group=1)
+    other = jax.jit(functools.partial(losses, model.copy(head=alone)))(batch)
+    assert abs(other["loss/class"] / expected["loss/class"] - 1) > 1e-3
 
 
 def test_losses_are_logged_one_by_one():

@@ -4,15 +4,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import types
 from concurrent import futures
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import started
 from make_task import make_task
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
@@ -310,26 +308,11 @@ print("equal")
 """
 
 
-def test_rows_of_two_processes_are_those_of_the_whole_batch():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    flags.append("--xla_force_host_platform_device_count=2")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(number)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": "tests:."},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert "equal" in out, err
+def test_rows_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    env = started.environment(tmp_path, devices=2) | {"PYTHONPATH": "tests:."}
+    command = ["-c", TWO_PROCESSES, started.free_address()]
+    for process in [started.start([*command, number], env) for number in range(2)]:
+        assert "equal" in started.finish(process)[0]
 
 
 @pytest.mark.parametrize(

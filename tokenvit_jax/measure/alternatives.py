@@ -208,6 +208,28 @@ def select_by_nms(
     return jnp.where(values >= 0, places, -1)
 
 
+def select_by_soft_nms(
+    boxes: jax.Array, scores: jax.Array, *, score_threshold: float, iou_threshold: float, num: int
+) -> jax.Array:
+    """Decays the scores of all classes to the end, then selects; see :func:`select_by_nms`."""
+
+    def decay(boxes, scores):
+        def turn(carry):
+            left, final = carry
+            row = jnp.argmax(left)
+            iou = ops.box_iou(boxes[row], boxes)
+            decayed = jnp.where(iou >= iou_threshold, left * (1 - iou), left)
+            decayed = jnp.where(decayed > score_threshold, decayed, -1.0)
+            return decayed.at[row].set(-1.0), final.at[row].set(left[row])
+
+        left = jnp.where(scores > score_threshold, scores, -1.0)
+        some = lambda carry: (carry[0] >= 0).any()  # noqa: E731
+        return lax.while_loop(some, turn, (left, jnp.full_like(left, -1.0)))[1]
+
+    values, places = lax.top_k(jax.vmap(decay, (1, 1), 1)(boxes, scores).ravel(), num)
+    return jnp.where(values >= 0, places, -1)
+
+
 def match_by_matrix(
     anchors: jax.Array, boxes: jax.Array, *, positive: float, negative: float, least: float
 ) -> jax.Array:

@@ -447,7 +447,7 @@ def select_detections_cases(
 ) -> Iterator[Case]:
     """Yields the selection of 100 detections against suppression in all classes.
 
-    The batch is always one image.
+    The batch is always one image. torchvision has no soft suppression.
     """
     del batch_size
 
@@ -466,16 +466,18 @@ def select_detections_cases(
         logits = 2 * normal(1, (count, num_classes + 1))
         scores = jax.nn.softmax(logits)[:, :-1].astype(dtype).astype(jnp.float32)
         inputs = _class_boxes(count, num_classes), scores
-        yield Case(
-            shape={"boxes": count, "classes": num_classes, "least score": least},
-            inputs=inputs,
-            num_differentiated=0,
-            contenders={
-                "all classes": functools.partial(alternatives.select_by_nms, **settings),
-                "select": functools.partial(ours, **settings),
-            },
-            peers=_torchvision(functools.partial(by_torchvision, **settings), inputs),
-        )
+        shape = {"boxes": count, "classes": num_classes, "least score": least}
+        hard = {
+            "all classes": functools.partial(alternatives.select_by_nms, **settings),
+            "select": functools.partial(ours, **settings),
+        }
+        soft = {
+            "all classes": functools.partial(alternatives.select_by_soft_nms, **settings),
+            "select": functools.partial(ours, soft=True, **settings),
+        }
+        peers = _torchvision(functools.partial(by_torchvision, **settings), inputs)
+        yield Case(shape | {"suppression": "hard"}, inputs, 0, hard, peers)
+        yield Case(shape | {"suppression": "soft"}, inputs, 0, soft)
 
 
 def match_boxes_cases(

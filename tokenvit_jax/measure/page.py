@@ -46,6 +46,7 @@ class TaskPlan(NamedTuple):
       model: name of the model.
       peer: network of `kind.package` beside it.
       image_size: height and width [pixels].
+      batch_size: images per batch.
       insertions: label -> overrides of the model, whose forward passes take turns.
       inserted_size: height and width of the images then [pixels].
     """
@@ -55,6 +56,7 @@ class TaskPlan(NamedTuple):
     model: str
     peer: str
     image_size: tuple[int, int]
+    batch_size: int
     insertions: Mapping[str, Any] = MappingProxyType({})
     inserted_size: tuple[int, int] | None = None
 
@@ -63,8 +65,8 @@ class Plan(NamedTuple):
     """What the page is about.
 
     Attributes:
-      image_size: height and width [pixels].
-      batch_size: images per batch.
+      image_size: height and width [pixels], without dense tasks.
+      batch_size: images per batch, without dense tasks.
       dtype: type of the computation.
       small: models that are measured first.
       large: models that are measured last.
@@ -119,10 +121,11 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
       UserError: after the last part, if some could not be measured; the page says why.
     """
     start, done, left_out, failed = time.monotonic(), [], [], []
-    reason = _why_no_peers(_package(plan))
-    if reason:
-        tasks = [task._replace(peer="") for task in plan.tasks]
-        plan = plan._replace(peers=(), large_peers=(), tasks=tasks)
+    reasons = {package: _why_no_peers(package) for package in _packages(plan)}
+    if reasons.get(models.CLASSIFICATION.package):
+        plan = plan._replace(peers=(), large_peers=())
+    tasks = [task._replace(peer="") if reasons[task.kind.package] else task for task in plan.tasks]
+    plan = plan._replace(tasks=tasks)
     for part in _parts(plan):
         if (time.monotonic() - start) / 60 + part.minutes > minutes:
             left_out.append(f"{part.title}: {part.minutes:g} minutes are needed")
@@ -138,7 +141,7 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
                 failed.append(part.title)
             gc.collect()
             torch_peers.release_memory()
-        lines = [*_heading(plan, command, reason), *done, *_not_measured(left_out)]
+        lines = [*_heading(plan, command, reasons), *done, *_not_measured(left_out)]
         yield "\n".join(lines) + "\n"
     if failed:
         raise UserError(f"not measured, for a reason that the page gives: {'; '.join(failed)}")
@@ -194,14 +197,14 @@ def _models(plan, mode, large=False):
 
 def _task(plan, task, mode):
     """Returns the same tables for a model of a dense task; its parts tell backbone and head."""
-    setting = (task.image_size, plan.batch_size, plan.dtype, mode)
+    setting = (task.image_size, task.batch_size, plan.dtype, mode)
     peers = [task.peer] if task.peer else []
     return _compare([task.model], peers, setting, task.kind, part_of_task)
 
 
 def _clustered(plan, task):
     """Returns a table of images per second with and without clustered tokens."""
-    setting = (task.inserted_size, plan.batch_size, plan.dtype, "forward")
+    setting = (task.inserted_size, task.batch_size, plan.dtype, "forward")
     variants = {task.model: task.insertions}
     contenders, plain = models.build_contenders([task.model], *setting, (), variants, task.kind)
     rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
@@ -316,38 +319,42 @@ def _operator(plan, name):
 # ------------------------------------------------------------------------------------------------
 
 
-def _heading(plan, command, reason):
-    device = jax.devices()[0]
-    package = _package(plan)
-    found = timing.environment() | ({} if reason else torch_peers.environment(package))
+def _heading(plan, command, reasons):
+    device, found = jax.devices()[0], timing.environment()
+    for package, reason in reasons.items():
+        found |= {} if reason else torch_peers.environment(package)
     versions = ", ".join(f"{key} {value}" for key, value in found.items())
     platform = getattr(device.client, "platform_version", "").split("\n")[0]
-    size = "" if plan.tasks else "{} x {} pixels, ".format(*plan.image_size)
+    size = "{} x {} pixels, batch {}".format(*plan.image_size, plan.batch_size)
+    if plan.tasks:
+        size = "; ".join(f"{task.title}, batch {task.batch_size}" for task in plan.tasks)
     text = (
-        f"Written by `{command}` on {datetime.date.today()}: {size}batch {plan.batch_size}, "
+        f"Written by `{command}` on {datetime.date.today()}: {size}, "
         f"{plan.dtype.name}, random weights and images. Milliseconds are "
         "medians of calls that take turns; on an accelerator "
         f"{timing.CALLS_IN_A_ROW} calls follow one another before the host waits. Programs are "
         "compiled side by side there, so that compilation takes longer than alone."
     )
     lines = [f"# {device.device_kind}", "", *_wrap(text), "", *_wrap(f"{versions}; {platform}.")]
-    return [*lines, "", *_wrap(f"No comparison with {package}: {reason}.")] if reason else lines
+    for package, reason in reasons.items():
+        lines += ["", *_wrap(f"No comparison with {package}: {reason}.")] if reason else []
+    return lines
 
 
 def _not_measured(left_out):
     return [f"{HEADING}Not measured", "", *(f"- {line}" for line in left_out)] if left_out else []
 
 
-def _package(plan):
-    """Returns the Python package of the peers."""
-    return plan.tasks[0].kind.package if plan.tasks else models.CLASSIFICATION.package
+def _packages(plan):
+    """Returns the Python packages of the peers."""
+    kinds = [task.kind for task in plan.tasks] or [models.CLASSIFICATION]
+    return dict.fromkeys(kind.package for kind in kinds)
 
 
 def _why_no_peers(package):
     """Returns why models of a package cannot be timed beside ours; None if they can."""
     try:
-        torch_peers.import_package(package)
-        torch_peers.torch_device()
+        torch_peers.check_peers(package)
     except UserError as error:
         return str(error)
     return None

@@ -22,7 +22,10 @@ def format_results(rows: list[dict[str, Any]], environment: Mapping[str, Any], f
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Formats rows with equal keys as a table; contenders show median milliseconds and MiB."""
+    """Formats rows as a table; contenders show median milliseconds and MiB.
+
+    The first row names the columns; what another one lacks is "-".
+    """
     flat = []
     for row in rows:
         cells = {key: value for key, value in row.items() if key != "contenders"}
@@ -30,10 +33,10 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         cells |= {f"{name} ms": timing["median_ms"] for name, timing in contenders.items()}
         cells |= {f"{name} MiB": timing["temp_mib"] for name, timing in contenders.items()}
         flat.append({key: format_value(value) for key, value in cells.items()})
-    widths = {key: max(len(key), *(len(cells[key]) for cells in flat)) for key in flat[0]}
-    lines = [flat[0].keys(), *(cells.values() for cells in flat)]
+    lines = [[*flat[0]], *([cells.get(key, "-") for key in flat[0]] for cells in flat)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths.values(), strict=True))
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
 

@@ -147,7 +147,7 @@ def environment(package: str) -> dict[str, Any]:
     """Returns the versions of a package and of PyTorch, and how PyTorch runs.
 
     Args:
-      package: "timm" | "transformers".
+      package: "timm" | "transformers" | "torchvision".
 
     Raises:
       UserError: as :func:`import_package` and :func:`torch_device`.
@@ -197,24 +197,61 @@ def torch_device() -> str:
     )
 
 
+def check_peers(package: str) -> None:
+    """Raises UserError if the networks of a package cannot be timed on this machine.
+
+    Args:
+      package: "timm" | "transformers" | "torchvision".
+    """
+    import_package(package)
+    torch_device()
+    if package == "torchvision":
+        check_operators()
+        import_package("timm")  # the backbone of its detector
+
+
+def check_operators() -> None:
+    """Raises UserError if torchvision is not here with operators for the device of JAX."""
+    torch, torchvision = import_package("torchvision")
+    device = torch_device()
+    try:
+        torchvision.ops.nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
+    except (AttributeError, RuntimeError) as error:
+        raise UserError(
+            "--against needs the compiled operators of torchvision, which do not load on the "
+            f"{device}: install the torchvision that belongs to torch {torch.__version__}"
+        ) from error
+
+
 def import_package(name: str) -> tuple[ModuleType, ModuleType]:
     """Imports torch and a package of models.
 
     Args:
-      name: "timm" | "transformers".
+      name: "timm" | "transformers" | "torchvision".
 
     Raises:
-      UserError: torch, the package or something that they need is not installed.
+      UserError: torch, the package or something that they need is not installed or does not load.
     """
     try:
         torch = importlib.import_module("torch")
-        if name == "timm" or importlib.util.find_spec("torchvision"):
+        if name != "transformers" or importlib.util.find_spec("torchvision"):
             import_torchvision()
         return torch, importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
             f"--against needs PyTorch and {name}, but {error.name} is not installed: "
             f"pip install torch {name}"
+        ) from error
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # builds that do not match
+        message = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"--against needs PyTorch and {name}, which do not load ({message}): install builds "
+            f"that belong together with pip install torch {name}"
         ) from error
 
 

@@ -6,7 +6,7 @@ torch, torchvision and timm are imported by the functions that need them; nothin
 import numpy as np
 
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.measure.torch_peers import TorchWork, import_package
+from tokenvit_jax.measure.torch_peers import TorchWork, check_peers
 
 NUM_CLASSES = 80  # of COCO
 OBJECTS = 8  # of an image of a random batch
@@ -38,21 +38,13 @@ def torchvision_work(name: str, image_size: tuple[int, int], mode: str) -> Torch
       mode: "forward" | "train".
 
     Raises:
-      UserError: torch, torchvision or timm is not installed, torchvision's operators do not load,
-        or there is no such peer.
+      UserError: there is no such peer, or as :func:`tokenvit_jax.measure.torch_peers.check_peers`.
     """
     del mode  # the same network in both
     if name not in PEERS:
         hint, valid = did_you_mean(name, PEERS), ", ".join(PEERS)
         raise UserError(f"--against={name} is not valid for this task{hint}; valid: {valid}")
-    torch, _ = import_package("timm")
-    try:
-        torch.ops.torchvision.roi_align  # noqa: B018
-    except (AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--against={name} needs the compiled operators of torchvision, which do not load; "
-            f"install the torchvision that belongs to torch {torch.__version__}"
-        ) from error
+    check_peers("torchvision")
     return PEERS[name](image_size)
 
 

@@ -1,0 +1,49 @@
+"""A detector trains and is evaluated in two real processes as in one."""
+
+import json
+
+import jax
+import pytest
+import started
+import tiny_detector
+from timings import without_timings
+
+from tokenvit_jax.tasks.detection.task import Detection
+from tokenvit_jax.training import devices
+from tokenvit_jax.training.loop import train
+
+
+def metrics_of(workdir):
+    return [without_timings(json.loads(line)) for line in (workdir / "metrics.jsonl").open()]
+
+
+# Compiling takes nearly all of the time: by default, the smaller detector sees one of its canvases.
+@pytest.mark.parametrize(
+    ("head", "num_steps"),
+    [("retinanet", 1), pytest.param("mask_rcnn", 2, marks=pytest.mark.stress)],
+)
+def test_a_detector_in_two_processes_equals_one(head, num_steps, tmp_path, monkeypatch):
+    """The first two steps have different canvases, and all processes the same in each of them."""
+    config = tiny_detector.get_config(head)
+    config.num_steps = num_steps
+    env = started.environment(tmp_path / "compiled") | {"PYTHONPATH": "tests:."}
+    flags = f"--config={tiny_detector.__file__}:{head}", f"--config.num_steps={num_steps}"
+    command = ["-m", "tokenvit_jax.train", *flags, f"--workdir={tmp_path / 'two'}"]
+    processes = started.start_several(2, command, env)
+
+    one = devices.MeshParallel(devices=jax.devices()[:1])
+    monkeypatch.setattr(devices, "make_parallel", lambda config: one)
+    # As in several processes, all images are evaluated on the square canvas.
+    monkeypatch.setattr(Detection, "grouped", lambda self, batches: batches)
+    train(config, tmp_path / "one")
+    for process in processes:
+        started.finish(process)
+
+    found, expected = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
+    steps = [*range(1, num_steps + 1), num_steps]
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == steps
+    for line, wanted in zip(found, expected, strict=True):
+        # After a step, rounding can move a cell of a mask to the other side of one half.
+        assert line == pytest.approx(wanted, rel=1e-4 if line["step"] == 1 else 1e-3)
+    assert all(line["loss"] > 0 for line in found[:-1])
+    assert found[-1]["eval/box_ar100"] > 0
