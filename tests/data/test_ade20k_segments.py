@@ -66,6 +66,7 @@ def labels(number):
 def test_things_lie_over_stuff_whose_area_is_counted_before(prepared):
     for split, start in (("train", 0), ("validation", 2)):
         source = open_dataset("ade20k_panoptic", split, str(prepared))
+        assert not source.portrait().any() and len(source.portrait()) == len(source)
         assert len(source) == {"train": 2, "validation": 1}[split]
         for index in range(len(source)):
             record, number = source.read(index), start + index

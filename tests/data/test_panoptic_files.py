@@ -12,7 +12,7 @@ from PIL import Image
 
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.data.datasets import coco, coco_panoptic, panoptic_files, scene_segments
-from tokenvit_jax.data.datasets.panoptic_files import CocoPanopticSource, Layout
+from tokenvit_jax.data.datasets.panoptic_files import Layout, PanopticSource
 from tokenvit_jax.data.datasets.scene_instances import SceneInstancesSource
 from tokenvit_jax.data.record import Segments
 from tokenvit_jax.data.segments import encode_ids, panoptic_annotations, thing_instances
@@ -73,7 +73,7 @@ def test_records_are_those_of_the_files(tmp_path):
     folder = panoptic_files.prepare(INFO, LAYOUT, write_files(tmp_path / "manual"), tmp_path)
     assert folder == tmp_path / "panoptic/few/1.0.0"
     for split in SPLITS:
-        source = CocoPanopticSource(INFO, split, str(tmp_path))
+        source = PanopticSource(INFO, split, str(tmp_path))
         assert len(source) == len(SIZES)
         for index, (identifier, size) in enumerate(SIZES.items()):
             record = source.read(index)
@@ -101,7 +101,7 @@ def test_scenes_written_as_coco_files_are_read_back(tmp_path):
             png = tmp_path / "annotations" / split / f"{index}.png"
             png.write_bytes(encode_ids(record["segments"].ids))
     panoptic_files.prepare(INFO, LAYOUT, tmp_path, tmp_path)
-    source = CocoPanopticSource(INFO, "val", str(tmp_path))
+    source = PanopticSource(INFO, "val", str(tmp_path))
     for index in range(5):
         found, wanted = source.read(index), scenes.read(index)
         np.testing.assert_array_equal(np.asarray(found["image"]), np.asarray(wanted["image"]))

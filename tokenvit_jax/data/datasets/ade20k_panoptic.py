@@ -111,14 +111,16 @@ def prepare(manual_dir: Path, data_dir: Path) -> Path:
     files = {split: _find(manual_dir, split) for split in INFO.splits}
     things = read_table(manual_dir / TABLE)
     classes = [ade20k.CLASSES[label] for label in things]
-    metadata = {
-        "things": list(things),
-        "ground_truth": {
-            INFO.eval_split: coco_annotations(_objects(files[INFO.eval_split], things), classes)
-        },
+    objects = coco_annotations(_objects(files[INFO.eval_split], things), classes)
+    sizes = {
+        split: [label_map_files.read_size(image) for image, _, _ in found]
+        for split, found in files.items()
     }
     splits = {split: _examples(manual_dir, found, things) for split, found in files.items()}
-    panoptic_files.write(INFO.name, data_dir, splits, metadata, labels=("label",))
+    panoptic_files.write(
+        INFO.name, data_dir, splits, sizes, labels=("label",),
+        things=list(things), ground_truth={INFO.eval_split: objects},
+    )  # fmt: skip
     return folder
 
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.data.datasets import coco, panoptic_files
 from tokenvit_jax.data.datasets.label_map_files import parse_names
-from tokenvit_jax.data.datasets.panoptic_files import CocoPanopticSource, Layout
+from tokenvit_jax.data.datasets.panoptic_files import Layout, PanopticSource
 from tokenvit_jax.data.record import DatasetInfo
 
 STUFF = parse_names("""
@@ -43,9 +43,9 @@ INFO = DatasetInfo(
 )
 
 
-def open_split(config: ConfigDict, split: str) -> CocoPanopticSource:
+def open_split(config: ConfigDict, split: str) -> PanopticSource:
     """Opens a split for reading."""
-    return CocoPanopticSource(INFO, split, config.data.data_dir)
+    return PanopticSource(INFO, split, config.data.data_dir)
 
 
 def prepare(manual_dir: Path, data_dir: Path) -> Path:

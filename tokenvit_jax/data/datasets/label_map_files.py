@@ -171,14 +171,24 @@ def read_label_map(image: Path, label: Path, table: np.ndarray) -> np.ndarray:
     Raises:
       UserError: a file cannot be read, or they do not fit; the message names the file.
     """
-    file = image
+    size = read_size(image)
     try:
-        with opened(image, "an image") as stored:
-            size = stored.size
-        file = label
         return decode_label_map(label, table, size)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{label}: {error}") from error
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Returns width and height of an image file [pixels].
+
+    Raises:
+      UserError: the file cannot be read; the message names it.
+    """
+    try:
+        with opened(path, "an image") as image:
+            return image.size
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def encode_labels(labels: np.ndarray) -> bytes:

@@ -100,19 +100,6 @@ class PanopticSource(TfdsSource):
         undecoded = ("image", "segments", *labels)
         records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", undecoded)
         super().__init__(info.name, split, records)
-
-    def ground_truth(self, features: Entries, image: Image.Image) -> Record:
-        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
-        ids = decode_ids(features["segments"], image.size)
-        segments = read_segments(ids, json.loads(features["entries"]))
-        return Record(id=int(features["image_id"]), segments=segments)
-
-
-class CocoPanopticSource(PanopticSource):
-    """Images with their segments, and their sizes."""
-
-    def __init__(self, info: DatasetInfo, split: str, data_dir: str):
-        super().__init__(info, split, data_dir)
         sizes = read_metadata(f"{FOLDER}/{info.name}", data_dir)["sizes"][split]
         width, height = np.array(sizes).T
         self._portrait = height > width
@@ -120,6 +107,12 @@ class CocoPanopticSource(PanopticSource):
     def portrait(self) -> np.ndarray:
         """See :class:`tokenvit_jax.data.record.Source`."""
         return self._portrait
+
+    def ground_truth(self, features: Entries, image: Image.Image) -> Record:
+        """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
+        ids = decode_ids(features["segments"], image.size)
+        segments = read_segments(ids, json.loads(features["entries"]))
+        return Record(id=int(features["image_id"]), segments=segments)
 
 
 def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path) -> Path:
@@ -144,11 +137,11 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
         return folder
     files = {split: _read(layout, manual_dir, split, info) for split in layout.images}
     sizes = {
-        split: [[image["width"], image["height"]] for image in file.content["images"]]
+        split: [(image["width"], image["height"]) for image in file.content["images"]]
         for split, file in files.items()
     }
     splits = {split: _examples(file) for split, file in files.items()}
-    write(info.name, data_dir, splits, {"sizes": sizes})
+    write(info.name, data_dir, splits, sizes)
     return folder
 
 
@@ -156,8 +149,9 @@ def write(
     name: str,
     data_dir: Path,
     splits: Mapping[str, Pairs],
-    metadata: dict[str, Any],
+    sizes: dict[str, list[tuple[int, int]]],
     labels: Iterable[str] = (),
+    **metadata: Any,
 ) -> None:
     """Writes a dataset of images with segments.
 
@@ -165,8 +159,9 @@ def write(
       name: name of the dataset.
       data_dir: receives the folder `panoptic/NAME/1.0.0`.
       splits: name of a split -> its records in their order, as `stored` makes them.
-      metadata: what :func:`tokenvit_jax.data.tfds_files.read_metadata` shall return.
+      sizes: name of a split -> width and height of its images [pixels].
       labels: names of other features with label maps.
+      **metadata: what :func:`tokenvit_jax.data.tfds_files.read_metadata` returns beside "sizes".
     """
     import tensorflow_datasets as tfds
 
@@ -181,7 +176,7 @@ def write(
     }
     write_splits(
         data_dir, f"{FOLDER}/{name}", VERSION, features, dict(splits),
-        metadata=tfds.core.MetadataDict(metadata), disable_shuffling=True,
+        metadata=tfds.core.MetadataDict(metadata, sizes=sizes), disable_shuffling=True,
     )  # fmt: skip
 
 
