@@ -8,12 +8,18 @@ from PIL import Image
 from segmentation_files import HEIGHT, PAIRS, WIDTH
 
 from tokenvit_jax import prepare
-from tokenvit_jax.data import builtin_info, dataset_info, datasets, open_annotations
+from tokenvit_jax.data import (
+    builtin_info,
+    dataset_info,
+    datasets,
+    open_annotations,
+    train_batches,
+)
 from tokenvit_jax.data.datasets import ade20k, ade20k_panoptic
 from tokenvit_jax.data.datasets.ade20k_panoptic import panoptic_segments, read_table
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.run_lengths import decode_mask
-from tokenvit_jax.tasks import default_config
+from tokenvit_jax.tasks import create_task, default_config
 
 # Made up, not ADE20K's: instance class i is class 151 - i, so that the last 100 classes are things.
 TABLE = {instance: 151 - instance for instance in range(1, 101)}
@@ -134,6 +140,18 @@ def test_objects_are_the_instances_of_the_files(prepared):
     assert [entry["category_id"] for entry in truth["annotations"]] == [1, 100, 40]
     assert [entry["segmentation"]["counts"] for entry in truth["annotations"]] == found.masks
     assert truth["categories"][0] == {"id": 1, "name": "flag"}
+
+
+def test_detection_trains_on_its_objects(prepared):
+    config = default_config("detection")
+    config.dataset, config.data.data_dir = "ade20k_instances", str(prepared)
+    config.image_size, config.batch_size, config.data.workers = (32, 64), 2, 0
+    task = create_task(config)
+    assert task.info.num_classes == 100
+    source = open_dataset("ade20k_instances", "train", str(prepared))
+    batch = next(iter(train_batches(source, task.examples(train=True), config)))
+    assert batch["image"].shape == (2, 32, 64, 3)
+    assert set(batch["classes"].ravel().tolist()) == {-1, 0, 39, 99}
 
 
 def test_the_command_prepares_it(prepared, capsys):

@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 
 from tokenvit_jax.data import builtin_info
-from tokenvit_jax.data.datasets import coco, coco_panoptic, panoptic_files, scene_segments
+from tokenvit_jax.data.datasets import (
+    coco,
+    coco_panoptic,
+    panoptic_files,
+    scene_instances,
+    scene_segments,
+)
 from tokenvit_jax.data.datasets.panoptic_files import Layout, PanopticSource
 from tokenvit_jax.data.datasets.scene_instances import SceneInstancesSource
 from tokenvit_jax.data.record import Segments
@@ -123,6 +129,16 @@ def test_scene_segments_have_images_and_objects_of_scene_instances():
         assert found.numbers.tolist() == list(range(1, len(other["instances"].classes) + 2))
         photographs.add(int(found.classes[-1]))
     assert photographs == {4, 5}
+
+
+def test_objects_of_scene_segments_have_its_categories():
+    found, other = (
+        module.annotations(None, "test") for module in (scene_segments, scene_instances)
+    )
+    assert found["annotations"] == other["annotations"] and found["images"] == other["images"]
+    names = [entry["name"] for entry in found["categories"]]
+    assert names == ["0", "1", "2", "3", "china", "flower"]
+    assert found["categories"][:4] == other["categories"]
 
 
 def test_the_class_of_stuff_is_the_photograph_that_is_seen():
