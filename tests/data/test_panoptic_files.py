@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from tokenvit_jax.data import builtin_info
 from tokenvit_jax.data.datasets import (
@@ -142,14 +143,18 @@ def test_objects_of_scene_segments_have_its_categories():
 
 
 def test_the_class_of_stuff_is_the_photograph_that_is_seen():
-    """The two photographs differ in colour: the sky of one, the red flower of the other."""
-    source, redness = scene_segments.SceneSegmentsSource("test"), {4: [], 5: []}
+    """On their right quarters, the photographs differ in red minus blue."""
+    source, redness = scene_segments.SceneSegmentsSource("test"), {"china": [], "flower": []}
     for index in range(60):
         record = source.read(index)
         found = record["segments"]
         stuff = np.asarray(record["image"], float)[found.ids == found.numbers[-1]].mean(0)
-        redness[int(found.classes[-1])].append(stuff[0] - stuff[2])
-    assert max(redness[4]) < min(redness[5]) or max(redness[5]) < min(redness[4])
+        redness[scene_segments.INFO.classes[found.classes[-1]]].append(stuff[0] - stuff[2])
+    china, flower = (
+        load_sample_image(f"{name}.jpg")[:, 480:].mean((0, 1)) for name in ("china", "flower")
+    )
+    assert flower[0] - flower[2] < china[0] - china[2]
+    assert max(redness["flower"]) < min(redness["china"])
 
 
 def test_classes_of_coco_are_its_objects_and_53_of_stuff():
