@@ -98,8 +98,8 @@ class ScenesSource:
     def draw(self, index: int) -> Drawing:
         """Returns a scene."""
         rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
-        photograph = int(rng.integers(len(self._photographs)))
-        image, digits = self._draw_background(self._photographs[photograph], rng), []
+        image, photograph = self._draw_background(rng)
+        digits = []
         quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
         for row, column in zip(*divmod(quarters, 2), strict=True):
             coverage, digit = self._draw_digit(rng)
@@ -115,15 +115,21 @@ class ScenesSource:
             digits.append((digit, strokes))
         return Drawing(image, digits, photograph)
 
-    def _draw_background(self, photograph: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Cuts a square from a photograph, darkens it and mirrors every second one."""
+    def _draw_background(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
+        """Cuts a square from a photograph, darkens it and mirrors every second one.
+
+        Returns:
+          The square, and the place of the photograph in PHOTOGRAPHS.
+        """
+        number = int(rng.integers(len(self._photographs)))
+        photograph = self._photographs[number]
         side = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
         left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
         image = photograph.resize((SIDE, SIDE), _BICUBIC, (left, top, left + side, top + side))
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         brightness = rng.uniform(*_BRIGHTNESS)
-        return image.point(lambda level: level * brightness)
+        return image.point(lambda level: level * brightness), number
 
     def _draw_digit(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
         """Returns the coverage of the pixels by a random digit, 0 to 255, and the digit."""
