@@ -3,7 +3,8 @@
     python -m tokenvit_jax.prepare imagenet2012 --manual_dir=DOWNLOADS --data_dir=DATA
 
 DOWNLOADS holds the archives of imagenet2012 or their unpacked folders train and val, the four files
-of fashion_mnist, the unpacked folders of ade20k, cityscapes, coco or pascal_context, or those of
+of fashion_mnist, the unpacked folders of ade20k, cityscapes, coco, coco_panoptic or pascal_context,
+those of ade20k_panoptic or ade20k_instances with the table categoryMapping.txt, or those of
 kitti_depth or nyu_depth_v2 with BTS's lists of files; the command names whatever is missing, and
 prints the number of records, with the expected number if it differs. Training reads DATA with
 `--config.data.data_dir`. No TensorFlow is needed.

@@ -22,12 +22,10 @@ def test_info_is_consistent(name):
 def test_unknown_dataset_names_the_nearest():
     with pytest.raises(
         UserError,
-        match=r"'digitz' \(did you mean 'digits'.*ade20k, cityscapes, coco, depth_scenes, digits",
+        match=r"'digitz' \(did you mean 'digits'.*ade20k_panoptic, cityscapes, coco, coco_panoptic",
     ):
         builtin_info("digitz")
-    with pytest.raises(
-        UserError, match="no dataset 'zzz'; valid: ade20k, cityscapes, coco, depth_scenes, digits"
-    ):
+    with pytest.raises(UserError, match="no dataset 'zzz'; valid: ade20k, ade20k_instances, ade20"):
         builtin_info("zzz")
 
 

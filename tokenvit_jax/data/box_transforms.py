@@ -145,6 +145,21 @@ def view_masks(
     return packed
 
 
+def source_pixels(size: tuple[int, int], view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the nearest pixels of an image for the pixels of a view: rows (h,), columns (w,).
+
+    Args:
+      size: width and height of the image [pixels].
+      view: the view.
+    """
+    corner, scale = _mapping(view)
+    columns, rows = (
+        (corner[i] + (np.arange(view.size[i]) + 0.5) / scale[i]).astype(int).clip(0, size[i] - 1)
+        for i in (0, 1)
+    )
+    return rows, columns[::-1] if view.flip else columns
+
+
 def _mapping(view):
     """Returns the corner of a view in its image, and the factors of its sides."""
     part = np.array(view.part, np.float64)

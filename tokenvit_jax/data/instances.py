@@ -26,24 +26,22 @@ def instances_of(masks: Sequence[np.ndarray], classes: Sequence[int]) -> Instanc
 
 
 def coco_annotations(
-    images: Iterable[tuple[int, Instances]], size: tuple[int, int], classes: Sequence[str]
+    images: Iterable[tuple[int, tuple[int, int], Instances]], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns images of one size in COCO's format; identifiers of objects and classes start at 1.
+    """Returns objects in COCO's format; identifiers of objects and classes start at 1.
 
     Args:
-      images: identifier and objects of every image.
-      size: height and width of the images [pixels].
+      images: identifier, height and width [pixels], and objects of every image.
       classes: names of the classes.
     """
     from pycocotools import mask as rle
 
-    height, width = size
     found = {
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
     }
-    for identifier, objects in images:
+    for identifier, (height, width), objects in images:
         found["images"].append(
             {"id": identifier, "height": height, "width": width, "file_name": f"{identifier}.png"}
         )

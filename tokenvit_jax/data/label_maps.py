@@ -33,9 +33,7 @@ def decode_label_map(
     with opened(file, "a label map") as image:
         _check_values_are_kept(image)  # before the pixels are read: afterwards nothing tells
         values = np.asarray(image)
-    if values.shape[::-1] != image_size:
-        found, wanted = (" x ".join(map(str, size)) for size in (values.shape[::-1], image_size))
-        raise UserError(f"label map has {found} pixels, its image {wanted} (width x height)")
+    check_label_size(values.shape[::-1], image_size)
     labels = table[values]
     if labels.min() < 0:
         unknown = np.unique(values[labels < 0])[0]
@@ -45,9 +43,29 @@ def decode_label_map(
     return labels.astype(np.uint8)
 
 
-def _check_values_are_kept(image: Image.Image) -> None:
+def check_label_size(
+    size: tuple[int, int], image_size: tuple[int, int], what: str = "label map has"
+) -> None:
+    """Raises UserError if a file has another width and height than its image [pixels].
+
+    Args:
+      size: width and height of the file.
+      image_size: width and height of its image.
+      what: begins the message.
+    """
+    if size != image_size:
+        found, wanted = (" x ".join(map(str, sides)) for sides in (size, image_size))
+        raise UserError(f"{what} {found} pixels, its image {wanted} (width x height)")
+
+
+def check_format(image: Image.Image, what: str = "label map is") -> None:
+    """Raises UserError if the format of an opened image changes values; `what` begins it."""
     if image.format in _LOSSY:
-        raise UserError(f"label map is a {image.format}, which changes values; valid: PNG")
+        raise UserError(f"{what} a {image.format}, which changes values; valid: PNG")
+
+
+def _check_values_are_kept(image: Image.Image) -> None:
+    check_format(image)
     if image.mode not in ("L", "P"):
         raise UserError(f"label map has mode {image.mode}; valid: L or P, one byte per pixel")
     # Pillow stretches grey levels of 1, 2 or 4 bits to 255 ("L;4"), and inverts others ("L;I").

@@ -34,17 +34,23 @@ class Instances(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """A panoptic label map.
+    """A panoptic label map: every pixel belongs to one of n segments, or to none.
 
     Attributes:
-      ids: (H, W) int32, the segment of every pixel.
-      classes: segment id -> class.
-      crowd: ids of the segments that are groups of objects.
+      ids: (H, W) int32, the identifier of the segment of every pixel; 0: none (void).
+      numbers: (n,) int32, the identifiers of the segments, from 1 on, each once. A segment may have
+        no pixels, where others lie over it.
+      classes: (n,) int32.
+      crowd: (n,) bool, whether a segment is a group of objects, which evaluation ignores.
+      areas: (n,) int64, areas for the evaluation [pixels], which some datasets count before
+        segments are pasted over others.
     """
 
     ids: np.ndarray
-    classes: dict[int, int]
-    crowd: frozenset[int]
+    numbers: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
 
 
 class Person(NamedTuple):
@@ -130,7 +136,8 @@ class DatasetInfo:
       fields: names of the fields of its records, besides "id".
       num_classes: classes are 0 to num_classes - 1.
       classes: names of the classes in this order; None if the dataset gives none.
-      num_things: number of leading classes that are things (countable); None if not panoptic.
+      things: the classes that are things (countable), the others being stuff; None if that is not
+        known, or means nothing.
       skeleton: the keypoints; None if the dataset has none.
       center_crop: whether evaluation of a classifier crops the centre; False where the subject
         fills the image.
@@ -143,7 +150,7 @@ class DatasetInfo:
     fields: frozenset[str]
     num_classes: int
     classes: tuple[str, ...] | None
-    num_things: int | None = None
+    things: frozenset[int] | None = None
     skeleton: Skeleton | None = None
     center_crop: bool = False
 

@@ -4,6 +4,7 @@
 and the embedded datasets do not need it.
 """
 
+import functools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tokenvit_jax.data.decoding import open_image
-from tokenvit_jax.data.files import error_text, list_folders
+from tokenvit_jax.data.files import error_text, list_folders, read_text
 from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.output import writing
@@ -137,6 +138,18 @@ def list_versions(folder: Path) -> list[Path]:
     names = list_folders(folder) if folder.is_dir() else ()
     versions = [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]
     return [folder / name for name in sorted(versions, key=lambda n: [*map(int, n.split("."))])]
+
+
+@functools.lru_cache(maxsize=4)
+def read_metadata(folder: str, data_dir: str) -> dict[str, Any]:
+    """Returns what `prepare` wrote beside the records of a dataset, as `metadata`.
+
+    Args:
+      folder: the folder of a prepared dataset in `data_dir`.
+      data_dir: the folder that `prepare` wrote into.
+    """
+    newest = list_versions(Path(os.path.expanduser(data_dir)) / folder)[-1]
+    return json.loads(read_text(newest / "metadata.json"))
 
 
 def open_metadata(folder: Path) -> Any:

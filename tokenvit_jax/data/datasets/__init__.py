@@ -8,7 +8,7 @@ A module whose records have "instances" also has `annotations(config, split)`, t
 images of a split in COCO's format.
 
 A module whose facts depend on the configuration, such as the classes of a folder of images, has
-`read_info(config)` in place of `INFO`.
+`read_info(config)` in place of `INFO`, or beside it where some facts are in the prepared files.
 
 `config.dataset` is the name of one of these modules, `tfds:NAME`, or the full name of a module
 outside this package, such as "my_package.my_dataset". A module is imported only when its dataset is
@@ -29,8 +29,11 @@ from tokenvit_jax.errors import UserError, did_you_mean
 
 NAMES = (
     "ade20k",
+    "ade20k_instances",
+    "ade20k_panoptic",
     "cityscapes",
     "coco",
+    "coco_panoptic",
     "depth_scenes",
     "digits",
     "fashion_mnist",
@@ -40,6 +43,7 @@ NAMES = (
     "nyu_depth_v2",
     "pascal_context",
     "scene_instances",
+    "scene_segments",
     "scenes",
 )
 # Entries of the configuration from which the facts about a dataset follow.
@@ -100,21 +104,22 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
 
 def _read_info(module: ModuleType, config: ConfigDict) -> DatasetInfo:
     classes = tuple(config.data.classes)
-    if hasattr(module, "read_info"):
+    if not hasattr(module, "INFO"):
         return module.read_info(config)
     if config.data.split:
         raise UserError(
             f"config.data.split={config.data.split} is for folders and tfds:NAME; "
             f"config.dataset={config.dataset!r} has splits of its own"
         )
+    info = module.read_info(config) if hasattr(module, "read_info") else module.INFO
     if not classes:
-        return module.INFO
-    if len(classes) != module.INFO.num_classes:
+        return info
+    if len(classes) != info.num_classes:
         raise UserError(
             f"config.data.classes has {len(classes)} names; valid: one for each of the "
-            f"{module.INFO.num_classes} classes of config.dataset={config.dataset!r}, or ()"
+            f"{info.num_classes} classes of config.dataset={config.dataset!r}, or ()"
         )
-    return dataclasses.replace(module.INFO, classes=classes)
+    return dataclasses.replace(info, classes=classes)
 
 
 def open_split(config: ConfigDict, split: str) -> Source:

@@ -6,27 +6,36 @@ of the training images are in the metadata. Nothing is downloaded, and TensorFlo
 """
 
 import dataclasses
-import functools
 import io
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tokenvit_jax.data.decoding import opened
-from tokenvit_jax.data.files import read_file, read_text
+from tokenvit_jax.data.datasets.coco_json import (
+    CATEGORY_FIELDS,
+    ID,
+    IMAGE_FIELDS,
+    Entries,
+    Rule,
+    category_labels,
+    check_files,
+    check_size,
+    check_unique,
+    read_entries,
+)
+from tokenvit_jax.data.files import read_file
 from tokenvit_jax.data.record import DatasetInfo, Instances, Record
 from tokenvit_jax.data.tfds_files import (
     Pairs,
     TfdsSource,
     is_prepared,
-    list_versions,
     open_records,
+    read_metadata,
     write_splits,
 )
 from tokenvit_jax.errors import UserError
@@ -36,8 +45,6 @@ from tokenvit_jax.progress import note
 FOLDER = "detection"
 VERSION = "1.0.0"
 MIN_SIDE = 32  # of a training image [pixels]
-
-Entries = dict[str, Any]  # images, annotations and categories of a file, or one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class CocoSource(TfdsSource):
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
         records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
         super().__init__(info.name, split, records)
-        width, height = np.array(read_metadata(info.name, data_dir)["sizes"][split]).T
+        width, height = np.array(read_metadata(f"{FOLDER}/{info.name}", data_dir)["sizes"][split]).T
         self._portrait = height > width
 
     def portrait(self) -> np.ndarray:
@@ -88,19 +95,7 @@ def read_annotations(name: str, data_dir: str, split: str) -> Entries:
       data_dir: the folder that `prepare` wrote into.
       split: name of the split.
     """
-    return read_metadata(name, data_dir)["ground_truth"][split]
-
-
-@functools.lru_cache(maxsize=2)
-def read_metadata(name: str, data_dir: str) -> Entries:
-    """Returns "sizes", width and height of the images of a split, and "ground_truth".
-
-    Args:
-      name: name of a prepared dataset.
-      data_dir: the folder that `prepare` wrote into.
-    """
-    folder = list_versions(Path(os.path.expanduser(data_dir)) / FOLDER / name)[-1]
-    return json.loads(read_text(folder / "metadata.json"))
+    return read_metadata(f"{FOLDER}/{name}", data_dir)["ground_truth"][split]
 
 
 def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path) -> Path:
@@ -139,7 +134,7 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
         split: _kept(file.content, train=split == info.train_split) for split, file in files.items()
     }
     for split, images in kept.items():
-        _check_files(manual_dir / layout.images[split], files[split], images)
+        check_files(manual_dir / layout.images[split], files[split].path, images)
     metadata = {
         "sizes": {
             split: [[image["width"], image["height"]] for image in images]
@@ -175,49 +170,22 @@ class AnnotationFile:
 
 def _read(layout: Layout, manual_dir: Path, split: str, info: DatasetInfo) -> AnnotationFile:
     path = manual_dir / layout.annotations[split]
-    if not path.is_file():
-        raise UserError(
-            f"{layout.annotations[split]} not found in --manual_dir={manual_dir}; "
-            f"{layout.how_to_get}"
-        )
-    try:
-        content = json.loads(read_text(path))
-        content = {kind: [*map(dict, content[kind])] for kind in _FIELDS}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not in COCO's format ({type(error).__name__}: {error}); valid: JSON with "
-            f"lists of {', '.join(_FIELDS)}"
-        ) from error
+    content = read_entries(path, manual_dir, layout.how_to_get, _FIELDS)
     _check(path, content)
-    found = sorted((entry["id"], entry["name"]) for entry in content["categories"])
-    names = tuple(name for _, name in found)
-    if names != info.classes:
-        other = next(
-            (f"{a!r}, not {b!r}" for a, b in zip(names, info.classes, strict=False) if a != b),
-            f"{len(names)} of {len(info.classes)}",
-        )
-        raise UserError(f"{path}: the categories are not those of {info.name}: {other}")
-    return AnnotationFile(path, content, {key: i for i, (key, _) in enumerate(found)})
-
-
-def _is_whole(value: Any, low: int = 0) -> bool:
-    return type(value) is int and low <= value < 2**63
+    return AnnotationFile(path, content, category_labels(path, content["categories"], info))
 
 
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # not for nan, either
 
 
-_TEXT = lambda value: type(value) is str and bool(value), "a text"
-_ID = _is_whole, "a whole number"
-_SIDE = functools.partial(_is_whole, low=1), "a number of pixels"
 # Kind of an entry -> a field -> whether a value is right, and which ones are.
-_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {"id": _ID, "width": _SIDE, "height": _SIDE, "file_name": _TEXT},
+_FIELDS: dict[str, dict[str, Rule]] = {
+    "images": IMAGE_FIELDS,
     "annotations": {
-        "id": _ID,
-        "image_id": _ID,
-        "category_id": _ID,
+        "id": ID,
+        "image_id": ID,
+        "category_id": ID,
         "bbox": (
             lambda box: type(box) is list and len(box) == 4 and all(map(_is_finite, box)),
             "x, y, width and height",
@@ -230,23 +198,14 @@ _FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
             "a list of polygons, or size and counts of run lengths",
         ),
     },
-    "categories": {"id": _ID, "name": _TEXT},
+    "categories": CATEGORY_FIELDS,
 }
 
 
 def _check(path: Path, content: Entries) -> None:
-    """Raises UserError for wrong values, and identifiers that occur twice or do not exist."""
-    for kind, fields in _FIELDS.items():
-        for place, entry in enumerate(content[kind]):
-            for name, (is_right, valid) in fields.items():
-                if not is_right(entry.get(name)):
-                    found = f"{name}={entry[name]!r:.60}" if name in entry else f"no {name}"
-                    who = entry.get("id", f"at place {place}")
-                    raise UserError(f"{path}: {kind}: entry {who} has {found}; valid: {valid}")
-        counts = Counter(entry["id"] for entry in content[kind])
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            raise UserError(f"{path}: {kind} have the id {twice[0]} twice; valid: one each")
+    """Raises UserError for identifiers that occur twice or do not exist."""
+    for kind in _FIELDS:
+        check_unique(path, kind, content[kind])
     images = {entry["id"] for entry in content["images"]}
     categories = {entry["id"] for entry in content["categories"]}
     for entry in content["annotations"]:
@@ -270,16 +229,6 @@ def _kept(content: Entries, *, train: bool) -> list[Entries]:
     ]
 
 
-def _check_files(folder: Path, file: AnnotationFile, images: list[Entries]) -> None:
-    """Raises UserError if images are missing, before anything is written."""
-    missing = [image for image in images if not (folder / image["file_name"]).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder / missing[0]['file_name']} not found, image {missing[0]['id']} of "
-            f"{file.path} (the first of {len(missing)})"
-        )
-
-
 def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pairs:
     by_image: dict[int, list[Entries]] = {}
     for entry in file.content["annotations"]:
@@ -289,7 +238,7 @@ def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pair
     for number, image in enumerate(images):
         path, objects = folder / image["file_name"], []
         content = read_file(path)
-        _check_size(path, content, image)
+        check_size(path, content, image)
         for entry in by_image.get(image["id"], ()):
             fault = box_fault(entry, image)
             if fault:
@@ -308,19 +257,6 @@ def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pair
         )
     for fault, count in left_out.items():
         note(f"{file.path}: annotation {first[fault]} {fault}: left out (the first of {count})")
-
-
-def _check_size(path: Path, content: bytes, image: Entries) -> None:
-    try:
-        with opened(content, "an image") as stored:
-            size = stored.size
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    if size != (image["width"], image["height"]):
-        raise UserError(
-            f"{path} has {size[0]} x {size[1]} pixels; image {image['id']} of the annotations has "
-            f"{image['width']} x {image['height']} (width x height)"
-        )
 
 
 def box_fault(entry: Entries, image: Entries) -> str:

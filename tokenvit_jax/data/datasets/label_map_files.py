@@ -107,7 +107,8 @@ def _examples(layout: Layout, manual_dir: Path, files: list[tuple[Path, Path]]) 
     for image, label in files:
         name = image.relative_to(manual_dir).as_posix()
         stored = {"image": io.BytesIO(read_file(image)), "file_name": name}
-        yield name, stored | {"label": _label_map(image, label, table)}
+        labels = encode_labels(read_label_map(image, label, table))
+        yield name, stored | {"label": io.BytesIO(labels)}
 
 
 def find_images(layout: Layout, manual_dir: Path, split: str) -> list[tuple[Path, Path]]:
@@ -159,17 +160,39 @@ def _check_none(paths: set[str], what: str, folder: Path) -> None:
         raise UserError(f"{folder / min(paths)} {what}{more}")
 
 
-def _label_map(image: Path, label: Path, table: np.ndarray) -> io.BytesIO:
-    """Returns a PNG file with the labels of an image."""
-    file = image
+def read_label_map(image: Path, label: Path, table: np.ndarray) -> np.ndarray:
+    """Returns the labels of an image, uint8 (H, W).
+
+    Args:
+      image: the image file.
+      label: its label map.
+      table: value -> label, from :func:`tokenvit_jax.data.label_maps.label_table`.
+
+    Raises:
+      UserError: a file cannot be read, or they do not fit; the message names the file.
+    """
+    size = read_size(image)
     try:
-        with opened(image, "an image") as stored:
-            size = stored.size
-        file = label
-        labels = decode_label_map(label, table, size)
+        return decode_label_map(label, table, size)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{label}: {error}") from error
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Returns width and height of an image file [pixels].
+
+    Raises:
+      UserError: the file cannot be read; the message names it.
+    """
+    try:
+        with opened(path, "an image") as image:
+            return image.size
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def encode_labels(labels: np.ndarray) -> bytes:
+    """Returns a PNG file with labels, uint8 (H, W)."""
     buffer = io.BytesIO()
     Image.fromarray(labels).save(buffer, "PNG")
-    buffer.seek(0)
-    return buffer
+    return buffer.getvalue()

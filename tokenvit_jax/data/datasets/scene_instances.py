@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.datasets import scenes
-from tokenvit_jax.data.datasets.scenes import DIGITS, ScenesSource
+from tokenvit_jax.data.datasets.scenes import DIGITS, Drawing, ScenesSource
 from tokenvit_jax.data.instances import coco_annotations, instances_of
 from tokenvit_jax.data.record import DatasetInfo, Instances, Record
 
@@ -48,8 +48,9 @@ def annotations(config: ConfigDict, split: str) -> dict[str, Any]:
 @functools.cache
 def _annotations(split: str) -> dict[str, Any]:
     source = SceneInstancesSource(split)
-    images = ((index, source.read_objects(index)) for index in range(len(source)))
-    return coco_annotations(images, (scenes.SIDE, scenes.SIDE), INFO.classes)
+    size = scenes.SIDE, scenes.SIDE
+    images = ((index, size, source.read_objects(index)) for index in range(len(source)))
+    return coco_annotations(images, INFO.classes)
 
 
 class SceneInstancesSource(ScenesSource):
@@ -61,8 +62,8 @@ class SceneInstancesSource(ScenesSource):
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        image, digits = self.draw(index)
-        return Record(id=index, image=image, instances=_instances(digits))
+        scene = self.draw(index)
+        return Record(id=index, image=scene.image, instances=objects_of(scene))
 
     def portrait(self) -> np.ndarray:
         """See :class:`tokenvit_jax.data.record.Source`."""
@@ -70,15 +71,24 @@ class SceneInstancesSource(ScenesSource):
 
     def read_objects(self, index: int) -> Instances:
         """Returns the objects of a scene."""
-        return _instances(self.draw(index)[1])
+        return objects_of(self.draw(index))
 
 
-def _instances(digits) -> Instances:
-    """Returns the objects for digits with their strokes, of which later ones hide earlier ones."""
-    hidden = np.zeros_like(digits[0][1])
+def objects_of(scene: Drawing) -> Instances:
+    """Returns the digits of a scene as objects."""
+    seen = visible(scene)
+    return instances_of([mask for _, mask in seen], [digit for digit, _ in seen])
+
+
+def visible(scene: Drawing) -> list[tuple[int, np.ndarray]]:
+    """Returns the digits of a scene with the part of their strokes that is seen, if there is one.
+
+    Args:
+      scene: a scene, whose later digits hide earlier ones.
+    """
+    hidden = np.zeros_like(scene.digits[0][1])
     seen = []
-    for digit, strokes in reversed(digits):
+    for digit, strokes in reversed(scene.digits):
         seen.append((digit, strokes & ~hidden))
         hidden |= strokes
-    seen = [(digit, mask) for digit, mask in reversed(seen) if mask.any()]
-    return instances_of([mask for _, mask in seen], [digit for digit, _ in seen])
+    return [(digit, mask) for digit, mask in reversed(seen) if mask.any()]

@@ -4,6 +4,8 @@ A scene shows one to four handwritten digits, enlarged, rotated and coloured, on
 photograph. Digits and photographs come with scikit-learn.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -12,6 +14,7 @@ from tokenvit_jax.data.datasets.digits import DigitsSource, installed_file
 from tokenvit_jax.data.record import DatasetInfo, Record
 
 DIGITS = 4  # 0 to 3: few classes are learnt in minutes
+PHOTOGRAPHS = "china", "flower"
 SIDE = 128  # height and width of a scene [pixels]
 
 INFO = DatasetInfo(
@@ -39,6 +42,20 @@ def open_split(config: ConfigDict, split: str) -> "ScenesSource":
     return ScenesSource(split)
 
 
+class Drawing(NamedTuple):
+    """A scene.
+
+    Attributes:
+      image: the image.
+      digits: its digits with their strokes (H, W) bool; later ones lie on top.
+      photograph: place of the photograph behind them in PHOTOGRAPHS.
+    """
+
+    image: Image.Image
+    digits: list[tuple[int, np.ndarray]]
+    photograph: int
+
+
 class ScenesSource:
     """Scenes of 128 x 128 pixels; the same index gives the same scene.
 
@@ -57,8 +74,8 @@ class ScenesSource:
             if record["label"] < DIGITS
         ]
         self._photographs = []
-        for name in ("china.jpg", "flower.jpg"):
-            pixels = np.asarray(Image.open(installed_file(f"images/{name}")))  # (427, 640, 3)
+        for name in PHOTOGRAPHS:
+            pixels = np.asarray(Image.open(installed_file(f"images/{name}.jpg")))  # (427, 640, 3)
             border = pixels.shape[1] * 3 // 4
             part = pixels[:, border:] if split == "test" else pixels[:, :border]
             self._photographs.append(Image.fromarray(part))
@@ -72,16 +89,17 @@ class ScenesSource:
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
-        image, digits = self.draw(index)
+        image, digits, _ = self.draw(index)
         label = np.zeros(image.size[::-1], np.uint8)
         for digit, strokes in digits:
             label[strokes] = digit + 1
         return Record(id=index, image=image, label_map=label)
 
-    def draw(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
-        """Returns a scene, and its digits with their strokes (H, W) bool; later ones lie on top."""
+    def draw(self, index: int) -> Drawing:
+        """Returns a scene."""
         rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
-        image, digits = self._draw_background(rng), []
+        image, photograph = self._draw_background(rng)
+        digits = []
         quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
         for row, column in zip(*divmod(quarters, 2), strict=True):
             coverage, digit = self._draw_digit(rng)
@@ -95,18 +113,23 @@ class ScenesSource:
             drawn = np.asarray(coverage) >= 128
             strokes[top : top + drawn.shape[0], left : left + drawn.shape[1]] = drawn
             digits.append((digit, strokes))
-        return image, digits
+        return Drawing(image, digits, photograph)
 
-    def _draw_background(self, rng: np.random.Generator) -> Image.Image:
-        """Cuts a square from a photograph, darkens it and mirrors every second one."""
-        photograph = self._photographs[rng.integers(len(self._photographs))]
+    def _draw_background(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
+        """Cuts a square from a photograph, darkens it and mirrors every second one.
+
+        Returns:
+          The square, and the place of the photograph in PHOTOGRAPHS.
+        """
+        number = int(rng.integers(len(self._photographs)))
+        photograph = self._photographs[number]
         side = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
         left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
         image = photograph.resize((SIDE, SIDE), _BICUBIC, (left, top, left + side, top + side))
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         brightness = rng.uniform(*_BRIGHTNESS)
-        return image.point(lambda level: level * brightness)
+        return image.point(lambda level: level * brightness), number
 
     def _draw_digit(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
         """Returns the coverage of the pixels by a random digit, 0 to 255, and the digit."""
