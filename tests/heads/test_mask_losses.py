@@ -137,7 +137,8 @@ def losses_at(logits, masks, targets, points):
         classes = mask_losses.class_losses(
             layer[0], targets.classes, found, no_object_weight=mask_losses.NO_OBJECT_WEIGHT
         ).sum()
-        others = mask_losses.point_losses(layer[1], targets, found, own)
+        chosen = mask_losses.choose_points(layer[1], found, own)
+        others = mask_losses.point_losses(layer[1], targets, found, chosen)
         losses.append(
             Losses(classes / counts.classes, *(x.sum() / counts.segments for x in others))
         )
@@ -184,7 +185,7 @@ def test_losses_are_those_of_single_images():
         for i, key in enumerate(keys):
             own = MaskTargets(*(x[i : i + 1] for x in targets))
             pair = logits[layer, i : i + 1], masks[layer, i : i + 1]
-            expected += single(*pair, own, jax.random.fold_in(key, layer))
+            expected += np.asarray(single(*pair, own, jax.random.fold_in(key, layer)))
         expected /= [float(counts.classes), 8, 8]
         near([x[layer] for x in found], expected, rtol=1e-5)
 
@@ -198,7 +199,8 @@ def losses_of_image(logits, masks, targets, key):
     classes = mask_losses.class_losses(
         logits, targets.classes, queries, no_object_weight=mask_losses.NO_OBJECT_WEIGHT
     )
-    others = mask_losses.point_losses(masks, targets, queries, points)
+    chosen = mask_losses.choose_points(masks, queries, points)
+    others = mask_losses.point_losses(masks, targets, queries, chosen)
     return jnp.concatenate([classes, *others])
 
 

@@ -115,11 +115,11 @@ def draw_points(key: jax.Array, num_segments: int, num_points: int = NUM_POINTS)
       num_segments: M.
       num_points: points P of a mask.
     """
-    fresh = num_points - int(UNCERTAIN * num_points)
-    shapes = (num_points,), (num_segments, OVERSAMPLING * num_points), (num_segments, fresh)
-    keys = jax.random.split(key, len(shapes))
+    first, second = jax.random.split(key)
+    candidates, fresh = OVERSAMPLING * num_points, num_points - int(UNCERTAIN * num_points)
+    own = jax.random.uniform(second, (num_segments, candidates + fresh, 2))
     return Points(
-        *(jax.random.uniform(own, (*shape, 2)) for own, shape in zip(keys, shapes, strict=True))
+        jax.random.uniform(first, (num_points, 2)), own[:, :candidates], own[:, candidates:]
     )
 
 
@@ -136,8 +136,8 @@ def mask_losses(
 ) -> Losses:
     """Returns the losses of all predictions of a decoder, (n,) each; each has its own matching.
 
-    Predictions are processed one after another, and what they need in between is computed again for
-    the gradient; only the assignments are found together.
+    Predictions are processed one after another, to save memory, and only their chosen points are
+    kept for the gradient. The assignments are found together.
 
     Args:
       logits: of the classes of n predictions (n, B, Q, K + 1); the last class is no object.
@@ -162,13 +162,13 @@ def mask_losses(
         number, *prediction = prediction
         return matching_costs(*prediction, targets, points(number).matching, weights=weights)
 
-    @jax.checkpoint
     def losses(prediction):
         number, logits, masks, queries = prediction
         by_classes = class_losses(
             logits, targets.classes, queries, no_object_weight=no_object_weight
         )
-        return Losses(by_classes, *point_losses(masks, targets, queries, points(number)))
+        chosen = choose_points(masks, queries, points(number))
+        return Losses(by_classes, *jax.checkpoint(point_losses)(masks, targets, queries, chosen))
 
     numbers = jnp.arange(len(logits))
     queries = match_queries(lax.map(costs, lax.stop_gradient((numbers, logits, masks))), targets)
@@ -245,8 +245,24 @@ def class_losses(
     return (jnp.where(wanted == num_outputs - 1, no_object_weight, 1.0) * entropy).sum(1)
 
 
+def choose_points(masks: jax.Array, queries: jax.Array, points: Points) -> jax.Array:
+    """Returns the points where the masks of segments are compared (B, M, P, 2), without gradient.
+
+    Args:
+      masks: logits of masks (B, Q, h, w).
+      queries: query of every segment (B, M); -1: no segment.
+      points: all points of the images (B, ...).
+    """
+    matched, candidates, fresh = (
+        x.reshape(-1, *x.shape[2:])
+        for x in (_matched(masks, queries), points.candidates, points.fresh)
+    )
+    chosen = uncertain_points(matched, candidates, fresh, points.matching.shape[1])
+    return chosen.reshape(*queries.shape, *chosen.shape[1:])
+
+
 def point_losses(
-    masks: jax.Array, targets: MaskTargets, queries: jax.Array, points: Points
+    masks: jax.Array, targets: MaskTargets, queries: jax.Array, points: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns cross-entropy and dice of masks, summed over the segments of each image, (B,) each.
 
@@ -254,21 +270,18 @@ def point_losses(
       masks: logits of masks (B, Q, h, w).
       targets: the segments.
       queries: query of every segment (B, M); -1: no segment.
-      points: all points (B, ...), P of `matching` is the number of points of a mask.
+      points: where masks are compared (B, M, P, 2).
     """
-    batch, count = queries.shape
-    num_points = points.matching.shape[1]
-    matched, candidates, fresh = (
-        x.reshape(batch * count, *x.shape[2:])
-        for x in (take(masks, jnp.maximum(queries, 0)), points.candidates, points.fresh)
-    )
-    chosen = uncertain_points(matched, candidates, fresh, num_points)
-    found = sample_maps(matched, chosen).reshape(batch, count, num_points)
-    chosen = chosen.reshape(batch, count, num_points, 2)
-    wanted = jax.vmap(sample_objects)(targets.id_maps, targets.ids, chosen)
+    found = jax.vmap(sample_maps)(_matched(masks, queries), points)
+    wanted = jax.vmap(sample_objects)(targets.id_maps, targets.ids, points)
     entropy = (jax.nn.softplus(found) - wanted * found).mean(-1)
     probability = jax.nn.sigmoid(found)
     shared = (probability * wanted).sum(-1)
     dice = 1 - (2 * shared + 1) / (probability.sum(-1) + wanted.sum(-1) + 1)
     entropy, dice = (jnp.where(queries >= 0, x, 0.0).sum(1) for x in (entropy, dice))
     return entropy, dice
+
+
+def _matched(masks, queries):
+    """Returns the masks (B, M, h, w) of the queries of all segments, any mask without a segment."""
+    return take(masks, jnp.maximum(queries, 0))
