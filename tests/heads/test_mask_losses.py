@@ -178,15 +178,24 @@ def test_losses_are_those_of_single_images():
     """Draws, matches and adds up one image of one prediction after another."""
     logits, masks, targets, keys = draw_batch((2, 0, 6))
     counts = counts_of(targets, 9)
+    divisors = np.array([counts.classes, 8, 8])
     found = compute(logits, masks, targets, keys, counts)
-    single = jax.jit(losses_of_image)
+    _, gradients = total(logits, masks, targets, keys, counts)
+
+    def run(pair, *args):
+        losses = losses_of_image(*pair, *args) / divisors
+        return losses.sum(), losses
+
+    single = jax.jit(jax.grad(run, has_aux=True))
     for layer in range(2):
         expected = np.zeros(3)
         for i, key in enumerate(keys):
             own = MaskTargets(*(x[i : i + 1] for x in targets))
             pair = logits[layer, i : i + 1], masks[layer, i : i + 1]
-            expected += np.asarray(single(*pair, own, jax.random.fold_in(key, layer)))
-        expected /= [float(counts.classes), 8, 8]
+            grads, losses = single(pair, own, jax.random.fold_in(key, layer))
+            expected += np.asarray(losses)
+            for whole, part in zip(gradients, grads, strict=True):
+                near(whole[layer, i], part[0], atol=1e-7)
         near([x[layer] for x in found], expected, rtol=1e-5)
 
 
