@@ -87,7 +87,7 @@ def test_padding_changes_nothing():
         np.testing.assert_array_equal(found[0, valid[0]], expected[0])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
 def test_unknown_costs(value):
     """Ends, and avoids pairs whose costs are unknown or too large."""
     costs, valid = draw_costs("uniform", 4, 20, 12), np.ones((4, 12), bool)

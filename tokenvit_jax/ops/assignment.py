@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
 
-UNKNOWN = 1e6  # cost in place of NaN and infinities
-LARGEST = 1e30  # costs are cut here, so that their sums are finite
+UNKNOWN = 1e6  # cost in place of those that are no usable numbers
+LARGEST = 1e30  # of usable costs, whose sums are finite
 
 
 class _Tree(NamedTuple):
@@ -64,8 +64,8 @@ def assign_targets(costs: Float[Array, "B Q M"], valid: Bool[Array, "B M"]) -> I
     The result has no gradient.
 
     Args:
-      costs: cost of every query for every target (B, Q, M), M at most Q. NaN and infinities count
-        as :data:`UNKNOWN`.
+      costs: cost of every query for every target (B, Q, M), M at most Q. NaN, infinities and numbers
+        beyond :data:`LARGEST` count as :data:`UNKNOWN`.
       valid: targets that take part (B, M).
 
     Returns:
@@ -81,7 +81,7 @@ def assign_targets(costs: Float[Array, "B Q M"], valid: Bool[Array, "B M"]) -> I
             " valid: at most as many targets as queries"
         )
     costs = lax.stop_gradient(costs).astype(jnp.float32).swapaxes(1, 2)
-    costs = jnp.where(jnp.isfinite(costs), jnp.clip(costs, -LARGEST, LARGEST), UNKNOWN)
+    costs = jnp.where(abs(costs) <= LARGEST, costs, UNKNOWN)
 
     def on_device(costs, valid):
         return by_platform(
