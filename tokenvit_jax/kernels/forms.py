@@ -3,7 +3,7 @@
 # Operator -> platform -> the form that runs there, and the reason for it.
 FORMS: dict[str, dict[str, str]] = {
     "assignment": {
-        "cpu": "image by image: 1.5 to 3 times as fast as all at once, where every image takes as "
+        "cpu": "image by image: 1.5 to 4 times as fast as all at once, where every image takes as "
         "many turns as the slowest",
         "default": "all images at once: every turn of a loop is a launch",
     },

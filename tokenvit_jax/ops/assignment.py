@@ -64,8 +64,8 @@ def assign_targets(costs: Float[Array, "B Q M"], valid: Bool[Array, "B M"]) -> I
     The result has no gradient.
 
     Args:
-      costs: cost of every query for every target (B, Q, M), M at most Q. NaN, infinities and numbers
-        beyond :data:`LARGEST` count as :data:`UNKNOWN`.
+      costs: cost of every query for every target (B, Q, M), M at most Q. NaN, and numbers beyond
+        :data:`LARGEST`, count as :data:`UNKNOWN`.
       valid: targets that take part (B, M).
 
     Returns:
