@@ -53,7 +53,7 @@ from tokenvit_jax.valid import whole
 OPERATORS = (
     "group_attention", "depthwise_conv", "dot_product_attention", "cluster_density_peaks",
     "kmedoids", "kmeans", "cluster_superpixels", "reconstruct_tokens", "roi_align",
-    "nms", "select_detections", "match_boxes",
+    "nms", "select_detections", "match_boxes", "assign_targets", "sample_objects",
 )  # fmt: skip
 
 

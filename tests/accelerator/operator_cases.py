@@ -33,6 +33,10 @@ def _normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def _uniform(seed, *shape):
+    return np.random.default_rng(seed).uniform(size=shape).astype(np.float32)
+
+
 def _integers(seed, end, *shape):
     return np.random.default_rng(seed).integers(end, size=shape, dtype=np.int32)
 
@@ -183,6 +187,9 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "linear_product": {"": Case(ops.linear_product, (TOKENS, _normal(1, 64, 128)), 2, 2)},
     "assign_clusters": {"": Case(_assigned, (MANY,), 1, 0, chooses=True)},
+    "assign_targets": {
+        "": Case(ops.assign_targets, (_normal(0, 4, 200, 60), _integers(1, 2, 4, 60) > 0), 0, 0)
+    },
     "attention_rollout": {
         "": Case(ops.attention_rollout, (_softmax(_normal(0, 4, 3, 2, 50, 50)),), 1, 1)
     },
@@ -331,6 +338,23 @@ CASES: dict[str, dict[str, Case]] = {
         for size in (7, 14)
     },
     "roi_levels": {"": Case(functools.partial(ops.roi_levels, num_levels=4), (REGIONS,), 0, 0)},
+    "sample_maps": {
+        "": Case(ops.sample_maps, (_normal(0, 9, 30, 40), _uniform(1, 300, 2)), 1, 1),
+        "own points": Case(ops.sample_maps, (_normal(0, 9, 30, 40), _uniform(1, 9, 300, 2)), 1, 1),
+    },
+    "sample_objects": {
+        "": Case(
+            ops.sample_objects,
+            (_integers(0, 9, 2, 60, 80), np.arange(9, dtype=np.int32), _uniform(1, 300, 2)), 0, 0,
+        )
+    },
+    "uncertain_points": {
+        "": Case(
+            functools.partial(ops.uncertain_points, num_points=100),
+            (_normal(0, 9, 30, 40), _uniform(1, 9, 300, 2), _uniform(2, 9, 25, 2)),
+            1, 0, chooses=True,
+        )
+    },
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
     "standardize_kernels": {
         "": Case(

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokenvit_jax.measure import operators
+from tokenvit_jax.measure import mask_operators, operators
 from tokenvit_jax.measure.timing import MIN_CALLS, normal
 
 FLOAT32 = jnp.dtype("float32")
@@ -24,6 +24,8 @@ def small_cases():
     yield from operators.nms_cases(2, FLOAT32, ((2, 60),))
     yield from operators.select_detections_cases(None, FLOAT32, ((60, 3, 0.05),))
     yield from operators.match_boxes_cases(None, FLOAT32, ((64, 96, 9),))
+    yield from mask_operators.assign_targets_cases(2, FLOAT32, ((12, 8, 3), (8, 8, 8)))
+    yield from mask_operators.sample_objects_cases(None, FLOAT32, ((32, 5, 60),))
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))

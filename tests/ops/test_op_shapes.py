@@ -71,6 +71,7 @@ CALLS = {
     "anchors.cell_anchors": [(([8, 16], RATIOS), {})],
     "anchors.grid_anchors": [(([(6, 4)], [8], [np.zeros((3, 4), np.float32)]), {})],
     "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
+    "assignment.assign_targets": [((floats(2, 11, 5), masks(2, 5)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],
@@ -357,6 +358,17 @@ CALLS = {
     ],
     "roi_align.roi_levels": [((floats(2, 11, 4), 3), {}), ((floats(11, 4), 3, 28), {})],
     "rollout.attention_rollout": [((floats(2, 4, 3, 7, 7),), {})],
+    "sample_points.sample_maps": [
+        ((floats(3, 6, 4), floats(11, 2)), {}),
+        ((floats(3, 6, 4), floats(3, 11, 2)), {}),
+    ],
+    "sample_points.sample_objects": [
+        ((integers(2, 6, 4), integers(3), floats(11, 2)), {}),
+        ((integers(2, 6, 4), integers(3), floats(3, 11, 2)), {}),
+    ],
+    "sample_points.uncertain_points": [
+        ((floats(3, 6, 4), floats(3, 11, 2), floats(3, 5, 2), 9), {})
+    ],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})
     ],

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jax import lax
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.measure import alternatives, torchvision_operators
+from tokenvit_jax.measure import alternatives, mask_operators, torchvision_operators
+from tokenvit_jax.measure.cases import Case
 from tokenvit_jax.measure.timing import (
     Program,
     build_all,
@@ -52,24 +53,6 @@ SELECTION_SHAPES = ((1000, 80, 0.05), (1000, 80, 0.001))
 MATCHING_SHAPES = ((800, 1344, 100),)
 # Tokens per cluster in stage 1 of ClusTR, fine scale.
 CLUSTER_RATIO = 16
-
-
-class Case(NamedTuple):
-    """One operator at one shape.
-
-    Attributes:
-      shape: names and values that describe the shape in the output.
-      inputs: arrays.
-      num_differentiated: number of leading inputs that have a gradient.
-      contenders: name -> function of the inputs, the obvious alternative first and ours last.
-      peers: mode -> calls of operators of other packages by name; none where they are missing.
-    """
-
-    shape: dict[str, Any]
-    inputs: tuple[jax.Array, ...]
-    num_differentiated: int
-    contenders: dict[str, Callable[..., jax.Array]]
-    peers: Callable[[str], dict[str, Callable[[], Any]]] = lambda mode: {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -563,4 +546,5 @@ CASES = {
     "nms": nms_cases,
     "select_detections": select_detections_cases,
     "match_boxes": match_boxes_cases,
+    **mask_operators.CASES,
 }

@@ -2,6 +2,7 @@
 
 from tokenvit_jax.ops.adaptive_pooling import adaptive_average_pool
 from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, valid_anchors
+from tokenvit_jax.ops.assignment import assign_targets
 from tokenvit_jax.ops.attention import (
     ScoredAttention,
     attention_weights,
@@ -53,6 +54,7 @@ from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
 from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
 from tokenvit_jax.ops.roi_align import roi_align, roi_levels
 from tokenvit_jax.ops.rollout import attention_rollout
+from tokenvit_jax.ops.sample_points import sample_maps, sample_objects, uncertain_points
 from tokenvit_jax.ops.select_detections import Selection, select_detections
 from tokenvit_jax.ops.standardize import standardize_kernels
 from tokenvit_jax.ops.superpixels import cluster_superpixels
@@ -77,6 +79,7 @@ __all__ = [
     "affine_gradient",
     "affine_of",
     "assign_clusters",
+    "assign_targets",
     "attention_rollout",
     "attention_weights",
     "batch_norm",
@@ -124,10 +127,13 @@ __all__ = [
     "resize_nearest",
     "roi_align",
     "roi_levels",
+    "sample_maps",
     "sample_matches",
+    "sample_objects",
     "scored_attention",
     "select_detections",
     "standardize_kernels",
+    "uncertain_points",
     "unpack_masks",
     "update_centroids",
     "used_clusters",
