@@ -56,11 +56,10 @@ class DeformableAttention(nn.Module):
         channels, heads, points = cells.shape[-1], self.num_heads, self.num_points
         check_num_heads(heads, channels)
         shape = (*queries.shape[:2], heads, len(shapes), points)
-        offsets = nn.Dense(
-            2 * heads * len(shapes) * points, kernel_init=zeros,
-            bias_init=constant(initial_offsets(heads, len(shapes), points).reshape(-1)),
-            dtype=jnp.float32, name="offsets",
-        )(queries).reshape(*shape, 2)  # fmt: skip
+        start = initial_offsets(heads, len(shapes), points).reshape(-1)
+        offsets = dense(start.size, jnp.float32, "offsets", zeros, bias_init=constant(start))(
+            queries
+        ).reshape(*shape, 2)
         sizes = jnp.array([(width, height) for height, width in shapes], jnp.float32)
         places = references[:, None, None, None] + offsets / sizes[:, None]
         weights = dense(heads * len(shapes) * points, self.dtype, "weights", zeros)(queries)
