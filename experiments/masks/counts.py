@@ -42,9 +42,9 @@ the location in the released configuration does not give the reported cost, and 
 WHOLE = """
 The released program misses the products of queries and keys in cross-attention; enlarged maps and
 semantic inference are in the last column only. COCO's published costs are means over the images of
-its validation split. The model here pads maps to whole windows after the linear layers of
-attention, and the released code before; in inference, it computes the masks and classes of the last
-prediction only.
+its validation split. The model here cuts off the padding of maps to whole windows before the
+last linear layer of attention, and the released code after it; in inference, it computes the masks
+and classes of the last prediction only.
 """
 
 

@@ -147,7 +147,7 @@ def features(size=SIZE):
 
 
 def test_products_of_the_backbone():
-    """The released code pads maps before the linear layers of attention; nothing is padded here."""
+    """Without padding, which the released code also passes through the last layer of attention."""
     size = (384, 384)
     model, params = shapes("ADE20K semantic")
     apply = functools.partial(model.backbone.apply, train=False, method="features")
