@@ -31,7 +31,10 @@ def small_model(name="swin_t", head=HEAD, **changes):
 
 @functools.cache
 def variables():
-    return random_variables(small_model(), IMAGES)
+    """Returns initial variables, moved at random: LayerNorms scale by about 1, biases are not 0."""
+    noise = random_variables(small_model(), IMAGES)
+    start = jax.jit(small_model().init)(jax.random.key(0), IMAGES)
+    return jax.tree.map(lambda x, y: x + y / 2, start, noise)
 
 
 @functools.cache
@@ -57,14 +60,14 @@ def test_shapes():
 def test_images_do_not_depend_on_each_other():
     other = jax.jit(small_model().apply, static_argnums=2)(variables(), IMAGES[::-1], True)
     for x, y in zip(predicted(), other, strict=True):
-        np.testing.assert_allclose(x[:, ::-1], y, atol=2e-4 * np.abs(x).max())
-        assert np.abs(x[-1, 0] - x[-1, 1]).max() > 1e-3
+        np.testing.assert_allclose(x[:, ::-1], y, atol=1e-5 * np.abs(x).max())
+        assert np.abs(x[-1, 0] - x[-1, 1]).max() > 0.03 * np.abs(x).max()
 
 
 def test_devices():
     run = jax.pmap(lambda x: small_model().apply(variables(), x, True), out_axes=1)
     for x, y in zip(predicted(), run(IMAGES[:, None]), strict=True):
-        np.testing.assert_allclose(x, y[:, :, 0], atol=2e-4 * np.abs(x).max())
+        np.testing.assert_allclose(x, y[:, :, 0], atol=1e-5 * np.abs(x).max())
 
 
 def test_gradients():
