@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from lowering import array, lowers
 from random_variables import random_variables
 
@@ -65,9 +66,18 @@ def test_images_do_not_depend_on_each_other():
 
 
 def test_devices():
-    run = jax.pmap(lambda x: small_model().apply(variables(), x, True), out_axes=1)
+    given = variables()
+    run = jax.pmap(lambda x: small_model().apply(given, x, True), out_axes=1)
     for x, y in zip(predicted(), run(IMAGES[:, None]), strict=True):
         np.testing.assert_allclose(x, y[:, :, 0], atol=1e-5 * np.abs(x).max())
+
+
+def test_any_number_of_images():
+    given, (batch,) = variables(), export.symbolic_shape("b")
+    run = jax.jit(lambda x: small_model().apply(given, x, False))
+    exported = export.export(run)(array(batch, *IMAGES.shape[1:]))
+    for x, y in zip(predicted(False), exported.call(IMAGES), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(x).max())
 
 
 def test_gradients():
@@ -111,7 +121,7 @@ def test_clustered_backbone():
 
 
 def test_lowers_for_accelerators():
-    shapes = jax.eval_shape(lambda: variables())
+    shapes = jax.tree.map(lambda x: array(*x.shape), variables())
     lowers(jax.grad(loss), shapes, array(2, 64, 96, 3))
 
 
