@@ -35,6 +35,8 @@ FUNCTIONS = {
     "conv.uniform_init": ((9,), {}),
     "cosine.cosine_heads": ((floats(2, 30, 3, 8), floats(2, 30, 3, 8), floats(3)), {}),
     "cosine.unit_length": ((TOKENS,), {}),
+    "deformable_attention.cell_centers": (((3, 2),), {}),
+    "deformable_attention.initial_offsets": ((2, 3, 4), {}),
     "group_attention.advance_centroids": ((CENTROIDS, 0.9), {}),
     "pale_attention.padded_size": ((6, 4, 3, "vanilla"), {}),
     "stochastic.image_keys": ((KEY, 2, None), {}),
@@ -57,6 +59,10 @@ MODULES = {
     "conv.ResidualConvUnit": (layers.ResidualConvUnit(), (MAP,), {}),
     "conv.Weights": (layers.conv.Weights((3, 3, 8), jax.nn.initializers.ones), (), {}),
     "cross_window_attention.CrossWindowAttention": (layers.CrossWindowAttention(2, 5), (MAP,), {}),
+    "deformable_attention.DeformableAttention": (
+        layers.DeformableAttention(2, 3),
+        (floats(2, 11, 8), TOKENS, floats(11, 2), ((4, 6), (2, 3))), {},
+    ),
     "group_attention.DynamicGroupAttention": (
         layers.DynamicGroupAttention(2, 3, 5, cosine=True), (TOKENS, True), {}
     ),

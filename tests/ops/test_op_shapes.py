@@ -196,6 +196,10 @@ CALLS = {
     "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
     "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
     "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
+    "deformable_attention.deformable_attention": [
+        ((floats(2, 30, 3, 8), floats(2, 11, 3, 2, 5, 2), floats(2, 11, 3, 2, 5)),
+         {"shapes": ((4, 6), (2, 3))}),
+    ],
     "depthwise_block.block_backward": [
         ((floats(2, 3, 2, 5), None, floats(2, 3, 2, 5), None, floats(3, 3, 5), None, None, None),
          {"block": Block(), "interpret": True}),
@@ -336,6 +340,7 @@ CALLS = {
          {"mode": mode, "grid": GRID, "clusters": CLUSTERS})
         for mode in ("soft", "hard", "window", "bilinear")
     ],
+    "positions.sine_positions": [(((6, 4), 8), {})],
     "resize.linear_weights": [((4, 9, False), {})],
     "resize.cubic_kernel": [((floats(5), jnp.where), {})],
     "resize.multiply_axis": [
@@ -414,6 +419,7 @@ CALLS = {
     "window_attention.window_attention": [
         ((MAP, MAP, MAP, floats(2, 6, 6)), {"window": (3, 2), "shift": (1, 1)})
     ],
+    "masked_attention.masked_attention": [((Q, K, K, masks(2, 11, 13)), {})],
     "match_boxes.match_boxes": [
         ((floats(11, 4), masks(11), floats(7, 4), masks(7)),
          {"positive": 0.7, "negative": 0.3, "least": 0.3})

@@ -4,7 +4,9 @@ from tokenvit_jax.heads.detection import Detections, DetectorHead, Targets
 from tokenvit_jax.heads.dpt import DptHead
 from tokenvit_jax.heads.fcn import FcnHead
 from tokenvit_jax.heads.head import Head, MapHead
+from tokenvit_jax.heads.mask2former import Mask2Former
 from tokenvit_jax.heads.mask_rcnn import MaskRcnn
+from tokenvit_jax.heads.masked_decoder import MaskPredictions
 from tokenvit_jax.heads.retinanet import RetinaNet
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
 from tokenvit_jax.heads.semantic_fpn import SemanticFpn
@@ -18,6 +20,8 @@ __all__ = [
     "Head",
     "LinearDecoder",
     "MapHead",
+    "Mask2Former",
+    "MaskPredictions",
     "MaskRcnn",
     "MaskTransformer",
     "RetinaNet",

@@ -19,6 +19,7 @@ from tokenvit_jax.layers.conv import (
     uniform_init,
 )
 from tokenvit_jax.layers.cross_window_attention import CrossWindowAttention
+from tokenvit_jax.layers.deformable_attention import DeformableAttention, cell_centers
 from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_centroids
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, GroupNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
@@ -41,6 +42,7 @@ __all__ = [
     "ConvModule",
     "CosineWindowAttention",
     "CrossWindowAttention",
+    "DeformableAttention",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",
@@ -55,6 +57,7 @@ __all__ = [
     "WindowAttention",
     "advance_centroids",
     "batch_norm",
+    "cell_centers",
     "dense",
     "gelu",
     "uniform_init",

@@ -104,6 +104,7 @@ def dense(
     init: Initializer = linear_init,
     *,
     use_bias: bool = True,
+    bias_init: Initializer = nn.initializers.zeros,
 ) -> nn.Dense:
     """Returns a linear layer with the usual initialization in transformers.
 
@@ -113,10 +114,12 @@ def dense(
       name: name of the module; None: linen chooses it.
       init: initializer of the kernel.
       use_bias: whether there is a bias.
+      bias_init: initializer of the bias.
     """
     return nn.Dense(
-        dim, use_bias, dtype=dtype, kernel_init=init, name=name, dot_general=_linear_product
-    )
+        dim, use_bias, dtype=dtype, kernel_init=init, bias_init=bias_init, name=name,
+        dot_general=_linear_product,
+    )  # fmt: skip
 
 
 def _linear_product(x, kernel, dimensions, precision=None):

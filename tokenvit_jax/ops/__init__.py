@@ -24,6 +24,7 @@ from tokenvit_jax.ops.clustered_attention import (
     query_prototypes,
 )
 from tokenvit_jax.ops.convolution import conv, conv_of_resized, conv_with_padding
+from tokenvit_jax.ops.deformable_attention import deformable_attention
 from tokenvit_jax.ops.density_peaks import (
     Clusters,
     DensityPeaks,
@@ -46,10 +47,12 @@ from tokenvit_jax.ops.group_norm import group_norm
 from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks, unpack_masks
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.linear import linear_product
+from tokenvit_jax.ops.masked_attention import masked_attention
 from tokenvit_jax.ops.match_boxes import Sample, match_boxes, sample_matches
 from tokenvit_jax.ops.merge_tokens import merge_tokens
 from tokenvit_jax.ops.nms import nms
 from tokenvit_jax.ops.pale_attention import pale_attention
+from tokenvit_jax.ops.positions import sine_positions
 from tokenvit_jax.ops.reconstruct_tokens import reconstruct_tokens
 from tokenvit_jax.ops.resize import resize_bilinear, resize_nearest
 from tokenvit_jax.ops.roi_align import roi_align, roi_levels
@@ -98,6 +101,7 @@ __all__ = [
     "conv_with_padding",
     "decode_boxes",
     "defer_gelu",
+    "deformable_attention",
     "density_peaks",
     "depthwise_block",
     "depthwise_conv",
@@ -114,6 +118,7 @@ __all__ = [
     "layer_norm",
     "linear_product",
     "mask_targets",
+    "masked_attention",
     "match_boxes",
     "merge_tokens",
     "move_centroids",
@@ -132,6 +137,7 @@ __all__ = [
     "sample_objects",
     "scored_attention",
     "select_detections",
+    "sine_positions",
     "standardize_kernels",
     "uncertain_points",
     "unpack_masks",

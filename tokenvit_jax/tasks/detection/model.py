@@ -7,12 +7,11 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import Detections, DetectorHead, MaskRcnn, RetinaNet, Targets
-from tokenvit_jax.layers import LayerNorm
 from tokenvit_jax.models import create_model, list_models
 from tokenvit_jax.models.backbone import BackboneModel
+from tokenvit_jax.tasks.map_norms import normed_maps
 from tokenvit_jax.tasks.overrides import make_backbone, make_head
 
-MAP_NORM_EPSILON = 1e-5  # of Swin's published detectors, for all backbones
 HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
 
 
@@ -58,12 +57,7 @@ class Detector(BackboneModel):
     def head_inputs(self, images, train):
         """Returns the maps that the head reads, and their strides."""
         first = self.head.first_map
-        maps = self.backbone.features(images, train)[first:]
-        if not self.backbone.has_normed_maps:
-            maps = [
-                LayerNorm(MAP_NORM_EPSILON, x.dtype, name=f"map_norm_{i}")(x)
-                for i, x in enumerate(maps, first + 1)
-            ]
+        maps = normed_maps(self.backbone, images, train, first)
         return maps, self.backbone.strides[first:]
 
 

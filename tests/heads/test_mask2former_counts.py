@@ -1,0 +1,175 @@
+"""Parameters of the published Mask2Formers, and costs by the rules of the released code."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.masks.published import (
+    ADE20K_SEMANTIC,
+    BACKBONE_SIZE,
+    EXPEDITE,
+    NETWORKS,
+    PLAIN_GMACS,
+    PRODUCTS,
+    backbone_macs,
+    decoder_macs,
+    model_of,
+    network_gmacs,
+    pixel_decoder_macs,
+    semantic_gmacs,
+)
+from tokenvit_jax.heads.masked_decoder import SEEN
+from tokenvit_jax.measure.macs import count_macs
+from tokenvit_jax.models.backbone import variable_shapes
+
+BY_NAME = {network.name: network for network in NETWORKS}
+# Parameters of the backbone with four norms, of the pixel decoder, and of the decoder of queries.
+BACKBONE, PIXEL_DECODER = 195_201_204, 5_790_144
+DECODERS = {
+    "COCO panoptic": 14_544_262,
+    "COCO instance": 14_530_641,
+    "ADE20K semantic": 14_497_431,
+    "ADE20K panoptic": 14_548_631,
+    "ADE20K instance": 14_535_781,
+}
+SIZE, DIMS = (96, 160), (192, 384, 768, 1536)
+
+
+def images(size):
+    return jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+
+
+def count(tree):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+@functools.cache
+def shapes(name):
+    model = model_of(BY_NAME[name])
+    return model, variable_shapes(model, images((32, 32)))["params"]
+
+
+def head_macs(name, method, *inputs, train=False, **options):
+    model, params = shapes(name)
+    apply = functools.partial(
+        model.head.apply,
+        method=lambda head, *x: getattr(head, method)(*x, *((train,) * (method == "decoder"))),
+    )
+    return count_macs(apply, {"params": params["head"]}, *inputs, **options)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_parameters(name):
+    _, params = shapes(name)
+    head = params["head"]
+    assert count(head["pixel_decoder"]) == PIXEL_DECODER
+    assert count(head["decoder"]) == DECODERS[name]
+    total = count(params)
+    assert total == BACKBONE + PIXEL_DECODER + DECODERS[name]
+    published = BY_NAME[name].params_m
+    if published is not None:
+        assert total / 1e6 == pytest.approx(published, abs=0.5)
+
+
+def test_totals():
+    totals = {name: BACKBONE + PIXEL_DECODER + size for name, size in DECODERS.items()}
+    assert list(totals.values()) == [
+        215_535_610, 215_521_989, 215_488_779, 215_539_979, 215_527_129,
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Costs by the rules of the released code
+# ------------------------------------------------------------------------------------------------
+
+# Location of the clustering -> 10^9 multiply-adds of the backbone at 1152 x 1152, to two digits.
+COUNTED = {
+    "COCO panoptic": {9: 662.68, 10: 684.00},
+    "COCO instance": {11: 705.33, 12: 726.66},
+    "ADE20K panoptic": {14: 768.80},
+    "ADE20K semantic": {7: 620.02},
+}
+
+
+def test_backbone():
+    gmacs = backbone_macs(BACKBONE_SIZE) / 1e9
+    assert gmacs == pytest.approx(936.86, abs=0.005)
+    assert round(gmacs) == PLAIN_GMACS
+
+
+@pytest.mark.parametrize("row", EXPEDITE, ids=lambda row: row.name)
+def test_expedited_backbone(row):
+    found = {
+        location: backbone_macs(BACKBONE_SIZE, location=location, iterations=row.iterations) / 1e9
+        for location in (row.counted_location, row.location)
+    }
+    assert found == pytest.approx(COUNTED[row.name], abs=0.005)
+    assert found[row.counted_location] == pytest.approx(row.gmacs, abs=0.34)
+
+
+def test_a_block_on_centres_saves_as_much_everywhere():
+    costs = [backbone_macs(BACKBONE_SIZE, location=i, iterations=5) / 1e9 for i in range(5, 22)]
+    for fewer, more in zip(costs[1:], costs[:-1], strict=True):
+        assert fewer - more == pytest.approx(21.33, abs=0.005)
+
+
+def test_networks():
+    """The published digits; the counts to three digits leave a residual below 0.005."""
+    size, published = ADE20K_SEMANTIC
+    semantic, panoptic = BY_NAME["ADE20K semantic"], BY_NAME["COCO panoptic"]
+    assert backbone_macs(size) / 1e9 == pytest.approx(327.315, abs=0.001)
+    assert pixel_decoder_macs(size, DIMS) / 1e9 == pytest.approx(56.707, abs=0.001)
+    assert decoder_macs(size, semantic) / 1e9 == pytest.approx(12.097, abs=0.002)
+    assert network_gmacs(size, semantic) == pytest.approx(396.145, abs=0.005)
+    assert semantic_gmacs(size, semantic) == pytest.approx(403.1, abs=0.05)
+    assert round(semantic_gmacs(size, semantic)) == published
+    assert network_gmacs((800, 1088), panoptic) == pytest.approx(830.97, abs=0.005)
+    assert network_gmacs((800, 1216), panoptic) == pytest.approx(943.25, abs=0.005)
+
+
+# ------------------------------------------------------------------------------------------------
+# The products of the model that runs
+# ------------------------------------------------------------------------------------------------
+
+
+def features(size=SIZE):
+    cells = [(side[0], side[1]) for side in ((size[0] // s, size[1] // s) for s in (4, 8, 16, 32))]
+    maps = [
+        jax.ShapeDtypeStruct((1, *cell, dim), jnp.float32)
+        for cell, dim in zip(cells, DIMS, strict=True)
+    ]
+    model, params = shapes("ADE20K semantic")
+    apply = functools.partial(model.head.apply, method=lambda head, x: head.pixel_decoder(x))
+    return maps, jax.eval_shape(apply, {"params": params["head"]}, maps)
+
+
+def test_products_of_the_backbone():
+    """Without padding, which the released code also passes through the last layer of attention."""
+    size = (384, 384)
+    model, params = shapes("ADE20K semantic")
+    apply = functools.partial(model.backbone.apply, train=False, method="features")
+    macs = count_macs(apply, {"params": params["backbone"]}, images(size))
+    assert macs == backbone_macs(size, PRODUCTS)
+
+
+def test_products_of_the_pixel_decoder():
+    maps, _ = features()
+    macs = head_macs("ADE20K semantic", "pixel_decoder", maps)
+    assert macs == pixel_decoder_macs(SIZE, DIMS, PRODUCTS)
+
+
+def test_products_of_the_decoder():
+    """All predictions cost as published, and less after the last layer alone."""
+    network, (_, found) = BY_NAME["ADE20K semantic"], features()
+    expected = decoder_macs(SIZE, network, PRODUCTS, cross_logits=True)
+    run = functools.partial(head_macs, "ADE20K semantic", "decoder", found)
+    assert run(train=True, leave_out=(SEEN,)) == expected
+    seen = run(train=True) - expected
+    cells = [3 * 5, 6 * 10, 12 * 20]
+    assert seen == 3 * sum(cells) * 100 * 256
+    # Nine of ten masks and classes are not computed.
+    saved = 9 * 100 * 256 * (24 * 40 + 151)
+    assert run(train=False) == expected + seen - saved

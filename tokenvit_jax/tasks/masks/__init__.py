@@ -1,0 +1,1 @@
+"""Segmentation by masks: semantic, panoptic and instance segmentation with one model."""
