@@ -16,10 +16,10 @@ def random_variables(model, images):
     return jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape).astype(np.float32), shapes)
 
 
-def random_state(model, optimizer, config):
+def random_state(model, optimizer, config, std=0.1):
     """Returns a state like `init_state`, without the seconds in which that compiles.
 
-    Scales and variances are 1, other vectors 0, and matrices have entries of the order of 0.1.
+    Scales and variances are 1, other vectors 0, and matrices are normal with this deviation.
     """
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, config))
     draw = np.random.default_rng(1)
@@ -27,7 +27,7 @@ def random_state(model, optimizer, config):
     def values(path, x):
         if path[-1].key in ("scale", "var"):
             return np.ones(x.shape, x.dtype)
-        return np.asarray(0.1 * draw.normal(size=x.shape) * (x.ndim > 1), x.dtype)
+        return np.asarray(std * draw.normal(size=x.shape) * (x.ndim > 1), x.dtype)
 
     variables = {"params": shapes.params, **shapes.model_state}
     variables = jax.tree_util.tree_map_with_path(values, variables)

@@ -17,6 +17,7 @@ from make_task import open_dataset
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
+from random_variables import random_state
 from timings import without_timings
 
 from tokenvit_jax.data import IGNORED
@@ -222,12 +223,11 @@ def test_examples_equal_their_specs_and_can_be_sent_to_a_worker(name, train):
 
 @functools.cache
 def first_state(name: str):
-    """Returns the state before the first step, in the host's memory: it takes long to compile."""
+    """Returns a state before the first step, in the host's memory."""
     config = tiny_config(name)
     model = create_task(config).make_model()
-    init_fn = functools.partial(init_state, model, make_optimizer(config), config)
-    options = {"xla_backend_optimization_level": 0}
-    return jax.device_get(jax.jit(init_fn, compiler_options=options)())
+    std = config.model_overrides.get("init_std", 0.1)
+    return jax.device_get(random_state(model, make_optimizer(config), config, std))
 
 
 def place_state(name: str, abstract_state):
