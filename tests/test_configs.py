@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from make_task import check_config, make_task
 from ml_collections import ConfigDict
+from random_variables import random_state
 from shipped_configs import CASES, load_config
 
 from tokenvit_jax.data import builtin_info
@@ -19,7 +20,6 @@ from tokenvit_jax.recipes.imagenet import ImageNetRecipe
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.segmentation.inference import predict_logits
 from tokenvit_jax.training.optimizer import make_optimizer
-from tokenvit_jax.training.state import init_state
 from tokenvit_jax.training.step import make_train_step
 
 KEYS = (
@@ -134,7 +134,7 @@ def run_step(model, text):
     if (model, text) not in STEPS:
         config = ConfigDict(json.loads(text))
         optimizer = make_optimizer(config)
-        state = jax.jit(functools.partial(init_state, model, optimizer, config))()
+        state = random_state(model, optimizer, config)
         step = jax.jit(make_train_step(make_task(config, 10), model, optimizer))
         rng = np.random.default_rng(0)
         batch = {

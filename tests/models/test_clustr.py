@@ -16,6 +16,7 @@ from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import ClusterAttention
 from tokenvit_jax.layers.cluster_attention import cluster_numbers
 from tokenvit_jax.measure.macs import summarize_model
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.models.clustr import SIZES, ClusTR, ClusTRBlock, ClusTRSettings, ConvFFN
 
 # Two stages exercise all blocks and stages and compile in half the time. 12 x 8 tokens become 6 and
@@ -35,11 +36,13 @@ def images():
 @functools.cache
 def variables():
     """Returns random weights that are large enough for attention and scores to matter."""
-    initial = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), images()[:1])
-    leaves, tree = jax.tree.flatten(initial)
     rng = np.random.default_rng(1)
-    noise = [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-    return jax.tree.unflatten(tree, noise)
+
+    def draw(path, x):
+        first = path[-1].key in ("scale", "var")  # 1 in initial variables, which take long to draw
+        return first + 0.2 * rng.normal(size=x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, variable_shapes(SMALL, images()))
 
 
 def loss_and_updates(model, variables, x, axis_name=None):

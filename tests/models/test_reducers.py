@@ -285,10 +285,9 @@ def test_convolution_halves_the_map():
     """4 x 3 patches become 2 x 1; then there is no second column for another convolution."""
     reducer = {"method": "convolution", "blocks": (2,)}
     model = VisionTransformer(ViTSettings(**SMALL, token_reducer=reducer))
-    params = model.init(jax.random.key(0), IMAGES, train=False)["params"]["blocks_1"]["halve_map"]
     halve = HalveMap(jnp.float32)
     x = rng.normal(size=(3, 12, 8)).astype(np.float32)
-    found = halve.apply({"params": params}, x, (4, 3))
+    found, _ = halve.init_with_output(jax.random.key(0), x, (4, 3))
     maps = x.reshape(3, 2, 2, 3, 8)[:, :, :, :2]
     np.testing.assert_allclose(found, maps.mean((2, 3)), atol=1e-6)  # at first
     kernel = rng.normal(size=(2, 2, 8, 8)).astype(np.float32)
@@ -315,7 +314,9 @@ def test_soft_extract_scales_by_rank():
 
     search = {"method": "soft_extract"}
     model = VisionTransformer(ViTSettings(**SMALL, token_reducer=search))
-    params = model.init(jax.random.key(0), IMAGES, train=False)["params"]
+    params = with_extra(model)["params"]
+    for block in ("blocks_0", "blocks_1", "blocks_2"):
+        params[block]["soft_extract"]["retention"] = np.ones(12, np.float32)
     assert searched_keep(params) == (12, 12, 12)
     kept = np.linspace(1.5, -0.5, 12, dtype=np.float32)
     params["blocks_1"]["soft_extract"]["retention"] = kept
@@ -375,10 +376,11 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
     """Nothing before the first MLP depends on the reducer, so kept tokens can be identified."""
     params = variables()["params"]
     model = VisionTransformer(ViTSettings(**SMALL))
-    _, noted = model.apply(
-        variables(), IMAGES, train=False, mutable=["intermediates"],
+    note = functools.partial(
+        model.apply, train=False, mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name in ("norm1", "attention"),
     )  # fmt: skip
+    _, noted = jax.jit(note)(variables(), IMAGES)
     first = noted["intermediates"]["blocks_0"]
     _, normed = first["norm1"]["__call__"][0]
     normed = np.asarray(normed, np.float64)
@@ -392,8 +394,10 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
     whole = VisionTransformer(ViTSettings(**SMALL | {"depth": 1}))
     reduced = whole.clone(token_reducer={"keep": (4,), "method": "powerbert"})
     first_of = {"params": {k: v for k, v in params.items() if k not in ("blocks_1", "blocks_2")}}
-    tokens = whole.apply(first_of, IMAGES, train=False, method="tokens")
-    found = reduced.apply(first_of, IMAGES, train=False, method="tokens")
+    tokens, found = (
+        jax.jit(functools.partial(model.apply, train=False, method="tokens"))(first_of, IMAGES)
+        for model in (whole, reduced)
+    )
     expected = np.take_along_axis(np.asarray(tokens)[:, 1:], best[..., None], 1)
     np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
 

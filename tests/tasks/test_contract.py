@@ -4,9 +4,9 @@ A case may have a model of another kind, whose training step alone differs from 
 """
 
 import functools
-import itertools
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from make_task import open_dataset
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
+from random_variables import random_state
 from timings import without_timings
 
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.tasks import TASKS, Task, create_task, default_config, tasks_with
-from tokenvit_jax.training import devices, processes
+from tokenvit_jax.training import devices
 from tokenvit_jax.training.checkpoint import load_checkpoint
 from tokenvit_jax.training.loop import train
 from tokenvit_jax.training.optimizer import make_optimizer
@@ -220,6 +221,21 @@ def test_examples_equal_their_specs_and_can_be_sent_to_a_worker(name, train):
 # ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def first_state(name: str):
+    """Returns a state before the first step, in the host's memory."""
+    config = tiny_config(name)
+    model = create_task(config).make_model()
+    std = config.model_overrides.get("init_std", 0.1)
+    return jax.device_get(random_state(model, make_optimizer(config), config, std))
+
+
+def place_state(name: str, abstract_state):
+    return jax.tree.map(
+        lambda x, y: jax.device_put(x, y.sharding), first_state(name), abstract_state
+    )
+
+
 def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
     """Returns loss and parameters after a step of plain gradient descent."""
     config = tiny_config(name)
@@ -227,15 +243,14 @@ def one_step(name: str, parallel: devices.Parallel, accumulate_steps: int = 1):
     task = create_task(config, parallel.axis_name)
     model, optimizer = task.make_model(), make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    step = make_train_step(task, model, optimizer)
-    step = parallel.train_step(step, parallel.abstract(init_fn))
-    before = parallel.init(init_fn)
-    start = jax.device_get(before.params)
+    abstract_state = parallel.abstract(init_fn)
+    step = parallel.train_step(make_train_step(task, model, optimizer), abstract_state)
+    before = place_state(name, abstract_state)
     copies = CASES[name].copies
     batch = example_batch(task, train=True, count=config.batch_size // copies)
     batch = {key: np.repeat(x, copies, axis=0) for key, x in batch.items()}
     state, metrics = step(before, parallel.put_batch(batch))
-    return float(metrics["loss"]), start, jax.device_get(state.params)
+    return float(metrics["loss"]), first_state(name).params, jax.device_get(state.params)
 
 
 @functools.cache
@@ -285,9 +300,8 @@ def test_every_parameter_has_a_gradient(name):
 def evaluator(name: str):
     task = create_task(tiny_config(name))
     model = task.make_model()
-    state = jax.jit(functools.partial(init_state, model, make_optimizer(task.config), task.config))
     step = jax.jit(make_eval_step(task, model))
-    variables = {"params": state().params}
+    variables = jax.device_put({"params": first_state(name).params})
     return task, model, variables, lambda batch: jax.device_get(step(variables, batch))
 
 
@@ -361,11 +375,15 @@ def test_prediction_has_arrays_text_and_pictures(name):
 @each_task
 def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
     config = tiny_config(name)
+    monkeypatch.setattr(
+        devices.MeshParallel,
+        "init",
+        lambda self, init_fn: place_state(name, self.abstract(init_fn)),
+    )
     train(config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        polls = itertools.count(1)  # one after every step
-        patch.setattr(processes.StopRequest, "received", lambda self: next(polls) >= 2)
-        train(config, tmp_path / "resumed")
+    # As if it had been killed after its second step; its log goes further, as it may then.
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
     assert load_checkpoint(tmp_path / "resumed").step == 2
     train(config, tmp_path / "resumed")
 

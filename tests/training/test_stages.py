@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from make_task import make_task
+from random_variables import random_state
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
@@ -115,9 +116,11 @@ def pooled_step(parallel):
     task = make_task(config, axis_name=layout.axis_name)
     model, optimizer = task.make_model(), make_optimizer(config)
     init_fn = functools.partial(init_state, model, optimizer, config)
-    step = make_train_step(task, model, optimizer)
-    step = layout.train_step(step, layout.abstract(init_fn))
-    _, metrics = step(layout.init(init_fn), layout.put_batch(batch()))
+    state = layout.abstract(init_fn)
+    step = layout.train_step(make_train_step(task, model, optimizer), state)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    state = jax.device_put(random_state(model, optimizer, config), places)
+    _, metrics = step(state, layout.put_batch(batch()))
     return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
