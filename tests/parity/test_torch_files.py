@@ -376,8 +376,8 @@ def test_torchscript_and_other_pickles(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     with pytest.raises(UserError, match="is refused: it is a TorchScript program"):
         read_arrays(path)
-    path.write_bytes(pickle.dumps({"a": np.ones(3)}))
-    with pytest.raises(UserError, match=r"is refused: it is a pickle that torch\.save did not"):
+    path.write_bytes(pickle.dumps({"a": torch.ones(3)}))
+    with pytest.raises(UserError, match="is refused: it is a pickle that holds more"):
         read_arrays(path)
     torch.save(PLAIN, path, pickle_protocol=4)
     with pytest.raises(UserError, match="is refused"):

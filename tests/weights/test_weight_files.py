@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import random
 import sys
@@ -90,7 +91,20 @@ REFUSED = {  # kind -> content of the file, words of the message
         "is a tar archive: unpack it first",
     ),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(30), "is an HDF5 file; valid"),
-    "a pickle": (pickle.dumps(ARRAYS), "is refused: it is a pickle that torch.save did not write"),
+    "a pickle of code": (
+        pickle.dumps({"model": ARRAYS, "x": pathlib.Path("a")}),
+        r"is refused: it is a pickle that holds more than NumPy arrays \(pathlib",
+    ),
+    "a pickle of a function": (
+        pickle.dumps({"model": ARRAYS, "x": print}),
+        r"is refused: it is a pickle that holds more than NumPy arrays \(builtins\.print\)",
+    ),
+    "a cut pickle": (pickle.dumps(ARRAYS)[:-9], "is truncated or damaged: "),
+    "a pickle of objects": (
+        pickle.dumps({"a": np.array([None, 1])}),
+        "a has the type object; valid: numbers",
+    ),
+    "a pickle without names": (pickle.dumps([1.0] * 9), "holds an object of type list; valid"),
     "the start of a legacy file": (LEGACY[:9], "is truncated: it has 9 bytes"),
     ".npy": (npy((4,)), "is one NumPy array without a name"),
     "no arrays": (safetensors({}, b""), "holds no arrays with names"),
@@ -470,3 +484,37 @@ def test_moving_average(tmp_path, caplog):
         choose(tmp_path, {"model": TENSORS}, Tensor, ema=True)
     with pytest.raises(UserError, match=r"holds \['model'\], \['net'\] with as many arrays"):
         choose(tmp_path, {"model": TENSORS, "net": OTHERS}, Tensor, ema=False)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("module", [b"numpy._core", b"numpy.core"])
+def test_pickles_of_arrays(tmp_path, protocol, module):
+    """As detectron2 writes them: {"model": {name: array}, ...}, by any release of NumPy."""
+    arrays = {**ARRAYS, "half": np.arange(3, dtype=np.float16), "step": np.int64(7)}
+    content = {"model": arrays, "__author__": "somebody", "matching_heuristics": True}
+    data = pickle.dumps(content, protocol)
+    if module == b"numpy.core" and protocol < 4:  # later protocols store the lengths of names
+        data = data.replace(b"numpy._core", module)
+    (tmp_path / "w.pkl").write_bytes(data)
+    found = read_arrays(tmp_path / "w.pkl")
+    assert found["half"].dtype == np.float32
+    for name in ARRAYS:
+        np.testing.assert_array_equal(found[name], ARRAYS[name])
+
+
+def test_pickles_run_no_code(tmp_path):
+    marker = tmp_path / "marker"
+
+    class Attack:
+        def __reduce__(self):
+            return pathlib.Path.touch, (marker,)
+
+    for content in (
+        {"model": {"a": np.ones(3), "b": Attack()}},
+        Attack(),
+        {"a": np.array([Attack()])},
+    ):
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match="is refused: it is a pickle that holds more"):
+            read_arrays(tmp_path / "w.pkl")
+    assert not marker.exists()

@@ -14,11 +14,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.weights.pickle_files import START, read_pickle
 from tokenvit_jax.weights.rules import reason, shown
 from tokenvit_jax.weights.torch_files import LEGACY, read_torch
 
 INDEX = ".index.json"  # end of the name of a file that lists the files of sharded weights
-SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # usual for weights
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".tar")  # of weights
 _PART = re.compile(r"(.+-)(\d+)-of-(\d+)(\.\w+)")  # name of one of these files
 # Parts of names that wrappers add anywhere (DataParallel, torch.compile, FSDP), ...
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -53,7 +54,9 @@ _MISTAKEN = {
     "numpy.savez",
 }
 METADATA = "__metadata__"  # texts in the header of a safetensors file
-_VALID = "valid: a safetensors file, a NumPy archive (.npz), or a file of torch.save"
+_VALID = (
+    "valid: a safetensors file, a NumPy archive (.npz), a file of torch.save or a pickle of arrays"
+)
 _TAR = slice(257, 262)  # where a tar archive says so
 
 
@@ -61,9 +64,10 @@ def read_arrays(path: Path, ema: bool = False) -> dict[str, np.ndarray]:
     """Reads the arrays of a file of weights.
 
     Args:
-      path: a safetensors file; a NumPy archive (.npz); or a file that torch.save wrote, which needs
-        PyTorch and holds arrays by name, possibly inside "model", "state_dict" or the like. Of
-        weights in several files: their index (.index.json) or any of the files.
+      path: a safetensors file; a NumPy archive (.npz); a file that torch.save wrote, which needs
+        PyTorch; or a pickle of NumPy arrays, as detectron2 writes it. The last two hold arrays by
+        name, possibly inside "model", "state_dict" or the like. Of weights in several files: their
+        index (.index.json) or any of the files.
       ema: whether to read the moving average of the arrays (exponential, EMA) in place of the
         arrays of the last step. A file of torch.save that holds only the average needs no ``ema``.
 
@@ -187,6 +191,8 @@ def _read_file(path: Path, ema: bool) -> dict[str, np.ndarray]:
             return _read_archive(path, ema)
         if start.startswith(LEGACY):
             return read_torch(path, ema)
+        if start.startswith(START) and not LEGACY.startswith(start):
+            return read_pickle(path, ema)
         _refuse(path, start, size)
     if ema:
         _refuse_average(path)
@@ -206,11 +212,6 @@ def _refuse(path: Path, start: bytes, size: int) -> None:
         raise UserError(f"--source={path} is a tar archive: unpack it first; {_VALID}")
     if size < 16 or LEGACY.startswith(start):
         raise UserError(f"--source={path} is truncated: it has {size} bytes; {_VALID}")
-    if start[:1] == b"\x80":
-        raise UserError(
-            f"--source={path} is refused: it is a pickle that torch.save did not write, and "
-            f"reading it could run code; {_VALID}"
-        )
     raise UserError(
         f"--source={path} is neither a safetensors file, a NumPy archive, nor a file of torch.save"
     )
