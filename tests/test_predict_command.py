@@ -17,9 +17,10 @@ from PIL import Image
 from tokenvit_jax import cli, predict
 from tokenvit_jax.data import builtin_info, eval_image, read_image
 from tokenvit_jax.data.dense_transforms import fit_image, pad
+from tokenvit_jax.pictures.label_maps import class_shares
 from tokenvit_jax.pictures.tokens import finest_routing
 from tokenvit_jax.tasks import default_config
-from tokenvit_jax.tasks.segmentation.inference import class_shares, predict_logits
+from tokenvit_jax.tasks.segmentation.inference import predict_logits
 from tokenvit_jax.training import prediction
 from tokenvit_jax.training.checkpoint import Checkpoints
 from tokenvit_jax.training.run import load_run

@@ -353,6 +353,9 @@ CALLS = {
     ],
     "resize.resize_nearest": [((floats(2, 6, 4, 5), (3, 8)), {})],
     "resize.resize_rows": [((floats(9, 3), integers() + 5, integers() + 7, integers(4)), {})],
+    "resize.resize_valid": [
+        ((floats(9, 8, 3), integers(2) + 5, integers(2) + 7, integers(4)), {"width": 6})
+    ],
     "resize.times_along": [
         ((np.ones(4), floats(2, 6, 4, 5), 2), {}), ((np.arange(4.0), floats(2, 6, 4, 5), 2), {})
     ],

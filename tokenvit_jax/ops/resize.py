@@ -173,6 +173,29 @@ def resize_rows(
     return (1 - part) * take(low) + part * take(jnp.minimum(low + 1, size - 1))
 
 
+def resize_valid(
+    x: Shaped[Array, "H W C"],
+    size: Int[Array, "2"],
+    new_size: Int[Array, "2"],
+    rows: Int[Array, " n"],
+    width: int,
+) -> Float[Array, "n width C"]:
+    """Resizes an image at the top left of a buffer (bilinear) and returns some of its rows.
+
+    Args:
+      x: (H, W, C).
+      size: height and width of the image in the buffer.
+      new_size: height and width of the resized image.
+      rows: indices of the new rows to return (n,).
+      width: number of columns to return. Rows and columns beyond the new size are meaningless.
+
+    Returns:
+      (n, width, C), in float32 for narrower types.
+    """
+    y = resize_rows(x, size[0], new_size[0], rows).swapaxes(0, 1)
+    return resize_rows(y, size[1], new_size[1], jnp.arange(width)).swapaxes(0, 1)
+
+
 def resize_bicubic(x: Shaped[Array, "H W C"], size: tuple[int, int]) -> Float[Array, "h w C"]:
     """Resizes a map with cubic convolution, without antialiasing.
 

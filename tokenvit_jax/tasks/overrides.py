@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.config import SET_ELSEWHERE
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.models import create_model, model_settings
+from tokenvit_jax.models import create_model, list_models, model_settings
 from tokenvit_jax.models.backbone import Backbone
 from tokenvit_jax.valid import shown
 
@@ -28,6 +28,21 @@ def make_backbone(config: ConfigDict, **given: Any) -> Backbone:
     model_settings(config.model)  # raises UserError for an unknown name
     make = functools.partial(create_model, config.model)
     return _make(make, "model_overrides", config, given)
+
+
+def check_hierarchical(config: ConfigDict, what: str) -> None:
+    """Raises UserError if the model has one map only.
+
+    Args:
+      config: provides `model`.
+      what: begins the reason in the message, such as "detectors read".
+    """
+    if len(create_model(config.model).strides) == 1:
+        valid = [name for name in list_models() if len(create_model(name).strides) > 1]
+        raise UserError(
+            f"config.model={config.model!r} is not valid: {what} the maps of a hierarchical "
+            f"backbone; valid: {', '.join(valid)}"
+        )
 
 
 def make_head(cls: type[nn.Module], config: ConfigDict, **given: Any) -> nn.Module:

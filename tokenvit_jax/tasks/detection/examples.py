@@ -7,18 +7,17 @@ from PIL import Image
 from tokenvit_jax.data.box_transforms import (
     MASK_SIDE,
     View,
-    fitted_size,
     random_view,
     view_boxes,
     view_masks,
     view_pixels,
 )
 from tokenvit_jax.data.dense_transforms import pad
-from tokenvit_jax.data.images import mean_pixel, with_channels
+from tokenvit_jax.data.images import with_channels
 from tokenvit_jax.data.record import Instances, Record, Spec
 from tokenvit_jax.tasks.detection.settings import (
     canvas,
-    eval_short_side,
+    eval_canvas,
     long_side,
     train_short_sides,
 )
@@ -51,12 +50,11 @@ class DetectionExamples:
 
     def __init__(self, config: ConfigDict, *, has_masks: bool, train: bool):
         self._train, self._channels = train, config.in_channels
-        self._fill = mean_pixel(config.data.normalization, config.in_channels)
-        self._long_side, self._eval_side = long_side(config), eval_short_side(config)
+        self._eval_canvas, self._long_side = eval_canvas(config), long_side(config)
         self._sides, self._augment = train_short_sides(config), config.augment
         low, high = canvas(config)
         self.canvases = ((low, high), (high, low)) if train and low < high else ()
-        height, width = (low, high) if train else (high, high)
+        height, width = (low, high) if train else self._eval_canvas.square
         self.specs = {
             "image": Spec((height, width, self._channels), np.uint8),
             "image_size": Spec((2,), np.int32),
@@ -77,14 +75,17 @@ class DetectionExamples:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         image = with_channels(record["image"], self._channels)
         if not self._train:
-            size = fitted_size(image.size, self._eval_side, self._long_side)
-            example = self._on_canvas(image, View((0, 0, *image.size), size))
-            return example | {"original_size": np.array(image.size[::-1], np.int32)}
+            pixels, size = self._eval_canvas.place(image, self._eval_canvas.square)
+            original = np.array(image.size[::-1], np.int32)
+            return {"image": pixels, "image_size": size, "original_size": original}
         view = random_view(
             image.size, self._sides, self._long_side, room=self._canvas(image)[::-1],
             crop=self._augment.detr_crop, flip=self._augment.flip, rng=rng,
         )  # fmt: skip
-        return self._on_canvas(image, view) | self._objects(record["instances"], image.size, view)
+        pixels = view_pixels(image, view)
+        canvas = pad(pixels, (*self._canvas(image), self._channels), self._eval_canvas.fill)
+        example = {"image": canvas, "image_size": np.array(pixels.shape[:2], np.int32)}
+        return example | self._objects(record["instances"], image.size, view)
 
     def empty(self) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
@@ -100,13 +101,6 @@ class DetectionExamples:
         """Returns height and width of the canvas of an image."""
         size = self.specs["image"].shape[:2]
         return size[::-1] if image.height > image.width else size
-
-    def _on_canvas(self, image: Image.Image, view: View) -> Example:
-        pixels = view_pixels(image, view)
-        return {
-            "image": pad(pixels, (*self._canvas(image), self._channels), self._fill),
-            "image_size": np.array(pixels.shape[:2], np.int32),
-        }
 
     def _objects(self, instances: Instances, size: tuple[int, int], view: View) -> Example:
         boxes = view_boxes(instances.boxes, view)

@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import Detections, DetectorHead, MaskRcnn, RetinaNet, Targets
-from tokenvit_jax.models import create_model, list_models
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.map_norms import normed_maps
-from tokenvit_jax.tasks.overrides import make_backbone, make_head
+from tokenvit_jax.tasks.overrides import check_hierarchical, make_backbone, make_head
 
 HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
 
@@ -86,21 +85,7 @@ def make_detector(
     Raises:
       UserError: the model, the head or an override is unknown, or the model is plain.
     """
-    check_backbone(config)
+    check_hierarchical(config, "detectors read")
     common = {"dtype": jnp.dtype(config.dtype), "axis_name": axis_name}
     head = make_head(head_class(config.head), config, num_classes=num_classes, **common)
     return Detector(make_backbone(config, **common), head)
-
-
-def check_backbone(config: ConfigDict) -> None:
-    """Raises UserError if the model has one map only.
-
-    Args:
-      config: provides `model`.
-    """
-    if len(create_model(config.model).strides) == 1:
-        valid = [name for name in list_models() if len(create_model(name).strides) > 1]
-        raise UserError(
-            f"config.model={config.model!r} is not valid: detectors read the maps of a "
-            f"hierarchical backbone; valid: {', '.join(valid)}"
-        )

@@ -4,7 +4,9 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.config import ENTRIES as COMMON
 from tokenvit_jax.config import SIDE, Entry, height_and_width
+from tokenvit_jax.data.images import mean_pixel
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.tasks.canvas import Canvas
 from tokenvit_jax.valid import Flag, Group, OneOf, Several, ZeroOr, whole
 
 ENTRIES: dict[str, Entry] = {
@@ -47,6 +49,12 @@ def long_side(config: ConfigDict) -> int:
 def eval_short_side(config: ConfigDict) -> int:
     """Returns the shorter side of an image in evaluation [pixels]."""
     return config.data.eval_short_side or canvas(config)[0]
+
+
+def eval_canvas(config: ConfigDict) -> Canvas:
+    """Returns the canvas of evaluation, with the mean colour around images."""
+    fill = mean_pixel(config.data.normalization, config.in_channels)
+    return Canvas(*canvas(config), eval_short_side(config), long_side(config), fill)
 
 
 def train_short_sides(config: ConfigDict) -> tuple[int, ...]:

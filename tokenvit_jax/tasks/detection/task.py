@@ -12,21 +12,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenvit_jax.data import Examples, open_annotations, to_array, with_channels
-from tokenvit_jax.data.box_transforms import View, fitted_size, view_pixels
-from tokenvit_jax.data.dense_transforms import pad, scaled_size
-from tokenvit_jax.data.images import mean_pixel
 from tokenvit_jax.heads import Detections, Targets
 from tokenvit_jax.metrics.coco import CocoMeter, paste_mask
 from tokenvit_jax.tasks.detection.examples import DetectionExamples
 from tokenvit_jax.tasks.detection.model import head_class, make_detector
-from tokenvit_jax.tasks.detection.settings import (
-    ENTRIES,
-    canvas,
-    check_sizes,
-    eval_short_side,
-    long_side,
-)
-from tokenvit_jax.tasks.grouping import group_by_size
+from tokenvit_jax.tasks.detection.settings import ENTRIES, check_sizes, eval_canvas
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -118,14 +108,7 @@ class Detection(Task):
         return found._replace(boxes=jnp.clip(found.boxes * factors, 0, limits))
 
     def grouped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        if jax.process_count() > 1:  # whose batches must have equal shapes: the square
-            return batches
-        low, high = canvas(self.config)
-
-        def canvas_of(size):
-            return (high, low) if size[0] > size[1] else (low, high)
-
-        return batches if low == high else group_by_size(batches, ["image"], canvas_of)
+        return eval_canvas(self.config).grouped(batches)
 
     def meter(self) -> CocoMeter:
         annotations = functools.partial(open_annotations, self.config, self.info.eval_split)
@@ -135,7 +118,8 @@ class Detection(Task):
         return metrics["eval/mask_ap" if self.has_masks else "eval/box_ap"]
 
     def view(self, image: Image.Image) -> np.ndarray:
-        return self._on_canvas(with_channels(image, self.config.in_channels), self.view_size)[0]
+        image = with_channels(image, self.config.in_channels)
+        return eval_canvas(self.config).place(image, self.view_size)[0]
 
     def outputs(self, model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
         found = model.apply(variables, images, train=False)
@@ -144,7 +128,7 @@ class Detection(Task):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.detection import pictures  # matplotlib: drawing only
 
-        names, (low, high) = self.class_names(), canvas(self.config)
+        names, canvas = self.class_names(), eval_canvas(self.config)
 
         @jax.jit
         def apply(variables, images, image_size, original_size):
@@ -153,8 +137,7 @@ class Detection(Task):
 
         def predict(image):
             image = with_channels(image, self.config.in_channels)
-            shape = (high, low) if image.height > image.width else (low, high)
-            pixels, size = self._on_canvas(image, shape)
+            pixels, size = canvas.place(image, canvas.shape(image.size[::-1]))
             original = np.array(image.size[::-1], np.int32)
             found = jax.device_get(apply(variables, pixels[None], size[None], original[None]))
             count = int((found.classes >= 0).sum())
@@ -179,18 +162,3 @@ class Detection(Task):
             return Prediction(arrays, {"objects": objects}, text, draw)
 
         return predict
-
-    def _on_canvas(
-        self, image: Image.Image, shape: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a resized image on a canvas, and its height and width.
-
-        It is as large as in an evaluation, unless the canvas is of the other orientation.
-        """
-        size = fitted_size(image.size, eval_short_side(self.config), long_side(self.config))
-        scale = min(room / side for room, side in zip(shape[::-1], size, strict=True))
-        size = scaled_size(*size, scale) if scale < 1 else size
-        pixels = view_pixels(image, View((0, 0, *image.size), size))
-        fill = mean_pixel(self.config.data.normalization, self.config.in_channels)
-        padded = pad(pixels, (*shape, pixels.shape[-1]), fill)
-        return padded, np.array(pixels.shape[:2], np.int32)

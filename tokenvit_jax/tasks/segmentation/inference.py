@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.metrics.confusion import confusion_matrix
-from tokenvit_jax.ops.resize import resize_rows
+from tokenvit_jax.ops.resize import resize_valid
 from tokenvit_jax.tasks.segmentation.losses import pixel_losses
 from tokenvit_jax.tasks.segmentation.settings import windows
 from tokenvit_jax.tasks.segmentation.sliding_window import sliding_logits
@@ -172,27 +171,11 @@ def resized_logits(
       rows: (n,) int, rows of the resized image to return.
       width: number of columns to return; columns from ``new_size[1]`` on are meaningless.
     """
-    resized = (resize_pixels(*view, new_size, rows, width) for view in views)
+    resized = (resize_valid(*view, new_size, rows, width) for view in views)
     if len(views) == 1:
         return next(resized)
     mean = sum(map(jax.nn.softmax, resized)) / len(views)
     return jnp.log(jnp.maximum(mean, jnp.finfo(mean.dtype).tiny))
-
-
-def resize_pixels(
-    logits: jax.Array, size: jax.Array, new_size: jax.Array, rows: jax.Array, width: int
-) -> jax.Array:
-    """Returns rows of an image's logits at another resolution, (n, width, K).
-
-    Args:
-      logits: (H, W, K).
-      size: (2,) int, height and width of the image in the buffer.
-      new_size: (2,) int, height and width of the resized image.
-      rows: (n,) int, rows of the resized image to return.
-      width: number of columns to return; columns from ``new_size[1]`` on are meaningless.
-    """
-    x = resize_rows(logits, size[0], new_size[0], rows).swapaxes(0, 1)
-    return resize_rows(x, size[1], new_size[1], jnp.arange(width)).swapaxes(0, 1)
 
 
 @functools.partial(jax.jit, static_argnames="new_size")
@@ -213,14 +196,3 @@ def largest_labels(views: Sequence[View], new_size: tuple[int, int]) -> jax.Arra
 
     labels = lax.map(predict, jnp.arange(0, height, chunk))
     return labels.reshape(-1, width)[:height]
-
-
-def class_shares(labels: np.ndarray) -> list[tuple[int, float]]:
-    """Returns the labels that occur in a label map, with their shares of the pixels, largest first.
-
-    Args:
-      labels: (H, W) integers.
-    """
-    found, counts = np.unique(labels, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [(int(found[i]), float(counts[i] / labels.size)) for i in order]

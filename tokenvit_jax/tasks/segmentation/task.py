@@ -22,7 +22,6 @@ from tokenvit_jax.tasks.segmentation.examples import (
     size_key,
 )
 from tokenvit_jax.tasks.segmentation.inference import (
-    class_shares,
     compare_views,
     compare_with_labels,
     largest_labels,
@@ -159,7 +158,9 @@ class Segmentation(Task):
         return {"labels": jnp.argmax(logits, -1).astype(jnp.uint8), "logits": logits}
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
-        from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
+        # Here, as they import matplotlib: for drawing only.
+        from tokenvit_jax.pictures.label_maps import class_shares
+        from tokenvit_jax.tasks.segmentation import pictures
 
         self.check()
         names, views_of = self.class_names(), ImageViews(self.config)
