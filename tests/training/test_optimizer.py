@@ -40,6 +40,8 @@ def test_decay_applies_to_kernels_of_dgt_and_to_nothing_else():
         ("cls_token", False),
         ("logit_scale", False),
         ("bias", False),
+        ("queries", False),
+        ("level_embedding", False),
     ],
 )
 def test_decay_of_matrices_goes_by_name(name, decays):

@@ -19,7 +19,9 @@ from tokenvit_jax.ops.packed import norm_packed, update_packed
 from tokenvit_jax.training.freezing import Frozen, map_paths
 
 # Last parts of the names of arrays without weight decay although they are matrices.
-_NO_DECAY_NAME = re.compile(r"bias|scale|pos_embed|position|token$|centroids")
+_NO_DECAY_NAME = re.compile(
+    r"bias|scale|pos_embed|position|token$|centroids|queries$|level_embedding$"
+)
 # A layer without weight decay: the MLP that computes position biases, as in the code of Swin v2.
 _NO_DECAY_LAYER = "position_bias"
 
@@ -57,7 +59,7 @@ def weight_decay_mask(params: dict) -> dict:
     """Returns a tree of bools like `params`: True where weight decay applies.
 
     Weight decay does not apply to biases, norms and scales (recognised as vectors or by name), nor
-    to position embeddings and learned tokens.
+    to position embeddings, learned tokens and queries, and embeddings of levels.
     """
 
     def decays(path: tuple, leaf: jax.Array) -> bool:
