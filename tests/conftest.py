@@ -36,7 +36,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 WITHOUT_KERNELS = {
     "expediting", "heads", "measure", "models", "tasks", "training", "weights",
     "test_benchmark_command.py", "test_configs.py", "test_convert_command.py",
-    "test_depth_commands.py", "test_detection_commands.py",
+    "test_depth_commands.py", "test_detection_commands.py", "test_mask_commands.py",
     "test_evaluate_command.py", "test_expedite_command.py", "test_expedite_costs.py",
     "test_label_command.py", "test_predict_command.py", "test_random_command_lines.py",
     "test_summary_command.py",

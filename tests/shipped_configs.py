@@ -19,6 +19,14 @@ _ARGS = {
     "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),
+    "mask2former": (
+        *(
+            f"{task}_{model}"
+            for task in ("coco_panoptic", "coco_instance", "ade20k_panoptic", "ade20k_semantic")
+            for model in ("swin_t", "swin_s", "swin_b", "swin_l", "clustr_s", "dgt_t", "pale_t")
+        ),
+        "scenes", "scenes_instance", "scenes_semantic",
+    ),
     "mask": (
         "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",
         "swin_b", "swin_t_3x", "swin_s_3x", "swin_b_3x", "scenes",

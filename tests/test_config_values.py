@@ -285,9 +285,44 @@ NARROW_DETECTORS = {
 }  # fmt: skip
 
 
+MASK2FORMER = {
+    "augment.flip": 0.5, "batch_size": 16, "checkpoint_every_steps": 5000, "clip_norm": 0.01,
+    "data.eval_batch_size": 8, "data.workers": "auto", "dtype": "bfloat16",
+    "eval_every_steps": 5000, "head_overrides.num_queries": 100, "optimizer.backbone_factor": 0.1,
+    "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.05,
+} | overrides(drop_path=0.3, remat=False)  # fmt: skip
+MASK_DATASETS = {
+    "coco": {
+        "augment.jitter": (0.1, 2.0), "data.eval_size": (800, 1344), "data.long_side": 1333,
+        "data.result_size": (640, 640), "image_size": 1024, "num_steps": 737_500,
+        "optimizer.milestones": (655_556, 710_184), "optimizer.schedule": "step",
+    },
+    "ade20k": {
+        "augment.long_side": 2560, "augment.photometric": True,
+        "augment.short_sides": tuple(range(320, 1281, 64)), "data.eval_size": (640, 1024),
+        "data.result_size": (2100, 2100), "image_size": 640, "num_steps": 160_000,
+        "optimizer.end_learning_rate": 0.0, "optimizer.power": 0.9,
+        "optimizer.schedule": "polynomial",
+    },
+}  # fmt: skip
+MASK_SCENES = {
+    "augment.jitter": (0.8, 1.25), "batch_size": 16, "checkpoint_every_steps": 300,
+    "clip_norm": 1.0, "data.eval_batch_size": 20, "data.max_segments": 6,
+    "eval_every_steps": 600, "head_overrides.channels": 64, "head_overrides.depth": 3,
+    "head_overrides.encoder_depth": 2, "head_overrides.encoder_hidden": 128,
+    "head_overrides.hidden": 128, "head_overrides.num_heads": 4, "head_overrides.num_queries": 12,
+    "image_size": 128, "log_every_steps": 50, "masks.num_points": 1024, "model": "swin_t",
+    "num_steps": 600, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 60,
+} | overrides(
+    dims=(24, 48, 96, 96), num_heads=(1, 2, 4, 4), depths=(1, 1, 6, 1), window_size=8,
+    drop_path=0.0, remat=False,
+)  # fmt: skip
+
+
 TASKS = {
     "segmenter": "segmentation", "upernet": "segmentation", "semantic": "segmentation",
     "dpt": "depth", "mask": "detection", "retinanet": "detection",
+    "mask2former": "masks",
 }  # fmt: skip
 
 
@@ -322,7 +357,25 @@ def entries_of_detector(name, arg):
     return entries | (DGT | overrides(top_k=392) if model.startswith("dgt") else {})
 
 
+def entries_of_masks(arg):
+    if arg.startswith("scenes"):
+        kind = arg.removeprefix("scenes").strip("_") or "panoptic"
+        dataset = "scene_instances" if kind == "instance" else "scene_segments"
+        return MASK_SCENES | {"dataset": dataset, "inference.kind": kind}
+    dataset, kind, model = arg.split("_", 2)
+    names = {"coco_instance": "coco", "ade20k_semantic": "ade20k"}
+    entries = MASK2FORMER | MASK_DATASETS[dataset] | {"model": model, "inference.kind": kind}
+    entries["dataset"] = names.get(f"{dataset}_{kind}", f"{dataset}_{kind}")
+    if model == "swin_l" and kind != "semantic":
+        entries["head_overrides.num_queries"] = 200
+    if model in ("swin_b", "swin_l"):
+        entries |= overrides(window_size=12)
+    return entries | (DGT | overrides(top_k=512) if model.startswith("dgt") else {})
+
+
 def expected_entries(name, arg):
+    if name == "mask2former":
+        return entries_of_masks(arg)
     if name in NARROW_DETECTORS:
         return entries_of_detector(name, arg)
     if name == "dpt":

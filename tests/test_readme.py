@@ -33,6 +33,7 @@ CONFIGS = [
     ("segmenter_ti", ""),
     ("dpt", "kitti"),
     ("mask_rcnn", "swin_t"),
+    ("mask2former", "scenes"),
 ]
 
 

@@ -38,39 +38,20 @@ RUN_CONFIG = Path(vit_config.__file__)  # of the processes, which compile it aga
 @pytest.fixture(scope="session")
 def env(tmp_path_factory):
     """The environment of the processes: one device each, with shared compiled programs."""
-    return environment(tmp_path_factory.mktemp("compiled"))
+    path = os.pathsep.join([str(CONFIG.parent), os.environ.get("PYTHONPATH", "")])
+    return environment(tmp_path_factory.mktemp("compiled")) | {"PYTHONPATH": path}
 
-    They leave out kernels, whose tracing takes seconds in each of them.
-    """
-    flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(CONFIG.parent), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": " ".join(flags),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TOKENVIT_JAX_KERNELS": "off",
-    }
+
+def command_of(command, workdir, *arguments):
+    """Returns a command with the tiny configuration."""
+    flags = f"--config={RUN_CONFIG}", f"--workdir={workdir}"
+    return ["-m", f"tokenvit_jax.{command}", *flags, *arguments]
 
 
 @pytest.fixture(scope="session")
 def start(env):
     """Starts a command with the tiny configuration in a process of its own."""
-
-    def start_process(command, workdir, *arguments):
-        module = f"tokenvit_jax.{command}"
-        flags = [f"--config={RUN_CONFIG}", f"--workdir={workdir}", *arguments]
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-
-    return start_process
+    return lambda *command: started.start(command_of(*command), env, process_group=0)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ class UprightScenesSource(ScenesSource):
         return np.arange(len(self)) % 2 == 1
 
     def read(self, index: int) -> Record:
-        image, digits = self.draw(index)
+        image, digits, _ = self.draw(index)
         left, top = (index, 0) if self.portrait()[index] else (0, index)
         parts = [(digit, strokes[top:, left:]) for digit, strokes in digits]
         seen = [(digit, strokes) for digit, strokes in parts if strokes.any()]
@@ -46,7 +46,7 @@ def open_split(config: ConfigDict, split: str) -> UprightScenesSource:
 def annotations(config: ConfigDict, split: str) -> dict[str, Any]:
     source = UprightScenesSource(split)
     found = [
-        coco_annotations([(i, record["instances"])], record["image"].size[::-1], INFO.classes)
+        coco_annotations([(i, record["image"].size[::-1], record["instances"])], INFO.classes)
         for i, record in enumerate(map(source.read, range(len(source))))
     ]
     objects = [entry for each in found for entry in each["annotations"]]

@@ -21,6 +21,8 @@ it like any other run.
     mmseg0          the same of mmsegmentation 0.x, such as Swin's own code for segmentation
     mmdet           swin with RetinaNet or Mask R-CNN of mmdetection 3.x
     swin_detection  the same of Swin's own code for detection
+    mask2former     swin with Mask2Former of facebookresearch/Mask2Former (also .pkl)
+    mask2former_hub the same of transformers
 
 The arrays determine the settings of the model and the number of classes. A file without a
 classifier becomes a run without one, from which training can start. 1000 classes are ImageNet's;
@@ -50,6 +52,11 @@ evaluation. The sizes of label maps (`data.label_size`) are not in the file.
 
 mmdetection: images have a shorter side of 800 pixels and a longer one of at most 1333, as in the
 published evaluation, and lie in a canvas of 800 x 1344 pixels, or 1344 x 800.
+
+Mask2Former: a file with 150 or 100 classes is one for ADE20K, any other one for COCO, and the sizes
+of images in training and evaluation are those of its recipe. The numbers of classes and queries
+tell what it was trained for, but smaller models for ADE20K have 100 queries in all tasks: with 150
+classes they become semantic, and evaluate takes another `inference.kind`.
 """
 
 import ast

@@ -297,6 +297,22 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "kmeans": {"": Case(ops.kmeans, (TOKENS, _first(196, 49)), 1, 0, chooses=True)},
     "kmedoids": {"": Case(ops.kmedoids, (TOKENS, _first(196, 49)), 1, 0, chooses=True)},
+    "deformable_attention": {
+        "": Case(
+            functools.partial(ops.deformable_attention, shapes=((20, 28), (10, 14))),
+            (
+                _normal(0, 2, 700, 4, 32), _uniform(1, 2, 99, 4, 2, 3, 2),
+                _uniform(2, 2, 99, 4, 2, 3),
+            ), 1, 3,
+        )
+    },
+    "masked_attention": {
+        "": Case(
+            ops.masked_attention,
+            (_normal(0, 2, 20, 4, 32), _normal(1, 2, 99, 4, 32), _normal(2, 2, 99, 4, 32),
+             _uniform(3, 2, 20, 99) < 0.3), 3, 3,
+        )
+    },
     "merge_tokens": {
         "": Case(
             lambda x, scores, assignment: ops.merge_tokens(x, assignment, 49, scores),
@@ -356,6 +372,7 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "scored_attention": {"": Case(ops.scored_attention, tuple(x[:, :99] for x in QKV), 3, 3)},
+    "sine_positions": {"": Case(lambda: ops.sine_positions((20, 30), 64), (), 0, 0)},
     "standardize_kernels": {
         "": Case(
             lambda *kernels: ops.standardize_kernels([*kernels], 1e-8, kernels[0].dtype),

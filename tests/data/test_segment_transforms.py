@@ -10,6 +10,7 @@ from tokenvit_jax.data.instances import instances_of
 from tokenvit_jax.data.record import Segments
 from tokenvit_jax.data.segment_transforms import (
     GREY,
+    LAYERS,
     NO_SEGMENT,
     cropped_view,
     jittered_view,
@@ -126,6 +127,12 @@ def test_semantic_targets_are_the_classes_that_are_seen():
     assert (found["segments"] == 1).sum() == 12 * 24  # 10 x 20 pixels, 1.2 times as large
 
 
+def masks_of(example, count):
+    """Returns the masks of the first objects of an example (count, H, W)."""
+    places = np.arange(1, count + 1).reshape(-1, 1, 1, 1)
+    return (example["segments"] == places).any(1)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_objects_overlap_and_those_outside_are_dropped(view):
     rng = np.random.default_rng(1)
@@ -141,26 +148,39 @@ def test_objects_overlap_and_those_outside_are_dropped(view):
             column, row = source_pixel(view, x, y)
             expected[:, y, x] = [mask[row, column] for mask in masks[:3]]
     kept = [i for i in range(3) if expected[i].any()]
+    areas = expected.sum((1, 2))
+    kept.sort(key=lambda i: -areas[i])
     found = view_instances(objects, SIZE, view, CANVAS, 4)
-    assert found["bits"].shape == (4, 48, 8) and found["bits"].dtype == np.uint8
-    bits = np.unpackbits(found["bits"], axis=2).astype(bool)
-    np.testing.assert_array_equal(bits[: len(kept)], expected[kept])
-    assert not bits[len(kept) :].any() and found["segments_left_out"] == 0
+    assert found["segments"].shape == (LAYERS, *CANVAS) and found["segments"].dtype == np.int16
+    np.testing.assert_array_equal(masks_of(found, len(kept)), expected[kept])
+    assert found["segments"].max() == len(kept) and found["segments_left_out"] == 0
     assert found["classes"].tolist() == [[5, 1, 7][i] for i in kept] + [-1] * (4 - len(kept))
 
-    areas = expected.sum((1, 2))
     one = view_instances(objects, SIZE, view, CANVAS, 1)
     assert one["classes"].tolist() == [[5, 1, 7][int(areas.argmax())]]
     assert one["segments_left_out"] == len(kept) - 1
-    np.testing.assert_array_equal(one["bits"], np.packbits(expected[[areas.argmax()]], axis=2))
+    np.testing.assert_array_equal(masks_of(one, 1), expected[[areas.argmax()]])
 
 
-def test_no_objects_and_a_canvas_whose_rows_are_no_bytes():
-    none = instances_of([], [])
-    found = view_instances(none, SIZE, VIEWS[0], CANVAS, 2)
-    assert not found["bits"].any() and found["classes"].tolist() == [-1, -1]
-    with pytest.raises(ValueError, match=r"canvas=\(48, 60\) is not valid; valid: a width that is"):
-        view_instances(none, SIZE, VIEWS[1], (48, 60), 2)
+def test_no_objects():
+    found = view_instances(instances_of([], []), SIZE, VIEWS[0], CANVAS, 2)
+    assert not found["segments"].any() and found["classes"].tolist() == [-1, -1]
+
+
+def test_objects_that_overlap_others_in_all_maps_are_left_out():
+    masks = [np.zeros(SIZE[::-1], bool) for _ in range(LAYERS + 2)]
+    for number, mask in enumerate(masks[:-1]):
+        mask[: 30 - number, :20] = True
+    masks[-1][-3:] = True  # apart from the others, and small
+    objects = instances_of(masks, range(LAYERS + 2))
+    found = view_instances(objects, SIZE, View((0, 0, *SIZE), SIZE), CANVAS, LAYERS + 2)
+    kept = [*range(LAYERS), LAYERS + 1]
+    assert found["segments_left_out"] == 1
+    assert found["classes"].tolist() == [*kept, -1]
+    expected = np.zeros((len(kept), *CANVAS), bool)
+    expected[:, : SIZE[1], : SIZE[0]] = [masks[i] for i in kept]
+    np.testing.assert_array_equal(masks_of(found, len(kept)), expected)
+    assert found["segments"][0].max() == len(kept)  # in the first map, as there is room
 
 
 def test_both_forms_of_the_digits_of_a_scene_agree():
@@ -171,11 +191,15 @@ def test_both_forms_of_the_digits_of_a_scene_agree():
         view = jittered_view((128, 128), (96, 96), (0.3, 2), flip=0.5, rng=rng)
         a = view_segments(record["segments"], view, (96, 96), 3, classes=things)
         b = view_instances(record["instances"], (128, 128), view, (96, 96), 3)
-        assert a["classes"].tolist() == b["classes"].tolist()
         assert a["segments_left_out"] == b["segments_left_out"]
-        for place, bits in enumerate(np.unpackbits(b["bits"], axis=2), 1):
-            np.testing.assert_array_equal(a["segments"] == place, bits)
-            compared += bool(bits.any())
+        count = int((b["classes"] >= 0).sum())
+        order = np.argsort(
+            [-(a["segments"] == i).sum() for i in range(1, count + 1)], kind="stable"
+        )
+        assert b["classes"][:count].tolist() == a["classes"][order].tolist()
+        for place, mask in zip(order + 1, masks_of(b, count), strict=True):
+            np.testing.assert_array_equal(a["segments"] == place, mask)
+            compared += bool(mask.any())
     assert compared > 20
 
 

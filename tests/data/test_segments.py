@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenvit_jax.data.record import Segments
+from tokenvit_jax.data.record import Record, Segments
 from tokenvit_jax.data.segments import (
     class_segments,
     decode_ids,
     encode_ids,
+    label_map_of,
     panoptic_annotations,
     read_segments,
     segment_entries,
@@ -106,7 +107,11 @@ def test_segments_of_masks_and_of_label_maps():
     for number, label in zip(found.numbers, found.classes, strict=True):
         np.testing.assert_array_equal(found.ids == number, label_map == label)
     np.testing.assert_array_equal(found.ids == 0, label_map == 255)
-    assert not len(class_segments(np.full((2, 2), 255, np.uint8)).classes)
+    void = class_segments(np.full((2, 2), 255, np.uint8))
+    assert not len(void.classes)
+    for wanted in (label_map, np.full((2, 2), 255, np.uint8)):
+        back = label_map_of(Record(segments=class_segments(wanted)))
+        np.testing.assert_array_equal(back, wanted)
 
 
 def test_things_become_objects():

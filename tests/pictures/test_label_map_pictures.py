@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tokenvit_jax.pictures.draw import as_rgb, distinct_colors
-from tokenvit_jax.tasks.segmentation.inference import class_shares
-from tokenvit_jax.tasks.segmentation.pictures import label_image, plot_segmentation
+from tokenvit_jax.pictures.label_maps import class_shares, label_image, plot_segmentation
 
 rng = np.random.default_rng(0)
 

@@ -122,6 +122,22 @@ CASES = {
         },
         "mix.mixup",
     ),
+    "masks": Case(
+        {
+            "dataset": "scene_segments",
+            **TINY_SWIN,
+            "head_overrides": {
+                "num_queries": 6, "channels": 32, "num_heads": 2, "num_points": 1,
+                "encoder_depth": 1, "encoder_hidden": 8, "depth": 1, "hidden": 8,
+            },
+            "inference.kind": "semantic",  # whose metrics are not 0 for random weights
+            "masks.num_points": 16,
+            "data.max_segments": 5,
+            "image_size": 128,
+            "optimizer.learning_rate": 0.01,  # the loss is ten times as large as that of others
+        },
+        "mix.mixup",
+    ),
     "upernet": Case(
         {
             "dataset": "scenes",
@@ -266,6 +282,7 @@ FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapPara
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
+    "masks": [(devices.PmapParallel, 2)],
     "upernet": [(devices.PmapParallel, 2)],
 }
 STEPS = [(name, *form) for name in CASES for form in JOINED.get(name, FORMS)]

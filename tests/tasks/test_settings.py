@@ -26,7 +26,7 @@ from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, ZeroOr
 
 DATASETS = {
     "classification": "digits", "segmentation": "scenes", "depth": "depth_scenes",
-    "detection": "scene_instances",
+    "detection": "scene_instances", "masks": "scene_segments",
 }  # fmt: skip
 NAN, INF = math.nan, math.inf
 # Values that no entry takes.

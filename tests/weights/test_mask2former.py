@@ -11,7 +11,9 @@ import pytest
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Mask2Former
 from tokenvit_jax.models.swin import Swin, SwinSettings
+from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.masks.model import MaskSegmenter
+from tokenvit_jax.tasks.masks.settings import check_sizes, eval_canvas
 from tokenvit_jax.weights import export_variables, import_variables
 from tokenvit_jax.weights.mask2former import DETECTRON2, HUB
 
@@ -80,18 +82,35 @@ def test_a_file_determines_the_settings(variables):
         assert layout.missing_marks(arrays) == []
         assert len(other.missing_marks(arrays)) == 3
         # With 8 heads, as in published models, a head has half as many points.
-        assert layout.config_entries(arrays) == {"head_overrides": sizes}
+        assert layout.config_entries(arrays)["head_overrides"] == sizes
         assert layout.model_overrides(arrays) == {"window_size": 2}
         assert layout.num_classes(arrays) == 4
         assert layout.num_classes({}) == 0
-        assert layout.config_entries({}) == {"head_overrides": {}}
+        assert layout.config_entries({})["head_overrides"] == {}
 
 
-def test_trained_sizes():
-    name = "sem_seg_head.predictor.class_embed.weight"
-    for classes, size in ((150, 640), (100, 640), (133, 1024), (80, 1024)):
-        arrays = {name: np.zeros((classes + 1, 2))}
-        assert DETECTRON2.image_size(None, arrays) == size
+@pytest.mark.parametrize(
+    ("classes", "queries", "kind", "size"),
+    [
+        (150, 100, "semantic", 640), (150, 200, "panoptic", 640), (100, 200, "instance", 640),
+        (133, 100, "panoptic", 1024), (133, 200, "panoptic", 1024), (80, 200, "instance", 1024),
+        (7, 10, "panoptic", 1024),
+    ],
+)  # fmt: skip
+def test_what_a_model_was_trained_for(classes, queries, kind, size):
+    arrays = {
+        "sem_seg_head.predictor.class_embed.weight": np.zeros((classes + 1, 2)),
+        "sem_seg_head.predictor.query_feat.weight": np.zeros((queries, 2)),
+    }
+    assert DETECTRON2.image_size(None, arrays) == size
+    entries = DETECTRON2.config_entries(arrays)
+    assert entries["inference"] == {"kind": kind}
+    config = default_config("masks")
+    config.image_size = size
+    config.data.update(entries["data"])
+    check_sizes(config)
+    short_side = {640: 640, 1024: 800}[size]
+    assert eval_canvas(config).short_side == short_side
 
 
 def test_entries_without_a_counterpart(variables):

@@ -115,7 +115,7 @@ def label_field(config: ConfigDict) -> str:
       UserError: such datasets have nothing for the task.
     """
     task = config.get("task", "classification")
-    fields = {"classification": "label", "segmentation": "label_map"}
+    fields = {"classification": "label", "segmentation": "label_map", "masks": "label_map"}
     if task not in fields:
         raise UserError(
             f"config.dataset={config.dataset!r} has nothing for config.task={task!r}; valid for "

@@ -23,6 +23,7 @@ from tokenvit_jax.run_lengths import decode_mask
 
 Example = dict[str, np.ndarray]
 NO_SEGMENT = -1  # class at places of the padded list that hold no segment
+LAYERS = 4  # maps of objects that overlap: as many lie over one pixel
 GREY = 128  # of the padding in the recipes, before pixels are normalised
 
 
@@ -200,32 +201,35 @@ def view_instances(
       instances: the objects of the image.
       size: width and height of the image [pixels].
       view: the view, at most as large as the canvas.
-      canvas: height and width of the canvas [pixels]; the width is a multiple of 8.
+      canvas: height and width of the canvas [pixels].
       max_segments: M; the largest in the view remain.
 
     Returns:
-      `bits` (M, H, W / 8) uint8, rows packed by `numpy.packbits`; `classes` and `segments_left_out`
-      as in :func:`view_segments`.
-
-    Raises:
-      ValueError: the width of the canvas is no multiple of 8.
+      `segments` (LAYERS, H, W) int16: an object is in the first map where it overlaps no larger
+      one; `classes` and `segments_left_out` as in :func:`view_segments`. Objects that overlap
+      others in all maps are left out.
     """
-    if canvas[1] % 8:
-        raise ValueError(f"canvas={canvas} is not valid; valid: a width that is a multiple of 8")
-    targets = np.flatnonzero(~instances.crowd)
     rows, columns = source_pixels(size, view)
-    bits = np.zeros((len(targets), canvas[0], canvas[1] // 8), np.uint8)
-    for packed, target in zip(bits, targets, strict=True):
-        mask = decode_mask(instances.masks[target], size[::-1]).take(rows, 0).take(columns, 1)
-        row = np.packbits(mask, axis=1)
-        packed[: row.shape[0], : row.shape[1]] = row
-    areas = np.bitwise_count(bits).sum((1, 2), dtype=np.int64)
-    kept = _largest(areas, max_segments, keep_empty=False)
-    padded = np.zeros((max_segments, *bits.shape[1:]), np.uint8)
-    padded[: len(kept)] = bits[kept]
-    left_out = np.count_nonzero(areas) - len(kept)
-    found = instances.classes[targets[kept]]
-    return {"bits": padded, **_padded_classes(found, max_segments, left_out)}
+    masks = {
+        target: decode_mask(instances.masks[target], size[::-1]).take(rows, 0).take(columns, 1)
+        for target in np.flatnonzero(~instances.crowd)
+    }
+    areas = {target: mask.sum() for target, mask in masks.items() if mask.any()}
+    layers = np.zeros((LAYERS, *canvas), np.int16)
+    kept = []
+    for target in sorted(areas, key=lambda target: -areas[target]):
+        mask = masks[target]
+        height, width = mask.shape
+        free = [not layer[:height, :width][mask].any() for layer in layers]
+        if len(kept) == max_segments or not any(free):
+            continue
+        kept.append(target)
+        layers[free.index(True), :height, :width][mask] = len(kept)
+    left_out = len(areas) - len(kept)
+    return {
+        "segments": layers,
+        **_padded_classes(instances.classes[kept], max_segments, left_out),
+    }
 
 
 def _largest(areas: np.ndarray, count: int, keep_empty: bool) -> np.ndarray:

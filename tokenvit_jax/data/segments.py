@@ -15,7 +15,7 @@ from PIL import Image
 from tokenvit_jax.data.decoding import opened
 from tokenvit_jax.data.instances import instances_of
 from tokenvit_jax.data.label_maps import check_format, check_label_size
-from tokenvit_jax.data.record import IGNORED, Instances, Segments
+from tokenvit_jax.data.record import IGNORED, Instances, Record, Segments
 from tokenvit_jax.errors import UserError
 
 MAX_ID = 2**24 - 1  # a pixel of a PNG has 24 bits
@@ -53,6 +53,20 @@ def class_segments(label_map: np.ndarray) -> Segments:
     )
 
 
+def label_map_of(record: Record) -> np.ndarray:
+    """Returns the class of every pixel of a record (H, W) uint8, or IGNORED.
+
+    Args:
+      record: has a label map or segments.
+    """
+    if "label_map" in record:
+        return record["label_map"]
+    segments = record["segments"]
+    table = np.full(segments.numbers.max(initial=0) + 1, IGNORED, np.uint8)
+    table[segments.numbers] = segments.classes
+    return table[segments.ids]
+
+
 def thing_instances(segments: Segments, things: Collection[int]) -> Instances:
     """Returns the segments of some classes as objects; those without pixels are left out.
 
@@ -82,10 +96,15 @@ def encode_ids(ids: np.ndarray) -> bytes:
     """
     if ids.min() < 0 or ids.max() > MAX_ID:
         raise ValueError(f"ids are from {ids.min()} to {ids.max()}; valid: 0 to {MAX_ID:,}")
-    pixels = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(id_pixels(ids)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def id_pixels(ids: np.ndarray) -> np.ndarray:
+    """Returns identifiers (H, W) as pixels (H, W, 3) uint8: R + 256 G + 65,536 B."""
+    ids = ids.astype(np.int32)
+    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
 
 
 def decode_ids(file: bytes | Path, image_size: tuple[int, int]) -> np.ndarray:

@@ -84,7 +84,7 @@ class Counts(NamedTuple):
 
     Attributes:
       classes: sum of the weights of all queries, 1 for a segment and less for no object.
-      segments: number of segments.
+      segments: number of segments, above 0.
     """
 
     classes: jax.Array
@@ -144,7 +144,9 @@ def mask_losses(
       masks: logits of masks (n, B, Q, h, w), of a coarser grid than the targets'.
       targets: segments; M at most Q.
       keys: a random key for each image (B,).
-      counts: sums of :func:`count_segments` over all images of the batch, () each.
+      counts: sums of :func:`count_segments` over all images of the batch, () each. A part of the
+        batch takes its share of them, so that the mean over parts is the loss of the batch. Both
+        are above 0: a batch without segments counts as one segment.
       num_points: points P of a mask.
       weights: weights of the matching; those of the losses are left to the caller.
       no_object_weight: weight of queries without a segment.
@@ -173,8 +175,7 @@ def mask_losses(
     numbers = jnp.arange(len(logits))
     queries = match_queries(lax.map(costs, lax.stop_gradient((numbers, logits, masks))), targets)
     classes, *others = (x.sum(1) for x in lax.map(losses, (numbers, logits, masks, queries)))
-    segments = jnp.maximum(counts.segments, 1)
-    return Losses(classes / counts.classes, *(x / segments for x in others))
+    return Losses(classes / counts.classes, *(x / counts.segments for x in others))
 
 
 def matching_costs(

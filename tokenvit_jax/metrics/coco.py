@@ -46,22 +46,34 @@ class CocoMeter:
         rows = outcome.rows
         for i in np.flatnonzero(rows["mask"] > 0):
             index = int(rows["index"][i])
-            self._seen.add(index)
+            self.see(index)
             size = tuple(map(int, rows["original_size"][i]))
             for place in np.flatnonzero(rows["classes"][i] >= 0):
                 box = np.asarray(rows["boxes"][i, place], np.float64)
-                found = {
-                    "index": index,
-                    "class": int(rows["classes"][i, place]),
-                    "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
-                    "score": float(rows["scores"][i, place]),
-                }
+                found = {"bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]}
                 if self._has_masks:
                     part = paste_part(rows["masks"][i, place], box, size)
                     counts = encode_part(*part, size)
                     found["segmentation"] = {"size": list(size), "counts": counts}
-                self._found.append(found)
+                values = (rows[name][i, place] for name in ("classes", "scores"))
+                self.add_found(index, *values, **found)
+
+    def see(self, index: int) -> None:
+        """Notes that a record of the split was evaluated; it may have no detections."""
+        self._seen.add(index)
         self._evaluated = {}
+
+    def add_found(self, index: int, label: int, score: float, **found: Any) -> None:
+        """Adds a detection.
+
+        Args:
+          index: its record in the split.
+          label: its class.
+          score: its score.
+          **found: "bbox" [x, y, width, height, pixels], and "segmentation", a run-length encoding.
+        """
+        own = {"index": index, "class": int(label), "score": float(score)}
+        self._found.append(own | found)
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the detections in COCO's format of results, with its identifiers.

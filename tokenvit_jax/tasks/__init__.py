@@ -9,6 +9,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.depth import Depth
 from tokenvit_jax.tasks.detection import Detection
+from tokenvit_jax.tasks.masks import Masks
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
 from tokenvit_jax.valid import OneOf, shown
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "segmentation": Segmentation,
     "depth": Depth,
     "detection": Detection,
+    "masks": Masks,
 }
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Classification",
     "Depth",
     "Detection",
+    "Masks",
     "Meter",
     "Outcome",
     "Prediction",

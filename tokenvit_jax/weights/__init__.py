@@ -12,6 +12,7 @@ from tokenvit_jax.weights import (
     dpt,
     google,
     huggingface,
+    mask2former,
     mmdet,
     mmseg,
     segmenter,
@@ -56,6 +57,8 @@ LAYOUTS = {  # name of a layout -> family of models -> its layout
     "mmseg0": {"swin": mmseg.VERSION_0},
     "mmdet": {"swin": mmdet.MMDET},
     "swin_detection": {"swin": mmdet.SWIN},
+    "mask2former": {"swin": mask2former.DETECTRON2},
+    "mask2former_hub": {"swin": mask2former.HUB},
 }
 
 

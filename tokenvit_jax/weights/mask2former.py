@@ -32,6 +32,12 @@ NUM_HEADS = 8  # of all published models; the arrays do not tell them
 ADE20K_CLASSES = (100, 150)  # numbers of classes of the models for ADE20K
 # Sides of the images that models were trained on [pixels].
 ADE20K_SIZE, COCO_SIZE = 640, 1024
+# Sizes of the evaluation, as entries.
+ADE20K_DATA = {"eval_size": (640, 1024), "result_size": (2100, 2100)}
+COCO_DATA = {"eval_size": (800, 1344), "long_side": 1333, "result_size": (640, 640)}
+# Kind of the segments by the number of classes; semantic models for ADE20K have 100 queries.
+KINDS = {80: "instance", 100: "instance", 133: "panoptic", 150: "panoptic"}
+SEMANTIC = (150, 100)
 
 
 def _in_projection(ours: str, theirs: str) -> list[Rule]:
@@ -171,7 +177,7 @@ def _name(rules: Sequence[Rule], ours: str, number: int = 0) -> str:
 
 
 def _config_entries(arrays: Arrays, rules: Sequence[Rule]) -> dict[str, Any]:
-    """Returns the head with its settings as entries."""
+    """Returns the settings of the head, the kind of segments and the sizes as entries."""
 
     def size(ours, axis=0):
         return size_of(arrays, _name(rules, f"head/{ours}"), axis)
@@ -190,7 +196,13 @@ def _config_entries(arrays: Arrays, rules: Sequence[Rule]) -> dict[str, Any]:
         "depth": count("decoder/layer_{}/fc1/bias"),
         "hidden": size("decoder/layer_{}/fc1/bias"),
     }
-    return {"head_overrides": {name: found for name, found in sizes.items() if found}}
+    classes = _num_classes(arrays, rules)
+    kind = KINDS.get(classes, "panoptic")
+    return {
+        "head_overrides": {name: found for name, found in sizes.items() if found},
+        "inference": {"kind": "semantic" if (classes, sizes["num_queries"]) == SEMANTIC else kind},
+        "data": ADE20K_DATA if classes in ADE20K_CLASSES else COCO_DATA,
+    }
 
 
 def _layout(attention: str, rules: Any, head: Sequence[Rule], **others: Any) -> Layout:
