@@ -15,12 +15,13 @@ segmentation model gives the classes of the pixels, blended over the image and a
 same size (a PNG whose pixels are the labels). A depth model gives the depth in colours with a scale
 in metres, and as a PNG of 16 bits with 256 values per metre. A detector gives boxes with classes
 and scores, and blends the masks of Mask R-CNN over the image; the picture leaves out scores below
-0.3. If a model clusters patches by
-`expedite`, the borders of the superpixels are drawn; an image that is predicted in several windows
-shows the superpixels of the middle window. --attention also draws where a ViT or DeiT attends: the
-heads of its last block, and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best
-(highest score of the task) or a step. --config.key=value changes an entry of the run's
-configuration, such as --config.inference.flip; --config=CONFIG.py replaces it.
+0.3. Mask2Former gives the classes of the pixels, objects with their masks, or panoptic segments,
+also as a PNG in COCO's panoptic format. If a model clusters patches by `expedite`, the borders of
+the superpixels are drawn; an image that is predicted in several windows shows the superpixels of
+the middle window. --attention also draws where a ViT or DeiT attends: the heads of its last block,
+and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best (highest score of the
+task) or a step. --config.key=value changes an entry of the run's configuration, such as
+--config.inference.flip; --config=CONFIG.py replaces it.
 """
 
 from pathlib import Path
