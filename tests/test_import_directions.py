@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "pictures": "models layers ops errors",
     "weights": "heads models layers ops output errors",
     "heads": "models layers ops valid errors",
-    "metrics": "run_lengths errors",
+    "metrics": "data run_lengths errors",
     "models": "layers ops kernels published valid errors",
     "data": "config output progress run_lengths stopping valid errors",
     "layers": "ops valid errors",

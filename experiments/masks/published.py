@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import tokenvit_jax as tv
 from tokenvit_jax.heads import Mask2Former
+from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.swin import SwinSettings
 from tokenvit_jax.tasks.masks.model import MaskSegmenter
 
@@ -103,10 +104,21 @@ NETWORKS = (
 ADE20K_SEMANTIC = ((640, 640), 403)
 
 
-def model_of(network: Network) -> MaskSegmenter:
-    """Returns the model of a network."""
-    backbone = tv.create_model(MODEL, window_size=WINDOW, num_classes=0)
+def model_of(network: Network, expedite: Expedite | None = None) -> MaskSegmenter:
+    """Returns the model of a network, whose backbone may cluster tokens."""
+    backbone = tv.create_model(MODEL, window_size=WINDOW, num_classes=0, expedite=expedite)
     return MaskSegmenter(backbone, Mask2Former(network.num_classes, network.num_queries))
+
+
+def expedite_of(row: Expedited, location: int) -> Expedite:
+    """Returns the setting of a row, with the clustering at a location as in `Expedited`."""
+    swin: SwinSettings = tv.create_model(MODEL).settings
+    stage = swin.expedited_stage
+    alpha = location - sum(swin.depths[:stage])
+    return Expedite(
+        alpha, swin.depths[stage] - alpha, (CENTERS, CENTERS), window=row.window,
+        iterations=row.iterations, neighbors=row.neighbors, temperature=row.temperature,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,20 +10,26 @@ import pytest
 from experiments.masks.published import (
     ADE20K_SEMANTIC,
     BACKBONE_SIZE,
+    CENTERS,
     EXPEDITE,
     NETWORKS,
     PLAIN_GMACS,
     PRODUCTS,
+    RELEASED,
+    WINDOW,
     backbone_macs,
     decoder_macs,
+    expedite_of,
     model_of,
     network_gmacs,
     pixel_decoder_macs,
     semantic_gmacs,
 )
 from tokenvit_jax.heads.masked_decoder import SEEN
+from tokenvit_jax.layers import AddLayerNorm, LayerNorm
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.ops.counted import MAC_FORMULAS, PREFIX
 
 BY_NAME = {network.name: network for network in NETWORKS}
 # Parameters of the backbone with four norms, of the pixel decoder, and of the decoder of queries.
@@ -153,6 +159,60 @@ def test_products_of_the_backbone():
     apply = functools.partial(model.backbone.apply, train=False, method="features")
     macs = count_macs(apply, {"params": params["backbone"]}, images(size))
     assert macs == backbone_macs(size, PRODUCTS)
+
+
+def norm_elements(backbone, variables, size):
+    """Returns the number of elements that the LayerNorms of a backbone and its maps normalise."""
+    run = functools.partial(
+        backbone.apply, train=False, method="features", capture_intermediates=is_norm, mutable=True
+    )
+    maps, state = jax.eval_shape(run, variables, images(size))
+    found = jax.tree.leaves(state["intermediates"], is_leaf=lambda x: isinstance(x, tuple))
+    # A norm of a residual sum returns the sum as well.
+    return sum(math.prod(jax.tree.leaves(x)[-1].shape) for x in (*maps, *found))
+
+
+def is_norm(module, method):
+    return method == "__call__" and isinstance(module, LayerNorm | AddLayerNorm)
+
+
+@pytest.mark.parametrize(
+    ("row", "location"),
+    [
+        (None, 0),
+        *((row, at) for row in EXPEDITE for at in sorted({row.location, row.counted_location})),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_network_has_the_reported_costs(row, location):
+    """Products and norms of the network that runs; clustering and resizing by the released rules.
+
+    The network's own products of clustering and of resizing tables do not count. The sum equals the
+    rules for the whole backbone exactly, so the residual of the published number, below 0.34, is
+    that of the rules.
+    """
+    name = "COCO panoptic"
+    backbone = model_of(BY_NAME[name], row and expedite_of(row, location)).backbone
+    variables = {"params": shapes(name)[1]["backbone"]}
+    macs = RELEASED.norm * norm_elements(backbone, variables, BACKBONE_SIZE)
+    own = [name.removeprefix(PREFIX) for name in MAC_FORMULAS]
+    own = [name for name in own if name.startswith(("cluster_superpixels", "reconstruct_tokens"))]
+    run = functools.partial(backbone.apply, train=False, method="features")
+    macs += count_macs(run, variables, images(BACKBONE_SIZE), leave_out=tuple(own))
+    if row:
+        swin = backbone.settings
+        heads, dim = swin.num_heads[2], swin.dims[2]
+        tokens = math.prod(side // 16 for side in BACKBONE_SIZE)  # of the third stage
+        blocks = sum(swin.depths[:3]) - location
+        old, new = 2 * WINDOW - 1, 2 * CENTERS - 1
+        macs -= blocks * heads * (new * old**2 + new**2 * old)
+        macs += blocks * heads * RELEASED.resize * new**2
+        macs += tokens * dim * (RELEASED.pool + 2 * (row.iterations + 1) * CENTERS**2)
+        assert macs == backbone_macs(BACKBONE_SIZE, location=location, iterations=row.iterations)
+    else:
+        assert macs == backbone_macs(BACKBONE_SIZE)
+    if row is None or location == row.counted_location:
+        assert macs / 1e9 == pytest.approx(row.gmacs if row else PLAIN_GMACS, abs=0.34)
 
 
 def test_products_of_the_pixel_decoder():

@@ -5,12 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tokenvit_jax.data.record import Segments
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.metrics.panoptic import PanopticMeter, Segments, panoptic_counts, qualities
+from tokenvit_jax.metrics.panoptic import PanopticMeter, panoptic_counts, qualities
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "panoptic_quality.npz"))
 IMAGES = range(4)
 CATEGORIES = GOLDEN["categories"].tolist()
+
+
+def segments(ids, numbers, classes, crowd=None, areas=None):
+    """Returns segments, whose areas are those of the map unless they are given."""
+    numbers = np.array(numbers, int)
+    if areas is None:
+        areas = np.array([(ids == number).sum() for number in numbers], int)
+    crowd = np.zeros(len(numbers), bool) if crowd is None else np.array(crowd)
+    return Segments(ids, numbers, np.array(classes, int), crowd, areas)
 
 
 def images_of_panopticapi(*, crowd_as_void=False):
@@ -22,24 +32,24 @@ def images_of_panopticapi(*, crowd_as_void=False):
         if crowd_as_void:
             id_map = np.where(np.isin(id_map, ids[crowd]), 0, id_map)
             ids, classes, crowd = (x[~crowd] for x in (ids, classes, crowd))
-        truth = Segments(id_map, ids, [CATEGORIES.index(c) for c in classes], crowd)
+        truth = segments(id_map, ids, [CATEGORIES.index(c) for c in classes], crowd)
         ids, classes = GOLDEN[f"pred_segments_{i}"].T
-        yield truth, Segments(GOLDEN[f"pred_{i}"], ids, [CATEGORIES.index(c) for c in classes])
+        yield truth, segments(GOLDEN[f"pred_{i}"], ids, [CATEGORIES.index(c) for c in classes])
 
 
 def naive(truth, found, num_classes):
     """Compares every pair of segments by their masks."""
     counts, matched = np.zeros((num_classes, 4)), set()
-    void = truth.id_map == 0
+    void = truth.ids == 0
     crowds = {}
     for i, label in enumerate(truth.classes):
-        mask = truth.id_map == truth.ids[i]
-        if truth.crowd is not None and truth.crowd[i]:
+        mask = truth.ids == truth.numbers[i]
+        if truth.crowd[i]:
             crowds[label] = mask
             continue
-        area = mask.sum() if truth.areas is None else truth.areas[i]
+        area = truth.areas[i]
         for j, other in enumerate(found.classes):
-            prediction = found.id_map == found.ids[j]
+            prediction = found.ids == found.numbers[j]
             shared = (mask & prediction).sum()
             union = area + prediction.sum() - shared - (prediction & void).sum()
             if label == other and shared and shared / union > 0.5:
@@ -49,7 +59,7 @@ def naive(truth, found, num_classes):
         else:
             counts[label, 3] += 1
     for j, label in enumerate(found.classes):
-        prediction = found.id_map == found.ids[j]
+        prediction = found.ids == found.numbers[j]
         outside = (prediction & void).sum() + (prediction & crowds.get(label, False)).sum()
         counts[label, 2] += j not in matched and not outside / prediction.sum() > 0.5
     return counts
@@ -84,21 +94,21 @@ def test_counts_equal_loops():
         id_map = np.where(noise, draw.choice([0, *ids], id_map.shape), id_map)
         true_map[0, :5], id_map[-1, :4] = true_ids, ids  # every segment has a pixel
         areas = [None, draw.integers(20, 90, 5)][seed % 2]
-        truth = Segments(true_map, true_ids, draw.integers(3, size=5), draw.random(5) < 0.3, areas)
-        found = Segments(id_map, ids, draw.integers(3, size=4))
+        truth = segments(true_map, true_ids, draw.integers(3, size=5), draw.random(5) < 0.3, areas)
+        found = segments(id_map, ids, draw.integers(3, size=4))
         np.testing.assert_allclose(panoptic_counts(truth, found, 3), naive(truth, found, 3))
 
 
 def test_last_crowd_of_a_class_counts():
     """As in panopticapi, whose dictionary holds one crowd of a class."""
     true_map = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 3, 3]])
-    found = Segments(np.array([[0, 7, 7, 7, 7, 0, 0, 0, 0, 0]]), [7], [0])
+    found = segments(np.array([[0, 7, 7, 7, 7, 0, 0, 0, 0, 0]]), [7], [0])
     for order, wrong in (([1, 2], 1), ([2, 1], 1), ([2, 3], 1)):
-        truth = Segments(true_map, np.array(order), [0, 0], [True, True])
+        truth = segments(true_map, np.array(order), [0, 0], [True, True])
         assert panoptic_counts(truth, found, 1)[0, 2] == wrong
-    found = found._replace(id_map=np.array([[0, 0, 7, 7, 7, 0, 0, 0, 0, 0]]))
+    found = found._replace(ids=np.array([[0, 0, 7, 7, 7, 0, 0, 0, 0, 0]]))
     for order, wrong in (([1, 2], 0), ([2, 1], 1)):
-        truth = Segments(true_map, np.array(order), [0, 0], [True, True])
+        truth = segments(true_map, np.array(order), [0, 0], [True, True])
         assert panoptic_counts(truth, found, 1)[0, 2] == wrong
 
 
@@ -129,26 +139,26 @@ def test_classes_that_do_not_occur():
     with pytest.raises(UserError, match="nothing was evaluated"):
         meter.result()
     id_map = np.array([[0, 1], [1, 1]])
-    one = Segments(id_map, [1], [0])
+    one = segments(id_map, [1], [0])
     meter.add(one, one)
     assert meter.summary()["things"] == (1, 1, 1, 1)
     assert np.isnan(meter.result()["eval/pq_stuff"]) and meter.summary()["stuff"].classes == 0
 
 
 def test_images_without_segments():
-    none = Segments(np.zeros((2, 3), int), np.zeros(0, int), np.zeros(0, int))
-    one = Segments(np.eye(2, 3, dtype=int), [1], [1])
+    none = segments(np.zeros((2, 3), int), np.zeros(0, int), np.zeros(0, int))
+    one = segments(np.eye(2, 3, dtype=int), [1], [1])
     np.testing.assert_array_equal(panoptic_counts(none, none, 2), np.zeros((2, 4)))
     np.testing.assert_array_equal(panoptic_counts(one, none, 2), [[0] * 4, [0, 0, 0, 1]])
     np.testing.assert_array_equal(panoptic_counts(none, one, 2), np.zeros((2, 4)))  # on void
 
 
 def test_wrong_maps():
-    one = Segments(np.ones((2, 3), int), [1], [0])
-    with pytest.raises(ValueError, match=r"found.id_map has 3 x 2 pixels; valid: 2 x 3"):
-        panoptic_counts(one, one._replace(id_map=one.id_map.T), 1)
-    with pytest.raises(ValueError, match=r"identifiers that are not in found.ids"):
-        panoptic_counts(one, one._replace(id_map=2 * one.id_map), 1)
+    one = segments(np.ones((2, 3), int), [1], [0])
+    with pytest.raises(ValueError, match=r"found.ids has 3 x 2 pixels; valid: 2 x 3"):
+        panoptic_counts(one, one._replace(ids=one.ids.T), 1)
+    with pytest.raises(ValueError, match=r"identifiers that are not in found.numbers"):
+        panoptic_counts(one, one._replace(ids=2 * one.ids), 1)
     # Unknown identifiers of the truth are no void.
-    unknown = one._replace(id_map=2 * one.id_map)
+    unknown = one._replace(ids=2 * one.ids)
     np.testing.assert_array_equal(panoptic_counts(unknown, one, 1), [[0, 0, 1, 1]])

@@ -1,4 +1,4 @@
-"""A detector trains and is evaluated in two real processes as in one."""
+"""A detector and a Mask2Former train and are evaluated in two real processes as in one."""
 
 import json
 
@@ -6,9 +6,11 @@ import jax
 import pytest
 import started
 import tiny_detector
+import tiny_masks
 from timings import without_timings
 
 from tokenvit_jax.tasks.detection.task import Detection
+from tokenvit_jax.tasks.masks.task import Masks
 from tokenvit_jax.training import devices
 from tokenvit_jax.training.loop import train
 
@@ -17,24 +19,30 @@ def metrics_of(workdir):
     return [without_timings(json.loads(line)) for line in (workdir / "metrics.jsonl").open()]
 
 
-# Compiling takes nearly all of the time: by default, the smaller detector sees one of its canvases.
+# Compiling takes nearly all of the time: by default, only the smallest model is compared, on one
+# of its canvases.
 @pytest.mark.parametrize(
-    ("head", "num_steps"),
-    [("retinanet", 1), pytest.param("mask_rcnn", 2, marks=pytest.mark.stress)],
+    ("module", "argument", "num_steps", "metric"),
+    [
+        (tiny_detector, "retinanet", 1, "eval/box_ar100"),
+        pytest.param(tiny_detector, "mask_rcnn", 2, "eval/box_ar100", marks=pytest.mark.stress),
+        pytest.param(tiny_masks, "semantic", 2, "eval/miou", marks=pytest.mark.stress),
+    ],
 )
-def test_a_detector_in_two_processes_equals_one(head, num_steps, tmp_path, monkeypatch):
-    """The first two steps have different canvases, and all processes the same in each of them."""
-    config = tiny_detector.get_config(head)
+def test_two_processes_equal_one(module, argument, num_steps, metric, tmp_path, monkeypatch):
+    """The first two steps of a detector have different canvases, the same in all processes."""
+    config = module.get_config(argument)
     config.num_steps = num_steps
     env = started.environment(tmp_path / "compiled") | {"PYTHONPATH": "tests:."}
-    flags = f"--config={tiny_detector.__file__}:{head}", f"--config.num_steps={num_steps}"
+    flags = f"--config={module.__file__}:{argument}", f"--config.num_steps={num_steps}"
     command = ["-m", "tokenvit_jax.train", *flags, f"--workdir={tmp_path / 'two'}"]
     processes = started.start_several(2, command, env)
 
     one = devices.MeshParallel(devices=jax.devices()[:1])
     monkeypatch.setattr(devices, "make_parallel", lambda config: one)
     # As in several processes, all images are evaluated on the square canvas.
-    monkeypatch.setattr(Detection, "grouped", lambda self, batches: batches)
+    for task in (Detection, Masks):
+        monkeypatch.setattr(task, "grouped", lambda self, batches: batches)
     train(config, tmp_path / "one")
     for process in processes:
         started.finish(process)
@@ -46,4 +54,4 @@ def test_a_detector_in_two_processes_equals_one(head, num_steps, tmp_path, monke
         # After a step, rounding can move a cell of a mask to the other side of one half.
         assert line == pytest.approx(wanted, rel=1e-4 if line["step"] == 1 else 1e-3)
     assert all(line["loss"] > 0 for line in found[:-1])
-    assert found[-1]["eval/box_ar100"] > 0
+    assert found[-1][metric] > 0

@@ -31,12 +31,23 @@ def segments_of(masks: Sequence[np.ndarray], classes: Sequence[int]) -> Segments
     ids = np.zeros(masks[0].shape, np.int32)
     for number, mask in enumerate(masks, 1):
         ids[mask] = number
+    return numbered_segments(ids, classes)
+
+
+def numbered_segments(ids: np.ndarray, classes: Sequence[int]) -> Segments:
+    """Returns segments with the identifiers 1, 2, ..., from their map.
+
+    Args:
+      ids: (H, W) integers, the identifier of every pixel; 0: none.
+      classes: classes of the n segments.
+    """
+    count = len(classes)
     return Segments(
         ids=ids,
-        numbers=np.arange(1, len(masks) + 1, dtype=np.int32),
+        numbers=np.arange(1, count + 1, dtype=np.int32),
         classes=np.array(classes, np.int32),
-        crowd=np.zeros(len(masks), bool),
-        areas=np.array([mask.sum() for mask in masks], np.int64),
+        crowd=np.zeros(count, bool),
+        areas=np.bincount(ids.ravel(), minlength=count + 1)[1:],
     )
 
 

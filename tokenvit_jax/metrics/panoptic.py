@@ -9,29 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenvit_jax.data.record import Segments
 from tokenvit_jax.errors import UserError
 
 VOID = 0  # identifier of pixels without a segment
 GROUPS = ("all", "things", "stuff")
-
-
-class Segments(NamedTuple):
-    """The segments of an image.
-
-    Attributes:
-      id_map: (H, W) integers, identifier of the segment of every pixel; :data:`VOID`: none.
-      ids: identifiers (n,), all different, none of them :data:`VOID`.
-      classes: their classes (n,).
-      crowd: whether a segment is a group of objects, which no prediction can match (n,); None: no
-        segment is. Predictions have none.
-      areas: pixels of the segments as the data set lists them (n,); None: as in the map.
-    """
-
-    id_map: np.ndarray
-    ids: np.ndarray
-    classes: np.ndarray
-    crowd: np.ndarray | None = None
-    areas: np.ndarray | None = None
 
 
 class Quality(NamedTuple):
@@ -60,34 +42,31 @@ def panoptic_counts(truth: Segments, found: Segments, num_classes: int) -> np.nd
 
     Args:
       truth: true segments.
-      found: predicted segments of the same image.
+      found: predicted segments of the same image; their crowd and areas are not read.
       num_classes: K.
 
     Raises:
       ValueError: the maps differ in size, or the predicted map has an identifier without a segment.
     """
-    if truth.id_map.shape != found.id_map.shape:
-        sizes = (" x ".join(map(str, x.id_map.shape)) for x in (found, truth))
-        raise ValueError("found.id_map has {} pixels; valid: {} as truth.id_map".format(*sizes))
+    if truth.ids.shape != found.ids.shape:
+        sizes = (" x ".join(map(str, x.ids.shape)) for x in (found, truth))
+        raise ValueError("found.ids has {} pixels; valid: {} as truth.ids".format(*sizes))
     pairs = _shared_pixels(truth, found)
     if pairs[:, -1].any():
         raise ValueError(
-            "found.id_map has identifiers that are not in found.ids; valid: those of the segments,"
+            "found.ids has identifiers that are not in found.numbers; valid: those of the segments,"
             f" and {VOID} for none"
         )
     areas = pairs.sum(0)[1:-1]
     void, shared = pairs[0, 1:-1], pairs[1:-1, 1:-1]
-    true_areas = pairs.sum(1)[1:-1] if truth.areas is None else np.asarray(truth.areas)
-    crowd = np.zeros(len(truth.ids), bool) if truth.crowd is None else np.asarray(truth.crowd, bool)
-
     same_class = np.equal.outer(truth.classes, found.classes)
-    candidates = same_class & ~crowd[:, None] & (shared > 0)
-    union = true_areas[:, None] + areas - shared - void
+    candidates = same_class & ~truth.crowd[:, None] & (shared > 0)
+    union = truth.areas[:, None] + areas - shared - void
     iou = np.where(candidates, shared / np.where(candidates, union, 1), 0.0)
     matches = iou > 0.5
 
-    on_crowd = np.zeros(len(found.ids), np.int64)
-    for place in np.flatnonzero(crowd):  # later ones replace earlier ones
+    on_crowd = np.zeros(len(found.numbers), np.int64)
+    for place in np.flatnonzero(truth.crowd):  # later ones replace earlier ones
         on_crowd = np.where(same_class[place], shared[place], on_crowd)
     forgiven = void + on_crowd > 0.5 * areas
 
@@ -99,7 +78,7 @@ def panoptic_counts(truth: Segments, found: Segments, num_classes: int) -> np.nd
             count(truth.classes, iou.sum(1, where=matches)),
             count(truth.classes, matches.any(1)),
             count(found.classes, ~matches.any(0) & ~forgiven),
-            count(truth.classes, ~matches.any(1) & ~crowd),
+            count(truth.classes, ~matches.any(1) & ~truth.crowd),
         ],
         1,
     )
@@ -110,16 +89,16 @@ def _shared_pixels(truth, found):
 
     The first row and column are those of void, the last ones those of unknown identifiers.
     """
-    places, sizes = zip(*(_places(x.id_map, x.ids) for x in (truth, found)), strict=True)
+    places, sizes = zip(*(_places(x.ids, x.numbers) for x in (truth, found)), strict=True)
     pairs = np.bincount(places[0] * sizes[1] + places[1], minlength=sizes[0] * sizes[1])
     return pairs.reshape(sizes)
 
 
-def _places(id_map, ids):
+def _places(ids, numbers):
     """Returns the place of the segment of every pixel, flat, and the number of places."""
-    known = np.concatenate([[VOID], np.asarray(ids, np.int64)])
+    known = np.concatenate([[VOID], numbers.astype(np.int64)])
     order = np.argsort(known)
-    pixels = np.asarray(id_map, np.int64).ravel()
+    pixels = ids.astype(np.int64).ravel()
     near = order[np.searchsorted(known, pixels, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[near] == pixels, near, len(known)), len(known) + 1
 

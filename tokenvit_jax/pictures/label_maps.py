@@ -8,6 +8,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from tokenvit_jax.pictures.draw import (
+    as_rgb,
     color_labels,
     distinct_colors,
     panel_aspect,
@@ -62,6 +63,23 @@ def plot_segmentation(
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+def draw_label_map(
+    image: np.ndarray, labels: np.ndarray, names: Sequence[str], caption: str
+) -> dict[str, Figure | Image.Image]:
+    """Returns the pictures of a label map by name: "segmentation" and "labels".
+
+    Args:
+      image: (H, W, C) uint8.
+      labels: (H, W) int.
+      names: names of all classes.
+      caption: name of the image.
+    """
+    return {
+        "segmentation": plot_segmentation(as_rgb(image), labels, names, caption),
+        "labels": label_image(labels, len(names)),
+    }
 
 
 def label_image(labels: np.ndarray, num_classes: int) -> Image.Image:

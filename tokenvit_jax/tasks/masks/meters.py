@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from tokenvit_jax.data.record import IGNORED, Record
-from tokenvit_jax.data.segments import label_map_of
+from tokenvit_jax.data.segments import label_map_of, numbered_segments
 from tokenvit_jax.metrics.coco import CocoMeter
 from tokenvit_jax.metrics.confusion import ConfusionMeter
-from tokenvit_jax.metrics.panoptic import PanopticMeter, Segments
+from tokenvit_jax.metrics.panoptic import PanopticMeter
 from tokenvit_jax.run_lengths import encode_mask
 
 Truth = Callable[[int], Record]  # the record of a place in the split
@@ -77,11 +77,9 @@ class SegmentMeter(PanopticMeter):
         for index, (height, width), row in seen_rows(outcome):
             record = self._truth(index)
             ids, classes = row["ids"][:height, :width], row["classes"]
-            classes = classes[classes >= 0]
-            numbers, true = np.arange(1, len(classes) + 1), record["segments"]
-            wanted = Segments(true.ids, true.numbers, true.classes, true.crowd, true.areas)
-            super().add(wanted, Segments(ids, numbers, classes))
-            masks = [(label, ids == number) for number, label in zip(numbers, classes, strict=True)]
+            found = numbered_segments(ids, classes[classes >= 0])
+            super().add(record["segments"], found)
+            masks = [(label, ids == number) for number, label in enumerate(found.classes, 1)]
             self._found.append(_entry(record["id"], masks))
 
     def result(self) -> dict[str, float]:

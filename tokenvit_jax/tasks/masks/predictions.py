@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from tokenvit_jax.data import to_array, with_channels
+from tokenvit_jax.data.segments import numbered_segments
+from tokenvit_jax.tasks.label_maps import label_map_prediction
 from tokenvit_jax.tasks.masks.settings import INSTANCE, SEMANTIC, eval_canvas
-from tokenvit_jax.tasks.task import Prediction, Predictor, Task, by_class, describe_shares
+from tokenvit_jax.tasks.task import Prediction, Predictor, Task
 
 _ROOM_STEP = 128  # results have room for sides of multiples of it: few programs for many sizes
 
@@ -40,21 +42,11 @@ def predictor_of(task: Task, predict: Callable[..., Any], variables: Any) -> Pre
 
 
 def _label_map(found, image, names):
-    from tokenvit_jax.pictures import label_maps  # matplotlib: drawing only
-    from tokenvit_jax.pictures.draw import as_rgb
+    from tokenvit_jax.pictures.label_maps import draw_label_map  # matplotlib: drawing only
 
     labels = found["labels"][: image.shape[0], : image.shape[1]]
-    shares = dict(label_maps.class_shares(labels))
-    values = [shares.get(label, 0.0) for label in range(len(names))]
-
-    def draw(caption):
-        return {
-            "segmentation": label_maps.plot_segmentation(as_rgb(image), labels, names, caption),
-            "labels": label_maps.label_image(labels, len(names)),
-        }
-
-    text = describe_shares([(names[label], share) for label, share in shares.items()])
-    return Prediction({"labels": labels}, {"shares": by_class(names, values)}, text, draw)
+    draw = functools.partial(draw_label_map, image, labels, names)
+    return label_map_prediction(labels, names, draw)
 
 
 def _segments(found, image, names):
@@ -62,7 +54,7 @@ def _segments(found, image, names):
 
     ids = found["ids"][: image.shape[0], : image.shape[1]]
     classes = found["classes"][found["classes"] >= 0]
-    areas = np.bincount(ids.ravel(), minlength=len(classes) + 1)[1:]
+    areas = numbered_segments(ids, classes).areas
     segments = [
         {"id": number, "class": names[label], "area": int(area)}
         for number, (label, area) in enumerate(zip(classes, areas, strict=True), 1)

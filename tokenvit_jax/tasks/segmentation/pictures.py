@@ -10,7 +10,7 @@ import numpy as np
 from tokenvit_jax.models.backbone import backbone_of, backbone_variables
 from tokenvit_jax.pictures import tokens
 from tokenvit_jax.pictures.draw import as_rgb
-from tokenvit_jax.pictures.label_maps import label_image, plot_segmentation
+from tokenvit_jax.pictures.label_maps import draw_label_map
 from tokenvit_jax.tasks.task import Picture
 
 
@@ -43,10 +43,7 @@ def draw(
     Returns:
       "segmentation" and "labels", and "superpixels" if the model clusters its tokens.
     """
-    drawn = {
-        "segmentation": plot_segmentation(as_rgb(image), labels, names, caption),
-        "labels": label_image(labels, len(names)),
-    }
+    drawn = draw_label_map(image, labels, names, caption)
     clustering = jax.device_get(superpixels())
     if clustering is not None:
         drawn["superpixels"] = tokens.plot_superpixels(

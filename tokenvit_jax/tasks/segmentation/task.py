@@ -15,6 +15,7 @@ from tokenvit_jax.data import IGNORED, Examples, to_array, with_channels
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.metrics.confusion import ConfusionMeter
 from tokenvit_jax.tasks.grouping import group_by_size
+from tokenvit_jax.tasks.label_maps import label_map_prediction
 from tokenvit_jax.tasks.segmentation.examples import (
     ImageViews,
     SegmentationExamples,
@@ -46,13 +47,10 @@ from tokenvit_jax.tasks.task import (
     Batch,
     Inputs,
     Outcome,
-    Prediction,
     Predictor,
     Rngs,
     Task,
     apply_in_training,
-    by_class,
-    describe_shares,
     middle_window,
 )
 
@@ -158,9 +156,7 @@ class Segmentation(Task):
         return {"labels": jnp.argmax(logits, -1).astype(jnp.uint8), "logits": logits}
 
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
-        # Here, as they import matplotlib: for drawing only.
-        from tokenvit_jax.pictures.label_maps import class_shares
-        from tokenvit_jax.tasks.segmentation import pictures
+        from tokenvit_jax.tasks.segmentation import pictures  # matplotlib: drawing only
 
         self.check()
         names, views_of = self.class_names(), ImageViews(self.config)
@@ -186,15 +182,11 @@ class Segmentation(Task):
             pixels, size = views[1.0]
             view_size = pixels.shape[:2] if whole else self.view_size
             window = middle_window(pixels, size, view_size)
-            found = dict(class_shares(labels))
-            shares = [(names[label], share) for label, share in found.items()]
-            values = [found.get(label, 0.0) for label in range(len(names))]
-            row = {"shares": by_class(names, values)}
             superpixels = functools.partial(cluster, variables, window[None])
             shown = window[: size[0], : size[1]]  # without padding
             draw = functools.partial(
                 pictures.draw, to_array(image), labels, names, shown, view_size, superpixels
             )
-            return Prediction({"labels": labels}, row, describe_shares(shares), draw)
+            return label_map_prediction(labels, names, draw)
 
         return predict
