@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split, train_batches
 from tokenvit_jax.memory import keep_pages
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import create_task
 from tokenvit_jax.training.devices import make_parallel
 from tokenvit_jax.training.evaluation import evaluate_batches
@@ -69,6 +71,15 @@ def load_run(workdir: Path, checkpoint: str = "last", data_dir: str | None = Non
 def make_model(config: ConfigDict) -> nn.Module:
     """Returns the model of a configuration, for the classes of its dataset."""
     return create_task(config).make_model()
+
+
+def random_variables(model: nn.Module, images: jax.Array) -> Variables:
+    """Returns variables with random values without `model.init`, which takes long to compile."""
+    draw = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32) * 0.02),
+        variable_shapes(model, images),
+    )
 
 
 def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:

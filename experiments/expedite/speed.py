@@ -21,12 +21,12 @@ from absl import flags
 from experiments import pages
 from experiments.costs import count_macs
 from experiments.expedite.published import TEMPERATURE
+from experiments.runs import random_variables
 from tokenvit_jax import cli
 from tokenvit_jax.heads import MaskTransformer
 from tokenvit_jax.measure.timing import compile_program, environment, time_in_turns
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models import create_model
-from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks.segmentation.model import Segmenter
 
 FLAGS = flags.FlagValues()
@@ -63,15 +63,6 @@ def make_models(
         }
         models[f"{side} x {side}"] = Segmenter(backbone.clone(expedite=expedite), head)
     return models
-
-
-def random_variables(model: Segmenter, images: jax.Array) -> dict[str, Any]:
-    """Returns variables with random values without `model.init`, which takes long to compile."""
-    shapes = variable_shapes(model, images)
-    draw = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32) * 0.02), shapes
-    )
 
 
 def operators(backbone: nn.Module) -> Callable[[], Any]:
