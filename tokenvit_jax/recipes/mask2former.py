@@ -134,23 +134,23 @@ def scenes_config(kind: str) -> ConfigDict:
     config.model = "swin_t"
     config.model_overrides = SMALL_SWIN
     config.head_overrides = {
-        "num_queries": 12, "channels": 64, "num_heads": 4, "encoder_depth": 2,
-        "encoder_hidden": 128, "depth": 3, "hidden": 128,
+        "num_queries": 12, "channels": 64, "num_heads": 2, "encoder_depth": 1,
+        "encoder_hidden": 128, "depth": 6, "hidden": 128,
     }  # fmt: skip
     config.dataset = "scene_instances" if kind == "instance" else "scene_segments"
     config.inference.kind = kind
-    config.masks.num_points = 1024
+    config.masks.num_points = 512
     config.image_size = 128
-    config.batch_size = 16
+    config.batch_size = 8
     config.data.eval_batch_size = 20
     config.data.max_segments = 6
     config.augment.jitter = (0.8, 1.25)
 
-    config.num_steps = 600
+    config.num_steps = 2400
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 60
+    config.optimizer.warmup_steps = 100
     config.clip_norm = 1.0
-    config.log_every_steps = 50
-    config.eval_every_steps = 600
-    config.checkpoint_every_steps = 300
+    config.log_every_steps = 100
+    config.eval_every_steps = 1200
+    config.checkpoint_every_steps = 600
     return config
