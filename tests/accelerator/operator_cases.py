@@ -357,6 +357,10 @@ CASES: dict[str, dict[str, Case]] = {
     "sample_maps": {
         "": Case(ops.sample_maps, (_normal(0, 9, 30, 40), _uniform(1, 300, 2)), 1, 1),
         "own points": Case(ops.sample_maps, (_normal(0, 9, 30, 40), _uniform(1, 9, 300, 2)), 1, 1),
+        "chosen maps": Case(
+            functools.partial(ops.sample_maps, which=np.array([8, 0, 8])),
+            (_normal(0, 9, 30, 40), _uniform(1, 3, 300, 2)), 1, 1,
+        ),
     },
     "sample_objects": {
         "": Case(

@@ -66,11 +66,20 @@ def test_equals_loops(spread):
 
 
 def test_forms_agree():
-    arrays = single(*draw(1, 1.6))
-    forms = (MODULE._map_by_map, MODULE._corner_by_corner)
-    first, second = (jax.jit(functools.partial(form, shapes=SHAPES))(*arrays) for form in forms)
-    np.testing.assert_allclose(first, second, atol=3e-6)
-    np.testing.assert_allclose(first, naive(*arrays), atol=3e-6)
+    """The forms of a CPU, which all other tests run here, and those of accelerators."""
+    value, places, weights = single(*draw(1, 1.6))
+    corners = MODULE._corners_of_levels(places, weights, SHAPES)
+    levels = list(zip(MODULE._levels(value, SHAPES), *corners, strict=True))
+    total = sum(MODULE._sum_at_once(*level, jnp.float32) for level in levels)
+    expected = naive(value, places, weights)
+    np.testing.assert_allclose(total.swapaxes(1, 2), expected, atol=3e-6)
+    d_output = jax.random.normal(jax.random.key(0), total.shape)
+    for level in levels:
+        at_once = MODULE._gradients_at_once(*level, d_output)
+        of_einsum = MODULE._gradients_of_einsum(*level, d_output)
+        for found, other in zip(at_once, of_einsum, strict=True):
+            assert np.abs(other).max() > 0.5
+            np.testing.assert_allclose(found, other, atol=3e-6)
 
 
 @pytest.mark.parametrize("spread", [0.6, 1.6])

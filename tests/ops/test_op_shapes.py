@@ -369,13 +369,15 @@ CALLS = {
     "sample_points.sample_maps": [
         ((floats(3, 6, 4), floats(11, 2)), {}),
         ((floats(3, 6, 4), floats(3, 11, 2)), {}),
+        ((floats(3, 6, 4), floats(5, 11, 2), integers(5)), {}),
     ],
     "sample_points.sample_objects": [
         ((integers(2, 6, 4), integers(3), floats(11, 2)), {}),
         ((integers(2, 6, 4), integers(3), floats(3, 11, 2)), {}),
     ],
     "sample_points.uncertain_points": [
-        ((floats(3, 6, 4), floats(3, 11, 2), floats(3, 5, 2), 9), {})
+        ((floats(3, 6, 4), floats(3, 11, 2), floats(3, 5, 2), 9), {}),
+        ((floats(3, 6, 4), floats(5, 11, 2), floats(5, 5, 2), 9, integers(5)), {}),
     ],
     "scored_attention.received_attention": [
         ((*SHORT[:2], None, 1.0, True), {}), ((*SHORT[:2], floats(2, 13), 1.0, True), {})

@@ -59,6 +59,22 @@ def test_centres_of_cells():
     np.testing.assert_allclose(ops.sample_maps(cells, centres.astype(np.float32))[0], range(12))
 
 
+def test_rows_of_other_maps():
+    """Two rows of points read the same map; one map is read by none and has no gradient."""
+    maps = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    points, which = draw_points(4, 30), np.array([2, 0, 2, 2])
+    found = ops.sample_maps(maps, points, which)
+    np.testing.assert_array_equal(found, ops.sample_maps(maps[which], points))
+    gradient = jax.grad(lambda x: (ops.sample_maps(x, points, which) ** 2).sum())(maps)
+    copied = jax.grad(lambda x: (ops.sample_maps(x[which], points) ** 2).sum())(maps)
+    np.testing.assert_allclose(gradient, copied, atol=1e-5)
+    assert gradient[1].max() == 0 < abs(gradient[2]).max()
+    chosen = ops.uncertain_points(maps, points, points[:, :0], 9, which)
+    np.testing.assert_array_equal(
+        chosen, ops.uncertain_points(maps[which], points, points[:, :0], 9)
+    )
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_gradient_of_maps(own):
     """It spreads what arrives at a point with the weights of reading."""

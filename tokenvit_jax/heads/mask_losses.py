@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokenvit_jax.ops.assignment import assign_targets
-from tokenvit_jax.ops.gather import put, take
+from tokenvit_jax.ops.gather import put
 from tokenvit_jax.ops.sample_points import sample_maps, sample_objects, uncertain_points
 
 NUM_POINTS = 12544  # 112 x 112
@@ -254,12 +254,12 @@ def choose_points(masks: jax.Array, queries: jax.Array, points: Points) -> jax.A
       queries: query of every segment (B, M); -1: no segment.
       points: all points of the images (B, ...).
     """
-    matched, candidates, fresh = (
-        x.reshape(-1, *x.shape[2:])
-        for x in (_matched(masks, queries), points.candidates, points.fresh)
-    )
-    chosen = uncertain_points(matched, candidates, fresh, points.matching.shape[1])
-    return chosen.reshape(*queries.shape, *chosen.shape[1:])
+    num_points = points.matching.shape[1]
+
+    def choose(masks, queries, candidates, fresh):
+        return uncertain_points(masks, candidates, fresh, num_points, jnp.maximum(queries, 0))
+
+    return jax.vmap(choose)(masks, queries, points.candidates, points.fresh)
 
 
 def point_losses(
@@ -273,7 +273,8 @@ def point_losses(
       queries: query of every segment (B, M); -1: no segment.
       points: where masks are compared (B, M, P, 2).
     """
-    found = jax.vmap(sample_maps)(_matched(masks, queries), points)
+    # Without a segment, any query.
+    found = jax.vmap(sample_maps)(masks, points, jnp.maximum(queries, 0))
     wanted = jax.vmap(sample_objects)(targets.id_maps, targets.ids, points)
     entropy = (jax.nn.softplus(found) - wanted * found).mean(-1)
     probability = jax.nn.sigmoid(found)
@@ -281,8 +282,3 @@ def point_losses(
     dice = 1 - (2 * shared + 1) / (probability.sum(-1) + wanted.sum(-1) + 1)
     entropy, dice = (jnp.where(queries >= 0, x, 0.0).sum(1) for x in (entropy, dice))
     return entropy, dice
-
-
-def _matched(masks, queries):
-    """Returns the masks (B, M, h, w) of the queries of all segments, any mask without a segment."""
-    return take(masks, jnp.maximum(queries, 0))

@@ -1,8 +1,8 @@
 """Attention to a few places of several maps, which the queries choose."""
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
-from tokenvit_jax.ops.gather import take
+from tokenvit_jax.ops.gather import add_rows, take
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -74,69 +74,119 @@ def _check(value, places, weights, shapes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend(value, places, weights, shapes):
-    map_by_map, corner_by_corner = (
-        functools.partial(form, shapes=shapes) for form in (_map_by_map, _corner_by_corner)
-    )
+    def run(form, value, places, weights):
+        dtype = softmax_dtype(value.dtype)
+        corners = _corners_of_levels(places, weights, shapes)
+        levels = zip(_levels(value, shapes), *corners, strict=True)
+        total = sum(form(cells, index, share, dtype) for cells, index, share in levels)
+        return total.swapaxes(1, 2).astype(value.dtype)
+
     return by_platform(
-        "deformable attention", value, places, weights, cpu=corner_by_corner, default=map_by_map
-    )
+        "deformable attention", value, places, weights,
+        cpu=functools.partial(run, _sum_by_corner), default=functools.partial(run, _sum_at_once),
+    )  # fmt: skip
 
 
 def _attend_fwd(value, places, weights, shapes):
-    return _map_by_map(value, places, weights, shapes), (value, places, weights)
+    return _attend(value, places, weights, shapes), (value, places, weights)
 
 
 def _attend_bwd(shapes, saved, gradient):
-    # The gathered cells are 4 P times as large as the queries: they are gathered again.
-    return jax.vjp(functools.partial(_map_by_map, shapes=shapes), *saved)[1](gradient)
+    def run(form, value, places, weights, gradient):
+        def shares_of(places, weights):
+            index, shares = _corners_of_levels(places, weights, shapes)
+            return shares, index
+
+        shares, pull, index = jax.vjp(shares_of, places, weights, has_aux=True)
+        d_output = gradient.swapaxes(1, 2).astype(softmax_dtype(value.dtype))
+        levels = zip(_levels(value, shapes), index, shares, strict=True)
+        d_cells, d_shares = zip(*(form(*level, d_output) for level in levels), strict=True)
+        d_value = jnp.concatenate(d_cells, 2).swapaxes(1, 2).astype(value.dtype)
+        return d_value, *pull(list(d_shares))
+
+    return by_platform(
+        "deformable attention gradient", *saved, gradient,
+        cpu=functools.partial(run, _gradients_of_einsum),
+        default=functools.partial(run, _gradients_at_once),
+    )  # fmt: skip
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
-
-def _map_by_map(value, places, weights, shapes):
-    """Gathers the four cells around all places of a map at once; a product sums them up."""
-    dtype = softmax_dtype(value.dtype)
-    total = jnp.zeros((*places.shape[:3], value.shape[-1]), dtype)
-    for cells, index, share in _levels(value, places, weights, shapes):
-        count = index.shape[-1]
-        batch, heads, queries, _ = index.shape
-        found = take(cells, index.reshape(batch, heads, -1))
-        found = found.reshape(batch, heads, queries, count, -1)
-        # XLA would fuse the gather with products and a sum in place of einsum, and repeat it.
-        total += jnp.einsum("bnqk,bnqkd->bqnd", share, found, preferred_element_type=dtype)
-    return total.astype(value.dtype)
+# ------------------------------------------------------------------------------------------------
+# One map: cells (B, N, S, D), and for each query and head K = 4 P cells with shares (B, N, Q, K)
+# ------------------------------------------------------------------------------------------------
 
 
-def _corner_by_corner(value, places, weights, shapes):
+def _sum_at_once(cells, index, share, dtype):
+    """Gathers all cells at once; a product sums them up (B, N, Q, D)."""
+    # XLA would fuse the gather with products and a sum in place of einsum, and a CPU repeat it.
+    return jnp.einsum("bnqk,bnqkd->bnqd", share, _found(cells, index), preferred_element_type=dtype)
+
+
+def _sum_by_corner(cells, index, share, dtype):
     """Reads one cell for every query and head in a step: nothing larger than the output."""
-    dtype = softmax_dtype(value.dtype)
-    total = jnp.zeros((value.shape[0], value.shape[2], places.shape[1], value.shape[-1]), dtype)
-    for cells, index, share in _levels(value, places, weights, shapes):
 
-        def step(total, corner, cells=cells):
-            index, share = corner
-            return total + share[..., None] * take(cells, index), None
+    def step(total, corner):
+        index, share = corner
+        return total + share[..., None] * take(cells, index), None
 
-        corners = jnp.moveaxis(index, -1, 0), jnp.moveaxis(share, -1, 0)
-        total, _ = lax.scan(step, total, corners)
-    return total.swapaxes(1, 2).astype(value.dtype)
+    total = jnp.zeros((*index.shape[:3], cells.shape[-1]), dtype)
+    corners = (jnp.moveaxis(x, -1, 0) for x in (index, share))
+    return lax.scan(step, total, tuple(corners))[0]
 
 
-def _levels(
-    value: Array, places: Array, weights: Array, shapes: Shapes
-) -> Iterator[tuple[Array, Int32[Array, "B N Q K"], Float[Array, "B N Q K"]]]:
-    """Yields the cells (B, N, h w, D) of each map, and the indices and weights of K = 4 P cells."""
-    value = value.swapaxes(1, 2)
+def _gradients_at_once(cells, index, share, d_output):
+    """Returns the gradients of cells and shares; the gathered cells never lie in memory."""
+    d_output = d_output[:, :, :, None]
+    # A product and a sum, which XLA fuses with the gather, where einsum would need its result.
+    d_share = (_found(cells, index) * d_output).sum(-1)
+    updates = share[..., None] * d_output
+    flat = (*cells.shape[:2], -1)
+    zeros = jnp.zeros(cells.shape, d_output.dtype)
+    d_cells = add_rows(zeros, index.reshape(flat), updates.reshape(*flat, cells.shape[-1]))
+    return d_cells, d_share
+
+
+def _gradients_of_einsum(cells, index, share, d_output):
+    """Returns the gradients of cells and shares, through the gathered cells in memory."""
+
+    def run(cells, share):
+        return _sum_at_once(cells, index, share, d_output.dtype)
+
+    return jax.vjp(run, cells, share)[1](d_output)
+
+
+def _found(cells, index):
+    """Returns the cells at indices (B, N, Q, K, D)."""
+    flat = index.reshape(*index.shape[:2], -1)
+    return take(cells, flat).reshape(*index.shape, cells.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Maps and their cells
+# ------------------------------------------------------------------------------------------------
+
+
+def _levels(value: Array, shapes: Shapes) -> list[Float[Array, "B N S D"]]:
+    """Splits values into the cells of each map."""
+    ends = list(itertools.accumulate(height * width for height, width in shapes))
+    return jnp.split(value.swapaxes(1, 2), ends[:-1], axis=2)
+
+
+def _corners_of_levels(
+    places: Array, weights: Array, shapes: Shapes
+) -> tuple[list[Int32[Array, "B N Q K"]], list[Float[Array, "B N Q K"]]]:
+    """Returns the indices of the K = 4 P cells of every query in each map, and their weights."""
     places, weights = (x.astype(softmax_dtype(x.dtype)).swapaxes(1, 2) for x in (places, weights))
-    start = 0
-    for level, (height, width) in enumerate(shapes):
-        index, share = _corners(places[:, :, :, level], height, width)
+    indices, shares = [], []
+    for level, shape in enumerate(shapes):
+        index, share = _corners(places[:, :, :, level], *shape)
         share *= weights[:, :, :, level, :, None]
         flat = (*share.shape[:3], -1)
-        cells = lax.slice_in_dim(value, start, start + height * width, axis=2)
-        yield cells, index.reshape(flat), share.reshape(flat)
-        start += height * width
+        indices.append(index.reshape(flat))
+        shares.append(share.reshape(flat))
+    return indices, shares
 
 
 def _corners(

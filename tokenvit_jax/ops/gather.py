@@ -31,3 +31,20 @@ def put(
       values: the new entries (B, K).
     """
     return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
+
+
+def add_rows(
+    x: Shaped[Array, "B H N D"], index: Int[Array, "B H K"], rows: Shaped[Array, "B H K D"]
+) -> Shaped[Array, "B H N D"]:
+    """Returns ``x`` with rows added at the indices of each image and head.
+
+    Args:
+      x: (B, H, N, D).
+      index: (B, H, K), in [0, N); the result is undefined if an index is out of range.
+      rows: what is added (B, H, K, D); rows of equal index add up.
+    """
+
+    def add(x, index, rows):
+        return x.at[index].add(rows, mode="promise_in_bounds")
+
+    return jax.vmap(jax.vmap(add))(x, index, rows)

@@ -9,33 +9,36 @@ References:
   Cheng et al. 2022, "Masked-attention Mask Transformer for Universal Image Segmentation", 3.3.
 """
 
-import itertools
-from collections.abc import Iterator
-
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Int32
 
 from tokenvit_jax.ops.dtypes import softmax_dtype
 from tokenvit_jax.ops.selection import top_indices
 
 
-def sample_maps(maps: Float[Array, "N H W"], points: Float[Array, "*n P 2"]) -> Float[Array, "N P"]:
-    """Returns the bilinear values of maps at points, (N, P), at least in float32.
+def sample_maps(
+    maps: Float[Array, "N H W"],
+    points: Float[Array, "*m P 2"],
+    which: Int[Array, " M"] | None = None,
+) -> Float[Array, "M P"]:
+    """Returns the bilinear values of maps at points, (M, P), at least in float32.
 
     Args:
       maps: (N, H, W).
-      points: (P, 2), the same for all maps, or (N, P, 2).
+      points: (P, 2), the same for all M = N maps, or (M, P, 2).
+      which: map of each row of points (M,), in [0, N); None: M = N, and row i belongs to map i.
+        The rows are read where they are; no map is copied.
     """
-    maps = maps.astype(softmax_dtype(maps.dtype))
-
-    def sample(cells, points):
-        corners = _corners(points, *maps.shape[1:])
-        return sum(weight * _read(cells, index) for index, weight in corners)
-
-    flat = maps.reshape(len(maps), -1)
-    return jax.vmap(sample, (0, 0 if points.ndim == 3 else None))(flat, points)
+    index, weight = _corners(points, *maps.shape[1:])
+    flat = jnp.asarray(maps).reshape(len(maps), -1)
+    if points.ndim == 2:
+        found = flat.at[:, index].get(mode="promise_in_bounds")
+    else:
+        which = jnp.arange(len(maps)) if which is None else which
+        found = flat.at[which[:, None, None], index].get(mode="promise_in_bounds")
+    return (weight * found.astype(softmax_dtype(maps.dtype))).sum(-2)
 
 
 def sample_objects(
@@ -52,35 +55,32 @@ def sample_objects(
       ids: identifiers of the objects (M,).
       points: (P, 2), the same for all objects, or (M, P, 2).
     """
-
-    def sample(number, points):
-        """Returns the values of one object (P,)."""
-        return sum(
-            jnp.where(_read(cells, index) == number, weight, 0.0)
-            for cells in flat
-            for index, weight in _corners(points, *id_maps.shape[1:])
-        )
-
-    flat = [cells.ravel() for cells in id_maps]
-    ids = ids.astype(jnp.int32)
-    return jax.vmap(sample, (0, 0 if points.ndim == 3 else None))(ids, points)
+    index, weight = _corners(points, *id_maps.shape[1:])
+    ids = jnp.asarray(ids, jnp.int32)[:, None, None]
+    found = (
+        cells.at[index].get(mode="promise_in_bounds")
+        for cells in jnp.asarray(id_maps).reshape(len(id_maps), -1)
+    )
+    return sum(jnp.where(cells == ids, weight, 0.0) for cells in found).sum(-2)
 
 
 def uncertain_points(
     logits: Float[Array, "N H W"],
-    candidates: Float[Array, "N P 2"],
-    fresh: Float[Array, "N R 2"],
+    candidates: Float[Array, "M P 2"],
+    fresh: Float[Array, "M R 2"],
     num_points: int,
-) -> Float[Array, "N S 2"]:
-    """Returns the candidates where masks are most uncertain, and the fresh points: (N, S, 2).
+    which: Int[Array, " M"] | None = None,
+) -> Float[Array, "M S 2"]:
+    """Returns the candidates where masks are most uncertain, and the fresh points: (M, S, 2).
 
     Uncertain is a logit near 0, sampled at the candidate. The choice has no gradient.
 
     Args:
       logits: maps of logits (N, H, W).
-      candidates: points to choose from (N, P, 2).
-      fresh: points that are taken as they are (N, R, 2).
+      candidates: points to choose from (M, P, 2).
+      fresh: points that are taken as they are (M, R, 2).
       num_points: S, from R to R + P; S - R candidates are chosen.
+      which: map of each row of points, as in :func:`sample_maps`.
 
     Raises:
       ValueError: S is not from R to R + P.
@@ -91,29 +91,26 @@ def uncertain_points(
             f"num_points={num_points} is not valid for {fewest} fresh points and"
             f" {candidates.shape[1]} candidates; valid: {fewest} to {most}"
         )
-    found = lax.stop_gradient(sample_maps(lax.stop_gradient(logits), candidates))
+    found = lax.stop_gradient(sample_maps(lax.stop_gradient(logits), candidates, which))
     chosen = top_indices(-abs(found), num_points - fewest)
     chosen = jnp.take_along_axis(candidates, chosen[..., None], 1, mode="promise_in_bounds")
     return lax.stop_gradient(jnp.concatenate([chosen, fresh], 1))
 
 
-def _read(cells, index):
-    """Returns the cells (P,) with some numbers, all of which exist."""
-    return cells.at[index].get(mode="promise_in_bounds")
-
-
 def _corners(
-    points: Float[Array, "P 2"], height: int, width: int
-) -> Iterator[tuple[Shaped[Array, " P"], Float[Array, " P"]]]:
-    """Yields numbers and weights (P,) of the cells around points, for each of the four corners.
+    points: Float[Array, "*n P 2"], height: int, width: int
+) -> tuple[Int32[Array, "*n 4 P"], Float[Array, "*n 4 P"]]:
+    """Returns the numbers and the weights of the four cells around points.
 
     Coordinates are apart, because operations on pairs would not be fused with the reads.
     """
-    places = [points[:, axis] * side - 0.5 for axis, side in enumerate((width, height))]
+    places = [points[..., None, :, axis] * side - 0.5 for axis, side in enumerate((width, height))]
     lows = [jnp.floor(place) for place in places]
     parts = [place - low for place, low in zip(places, lows, strict=True)]
-    for step in itertools.product((0, 1), repeat=2):  # along x and y
-        x, y = (low.astype(jnp.int32) + i for low, i in zip(lows, step, strict=True))
-        along_x, along_y = (part if i else 1 - part for part, i in zip(parts, step, strict=True))
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        yield jnp.where(inside, y * width + x, 0), jnp.where(inside, along_x * along_y, 0.0)
+    steps = np.array([0, 0, 1, 1])[:, None], np.array([0, 1, 0, 1])[:, None]  # along x and y
+    x, y = (low.astype(jnp.int32) + step for low, step in zip(lows, steps, strict=True))
+    along_x, along_y = (
+        jnp.where(step == 1, part, 1 - part) for part, step in zip(parts, steps, strict=True)
+    )
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return jnp.where(inside, y * width + x, 0), jnp.where(inside, along_x * along_y, 0.0)
