@@ -1,8 +1,6 @@
 """The commands on a run of a detector: predict, evaluate, export, compile and expedite."""
 
-import copy
 import json
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from random_variables import random_variables
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, evaluate, expedite, predict
+from tokenvit_jax import evaluate, expedite, predict
 from tokenvit_jax.ahead import compiling
 from tokenvit_jax.data import open_annotations
 from tokenvit_jax.expediting import rivals, search
@@ -85,20 +83,6 @@ def plain(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain") / "run"
     write_random_run(workdir, "retinanet")
     return workdir
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run_command(command, required, **flags):
-        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        return exit_info.value.code, output.out, output.err
-
-    return run_command
 
 
 def random_pixels(*shape):
