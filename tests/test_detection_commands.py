@@ -131,6 +131,16 @@ def test_predict_finds_objects_in_pixels_of_the_image(run, loaded, detect, tmp_p
             np.testing.assert_allclose(values, arrays[key], rtol=1e-3, atol=0.051)
 
 
+def test_an_evaluation_of_images_that_do_not_fit_is_refused(run, plain):
+    flags = {"config.data.eval_short_side": HIGH}
+    status, printed, err = run(evaluate, ("workdir",), workdir=plain, **flags)
+    assert (status, printed) == (1, "")
+    assert err == (
+        f"error: config.data.eval_short_side: {HIGH} pixels do not fit config.image_size={LOW} x "
+        f"{HIGH}; valid: at most {LOW}\n"
+    )
+
+
 def test_results_of_an_evaluation_are_those_of_the_metrics(run, plain, tmp_path):
     """The file holds what COCO's own code reads; there is no other line than the metrics."""
     out = tmp_path / "results.json"

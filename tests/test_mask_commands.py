@@ -123,6 +123,15 @@ def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
         "scene_instances",
     ),
     ({"config.data.result_size": "(64, 64)"}, "config.data.result_size"),
+    (
+        {"config.data.eval_size": "(70, 96)"},
+        "config.data.eval_size: 70 x 96 pixels are not valid; valid: multiples of 32",
+    ),
+    (
+        {"config.data.eval_short_side": 65},
+        "config.data.eval_short_side: 65 pixels do not fit the canvas of evaluation, 64 x 96; "
+        "valid: at most 64",
+    ),
 ])  # fmt: skip
 def test_wrong_evaluations_are_named(run, certain, flags, message):
     status, printed, err = run(evaluate, ("workdir",), workdir=certain, **flags)
