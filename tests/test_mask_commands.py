@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from random_variables import random_variables
+from timings import without_timings
 from tiny_masks import get_config
 
 import tokenvit_jax as tv
@@ -111,6 +112,20 @@ def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
         values = [metrics[f"eval/{name}_{number}"] for number in NUMBERS]
         np.testing.assert_allclose(values, evaluation.stats, atol=1e-12)
     assert metrics["eval/box_ar100"] > 0
+
+
+def test_things_are_evaluated_on_a_dataset_of_objects(run, certain):
+    """Which lacks the stuff: the numbers are those of the dataset with both."""
+    flags = {"config.inference.kind": "instance", "workdir": certain, "per_class": True}
+    lines = []
+    for dataset in ("scene_segments", "scene_instances"):
+        status, printed, err = run(evaluate, ("workdir",), **flags, dataset=dataset)
+        assert (status, err) == (0, "")
+        lines.append(without_timings(json.loads(printed)))
+    assert lines[0] == lines[1] and lines[0]["eval/box_ar100"] > 0
+    found = lines[1]["per_class/box_ap"]
+    assert list(found) == ["0", "1", "2", "3", "china", "flower"]
+    assert found["0"] is not None and found["china"] is None
 
 
 @pytest.mark.parametrize(("flags", "message"), [
