@@ -135,9 +135,8 @@ def test_a_reducer_is_inserted_without_training(run, imported):
 def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):
     workdir, images, _, logits = imported
     Image.fromarray(images[7]).save(tmp_path / "seven.png")
-    status, printed, err = run(
-        predict, workdir=workdir, images=tmp_path / "seven.png", out=tmp_path / "pictures"
-    )
+    flags = {"images": tmp_path / "seven.png", "out": tmp_path / "pictures"}
+    status, printed, err = run(predict, ("workdir", "images", "out"), workdir=workdir, **flags)
     assert (status, err) == (0, "")
     probabilities = np.exp(logits[7]) / np.exp(logits[7]).sum()
     best = np.argsort(-probabilities)[:5]
