@@ -1,9 +1,12 @@
 """Settings of the test processes."""
 
 import atexit
+import copy
 import gc
 import os
+import re
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +58,22 @@ def forms(request):
         return
     with platforms.default_forms():
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command; returns its exit status, output, and errors without progress."""
+    from tokenvit_jax import cli
+
+    def run_command(command, required, **flags):
+        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
+        output = capsys.readouterr()
+        errors = re.sub("^(evaluating|predicting): .*\n", "", output.err, flags=re.MULTILINE)
+        return exit_info.value.code, output.out, errors
+
+    return run_command
 
 
 def pytest_ignore_collect(collection_path, config):

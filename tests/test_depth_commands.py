@@ -1,8 +1,6 @@
 """The commands on a run of a depth model: predict, export and expedite."""
 
-import copy
 import json
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ from PIL import Image
 from random_variables import random_variables
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, expedite, predict
+from tokenvit_jax import expedite, predict
 from tokenvit_jax.expediting import candidates, rivals, search
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
@@ -46,20 +44,6 @@ def trained(tmp_path_factory):
     variables = random_variables(model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32))
     write_run(workdir, task.config, variables)
     return workdir, task, model, variables
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run_command(command, required, **flags):
-        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        return exit_info.value.code, output.out, output.err
-
-    return run_command
 
 
 def test_predict_writes_depth_of_any_size(run, trained, tmp_path):

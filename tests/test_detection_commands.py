@@ -1,8 +1,6 @@
 """The commands on a run of a detector: predict, evaluate, export, compile and expedite."""
 
-import copy
 import json
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from random_variables import random_variables
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, evaluate, expedite, predict
+from tokenvit_jax import evaluate, expedite, predict
 from tokenvit_jax.ahead import compiling
 from tokenvit_jax.data import open_annotations
 from tokenvit_jax.expediting import rivals, search
@@ -87,20 +85,6 @@ def plain(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run_command(command, required, **flags):
-        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        return exit_info.value.code, output.out, output.err
-
-    return run_command
-
-
 def random_pixels(*shape):
     return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
 
@@ -145,6 +129,16 @@ def test_predict_finds_objects_in_pixels_of_the_image(run, loaded, detect, tmp_p
         for name, key in (("box", "boxes"), ("score", "scores")):
             values = [each[name] for each in objects]
             np.testing.assert_allclose(values, arrays[key], rtol=1e-3, atol=0.051)
+
+
+def test_an_evaluation_of_images_that_do_not_fit_is_refused(run, plain):
+    flags = {"config.data.eval_short_side": HIGH}
+    status, printed, err = run(evaluate, ("workdir",), workdir=plain, **flags)
+    assert (status, printed) == (1, "")
+    assert err == (
+        f"error: config.data.eval_short_side: {HIGH} pixels do not fit config.image_size={LOW} x "
+        f"{HIGH}; valid: at most {LOW}\n"
+    )
 
 
 def test_results_of_an_evaluation_are_those_of_the_metrics(run, plain, tmp_path):

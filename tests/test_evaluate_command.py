@@ -1,9 +1,7 @@
 """Evaluation without a configuration file: published weights from a file to numbers."""
 
-import copy
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, evaluate, predict
+from tokenvit_jax import evaluate, predict
 from tokenvit_jax.data import eval_batches
 from tokenvit_jax.data.images import MEAN, STD
 from tokenvit_jax.training import evaluation
@@ -23,21 +21,6 @@ from tokenvit_jax.training.workdir import read_config
 from tokenvit_jax.weights import LAYOUTS, export_weights, parameter_shapes
 
 MODEL, SETTINGS = "deit_ti", {"patch_size": 16, "position_size": (32, 32), "distilled": True}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output and errors."""
-
-    def run_command(command, *required, **flags):
-        argv = [command.__name__, *(f"--{name}={value}" for name, value in flags.items())]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        return exit_info.value.code, output.out, output.err
-
-    return run_command
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +58,7 @@ def imported(tmp_path_factory):
 
 def test_imported_weights_are_evaluated_as_the_model_sees_them(run, imported):
     workdir, _, labels, logits = imported
-    status, printed, err = run(evaluate, "workdir", workdir=workdir)
+    status, printed, err = run(evaluate, ("workdir",), workdir=workdir)
     assert (status, err) == (0, "")
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
     accuracy = (logits.argmax(-1) == labels).mean()
@@ -106,14 +89,14 @@ def test_a_folder_with_the_same_classes(run, imported, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         record["image"].save(folder / f"{index}.png")
     flags = {"dataset": "folder", "data_dir": tmp_path / "data", "per_class": True}
-    status, printed, err = run(evaluate, "workdir", workdir=tmp_path / "run", **flags)
+    status, printed, err = run(evaluate, ("workdir",), workdir=tmp_path / "run", **flags)
     assert (status, err) == (0, "")
     found = json.loads(printed)
     correct = (logits.argmax(-1) == labels)[:number]
     expected = {str(k): correct[labels[:number] == k].mean() for k in range(10)}
     assert found["eval/accuracy"] == pytest.approx(correct.mean(), abs=1.01 / number)
     assert found["per_class/accuracy"] == pytest.approx(expected, abs=0.34)  # a near tie
-    status, _, err = run(evaluate, "workdir", workdir=workdir, dataset="scenes")
+    status, _, err = run(evaluate, ("workdir",), workdir=workdir, dataset="scenes")
     assert status == 1 and "dataset 'scenes' has 5 classes, the run has 10 (digits)" in err
 
 
@@ -122,7 +105,7 @@ def test_an_insertion_that_does_not_fit_costs_no_evaluation(run, imported):
         ({"keep": "3,2"}, "--keep=3,2 does not fit the model: "),
         ({"expedite": "1,1,9x9"}, "--expedite=1,1,9x9 does not fit the model: "),  # of 2 x 2
     ):
-        status, printed, err = run(evaluate, "workdir", workdir=imported[0], **flags)
+        status, printed, err = run(evaluate, ("workdir",), workdir=imported[0], **flags)
         assert (status, printed) == (1, "") and message in err
 
 
@@ -131,7 +114,7 @@ def test_a_reducer_is_inserted_without_training(run, imported):
     workdir, images, labels, logits = imported
     keep = (3,) + (2,) * 6 + (1,) * 4 + (0,)
     flags = {"keep": ",".join(map(str, keep)), "method": "tome", "carry": True}
-    status, printed, err = run(evaluate, "workdir", workdir=workdir, **flags)
+    status, printed, err = run(evaluate, ("workdir",), workdir=workdir, **flags)
     assert (status, err) == (0, "")
     plain, reduced = map(json.loads, printed.splitlines())
     assert plain["inserted"] == "none"
@@ -152,9 +135,8 @@ def test_a_reducer_is_inserted_without_training(run, imported):
 def test_imported_weights_predict_what_the_model_gives(run, imported, tmp_path):
     workdir, images, _, logits = imported
     Image.fromarray(images[7]).save(tmp_path / "seven.png")
-    status, printed, err = run(
-        predict, workdir=workdir, images=tmp_path / "seven.png", out=tmp_path / "pictures"
-    )
+    flags = {"images": tmp_path / "seven.png", "out": tmp_path / "pictures"}
+    status, printed, err = run(predict, ("workdir", "images", "out"), workdir=workdir, **flags)
     assert (status, err) == (0, "")
     probabilities = np.exp(logits[7]) / np.exp(logits[7]).sum()
     best = np.argsort(-probabilities)[:5]
@@ -184,8 +166,8 @@ def test_which_configuration_and_which_data(run, imported, monkeypatch, tmp_path
         "    return config\n"
     )
     flags = {"config": file} if with_config else {}
-    assert run(evaluate, "workdir", **flags, workdir=imported[0])[0] == 0
-    status, _, err = run(evaluate, "workdir", **flags, workdir=imported[0], data_dir="DATA")
+    assert run(evaluate, ("workdir",), **flags, workdir=imported[0])[0] == 0
+    status, _, err = run(evaluate, ("workdir",), **flags, workdir=imported[0], data_dir="DATA")
     found = [(config.model, config.data.data_dir) for config in seen]
     if with_config:
         assert found == [("dgt_t", "~/tensorflow_datasets"), ("dgt_t", "DATA")]
@@ -203,6 +185,6 @@ def test_mistakes_are_named(run, imported, tmp_path):
         (tmp_path, "config.data.normalization='half' is not valid; valid: imagenet, inception"),
         (tmp_path / "none", f"--workdir={tmp_path}/none holds no config.json"),
     ):
-        status, printed, err = run(evaluate, "workdir", workdir=workdir)
+        status, printed, err = run(evaluate, ("workdir",), workdir=workdir)
         assert (status, printed, len(err.splitlines())) == (1, "", 1)
         assert message in err

@@ -1,6 +1,5 @@
 """Exported runs: any number of images, without this package; weights with our own names."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -17,7 +16,7 @@ from random_variables import random_variables
 from safetensors.numpy import save_file
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, convert, export
+from tokenvit_jax import convert, export
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
@@ -89,21 +88,12 @@ def runs(tmp_path_factory):
     return found
 
 
-def run(monkeypatch, capsys, command, required, **flags):
-    flags = [f"--{key}={value}" for key, value in flags.items()]
-    monkeypatch.setattr(sys, "argv", ["command", *flags])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-    output = capsys.readouterr()
-    return exit_info.value.code, output.out, output.err
+def run_export(run, **flags):
+    return run(export, ("workdir", "out"), **flags)
 
 
-def run_export(monkeypatch, capsys, **flags):
-    return run(monkeypatch, capsys, export, ("workdir", "out"), **flags)
-
-
-def run_own(monkeypatch, capsys, **flags):
-    return run(monkeypatch, capsys, convert, ("source", "out"), layout="own", **flags)
+def run_own(run, **flags):
+    return run(convert, ("source", "out"), layout="own", **flags)
 
 
 def test_every_family_has_a_case():
@@ -135,14 +125,14 @@ def test_a_model_without_classes_gives_features():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_three_lines_load_it_without_this_package(monkeypatch, capsys, tmp_path, runs):
+def test_three_lines_load_it_without_this_package(run, tmp_path, runs):
     lines = re.search(r"Three lines.*?```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     assert len(list(filter(None, lines.split("\n")))) == 3
     script = ["import sys, numpy", "sys.modules.update(tokenvit_jax=None, flax=None)"]
     np.save(tmp_path / "images.npy", PIXELS)
     for name, (workdir, _) in runs.items():
         out = tmp_path / name
-        found = run_export(monkeypatch, capsys, workdir=workdir, out=out)
+        found = run_export(run, workdir=workdir, out=out)
         assert found == (0, f"{workdir} -> {out}\n", "")
         script += [
             f"images = numpy.load({str(tmp_path / 'images.npy')!r})",
@@ -166,14 +156,14 @@ def test_three_lines_load_it_without_this_package(monkeypatch, capsys, tmp_path,
         assert str(Path(tv.__file__).parent).encode() not in file.read_bytes(), file
 
 
-def test_mistakes_are_named_and_leave_nothing(monkeypatch, capsys, tmp_path, runs):
+def test_mistakes_are_named_and_leave_nothing(run, tmp_path, runs):
     workdir, _ = runs["classification"]
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.iterdir())
 
     def error(workdir=workdir, **flags):
-        status, out, err = run_export(monkeypatch, capsys, workdir=workdir, **flags)
+        status, out, err = run_export(run, workdir=workdir, **flags)
         assert (status, out, err.count("\n")) == (1, "", 1)
         return err
 
@@ -195,7 +185,7 @@ def test_mistakes_are_named_and_leave_nothing(monkeypatch, capsys, tmp_path, run
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, runs):
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path, runs):
     workdir, _ = runs["classification"]
     commands = {
         "export/model.jax": (export, ("workdir", "out"), {"workdir": workdir}),
@@ -204,7 +194,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_pat
     for name, (command, required, flags) in commands.items():
         out = tmp_path / name.split("/")[0]
         with largest_file(1000):
-            status, _, err = run(monkeypatch, capsys, command, required, out=out, **flags)
+            status, _, err = run(command, required, out=out, **flags)
         assert (status, err.count("\n")) == (1, 1)
         assert f"{tmp_path / name} cannot be written: " in err and "too large" in err
     loaded = tv.load_run(workdir)
@@ -218,22 +208,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_pat
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_becomes_a_file_and_a_run_again(monkeypatch, capsys, tmp_path, runs):
+def test_a_run_becomes_a_file_and_a_run_again(run, tmp_path, runs):
     workdir, _ = runs["segmentation"]
     file, again = tmp_path / "own.safetensors", tmp_path / "again"
-    assert run_own(monkeypatch, capsys, source=workdir, out=file)[0] == 0
+    assert run_own(run, source=workdir, out=file)[0] == 0
     flags = {"layout": "auto", "source": file, "out": again}
-    assert run(monkeypatch, capsys, convert, ("source", "out"), **flags)[0] == 0
+    assert run(convert, ("source", "out"), **flags)[0] == 0
     first, second = tv.load_run(workdir), tv.load_run(again)
     assert second.config.to_dict() == first.config.to_dict()
     jax.tree.map(np.testing.assert_array_equal, second.variables, first.variables)
 
 
-def test_files_that_are_no_run_are_named(monkeypatch, capsys, tmp_path, runs):
+def test_files_that_are_no_run_are_named(run, tmp_path, runs):
     workdir, _ = runs["classification"]
 
     def error(**flags):
-        status, out, err = run_own(monkeypatch, capsys, **flags)
+        status, out, err = run_own(run, **flags)
         assert (status, out, err.count("\n")) == (1, "", 1)
         return err
 

@@ -1,26 +1,23 @@
 """The commands on a run of segmentation by masks: evaluate, predict and export."""
 
-import copy
 import json
-import re
-import sys
 
 import jax
 import numpy as np
 import pytest
 from make_task import make_task, open_dataset
-from ml_collections import ConfigDict
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from random_variables import random_variables
+from timings import without_timings
+from tiny_masks import get_config
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, evaluate, predict
+from tokenvit_jax import evaluate, predict
 from tokenvit_jax.data import open_annotations
 from tokenvit_jax.metrics.coco import NUMBERS
 from tokenvit_jax.run_lengths import decode_mask
-from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.weights.own import named_arrays
@@ -30,26 +27,10 @@ SIDE, IMAGES = 128, 200  # of the scenes, and their number
 CLASSES, QUERIES = 6, 6
 
 
-def tiny_config() -> ConfigDict:
-    config = default_config("masks")
-    config.model, config.dataset, config.image_size = "swin_t", "scene_segments", (LOW, HIGH)
-    config.model_overrides = {
-        "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0), "mlp_ratio": 1,
-        "window_size": 2,
-    }  # fmt: skip
-    config.head_overrides = {
-        "num_queries": QUERIES, "channels": 32, "num_heads": 2, "num_points": 1,
-        "encoder_depth": 1, "encoder_hidden": 8, "depth": 1, "hidden": 8,
-    }  # fmt: skip
-    config.data.max_segments, config.data.result_size = 5, (SIDE, SIDE)
-    config.data.eval_batch_size = 40
-    return config
-
-
 @pytest.fixture(scope="module")
 def certain(tmp_path_factory):
     """Returns the folder of a run with random variables, with which many classes are certain."""
-    task = make_task(tiny_config())
+    task = make_task(get_config())
     images = jax.ShapeDtypeStruct((1, LOW, HIGH, 3), np.float32)
     variables = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1 if path[-1].key == "scale" else x,
@@ -59,21 +40,6 @@ def certain(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("masks") / "run"
     write_run(workdir, task.config, variables)
     return workdir
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output, and errors without progress."""
-
-    def run_command(command, required, **flags):
-        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        err = re.sub("^(evaluating|predicting): .*\n", "", output.err, flags=re.MULTILINE)
-        return exit_info.value.code, output.out, err
-
-    return run_command
 
 
 def evaluated(run, workdir, out, **flags):
@@ -148,6 +114,20 @@ def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
     assert metrics["eval/box_ar100"] > 0
 
 
+def test_things_are_evaluated_on_a_dataset_of_objects(run, certain):
+    """Which lacks the stuff: the numbers are those of the dataset with both."""
+    flags = {"config.inference.kind": "instance", "workdir": certain, "per_class": True}
+    lines = []
+    for dataset in ("scene_segments", "scene_instances"):
+        status, printed, err = run(evaluate, ("workdir",), **flags, dataset=dataset)
+        assert (status, err) == (0, "")
+        lines.append(without_timings(json.loads(printed)))
+    assert lines[0] == lines[1] and lines[0]["eval/box_ar100"] > 0
+    found = lines[1]["per_class/box_ap"]
+    assert list(found) == ["0", "1", "2", "3", "china", "flower"]
+    assert found["0"] is not None and found["china"] is None
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (
         {"config.inference.kind": "things"},
@@ -158,6 +138,15 @@ def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
         "scene_instances",
     ),
     ({"config.data.result_size": "(64, 64)"}, "config.data.result_size"),
+    (
+        {"config.data.eval_size": "(70, 96)"},
+        "config.data.eval_size: 70 x 96 pixels are not valid; valid: multiples of 32",
+    ),
+    (
+        {"config.data.eval_short_side": 65},
+        "config.data.eval_short_side: 65 pixels do not fit the canvas of evaluation, 64 x 96; "
+        "valid: at most 64",
+    ),
 ])  # fmt: skip
 def test_wrong_evaluations_are_named(run, certain, flags, message):
     status, printed, err = run(evaluate, ("workdir",), workdir=certain, **flags)

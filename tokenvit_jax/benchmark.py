@@ -20,8 +20,9 @@ and timm.
 
 --task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
 recipe; --task=depth times DPT-hybrid; --task=detection times Mask R-CNN, with Swin-T unless --model
-names another. The training step has the loss of the recipe, on a batch that is prepared before.
---against then names networks of transformers, upernet_swin_t or dpt_hybrid, or mask_rcnn_swin_t,
+names another; --task=masks times Mask2Former for semantic segmentation of ADE20K, likewise. The
+training step has the loss of the recipe, on a batch that is prepared before. --against then names
+networks of transformers, upernet_swin_t, dpt_hybrid or mask2former_swin_t, or mask_rcnn_swin_t,
 which is made of torchvision's modules and timm's Swin-T.
 
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
@@ -98,6 +99,9 @@ MEASURED = {
     "detection": Measured(
         "swin_t", "800x1344", "Mask R-CNN, Swin-T", "mask_rcnn_swin_t", batch_size=1,
         package="torchvision",
+    ),
+    "masks": Measured(
+        "swin_t", "640", "Mask2Former, Swin-T", "mask2former_swin_t", batch_size=1
     ),
 }  # fmt: skip
 
@@ -220,7 +224,7 @@ def _measure(flag_values):
 
 def _task_kind(task):
     """Returns how the models of a task are timed."""
-    from tokenvit_jax.recipes import detection, dpt, upernet
+    from tokenvit_jax.recipes import detection, dpt, mask2former, upernet
     from tokenvit_jax.training.task_speed import task_kind
 
     def detector(name):
@@ -234,6 +238,10 @@ def _task_kind(task):
         },
         "depth": {dpt.MODEL: functools.partial(dpt.dpt_config, "nyu")},
         "detection": {name: functools.partial(detector, name) for name in detection.MASK_RCNN},
+        "masks": {
+            name: functools.partial(mask2former.mask2former_config, f"ade20k_semantic_{name}")
+            for name in mask2former.MODELS
+        },
     }[task]
 
     def recipe(name):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tokenvit_jax.data.decoding import open_image
@@ -91,6 +92,22 @@ class LabelSource(TfdsSource):
         if not 0 <= label < self._num_classes:
             raise UserError(f"label={label}; valid: 0 to {self._num_classes - 1}")
         return Record(label=label)
+
+
+class SizedSource(TfdsSource):
+    """Images whose sizes are in the metadata of their dataset: "sizes", split -> (width, height).
+
+    The arguments are those of :func:`open_records`.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str, folder: str, undecoded: Sequence[str]):
+        super().__init__(name, split, open_records(name, split, data_dir, folder, undecoded))
+        width, height = np.array(read_metadata(folder, data_dir)["sizes"][split]).T
+        self._portrait = height > width
+
+    def portrait(self) -> np.ndarray:
+        """See :class:`tokenvit_jax.data.record.Source`."""
+        return self._portrait
 
 
 def _file_of(features: dict[str, Any]) -> str:

@@ -45,14 +45,15 @@ class TorchWork(NamedTuple):
 
     Attributes:
       module: takes images (B, 3, H, W).
-      targets: random targets (B, ...) from a number of images B and a `torch.Generator`.
+      targets: random targets from a number of images B and a `torch.Generator`: tensors (B, ...)
+        in any tree.
       loss: scalar loss from the module, or what `torch.compile` makes of it, images and targets.
       smallest_batch: images that training needs at least.
     """
 
     module: "torch.nn.Module"
-    targets: Callable[[int, "torch.Generator"], "torch.Tensor"]
-    loss: Callable[[Callable, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+    targets: Callable[[int, "torch.Generator"], Any]
+    loss: Callable[[Callable, "torch.Tensor", Any], "torch.Tensor"]
     smallest_batch: int = 1
 
 
@@ -100,7 +101,8 @@ def torch_peer(
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, *image_size, generator=generator).to(device)
-    targets = work.targets(batch_size, generator).to(device)
+    targets = work.targets(batch_size, generator)
+    targets = jax.tree.map(lambda x: x.to(device), targets)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
 
     def forward():

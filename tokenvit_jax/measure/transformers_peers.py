@@ -3,10 +3,13 @@
 torch and transformers are imported by the functions that need them; nothing is downloaded.
 """
 
+import numpy as np
+
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.measure.torch_peers import TorchWork, import_package
 
 NUM_CLASSES = 150  # of ADE20K
+SEGMENTS = 8  # of an image of a random batch
 # Scale and shift from the output to inverse depth, and largest depth, of DPT on NYU [1/m, 1/m, m].
 SCALE, SHIFT, MAX_DEPTH = 0.000305, 0.1378, 10.0
 # SILog: weight of the squared mean, and what keeps the root's gradient finite.
@@ -95,4 +98,44 @@ def dpt_hybrid(image_size: tuple[int, int], mode: str) -> TorchWork:
     return TorchWork(module, targets, loss)
 
 
-PEERS = {"upernet_swin_t": upernet_swin_t, "dpt_hybrid": dpt_hybrid}
+def mask2former_swin_t(image_size: tuple[int, int], mode: str) -> TorchWork:
+    """Returns Mask2Former on Swin-T, and its loss on images with :data:`SEGMENTS` stripes."""
+    del mode  # the same network in both
+    import torch
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    stages = [f"stage{i}" for i in range(1, 5)]
+    backbone = SwinConfig(image_size=image_size, drop_path_rate=0.3, out_features=stages)
+    module = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=backbone, num_labels=NUM_CLASSES)
+    )
+    stripes = torch.as_tensor(striped_segments(image_size))
+    numbers = torch.arange(1, SEGMENTS + 1)
+    masks = (stripes == numbers[:, None, None]).float()
+
+    def targets(batch_size, generator):
+        classes = torch.randint(NUM_CLASSES, (batch_size, SEGMENTS), generator=generator)
+        return masks.expand(batch_size, -1, -1, -1), classes
+
+    def loss(compute, images, targets):
+        masks, classes = map(list, targets)
+        return compute(images, mask_labels=masks, class_labels=classes).loss.sum()
+
+    return TorchWork(module, targets, loss)
+
+
+def striped_segments(image_size: tuple[int, int]) -> np.ndarray:
+    """Returns a map of :data:`SEGMENTS` upright stripes, 1, 2, ... (H, W).
+
+    Args:
+      image_size: H and W [pixels].
+    """
+    height, width = image_size
+    return np.tile(1 + np.arange(width) * SEGMENTS // width, (height, 1))
+
+
+PEERS = {
+    "upernet_swin_t": upernet_swin_t,
+    "dpt_hybrid": dpt_hybrid,
+    "mask2former_swin_t": mask2former_swin_t,
+}

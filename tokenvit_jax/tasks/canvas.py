@@ -9,6 +9,7 @@ from PIL import Image
 
 from tokenvit_jax.data.box_transforms import View, fitted_size, view_pixels
 from tokenvit_jax.data.dense_transforms import Pixel, pad, scaled_size
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.grouping import Batch, Size, group_by_size
 
 
@@ -28,6 +29,22 @@ class Canvas(NamedTuple):
     short_side: int
     long_side: int
     fill: Pixel
+
+    def check(self, where: str) -> None:
+        """Raises UserError if the sides of a resized image do not fit the canvas.
+
+        Args:
+          where: what determines the canvas, for the message.
+        """
+        sides = {
+            "eval_short_side": (self.short_side, self.low),
+            "long_side": (self.long_side, self.high),
+        }
+        for key, (side, room) in sides.items():
+            if side > room:
+                raise UserError(
+                    f"config.data.{key}: {side} pixels do not fit {where}; valid: at most {room}"
+                )
 
     @property
     def square(self) -> Size:

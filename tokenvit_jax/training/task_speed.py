@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.measure.models import Kind, Subject, Work
 from tokenvit_jax.measure.torchvision_peers import OBJECTS, random_objects, torchvision_work
-from tokenvit_jax.measure.transformers_peers import transformers_work
+from tokenvit_jax.measure.transformers_peers import SEGMENTS, striped_segments, transformers_work
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.step import add_sown
 
@@ -56,8 +56,8 @@ def random_batch(task: Task, batch_size: int) -> dict[str, jax.Array]:
     """Returns a training batch of random numbers.
 
     Images are drawn from 0 to 255, other whole numbers below the number of classes, and floats,
-    such as depths [m], from 1 to 2. Of the places for objects, the first ones are taken, and their
-    images fill the canvas.
+    such as depths [m], from 1 to 2. Of the places for objects or segments, the first ones are
+    taken, and their images fill the canvas.
 
     Args:
       task: gives names, shapes and types.
@@ -84,4 +84,9 @@ def random_batch(task: Task, batch_size: int) -> dict[str, jax.Array]:
         batch["objects_left_out"][:] = 0
         if "masks" in batch:
             batch["masks"][:] = 255  # all of the box
+    if "segments" in batch:
+        batch["index"] = np.arange(batch_size, dtype=np.int32)
+        batch["segments"][:] = striped_segments(batch["image"].shape[1:3])
+        batch["classes"][:, SEGMENTS:] = -1
+        batch["segments_left_out"][:] = 0
     return {name: jnp.asarray(x) for name, x in batch.items()}

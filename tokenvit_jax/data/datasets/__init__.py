@@ -114,12 +114,20 @@ def _read_info(module: ModuleType, config: ConfigDict) -> DatasetInfo:
     info = module.read_info(config) if hasattr(module, "read_info") else module.INFO
     if not classes:
         return info
+    if _are_things(info, classes):
+        things = frozenset(range(info.num_classes))
+        return dataclasses.replace(info, classes=classes, num_classes=len(classes), things=things)
     if len(classes) != info.num_classes:
         raise UserError(
             f"config.data.classes has {len(classes)} names; valid: one for each of the "
             f"{info.num_classes} classes of config.dataset={config.dataset!r}, or ()"
         )
     return dataclasses.replace(info, classes=classes)
+
+
+def _are_things(info: DatasetInfo, classes: tuple[str, ...]) -> bool:
+    """Returns whether a dataset of objects has the first ones of these classes, and not all."""
+    return "instances" in info.fields and classes[: info.num_classes] == info.classes != classes
 
 
 def open_split(config: ConfigDict, split: str) -> Source:
@@ -149,7 +157,12 @@ def open_annotations(config: ConfigDict, split: str) -> dict[str, Any]:
     Raises:
       UserError: as :func:`open_split`.
     """
-    return _module(config.dataset).annotations(config, split)
+    found = _module(config.dataset).annotations(config, split)
+    # Classes of stuff that a model has besides are categories without objects.
+    known = {entry["id"] for entry in found["categories"]}
+    others = enumerate(config.data.classes[len(known) :], max(known) + 1)
+    categories = [*found["categories"], *({"id": i, "name": name} for i, name in others)]
+    return found | {"categories": categories}
 
 
 def check_reads_files(config: ConfigDict, data_dir: str | None) -> None:
@@ -189,7 +202,8 @@ def with_dataset(config: ConfigDict, dataset: str) -> ConfigDict:
     """Returns the configuration of a run with another dataset, which has the same classes.
 
     If the names are the same, the labels follow the names of the run. Otherwise the number of
-    classes must be the same, and the names become the dataset's.
+    classes must be the same, and the names become the dataset's; or the dataset has objects, whose
+    classes are the things of the run, the first ones of its classes.
 
     Raises:
       UserError: there is no such dataset, or it has another number of classes.
@@ -197,7 +211,10 @@ def with_dataset(config: ConfigDict, dataset: str) -> ConfigDict:
     before = dataset_info(config)
     config = config.copy_and_resolve_references()
     config.dataset, config.data.classes, config.data.split = dataset, (), 0.0
-    now = dataset_info(config)
+    now, names = dataset_info(config), before.classes or ()
+    if before.things == frozenset(range(now.num_classes)) and _are_things(now, names):
+        config.data.classes = names
+        return config
     if now.num_classes != before.num_classes:
         raise UserError(
             f"dataset {dataset!r} has {now.num_classes} classes, the run has {before.num_classes} "

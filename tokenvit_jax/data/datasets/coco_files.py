@@ -32,9 +32,8 @@ from tokenvit_jax.data.files import read_file
 from tokenvit_jax.data.record import DatasetInfo, Instances, Record
 from tokenvit_jax.data.tfds_files import (
     Pairs,
-    TfdsSource,
+    SizedSource,
     is_prepared,
-    open_records,
     read_metadata,
     write_splits,
 )
@@ -62,18 +61,11 @@ class Layout:
     how_to_get: str
 
 
-class CocoSource(TfdsSource):
+class CocoSource(SizedSource):
     """Images with their objects."""
 
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
-        records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
-        super().__init__(info.name, split, records)
-        width, height = np.array(read_metadata(f"{FOLDER}/{info.name}", data_dir)["sizes"][split]).T
-        self._portrait = height > width
-
-    def portrait(self) -> np.ndarray:
-        """See :class:`tokenvit_jax.data.record.Source`."""
-        return self._portrait
+        super().__init__(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
 
     def ground_truth(self, features: Entries, image: Image.Image) -> Record:
         """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""

@@ -34,14 +34,7 @@ from tokenvit_jax.data.datasets.coco_json import (
 from tokenvit_jax.data.files import read_file
 from tokenvit_jax.data.record import DatasetInfo, Record
 from tokenvit_jax.data.segments import MAX_ID, decode_ids, read_segments
-from tokenvit_jax.data.tfds_files import (
-    Pairs,
-    TfdsSource,
-    is_prepared,
-    open_records,
-    read_metadata,
-    write_splits,
-)
+from tokenvit_jax.data.tfds_files import Pairs, SizedSource, is_prepared, write_splits
 from tokenvit_jax.errors import UserError
 
 # The datasets share this folder, as tensorflow_datasets has other datasets with their names.
@@ -86,7 +79,7 @@ class Layout:
     how_to_get: str
 
 
-class PanopticSource(TfdsSource):
+class PanopticSource(SizedSource):
     """Images with their segments.
 
     Args:
@@ -98,15 +91,7 @@ class PanopticSource(TfdsSource):
 
     def __init__(self, info: DatasetInfo, split: str, data_dir: str, labels: tuple[str, ...] = ()):
         undecoded = ("image", "segments", *labels)
-        records = open_records(info.name, split, data_dir, f"{FOLDER}/{info.name}", undecoded)
-        super().__init__(info.name, split, records)
-        sizes = read_metadata(f"{FOLDER}/{info.name}", data_dir)["sizes"][split]
-        width, height = np.array(sizes).T
-        self._portrait = height > width
-
-    def portrait(self) -> np.ndarray:
-        """See :class:`tokenvit_jax.data.record.Source`."""
-        return self._portrait
+        super().__init__(info.name, split, data_dir, f"{FOLDER}/{info.name}", undecoded)
 
     def ground_truth(self, features: Entries, image: Image.Image) -> Record:
         """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""

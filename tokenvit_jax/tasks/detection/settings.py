@@ -52,9 +52,16 @@ def eval_short_side(config: ConfigDict) -> int:
 
 
 def eval_canvas(config: ConfigDict) -> Canvas:
-    """Returns the canvas of evaluation, with the mean colour around images."""
+    """Returns the canvas of evaluation, with the mean colour around images.
+
+    Raises:
+      UserError: images do not fit into it.
+    """
     fill = mean_pixel(config.data.normalization, config.in_channels)
-    return Canvas(*canvas(config), eval_short_side(config), long_side(config), fill)
+    low, high = canvas(config)
+    found = Canvas(low, high, eval_short_side(config), long_side(config), fill)
+    found.check(f"config.image_size={low} x {high}")
+    return found
 
 
 def train_short_sides(config: ConfigDict) -> tuple[int, ...]:
@@ -64,15 +71,10 @@ def train_short_sides(config: ConfigDict) -> tuple[int, ...]:
 
 def check_sizes(config: ConfigDict) -> None:
     """Raises UserError if images do not fit the canvas."""
-    low, high = canvas(config)
-    sides = {
-        "data.long_side": (long_side(config), high),
-        "data.eval_short_side": (eval_short_side(config), low),
-        "augment.short_sides": (max(train_short_sides(config)), low),
-    }
-    for key, (side, room) in sides.items():
-        if side > room:
-            raise UserError(
-                f"config.{key}: {side} pixels do not fit config.image_size={low} x {high}; valid: "
-                f"at most {room}"
-            )
+    eval_canvas(config)
+    (low, high), side = canvas(config), max(train_short_sides(config))
+    if side > low:
+        raise UserError(
+            f"config.augment.short_sides: {side} pixels do not fit config.image_size={low} x "
+            f"{high}; valid: at most {low}"
+        )

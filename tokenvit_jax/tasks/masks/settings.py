@@ -78,12 +78,20 @@ NEEDS: tuple[Need, ...] = (
 
 
 def eval_canvas(config: ConfigDict) -> Canvas:
-    """Returns the canvas of evaluation, with the mean colour around images."""
-    size = config.data.eval_size
-    low, high = sorted(height_and_width(tuple(size) if any(size) else config.image_size))
+    """Returns the canvas of evaluation, with the mean colour around images.
+
+    Raises:
+      UserError: its sides are no multiples of 32, or images do not fit into it.
+    """
+    size = tuple(config.data.eval_size)
+    key, size = ("data.eval_size", size) if any(size) else ("image_size", config.image_size)
+    low, high = sorted(height_and_width(size))
+    _check_multiples(key, (low, high))
     fill = mean_pixel(config.data.normalization, config.in_channels)
     short, long = config.data.eval_short_side or low, config.data.long_side or high
-    return Canvas(low, high, short, long, fill)
+    canvas = Canvas(low, high, short, long, fill)
+    canvas.check(f"the canvas of evaluation, {low} x {high}")
+    return canvas
 
 
 def result_size(config: ConfigDict) -> tuple[int, int]:
@@ -94,24 +102,13 @@ def result_size(config: ConfigDict) -> tuple[int, int]:
 
 def check_sizes(config: ConfigDict) -> None:
     """Raises UserError for canvases of other sides than multiples of 32, or too small ones."""
-    canvas = eval_canvas(config)
-    sizes = {
-        "image_size": height_and_width(config.image_size),
-        "data.eval_size": (canvas.low, canvas.high),
-    }
-    for key, size in sizes.items():
-        if any(side % MULTIPLE for side in size):
-            shown = " x ".join(map(str, size))
-            raise UserError(
-                f"config.{key}: {shown} pixels are not valid; valid: multiples of {MULTIPLE}"
-            )
-    sides = {
-        "eval_short_side": (canvas.short_side, canvas.low),
-        "long_side": (canvas.long_side, canvas.high),
-    }
-    for key, (side, room) in sides.items():
-        if side > room:
-            raise UserError(
-                f"config.data.{key}: {side} pixels do not fit the canvas of evaluation, "
-                f"{canvas.low} x {canvas.high}; valid: at most {room}"
-            )
+    _check_multiples("image_size", height_and_width(config.image_size))
+    eval_canvas(config)
+
+
+def _check_multiples(key: str, size: tuple[int, int]) -> None:
+    if any(side % MULTIPLE for side in size):
+        raise UserError(
+            f"config.{key}: {size[0]} x {size[1]} pixels are not valid; valid: multiples of "
+            f"{MULTIPLE}"
+        )
