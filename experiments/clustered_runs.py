@@ -14,8 +14,6 @@ from experiments.runs import Run, load_run
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.expedite_run import with_measured_temperature
 
-BEFORE = (1, 2, 3)  # blocks of the third stage that run on all tokens
-SIDES = (6, 5, 4)  # rows and columns of the centres, for 8 x 8 tokens
 METHODS: dict[str, dict[str, Any]] = {
     "clustering": {},
     "pooling": {"iterations": 0},
@@ -68,18 +66,25 @@ def load_runs(values: flags.FlagValues, task: str, dataset: str, recipe: str) ->
     return runs
 
 
-def list_settings(depth: int, smaller: Sequence[int] = ()) -> list[Setting]:
+def list_settings(
+    depth: int,
+    before: Sequence[int] = (1, 2, 3),
+    sides: Sequence[int] = (6, 5, 4),
+    smaller: Sequence[int] = (),
+) -> list[Setting]:
     """Returns the settings that are compared, the plain network first.
 
     Args:
       depth: blocks of the third stage.
+      before: blocks of the third stage that run on all tokens.
+      sides: rows and columns of the centres, for 8 x 8 tokens.
       smaller: sides of smaller images [pixels].
     """
     clustered = [
         Setting(name, {"alpha": alpha, "beta": depth - alpha, "clusters": (side, side)} | changes)
         for name, changes in METHODS.items()
-        for alpha in BEFORE
-        for side in SIDES
+        for alpha in before
+        for side in sides
     ]
     return [
         Setting("plain"), *clustered, *(Setting(SMALLER_IMAGE, side=side) for side in smaller)

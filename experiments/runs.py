@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data import eval_batches, open_split, train_batches
+from tokenvit_jax.data.workers import Batches
 from tokenvit_jax.memory import keep_pages
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import create_task
@@ -87,7 +88,8 @@ def normalize_images(config: ConfigDict, images: jax.Array) -> jax.Array:
     return create_task(config).normalize(images)
 
 
-def _test_data(config: ConfigDict, devices: int = 1):
+def test_data(config: ConfigDict, devices: int = 1) -> Batches:
+    """Returns the batches of a configuration's evaluation split."""
     task = create_task(config)
     source = open_split(config, task.info.eval_split)
     return eval_batches(source, task.examples(train=False), config, devices=devices)
@@ -95,13 +97,13 @@ def _test_data(config: ConfigDict, devices: int = 1):
 
 def test_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first batch of test images (B, S, S, 3) uint8, and their labels (B,)."""
-    batch = next(iter(_test_data(config)))
+    batch = next(iter(test_data(config)))
     return batch["image"], batch["label"]
 
 
 def test_batches(config: ConfigDict) -> list[np.ndarray]:
     """Returns all test images in batches (B, S, S, 3) uint8."""
-    return [batch["image"] for batch in _test_data(config)]
+    return [batch["image"] for batch in test_data(config)]
 
 
 def observe(config: ConfigDict, model: nn.Module) -> Callable[[Variables, jax.Array], tuple]:
@@ -136,8 +138,8 @@ def make_evaluate(config: ConfigDict, model: nn.Module) -> Callable[[Variables],
 
     def evaluate(variables):
         placed = parallel.put_variables(variables)
-        test_data = _test_data(config, jax.device_count())
-        return evaluate_batches(task, step, placed, test_data, parallel)
+        batches = test_data(config, jax.device_count())
+        return evaluate_batches(task, step, placed, batches, parallel)
 
     return evaluate
 

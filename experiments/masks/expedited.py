@@ -26,28 +26,51 @@ from experiments.clustered_runs import (
     load_runs,
     plot,
 )
-from experiments.runs import Run, make_evaluate, make_model
+from experiments.runs import Run, make_model, test_data
 from tokenvit_jax import cli
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.backbone import variable_shapes
+from tokenvit_jax.tasks import Outcome, create_task
+from tokenvit_jax.tasks.masks.inference import predict_masks
+from tokenvit_jax.tasks.masks.settings import INSTANCE, PANOPTIC, SEMANTIC, result_size
 
 FLAGS = flags.FlagValues()
 define_flags(FLAGS)
 
-# Kind of reading -> its metric. The three read the same predictions.
-KINDS = {"panoptic": "eval/pq", "instance": "eval/mask_ap", "semantic": "eval/miou"}
 METRICS = {"eval/pq": "PQ", "eval/mask_ap": "mask AP", "eval/miou": "mIoU"}
+BEFORE, SIDES = (1, 3), (6, 4)  # see `list_settings`
 SMALLER = (96, 64)  # sides of smaller images [pixels]
 COST = "10^6 multiply-adds"
 
+read = jax.jit(predict_masks, static_argnames=("canvas", "room", "kind", "things"))
+
 
 def evaluate(config: ConfigDict, run: Run) -> dict[str, float]:
-    """Returns the metrics of all kinds of a run with a configuration."""
-    metrics = {}
-    for kind in KINDS:
-        config.inference.kind = kind
-        metrics |= make_evaluate(config, make_model(config))(run.variables)
-    return metrics
+    """Returns the metrics of all kinds of segments, from the same predictions."""
+    task, model = create_task(config), make_model(config)
+
+    @jax.jit
+    def predict(variables, images):
+        found = model.apply(variables, task.normalize(images), train=False)
+        return found.logits[-1], found.masks[-1]
+
+    meters = {}
+    for kind in (SEMANTIC, INSTANCE, PANOPTIC):
+        own = config.copy_and_resolve_references()
+        own.inference.kind = kind
+        meters[kind] = create_task(own).meter()
+    for batch in test_data(config):
+        logits, masks = predict(run.variables, batch["image"])
+        canvas, sizes = batch["image"].shape[1:3], (batch["image_size"], batch["original_size"])
+        for kind, meter in meters.items():
+            found = read(
+                logits, masks, canvas, *sizes, room=result_size(config), kind=kind,
+                things=task.info.things,
+            )  # fmt: skip
+            names = "index", "mask", "original_size"
+            rows = jax.device_get(found) | {name: batch[name] for name in names}
+            meter.add(Outcome((), rows))
+    return {name: value for meter in meters.values() for name, value in meter.result().items()}
 
 
 def mmacs(run: Run, setting: Setting) -> float:
@@ -66,7 +89,7 @@ def main(flag_values: flags.FlagValues) -> None:
     runs = load_runs(flag_values, "masks", "scene_segments", "configs/mask2former.py:scenes")
     first = next(iter(runs.values()))
     depth = first.config.model_overrides.depths[2]
-    settings = list_settings(depth, SMALLER)
+    settings = list_settings(depth, BEFORE, SIDES, SMALLER)
     results, rows = compare(runs, settings, METRICS, evaluate, mmacs)
     about = f"""
     {len(runs)} runs of `configs/mask2former.py:scenes` that differ only in their seed
