@@ -5,6 +5,9 @@ References:
 """
 
 import itertools
+from typing import Any
+
+import numpy as np
 
 from tokenvit_jax.data.record import Skeleton
 
@@ -14,6 +17,14 @@ PARTS = {
     "face": range(23, 91),
     "left_hand": range(91, 112),
     "right_hand": range(112, 133),
+}
+# Field of an annotation in COCO-WholeBody's files -> the part whose points it holds.
+FIELDS = {
+    "keypoints": "body",
+    "foot_kpts": "foot",
+    "face_kpts": "face",
+    "lefthand_kpts": "left_hand",
+    "righthand_kpts": "right_hand",
 }
 _SIDES = "left", "right"
 _FINGERS = "thumb", "forefinger", "middle_finger", "ring_finger", "pinky_finger"
@@ -102,3 +113,24 @@ WHOLE_BODY = Skeleton(
     upper_body=tuple(range(11)),
     parts=PARTS,
 )
+
+
+def join_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns an annotation of COCO-WholeBody with all points in "keypoints".
+
+    Args:
+      entry: has the FIELDS, each a list of x, y and visibility (or score) of its points.
+    """
+    points = [number for field in FIELDS for number in entry[field]]
+    others = {name: value for name, value in entry.items() if name not in FIELDS}
+    return others | {"keypoints": points}
+
+
+def split_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns an annotation with the points of each part in its own field, as its files have them.
+
+    Args:
+      entry: the result of :func:`join_fields`.
+    """
+    points = np.reshape(entry["keypoints"], (-1, 3))
+    return entry | {field: points[PARTS[part]].ravel().tolist() for field, part in FIELDS.items()}
