@@ -37,9 +37,11 @@ class PoseHead(Head):
       init_std: standard deviation of the last layer's initial weights.
       dtype: type of the computation; parameters and heat maps are float32.
       axis_name: mapped axis that the batch is split over, for pmap; None under jit.
+      first_map: number of the first map of a backbone that the head reads, from 0 on.
     """
 
     reads = "maps"
+    first_map: ClassVar[int] = 0
     valid: ClassVar[Rules] = {
         "num_keypoints": whole(1, CLASSES), "channels": CHANNELS, "init_std": Number(0, 10),
     }  # fmt: skip
@@ -167,6 +169,7 @@ class DeconvHead(PoseHead):
       Xiao et al. 2018, "Simple Baselines for Human Pose Estimation and Tracking", section 2.
     """
 
+    first_map = 3
     valid: ClassVar[Rules] = {"num_layers": whole(0, BLOCKS), "batch_norm": BATCH_NORM}
 
     num_layers: int = 3
