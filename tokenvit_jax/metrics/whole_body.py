@@ -69,7 +69,7 @@ class WholeBodyMeter:
             index = int(rows["index"][i])
             self._seen.add(index)
             keypoints = np.asarray(rows["keypoints"][i], np.float64)
-            score = float(rows["score"][i]) * _mean_score(keypoints)
+            score = float(rows["score"][i]) * mean_score(keypoints)
             self._found.append(_Found(images[index], score, float(rows["area"][i]), keypoints))
 
     def results(self) -> list[dict[str, Any]]:
@@ -108,6 +108,10 @@ class WholeBodyMeter:
             for prefix, values in found.items()
             for name, value in zip(NUMBERS, values, strict=True)
         }
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Returns nothing: there is one class."""
+        return {}
 
     def _category(self) -> int:
         (category,) = self._annotations()["categories"]
@@ -159,8 +163,15 @@ class WholeBodyMeter:
         return {image["id"] for image in annotations["images"]} - ({*records} - seen)
 
 
-def _mean_score(keypoints: np.ndarray) -> float:
-    """Returns the mean of the scores of the keypoints (K, 3) above 0.2; 0 if there are none."""
+def mean_score(keypoints: np.ndarray) -> float:
+    """Returns the mean of the scores of keypoints above 0.2, by which a box's score is multiplied.
+
+    Args:
+      keypoints: (K, 3) x, y and score.
+
+    Returns:
+      The mean; 0 if no score is above 0.2.
+    """
     scores = keypoints[:, 2]
     sure = scores[scores > _MIN_SCORE]
     return float(sure.mean()) if len(sure) else 0.0

@@ -84,19 +84,21 @@ def figures_config() -> ConfigDict:
 
     config.dataset = "figures"
     config.image_size = (128, 96)
-    config.batch_size = 32
+    config.batch_size = 16
     config.data.eval_batch_size = 40
-    config.pose.sigma = 1.5  # heat maps have half of the usual sides
+    # A pixel of the heat maps, half as wide and high as usual, is several pixels of an image.
+    config.pose.sigma = 1.5
+    config.pose.unbiased = True
+    config.inference.refinement = "dark"
     config.augment.flip = 0.5
     config.augment.shift = 0.05
     config.augment.scale = 0.2
     config.augment.rotation = 15.0
 
-    config.num_steps = 600
+    config.num_steps = 1000
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 60
-    config.clip_norm = 1.0
+    config.optimizer.warmup_steps = 50
     config.log_every_steps = 50
-    config.eval_every_steps = 600
-    config.checkpoint_every_steps = 300
+    config.eval_every_steps = 1000
+    config.checkpoint_every_steps = 500
     return config

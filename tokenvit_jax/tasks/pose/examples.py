@@ -27,7 +27,7 @@ class PoseExamples:
     An example holds the crop, `image` (H, W, C) uint8. In training, also the keypoints, `keypoints`
     (K, 3) float32: x and y [pixels of the crop] and visibility, 0 for points without a label. In
     evaluation, also the affine map from places in the crop to places in the image, `to_image`
-    (2, 3) float32, the score of the box, `box_score` () float32, and the area of the frame around
+    (2, 3) float32, the score of the box, `score` () float32, and the area of the frame around
     it, `area` () float32 [pixels of the image].
 
     Args:
@@ -45,7 +45,7 @@ class PoseExamples:
             self.specs["keypoints"] = Spec((len(skeleton.names), 3), np.float32)
         else:
             self.specs["to_image"] = Spec((2, 3), np.float32)
-            self.specs |= {name: Spec((), np.float32) for name in ("box_score", "area")}
+            self.specs |= {name: Spec((), np.float32) for name in ("score", "area")}
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
@@ -74,7 +74,7 @@ class PoseExamples:
         return {
             "image": crop_image(image, matrix, self._size),
             "to_image": inverse_matrix(matrix).astype(np.float32),
-            "box_score": np.float32(score),
+            "score": np.float32(score),
             "area": np.float32(frame.size.prod()),
         }
 

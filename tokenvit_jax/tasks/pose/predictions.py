@@ -9,8 +9,10 @@ import numpy as np
 
 from tokenvit_jax.data import to_array, with_channels
 from tokenvit_jax.data.whole_body import split_fields
-from tokenvit_jax.tasks.task import Prediction, Predictor, Task
+from tokenvit_jax.metrics.whole_body import mean_score, suppress_duplicates
+from tokenvit_jax.tasks.task import NUM_NAMED, Prediction, Predictor, Task
 
+PERSON = 1  # category of persons in COCO
 _MANY = 8  # boxes that are predicted at a time, unless there is only one
 
 
@@ -29,7 +31,7 @@ def predictor_of(task: Task, predict: Callable[..., jax.Array], variables: Any) 
     apply, examples = jax.jit(predict), task.examples(train=False)
 
     def keypoints_in(image, boxes):
-        """Returns the keypoints (n, K, 3) of persons in boxes."""
+        """Returns keypoints (n, K, 3) and areas (n,) of the frames of persons in boxes."""
         crops = [examples.eval_example(image, box) for *box, _ in boxes]
         size = 1 if len(crops) == 1 else _MANY
         found = [np.zeros((0, len(task.skeleton.names), 3), np.float32)]
@@ -38,17 +40,49 @@ def predictor_of(task: Task, predict: Callable[..., jax.Array], variables: Any) 
             part += [examples.empty()] * (size - len(part))
             arrays = (np.stack([crop[name] for crop in part]) for name in ("image", "to_image"))
             found.append(np.asarray(apply(variables, *arrays)))
-        return np.concatenate(found)[: len(crops)]
+        areas = np.array([crop["area"] for crop in crops])
+        return np.concatenate(found)[: len(crops)], areas
 
     def predict_one(image, boxes=None):
         image = with_channels(image, task.config.in_channels)
         if boxes is None:
             boxes = np.array([[0, 0, *image.size, 1]])
-        keypoints = keypoints_in(image, boxes)
-        return _describe(task, to_array(image), np.asarray(boxes, np.float64), keypoints)
+        keypoints, areas = keypoints_in(image, boxes)
+        scores = np.array([*map(mean_score, keypoints)]) * boxes[:, 4]
+        sigmas = np.array(task.skeleton.sigmas)
+        kept = suppress_duplicates(keypoints, scores, areas, sigmas)
+        arrays = {"keypoints": keypoints, "boxes": boxes[:, :4], "scores": scores}
+        arrays = {name: np.asarray(x, np.float32)[kept] for name, x in arrays.items()}
+        persons = [_entry(*each) for each in zip(*arrays.values(), strict=True)]
+        return Prediction(
+            arrays, {"persons": persons}, _describe(arrays["scores"]),
+            functools.partial(_draw, to_array(image), arrays["keypoints"], task.skeleton),
+        )  # fmt: skip
 
     return predict_one
 
 
-def _describe(task, image, boxes, keypoints):
-    return None
+def _entry(keypoints, box, score):
+    """Returns a person in COCO-WholeBody's format of results, without the image."""
+    left, top, right, bottom = box.tolist()
+    numbers = np.round(keypoints.astype(np.float64), 3)
+    return split_fields({
+        "category_id": PERSON,
+        "score": float(f"{score:.4g}"),
+        "bbox": [left, top, right - left, bottom - top],
+        "keypoints": numbers.ravel().tolist(),
+    })  # fmt: skip
+
+
+def _describe(scores):
+    shown = ", ".join(f"{score:.2f}" for score in scores[:NUM_NAMED])
+    more = f" and {len(scores) - NUM_NAMED} more" if len(scores) > NUM_NAMED else ""
+    if not len(scores):
+        return "no person"
+    return f"{len(scores)} person{'s' * (len(scores) > 1)} with score {shown}{more}"
+
+
+def _draw(image, keypoints, skeleton, caption):
+    from tokenvit_jax.pictures import skeletons  # drawing only
+
+    return {"skeletons": skeletons.draw_skeletons(image, keypoints, skeleton)}

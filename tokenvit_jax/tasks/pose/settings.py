@@ -53,9 +53,7 @@ ENTRIES: dict[str, Entry] = {
     "augment.shift": Entry(
         0.0, "largest shift of 30 % of the frames [sides of the frame]", Number(0, 1)
     ),
-    "augment.half_body": Entry(
-        0.0, "probability of a frame around half of the body", Number(0, 1)
-    ),
+    "augment.half_body": Entry(0.0, "probability of a frame around half of the body", Number(0, 1)),
     "augment.scale": Entry(
         0.0, "standard deviation and largest change of the frame's size", Number(0, 1, below=True)
     ),

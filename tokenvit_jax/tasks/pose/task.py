@@ -77,9 +77,7 @@ class Pose(Task):
         heatmaps, model_state = apply_in_training(model, params, model_state, inputs["image"], rngs)
         settings, keypoints = self.config.pose, inputs["keypoints"]
         size = heatmap_size(self.input_size)
-        points = to_heatmap(
-            keypoints[..., :2], self.input_size, size, unbiased=settings.unbiased
-        )
+        points = to_heatmap(keypoints[..., :2], self.input_size, size, unbiased=settings.unbiased)
         targets = heatmap_targets(
             points, keypoints[..., 2] > 0, size, sigma=settings.sigma, unbiased=settings.unbiased
         )
@@ -89,7 +87,7 @@ class Pose(Task):
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
         keypoints = self._keypoints(model, variables, batch["image"], batch["to_image"])
-        names = "index", "mask", "box_score", "area"
+        names = "index", "mask", "score", "area"
         return Outcome((), {"keypoints": keypoints, **{name: batch[name] for name in names}})
 
     def heatmaps(self, model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -104,9 +102,7 @@ class Pose(Task):
         if not self.config.inference.flip:
             return apply(images)
         # Mirrored, cells at multiples of the stride lie elsewhere; with unit steps they do not.
-        return flip_tested(
-            apply, images, self.skeleton, shift=not self.config.pose.unbiased
-        )
+        return flip_tested(apply, images, self.skeleton, shift=not self.config.pose.unbiased)
 
     def _keypoints(self, model, variables, images, to_image):
         """Returns x, y [pixels of the image] and score of all keypoints (B, K, 3)."""
@@ -117,7 +113,7 @@ class Pose(Task):
 
     def meter(self) -> PoseMeter:
         annotations = functools.partial(open_annotations, self.config, self.info.eval_split)
-        return PoseMeter(annotations, self.skeleton)
+        return PoseMeter(annotations, self.skeleton.sigmas, self.skeleton.parts)
 
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["eval/ap"]
