@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tokenvit_jax.config import base_config
 from tokenvit_jax.data.datasets import builtin_info, figures
 from tokenvit_jax.data.datasets.figures import SIDE, FiguresSource
 from tokenvit_jax.data.whole_body import PARTS, WHOLE_BODY
@@ -141,7 +142,7 @@ def test_test_figures_stand_before_photographs_of_their_own():
 
 
 def test_annotations_list_every_figure():
-    found, source = figures.annotations(None, "test"), FiguresSource("test")
+    found, source = figures.annotations(base_config(), "test"), FiguresSource("test")
     assert [image["id"] for image in found["images"]] == list(range(90))
     assert found["categories"] == [{"id": 1, "name": "figure"}]
     assert found["records"] == [entry["image_id"] for entry in found["annotations"]]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tokenvit_jax.config import base_config
 from tokenvit_jax.data.datasets import figures
 from tokenvit_jax.data.whole_body import PARTS, WHOLE_BODY, join_fields, split_fields
 from tokenvit_jax.errors import UserError
@@ -156,7 +157,7 @@ def test_nothing_and_no_persons():
 
 def perfect(shift):
     """Returns the result of the figures' own keypoints, moved to the right [pixels]."""
-    truth = figures.annotations(None, "test")
+    truth = figures.annotations(base_config(), "test")
     found = WholeBodyMeter(lambda: truth, WHOLE_BODY.sigmas, PARTS)
     keypoints = np.array([entry["keypoints"] for entry in truth["annotations"]]).reshape(-1, 133, 3)
     keypoints[..., 0] += shift

@@ -5,6 +5,7 @@ References:
   Accurate Multi-person Pose Estimation in the Wild", the suppression of duplicates.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class WholeBodyMeter:
         sigmas: Sequence[float],
         parts: Mapping[str, range],
     ):
-        self._annotations = annotations
+        self._annotations = functools.cache(annotations)
         self._sigmas, self._parts = np.array(sigmas), dict(parts)
         self._found: list[_Found] = []
         self._seen: set[int] = set()

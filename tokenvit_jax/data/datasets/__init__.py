@@ -34,6 +34,7 @@ NAMES = (
     "cityscapes",
     "coco",
     "coco_panoptic",
+    "coco_wholebody",
     "depth_scenes",
     "digits",
     "fashion_mnist",

@@ -21,6 +21,7 @@ from tokenvit_jax.data.datasets.figure_drawing import (
 )
 from tokenvit_jax.data.datasets.scenes import draw_background, open_photographs
 from tokenvit_jax.data.instances import mask_box
+from tokenvit_jax.data.person_boxes import check_images, read_boxes
 from tokenvit_jax.data.record import DatasetInfo, Person, Record
 from tokenvit_jax.data.whole_body import PARTS, WHOLE_BODY
 
@@ -48,31 +49,29 @@ _SHIFT = 0.06  # largest shift of one of two figures from its third of the image
 
 
 def open_split(config: ConfigDict, split: str) -> "FiguresSource":
-    """Opens a split for reading; `config` is not used."""
-    del config
-    return FiguresSource(split)
+    """Opens a split for reading; the test split has the boxes of `data.boxes`, if given."""
+    return FiguresSource(split, config.data.get("boxes", "") if split == INFO.eval_split else "")
 
 
 def annotations(config: ConfigDict, split: str) -> dict[str, Any]:
-    """Returns the figures of a split in COCO's format; `config` is not used.
+    """Returns the figures of a split in COCO's format.
 
     Args:
-      config: ignored.
+      config: as in :func:`open_split`.
       split: name of the split.
 
     Returns:
       "images", "annotations", whose "keypoints" are all 133, "categories", and "records": the
       identifier of the image of every record.
     """
-    del config
-    return _annotations(split)
+    return _annotations(split) | {"records": open_split(config, split).image_ids()}
 
 
 @functools.cache
 def _annotations(split: str) -> dict[str, Any]:
     source = FiguresSource(split)
     places = [source.place(index) for index in range(len(source))]
-    count = places[-1][0] + 1
+    count = num_images(split)
     found = [source.draw(image) for image in range(count)]
     return {
         "images": [
@@ -84,8 +83,12 @@ def _annotations(split: str) -> dict[str, Any]:
             for number, (image, place) in enumerate(places, 1)
         ],
         "categories": [{"id": 1, "name": INFO.classes[0]}],
-        "records": [image for image, _ in places],
     }
+
+
+def num_images(split: str) -> int:
+    """Returns the number of images of a split."""
+    return INFO.splits[split] // len(_GROUP) * _IMAGES
 
 
 def _annotation(drawing: "Drawing", place: int) -> dict[str, Any]:
@@ -122,14 +125,20 @@ class FiguresSource:
     outside of the image have no label (0); covered ones, by another figure or another part of the
     same one, have visibility 1, others 2. Test figures stand before the right quarters of the
     photographs, which training figures do not.
+
+    Args:
+      split: "train" or "test".
+      boxes: a detector's results in COCO's format, which take the place of the figures; "": none.
     """
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, boxes: str = ""):
         self._split = split
         self._photographs = open_photographs(split)
+        self._boxes = read_boxes(boxes) if boxes else []
+        check_images(boxes, self._boxes, range(num_images(split)))
 
     def __len__(self) -> int:
-        return INFO.splits[self._split]
+        return len(self._boxes) or INFO.splits[self._split]
 
     def name(self, index: int) -> str:
         """See :class:`tokenvit_jax.data.record.Source`."""
@@ -137,9 +146,19 @@ class FiguresSource:
 
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
+        if self._boxes:
+            found = self._boxes[index]
+            person = found.person(len(WHOLE_BODY.names))
+            return Record(id=found.image, image=self.draw(found.image).image, person=person)
         image, place = self.place(index)
         drawing = self.draw(image)
         return Record(id=image, image=drawing.image, person=drawing.persons[place])
+
+    def image_ids(self) -> list[int]:
+        """Returns the image of every record."""
+        if self._boxes:
+            return [found.image for found in self._boxes]
+        return [self.place(index)[0] for index in range(len(self))]
 
     def place(self, index: int) -> tuple[int, int]:
         """Returns the image of a record, and its figure in this image."""
