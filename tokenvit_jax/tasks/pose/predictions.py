@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from tokenvit_jax.data import to_array, with_channels
 from tokenvit_jax.data.whole_body import split_fields
@@ -83,6 +84,8 @@ def _describe(scores):
 
 
 def _draw(image, keypoints, skeleton, caption):
-    from tokenvit_jax.pictures import skeletons  # drawing only
+    from tokenvit_jax.pictures.skeletons import draw_skeletons  # matplotlib: drawing only
 
-    return {"skeletons": skeletons.draw_skeletons(image, keypoints, skeleton)}
+    del caption  # the picture is the image itself
+    drawn = draw_skeletons(image, keypoints[::-1], skeleton.limbs, skeleton.names)
+    return {"skeletons": Image.fromarray(drawn)}
