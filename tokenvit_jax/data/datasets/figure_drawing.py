@@ -193,13 +193,13 @@ def paint(layer: Layer, figure: Figure, first: int) -> np.ndarray:
 
 
 def _draw(pen: ImageDraw.ImageDraw, stroke: Stroke, width: float, color) -> None:
-    # Places of pixel centres -> places in the larger image.
-    places = (stroke.points + 0.5) * SCALE - 0.5
-    corners, radius = [*map(tuple, places.tolist())], width * SCALE / 2
+    # Places of pixel centres -> places in the larger image, whole ones: Pillow cuts off fractions.
+    places = np.rint((stroke.points + 0.5) * SCALE - 0.5).astype(int)
+    corners, radius = [*map(tuple, places.tolist())], round(width * SCALE / 2)
     if stroke.filled:
         pen.polygon(corners, fill=color)
         corners.append(corners[0])
-    pen.line(corners, fill=color, width=max(1, round(2 * radius)))
+    pen.line(corners, fill=color, width=max(1, 2 * radius))
     for x, y in corners:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
