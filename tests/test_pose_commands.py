@@ -173,7 +173,10 @@ def test_predict_boxes(run, workdir, images):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"image_id": 7, "bbox": [0, 0, 9, 9], "score": 1}], "has no box for any of the images; v"),
+        (
+            [{"image_id": 7, "bbox": [0, 0, 9, 9], "score": 1}],
+            "has no box for any of the images; v",
+        ),
         ([{"image_id": 12, "bbox": [0, 0, 0, 9], "score": 1}], "the last two above 0"),
         ({"a": 1}, "is not in COCO's format of results"),
         (None, "boxes.json"),
