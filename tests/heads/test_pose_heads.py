@@ -1,5 +1,6 @@
 """Heads for heat maps: TCFormer's arrays, transposed convolutions by definition, and counts."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -14,9 +15,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 import tokenvit_jax as tv
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import DeconvHead, MtaHead
 from tokenvit_jax.heads.pose import Deconvolution, PooledAttention, double
 from tokenvit_jax.measure.macs import count_macs
+from tokenvit_jax.models.settings import rules_of
 
 ARRAYS = dict(np.load(Path(__file__).parent / "golden" / "pose_mta_neck.npz"))
 MTA = MtaHead(9, channels=16, num_heads=2)
@@ -207,3 +210,13 @@ def test_products():
     last, factors = 64 * 48 * 256 * 133, 1024 * sum(x.shape[1] * x.shape[2] for x in inputs[:3])
     assert last / 1e9 == pytest.approx(0.10, abs=0.005)
     assert (macs - last + factors) / 1e9 == pytest.approx(2.90, abs=0.005)
+
+
+@pytest.mark.parametrize("cls", [MtaHead, DeconvHead])
+def test_every_setting_has_a_rule(cls):
+    names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    assert rules_of(cls).keys() == names
+    for name in names - {"axis_name"}:
+        for value in (None, -1, (), "nonsense", float("nan")):
+            with pytest.raises(UserError, match=f"{name}="):
+                cls(**{"num_keypoints": 9, name: value})

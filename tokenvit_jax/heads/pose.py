@@ -43,7 +43,7 @@ class PoseHead(Head):
     reads = "maps"
     first_map: ClassVar[int] = 0
     valid: ClassVar[Rules] = {
-        "num_keypoints": whole(1, CLASSES), "channels": CHANNELS, "init_std": Number(0, 10),
+        "num_keypoints": whole(1, CLASSES), "channels": CHANNELS, "init_std": Number(1e-8, 10),
     }  # fmt: skip
 
     num_keypoints: int
