@@ -8,6 +8,7 @@ import pytest
 from make_task import open_dataset
 from PIL import Image
 
+from tokenvit_jax import prepare
 from tokenvit_jax.config import base_config
 from tokenvit_jax.data.datasets import builtin_info, coco_wholebody, figures, open_annotations
 from tokenvit_jax.data.datasets.coco_wholebody import LAYOUT, WholeBodySource
@@ -122,6 +123,17 @@ def test_left_out_boxes_are_noted_and_a_prepared_dataset_is_left_as_it_is(
     assert noted.count("left out") == 1
     again = coco_wholebody.prepare(folder / "nowhere", tmp_path / "data")
     assert again == tmp_path / "data" / "pose/coco_wholebody/1.0.0" and again.is_dir()
+
+
+def test_the_command_counts_persons(prepared, capsys):
+    flag_values = copy.deepcopy(prepare.FLAGS)
+    flag_values(["prepare", f"--data_dir={prepared}"])
+    prepare.main(flag_values, "coco_wholebody")
+    counts = {split: len(WholeBodySource(split, prepared)) for split in ("train", "val")}
+    printed = capsys.readouterr().out
+    assert f"train: {counts['train']} records, not 149,813" in printed
+    assert f"val: {counts['val']} records, not 6,352" in printed
+    assert counts["train"] > IMAGES - 2  # images with persons
 
 
 def changed(content, kind, key, value):

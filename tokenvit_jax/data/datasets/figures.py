@@ -44,7 +44,6 @@ _IMAGES = 3  # of a group
 # By the number of figures: longer side of the points' box [pixels].
 _EXTENTS = {1: (120, 210), 2: (110, 160)}
 _OUTSIDE = 0.08  # largest part of this box beyond a side of the image
-
 _SHIFT = 0.06  # largest shift of one of two figures from its third of the image / side
 
 
@@ -194,11 +193,11 @@ def _put(figure: Figure, column: int, count: int, rng: np.random.Generator) -> F
     half = scale * (high - low) / 2
     # The centre of the box of the points: a part of the box may be outside of the image.
     space = half * (1 - 2 * _OUTSIDE)
-    high_end = np.maximum(SIDE - space, space)
-    centre = rng.uniform(space, high_end)
+    last = np.maximum(SIDE - space, space)
+    centre = rng.uniform(space, last)
     if count == 2:  # side by side
         middle = SIDE * ((1 + column) / 3 + rng.uniform(-_SHIFT, _SHIFT))
-        centre[0] = np.clip(middle, space[0], high_end[0])
+        centre[0] = np.clip(middle, space[0], last[0])
     points = (figure.points - (low + high) / 2) * scale + centre
     return figure._replace(points=points, head=scale * figure.head)
 
