@@ -1,5 +1,6 @@
 """Pose estimation: targets and loss, mirrored images, places in images, and perfect heat maps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,18 +12,14 @@ from PIL import Image
 from random_variables import random_variables
 
 from tokenvit_jax.data.datasets import figures
-from tokenvit_jax.data.person_crops import mirror
-from tokenvit_jax.data.record import Person
+from tokenvit_jax.data.person_crops import mirror, partners_of
+from tokenvit_jax.data.record import Person, Skeleton
 from tokenvit_jax.data.whole_body import PARTS, WHOLE_BODY
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import DeconvHead, MtaHead
 from tokenvit_jax.ops.heatmaps import heatmap_targets, to_heatmap
 from tokenvit_jax.tasks import Outcome, default_config
-from tokenvit_jax.tasks.pose.inference import (
-    flip_tested,
-    keypoints_in_images,
-    partners_of,
-)
+from tokenvit_jax.tasks.pose.inference import flip_tested, keypoints_in_images
 
 SIZE = (64, 32)
 SWIN = {
@@ -163,6 +160,29 @@ def test_augmentation_is_drawn_and_mirrors_pairs():
     examples = make_task(config_of(**moving)).examples(train=True)
     moved = [examples(record, np.random.default_rng(seed))["keypoints"] for seed in range(4)]
     assert all(np.abs(x[:, :2] - plain["keypoints"][:, :2]).max() > 1 for x in moved)
+
+
+def test_another_skeleton():
+    """A dataset of one's own may have other keypoints, with parts of its own."""
+    skeleton = Skeleton(
+        ("nose", "left_eye", "right_eye"), ((1, 2),), (0.1,) * 3, ((0, 1), (0, 2)), (0, 1, 2),
+        {"nose": range(1), "eyes": range(1, 3)},
+    )  # fmt: skip
+    task = make_task(config_of(**{"pose.part_weights": (2, 1)}))
+    task = dataclasses.replace(task, info=dataclasses.replace(task.info, skeleton=skeleton))
+    task.check()
+    record = source("train").read(0)
+    person = record["person"]._replace(keypoints=record["person"].keypoints[:3])
+    example = task.examples(train=True)({**record, "person": person}, np.random.default_rng(0))
+    assert example["keypoints"].shape == (3, 3)
+    batch = {name: x[None] for name, x in example.items()}
+    assert loss_of(task, jnp.zeros((1, 16, 8, 3)), batch) > 0
+    model = task.make_model()
+    variables = random_variables(model, jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32))
+    found = task.predictor(model, variables)(record["image"])
+    assert found.arrays["keypoints"].shape == (1, 3, 3)
+    assert len(found.row["persons"][0]["keypoints"]) == 9
+    assert "foot_kpts" not in found.row["persons"][0] and found.draw("")["skeletons"]
 
 
 def test_a_box_without_area_is_refused():

@@ -12,7 +12,7 @@ from tokenvit_jax.data.files import read_text
 from tokenvit_jax.data.record import Person
 from tokenvit_jax.errors import UserError
 
-_PERSON = 1  # COCO's identifier of the category
+PERSON = 1  # COCO's identifier of the category
 _MAX = 1e9  # largest number that is taken for a place or a score; nan is not below it
 
 
@@ -55,7 +55,7 @@ def read_boxes(file: str | Path) -> list[PersonBox]:
         ) from error
     boxes = []
     for place, entry in enumerate(entries):
-        if entry.get("category_id", _PERSON) != _PERSON:
+        if entry.get("category_id", PERSON) != PERSON:
             continue
         for name, (is_right, valid) in _RULES.items():
             if not is_right(entry.get(name)):

@@ -131,6 +131,17 @@ def crop_image(image: Image.Image, matrix: np.ndarray, input_size: Sequence[int]
     return np.asarray(crop).reshape(height, width, -1)
 
 
+def partners_of(skeleton: Skeleton) -> np.ndarray:
+    """Returns the keypoint on the other side of the body, for every keypoint (K,).
+
+    Keypoints in no pair are their own partners.
+    """
+    partners = np.arange(len(skeleton.names))
+    for left, right in skeleton.flip_pairs:
+        partners[[left, right]] = right, left
+    return partners
+
+
 def mirror(
     crop: np.ndarray, keypoints: np.ndarray, skeleton: Skeleton
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -141,10 +152,7 @@ def mirror(
       keypoints: (K, 3) in the crop [pixels].
       skeleton: provides the pairs.
     """
-    order = np.arange(len(keypoints))
-    for left, right in skeleton.flip_pairs:
-        order[[left, right]] = right, left
-    keypoints = keypoints[order]
+    keypoints = keypoints[partners_of(skeleton)]
     keypoints[:, 0] = crop.shape[1] - 1 - keypoints[:, 0]
     return np.ascontiguousarray(crop[:, ::-1]), keypoints
 

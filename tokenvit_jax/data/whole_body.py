@@ -129,8 +129,12 @@ def join_fields(entry: dict[str, Any]) -> dict[str, Any]:
 def split_fields(entry: dict[str, Any]) -> dict[str, Any]:
     """Returns an annotation with the points of each part in its own field, as its files have them.
 
+    Annotations of other skeletons stay as they are.
+
     Args:
       entry: the result of :func:`join_fields`.
     """
     points = np.reshape(entry["keypoints"], (-1, 3))
+    if len(points) != len(WHOLE_BODY.names):
+        return entry
     return entry | {field: points[PARTS[part]].ravel().tolist() for field, part in FIELDS.items()}

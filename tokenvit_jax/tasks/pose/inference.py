@@ -4,21 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from tokenvit_jax.data.person_crops import partners_of
 from tokenvit_jax.data.record import Skeleton
 from tokenvit_jax.ops.heatmaps import average_mirrored, decode_heatmaps, from_heatmap
-
-
-def partners_of(skeleton: Skeleton) -> np.ndarray:
-    """Returns the keypoint on the other side of the body, for every keypoint (K,).
-
-    Keypoints in no pair are their own partners.
-    """
-    partners = np.arange(len(skeleton.names))
-    for left, right in skeleton.flip_pairs:
-        partners[[left, right]] = right, left
-    return partners
 
 
 def flip_tested(

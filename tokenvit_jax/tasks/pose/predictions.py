@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from tokenvit_jax.data import to_array, with_channels
+from tokenvit_jax.data.person_boxes import PERSON
 from tokenvit_jax.data.whole_body import split_fields
 from tokenvit_jax.metrics.whole_body import mean_score, suppress_duplicates
 from tokenvit_jax.tasks.task import NUM_NAMED, Prediction, Predictor, Task
 
-PERSON = 1  # category of persons in COCO
 _MANY = 8  # boxes that are predicted at a time, unless there is only one
 
 
