@@ -31,6 +31,9 @@ _ARGS = {
         "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",
         "swin_b", "swin_t_3x", "swin_s_3x", "swin_b_3x", "scenes",
     ),
+    "pose": (
+        "clustr_t", "clustr_s", "clustr_b", "dgt_t", "pale_t", "swin_t", "figures",
+    ),
     "retinanet": ("clustr_s", "dgt_t", "pale_t", "swin_t", "scenes"),
     "upernet": (
         "clustr_s", "dgt_t", "dgt_s", "dgt_b", "pale_t", "pale_s", "pale_b", "swin_t", "swin_s",

@@ -257,7 +257,12 @@ def test_every_entry_has_a_meaning_and_its_default(task):
         expected = (entry.default.get() if reference else entry.default, entry.text)
         assert listed.get(key, expected) == expected, key
     assert all(meaning for _, meaning in listed.values())
-    own = {"dgt_t": "num_groups", "vit_b_r50": "position_size", "swin_t": "window_size"}
+    own = {
+        "dgt_t": "num_groups",
+        "clustr_s": "aggregation",
+        "vit_b_r50": "position_size",
+        "swin_t": "window_size",
+    }
     own = own[config.model]
     assert f"model_overrides.{own}" in listed  # a setting of the default model
 

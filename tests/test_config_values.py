@@ -319,10 +319,33 @@ MASK_SCENES = {
 )  # fmt: skip
 
 
+WHOLE_BODY = {
+    "augment.flip": 0.5, "augment.half_body": 0.3, "augment.rotation": 40.0, "augment.scale": 0.5,
+    "augment.shift": 0.16, "batch_size": 512, "checkpoint_every_steps": 293,
+    "data.eval_batch_size": 256, "data.workers": "auto", "dataset": "coco_wholebody",
+    "dtype": "bfloat16", "eval_every_steps": 2930, "image_size": (256, 192), "num_steps": 61_530,
+    "optimizer.learning_rate": 5e-4, "optimizer.milestones": (49_810, 58_600),
+    "optimizer.schedule": "step", "optimizer.warmup_learning_rate": 5e-7,
+    "optimizer.warmup_steps": 500, "optimizer.weight_decay": 0.01,
+} | overrides(drop_path=0.1, remat=False)  # fmt: skip
+FIGURES = {
+    "augment.flip": 0.5, "augment.rotation": 15.0, "augment.scale": 0.2, "augment.shift": 0.05,
+    "batch_size": 16, "checkpoint_every_steps": 500, "data.eval_batch_size": 40,
+    "dataset": "figures", "eval_every_steps": 1000, "head_overrides.channels": 64,
+    "head_overrides.mlp_ratio": 2, "head_overrides.num_heads": 2, "image_size": (128, 96),
+    "inference.refinement": "dark", "log_every_steps": 50, "model": "clustr_t",
+    "num_steps": 1000, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 50,
+    "pose.sigma": 1.5, "pose.unbiased": True,
+} | overrides(
+    dims=(24, 48, 96, 128), num_heads=(1, 2, 4, 4), depths=(1, 1, 2, 1), mlp_ratios=(4, 4, 4, 4),
+    drop_path=0.0,
+)  # fmt: skip
+
+
 TASKS = {
     "segmenter": "segmentation", "upernet": "segmentation", "semantic": "segmentation",
     "dpt": "depth", "mask": "detection", "retinanet": "detection",
-    "mask2former": "masks",
+    "mask2former": "masks", "pose": "pose",
 }  # fmt: skip
 
 
@@ -373,7 +396,16 @@ def entries_of_masks(arg):
     return entries | (DGT | overrides(top_k=512) if model.startswith("dgt") else {})
 
 
+def entries_of_pose(arg):
+    if arg == "figures":
+        return FIGURES
+    decay = {"optimizer.decay": "all"} if arg.startswith("clustr") else {}
+    return WHOLE_BODY | {"model": arg} | decay | (DGT if arg.startswith("dgt") else {})
+
+
 def expected_entries(name, arg):
+    if name == "pose":
+        return entries_of_pose(arg)
     if name == "mask2former":
         return entries_of_masks(arg)
     if name in NARROW_DETECTORS:

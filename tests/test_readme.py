@@ -34,6 +34,7 @@ CONFIGS = [
     ("dpt", "kitti"),
     ("mask_rcnn", "swin_t"),
     ("mask2former", "scenes"),
+    ("pose", "figures"),
 ]
 
 

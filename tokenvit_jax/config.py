@@ -35,7 +35,7 @@ MAX_IMAGE_SIZE = 2**15  # a longer side is a typing error, which would end in a 
 AUTO = "auto"  # value of data.workers
 
 # Fields of models and heads that are no settings: the task or Flax sets them.
-SET_ELSEWHERE = ("num_classes", "dtype", "axis_name", "parent", "name")
+SET_ELSEWHERE = ("num_classes", "num_keypoints", "dtype", "axis_name", "parent", "name")
 
 # Rules of several entries.
 SIDE = whole(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)

@@ -12,8 +12,8 @@ evaluates a segmentation model on whole images, at six sizes and mirrored.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --out=results.json
 
-also writes the detections of a detector, in COCO's format of results, or the segments of a model of
-segmentation by masks.
+also writes the detections of a detector, in COCO's format of results, the segments of a model of
+segmentation by masks, or the persons of a pose model, in COCO-WholeBody's format.
 
     python -m tokenvit_jax.evaluate --workdir=RUN --keep=level1 --keep=level3 --carry
 
@@ -50,7 +50,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("per_class", False, "add the metrics of every class", flag_values=FLAGS)
 flags.DEFINE_string(
-    "out", None, "JSON file for detections or segments; default: none", flag_values=FLAGS
+    "out", None, "JSON file for detections, segments or persons; default: none", flag_values=FLAGS
 )
 insertions.define_flags(FLAGS)
 

@@ -16,12 +16,15 @@ same size (a PNG whose pixels are the labels). A depth model gives the depth in 
 in metres, and as a PNG of 16 bits with 256 values per metre. A detector gives boxes with classes
 and scores, and blends the masks of Mask R-CNN over the image; the picture leaves out scores below
 0.3. Mask2Former gives the classes of the pixels, objects with their masks, or panoptic segments,
-also as a PNG in COCO's panoptic format. If a model clusters patches by `expedite`, the borders of
-the superpixels are drawn; an image that is predicted in several windows shows the superpixels of
-the middle window. --attention also draws where a ViT or DeiT attends: the heads of its last block,
-and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best (highest score of the
-task) or a step. --config.key=value changes an entry of the run's configuration, such as
---config.inference.flip; --config=CONFIG.py replaces it.
+also as a PNG in COCO's panoptic format. A pose model gives the keypoints of the persons in the
+boxes of --boxes, a detector's results in COCO's format whose image_id is the name of a file without
+its suffix, or this number; without --boxes, the whole image is the box of one person. --persons
+names a file for all persons in COCO-WholeBody's format of results. If a model clusters patches by
+`expedite`, the borders of the superpixels are drawn; an image that is predicted in several windows
+shows the superpixels of the middle window. --attention also draws where a ViT or DeiT attends: the
+heads of its last block, and attention rollout (Abnar and Zuidema 2020). --checkpoint is last, best
+(highest score of the task) or a step. --config.key=value changes an entry of the run's
+configuration, such as --config.inference.flip; --config=CONFIG.py replaces it.
 """
 
 from pathlib import Path
@@ -39,15 +42,22 @@ flags.DEFINE_string("out", None, "folder that receives the pictures", flag_value
 flags.DEFINE_string(
     "results", None, ".json or .csv file with all results; default: OUT.json", flag_values=FLAGS
 )
+flags.DEFINE_string(
+    "boxes", None, "JSON file with the boxes of persons, for a pose model", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "persons", None, ".json file for the persons that a pose model finds; default: none",
+    flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_bool("attention", False, "draw the attention of a plain host", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FLAGS)
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    """Writes the pictures and the table, and prints one line per image."""
+    """Writes the pictures and the tables, and prints one line per image."""
     from tokenvit_jax.progress import note, progress
     from tokenvit_jax.tasks import check_values
-    from tokenvit_jax.training.prediction import Table, predict_files
+    from tokenvit_jax.training.prediction import Table, boxes_of_files, predict_files
     from tokenvit_jax.training.run import load_run
     from tokenvit_jax.training.workdir import read_config
 
@@ -55,12 +65,32 @@ def main(flag_values: flags.FlagValues) -> None:
     check_folder(out, "--out")
     config = cli.run_config(flag_values, lambda: read_config(workdir))
     check_values(config)
+    _check_task(flag_values, config.task)
     files = cli.image_files(flag_values.images)  # first: a mistake in a name costs no time
-    table = Table(_results_path(flag_values.results, out), files)
+    boxes = boxes_of_files(flag_values.boxes, files) if flag_values.boxes else None
+    table, persons = Table(_results_path(flag_values.results, out), files), None
+    if flag_values.persons:
+        file = Path(flag_values.persons)
+        persons = Table(file, files, flag="--persons", first="image_id")
     run = load_run(workdir, flag_values.checkpoint, config=config)
-    lines = predict_files(run, files, out, table, attention=flag_values.attention)
+    lines = predict_files(
+        run, files, out, table, attention=flag_values.attention, boxes=boxes, persons=persons
+    )
     for line in progress(lines, "predicting", "image", total=len(files)):
         note(line)
+
+
+def _check_task(flag_values: flags.FlagValues, task: str) -> None:
+    """Raises UsageError for flags that are for runs of other tasks."""
+    from tokenvit_jax.tasks import TASKS
+
+    for flag in ("boxes", "persons"):
+        value = getattr(flag_values, flag)
+        if value is not None and not TASKS[task].takes_boxes:
+            valid = ", ".join(name for name, cls in TASKS.items() if cls.takes_boxes)
+            raise cli.UsageError(
+                f"--{flag}={value} is for runs of the task {valid}; this is one of {task}"
+            )
 
 
 def _results_path(results: str | None, out: Path) -> Path:

@@ -50,7 +50,8 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
     config = base_config()
     config.dataset, config.data.data_dir = dataset, str(data_dir)
     wanted = datasets.dataset_info(config).splits
-    for split, count in count_records(folder).items():
+    for split in count_records(folder):
+        count = len(datasets.open_split(config, split))  # a stored image may have several records
         complete = count == wanted.get(split, count)
         print(f"{split}: {count:,} records" + ("" if complete else f", not {wanted[split]:,}"))
     print(f"{dataset} is prepared in {folder}; train with --config.data.data_dir={data_dir}")

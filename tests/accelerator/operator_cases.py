@@ -383,6 +383,31 @@ CASES: dict[str, dict[str, Case]] = {
             (KERNEL[..., None] + 1, _normal(2, 1, 1, 64, 32), _normal(3, 1, 1, 64, 64)), 0, 3,
         )
     },
+    "average_mirrored": {
+        "": Case(
+            lambda x, y: ops.average_mirrored(x, y, np.arange(64)[::-1], shift=True),
+            (MAP, MAP[::-1]), 2, 2,
+        )
+    },
+    "decode_heatmaps": {
+        "": Case(ops.decode_heatmaps, (_uniform(1, 4, 64, 48, 17),), 1, 0, chooses=True),
+        "dark": Case(
+            lambda x: ops.decode_heatmaps(x, "dark"), (_uniform(1, 4, 64, 48, 17),), 1, 0,
+            chooses=True,
+        ),
+    },
+    "heatmap_loss": {
+        "": Case(
+            lambda x, *targets: ops.heatmap_loss(x, ops.HeatmapTargets(*targets)),
+            (_normal(1, 4, 64, 48, 17), _uniform(2, 4, 64, 48, 17), _uniform(3, 4, 17)), 1, 1,
+        )
+    },
+    "heatmap_targets": {
+        "": Case(
+            lambda points, seen: ops.heatmap_targets(points, seen, (64, 48)),
+            (50 * _uniform(0, 4, 17, 2), _integers(1, 2, 4, 17) > 0), 0, 0,
+        )
+    },
     "unpack_masks": {
         "": Case(ops.unpack_masks, (_integers(0, 256, 9, 112, 14).astype(np.uint8),), 0, 0)
     },

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenvit_jax.data.box_transforms import MASK_SIDE, View, view_boxes, view_masks
-from tokenvit_jax.data.datasets import coco, coco_files, scene_instances
+from tokenvit_jax.data.datasets import coco, coco_files, coco_json, scene_instances
 from tokenvit_jax.data.datasets.coco_files import CocoSource, Layout
 from tokenvit_jax.data.record import DatasetInfo
 from tokenvit_jax.errors import UserError
@@ -84,7 +84,7 @@ def test_masks_are_those_of_pycocotools_bit_for_bit(prepared):
         size = record["image"].size[::-1]
         entries = [e for e in ground_truth()["annotations"] if e["image_id"] == record["id"]]
         image = ground_truth()["images"][index]
-        entries = [entry for entry in entries if not coco_files.box_fault(entry, image)]
+        entries = [entry for entry in entries if not coco_json.box_fault(entry, image)]
         assert len(entries) == len(record["instances"].masks)
         for entry, counts in zip(entries, record["instances"].masks, strict=True):
             bits = np.unpackbits(golden[str(entry["id"])])[: size[0] * size[1]]

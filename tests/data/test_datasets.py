@@ -102,6 +102,14 @@ def test_a_dataset_in_a_module_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "money" / "coins.py").write_text(OWN)
     (tmp_path / "money" / "empty.py").write_text("")
     (tmp_path / "money" / "boxes.py").write_text(OWN.replace('"label"', '"instances"'))
+    people = OWN.replace('"label"', '"person"')
+    bare = f"{people}annotations = open_split\n"
+    skeleton = 'Skeleton(("eye", "ear"), ((0, 9),), (0.1, 0.1), (), (), {})'
+    odd = f"{bare}from tokenvit_jax.data.record import Skeleton\nfrom dataclasses import replace\n"
+    for name, text in {
+        "people": people, "bare": bare, "odd": f"{odd}INFO = replace(INFO, skeleton={skeleton})\n",
+    }.items():  # fmt: skip
+        (tmp_path / "money" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     config = default_config("classification")
     config.dataset = "money.coins"
@@ -111,7 +119,10 @@ def test_a_dataset_in_a_module_of_the_user(tmp_path, monkeypatch):
     for name, message in (
         ("money.notes", "config.dataset='money.notes': cannot import this module: No module named"),
         ("money.empty", "this module has neither INFO nor read_info"),
-        ("money.boxes", r"records of this module have instances, but it has no annotations\("),
+        ("money.boxes", r"records of this module have 'instances', but it has no annotations\("),
+        ("money.people", r"records of this module have 'person', but it has no annotations\("),
+        ("money.bare", "records of this module have 'person', but its INFO has no skeleton"),
+        ("money.odd", "'money.odd': flip_pairs of the skeleton have the keypoint 9; valid: 0 to 1"),
     ):
         config.dataset = name
         with pytest.raises(UserError, match=message):

@@ -283,6 +283,16 @@ CALLS = {
     "heads.merge_heads": [((Q,), {}), ((MAP,), {})],
     "heads.split_heads": [((TOKENS[..., :6], 2), {}), ((MAP, 5), {})],
     "heads.split_qkv": [((floats(2, 30, 12), 2), {})],
+    "heatmaps.average_mirrored": [
+        ((floats(2, 6, 4, 3), floats(2, 6, 4, 3), integers(3)), {"shift": True})
+    ],
+    "heatmaps.decode_heatmaps": [((floats(2, 6, 4, 3),), {}), ((floats(2, 6, 4, 3), "dark"), {})],
+    "heatmaps.from_heatmap": [((floats(2, 3, 2), (24, 16), (6, 4)), {"unbiased": True})],
+    "heatmaps.heatmap_loss": [
+        ((floats(2, 6, 4, 3), ops.HeatmapTargets(floats(2, 6, 4, 3), floats(2, 3))), {})
+    ],
+    "heatmaps.heatmap_targets": [((floats(2, 3, 2), masks(2, 3), (6, 4)), {"unbiased": True})],
+    "heatmaps.to_heatmap": [((floats(2, 3, 2), (24, 16), (6, 4)), {"unbiased": True})],
     "instance_masks.mask_targets": [
         ((integers(11, 6, 5), floats(11, 4), floats(11, 4)), {"size": 7})
     ],

@@ -138,6 +138,16 @@ CASES = {
         },
         "mix.mixup",
     ),
+    "pose": Case(
+        {
+            "dataset": "figures",
+            **TINY_SWIN,
+            "head_overrides": {"channels": 4, "num_heads": 2, "mlp_ratio": 1, "init_std": 0.1},
+            "image_size": (64, SIZE),
+            "optimizer.learning_rate": 1.0,  # the loss is a mean over all pixels
+        },
+        "mix.mixup",
+    ),
     "upernet": Case(
         {
             "dataset": "scenes",
@@ -283,6 +293,7 @@ JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
     "masks": [(devices.PmapParallel, 2)],
+    "pose": [(devices.PmapParallel, 2)],
     "upernet": [(devices.PmapParallel, 2)],
 }
 STEPS = [(name, *form) for name in CASES for form in JOINED.get(name, FORMS)]

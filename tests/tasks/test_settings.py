@@ -20,6 +20,7 @@ from tokenvit_jax.tasks import (
     entries_of,
     tasks_with,
 )
+from tokenvit_jax.tasks.pose.model import HEADS as POSE_HEADS
 from tokenvit_jax.tasks.segmentation.model import HEADS
 from tokenvit_jax.training.validate import check_task
 from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, ZeroOr, check
@@ -27,6 +28,7 @@ from tokenvit_jax.valid import Form, Group, Number, OneOf, Several, Text, ZeroOr
 DATASETS = {
     "classification": "digits", "segmentation": "scenes", "depth": "depth_scenes",
     "detection": "scene_instances", "masks": "scene_segments",
+    "pose": "figures",
 }  # fmt: skip
 NAN, INF = math.nan, math.inf
 # Values that no entry takes.
@@ -62,6 +64,7 @@ RIGHT = {
     "optimizer.milestones": [(), (1,), (10, 20, 30)],
     "optimizer.freeze": ["", "backbone", "patches, blocks_[0-3]"],
     "optimizer.learning_rate": [1, 1e-9, 1000],
+    "pose.part_weights": [(), (1.0,) * 5, (2, 1, 3)],
     "profile": ["", "1:1", "10:12"],
     "seed": [0, 2**32 - 1],
 }
@@ -212,6 +215,7 @@ def test_choices_are_those_of_the_code():
     assert choices["data.normalization"] == tuple(NORMALIZATIONS)
     assert choices["data.eval_interpolation"] == tuple(INTERPOLATIONS)
     assert entries_of("segmentation")["head"].valid.values == tuple(HEADS)
+    assert entries_of("pose")["head"].valid.values == tuple(POSE_HEADS)
     assert config_module.MIN_IMAGE_SIZE == CELL_SIZE
 
 
@@ -317,6 +321,13 @@ def test_crop_of_a_dataset_without_crops_is_refused():
         ),
         ("depth", {"depth.limits": (2.0, 2.0)}, "no depth is between them; valid: (low, high)"),
         ("depth", {"model": "swin_t"}, "config.model='swin_t' is not valid: DPT reads blocks of"),
+        ("pose", {"model": "vit_ti"}, "config.model='vit_ti' is not valid: heads for poses read"),
+        ("pose", {"image_size": (250, 192)}, "(250, 192) is not valid; valid: height and width in"),
+        (
+            "pose",
+            {"pose.part_weights": (1.0, 2.0)},
+            "(1.0, 2.0) has 2 factors; valid: one for each of body, foot, face, left_hand, right",
+        ),
     ],
 )
 def test_entries_that_do_not_go_together(task, changes, message):

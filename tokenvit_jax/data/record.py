@@ -5,6 +5,8 @@ pipeline stacks the examples into batches.
 """
 
 import dataclasses
+import itertools
+import re
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -58,11 +60,14 @@ class Person(NamedTuple):
 
     Attributes:
       box: (4,) float32, x1 y1 x2 y2 [pixels].
-      keypoints: (133, 3) float32, x, y [pixels] and visibility.
+      keypoints: (K, 3) float32, x, y [pixels] and visibility: 0 for a point without a label, whose
+        place means nothing, otherwise above 0, also fractions. A box of a detector has no labels.
+      score: score of the box; 1 for an annotated one.
     """
 
     box: np.ndarray
     keypoints: np.ndarray
+    score: float = 1.0
 
 
 class Skeleton(NamedTuple):
@@ -72,25 +77,80 @@ class Skeleton(NamedTuple):
       names: one per keypoint.
       flip_pairs: keypoints that a horizontal flip exchanges.
       sigmas: falloff of the similarity of each keypoint, relative to the person's size.
+      limbs: pairs of keypoints between which pictures draw a line.
+      upper_body: keypoints of the upper half of the body, for crops of one half.
+      parts: name of a part that evaluation looks at alone -> its keypoints; the first one is the
+        body, whose points tell the size of a predicted person.
     """
 
     names: tuple[str, ...]
     flip_pairs: tuple[tuple[int, int], ...]
     sigmas: tuple[float, ...]
+    limbs: tuple[tuple[int, int], ...]
+    upper_body: tuple[int, ...]
+    parts: dict[str, range]
+
+
+def check_skeleton(skeleton: Skeleton) -> None:
+    """Raises UserError if the parts of a skeleton do not fit together.
+
+    Every keypoint has a sigma above 0, limbs, upper body and parts name keypoints, and no keypoint
+    is in two flip pairs. A keypoint with "left" in its name is exchanged with the one that has
+    "right" in this place.
+    """
+    names, count = skeleton.names, len(skeleton.names)
+    if len(skeleton.sigmas) != count or not all(sigma > 0 for sigma in skeleton.sigmas):
+        raise UserError(
+            f"the skeleton has {len(skeleton.sigmas)} sigmas for {count} keypoints; valid: one "
+            "above 0 for each"
+        )
+    for field, groups in {
+        "flip_pairs": skeleton.flip_pairs,
+        "limbs": skeleton.limbs,
+        "upper_body": (skeleton.upper_body,),
+        "parts": skeleton.parts.values(),
+    }.items():
+        for point in itertools.chain(*groups):
+            if not 0 <= point < count:
+                raise UserError(
+                    f"{field} of the skeleton have the keypoint {point}; valid: 0 to {count - 1}"
+                )
+    partners: dict[int, int] = {}
+    for pair in skeleton.flip_pairs:
+        if len({*pair}) != 2 or partners.keys() & {*pair}:
+            raise UserError(
+                f"flip_pairs of the skeleton have {pair}; valid: two different keypoints that are "
+                "in no other pair"
+            )
+        partners |= {pair[0]: pair[1], pair[1]: pair[0]}
+    for point, name in enumerate(names):
+        wanted = _other_side(name)
+        found = names[partners[point]] if point in partners else "no keypoint"
+        if wanted != name and found != wanted:
+            raise UserError(
+                f"flip_pairs of the skeleton exchange {name!r} with {found!r}; valid: {wanted!r}"
+            )
+
+
+def _other_side(name: str) -> str:
+    """Returns a name of a keypoint with left and right exchanged."""
+    sides = {"left": "right", "right": "left"}
+    return "".join(sides.get(part, part) for part in re.split("(left|right)", name))
 
 
 class Record(TypedDict, total=False):
     """One record of a source; holds only the fields that its dataset has.
 
     Attributes:
-      id: the dataset's own identifier if its evaluation code needs one, else the record's index.
+      id: the dataset's own identifier if its evaluation code needs one, else the record's index; in
+        datasets of persons that of the image.
       image: RGB image, or RGBA where the dataset has alpha.
       label: class of the image.
       label_map: (H, W) uint8, class of every pixel, or IGNORED for pixels that do not count.
       instances: objects.
       segments: panoptic label map.
       depth: (H, W) float32 [metres], 0 where unknown.
-      person: the person in the centre.
+      person: a person in the image.
     """
 
     id: int | str

@@ -7,12 +7,14 @@ from tokenvit_jax.heads.head import Head, MapHead
 from tokenvit_jax.heads.mask2former import Mask2Former
 from tokenvit_jax.heads.mask_rcnn import MaskRcnn
 from tokenvit_jax.heads.masked_decoder import MaskPredictions
+from tokenvit_jax.heads.pose import DeconvHead, MtaHead, PoseHead
 from tokenvit_jax.heads.retinanet import RetinaNet
 from tokenvit_jax.heads.segmenter import LinearDecoder, MaskTransformer
 from tokenvit_jax.heads.semantic_fpn import SemanticFpn
 from tokenvit_jax.heads.upernet import UperNet
 
 __all__ = [
+    "DeconvHead",
     "Detections",
     "DetectorHead",
     "DptHead",
@@ -24,6 +26,8 @@ __all__ = [
     "MaskPredictions",
     "MaskRcnn",
     "MaskTransformer",
+    "MtaHead",
+    "PoseHead",
     "RetinaNet",
     "SemanticFpn",
     "Targets",

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,26 +139,51 @@ class CocoMeter:
         return self._evaluated[kind]
 
     def _run(self, kind: str) -> Any:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
         keep = {"box": "bbox", "mask": "segmentation"}[kind]
         listed = [
             {name: found[name] for name in ("image_id", "category_id", "score", keep)}
             for found in self.results()
         ]
         images, _ = self._identifiers()
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            truth = COCO()
-            truth.dataset = _ground_truth(self._annotations())
-            truth.createIndex()
-            found = truth.loadRes(listed) if listed else _empty(truth, COCO)
-            evaluation = COCOeval(truth, found, KINDS[kind])
-            evaluation.params.imgIds = sorted(images[index] for index in self._seen)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return evaluation
+        seen = [images[index] for index in self._seen]
+        return evaluate(self._annotations(), listed, KINDS[kind], seen)
+
+
+def evaluate(
+    annotations: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: str,
+    images: Iterable[int],
+    sigmas: Sequence[float] = (),
+) -> Any:
+    """Compares detections with objects by pycocotools.
+
+    Args:
+      annotations: the objects in COCO's format.
+      results: the detections in COCO's format of results.
+      kind: "bbox", "segm" or "keypoints".
+      images: identifiers of the images that count.
+      sigmas: falloffs of the similarity, one per keypoint.
+
+    Returns:
+      A `COCOeval` after its evaluation.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        truth = COCO()
+        truth.dataset = _ground_truth(annotations)
+        truth.createIndex()
+        found = truth.loadRes(results) if results else _empty(truth, COCO)
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.params.imgIds = sorted(images)
+        if kind == "keypoints":
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
 
 
 def _ground_truth(annotations: dict[str, Any]) -> dict[str, Any]:

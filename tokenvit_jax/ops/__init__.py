@@ -44,6 +44,14 @@ from tokenvit_jax.ops.group_attention import (
     update_centroids,
 )
 from tokenvit_jax.ops.group_norm import group_norm
+from tokenvit_jax.ops.heatmaps import (
+    HeatmapTargets,
+    Keypoints,
+    average_mirrored,
+    decode_heatmaps,
+    heatmap_loss,
+    heatmap_targets,
+)
 from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks, unpack_masks
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
 from tokenvit_jax.ops.linear import linear_product
@@ -72,6 +80,8 @@ __all__ = [
     "DensityPeaks",
     "GroupAttention",
     "GroupSums",
+    "HeatmapTargets",
+    "Keypoints",
     "Means",
     "Medoids",
     "Sample",
@@ -85,6 +95,7 @@ __all__ = [
     "assign_targets",
     "attention_rollout",
     "attention_weights",
+    "average_mirrored",
     "batch_norm",
     "bipartite_matching",
     "box_areas",
@@ -100,6 +111,7 @@ __all__ = [
     "conv_of_resized",
     "conv_with_padding",
     "decode_boxes",
+    "decode_heatmaps",
     "defer_gelu",
     "deformable_attention",
     "density_peaks",
@@ -113,6 +125,8 @@ __all__ = [
     "group_norm",
     "group_sums",
     "hash_clusters",
+    "heatmap_loss",
+    "heatmap_targets",
     "kmeans",
     "kmedoids",
     "layer_norm",

@@ -10,6 +10,7 @@ from tokenvit_jax.tasks.classification import Classification
 from tokenvit_jax.tasks.depth import Depth
 from tokenvit_jax.tasks.detection import Detection
 from tokenvit_jax.tasks.masks import Masks
+from tokenvit_jax.tasks.pose import Pose
 from tokenvit_jax.tasks.segmentation import Segmentation
 from tokenvit_jax.tasks.task import Aux, Meter, Outcome, Prediction, Task
 from tokenvit_jax.valid import OneOf, shown
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "depth": Depth,
     "detection": Detection,
     "masks": Masks,
+    "pose": Pose,
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Masks",
     "Meter",
     "Outcome",
+    "Pose",
     "Prediction",
     "Segmentation",
     "Task",

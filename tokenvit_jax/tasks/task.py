@@ -131,6 +131,7 @@ class Task(abc.ABC):
     entries: ClassVar[Mapping[str, Entry]]  # the entries of a configuration that only this task has
     needs: ClassVar[Sequence[Need]] = ()  # conditions under which some of them change something
     has_results: ClassVar[bool] = False  # whether the meter has a method `results`
+    takes_boxes: ClassVar[bool] = False  # whether the predictor takes the boxes of persons, too
 
     @staticmethod
     def overridable(config: ConfigDict) -> dict[str, Any]:

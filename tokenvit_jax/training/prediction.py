@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tokenvit_jax.data.person_boxes import read_boxes
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import backbone_of
 from tokenvit_jax.output import (
@@ -45,28 +46,31 @@ class Table:
     row, and replaces an earlier table.
     """
 
-    def __init__(self, path: Path, inputs: Iterable[Path] = ()):
+    def __init__(
+        self, path: Path, inputs: Iterable[Path] = (), *, flag: str = "--results",
+        first: str = "image",
+    ):  # fmt: skip
         """Checks the path.
 
         Args:
           path: the file.
           inputs: files that it must not replace.
+          flag: the flag that names the file, for messages.
+          first: name of the first entry of every row.
 
         Raises:
           UserError: the suffix is another one, the path cannot be written, or it holds a file that
             is no table of this class.
         """
         if path.suffix not in (".json", ".csv") or os.path.isdir(path):
-            raise UserError(f"--results={path} is not valid; valid: a file NAME.json or NAME.csv")
-        check_file(path, "--results", inputs)
+            raise UserError(f"{flag}={path} is not valid; valid: a file NAME.json or NAME.csv")
+        check_file(path, flag, inputs)
         self.path, self._log = path, None
         self._columns: list[str] = []  # of the .csv file
         self._is_json = path.suffix == ".json"
-        begin = b'[\n{"image":' if self._is_json else b"image,"
+        begin = f'[\n{{"{first}":'.encode() if self._is_json else f"{first},".encode()
         if os.path.exists(path) and read_file(path)[: len(begin)] not in (b"", begin):
-            raise UserError(
-                f"--results={path} is a file, but no table of results; valid: a new one"
-            )
+            raise UserError(f"{flag}={path} is a file, but no table of results; valid: a new one")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes the next row; all rows have the same entries.
@@ -124,8 +128,9 @@ def flatten(row: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str, A
 
 
 def predict_files(
-    run: Run, files: Sequence[Path], out: Path, table: Table, *, attention: bool = False
-) -> Iterator[str]:
+    run: Run, files: Sequence[Path], out: Path, table: Table, *, attention: bool = False,
+    boxes: Sequence[np.ndarray] | None = None, persons: Table | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Predicts files one after another, and yields a line about each.
 
     Memory does not grow with the number of files. Files that cannot be read are passed over and
@@ -137,6 +142,10 @@ def predict_files(
       out: folder that receives the pictures; made for the first one.
       table: receives a row per image, and is closed at the end.
       attention: whether to draw the attention of the model, too.
+      boxes: for every file the boxes (n, 5) that the predictor of such a task takes: x1 y1 x2 y2
+        [pixels] and score; None: there are none.
+      persons: receives a row in COCO's format for every person, and is closed at the end; None:
+        there is no such table.
 
     Raises:
       UserError: at the end, if a file could not be read; or the model has no attention to draw, or
@@ -145,11 +154,14 @@ def predict_files(
     predictor = run.predictor  # first: what is wrong with it is wrong with no file
     unread, names = [], picture_names(files)
     folder = _PictureFolder(out, files, names)
-    with contextlib.closing(table):
-        for file, name in zip(files, names, strict=True):
+    with contextlib.ExitStack() as stack:
+        for output in (table, persons):
+            if output is not None:
+                stack.enter_context(contextlib.closing(output))
+        for place, (file, name) in enumerate(zip(files, names, strict=True)):
             try:
                 image = run.read(file)
-                prediction = predictor(image)
+                prediction = predictor(image, *(() if boxes is None else (boxes[place],)))
             except UserError as error:
                 named = str(error) if str(file) in str(error) else f"{file}: {error}"
                 unread.append(named if len(unread) < _NUM_REPORTED else "")
@@ -160,10 +172,48 @@ def predict_files(
             paths = folder.save(drawn, name)
             pictures = {k: os.path.relpath(path, table.path.parent) for k, path in paths.items()}
             table.add({"image": str(file), **prediction.row, "pictures": pictures})
+            for person in prediction.row["persons"] if persons else ():
+                persons.add({"image_id": image_id(file), **person})
             saved = "".join(f" {shown(path)}" for path in paths.values())
             yield f"{shown(file)}: {prediction.text}" + (f" ->{saved}" if saved else "")
     if unread:
         raise UserError(_describe_unread(unread, len(files)))
+
+
+def image_id(file: Path) -> int | str:
+    """Returns the identifier of an image file in COCO's format: its name without the suffix.
+
+    A name of digits is a number: 139 for 000000000139.jpg.
+    """
+    return _identifier(file.stem)
+
+
+def _identifier(name: int | str) -> int | str:
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
+
+
+def boxes_of_files(boxes: str | Path, files: Sequence[Path]) -> list[np.ndarray]:
+    """Returns the boxes of persons in every image file, (n, 5): x1 y1 x2 y2 [pixels] and score.
+
+    Args:
+      boxes: file of boxes, see :func:`tokenvit_jax.data.person_boxes.read_boxes`; its identifiers
+        of images are results of :func:`image_id`, or such names.
+      files: image files.
+
+    Raises:
+      UserError: the file is not valid, or has no box for any of the images.
+    """
+    by_image: dict[int | str, list[np.ndarray]] = {}
+    for found in read_boxes(boxes):
+        row = np.append(found.box, np.float32(found.score))
+        by_image.setdefault(_identifier(found.image), []).append(row)
+    rows = [np.reshape(by_image.get(image_id(file), []), (-1, 5)) for file in files]
+    if not any(map(len, rows)):
+        raise UserError(
+            f"--boxes={boxes} has no box for any of the images; valid: image_id is the name of a "
+            f"file without its suffix, such as {image_id(files[0])!r}"
+        )
+    return rows
 
 
 def _describe_unread(unread: Sequence[str], num_files: int) -> str:

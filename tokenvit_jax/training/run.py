@@ -58,7 +58,8 @@ class Run:
           "features" (C,) if the model has no classes. Segmentation: "labels" (H, W) uint8.
           Depth: "depth" (H, W) float32 [metres]. Detection: "boxes" (n, 4) float32 [x1 y1 x2 y2,
           pixels], "classes" (n,) int32, "scores" (n,) float32 and, with Mask R-CNN, "masks"
-          (n, H, W) bool.
+          (n, H, W) bool. Pose: "keypoints" (n, K, 3) float32, x, y [pixels] and score, "boxes" and
+          "scores", with n = 1.
 
         Raises:
           UserError: a file cannot be read, or an array has another shape or type.
@@ -70,7 +71,7 @@ class Run:
 
         A classifier sees the centre crop of its evaluation. A segmentation model sees the centre of
         the image in its window; :meth:`predict` shows it all windows. A detector sees the whole
-        image at the top left of its canvas.
+        image at the top left of its canvas, and a pose model the crop around the image.
 
         Args:
           images: as in :meth:`predict`.

@@ -4,8 +4,8 @@ A module has `INFO`, the facts about its dataset; `open_split(config, split)`, w
 source; and `prepare(manual_dir, data_dir)`, which converts the original files into files that
 `open_split` reads. The embedded datasets have no `prepare`: they come with an installed package.
 
-A module whose records have "instances" also has `annotations(config, split)`, the objects of all
-images of a split in COCO's format.
+A module whose records have "instances" or "person" also has `annotations(config, split)`, the
+objects or persons of all images of a split in COCO's format.
 
 A module whose facts depend on the configuration, such as the classes of a folder of images, has
 `read_info(config)` in place of `INFO`, or beside it where some facts are in the prepared files.
@@ -24,7 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import ENTRIES, check_entries
-from tokenvit_jax.data.record import DatasetInfo, Source
+from tokenvit_jax.data.record import DatasetInfo, Source, check_skeleton
 from tokenvit_jax.errors import UserError, did_you_mean
 
 NAMES = (
@@ -34,9 +34,11 @@ NAMES = (
     "cityscapes",
     "coco",
     "coco_panoptic",
+    "coco_wholebody",
     "depth_scenes",
     "digits",
     "fashion_mnist",
+    "figures",
     "imagenet2012",
     "kitti_depth",
     "motorcycle",
@@ -93,13 +95,30 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
     check_entries(config, {key: ENTRIES[key] for key in _READ})
     module = _module(config.dataset)
     info = _read_info(module, config)
-    own = "." in config.dataset and not config.dataset.startswith("tfds:")  # as in `_module`
-    if own and "instances" in info.fields and not hasattr(module, "annotations"):
-        raise UserError(
-            f"config.dataset={config.dataset!r}: records of this module have instances, but it "
-            "has no annotations(config, split), which their evaluation needs"
-        )
+    if "." in config.dataset and not config.dataset.startswith("tfds:"):  # as in `_module`
+        _check_own(config.dataset, module, info)
     return info
+
+
+def _check_own(name: str, module: ModuleType, info: DatasetInfo) -> None:
+    """Raises UserError if a module outside this package lacks what evaluation needs."""
+    for field in sorted({"instances", "person"} & info.fields):
+        if not hasattr(module, "annotations"):
+            raise UserError(
+                f"config.dataset={name!r}: records of this module have {field!r}, but it has no "
+                "annotations(config, split), which their evaluation needs"
+            )
+    if "person" not in info.fields:
+        return
+    if info.skeleton is None:
+        raise UserError(
+            f"config.dataset={name!r}: records of this module have 'person', but its INFO has no "
+            "skeleton"
+        )
+    try:
+        check_skeleton(info.skeleton)
+    except UserError as error:
+        raise UserError(f"config.dataset={name!r}: {error}") from error
 
 
 def _read_info(module: ModuleType, config: ConfigDict) -> DatasetInfo:
@@ -148,11 +167,13 @@ def open_annotations(config: ConfigDict, split: str) -> dict[str, Any]:
     """Returns the objects of all images of a split in COCO's format, for its evaluation code.
 
     Args:
-      config: as in :func:`open_split`, for a dataset whose records have "instances".
+      config: as in :func:`open_split`, for a dataset whose records have "instances" or "person".
       split: as in :func:`open_split`.
 
     Returns:
-      "images", in the order of the split, "annotations" and "categories".
+      "images", in the order of the split, "annotations" and "categories". For persons, each of whom
+      is a record, also "records", the identifier of the image of every record; and "keypoints" of
+      an annotation has all points of the skeleton.
 
     Raises:
       UserError: as :func:`open_split`.

@@ -8,24 +8,27 @@ of the training images are in the metadata. Nothing is downloaded, and TensorFlo
 import dataclasses
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tokenvit_jax.data.datasets.coco_json import (
+    AREA,
+    BOX,
     CATEGORY_FIELDS,
     ID,
     IMAGE_FIELDS,
     Entries,
     Rule,
+    box_fault,
     category_labels,
     check_files,
+    check_identifiers,
     check_size,
-    check_unique,
+    is_finite,
+    note_faults,
     read_entries,
 )
 from tokenvit_jax.data.files import read_file
@@ -38,7 +41,6 @@ from tokenvit_jax.data.tfds_files import (
     write_splits,
 )
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.progress import note
 
 # The datasets share this folder, as tensorflow_datasets has other datasets with their names.
 FOLDER = "detection"
@@ -163,12 +165,8 @@ class AnnotationFile:
 def _read(layout: Layout, manual_dir: Path, split: str, info: DatasetInfo) -> AnnotationFile:
     path = manual_dir / layout.annotations[split]
     content = read_entries(path, manual_dir, layout.how_to_get, _FIELDS)
-    _check(path, content)
+    check_identifiers(path, content)
     return AnnotationFile(path, content, category_labels(path, content["categories"], info))
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # not for nan, either
 
 
 # Kind of an entry -> a field -> whether a value is right, and which ones are.
@@ -178,11 +176,8 @@ _FIELDS: dict[str, dict[str, Rule]] = {
         "id": ID,
         "image_id": ID,
         "category_id": ID,
-        "bbox": (
-            lambda box: type(box) is list and len(box) == 4 and all(map(_is_finite, box)),
-            "x, y, width and height",
-        ),
-        "area": (_is_finite, "a number of pixels"),
+        "bbox": BOX,
+        "area": AREA,
         "segmentation": (
             lambda mask: (
                 type(mask) is list or (type(mask) is dict and {*mask} >= {"size", "counts"})
@@ -192,21 +187,6 @@ _FIELDS: dict[str, dict[str, Rule]] = {
     },
     "categories": CATEGORY_FIELDS,
 }
-
-
-def _check(path: Path, content: Entries) -> None:
-    """Raises UserError for identifiers that occur twice or do not exist."""
-    for kind in _FIELDS:
-        check_unique(path, kind, content[kind])
-    images = {entry["id"] for entry in content["images"]}
-    categories = {entry["id"] for entry in content["categories"]}
-    for entry in content["annotations"]:
-        for name, known in {"image_id": images, "category_id": categories}.items():
-            if entry[name] not in known:
-                raise UserError(
-                    f"{path}: annotation {entry['id']} has {name} {entry[name]}, which the file "
-                    "does not list"
-                )
 
 
 def _kept(content: Entries, *, train: bool) -> list[Entries]:
@@ -225,8 +205,7 @@ def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pair
     by_image: dict[int, list[Entries]] = {}
     for entry in file.content["annotations"]:
         by_image.setdefault(entry["image_id"], []).append(entry)
-    left_out: Counter[str] = Counter()
-    first: dict[str, int] = {}
+    faults: list[tuple[int, str]] = []
     for number, image in enumerate(images):
         path, objects = folder / image["file_name"], []
         content = read_file(path)
@@ -234,8 +213,7 @@ def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pair
         for entry in by_image.get(image["id"], ()):
             fault = box_fault(entry, image)
             if fault:
-                left_out[fault] += 1
-                first.setdefault(fault, entry["id"])
+                faults.append((entry["id"], fault))
                 continue
             objects.append(_object(file, entry, image))
         yield (
@@ -247,25 +225,7 @@ def _examples(folder: Path, file: AnnotationFile, images: list[Entries]) -> Pair
                 "file_name": image["file_name"],
             },
         )
-    for fault, count in left_out.items():
-        note(f"{file.path}: annotation {first[fault]} {fault}: left out (the first of {count})")
-
-
-def box_fault(entry: Entries, image: Entries) -> str:
-    """Returns why an annotation is left out; "": it is not."""
-    left, top, width, height = entry["bbox"]
-    inside = [
-        max(0, min(low + side, limit) - max(low, 0))
-        for low, side, limit in (
-            (left, width, image["width"]),
-            (top, height, image["height"]),
-        )
-    ]
-    if not inside[0] * inside[1]:
-        return "has a box outside of its image"
-    if entry["area"] <= 0:
-        return "has no area"
-    return "has a box thinner than a pixel" if width < 1 or height < 1 else ""
+    note_faults(file.path, faults)
 
 
 def _object(file: AnnotationFile, entry: Entries, image: Entries) -> Entries:
@@ -287,7 +247,7 @@ def _mask(file: AnnotationFile, entry: Entries, size: tuple[int, int]) -> str:
     try:
         if isinstance(segmentation, list):
             for polygon in segmentation:  # pycocotools would crash
-                if not all(map(_is_finite, polygon)) or max(map(abs, polygon)) > 2 * max(size):
+                if not all(map(is_finite, polygon)) or max(map(abs, polygon)) > 2 * max(size):
                     raise ValueError("a polygon lies far outside of the image")
             encoded = rle.merge(rle.frPyObjects(segmentation, *size))
         elif tuple(segmentation["size"]) != size:

@@ -11,6 +11,7 @@ from tokenvit_jax.data.decoding import opened
 from tokenvit_jax.data.files import read_text
 from tokenvit_jax.data.record import DatasetInfo
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.progress import note
 
 Entries = dict[str, Any]  # images, annotations and categories of a file, or one of them
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and which ones are
@@ -21,10 +22,22 @@ def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:
     return type(value) is int and low <= value <= high
 
 
+def is_finite(value: Any) -> bool:
+    """Returns whether a value is a number below 1e9, which nan is not."""
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def are_finite(value: Any, count: int) -> bool:
+    """Returns whether a value is a list of so many numbers below 1e9."""
+    return type(value) is list and len(value) == count and all(map(is_finite, value))
+
+
 TEXT: Rule = lambda value: type(value) is str and bool(value), "a text"
 ID: Rule = is_whole, "a whole number"
 _SIDE: Rule = functools.partial(is_whole, low=1), "a number of pixels"
 IMAGE_FIELDS = {"id": ID, "width": _SIDE, "height": _SIDE, "file_name": TEXT}
+BOX: Rule = functools.partial(are_finite, count=4), "x, y, width and height"
+AREA: Rule = is_finite, "a number of pixels"
 CATEGORY_FIELDS = {"id": ID, "name": TEXT}
 
 
@@ -83,6 +96,56 @@ def check_unique(path: Path, kind: str, entries: Iterable[Entries], field: str =
     twice = [key for key, count in counts.items() if count > 1]
     if twice:
         raise UserError(f"{path}: {kind} have the {field} {twice[0]} twice; valid: one each")
+
+
+def check_identifiers(path: Path, content: Entries) -> None:
+    """Raises UserError for identifiers that occur twice or do not exist.
+
+    Args:
+      path: the file.
+      content: its "images", "annotations" and "categories".
+    """
+    for kind in ("images", "annotations", "categories"):
+        check_unique(path, kind, content[kind])
+    images = {entry["id"] for entry in content["images"]}
+    categories = {entry["id"] for entry in content["categories"]}
+    for entry in content["annotations"]:
+        for name, known in {"image_id": images, "category_id": categories}.items():
+            if entry[name] not in known:
+                raise UserError(
+                    f"{path}: annotation {entry['id']} has {name} {entry[name]}, which the file "
+                    "does not list"
+                )
+
+
+def box_fault(entry: Entries, image: Entries) -> str:
+    """Returns why an annotation is left out; "": it is not."""
+    left, top, width, height = entry["bbox"]
+    inside = [
+        max(0, min(low + side, limit) - max(low, 0))
+        for low, side, limit in (
+            (left, width, image["width"]),
+            (top, height, image["height"]),
+        )
+    ]
+    if not inside[0] * inside[1]:
+        return "has a box outside of its image"
+    if entry["area"] <= 0:
+        return "has no area"
+    return "has a box thinner than a pixel" if width < 1 or height < 1 else ""
+
+
+def note_faults(path: Path, faults: Sequence[tuple[int, str]]) -> None:
+    """Writes a line for every reason for which annotations are left out.
+
+    Args:
+      path: the file.
+      faults: identifiers of the annotations, and the reasons.
+    """
+    counts = Counter(fault for _, fault in faults)
+    for fault, count in counts.items():
+        number = next(number for number, other in faults if other == fault)
+        note(f"{path}: annotation {number} {fault}: left out (the first of {count})")
 
 
 def category_labels(path: Path, categories: Sequence[Entries], info: DatasetInfo) -> dict[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data.datasets.scenes import SIDE, ScenesSource
+from tokenvit_jax.data.datasets.scenes import SIDE, ScenesSource, draw_background
 from tokenvit_jax.data.record import DatasetInfo, Record
 
 INFO = DatasetInfo(
@@ -52,7 +52,7 @@ class DepthScenesSource(ScenesSource):
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
         rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
-        image, _ = self._draw_background(rng)
+        image, _ = draw_background(self._photographs, rng, SIDE)
         depth = np.repeat(slope_depth()[:, None], SIDE, axis=1)
         sides = rng.integers(*_SIDES, rng.integers(1, 5), endpoint=True)
         for side in sorted(sides.tolist()):  # near boards hide far ones

@@ -4,6 +4,7 @@ A scene shows one to four handwritten digits, enlarged, rotated and coloured, on
 photograph. Digits and photographs come with scikit-learn.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,41 @@ def open_split(config: ConfigDict, split: str) -> "ScenesSource":
     return ScenesSource(split)
 
 
+def open_photographs(split: str) -> list[Image.Image]:
+    """Returns the parts of the photographs that a split shows: "test" has the right quarters."""
+    parts = []
+    for name in PHOTOGRAPHS:
+        pixels = np.asarray(Image.open(installed_file(f"images/{name}.jpg")))  # (427, 640, 3)
+        border = pixels.shape[1] * 3 // 4
+        part = pixels[:, border:] if split == "test" else pixels[:, :border]
+        parts.append(Image.fromarray(part))
+    return parts
+
+
+def draw_background(
+    photographs: Sequence[Image.Image], rng: np.random.Generator, side: int
+) -> tuple[Image.Image, int]:
+    """Cuts a square from a photograph, darkens it and mirrors every second one.
+
+    Args:
+      photographs: result of :func:`open_photographs`.
+      rng: source of all random numbers.
+      side: height and width of the result [pixels].
+
+    Returns:
+      The square, and the place of the photograph in PHOTOGRAPHS.
+    """
+    number = int(rng.integers(len(photographs)))
+    photograph = photographs[number]
+    cut = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
+    left, top = (int(rng.integers(length - cut + 1)) for length in photograph.size)
+    image = photograph.resize((side, side), _BICUBIC, (left, top, left + cut, top + cut))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    brightness = rng.uniform(*_BRIGHTNESS)
+    return image.point(lambda level: level * brightness), number
+
+
 class Drawing(NamedTuple):
     """A scene.
 
@@ -73,12 +109,7 @@ class ScenesSource:
             for record in records
             if record["label"] < DIGITS
         ]
-        self._photographs = []
-        for name in PHOTOGRAPHS:
-            pixels = np.asarray(Image.open(installed_file(f"images/{name}.jpg")))  # (427, 640, 3)
-            border = pixels.shape[1] * 3 // 4
-            part = pixels[:, border:] if split == "test" else pixels[:, :border]
-            self._photographs.append(Image.fromarray(part))
+        self._photographs = open_photographs(split)
 
     def __len__(self) -> int:
         return INFO.splits[self._split]
@@ -98,7 +129,7 @@ class ScenesSource:
     def draw(self, index: int) -> Drawing:
         """Returns a scene."""
         rng = np.random.default_rng((list(INFO.splits).index(self._split), index))
-        image, photograph = self._draw_background(rng)
+        image, photograph = draw_background(self._photographs, rng, SIDE)
         digits = []
         quarters = rng.permutation(4)[: rng.integers(1, 5)]  # digits overlap little
         for row, column in zip(*divmod(quarters, 2), strict=True):
@@ -114,22 +145,6 @@ class ScenesSource:
             strokes[top : top + drawn.shape[0], left : left + drawn.shape[1]] = drawn
             digits.append((digit, strokes))
         return Drawing(image, digits, photograph)
-
-    def _draw_background(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
-        """Cuts a square from a photograph, darkens it and mirrors every second one.
-
-        Returns:
-          The square, and the place of the photograph in PHOTOGRAPHS.
-        """
-        number = int(rng.integers(len(self._photographs)))
-        photograph = self._photographs[number]
-        side = int(rng.integers(*_BACKGROUND_SIDES, endpoint=True))
-        left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
-        image = photograph.resize((SIDE, SIDE), _BICUBIC, (left, top, left + side, top + side))
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        brightness = rng.uniform(*_BRIGHTNESS)
-        return image.point(lambda level: level * brightness), number
 
     def _draw_digit(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
         """Returns the coverage of the pixels by a random digit, 0 to 255, and the digit."""
