@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.data.box_transforms import MASK_SIDE
-from tokenvit_jax.heads import MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.heads import Htc, MaskRcnn, RetinaNet, Targets
 
 STRIDES = (4, 8, 16, 32)
 SIZE = (64, 96)
@@ -21,7 +21,8 @@ SMALL = {
         "num_anchors": 24, "num_rois": 16,
     },
 }  # fmt: skip
-heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn])
+SMALL[Htc] = {**SMALL[MaskRcnn], "num_box_convs": 1, "num_stuff": 4, "global_head_dim": 3}
+heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn, Htc])
 
 
 def head_of(cls, **settings):
@@ -35,7 +36,7 @@ def maps_of(head, size, batch, make):
     return [make(shape) for shape in shapes[first:]], STRIDES[first:]
 
 
-def draw_targets(counts, num):
+def draw_targets(counts, num, size=SIZE):
     """Returns targets of images with some objects each, padded to ``num``."""
     rng = np.random.default_rng(0)
     shape = len(counts), max(*counts, 1)
@@ -46,6 +47,7 @@ def draw_targets(counts, num):
         np.zeros((len(counts), num, 4), np.float32),
         np.full((len(counts), num), -1, np.int32),
         np.zeros((len(counts), num, MASK_SIDE, MASK_SIDE // 8), np.uint8),
+        rng.integers(-1, 4, (len(counts), *(side // 8 for side in size))).astype(np.int32),
     )
     for i, count in enumerate(counts):
         targets.boxes[i, :count] = boxes[i, :count]
@@ -97,7 +99,8 @@ def test_padding_and_other_groups_change_nothing(cls):
         assert loss[0] == losses[name][0] and np.isfinite(loss[1])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
     # Without an object, only the background is learned.
-    assert all((alone[name][1] > 0) == (name in ("class", "rpn_object")) for name in alone)
+    of_background = ("class", "rpn_object", "semantic")
+    assert all((alone[name][1] > 0) == name.startswith(of_background) for name in alone)
 
     swapped, _ = differentiate(draw_targets([3, 1, 2, 3], 8), np.array([2, 3, 0, 1]))
     for name, loss in swapped.items():
@@ -120,7 +123,9 @@ def shapes_in(function, *args):
     return [tuple(map(int, shape.split(","))) for shape in listed if shape]
 
 
-@pytest.mark.parametrize(("cls", "num_anchors"), [(RetinaNet, 201_600), (MaskRcnn, 268_569)])
+@pytest.mark.parametrize(
+    ("cls", "num_anchors"), [(RetinaNet, 201_600), (MaskRcnn, 268_569), (Htc, 268_569)]
+)
 def test_no_array_holds_pairs_of_anchors_and_objects(cls, num_anchors):
     """At full size, in training."""
     num_objects = 101  # no other dimension
@@ -129,7 +134,7 @@ def test_no_array_holds_pairs_of_anchors_and_objects(cls, num_anchors):
     head = head_of(cls, loss_group=1, **published)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     maps, strides = maps_of(head, (800, 1344), 1, float32)
-    targets = draw_targets([1], num_objects)
+    targets = draw_targets([1], num_objects, (800, 1344))
 
     def total(params, maps, targets):
         keys = jax.random.split(jax.random.key(0), 1)

@@ -13,8 +13,8 @@ import flax.linen as nn
 import numpy as np
 
 from tokenvit_jax.heads import MaskRcnn, RetinaNet
-from tokenvit_jax.heads.mask_rcnn import BOX_SIZE
 from tokenvit_jax.heads.retinanet import NUM_COARSER, PER_CELL
+from tokenvit_jax.heads.roi_heads import BOX_SIZE
 from tokenvit_jax.weights.openmmlab import ORIGINAL, RENAMED, Backbone
 from tokenvit_jax.weights.rules import (
     KERNEL,
