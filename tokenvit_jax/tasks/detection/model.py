@@ -6,12 +6,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.heads import Detections, DetectorHead, MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.heads import Detections, DetectorHead, Htc, MaskRcnn, RetinaNet, Targets
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.map_norms import normed_maps
 from tokenvit_jax.tasks.overrides import check_hierarchical, make_backbone, make_head
 
-HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
+HEADS: dict[str, type[DetectorHead]] = {
+    "mask_rcnn": MaskRcnn, "retinanet": RetinaNet, "htc": Htc
+}  # fmt: skip
 
 
 class Detector(BackboneModel):

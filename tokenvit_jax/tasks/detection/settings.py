@@ -3,18 +3,18 @@
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import ENTRIES as COMMON
-from tokenvit_jax.config import SIDE, Entry, height_and_width
+from tokenvit_jax.config import SIDE, Entry, Need, height_and_width
 from tokenvit_jax.data.images import mean_pixel
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.canvas import Canvas
-from tokenvit_jax.valid import Flag, Group, OneOf, Several, ZeroOr, whole
+from tokenvit_jax.valid import Either, Flag, Group, Number, OneOf, Several, ZeroOr, whole
 
 ENTRIES: dict[str, Entry] = {
     "model": COMMON["model"]._replace(default="swin_t"),
     "head": Entry(
         "mask_rcnn",
-        "mask_rcnn: boxes and masks; retinanet: boxes",
-        OneOf(("mask_rcnn", "retinanet")),
+        "mask_rcnn: boxes and masks; retinanet: boxes; htc: both in three stages",
+        OneOf(("mask_rcnn", "retinanet", "htc")),
     ),
     "head_overrides": Entry({}, "settings of the head", Group()),
     # Images keep their proportions, and lie at the top left of a canvas of `image_size`, height and
@@ -32,7 +32,20 @@ ENTRIES: dict[str, Entry] = {
     "augment.detr_crop": Entry(
         False, "of every second image, only a random part is seen, as for DETR", Flag()
     ),
+    # Large-scale jitter in place of both.
+    "augment.jitter": Entry(
+        (),
+        "lowest and highest random factor of images that would just fit; (): short_sides",
+        Either((OneOf(((),)), Several(Number(0.01, 100), 2, ascending=True))),
+    ),
 }
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("augment.short_sides", "augment.detr_crop"),
+        "config.augment.jitter=()",
+        lambda config: not config.augment.jitter,
+    ),
+)
 
 
 def canvas(config: ConfigDict) -> tuple[int, int]:

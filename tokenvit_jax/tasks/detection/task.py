@@ -11,12 +11,21 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import Examples, open_annotations, to_array, with_channels
+from tokenvit_jax.data import (
+    Examples,
+    datasets_with,
+    open_annotations,
+    to_array,
+    with_channels,
+)
+from tokenvit_jax.data.record import IGNORED
+from tokenvit_jax.data.stuff_maps import FIELD
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Detections, Targets
 from tokenvit_jax.metrics.coco import CocoMeter, paste_mask
 from tokenvit_jax.tasks.detection.examples import DetectionExamples
 from tokenvit_jax.tasks.detection.model import head_class, make_detector
-from tokenvit_jax.tasks.detection.settings import ENTRIES, check_sizes, eval_canvas
+from tokenvit_jax.tasks.detection.settings import ENTRIES, NEEDS, check_sizes, eval_canvas
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -31,14 +40,14 @@ from tokenvit_jax.tasks.task import (
 
 
 class Detection(Task):
-    """Boxes of objects, with RetinaNet, or boxes and masks, with Mask R-CNN.
+    """Boxes of objects, with RetinaNet, or boxes and masks, with Mask R-CNN and HTC.
 
     Batches: see :class:`DetectionExamples`. The ground truth of an evaluation comes from the
     dataset, whose masks are exact and whose crowds are ignored as COCO does.
     """
 
-    reads = frozenset({"image", "instances"})
-    entries = ENTRIES
+    reads = frozenset({"image", "instances"})  # HTC also "stuff_map", see `check`
+    entries, needs = ENTRIES, NEEDS
     has_results = True
 
     @staticmethod
@@ -56,10 +65,24 @@ class Detection(Task):
 
     def check(self) -> None:
         self.make_model()
+        self._check_fields()
         check_sizes(self.config)
 
+    def _check_fields(self):
+        """Raises UserError if the dataset lacks what the head reads."""
+        if head_class(self.config.head).has_stuff and FIELD not in self.info.fields:
+            valid = ", ".join(sorted(datasets_with(self.reads | {FIELD})))
+            raise UserError(
+                f"config.dataset={self.config.dataset!r} has no {FIELD}, which "
+                f"config.head={self.config.head!r} reads; valid: {valid}"
+            )
+
     def examples(self, *, train: bool) -> Examples:
-        return DetectionExamples(self.config, has_masks=self.has_masks, train=train)
+        head = self.make_model().head
+        num_stuff = head.num_stuff if head.has_stuff else 0
+        return DetectionExamples(
+            self.config, has_masks=self.has_masks, train=train, num_stuff=num_stuff
+        )
 
     def make_model(self) -> nn.Module:
         return make_detector(self.config, self.info.num_classes, self.axis_name)
@@ -68,12 +91,15 @@ class Detection(Task):
         # Draws depend on the image and the step, and not on the image's place in the batch.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["index"])
         left_out = batch["objects_left_out"].astype(jnp.float32)
-        names = [name for name in Targets._fields if name in batch]
+        targets = {name: batch[name] for name in Targets._fields if name in batch}
+        if FIELD in targets:
+            stuff = targets[FIELD].astype(jnp.int32)
+            targets[FIELD] = jnp.where(stuff == IGNORED, -1, stuff)
         return {
             "image": self.normalize(batch["image"]),
             "keys": keys,
             "objects_left_out": left_out,
-            **{name: batch[name] for name in names},
+            **targets,
         }
 
     def loss(
