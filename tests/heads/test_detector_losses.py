@@ -23,6 +23,10 @@ SMALL = {
 }  # fmt: skip
 SMALL[Htc] = {**SMALL[MaskRcnn], "num_box_convs": 1, "num_stuff": 4, "global_head_dim": 3}
 heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn, Htc])
+# The two programs of the cascade take long to compile.
+compiled = pytest.mark.parametrize(
+    "cls", [RetinaNet, MaskRcnn, pytest.param(Htc, marks=pytest.mark.stress)]
+)
 
 
 def head_of(cls, **settings):
@@ -83,7 +87,7 @@ def losses_of(cls):
     return differentiate
 
 
-@heads
+@compiled
 def test_padding_and_other_groups_change_nothing(cls):
     """Bit for bit: places without objects, the images of the other group, and the place."""
     differentiate = losses_of(cls)

@@ -24,6 +24,7 @@ from tokenvit_jax.tasks.detection.settings import (
     long_side,
     train_short_sides,
 )
+from tokenvit_jax.tasks.detection.views import eval_views, place_views, view_specs
 
 Example = dict[str, np.ndarray]
 NO_OBJECT = -1  # class at places of the padded objects that hold none
@@ -40,7 +41,7 @@ class DetectionExamples:
     of the box. For detectors with a semantic branch, it holds `stuff_map` (ceil(H / 8),
     ceil(W / 8)) uint8, the class of every eighth pixel, or `IGNORED`. Crowds are background. In
     evaluation, it holds `original_size` (2,) int32, and the canvas is a square that has room for
-    both orientations.
+    both orientations; with several views, the arrays of every `EvalView`.
 
     Args:
       config: provides `image_size`, `in_channels`, `data.normalization` and the entries of
@@ -60,14 +61,16 @@ class DetectionExamples:
         self._sides, self._augment = train_short_sides(config), config.augment
         low, high = canvas(config)
         self.canvases = ((low, high), (high, low)) if train and low < high else ()
-        height, width = (low, high) if train else self._eval_canvas.square
+        self._views = eval_views(config)
+        if not train:
+            self.specs = view_specs(self._views, self._channels)
+            self.specs["original_size"] = Spec((2,), np.int32)
+            return
+        height, width = low, high
         self.specs = {
             "image": Spec((height, width, self._channels), np.uint8),
             "image_size": Spec((2,), np.int32),
         }
-        if not train:
-            self.specs["original_size"] = Spec((2,), np.int32)
-            return
         self._max_objects = count = config.data.max_objects
         self.specs |= {
             "boxes": Spec((count, 4), np.float32),
@@ -84,9 +87,8 @@ class DetectionExamples:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         image = with_channels(record["image"], self._channels)
         if not self._train:
-            pixels, size = self._eval_canvas.place(image, self._eval_canvas.square)
             original = np.array(image.size[::-1], np.int32)
-            return {"image": pixels, "image_size": size, "original_size": original}
+            return place_views(self._views, image, square=True) | {"original_size": original}
         view = self._draw(image, rng)
         pixels = view_pixels(image, view)
         canvas = pad(pixels, (*self._canvas(image), self._channels), self._eval_canvas.fill)
@@ -98,7 +100,8 @@ class DetectionExamples:
     def empty(self) -> Example:
         """See :class:`tokenvit_jax.data.record.Examples`."""
         example = {name: np.zeros(*spec) for name, spec in self.specs.items()}
-        example["image_size"][:] = self.specs["image"].shape[:2]
+        for name in [name for name in example if f"{name}_size" in example]:
+            example[f"{name}_size"][:] = example[name].shape[:2]
         if self._train:
             example["classes"][:] = NO_OBJECT
             if self._num_stuff:

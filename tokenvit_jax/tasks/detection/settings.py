@@ -26,6 +26,23 @@ ENTRIES: dict[str, Entry] = {
     "data.eval_short_side": Entry(
         0, "shorter side of an image in evaluation [pixels]; 0: of image_size", ZeroOr(SIDE)
     ),
+    # Evaluation of several views of an image; every view contributes boxes of some sizes.
+    "inference.short_sides": Entry(
+        (), "shorter sides of an image in several views [pixels]; (): one view", Several(SIDE)
+    ),
+    "inference.long_side": Entry(
+        0, "longest side of an image in these views [pixels]; 0: data.long_side", ZeroOr(SIDE)
+    ),
+    "inference.flip": Entry(False, "every view also mirrored", Flag()),
+    "inference.min_sides": Entry(
+        (),
+        "lowest square root of the area of boxes of every view [pixels of the original image]; "
+        "(): 0",
+        Several(Number(0, 1e5)),
+    ),
+    "inference.max_sides": Entry(
+        (), "first square root above those of every view; 0, or (): none", Several(Number(0, 1e5))
+    ),
     "augment.short_sides": Entry(
         (), "random shorter sides of an image [pixels]; (): of image_size", Several(SIDE)
     ),
@@ -44,6 +61,11 @@ NEEDS: tuple[Need, ...] = (
         ("augment.short_sides", "augment.detr_crop"),
         "config.augment.jitter=()",
         lambda config: not config.augment.jitter,
+    ),
+    Need(
+        ("inference.long_side", "inference.min_sides", "inference.max_sides"),
+        "config.inference.short_sides",
+        lambda config: bool(config.inference.short_sides),
     ),
 )
 
