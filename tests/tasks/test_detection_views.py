@@ -15,6 +15,7 @@ from PIL import Image
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Detections, Htc
 from tokenvit_jax.heads.two_stage import Candidates
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.tasks.detection import views
 from tokenvit_jax.tasks.detection.model import Detector
@@ -143,6 +144,24 @@ def test_boxes_and_masks_of_mirrored_views():
         model, [jnp.asarray(image)], [size], original, [(9.0, np.inf)], False
     )
     assert few.scores.tolist() == [[-1.0]] and few.masks.shape == (1, 1, 2, 3)
+
+
+def test_shapes_of_two_mirrored_views_of_the_cascade():
+    config = make_config(head="htc", **SEVERAL)
+    config.model_overrides = {"depths": (0, 0, 1, 0), "dims": (8, 8, 8, 8), "num_heads": (1,) * 4}
+    config.head_overrides = {
+        "channels": 4, "num_candidates": 9, "num_proposals": 8, "num_box_convs": 1,
+        "num_mask_convs": 1, "max_detections": 7, "global_head_dim": 4,
+    }  # fmt: skip
+    task = make_task(config)
+    model, examples = task.make_model(), task.examples(train=False)
+    variables = variable_shapes(model, jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32))
+    batch = {
+        name: jax.ShapeDtypeStruct((2, *spec.shape), spec.dtype)
+        for name, spec in examples.specs.items()
+    } | {name: jax.ShapeDtypeStruct((2,), np.float32) for name in ("index", "mask")}
+    rows = jax.eval_shape(functools.partial(task.evaluate, model), variables, batch).rows
+    assert rows["boxes"].shape == (2, 7, 4) and rows["masks"].shape == (2, 7, 28, 28)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ class Detection(Task):
             )
 
     def examples(self, *, train: bool) -> Examples:
-        head = self.make_model().head
-        num_stuff = head.num_stuff if head.has_stuff else 0
+        head, overrides = head_class(self.config.head), self.config.head_overrides
+        num_stuff = overrides.get("num_stuff", head.num_stuff) if head.has_stuff else 0
         return DetectionExamples(
             self.config, has_masks=self.has_masks, train=train, num_stuff=num_stuff
         )
