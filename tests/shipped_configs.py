@@ -19,6 +19,7 @@ _ARGS = {
     "finetune": ("vit_b", "swin_t", "clustr_s", "vit_b,3680"),
     "swin": ("", "digits"),
     "swinv2": ("", "digits"),
+    "htc": ("swinv2_l", "swinv2_l_48", "scenes"),
     "mask2former": (
         *(
             f"{task}_{model}"

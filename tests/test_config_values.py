@@ -283,6 +283,21 @@ NARROW_DETECTORS = {
     },
     "retinanet": {"head_overrides.num_convs": 2},
 }  # fmt: skip
+NARROW_DETECTORS["htc"] = NARROW_DETECTORS["mask_rcnn"] | {
+    "head_overrides.num_box_convs": 2, "head_overrides.num_mask_convs": 2,
+    "head_overrides.num_stuff": 6,
+}  # fmt: skip
+HTC_EPOCH = 1833  # steps
+HTC = COCO | {
+    "augment.jitter": (0.1, 2.0), "batch_size": 64, "checkpoint_every_steps": 366,
+    "data.eval_short_side": 1100, "data.long_side": 1536, "eval_every_steps": HTC_EPOCH,
+    "head": "htc", "image_size": 1536, "model": "swinv2_l", "num_steps": 36 * HTC_EPOCH,
+    "optimizer.backbone_factor": 0.1, "optimizer.learning_rate": 4e-4,
+    "optimizer.milestones": (27 * HTC_EPOCH, 33 * HTC_EPOCH),
+    "optimizer.warmup_learning_rate": 4e-4 / 1000,
+} | overrides(
+    drop_path=0.2, pretrained_window_sizes=(12, 12, 12, 6), remat=True, window_size=32
+)  # fmt: skip
 
 
 MASK2FORMER = {
@@ -344,7 +359,7 @@ FIGURES = {
 
 TASKS = {
     "segmenter": "segmentation", "upernet": "segmentation", "semantic": "segmentation",
-    "dpt": "depth", "mask": "detection", "retinanet": "detection",
+    "dpt": "depth", "mask": "detection", "retinanet": "detection", "htc": "detection",
     "mask2former": "masks", "pose": "pose",
 }  # fmt: skip
 
@@ -363,6 +378,8 @@ def entries_of_maps(name, arg):
 def entries_of_detector(name, arg):
     if arg == "scenes":
         return OBJECT_SCENES | {"head": name} | NARROW_DETECTORS[name]
+    if name == "htc":
+        return HTC | (overrides(window_size=48) if arg.endswith("_48") else {})
     model = arg.removesuffix("_3x")
     drop_path, weight_decay = DETECTORS[model]
     entries = COCO | {"head": name, "model": model, "optimizer.weight_decay": weight_decay}

@@ -46,7 +46,7 @@ SMALL = {
     },
 }  # fmt: skip
 # Configs with the name of a head; their arguments name a model.
-HEADS = ("upernet", "semantic_fpn", "mask_rcnn", "retinanet")
+HEADS = ("upernet", "semantic_fpn", "mask_rcnn", "retinanet", "htc")
 # Entries that change a step's numbers, but not its program.
 SAME = {
     "num_steps": 1000, "optimizer.warmup_steps": 100, "optimizer.learning_rate": 1e-3,
@@ -88,7 +88,7 @@ def test_config_runs_one_step(name, arg):
         assert config.model == ("vit_ti" if arg == "scenes" else "vit_b_r50")
         return
     if name in HEADS:  # tests/tasks/test_contract.py runs a step
-        model = "swin_t" if arg == "scenes" else arg.removesuffix("_3x")
+        model = "swin_t" if arg == "scenes" else arg.removesuffix("_3x").removesuffix("_48")
         assert (config.head, config.model) == (name, model)
         return
     if name == "mask2former":  # tests/tasks/test_contract.py runs a step

@@ -89,6 +89,20 @@ def random_pixels(*shape):
     return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
 
 
+def test_a_view_of_the_usual_size_gives_the_usual_detections(loaded):
+    """By the program for several views."""
+    config = loaded.config.copy_and_resolve_references()
+    config.inference.short_sides, config.inference.long_side = (LOW,), HIGH
+    image = Image.fromarray(random_pixels(LOW, HIGH, 3))
+    found, wanted = (
+        task.predictor(loaded.model, loaded.variables)(image).arrays
+        for task in (make_task(config), loaded.task)
+    )
+    assert len(wanted["scores"]) == NUM and found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
 def test_predict_finds_objects_in_pixels_of_the_image(run, loaded, detect, tmp_path, monkeypatch):
     """The images: one of the canvas's proportions, twice as large; and an upright one."""
     large = np.repeat(np.repeat(random_pixels(LOW, HIGH, 3), 2, 0), 2, 1)

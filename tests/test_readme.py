@@ -33,6 +33,7 @@ CONFIGS = [
     ("segmenter_ti", ""),
     ("dpt", "kitti"),
     ("mask_rcnn", "swin_t"),
+    ("htc", "swinv2_l"),
     ("mask2former", "scenes"),
     ("pose", "figures"),
 ]

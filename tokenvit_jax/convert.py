@@ -19,7 +19,7 @@ it like any other run.
     segmenter       vit and deit of rstrudel/segmenter, with either decoder
     mmseg           swin with UperNet or Semantic FPN of mmsegmentation 1.x
     mmseg0          the same of mmsegmentation 0.x, such as Swin's own code for segmentation
-    mmdet           swin with RetinaNet or Mask R-CNN of mmdetection 3.x
+    mmdet           swin with RetinaNet, Mask R-CNN or HTC of mmdetection 3.x
     swin_detection  the same of Swin's own code for detection
     mask2former     swin with Mask2Former of facebookresearch/Mask2Former (also .pkl)
     mask2former_hub the same of transformers

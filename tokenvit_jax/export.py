@@ -17,8 +17,8 @@ Three lines load it; they need jax, flatbuffers and safetensors:
 
 A classifier gives {"logits", "probabilities"} (B, classes), a segmentation model {"labels"} (B, H,
 W) and {"logits"} (B, H, W, classes), a depth model {"depth"} (B, H, W) in metres, a detector
-{"boxes", "classes", "scores"} and, with Mask R-CNN, {"masks"}. --checkpoint is last, best (highest
-score of the task) or a step.
+{"boxes", "classes", "scores"} and, with Mask R-CNN and HTC, {"masks"}. --checkpoint is last, best
+(highest score of the task) or a step.
 """
 
 from pathlib import Path

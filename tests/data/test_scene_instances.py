@@ -43,6 +43,10 @@ def test_objects_make_the_label_map_of_the_scene():
             label_map[mask] = label + 1
         np.testing.assert_array_equal(label_map, scene["label_map"])
         np.testing.assert_array_equal(record["image"], scene["image"])
+        stuff = record["stuff_map"]
+        np.testing.assert_array_equal(stuff < 4, scene["label_map"] > 0)
+        np.testing.assert_array_equal(stuff[stuff < 4] + 1, scene["label_map"][stuff < 4])
+        assert set(np.unique(stuff[stuff >= 4])) == {4 + source.draw(index).photograph}
 
 
 def test_annotations_list_every_object():

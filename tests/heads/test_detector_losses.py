@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokenvit_jax.data.box_transforms import MASK_SIDE
-from tokenvit_jax.heads import MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.heads import Htc, MaskRcnn, RetinaNet, Targets
 
 STRIDES = (4, 8, 16, 32)
 SIZE = (64, 96)
@@ -21,7 +21,12 @@ SMALL = {
         "num_anchors": 24, "num_rois": 16,
     },
 }  # fmt: skip
-heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn])
+SMALL[Htc] = {**SMALL[MaskRcnn], "num_box_convs": 1, "num_stuff": 4, "global_head_dim": 3}
+heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn, Htc])
+# The two programs of the cascade take long to compile.
+compiled = pytest.mark.parametrize(
+    "cls", [RetinaNet, MaskRcnn, pytest.param(Htc, marks=pytest.mark.stress)]
+)
 
 
 def head_of(cls, **settings):
@@ -46,6 +51,7 @@ def draw_targets(counts, num):
         np.zeros((len(counts), num, 4), np.float32),
         np.full((len(counts), num), -1, np.int32),
         np.zeros((len(counts), num, MASK_SIDE, MASK_SIDE // 8), np.uint8),
+        rng.integers(-1, 4, (len(counts), *(side // 8 for side in SIZE))).astype(np.int32),
     )
     for i, count in enumerate(counts):
         targets.boxes[i, :count] = boxes[i, :count]
@@ -81,7 +87,7 @@ def losses_of(cls):
     return differentiate
 
 
-@heads
+@compiled
 def test_padding_and_other_groups_change_nothing(cls):
     """Bit for bit: places without objects, the images of the other group, and the place."""
     differentiate = losses_of(cls)
@@ -97,7 +103,8 @@ def test_padding_and_other_groups_change_nothing(cls):
         assert loss[0] == losses[name][0] and np.isfinite(loss[1])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
     # Without an object, only the background is learned.
-    assert all((alone[name][1] > 0) == (name in ("class", "rpn_object")) for name in alone)
+    of_background = ("class", "rpn_object", "semantic")
+    assert all((alone[name][1] > 0) == name.startswith(of_background) for name in alone)
 
     swapped, _ = differentiate(draw_targets([3, 1, 2, 3], 8), np.array([2, 3, 0, 1]))
     for name, loss in swapped.items():

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from detectors import golden, maps_of, params_of
 
-from tokenvit_jax.heads import MaskRcnn, Targets, mask_rcnn
-from tokenvit_jax.heads.mask_rcnn import BoxHead, MaskHead
+from tokenvit_jax.heads import MaskRcnn, Targets, two_stage
+from tokenvit_jax.heads.roi_heads import BoxHead, MaskHead
 from tokenvit_jax.heads.rpn import Proposals, Rpn, level_anchors, propose
+from tokenvit_jax.heads.two_stage import Pyramid
 from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks
 
 STRIDES = (4, 8, 16, 32, 64)  # of the levels
@@ -97,7 +98,7 @@ def test_losses_and_gradients_equal_mmdetections(monkeypatch):
         frames = jnp.broadcast_to(jnp.array([0.0, 0.0, 128.0, 128.0]), frames.shape)
         return mask_targets(masks, frames, rois, size=size, max_samples=8)
 
-    monkeypatch.setattr(mask_rcnn, "mask_targets", of_canvas)
+    monkeypatch.setattr(two_stage, "mask_targets", of_canvas)
 
     @jax.jit
     def differentiate(levels):
@@ -105,9 +106,9 @@ def test_losses_and_gradients_equal_mmdetections(monkeypatch):
         keys = jax.random.split(jax.random.key(0), 2)
 
         def total(levels):
-            losses, _ = apply(levels, STRIDES, targets, keys, method="rpn_losses")
-            rois = apply(proposals, targets, keys, method="sample_rois")
-            losses |= apply(levels, STRIDES, rois, targets, method="roi_losses")
+            pyramid = Pyramid(levels, STRIDES)
+            losses, _ = apply(pyramid, targets, keys, method="rpn_losses")
+            losses |= apply(pyramid, proposals, targets, keys, method="roi_losses")
             return sum(jax.tree.leaves(losses))[0], losses
 
         return jax.value_and_grad(total, has_aux=True)(levels)

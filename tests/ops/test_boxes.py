@@ -156,3 +156,18 @@ def test_a_cell_has_anchors_of_the_same_area():
     np.testing.assert_allclose(width * height, [9, 64] * 3, rtol=1e-6)
     np.testing.assert_allclose(height / width, np.repeat(RATIOS, 2), rtol=1e-6)
     np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
+
+
+def test_anchors_that_cross_the_border_equal_mmdetection():
+    arrays = dict(np.load(FOLDER / "rpn_border.npz"))
+    pad, size = (arrays[f"in/{name}_shape"] for name in ("pad", "image"))
+    strides = (4, 8, 16, 32, 64)
+    maps = [tuple(-(-side // stride) for side in pad.tolist()) for stride in strides]
+    found = jax.jit(
+        lambda size, pad: (
+            ops.inside_image(arrays["in/anchors"], size)
+            & ops.valid_anchors(maps, strides, len(RATIOS), pad)
+        )
+    )(size, pad)
+    np.testing.assert_array_equal(found, arrays["out/used_with_allowed_border_0"])
+    assert 0 < found.sum() < arrays["out/used_with_allowed_border_-1"].sum()

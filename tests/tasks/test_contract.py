@@ -148,6 +148,23 @@ CASES = {
         },
         "mix.mixup",
     ),
+    "htc": Case(
+        {
+            "dataset": "scene_instances",
+            **TINY_SWIN,
+            "head": "htc",
+            "head_overrides": {
+                "channels": 4, "hidden": 8, "num_mask_convs": 1, "max_detections": 3,
+                "num_candidates": 8, "num_proposals": 8, "num_anchors": 16, "num_rois": 8,
+                "num_box_convs": 1, "num_stuff": 6, "global_head_dim": 4, "init_std": 0.1,
+            },
+            "data.max_objects": 5,
+            "image_size": 64,
+            "batch_size": 32,
+        },
+        "mix.mixup",
+        task="detection",
+    ),
     "upernet": Case(
         {
             "dataset": "scenes",
@@ -161,7 +178,10 @@ CASES = {
     ),
 }  # fmt: skip
 each_task = pytest.mark.parametrize("name", TASKS)
-each_case = pytest.mark.parametrize("name", CASES)
+STRESS = {"htc": [pytest.mark.stress]}  # compiles for minutes
+each_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=STRESS.get(name, ())) for name in CASES]
+)
 
 
 def tiny_config(name: str) -> ConfigDict:
@@ -292,11 +312,16 @@ FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapPara
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
+    "htc": [(devices.PmapParallel, 2)],
     "masks": [(devices.PmapParallel, 2)],
     "pose": [(devices.PmapParallel, 2)],
     "upernet": [(devices.PmapParallel, 2)],
 }
-STEPS = [(name, *form) for name in CASES for form in JOINED.get(name, FORMS)]
+STEPS = [
+    pytest.param(name, *form, marks=STRESS.get(name, ()))
+    for name in CASES
+    for form in JOINED.get(name, FORMS)
+]
 
 
 @pytest.mark.parametrize(("name", "parallel", "accumulate_steps"), STEPS)

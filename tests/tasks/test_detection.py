@@ -124,6 +124,36 @@ def training_batch(index):
     }
 
 
+def test_classes_of_every_eighth_pixel_are_trained():
+    """As in the view: mirrored, and without a class beside it."""
+    task = make_task(make_config(head="htc", **{"augment.flip": 1.0}))
+    examples, record = task.examples(train=True), open_dataset("scene_instances", "train").read(0)
+    found = examples(record, np.random.default_rng(0))
+    assert found["image_size"].tolist() == [LOW, LOW]
+    expected = np.full((LOW // 8, HIGH // 8), 255)
+    expected[:, : LOW // 8] = record["stuff_map"][1::16, 127::-16]
+    np.testing.assert_array_equal(found["stuff_map"], expected)
+    assert {*np.unique(found["stuff_map"])} > {255}
+    assert (examples.empty()["stuff_map"] == 255).all()
+    batch = training_batch([0]) | {"stuff_map": found["stuff_map"][None]}
+    stuff = jax.jit(task.prepare)(batch, jax.random.key(0))["stuff_map"]
+    np.testing.assert_array_equal(stuff[0], np.where(expected == 255, -1, expected))
+
+
+def test_missing_and_unknown_classes_of_pixels_are_named():
+    record = open_dataset("scene_instances", "train").read(0)
+    config = make_config(head="htc", head_overrides={"num_stuff": 4})
+    examples = make_task(config).examples(train=True)
+    rng = np.random.default_rng(0)
+    unknown = record["stuff_map"].max()
+    message = f"stuff_map has the class {unknown}; valid: 0 to 3, 255 (config.head_overrides.num_"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        examples(record, rng)
+    del record["stuff_map"]
+    with pytest.raises(UserError, match=r"^it has no stuff_map, which the head reads: [^\n]*$"):
+        examples(record, rng)
+
+
 def test_draws_depend_on_the_image_and_the_step_and_not_on_the_place():
     prepare = jax.jit(make_task(make_config()).prepare)
 
@@ -279,6 +309,12 @@ def test_a_line_counts_what_is_likely():
             "config.data.long_side: 97 pixels do not fit config.image_size=64",
         ),
         ({"augment.short_sides": (48, 65)}, "config.augment.short_sides: 65 pixels do not fit"),
+        (
+            {"head": "htc", "dataset": "ade20k_instances"},
+            "config.dataset='ade20k_instances' has no stuff_map, which config.head='htc' reads; "
+            "valid: coco, scene_instances",
+        ),
+        ({"head": "htc", "head_overrides": {"num_stuff": 0}}, "num_stuff=0 is not valid; valid: "),
         ({"data.eval_short_side": 96}, "config.data.eval_short_side: 96 pixels do not fit"),
     ],
 )

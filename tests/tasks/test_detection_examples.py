@@ -129,3 +129,25 @@ def test_batches_of_scenes_hold_their_objects():
     batch = next(iter(data))
     data.close()
     assert batch["original_size"].tolist() == [[128, 128]] * 4
+
+
+def test_large_scale_jitter():
+    """Factors of the size at which an image just fits; larger images are cropped to the canvas."""
+    whole = 80 / 100  # 48 pixels high
+    for factors, found in (((0.5, 0.5), (24, 40)), ((1.0, 1.0), (48, 80)), ((2.0, 2.0), CANVAS)):
+        examples = make_examples(**{"augment.jitter": factors})
+        example = examples(make_record(), rng())
+        assert tuple(example["image_size"]) == found
+        assert (example["image"][found[0] :] == FILL).all()
+        sides = (example["boxes"][:, 2:] - example["boxes"][:, :2])[example["classes"] >= 0]
+        assert len(sides) and (sides <= np.array([8, 8]) * whole * factors[0] + 1e-4).all()
+
+
+def test_classes_of_pixels_on_an_upright_canvas():
+    config = default_config("detection")
+    config.image_size = CANVAS
+    examples = DetectionExamples(config, has_masks=True, train=True, num_stuff=3)
+    record = make_record((60, 100)) | {"stuff_map": np.full((100, 60), 2, np.uint8)}
+    found = examples(record, rng())
+    assert found["image"].shape == (80, 48, 3) and found["stuff_map"].shape == (10, 6)
+    assert examples.specs["stuff_map"].shape == (6, 10) and (found["stuff_map"] == 2).all()

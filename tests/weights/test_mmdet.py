@@ -76,7 +76,7 @@ def test_names_and_shapes_are_those_of_published_files(names, layout, head, sett
     assert not {"channels", "hidden"} & found.config_entries(scalars)["head_overrides"].keys()
 
 
-def test_detectors_without_masks_and_cascades_are_refused():
+def test_detectors_without_masks_and_other_cascades_are_refused():
     names = dict.fromkeys(NAMES["mask_rcnn_swin_t.original"], np.zeros(()))
     for pattern, name in (("mask_head.*", "x"), ("_head", "_head.0")):
         others = {re.sub(pattern, name, key): x for key, x in names.items()}
@@ -133,6 +133,84 @@ def test_detections_equal_mmdetection(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, run.variables)
     original = export_variables(run.variables, run.model, LAYOUTS["swin_detection"]["swin"])
     jax.tree.map(np.testing.assert_array_equal, original, arrays)
+
+
+def cascade():
+    """Returns HTC in mmdetection's names; backbone and proposals are those of the network above."""
+    golden = np.load(GOLDEN / "mask_rcnn_swin_160x192.npz")
+    arrays = {k: golden[k] for k in golden if k.startswith(("w/backbone", "w/neck", "w/rpn"))}
+    for name in ("htc_weights", "htc_hidden_layers"):
+        arrays |= np.load(GOLDEN.parent.parent / "heads" / "golden" / f"{name}.npz")
+    return {name.removeprefix("w/"): array for name, array in arrays.items()}
+
+
+def test_boxes_of_a_cascade_equal_mmdetection(tmp_path):
+    """Of its three stages, for given levels and proposals, with soft suppression."""
+    arrays, expected = cascade(), np.load(GOLDEN.parent.parent / "heads" / "golden" / "htc.npz")
+    save_file(arrays, tmp_path / "a.safetensors")
+    settings = {"dims": (8, 16, 32, 64), "num_heads": (1, 2, 2, 4), "depths": (2, 2, 2, 2)}
+    choices = Choices(model_overrides=settings)
+    lines = import_file(tmp_path / "a.safetensors", tmp_path / "run", "swin_t", choices=choices)
+    assert lines[0] == "swin_t, layout swin_detection, 5 classes, image_size (800, 1344)"
+    run = load_run(tmp_path / "run")
+    assert run.config.head == "htc"
+    assert run.config.head_overrides.to_dict() == {
+        "channels": 16, "hidden": 32, "num_mask_convs": 4, "num_stuff": 11, "num_box_convs": 4,
+        "global_head_dim": 0,
+    }  # fmt: skip
+    head = run.model.head.clone(max_detections=20)
+
+    @jax.jit
+    def detect(params, levels, proposals, size):
+        apply = functools.partial(head.apply, {"params": params})
+        pyramid = apply(levels, (4, 8, 16, 32, 64), method="pyramid")
+        return head.select(apply(pyramid, proposals, size, method="classify"))
+
+    levels = [expected[f"inference/in/p{i}"].transpose(0, 2, 3, 1) for i in range(2, 7)]
+    proposals, size = (expected[f"inference/in/{x}"] for x in ("proposals", "image_shape"))
+    params = run.variables["params"]["head"]
+    found = detect(params, levels, proposals[None], size[None].astype(np.int32))
+    np.testing.assert_array_equal(found.classes[0], expected["inference/out/labels"])
+    np.testing.assert_allclose(found.scores[0], expected["inference/out/scores"], atol=1e-5)
+    np.testing.assert_allclose(found.boxes[0], expected["inference/out/boxes_unscaled"], atol=1e-4)
+
+    renamed = export_variables(run.variables, run.model, LAYOUTS["mmdet"]["swin"])
+    assert recognise_layout(renamed, "swin_t") == "mmdet"
+    for layout, names in (("mmdet", renamed), ("swin_detection", arrays)):
+        again = import_variables(names, run.model, LAYOUTS[layout]["swin"])
+        jax.tree.map(np.testing.assert_array_equal, again, run.variables)
+    original = export_variables(run.variables, run.model, LAYOUTS["swin_detection"]["swin"])
+    jax.tree.map(np.testing.assert_array_equal, original, arrays)
+
+
+def test_names_of_the_block_in_front_of_the_pyramid():
+    """Those of HTC++ as ViT's adapters have it."""
+    model, variables = wide_model("htc")
+    layout = LAYOUTS["mmdet"]["swin"]
+    arrays = export_variables(variables, model, layout)
+    vectors = ("norm1", "norm2", "final_norm", "attn.proj", "ffn.fc2")
+    shapes = {f"{name}.bias": (768,) for name in vectors} | {
+        "norm1.weight": (768,), "norm2.weight": (768,), "final_norm.weight": (768,),
+        "attn.qkv.weight": (2304, 768), "attn.qkv.bias": (2304,), "attn.proj.weight": (768, 768),
+        "ffn.fc1.weight": (3072, 768), "ffn.fc1.bias": (3072,), "ffn.fc2.weight": (768, 3072),
+    }  # fmt: skip
+    block = {k.removeprefix("neck.0."): x.shape for k, x in arrays.items() if "neck.0." in k}
+    assert block == shapes
+    assert {k for k in arrays if k.startswith("neck.") and "neck.0." not in k} == {
+        f"neck.1.{kind}_convs.{i}.conv.{part}"
+        for kind in ("lateral", "fpn")
+        for i in range(4)
+        for part in ("weight", "bias")
+    }
+    assert recognise_layout(arrays, "swin_t") == "mmdet" and layout.num_classes(arrays) == 80
+    entries = layout.config_entries(arrays)
+    assert (entries["head"], entries["head_overrides"]) == (
+        "htc",
+        {
+            "channels": 256, "hidden": 1024, "num_mask_convs": 4, "num_stuff": 183,
+            "num_box_convs": 4,
+        },
+    )  # fmt: skip
 
 
 def test_channels_of_the_first_hidden_layer():

@@ -4,6 +4,7 @@ from tokenvit_jax.heads.detection import Detections, DetectorHead, Targets
 from tokenvit_jax.heads.dpt import DptHead
 from tokenvit_jax.heads.fcn import FcnHead
 from tokenvit_jax.heads.head import Head, MapHead
+from tokenvit_jax.heads.htc import Htc
 from tokenvit_jax.heads.mask2former import Mask2Former
 from tokenvit_jax.heads.mask_rcnn import MaskRcnn
 from tokenvit_jax.heads.masked_decoder import MaskPredictions
@@ -20,6 +21,7 @@ __all__ = [
     "DptHead",
     "FcnHead",
     "Head",
+    "Htc",
     "LinearDecoder",
     "MapHead",
     "Mask2Former",

@@ -23,12 +23,15 @@ class Targets(NamedTuple):
       classes: (B, M) int32; -1: no object.
       masks: (B, M, h, w / 8) uint8, masks in the frame of their box, rows packed by
         `numpy.packbits`; None: detectors without masks.
+      stuff_map: class of every eighth pixel along both axes (B, H / 8, W / 8) int32; -1: the pixel
+        does not count; None: detectors without semantic branch.
     """
 
     image_size: jax.Array
     boxes: jax.Array
     classes: jax.Array
     masks: jax.Array | None = None
+    stuff_map: jax.Array | None = None
 
 
 class Detections(NamedTuple):
@@ -70,6 +73,7 @@ class DetectorHead(Head):
     reads = "maps"
     first_map = 0  # number of the finest map that the head reads
     has_masks = False
+    has_stuff = False  # whether training reads the classes of all pixels
     valid: ClassVar[Rules] = LOGITS | {
         "channels": CHANNELS,
         "loss_group": COUNT,
@@ -144,12 +148,22 @@ def focal_sums(logits: jax.Array, classes: jax.Array, counted: jax.Array) -> jax
     return jnp.where(counted[..., None], losses, 0.0).sum((1, 2))
 
 
-def l1_sums(found: jax.Array, wanted: jax.Array, counted: jax.Array) -> jax.Array:
-    """Returns the sum of the absolute differences of every image, (B,).
+def l1_sums(
+    found: jax.Array, wanted: jax.Array, counted: jax.Array, beta: float = 0.0
+) -> jax.Array:
+    """Returns the sum of the L1 loss, or the smooth L1 loss, of every image, (B,).
 
     Args:
       found: (B, n, 4).
       wanted: (B, n, 4).
       counted: rows that count (B, n); the others may hold any numbers.
+      beta: difference below which the loss is quadratic; 0: none.
+
+    References:
+      Girshick 2015, "Fast R-CNN", Eq. 3, where beta is 1.
     """
-    return jnp.where(counted[..., None], abs(found - wanted), 0.0).sum((1, 2))
+    # Rows that do not count are replaced first: their gradients might not be finite.
+    distance = abs(jnp.where(counted[..., None], found - wanted, 0.0))
+    if beta:
+        distance = jnp.where(distance < beta, distance**2 / (2 * beta), distance - beta / 2)
+    return distance.sum((1, 2))

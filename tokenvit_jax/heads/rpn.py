@@ -12,7 +12,7 @@ from jax.nn.initializers import normal
 
 from tokenvit_jax.heads.detection import Targets, l1_sums, padded_sizes
 from tokenvit_jax.layers import Conv
-from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, valid_anchors
+from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, inside_image, valid_anchors
 from tokenvit_jax.ops.boxes import decode_boxes, encode_boxes
 from tokenvit_jax.ops.match_boxes import match_boxes, sample_matches
 from tokenvit_jax.ops.nms import nms
@@ -139,7 +139,7 @@ class RpnLosses(NamedTuple):
 
     Attributes:
       object: cross-entropy of the sampled anchors.
-      box: absolute differences of deltas of the positive ones.
+      box: L1, or smooth L1, losses of the deltas of the positive ones.
       count: sampled anchors, at least one positive and one negative.
     """
 
@@ -158,6 +158,8 @@ def rpn_losses(
     *,
     num: int,
     max_positive: int,
+    beta: float = 0.0,
+    inside_only: bool = False,
 ) -> RpnLosses:
     """Returns the losses of every image for a random sample of the anchors.
 
@@ -170,12 +172,16 @@ def rpn_losses(
       keys: a random key for each image (B,).
       num: anchors of a sample.
       max_positive: largest number of positive ones among them.
+      beta: of the smooth L1 loss of boxes; 0: L1.
+      inside_only: whether anchors that cross the border of their image take no part.
     """
     every = jnp.concatenate(anchors)
 
     @jax.vmap
     def one(key, logits, deltas, image_size, boxes, classes):
         valid = valid_anchors(sizes, strides, len(RATIOS), padded_sizes(image_size))
+        if inside_only:
+            valid &= inside_image(every, image_size)
         matches = match_boxes(
             every, valid, boxes, classes >= 0, positive=0.7, negative=0.3, least=0.3
         )
@@ -184,7 +190,7 @@ def rpn_losses(
         losses = optax.losses.sigmoid_binary_cross_entropy(logits[sample.indices], wanted)
         objects = boxes[jnp.maximum(matches[sample.indices], 0)]
         coded = encode_boxes(every[sample.indices], objects, DEVIATIONS)
-        box = l1_sums(deltas[sample.indices][None], coded[None], sample.positive[None])[0]
+        box = l1_sums(deltas[sample.indices][None], coded[None], sample.positive[None], beta)[0]
         positive = sample.positive.sum()
         negative = (sample.valid & ~sample.positive).sum()
         count = jnp.maximum(positive, 1) + jnp.maximum(negative, 1)

@@ -1,7 +1,7 @@
 """Token operators as pure functions on arrays: no parameters, no modules, no configuration."""
 
 from tokenvit_jax.ops.adaptive_pooling import adaptive_average_pool
-from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, valid_anchors
+from tokenvit_jax.ops.anchors import cell_anchors, grid_anchors, inside_image, valid_anchors
 from tokenvit_jax.ops.assignment import assign_targets
 from tokenvit_jax.ops.attention import (
     ScoredAttention,
@@ -127,6 +127,7 @@ __all__ = [
     "hash_clusters",
     "heatmap_loss",
     "heatmap_targets",
+    "inside_image",
     "kmeans",
     "kmedoids",
     "layer_norm",

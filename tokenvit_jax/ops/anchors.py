@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Float, Num
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
@@ -72,3 +72,13 @@ def valid_anchors(
         inside = (rows[:, None] & columns)[..., None]
         levels.append(jnp.broadcast_to(inside, (height, width, per_cell)).reshape(-1))
     return jnp.concatenate(levels)
+
+
+def inside_image(anchors: Float[Array, "A 4"], size: Num[Array, "2"]) -> Bool[Array, " A"]:
+    """Returns which anchors do not cross the border of an image.
+
+    Args:
+      anchors: (A, 4) [x1 y1 x2 y2, pixels].
+      size: height and width of the image [pixels].
+    """
+    return (anchors[:, :2] >= 0).all(1) & (anchors[:, 2:] < size[::-1]).all(1)

@@ -1,4 +1,4 @@
-"""Recipes of RetinaNet and Mask R-CNN on COCO, and on the embedded scenes."""
+"""Recipes of RetinaNet, Mask R-CNN and HTC on COCO, and on the embedded scenes."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import AUTO
+from tokenvit_jax.data.datasets.scene_instances import NUM_STUFF
 from tokenvit_jax.recipes import choose_config
 from tokenvit_jax.recipes.dgt import COMMON as DGT
 from tokenvit_jax.recipes.upernet import SMALL_SWIN
@@ -101,17 +102,63 @@ def retinanet_config(arg: str) -> ConfigDict:
     return _choose("retinanet", arg, RETINANET)
 
 
+# Swin v2's appendix A2.1; its drop path is not stated. The windows of the pretraining at 192 x 192
+# are 12, and 6 in the last stage.
+HTC_WINDOWS = {"swinv2_l": 32, "swinv2_l_48": 48}
+HTC_SWIN = {
+    "drop_path": 0.2, "pretrained_window_sizes": (12, 12, 12, 6)
+}  # fmt: skip
+HTC_BATCH, HTC_STEPS_PER_EPOCH = 64, 1833
+
+
+def htc_config(arg: str) -> ConfigDict:
+    """Returns the configuration of the hybrid task cascade.
+
+    Args:
+      arg: a key of `HTC_WINDOWS`: HTC++ on COCO; "scenes": a small model on the embedded scenes.
+    """
+    configs = {
+        name: functools.partial(htc_coco_config, window) for name, window in HTC_WINDOWS.items()
+    }
+    return choose_config(arg, configs | {"scenes": functools.partial(scenes_config, "htc")})
+
+
+def htc_coco_config(window_size: int) -> ConfigDict:
+    """Returns the configuration of HTC++ on COCO with Swin v2-L.
+
+    Args:
+      window_size: side of the windows.
+    """
+    overrides = HTC_SWIN | {"window_size": window_size}
+    recipe = Recipe(model="swinv2_l", model_overrides=overrides, learning_rate=4e-4, schedule="3x")
+    config = coco_config("htc", recipe, HTC_BATCH, HTC_STEPS_PER_EPOCH)
+    config.model_overrides.remat = True  # 1536 x 1536 pixels
+    config.image_size = 1536
+    config.data.long_side = 1536
+    config.data.eval_short_side = 1100
+    config.augment.jitter = (0.1, 2.0)
+    config.optimizer.backbone_factor = 0.1
+    return config
+
+
 def _choose(head: str, arg: str, recipes: Mapping[str, Recipe]) -> ConfigDict:
     configs = {name: functools.partial(coco_config, head, recipes[name]) for name in recipes}
     return choose_config(arg, configs | {"scenes": functools.partial(scenes_config, head)})
 
 
-def coco_config(head: str, recipe: Recipe) -> ConfigDict:
+def coco_config(
+    head: str,
+    recipe: Recipe,
+    batch_size: int = BATCH_SIZE,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
+) -> ConfigDict:
     """Returns the configuration of a recipe on COCO.
 
     Args:
       head: name of the head.
       recipe: the recipe.
+      batch_size: images of a step.
+      steps_per_epoch: steps in which all images are seen once.
     """
     config = default_config("detection")
     config.model = recipe.model
@@ -121,7 +168,7 @@ def coco_config(head: str, recipe: Recipe) -> ConfigDict:
 
     config.dataset = "coco"
     config.image_size = (800, 1344)
-    config.batch_size = BATCH_SIZE
+    config.batch_size = batch_size
     config.data.workers = AUTO
     config.data.long_side = 1333
     config.data.eval_batch_size = 8
@@ -131,17 +178,17 @@ def coco_config(head: str, recipe: Recipe) -> ConfigDict:
         config.augment.detr_crop = True
 
     epochs, milestones = EPOCHS[recipe.schedule]
-    config.num_steps = epochs * STEPS_PER_EPOCH
+    config.num_steps = epochs * steps_per_epoch
     optimizer = config.optimizer
     optimizer.learning_rate = recipe.learning_rate
     optimizer.weight_decay = recipe.weight_decay
     optimizer.decay = recipe.decay
     optimizer.schedule = "step"
-    optimizer.milestones = tuple(epoch * STEPS_PER_EPOCH for epoch in milestones)
+    optimizer.milestones = tuple(epoch * steps_per_epoch for epoch in milestones)
     optimizer.warmup_steps = 500
     optimizer.warmup_learning_rate = recipe.learning_rate / 1000
-    config.eval_every_steps = STEPS_PER_EPOCH
-    config.checkpoint_every_steps = STEPS_PER_EPOCH // 5
+    config.eval_every_steps = steps_per_epoch
+    config.checkpoint_every_steps = steps_per_epoch // 5
     return config
 
 
@@ -156,9 +203,11 @@ def scenes_config(head: str) -> ConfigDict:
     config.model_overrides = SMALL_SWIN
     config.head = head
     narrow = {"channels": 32, "max_detections": 20, "num_candidates": 100}
+    two_stage = {"hidden": 128, "num_proposals": 100, "num_anchors": 128, "num_rois": 64}
     own = {
-        "mask_rcnn": {"hidden": 128, "num_proposals": 100, "num_anchors": 128, "num_rois": 64},
+        "mask_rcnn": two_stage,
         "retinanet": {"num_convs": 2},
+        "htc": two_stage | {"num_box_convs": 2, "num_mask_convs": 2, "num_stuff": NUM_STUFF},
     }
     config.head_overrides = narrow | own[head]
 

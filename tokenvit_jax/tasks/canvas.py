@@ -78,4 +78,8 @@ class Canvas(NamedTuple):
         """
         if jax.process_count() > 1 or self.low == self.high:
             return batches  # processes must have equal shapes: the square
-        return group_by_size(batches, ["image"], self.shape)
+
+        def cut(name, record):
+            return self.shape(tuple(record[f"{name}_size"].tolist()))
+
+        return group_by_size(batches, ["image"], cut)

@@ -17,7 +17,7 @@ Size = tuple[int, int]
 def group_by_size(
     batches: Iterable[Batch],
     images: Sequence[str],
-    cut: Callable[[Size], Size] = lambda size: size,
+    cut: Callable[[str, Batch], Size] = lambda name, record: tuple(record[f"{name}_size"].tolist()),
 ) -> Iterator[Batch]:
     """Yields batches of images of one size, each record of the others once.
 
@@ -29,8 +29,8 @@ def group_by_size(
         image at the top left of a buffer (B, H, W, C) and "NAME_size" (B, 2), its height and width;
         "mask" (B,), 0 for records to leave out; and others.
       images: names of the images. Images whose first ones have equal sizes have equal sizes.
-      cut: maps the size of an image to that of the part of the buffer that is kept; by default,
-        without padding.
+      cut: maps the name of an image and its record to height and width of the part of the buffer
+        that is kept; by default, without padding.
     """
     groups: dict[tuple[int, ...], list[Batch]] = {}
     size = 0
@@ -39,7 +39,7 @@ def group_by_size(
         for i in np.flatnonzero(batch["mask"]):
             record = {name: array[i] for name, array in batch.items()}
             for name in images:
-                height, width = cut(tuple(record[f"{name}_size"].tolist()))
+                height, width = cut(name, record)
                 record[name] = record[name][:height, :width].copy()  # lets go of the batch
             group = groups.setdefault(record[images[0]].shape, [])
             group.append(record)

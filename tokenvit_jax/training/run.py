@@ -57,7 +57,7 @@ class Run:
           Classification: "probabilities" (num_classes,) in the order of :attr:`class_names`, or
           "features" (C,) if the model has no classes. Segmentation: "labels" (H, W) uint8.
           Depth: "depth" (H, W) float32 [metres]. Detection: "boxes" (n, 4) float32 [x1 y1 x2 y2,
-          pixels], "classes" (n,) int32, "scores" (n,) float32 and, with Mask R-CNN, "masks"
+          pixels], "classes" (n,) int32, "scores" (n,) float32 and, with Mask R-CNN and HTC, "masks"
           (n, H, W) bool. Pose: "keypoints" (n, K, 3) float32, x, y [pixels] and score, "boxes" and
           "scores", with n = 1.
 

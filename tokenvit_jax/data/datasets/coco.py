@@ -18,13 +18,15 @@ LAYOUT = Layout(
     },
     how_to_get="valid: the folder with the unpacked train2017.zip, val2017.zip and "
     "annotations_trainval2017.zip of COCO",
+    stuff={"train": "stuffthingmaps/train2017", "val": "stuffthingmaps/val2017"},
+    num_stuff=183,
 )
 INFO = DatasetInfo(
     name="coco",
     splits={"train": 117_266, "val": 5000},
     train_split="train",
     eval_split="val",
-    fields=frozenset({"image", "instances"}),
+    fields=frozenset({"image", "instances", "stuff_map"}),  # the last one if it was prepared
     num_classes=80,
     classes=parse_names("""
         person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire

@@ -8,7 +8,8 @@ of the training images are in the metadata. Nothing is downloaded, and TensorFlo
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,14 @@ from tokenvit_jax.data.datasets.coco_json import (
     read_entries,
 )
 from tokenvit_jax.data.files import read_file
-from tokenvit_jax.data.record import DatasetInfo, Instances, Record
+from tokenvit_jax.data.label_maps import decode_label_map, label_table
+from tokenvit_jax.data.record import IGNORED, DatasetInfo, Instances, Record
+from tokenvit_jax.data.stuff_maps import FIELD, StuffRecord
 from tokenvit_jax.data.tfds_files import (
     Pairs,
     SizedSource,
     is_prepared,
+    list_versions,
     read_metadata,
     write_splits,
 )
@@ -56,18 +60,27 @@ class Layout:
       images: split -> folder of its images.
       annotations: split -> file with its annotations.
       how_to_get: instructions for the user.
+      stuff: split -> folder of its maps of stuff, PNG files named like the images. They are
+        optional: without all of these folders, no record has a map.
+      num_stuff: classes of these maps; 255: none.
     """
 
     images: dict[str, str]
     annotations: dict[str, str]
     how_to_get: str
+    stuff: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_stuff: int = 0
 
 
 class CocoSource(SizedSource):
-    """Images with their objects."""
+    """Images with their objects; training images also with maps of stuff, if they were prepared."""
 
     def __init__(self, info: DatasetInfo, split: str, data_dir: str):
-        super().__init__(info.name, split, data_dir, f"{FOLDER}/{info.name}", ("image",))
+        folder = f"{FOLDER}/{info.name}"
+        has_stuff = split in _splits_with_stuff(folder, data_dir)
+        undecoded = ("image", FIELD) if has_stuff else ("image",)
+        super().__init__(info.name, split, data_dir, folder, undecoded)
+        self._has_stuff = has_stuff and split == info.train_split
 
     def ground_truth(self, features: Entries, image: Image.Image) -> Record:
         """See :class:`tokenvit_jax.data.tfds_files.TfdsSource`."""
@@ -78,7 +91,20 @@ class CocoSource(SizedSource):
             crowd=np.array([entry["crowd"] for entry in objects], bool),
             masks=[entry["mask"] for entry in objects],
         )
-        return Record(id=int(features["image_id"]), instances=instances)
+        record = StuffRecord(id=int(features["image_id"]), instances=instances)
+        if self._has_stuff:
+            record["stuff_map"] = decode_label_map(features[FIELD], _ALL_VALUES, image.size)
+        return record
+
+
+_ALL_VALUES = label_table({value: value for value in range(256)})  # `prepare` checks them
+
+
+def _splits_with_stuff(folder: str, data_dir: str) -> Sequence[str]:
+    """Returns the splits whose records have maps of stuff; none if nothing was prepared."""
+    if not list_versions(Path(os.path.expanduser(data_dir)) / folder):
+        return ()
+    return read_metadata(folder, data_dir).get("stuff", ())
 
 
 def read_annotations(name: str, data_dir: str, split: str) -> Entries:
@@ -109,8 +135,8 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
 
     Raises:
       UserError: a file is missing or malformed, an identifier occurs twice, a category is unknown,
-        or an image or a mask has another size than the annotations say; the message names the file
-        and the identifier.
+        or an image, a mask or a map of stuff has another size than the annotations say; the message
+        names the file and the identifier.
     """
     folder = data_dir / FOLDER / info.name / VERSION
     if is_prepared(folder):
@@ -127,9 +153,15 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
     kept = {
         split: _kept(file.content, train=split == info.train_split) for split, file in files.items()
     }
+    stuff = _stuff_folders(layout, manual_dir)
+    if stuff:
+        features[FIELD] = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
     for split, images in kept.items():
         check_files(manual_dir / layout.images[split], files[split].path, images)
+        if stuff:
+            check_files(stuff[split], files[split].path, [_with_map(image) for image in images])
     metadata = {
+        "stuff": list(stuff),
         "sizes": {
             split: [[image["width"], image["height"]] for image in images]
             for split, images in kept.items()
@@ -137,7 +169,12 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
         "ground_truth": {info.eval_split: files[info.eval_split].content},
     }
     splits = {
-        split: _examples(manual_dir / layout.images[split], files[split], images)
+        split: _with_stuff(
+            _examples(manual_dir / layout.images[split], files[split], images),
+            stuff.get(split),
+            images,
+            layout.num_stuff,
+        )
         for split, images in kept.items()
     }
     write_splits(
@@ -145,6 +182,43 @@ def prepare(info: DatasetInfo, layout: Layout, manual_dir: Path, data_dir: Path)
         metadata=tfds.core.MetadataDict(metadata), disable_shuffling=True,
     )  # fmt: skip
     return folder
+
+
+def _stuff_folders(layout: Layout, manual_dir: Path) -> dict[str, Path]:
+    """Returns split -> folder with maps of stuff; {} if there are none.
+
+    Raises:
+      UserError: some splits have maps, and others have not.
+    """
+    folders = {split: manual_dir / folder for split, folder in layout.stuff.items()}
+    missing = [folder for folder in folders.values() if not folder.is_dir()]
+    if 0 < len(missing) < len(folders):
+        raise UserError(
+            f"{missing[0]} is missing; valid: maps of stuff for all splits, or for none"
+        )
+    return {} if missing else folders
+
+
+def _with_map(image: Entries) -> Entries:
+    """Returns the entry of an image with the name of its map of stuff."""
+    return image | {"file_name": f"{Path(image['file_name']).stem}.png"}
+
+
+def _with_stuff(
+    pairs: Pairs, folder: Path | None, images: list[Entries], num_classes: int
+) -> Pairs:
+    """Yields examples with the maps of stuff in a folder; None: there are none."""
+    table = label_table({value: value for value in (*range(num_classes), IGNORED)})
+    for (number, example), image in zip(pairs, images, strict=True):
+        if folder is not None:
+            path = folder / _with_map(image)["file_name"]
+            content = read_file(path)
+            try:
+                decode_label_map(content, table, (image["width"], image["height"]))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+            example[FIELD] = io.BytesIO(content)
+        yield number, example
 
 
 @dataclasses.dataclass(frozen=True)

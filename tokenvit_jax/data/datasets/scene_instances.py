@@ -1,6 +1,7 @@
 """The embedded scenes with their digits as objects, each with a box and a mask.
 
 The images are those of "scenes". The classes are the digits 0 to 3; there is no background class.
+In the maps of stuff, the photographs behind the digits have classes of their own.
 """
 
 import functools
@@ -10,16 +11,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.data.datasets import scenes
-from tokenvit_jax.data.datasets.scenes import DIGITS, Drawing, ScenesSource
+from tokenvit_jax.data.datasets.scenes import DIGITS, PHOTOGRAPHS, Drawing, ScenesSource
 from tokenvit_jax.data.instances import coco_annotations, instances_of
 from tokenvit_jax.data.record import DatasetInfo, Instances, Record
+from tokenvit_jax.data.stuff_maps import StuffRecord
 
+NUM_STUFF = DIGITS + len(PHOTOGRAPHS)  # classes of the maps of stuff
 INFO = DatasetInfo(
     name="scene_instances",
     splits=scenes.INFO.splits,
     train_split="train",
     eval_split="test",
-    fields=frozenset({"image", "instances"}),
+    fields=frozenset({"image", "instances", "stuff_map"}),
     num_classes=DIGITS,
     classes=tuple(map(str, range(DIGITS))),
 )
@@ -63,7 +66,9 @@ class SceneInstancesSource(ScenesSource):
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
         scene = self.draw(index)
-        return Record(id=index, image=scene.image, instances=objects_of(scene))
+        return StuffRecord(
+            id=index, image=scene.image, instances=objects_of(scene), stuff_map=_stuff_map(scene)
+        )
 
     def portrait(self) -> np.ndarray:
         """See :class:`tokenvit_jax.data.record.Source`."""
@@ -78,6 +83,13 @@ def objects_of(scene: Drawing) -> Instances:
     """Returns the digits of a scene as objects."""
     seen = visible(scene)
     return instances_of([mask for _, mask in seen], [digit for digit, _ in seen])
+
+
+def _stuff_map(scene: Drawing) -> np.ndarray:
+    labels = np.full((scenes.SIDE, scenes.SIDE), DIGITS + scene.photograph, np.uint8)
+    for digit, mask in visible(scene):
+        labels[mask] = digit
+    return labels
 
 
 def visible(scene: Drawing) -> list[tuple[int, np.ndarray]]:

@@ -1,17 +1,23 @@
 """The detector: a hierarchical backbone and a head on its maps."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.heads import Detections, DetectorHead, MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.heads import Detections, DetectorHead, Htc, MaskRcnn, RetinaNet, Targets
+from tokenvit_jax.heads.two_stage import Candidates, level_strides
 from tokenvit_jax.models.backbone import BackboneModel
+from tokenvit_jax.tasks.detection import views
 from tokenvit_jax.tasks.map_norms import normed_maps
 from tokenvit_jax.tasks.overrides import check_hierarchical, make_backbone, make_head
 
-HEADS: dict[str, type[DetectorHead]] = {"mask_rcnn": MaskRcnn, "retinanet": RetinaNet}
+HEADS: dict[str, type[DetectorHead]] = {
+    "mask_rcnn": MaskRcnn, "retinanet": RetinaNet, "htc": Htc
+}  # fmt: skip
 
 
 class Detector(BackboneModel):
@@ -38,6 +44,41 @@ class Detector(BackboneModel):
             whole = jnp.array(images.shape[1:3], jnp.int32)
             image_size = jnp.broadcast_to(whole, (images.shape[0], 2))  # also of a symbolic batch
         return self.head(*self.head_inputs(images, train), image_size)
+
+    def detect_views(
+        self,
+        images: Sequence[jax.Array],
+        sizes: Sequence[jax.Array],
+        original_size: jax.Array,
+        limits: Sequence[tuple[float, float]],
+        flip: bool,
+    ) -> Detections:
+        """Returns the detections of several views together, in pixels of the original images.
+
+        Args:
+          images: of every view (B, H, W, C), normalised, each at the top left of its canvas.
+          sizes: of every view, heights and widths of the images (B, 2) [pixels].
+          original_size: heights and widths of the original images (B, 2) [pixels].
+          limits: of every view, as in :func:`~tokenvit_jax.tasks.detection.views.limited`.
+          flip: whether every view is also mirrored.
+        """
+        seen, found = [], []
+        for pixels, size, limit in zip(images, sizes, limits, strict=True):
+            for mirrored in (False, True) if flip else (False,):
+                x = views.mirror(pixels, size) if mirrored else pixels
+                maps, strides = self.head_inputs(x, False)
+                pyramid = self.head.pyramid(self.head.neck(maps), level_strides(strides))
+                boxes, scores = self.head.candidates(pyramid, size)
+                boxes = views.to_original(boxes, size, original_size, mirrored)
+                found.append(views.limited(Candidates(boxes, scores), limit))
+                seen.append((pyramid, size, mirrored))
+        detections, masks = self.head.select(views.joined(found)), 0.0
+        classes = jnp.maximum(detections.classes, 0)
+        for pyramid, size, mirrored in seen:
+            boxes = views.to_view(detections.boxes, size, original_size, mirrored)
+            own = self.head.mask_probabilities(pyramid, boxes, classes)
+            masks += own[..., ::-1] if mirrored else own
+        return detections._replace(masks=masks / len(seen))
 
     def losses(
         self, images: jax.Array, train: bool, targets: Targets, keys: jax.Array

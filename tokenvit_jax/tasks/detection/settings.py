@@ -3,18 +3,18 @@
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import ENTRIES as COMMON
-from tokenvit_jax.config import SIDE, Entry, height_and_width
+from tokenvit_jax.config import SIDE, Entry, Need, height_and_width
 from tokenvit_jax.data.images import mean_pixel
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.tasks.canvas import Canvas
-from tokenvit_jax.valid import Flag, Group, OneOf, Several, ZeroOr, whole
+from tokenvit_jax.valid import Either, Flag, Group, Number, OneOf, Several, ZeroOr, whole
 
 ENTRIES: dict[str, Entry] = {
     "model": COMMON["model"]._replace(default="swin_t"),
     "head": Entry(
         "mask_rcnn",
-        "mask_rcnn: boxes and masks; retinanet: boxes",
-        OneOf(("mask_rcnn", "retinanet")),
+        "mask_rcnn: boxes and masks; retinanet: boxes; htc: both in three stages",
+        OneOf(("mask_rcnn", "retinanet", "htc")),
     ),
     "head_overrides": Entry({}, "settings of the head", Group()),
     # Images keep their proportions, and lie at the top left of a canvas of `image_size`, height and
@@ -26,13 +26,48 @@ ENTRIES: dict[str, Entry] = {
     "data.eval_short_side": Entry(
         0, "shorter side of an image in evaluation [pixels]; 0: of image_size", ZeroOr(SIDE)
     ),
+    # Evaluation of several views of an image; every view contributes boxes of some sizes.
+    "inference.short_sides": Entry(
+        (), "shorter sides of an image in several views [pixels]; (): one view", Several(SIDE)
+    ),
+    "inference.long_side": Entry(
+        0, "longest side of an image in these views [pixels]; 0: data.long_side", ZeroOr(SIDE)
+    ),
+    "inference.flip": Entry(False, "every view also mirrored", Flag()),
+    "inference.min_sides": Entry(
+        (),
+        "lowest square root of the area of boxes of every view [pixels of the original image]; "
+        "(): 0",
+        Several(Number(0, 1e5)),
+    ),
+    "inference.max_sides": Entry(
+        (), "first square root above those of every view; 0, or (): none", Several(Number(0, 1e5))
+    ),
     "augment.short_sides": Entry(
         (), "random shorter sides of an image [pixels]; (): of image_size", Several(SIDE)
     ),
     "augment.detr_crop": Entry(
         False, "of every second image, only a random part is seen, as for DETR", Flag()
     ),
+    # Large-scale jitter in place of both.
+    "augment.jitter": Entry(
+        (),
+        "lowest and highest random factor of images that would just fit; (): short_sides",
+        Either((OneOf(((),)), Several(Number(0.01, 100), 2, ascending=True))),
+    ),
 }
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("augment.short_sides", "augment.detr_crop"),
+        "config.augment.jitter=()",
+        lambda config: not config.augment.jitter,
+    ),
+    Need(
+        ("inference.long_side", "inference.min_sides", "inference.max_sides"),
+        "config.inference.short_sides",
+        lambda config: bool(config.inference.short_sides),
+    ),
+)
 
 
 def canvas(config: ConfigDict) -> tuple[int, int]:

@@ -11,12 +11,29 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenvit_jax.data import Examples, open_annotations, to_array, with_channels
+from tokenvit_jax.data import (
+    Examples,
+    datasets_with,
+    open_annotations,
+    to_array,
+    with_channels,
+)
+from tokenvit_jax.data.record import IGNORED
+from tokenvit_jax.data.stuff_maps import FIELD
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import Detections, Targets
+from tokenvit_jax.heads.two_stage import TwoStageHead
 from tokenvit_jax.metrics.coco import CocoMeter, paste_mask
 from tokenvit_jax.tasks.detection.examples import DetectionExamples
-from tokenvit_jax.tasks.detection.model import head_class, make_detector
-from tokenvit_jax.tasks.detection.settings import ENTRIES, check_sizes, eval_canvas
+from tokenvit_jax.tasks.detection.model import HEADS, head_class, make_detector
+from tokenvit_jax.tasks.detection.settings import ENTRIES, NEEDS, check_sizes, eval_canvas
+from tokenvit_jax.tasks.detection.views import (
+    check_views,
+    eval_views,
+    group_views,
+    has_views,
+    place_views,
+)
 from tokenvit_jax.tasks.task import (
     Aux,
     Batch,
@@ -31,14 +48,14 @@ from tokenvit_jax.tasks.task import (
 
 
 class Detection(Task):
-    """Boxes of objects, with RetinaNet, or boxes and masks, with Mask R-CNN.
+    """Boxes of objects, with RetinaNet, or boxes and masks, with Mask R-CNN and HTC.
 
     Batches: see :class:`DetectionExamples`. The ground truth of an evaluation comes from the
     dataset, whose masks are exact and whose crowds are ignored as COCO does.
     """
 
-    reads = frozenset({"image", "instances"})
-    entries = ENTRIES
+    reads = frozenset({"image", "instances"})  # HTC also "stuff_map", see `check`
+    entries, needs = ENTRIES, NEEDS
     has_results = True
 
     @staticmethod
@@ -56,10 +73,36 @@ class Detection(Task):
 
     def check(self) -> None:
         self.make_model()
+        self._check_fields()
         check_sizes(self.config)
+        self._check_views()
+
+    def _check_views(self):
+        """Raises UserError if views do not fit together, or the head has none."""
+        check_views(self.config)
+        if has_views(self.config) and not issubclass(head_class(self.config.head), TwoStageHead):
+            valid = ", ".join(name for name in HEADS if issubclass(HEADS[name], TwoStageHead))
+            key = "short_sides" if self.config.inference.short_sides else "flip"
+            raise UserError(
+                f"config.inference.{key}={self.config.inference[key]!r}: the head "
+                f"{self.config.head} has one view only; valid with it: {valid}"
+            )
+
+    def _check_fields(self):
+        """Raises UserError if the dataset lacks what the head reads."""
+        if head_class(self.config.head).has_stuff and FIELD not in self.info.fields:
+            valid = ", ".join(sorted(datasets_with(self.reads | {FIELD})))
+            raise UserError(
+                f"config.dataset={self.config.dataset!r} has no {FIELD}, which "
+                f"config.head={self.config.head!r} reads; valid: {valid}"
+            )
 
     def examples(self, *, train: bool) -> Examples:
-        return DetectionExamples(self.config, has_masks=self.has_masks, train=train)
+        head, overrides = head_class(self.config.head), self.config.head_overrides
+        num_stuff = overrides.get("num_stuff", head.num_stuff) if head.has_stuff else 0
+        return DetectionExamples(
+            self.config, has_masks=self.has_masks, train=train, num_stuff=num_stuff
+        )
 
     def make_model(self) -> nn.Module:
         return make_detector(self.config, self.info.num_classes, self.axis_name)
@@ -68,12 +111,15 @@ class Detection(Task):
         # Draws depend on the image and the step, and not on the image's place in the batch.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["index"])
         left_out = batch["objects_left_out"].astype(jnp.float32)
-        names = [name for name in Targets._fields if name in batch]
+        targets = {name: batch[name] for name in Targets._fields if name in batch}
+        if FIELD in targets:
+            stuff = targets[FIELD].astype(jnp.int32)
+            targets[FIELD] = jnp.where(stuff == IGNORED, -1, stuff)
         return {
             "image": self.normalize(batch["image"]),
             "keys": keys,
             "objects_left_out": left_out,
-            **{name: batch[name] for name in names},
+            **targets,
         }
 
     def loss(
@@ -90,25 +136,32 @@ class Detection(Task):
         return sum(means.values()), Aux(model_state, metrics)
 
     def evaluate(self, model: nn.Module, variables: Any, batch: Batch) -> Outcome:
-        found = self._detect(
-            model, variables, batch["image"], batch["image_size"], batch["original_size"]
-        )
+        found = self._detect(model, variables, batch)
         rows = {name: value for name, value in found._asdict().items() if value is not None}
         return Outcome(
             (), rows | {name: batch[name] for name in ("index", "mask", "original_size")}
         )
 
-    def _detect(self, model, variables, images, image_size, original_size) -> Detections:
+    def _detect(self, model, variables, batch) -> Detections:
         """Returns the detections with boxes in pixels of the original images."""
-        images = self.normalize(images)
+        original_size, views = batch["original_size"], eval_views(self.config)
+        images = [self.normalize(batch[view.name]) for view in views]
+        sizes = [batch[f"{view.name}_size"] for view in views]
+        limits = jnp.tile(original_size[:, ::-1], 2)[:, None]
+        if has_views(self.config):
+            found = model.apply(
+                variables, images, sizes, original_size, [view.limits for view in views],
+                self.config.inference.flip, method="detect_views",
+            )  # fmt: skip
+            return found._replace(boxes=jnp.clip(found.boxes, 0, limits))
+        (images,), (image_size,) = images, sizes
         found = model.apply(variables, images, train=False, image_size=image_size)
         factors = original_size / image_size  # rows, columns
         factors = jnp.tile(factors[:, ::-1], 2)[:, None].astype(jnp.float32)
-        limits = jnp.tile(original_size[:, ::-1], 2)[:, None]
         return found._replace(boxes=jnp.clip(found.boxes * factors, 0, limits))
 
     def grouped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return eval_canvas(self.config).grouped(batches)
+        return group_views(eval_views(self.config), batches)
 
     def meter(self) -> CocoMeter:
         annotations = functools.partial(open_annotations, self.config, self.info.eval_split)
@@ -128,18 +181,19 @@ class Detection(Task):
     def predictor(self, model: nn.Module, variables: Any) -> Predictor:
         from tokenvit_jax.tasks.detection import pictures  # matplotlib: drawing only
 
-        names, canvas = self.class_names(), eval_canvas(self.config)
+        names, views = self.class_names(), eval_views(self.config)
 
         @jax.jit
-        def apply(variables, images, image_size, original_size):
-            found = self._detect(model, variables, images, image_size, original_size)
+        def apply(variables, batch):
+            found = self._detect(model, variables, batch)
             return jax.tree.map(lambda x: x[0], found)
 
         def predict(image):
             image = with_channels(image, self.config.in_channels)
-            pixels, size = canvas.place(image, canvas.shape(image.size[::-1]))
-            original = np.array(image.size[::-1], np.int32)
-            found = jax.device_get(apply(variables, pixels[None], size[None], original[None]))
+            arrays = place_views(views, image, square=False)
+            arrays["original_size"] = np.array(image.size[::-1], np.int32)
+            batch = {name: x[None] for name, x in arrays.items()}
+            found = jax.device_get(apply(variables, batch))
             count = int((found.classes >= 0).sum())
             boxes, classes, scores = (x[:count] for x in found[:3])
             arrays = {"boxes": boxes, "classes": classes, "scores": scores}
