@@ -321,13 +321,13 @@ MASK_DATASETS = {
     },
 }  # fmt: skip
 MASK_SCENES = {
-    "augment.jitter": (0.8, 1.25), "batch_size": 16, "checkpoint_every_steps": 300,
+    "augment.jitter": (0.8, 1.25), "batch_size": 8, "checkpoint_every_steps": 600,
     "clip_norm": 1.0, "data.eval_batch_size": 20, "data.max_segments": 6,
-    "eval_every_steps": 600, "head_overrides.channels": 64, "head_overrides.depth": 3,
-    "head_overrides.encoder_depth": 2, "head_overrides.encoder_hidden": 128,
-    "head_overrides.hidden": 128, "head_overrides.num_heads": 4, "head_overrides.num_queries": 12,
-    "image_size": 128, "log_every_steps": 50, "masks.num_points": 1024, "model": "swin_t",
-    "num_steps": 600, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 60,
+    "eval_every_steps": 1200, "head_overrides.channels": 64, "head_overrides.depth": 6,
+    "head_overrides.encoder_depth": 1, "head_overrides.encoder_hidden": 128,
+    "head_overrides.hidden": 128, "head_overrides.num_heads": 2, "head_overrides.num_queries": 12,
+    "image_size": 128, "log_every_steps": 100, "masks.num_points": 512, "model": "swin_t",
+    "num_steps": 2400, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 100,
 } | overrides(
     dims=(24, 48, 96, 96), num_heads=(1, 2, 4, 4), depths=(1, 1, 6, 1), window_size=8,
     drop_path=0.0, remat=False,
