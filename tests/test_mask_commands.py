@@ -1,4 +1,4 @@
-"""The commands on a run of segmentation by masks: evaluate, predict and export."""
+"""The commands on a run of segmentation by masks: evaluate, predict, export, expedite."""
 
 import json
 
@@ -14,8 +14,9 @@ from timings import without_timings
 from tiny_masks import get_config
 
 import tokenvit_jax as tv
-from tokenvit_jax import evaluate, predict
+from tokenvit_jax import evaluate, expedite, predict
 from tokenvit_jax.data import open_annotations
+from tokenvit_jax.expediting import rivals, search
 from tokenvit_jax.metrics.coco import NUMBERS
 from tokenvit_jax.run_lengths import decode_mask
 from tokenvit_jax.training.exporting import lower
@@ -27,18 +28,23 @@ SIDE, IMAGES = 128, 200  # of the scenes, and their number
 CLASSES, QUERIES = 6, 6
 
 
-@pytest.fixture(scope="module")
-def certain(tmp_path_factory):
-    """Returns the folder of a run with random variables, with which many classes are certain."""
-    task = make_task(get_config())
+def write_random_run(workdir, config):
+    """Writes a run with random variables, with which many classes are certain."""
+    task = make_task(config)
     images = jax.ShapeDtypeStruct((1, LOW, HIGH, 3), np.float32)
     variables = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1 if path[-1].key == "scale" else x,
         random_variables(task.make_model(), images),
     )
     variables["params"]["head"]["decoder"]["classifier"]["kernel"] *= 4
-    workdir = tmp_path_factory.mktemp("masks") / "run"
     write_run(workdir, task.config, variables)
+
+
+@pytest.fixture(scope="module")
+def certain(tmp_path_factory):
+    """Returns the folder of a run of panoptic segmentation."""
+    workdir = tmp_path_factory.mktemp("masks") / "run"
+    write_random_run(workdir, get_config())
     return workdir
 
 
@@ -230,3 +236,24 @@ def test_an_exported_model_predicts_the_same(certain):
     for name, x in expected.items():
         assert np.abs(x[0] - x[1]).max() > 1e-2
         np.testing.assert_allclose(found[name], x, atol=1e-4 * np.abs(x).max(), err_msg=name)
+
+
+def test_a_clustered_run_is_chosen(run, tmp_path, monkeypatch):
+    """Its third map and the fourth, which follows from it, differ."""
+    monkeypatch.setattr(search, "FACTORS", (0.05,))
+    monkeypatch.setattr(rivals, "smaller_image", lambda *args: None)  # test_rivals.py has it
+    config = get_config()
+    config.model_overrides.update({"depths": (0, 0, 2, 0), "dims": (4, 4, 64, 4), "window_size": 4})
+    write_random_run(tmp_path / "plain", config)
+    flags = {"workdir": tmp_path / "plain", "out": tmp_path / "faster", "num_images": 2}
+    status, printed, err = run(expedite, ("workdir", "budget"), **flags, budget=0.98)
+    assert status == 0, err
+    assert "adaptive pooling" in printed and "<- chosen" in printed
+    original, clustered = (tv.load_run(tmp_path / name) for name in ("plain", "faster"))
+    setting = clustered.config.model_overrides.expedite
+    assert (setting.alpha, setting.beta, setting.where) == (1, 1, "blocks")
+    jax.tree.map(np.testing.assert_array_equal, original.variables, clustered.variables)
+    pixels = random_pixels(1, LOW, HIGH, 3)
+    before, after = original.features(pixels), clustered.features(pixels)
+    for i, (x, y) in enumerate(zip(before, after, strict=True)):
+        assert (np.abs(x - y).max() > 1e-3) == (i > 1)
