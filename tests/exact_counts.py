@@ -33,7 +33,7 @@ EXACT = {
 }
 
 # Detectors with 80 classes: parameters, and multiply-adds at 800 x 1280, with 1000 boxes and 100
-# masks; DGT with 392 keys.
+# masks; DGT with 392 keys, Swin v2-L with windows of 32 x 32 cells.
 DETECTORS = {
     ("retinanet", "clustr_s"): (32_411_529, 1_609_374_525_440),
     ("retinanet", "dgt_t"): (32_389_108, 256_090_941_440),
@@ -51,4 +51,5 @@ DETECTORS = {
     ("mask_rcnn", "swin_b"): (107_141_800, 499_183_428_608),
     ("htc", "swin_b"): (159_534_189, 1_038_453_367_808),
     ("htc", "swin_l"): (283_769_417, 1_460_660_587_520),
+    ("htc", "swinv2_l"): (283_976_873, 1_778_265_709_568),
 }

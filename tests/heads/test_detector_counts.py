@@ -9,8 +9,11 @@ from exact_counts import DETECTORS, EXACT
 
 import tokenvit_jax as tv
 from experiments.detection.counts import (
+    EXPEDITE,
     NUM_CLASSES,
     PUBLISHED,
+    PUBLISHED_SAVING,
+    backbone_macs,
     count,
     count_parameters,
     head_macs,
@@ -60,3 +63,33 @@ def test_costs():
     counted = count("retinanet", "swin_t")
     assert counted[:2] == DETECTORS["retinanet", "swin_t"]
     assert counted.macs - box + mask == DETECTORS["mask_rcnn", "swin_t"][1]
+
+
+def test_parameters_of_the_cascade():
+    """With the channels of Swin-L; two hidden layers, or no block, are not the published HTC++."""
+    dims = (192, 384, 768, 1536)
+    params = head_variables(HEADS["htc"](NUM_CLASSES), (32, 32), dims)["params"]
+    parts = {name: count_parameters({"params": part}) for name, part in params.items()}
+    box, mask = (
+        [parts.pop(f"{kind}_heads_{stage}") for stage in range(3)] for kind in ("box", "mask")
+    )
+    assert (sum(box), sum(mask)) == (45_880_575, 8_061_424)
+    assert parts == {
+        "rpn": 593_935, "semantic": 2_802_103, "fpn": 3_098_624, "global_block": 28_334_592
+    }  # fmt: skip
+
+
+def test_costs_of_the_cascade():
+    """Beside the backbone's 911.8 GMACs at 1024 x 1024; boxes in three stages, masks in three."""
+    macs = head_macs(HEADS["htc"](NUM_CLASSES), (1024, 1024), (192, 384, 768, 1536))
+    assert macs == 734_418_919_424
+
+
+@pytest.mark.stress
+def test_clusters_save_what_the_paper_says():
+    """Of the backbone; windows fill the maps of 1024 x 1024 pixels. It traces for minutes."""
+    plain, clustered = (
+        backbone_macs((1024, 1024), **settings) for settings in ({}, {"expedite": EXPEDITE})
+    )
+    assert (round(plain / 1e8), round(clustered / 1e8)) == (9118, 7270)
+    assert 100 * (clustered / plain - 1) == pytest.approx(PUBLISHED_SAVING, abs=0.5)

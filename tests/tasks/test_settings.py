@@ -56,6 +56,8 @@ RIGHT = {
     "augment.randaugment.magnitude": [0, 10, 3.5],
     "image_size": [32, (32, 64), [224, 224], 2**15],
     "inference.scales": [(1.0,), (1,), (2, 1, 3), (0.5, 0.75, 1.0)],
+    "inference.min_sides": [(2, 1, 3), (0,), ()],
+    "inference.max_sides": [(2, 1, 3), (0,), ()],
     "inference.window": [0, 32, (0, 64), "whole"],
     "initial.checkpoint": ["last", "best", "0", "1200"],
     "initial.workdir": ["", "runs/a b", "~/run"],
@@ -258,6 +260,10 @@ WITHOUT_EFFECT = {
     "inference.stride": (16, {"image_size": 32, "data.eval_size": (64, 64)}),
     "augment.short_sides": ((160,), None),
     "augment.long_side": (320, None),
+    "augment.detr_crop": (True, None),
+    "inference.long_side": (800, {"inference.short_sides": (320, 480)}),
+    "inference.min_sides": ((32, 0), {"inference.short_sides": (320, 480)}),
+    "inference.max_sides": ((0, 96), {"inference.short_sides": (320, 480)}),
 }  # fmt: skip
 
 UNDONE_BY = {
@@ -265,6 +271,7 @@ UNDONE_BY = {
     "optimizer.end_learning_rate": {"optimizer.schedule": "step"},
     "augment.short_sides": {"augment.jitter": (0.5, 2.0)},
     "augment.long_side": {"augment.jitter": (0.5, 2.0)},
+    "augment.detr_crop": {"augment.jitter": (0.5, 2.0)},
 }
 
 

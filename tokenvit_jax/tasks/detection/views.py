@@ -72,7 +72,7 @@ def check_views(config: ConfigDict) -> None:
     inference = config.inference
     for name in ("min_sides", "max_sides"):
         found = len(inference[name])
-        if found not in (0, len(inference.short_sides)):
+        if inference.short_sides and found not in (0, len(inference.short_sides)):
             raise UserError(
                 f"config.inference.{name} has {found} numbers; valid: one for each of the "
                 f"{len(inference.short_sides)} config.inference.short_sides, or ()"
