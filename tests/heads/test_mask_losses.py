@@ -119,7 +119,7 @@ def released():
             for place in arrays[f"layer{layer}_target_index_{i}"]:
                 row = next(number)
                 own[0][i, place], own[1][i, place] = rows[0][row], rows[1][row]
-        points.append(Points(matching, *own))
+        points.append(Points(*map(jnp.asarray, (matching, *own))))
     predictions = [[arrays[f"{name}{layer}"] for layer in LAYERS] for name in ("logits", "masks")]
     return arrays, predictions, targets, points
 

@@ -9,8 +9,11 @@ References:
   Cheng et al. 2022, "Masked-attention Mask Transformer for Universal Image Segmentation", 3.3.
 """
 
+import itertools
+from collections.abc import Iterator
+
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
@@ -31,14 +34,44 @@ def sample_maps(
       which: map of each row of points (M,), in [0, N); None: M = N, and row i belongs to map i.
         The rows are read where they are; no map is copied.
     """
-    index, weight = _corners(points, *maps.shape[1:])
-    flat = jnp.asarray(maps).reshape(len(maps), -1)
-    if points.ndim == 2:
-        found = flat.at[:, index].get(mode="promise_in_bounds")
-    else:
-        which = jnp.arange(len(maps)) if which is None else which
-        found = flat.at[which[:, None, None], index].get(mode="promise_in_bounds")
-    return (weight * found.astype(softmax_dtype(maps.dtype))).sum(-2)
+    if points.ndim == 3 and which is None:
+        which = jnp.arange(len(maps))
+    return _sample(*jax.tree.map(jnp.asarray, (maps, points, which)))
+
+
+def _sum_of_corners(maps, points, which):
+    flat = maps.reshape(len(maps), -1)
+    dtype = softmax_dtype(maps.dtype)
+    return sum(
+        weight * flat.at[_cells(which, index)].get(mode="promise_in_bounds").astype(dtype)
+        for index, weight in _corners(points, *maps.shape[1:])
+    )
+
+
+_sample = jax.custom_vjp(_sum_of_corners)
+
+
+def _sample_fwd(maps, points, which):
+    return _sum_of_corners(maps, points, which), (maps, points, which)
+
+
+def _sample_bwd(saved, gradient):
+    maps, points, which = saved
+    # All corners are added into one array; by itself, JAX makes one of each and adds them up.
+    d_maps = jnp.zeros((len(maps), maps[0].size), gradient.dtype)
+    for index, weight in _corners(points, *maps.shape[1:]):
+        added = d_maps.at[_cells(which, index)]
+        d_maps = added.add(weight * gradient, mode="promise_in_bounds")
+    d_points = jax.vjp(lambda points: _sum_of_corners(maps, points, which), points)[1]
+    return d_maps.reshape(maps.shape).astype(maps.dtype), *d_points(gradient), None
+
+
+_sample.defvjp(_sample_fwd, _sample_bwd)
+
+
+def _cells(which, index):
+    """Returns the place of cells in maps (N, H W): of the maps of the rows, or of all maps."""
+    return (slice(None), index) if which is None else (which[:, None], index)
 
 
 def sample_objects(
@@ -55,13 +88,13 @@ def sample_objects(
       ids: identifiers of the objects (M,).
       points: (P, 2), the same for all objects, or (M, P, 2).
     """
-    index, weight = _corners(points, *id_maps.shape[1:])
-    ids = jnp.asarray(ids, jnp.int32)[:, None, None]
-    found = (
-        cells.at[index].get(mode="promise_in_bounds")
-        for cells in jnp.asarray(id_maps).reshape(len(id_maps), -1)
+    ids = jnp.asarray(ids, jnp.int32)[:, None]
+    flat = jnp.asarray(id_maps).reshape(len(id_maps), -1)
+    return sum(
+        jnp.where(cells.at[index].get(mode="promise_in_bounds") == ids, weight, 0.0)
+        for cells in flat
+        for index, weight in _corners(points, *id_maps.shape[1:])
     )
-    return sum(jnp.where(cells == ids, weight, 0.0) for cells in found).sum(-2)
 
 
 def uncertain_points(
@@ -99,18 +132,17 @@ def uncertain_points(
 
 def _corners(
     points: Float[Array, "*n P 2"], height: int, width: int
-) -> tuple[Int32[Array, "*n 4 P"], Float[Array, "*n 4 P"]]:
-    """Returns the numbers and the weights of the four cells around points.
+) -> Iterator[tuple[Int32[Array, "*n P"], Float[Array, "*n P"]]]:
+    """Yields numbers and weights of the cells around points, for each of the four corners.
 
-    Coordinates are apart, because operations on pairs would not be fused with the reads.
+    Coordinates and corners are apart, because operations on stacks of them would not be fused with
+    the reads.
     """
-    places = [points[..., None, :, axis] * side - 0.5 for axis, side in enumerate((width, height))]
+    places = [points[..., axis] * side - 0.5 for axis, side in enumerate((width, height))]
     lows = [jnp.floor(place) for place in places]
     parts = [place - low for place, low in zip(places, lows, strict=True)]
-    steps = np.array([0, 0, 1, 1])[:, None], np.array([0, 1, 0, 1])[:, None]  # along x and y
-    x, y = (low.astype(jnp.int32) + step for low, step in zip(lows, steps, strict=True))
-    along_x, along_y = (
-        jnp.where(step == 1, part, 1 - part) for part, step in zip(parts, steps, strict=True)
-    )
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return jnp.where(inside, y * width + x, 0), jnp.where(inside, along_x * along_y, 0.0)
+    for step in itertools.product((0, 1), repeat=2):  # along x and y
+        x, y = (low.astype(jnp.int32) + i for low, i in zip(lows, step, strict=True))
+        along_x, along_y = (part if i else 1 - part for part, i in zip(parts, step, strict=True))
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        yield jnp.where(inside, y * width + x, 0), jnp.where(inside, along_x * along_y, 0.0)
