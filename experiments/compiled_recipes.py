@@ -39,6 +39,7 @@ VARIANTS = {
     "deit_s": ("", "level3"),
     "dpt": ("kitti", "nyu"),
     "finetune": ("vit_b",),
+    "htc": ("swinv2_l",),
     "mask_rcnn": ("clustr_s", "dgt_t", "pale_t", "swin_t"),
     "retinanet": ("clustr_s", "swin_t"),
     "semantic_fpn": ("clustr_s",),

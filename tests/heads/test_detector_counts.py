@@ -87,7 +87,7 @@ def test_costs_of_the_cascade():
 
 @pytest.mark.stress
 def test_clusters_save_what_the_paper_says():
-    """Of the backbone; windows fill the maps of 1024 x 1024 pixels. It traces for minutes."""
+    """Windows fill the maps of 1024 x 1024 pixels; heads do not count. It traces for minutes."""
     plain, clustered = (
         backbone_macs((1024, 1024), **settings) for settings in ({}, {"expedite": EXPEDITE})
     )

@@ -35,7 +35,7 @@ def params():
 
 
 def test_heads_equal_mmdetections():
-    """Of every stage, on given features of regions; masks with the flow between the stages."""
+    """All stages on given features of regions; masks with the flow between the stages."""
     arrays, head = golden("htc"), Htc(5, **SETTINGS)
     boxes, masks = (arrays[f"heads/in/{kind}_features"] for kind in ("box", "mask"))
 

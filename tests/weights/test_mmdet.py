@@ -145,7 +145,7 @@ def cascade():
 
 
 def test_boxes_of_a_cascade_equal_mmdetection(tmp_path):
-    """Of its three stages, for given levels and proposals, with soft suppression."""
+    """All three stages, for given levels and proposals, with soft suppression."""
     arrays, expected = cascade(), np.load(GOLDEN.parent.parent / "heads" / "golden" / "htc.npz")
     save_file(arrays, tmp_path / "a.safetensors")
     settings = {"dims": (8, 16, 32, 64), "num_heads": (1, 2, 2, 4), "depths": (2, 2, 2, 2)}

@@ -43,7 +43,7 @@ class EvalView(NamedTuple):
 
 
 def has_views(config: ConfigDict) -> bool:
-    """Returns whether there is more than one view of an image, or a limit."""
+    """Returns whether a configuration asks for views: several sizes, or mirrored ones."""
     inference = config.inference
     return bool(inference.short_sides) or inference.flip
 
