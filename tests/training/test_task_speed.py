@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_masks
 
 from tokenvit_jax.measure import models
+from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.tasks import create_task, default_config
 from tokenvit_jax.training.task_speed import random_batch, task_kind
 
@@ -78,3 +80,18 @@ def test_random_objects():
     np.testing.assert_array_equal(objects.sum(1), [8, 8])
     sides = boxes[..., 2:] - boxes[..., :2]
     assert (sides[objects] >= 0.09 * min(SIZE)).all() and (boxes[objects] <= max(SIZE)).all()
+
+
+def test_random_segments():
+    """Every image has eight stripes, and the training step takes them."""
+    config = tiny_masks.get_config("semantic")
+    config.image_size, config.data.max_segments = SIZE, 20
+    config.head_overrides.num_queries = 20
+    batch = random_batch(create_task(config), 2)
+    np.testing.assert_array_equal(np.unique(batch["segments"]), range(1, 9))
+    np.testing.assert_array_equal((batch["classes"] >= 0).sum(1), [8, 8])
+    model, work_of = task_kind(lambda name: config).subject("swin_t", dtype=jnp.dtype("float32"))
+    images, targets, loss = work_of(SIZE, 2)
+    variables = variable_shapes(model, images)
+    after, found = jax.eval_shape(models.train_step_of(model, loss), variables, images, targets)
+    assert found.shape == () and jax.tree.structure(after) == jax.tree.structure(variables)
