@@ -16,7 +16,8 @@ are those whose parameters and costs are the published ones.
 
     python -m tokenvit_jax.train --config=configs/htc.py:scenes --workdir=runs/scenes
 
-A small Swin Transformer with a narrow HTC on the embedded scenes. Hardware: 2 CPU cores.
+A small Swin Transformer with a narrow HTC on the embedded scenes. Hardware: 2 CPU cores. Expected
+result: not yet trained to the end; the loss falls from 8.5 at step 5 to 3.7 at step 15 of 600.
 """
 
 from tokenvit_jax.recipes.detection import htc_config

@@ -14,6 +14,7 @@ from tokenvit_jax.heads import Htc, Targets, two_stage
 from tokenvit_jax.heads.htc import GlobalBlock
 from tokenvit_jax.heads.roi_heads import BoxHead
 from tokenvit_jax.heads.rpn import Proposals
+from tokenvit_jax.heads.semantic_branch import semantic_sums
 from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks
 
 STRIDES = (4, 8, 16, 32, 64)  # of the levels
@@ -51,6 +52,17 @@ def test_heads_equal_mmdetections():
     for stage, found in enumerate(run(boxes, masks)):
         for name, x in zip(("cls", "reg", "mask_logits"), found, strict=True):
             near(x, arrays[f"heads/out/stage{stage}/{name}"], atol=5e-5)
+
+
+def test_semantic_loss_equals_mmdetections():
+    """A mean over all cells: those without a class count in the divisor."""
+    arrays = golden("detection_losses")
+    # These logits are a map, whose channels the reader has put last.
+    labels = arrays["semantic/in/labels"].astype(np.int32)
+    labels[labels == 255] = -1
+    sums = jax.jit(semantic_sums)(arrays["semantic/in/logits"], labels)
+    near(0.2 * sums.sum() / labels.size, arrays["semantic/loss_times_0.2"], atol=1e-6)
+    assert (labels < 0).any()
 
 
 def test_detections_equal_mmdetections():

@@ -102,12 +102,15 @@ def test_focal_loss_equals_mmdetections():
     np.testing.assert_allclose(gradient, arrays["focal/grad"], atol=1e-5)
 
 
-def test_box_loss_equals_mmdetections():
+@pytest.mark.parametrize(
+    ("beta", "name"), [(0.0, "l1"), (1.0, "smooth_l1_beta_1"), (1 / 9, "smooth_l1_beta_1_9")]
+)
+def test_box_loss_equals_mmdetections(beta, name):
     arrays = golden("detection_losses")
     boxes = (arrays["box/in/pred"][:, None], arrays["box/in/target"][:, None])
     for counted in (True, False):  # an image of one anchor each
-        found = l1_sums(*boxes, np.full((30, 1), counted))
-        expected = arrays["box/l1_elements"].sum(1) * counted
+        found = l1_sums(*boxes, np.full((30, 1), counted), beta)
+        expected = arrays[f"box/{name}_elements"].sum(1) * counted
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
