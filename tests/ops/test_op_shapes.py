@@ -70,6 +70,7 @@ CALLS = {
     "adaptive_pooling.adaptive_average_pool": [((floats(2, 6, 4, 5), 3), {})],
     "anchors.cell_anchors": [(([8, 16], RATIOS), {})],
     "anchors.grid_anchors": [(([(6, 4)], [8], [np.zeros((3, 4), np.float32)]), {})],
+    "anchors.inside_image": [((floats(11, 4), integers(2)), {})],
     "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
     "assignment.assign_targets": [((floats(2, 11, 5), masks(2, 5)), {})],
     "attention.attend": [
@@ -225,6 +226,9 @@ CALLS = {
     "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_sums": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
+    "gather.add_rows": [
+        ((HEADS_FIRST, integers(2, 3, 4), floats(2, 3, 4, HEADS_FIRST.shape[-1])), {})
+    ],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
     "gelu.gelu": [((TOKENS,), {})],
