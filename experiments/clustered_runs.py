@@ -94,7 +94,8 @@ def list_settings(
 def config_of(run: Run, workdir: Path, setting: Setting) -> ConfigDict:
     """Returns the configuration of a run with a setting, whose temperature is measured."""
     config = run.config.copy_and_resolve_references()
-    if setting.side:
+    if setting.side:  # predictions still have the size of the original images
+        config.data.result_size = run.task.input_shape[:2]
         config.data.eval_size = (setting.side, setting.side)
     if setting.expedite is None:
         return config
