@@ -15,7 +15,7 @@ feet, 66.5 and 75.7 for the face, 55.9 and 67.1 for the hands.
 
 A small ClusTR with a narrow head on the embedded figures, which are drawn: these are no results on
 people. Hardware: 2 CPU cores.
-Expected result (one run): 26 % AP of all keypoints on the test figures, 76 % of the body, 64 % of
+Expected result (one run): 26 % AP of all keypoints on the test figures, 77 % of the body, 62 % of
 the feet, 19 % of the face and 20 % of the hands. At the 32 images a second that it reached beside
 other programs, its steps take 8 minutes.
 """
