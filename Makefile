@@ -3,7 +3,7 @@
 # make test-aot: compiles for GPUs and TPUs that are not there (an hour, and 4 GB of packages).
 # make test-accelerator: compares the GPU or TPU that is there with the CPU (minutes); the first time
 #   with EXTRA=cuda or EXTRA=tpu, which installs jax for it. ACCELERATOR=cpu tries the tests on a CPU.
-# make stress: kills, signals, damaged files and random input, by the thousand (hours).
+# make stress: kills, signals, damaged files and random input, by the thousand, and large models (hours).
 # make docs: the documentation as a site, docs/_build/index.html.
 # make tutorial: runs docs/tutorial.ipynb (jupyter-execute --inplace also stores its outputs).
 # All of them first create .venv with the pinned versions.
@@ -30,7 +30,7 @@ test-aot: .venv/aot/installed
 	.venv/aot/bin/python -m pytest tests/aot -m aot -rs
 
 stress: .venv/installed
-	.venv/bin/python -m pytest tests/stress tests/training/test_two_processes.py -m stress -rs
+	.venv/bin/python -m pytest tests -m stress -rs
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tiny_masks
 from random_variables import random_variables
 from small_hosts import MODELS, images_of
 
@@ -12,6 +13,7 @@ from tokenvit_jax.expediting.front import format_rivals
 from tokenvit_jax.expediting.search import Rated
 from tokenvit_jax.expediting.similarity import Comparison
 from tokenvit_jax.models.expedite import Expedite
+from tokenvit_jax.tasks import create_task
 
 SIZE = (48, 40)
 
@@ -84,3 +86,10 @@ def test_better_rivals_are_named():
     assert lines[1].split() == ["0.600", "0.9000", "expedite:", "1,2,3x3,temperature=0.5"]
     assert lines[-1] == ("better than expedite (0.9000) at no higher cost: c (0.9700), b (0.9500)")
     assert format_rivals(rows[:1], chosen).endswith("at no higher cost: none of these")
+
+
+def test_a_smaller_image_for_masks_has_whole_cells_of_the_coarsest_map():
+    model = create_task(tiny_masks.get_config()).make_model()
+    macs = {size: macs_of(model, size) for size in ((64, 96), (64, 64), (32, 96))}
+    assert rivals.smaller_image(model, (64, 96), macs[64, 64]) == (64, 64)
+    assert rivals.smaller_image(model, (64, 96), macs[64, 64] - 1) in ((32, 96), (32, 64))

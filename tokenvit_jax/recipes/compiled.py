@@ -32,4 +32,5 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "deit_s:level3": {"h100": Bound(128, 2.4, 790), "v5e": Bound(64)},
     "swin_t": {"h100": Bound(128, 7.0, 890), "v5e": Bound(64)},
     "segmenter_s": {"h100": Bound(8, 4.5, 790), "v5e": Bound(8)},
+    "mask2former:ade20k_semantic_swin_t": {"h100": Bound(16, 37.5, 3750)},
 }

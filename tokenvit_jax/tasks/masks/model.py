@@ -21,6 +21,10 @@ class MaskSegmenter(BackboneModel):
 
     head: Mask2Former
 
+    @property
+    def multiple(self) -> int:
+        return self.backbone.strides[-1]
+
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> MaskPredictions:
         """Returns the predictions of the head; masks have a stride of 4 pixels.
