@@ -41,8 +41,8 @@ WITHOUT_KERNELS = {
     "test_benchmark_command.py", "test_configs.py", "test_convert_command.py",
     "test_depth_commands.py", "test_detection_commands.py", "test_mask_commands.py",
     "test_evaluate_command.py", "test_expedite_command.py", "test_expedite_costs.py",
-    "test_label_command.py", "test_predict_command.py", "test_random_command_lines.py",
-    "test_summary_command.py",
+    "test_label_command.py", "test_pose_commands.py", "test_predict_command.py",
+    "test_random_command_lines.py", "test_summary_command.py",
 }  # fmt: skip
 WITH_KERNELS = {"test_registry.py", "test_timing.py"}
 

@@ -1,9 +1,6 @@
 """The commands on a run of poses: evaluate, predict and export."""
 
-import copy
 import json
-import re
-import sys
 
 import jax
 import numpy as np
@@ -14,7 +11,7 @@ from PIL import Image
 from random_variables import random_variables
 
 import tokenvit_jax as tv
-from tokenvit_jax import cli, evaluate, predict
+from tokenvit_jax import evaluate, predict
 from tokenvit_jax.data.whole_body import FIELDS, PARTS
 from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.exporting import lower
@@ -47,21 +44,6 @@ def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pose") / "run"
     write_run(workdir, task.config, variables)
     return workdir
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns its exit status, output, and errors without progress."""
-
-    def run_command(command, required, **flags):
-        monkeypatch.setattr(sys, "argv", ["command", *(f"--{k}={v}" for k, v in flags.items())])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(command.main, copy.deepcopy(command.FLAGS), required=required)
-        output = capsys.readouterr()
-        err = re.sub("^(evaluating|predicting): .*\n", "", output.err, flags=re.MULTILINE)
-        return exit_info.value.code, output.out, err
-
-    return run_command
 
 
 def joined(entry):
