@@ -222,7 +222,7 @@ def test_a_clustered_run_is_chosen(run, plain, tmp_path, monkeypatch):
             "classification",
             {},
             2,
-            "is for runs of the task detection, masks; this is one of classification",
+            "is for runs of the task detection, masks, pose; this is one of classification",
         ),
         ("detection", {"expedite": "1,1,2x2"}, 2, "does not go with --keep and --expedite"),
         (

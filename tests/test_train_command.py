@@ -232,7 +232,11 @@ def run_here(monkeypatch, capsys, command, *arguments):
         (["--config.parallel=ddp"], 1, "config.parallel='ddp' is not valid; valid: jit, pmap"),
         (["--config.model_overrides.centroid_rule=x"], 1, "centroid_rule='x' is not valid; valid"),
         (["--config.inference.stride=4"], 2, "an entry of the tasks: segmentation"),
-        (["--config.task=pose"], 1, "config.task='pose' is not valid; valid: classification, seg"),
+        (
+            ["--config.task=tracks"],
+            1,
+            "config.task='tracks' is not valid; valid: classification, seg",
+        ),
         (
             ["--config.task=segmentation", "--config.dataset=scenes"],
             1,

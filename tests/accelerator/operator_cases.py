@@ -208,6 +208,7 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(lambda: ops.grid_anchors([(20, 30)], [8], [ops.cell_anchors([64.0], RATIOS)]),
                  (), 0, 0)
     },
+    "inside_image": {"": Case(ops.inside_image, (BOXES, np.array([100, 200], np.int32)), 0, 0)},
     "valid_anchors": {
         "": Case(
             lambda size: ops.valid_anchors([(20, 30)], [8], 3, size),

@@ -425,7 +425,11 @@ def test_prediction_has_arrays_text_and_pictures(name):
 # ------------------------------------------------------------------------------------------------
 
 
-@each_task
+# What is tested is the loop, and no task: of those that compile for long, the others run on demand.
+LONG = {name: [pytest.mark.stress] for name in ("detection", "masks", "pose")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in TASKS])
 def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
     config = tiny_config(name)
     monkeypatch.setattr(

@@ -149,6 +149,8 @@ class Record(TypedDict, total=False):
       label_map: (H, W) uint8, class of every pixel, or IGNORED for pixels that do not count.
       instances: objects.
       segments: panoptic label map.
+      stuff_map: (H, W) uint8, the class of a thing or of stuff of every pixel of an image with
+        objects, or IGNORED. These classes are not those of the objects.
       depth: (H, W) float32 [metres], 0 where unknown.
       person: a person in the image.
     """
@@ -159,6 +161,7 @@ class Record(TypedDict, total=False):
     label_map: np.ndarray
     instances: Instances
     segments: Segments
+    stuff_map: np.ndarray
     depth: np.ndarray
     person: Person
 

@@ -3,22 +3,11 @@
 import numpy as np
 
 from tokenvit_jax.data.box_transforms import View, source_pixels
-from tokenvit_jax.data.record import IGNORED, Record
+from tokenvit_jax.data.record import IGNORED
 from tokenvit_jax.errors import UserError
 
 STRIDE = 8  # between the pixels of a view whose classes count [pixels]
 FIELD = "stuff_map"
-
-
-class StuffRecord(Record, total=False):
-    """A record that also has the classes of all pixels.
-
-    Attributes:
-      stuff_map: (H, W) uint8, the class of a thing or of stuff of every pixel, or `IGNORED`. These
-        classes are not those of the objects.
-    """
-
-    stuff_map: np.ndarray
 
 
 def map_shape(canvas: tuple[int, int]) -> tuple[int, int]:

@@ -104,7 +104,8 @@ def _places(numbers, used, count):
 
 def take_all(x: Float[Array, "B N C"], index: np.ndarray) -> Float[Array, "B ..."]:
     """Returns the same tokens of every image: (B, N, C) at index (...) -> (B, ..., C)."""
-    return jnp.take(x, index, 1, mode="clip")
+    # One integer type with and without 64 bits: what was traced for one does not fit the other.
+    return jnp.take(x, index.astype(np.int32), 1, mode="clip")
 
 
 def add_windows(x: Float[Array, "B n K C"], tiles: Tiles) -> Float[Array, "B S C"]:

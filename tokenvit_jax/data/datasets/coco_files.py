@@ -35,7 +35,7 @@ from tokenvit_jax.data.datasets.coco_json import (
 from tokenvit_jax.data.files import read_file
 from tokenvit_jax.data.label_maps import decode_label_map, label_table
 from tokenvit_jax.data.record import IGNORED, DatasetInfo, Instances, Record
-from tokenvit_jax.data.stuff_maps import FIELD, StuffRecord
+from tokenvit_jax.data.stuff_maps import FIELD
 from tokenvit_jax.data.tfds_files import (
     Pairs,
     SizedSource,
@@ -91,7 +91,7 @@ class CocoSource(SizedSource):
             crowd=np.array([entry["crowd"] for entry in objects], bool),
             masks=[entry["mask"] for entry in objects],
         )
-        record = StuffRecord(id=int(features["image_id"]), instances=instances)
+        record = Record(id=int(features["image_id"]), instances=instances)
         if self._has_stuff:
             record["stuff_map"] = decode_label_map(features[FIELD], _ALL_VALUES, image.size)
         return record

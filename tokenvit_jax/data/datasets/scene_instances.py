@@ -14,7 +14,6 @@ from tokenvit_jax.data.datasets import scenes
 from tokenvit_jax.data.datasets.scenes import DIGITS, PHOTOGRAPHS, Drawing, ScenesSource
 from tokenvit_jax.data.instances import coco_annotations, instances_of
 from tokenvit_jax.data.record import DatasetInfo, Instances, Record
-from tokenvit_jax.data.stuff_maps import StuffRecord
 
 NUM_STUFF = DIGITS + len(PHOTOGRAPHS)  # classes of the maps of stuff
 INFO = DatasetInfo(
@@ -66,7 +65,7 @@ class SceneInstancesSource(ScenesSource):
     def read(self, index: int) -> Record:
         """See :class:`tokenvit_jax.data.record.Source`."""
         scene = self.draw(index)
-        return StuffRecord(
+        return Record(
             id=index, image=scene.image, instances=objects_of(scene), stuff_map=_stuff_map(scene)
         )
 
