@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -13,6 +13,8 @@ from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.models import create_model, list_models, model_settings
 from tokenvit_jax.models.backbone import Backbone
 from tokenvit_jax.valid import shown
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_backbone(config: ConfigDict, **given: Any) -> Backbone:
@@ -28,6 +30,22 @@ def make_backbone(config: ConfigDict, **given: Any) -> Backbone:
     model_settings(config.model)  # raises UserError for an unknown name
     make = functools.partial(create_model, config.model)
     return _make(make, "model_overrides", config, given)
+
+
+def choose_head(name: str, heads: Mapping[str, type[Module]]) -> type[Module]:
+    """Returns the class of the head that `head` names.
+
+    Args:
+      name: value of the entry.
+      heads: name -> class.
+
+    Raises:
+      UserError: there is no such head.
+    """
+    if name not in heads:
+        hint = did_you_mean(name, heads)
+        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(heads)}")
+    return heads[name]
 
 
 def check_hierarchical(config: ConfigDict, what: str) -> None:

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import Detections, DetectorHead, Htc, MaskRcnn, RetinaNet, Targets
 from tokenvit_jax.heads.two_stage import Candidates, level_strides
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.detection import views
 from tokenvit_jax.tasks.map_norms import normed_maps
-from tokenvit_jax.tasks.overrides import check_hierarchical, make_backbone, make_head
+from tokenvit_jax.tasks.overrides import check_hierarchical, choose_head, make_backbone, make_head
 
 HEADS: dict[str, type[DetectorHead]] = {
     "mask_rcnn": MaskRcnn, "retinanet": RetinaNet, "htc": Htc
@@ -107,10 +106,7 @@ def head_class(name: str) -> type[DetectorHead]:
     Raises:
       UserError: there is no such head.
     """
-    if name not in HEADS:
-        hint = did_you_mean(name, HEADS)
-        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(HEADS)}")
-    return HEADS[name]
+    return choose_head(name, HEADS)
 
 
 def make_detector(

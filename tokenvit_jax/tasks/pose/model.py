@@ -5,11 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.heads import DeconvHead, MtaHead, PoseHead
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.tasks.map_norms import normed_maps
-from tokenvit_jax.tasks.overrides import check_hierarchical, make_backbone, make_head
+from tokenvit_jax.tasks.overrides import check_hierarchical, choose_head, make_backbone, make_head
 
 HEADS: dict[str, type[PoseHead]] = {"mta": MtaHead, "deconvolution": DeconvHead}
 
@@ -50,10 +49,7 @@ def head_class(name: str) -> type[PoseHead]:
     Raises:
       UserError: there is no such head.
     """
-    if name not in HEADS:
-        hint = did_you_mean(name, HEADS)
-        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(HEADS)}")
-    return HEADS[name]
+    return choose_head(name, HEADS)
 
 
 def make_pose_model(

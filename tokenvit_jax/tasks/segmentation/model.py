@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from tokenvit_jax.errors import UserError, did_you_mean
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import FcnHead, Head, LinearDecoder, MaskTransformer, SemanticFpn, UperNet
 from tokenvit_jax.layers import LayerNorm
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.backbone import BackboneModel
 from tokenvit_jax.ops import resize_bilinear
-from tokenvit_jax.tasks.overrides import make_backbone, make_head
+from tokenvit_jax.tasks.overrides import choose_head, make_backbone, make_head
 
 HEADS: dict[str, type[Head]] = {
     "mask_transformer": MaskTransformer,
@@ -94,10 +94,7 @@ def head_class(name: str) -> type[Head]:
     Raises:
       UserError: there is no such head.
     """
-    if name not in HEADS:
-        hint = did_you_mean(name, HEADS)
-        raise UserError(f"config.head={name!r} is not valid{hint}; valid: {', '.join(HEADS)}")
-    return HEADS[name]
+    return choose_head(name, HEADS)
 
 
 def make_segmenter(config: ConfigDict, num_classes: int, axis_name: str | None) -> Segmenter:
