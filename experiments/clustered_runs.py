@@ -9,7 +9,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import plots
+from experiments import pages, plots
 from experiments.runs import Run, load_run
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.expedite_run import with_measured_temperature
@@ -68,8 +68,8 @@ def load_runs(values: flags.FlagValues, task: str, dataset: str, recipe: str) ->
 
 def list_settings(
     depth: int,
-    before: Sequence[int] = (1, 2, 3),
-    sides: Sequence[int] = (6, 5, 4),
+    before: Sequence[int],
+    sides: Sequence[int],
     smaller: Sequence[int] = (),
 ) -> list[Setting]:
     """Returns the settings that are compared, the plain network first.
@@ -104,47 +104,53 @@ def config_of(run: Run, workdir: Path, setting: Setting) -> ConfigDict:
     return with_measured_temperature(workdir, "last", config)
 
 
+class Measures(NamedTuple):
+    """What is measured of every setting.
+
+    Attributes:
+      metrics: name of a metric -> its name on the page.
+      evaluate: returns the metrics of a run with a configuration.
+      mmacs: returns the cost of a setting [10^6 multiply-adds].
+      part: the part of the network whose cost that is; "": all of it.
+    """
+
+    metrics: Mapping[str, str]
+    evaluate: Callable[[ConfigDict, Run], Mapping[str, float]]
+    mmacs: Callable[[Run, Setting], float]
+    part: str = ""
+
+
 def compare(
-    runs: Mapping[Path, Run],
-    settings: Sequence[Setting],
-    metrics: Mapping[str, str],
-    evaluate: Callable[[ConfigDict, Run], Mapping[str, float]],
-    mmacs: Callable[[Run, Setting], float],
-) -> tuple[list[Result], list[list[str]]]:
+    runs: Mapping[Path, Run], settings: Sequence[Setting], measures: Measures
+) -> tuple[list[str], Figure]:
     """Evaluates all runs with all settings.
 
     Args:
       runs: workdir -> run; the runs differ in their seed.
       settings: the plain one first.
-      metrics: name of a metric -> its name on the page.
-      evaluate: returns the metrics of a run with a configuration.
-      mmacs: returns the cost of a setting [10^6 multiply-adds].
+      measures: what is measured.
 
     Returns:
-      The results, and the rows of a table with :func:`columns`.
+      The lines of a table, and a plot.
     """
     results, rows = [], []
     for setting in settings:
-        found = [evaluate(config_of(run, path, setting), run) for path, run in runs.items()]
-        scores = {name: 100 * np.array([one[name] for one in found]) for name in metrics}
+        found = [
+            measures.evaluate(config_of(run, path, setting), run) for path, run in runs.items()
+        ]
+        scores = {name: 100 * np.array([one[name] for one in found]) for name in measures.metrics}
         first = next(iter(runs.values()))
-        results.append(Result(setting, mmacs(first, setting), scores))
+        results.append(Result(setting, measures.mmacs(first, setting), scores))
         rows.append(_row(results[-1], results[0]))
         print(" | ".join(rows[-1]), flush=True)
-    return results, rows
+    return pages.table(_columns(settings, measures), rows), _plot(results, measures)
 
 
-def columns(settings: Sequence[Setting], metrics: Mapping[str, str], cost: str) -> list[str]:
-    """Returns the names of a table's columns.
-
-    Args:
-      settings: all settings.
-      metrics: name of a metric -> its name on the page.
-      cost: name of the cost.
-    """
+def _columns(settings: Sequence[Setting], measures: Measures) -> list[str]:
     size = "centres or image" if any(setting.side for setting in settings) else "centres"
+    cost = ", ".join(filter(None, ("MMACs", measures.part)))
     names = ["method", "blocks before", size, cost, "% of plain"]
-    return names + [name for title in metrics.values() for name in (title, "- plain")]
+    return names + [name for title in measures.metrics.values() for name in (title, "- plain")]
 
 
 def _row(result: Result, plain: Result) -> list[str]:
@@ -171,14 +177,10 @@ def _percent(values: np.ndarray, form: str) -> str:
     return f"{values.mean():{form}}{spread}"
 
 
-def plot(results: Sequence[Result], metrics: Mapping[str, str], cost: str) -> Figure:
-    """Draws metrics over the cost, one curve for each method and number of blocks before.
-
-    Args:
-      results: all results.
-      metrics: name of a metric -> its name on the page.
-      cost: label of the cost.
-    """
+def _plot(results: Sequence[Result], measures: Measures) -> Figure:
+    """Draws metrics over the cost, one curve for each method and number of blocks before."""
+    metrics = measures.metrics
+    cost = ", ".join(filter(None, ("10^6 multiply-adds", measures.part)))
     figure, axes = plots.panels(len(metrics), width=5.0 * len(metrics), height=4.0, grid=True)
     for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
         curves = {}

@@ -29,7 +29,7 @@ flags.DEFINE_string("runs", None, "folder of the training runs", flag_values=FLA
 
 SEEDS = (0, 1, 2)
 NUM_STEPS = 240
-DETECTORS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
+DETECTORS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet", "htc": "HTC"}
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
 COLUMNS = ["detector", "backbone", "parameters, k", "MMACs", *METRICS.values()]
 ONE_SCALE = ((64,), (16,), (4,), (1,))
@@ -65,6 +65,7 @@ def settings() -> dict[str, Setting]:
     return {
         "mask_rcnn_swin": Setting("mask_rcnn", "Swin"),
         "retinanet_swin": Setting("retinanet", "Swin"),
+        "htc_swin": Setting("htc", "Swin"),
         "mask_rcnn_clusters": clustr("mask_rcnn", "ClusTR, clusters"),
         "mask_rcnn_grid": clustr("mask_rcnn", "ClusTR, grid pooling", aggregation="grid"),
     }

@@ -2,12 +2,15 @@
 
     python -m experiments.detection.expedited --workdirs=RUN_0,RUN_1,RUN_2 [--quick]
 
-The runs are trainings of Mask R-CNN on the embedded scenes that differ only in their seed, such as
-RUNS/mask_rcnn_swin_0 of `python -m experiments.detection.detectors --runs=RUNS`. Nothing is trained
-here. Writes expedited.md and expedited.png.
+The runs are trainings of Mask R-CNN, or of HTC, on the embedded scenes that differ only in their
+seed, such as RUNS/mask_rcnn_swin_0 of `python -m experiments.detection.detectors --runs=RUNS`.
+Nothing is trained here. Writes expedited.md and expedited.png, or expedited_htc.md and
+expedited_htc.png.
 """
 
 import functools
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -15,16 +18,16 @@ from ml_collections import ConfigDict
 
 from experiments import pages
 from experiments.clustered_runs import (
+    Measures,
     Setting,
-    columns,
     compare,
     define_flags,
     list_settings,
     load_runs,
-    plot,
 )
 from experiments.runs import Run, make_evaluate, make_model
 from tokenvit_jax import cli
+from tokenvit_jax.errors import UserError
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.backbone import variable_shapes
 
@@ -32,6 +35,22 @@ FLAGS = flags.FlagValues()
 define_flags(FLAGS)
 
 METRICS = {"eval/box_ap": "box AP", "eval/mask_ap": "mask AP"}
+
+
+class Detector(NamedTuple):
+    """A detector, its page, and the settings that are compared: see `list_settings`."""
+
+    title: str
+    page: str
+    before: tuple[int, ...]
+    sides: tuple[int, ...]
+
+
+DETECTORS = {
+    "mask_rcnn": Detector("Mask R-CNN", "expedited", (1, 2, 3), (6, 5, 4)),
+    "htc": Detector("HTC", "expedited_htc", (1, 3), (6, 4)),
+}
+RECIPES = "configs/mask_rcnn.py:scenes or configs/htc.py:scenes"
 
 
 def evaluate(config: ConfigDict, run: Run) -> dict[str, float]:
@@ -52,26 +71,28 @@ def mmacs(run: Run, setting: Setting) -> float:
 
 def main(flag_values: flags.FlagValues) -> None:
     """Runs the experiment."""
-    runs = load_runs(flag_values, "detection", "scene_instances", "configs/mask_rcnn.py:scenes")
+    runs = load_runs(flag_values, "detection", "scene_instances", RECIPES)
     first = next(iter(runs.values()))
+    if first.config.head not in DETECTORS:
+        raise UserError(f"{flag_values.workdirs[0]} is no run of {RECIPES}")
+    detector = DETECTORS[first.config.head]
     depth = first.config.model_overrides.depths[2]
-    settings = list_settings(depth)
-    results, rows = compare(runs, settings, METRICS, evaluate, mmacs)
+    settings = list_settings(depth, detector.before, detector.sides)
+    table, figure = compare(runs, settings, Measures(METRICS, evaluate, mmacs, "backbone"))
     about = f"""
-    {len(runs)} runs of Mask R-CNN that differ only in their seed ({first.step} steps each) on the
-    200 test scenes of 128 x 128 pixels. This is NOT COCO. The third stage has {depth} blocks on one
-    window of 8 x 8 tokens. Nothing is fine-tuned; the temperature is measured on the images. The
-    heads cost the same in all rows and are not counted. AP is in %, mean ± standard deviation over
-    the runs.
+    {len(runs)} runs of {detector.title} that differ only in their seed ({first.step} steps each) on
+    the 200 test scenes of 128 x 128 pixels. This is NOT COCO. The third stage has {depth} blocks on
+    one window of 8 x 8 tokens. Nothing is fine-tuned; the temperature is measured on the images.
+    The heads cost the same in all rows and are not counted. AP is in %, mean ± standard deviation
+    over the runs.
     """
-    cost = "MMACs, backbone"
+    title = f"A clustered Swin Transformer in {detector.title}"
     lines = [
-        *pages.heading("A clustered Swin Transformer in Mask R-CNN", __file__, about),
-        "", "![AP over the cost](expedited.png)", "",
-        *pages.table(columns(settings, METRICS, cost), rows),
+        *pages.heading(title, __file__, about),
+        "", f"![AP over the cost]({detector.page}.png)", "", *table,
     ]  # fmt: skip
     if not flag_values.quick:
-        pages.write(__file__, lines, plot(results, METRICS, f"10^6 multiply-adds, {cost[7:]}"))
+        pages.write(str(Path(__file__).with_name(detector.page)), lines, figure)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ from ml_collections import ConfigDict
 
 from experiments import pages
 from experiments.clustered_runs import (
+    Measures,
     Setting,
-    columns,
     compare,
     define_flags,
     list_settings,
     load_runs,
-    plot,
 )
 from experiments.runs import Run, make_model, test_data
 from tokenvit_jax import cli
@@ -40,7 +39,6 @@ define_flags(FLAGS)
 METRICS = {"eval/pq": "PQ", "eval/mask_ap": "mask AP", "eval/miou": "mIoU"}
 BEFORE, SIDES = (1, 3), (6, 4)  # see `list_settings`
 SMALLER = (96, 64)  # sides of smaller images [pixels]
-COST = "10^6 multiply-adds"
 
 read = jax.jit(predict_masks, static_argnames=("canvas", "room", "kind", "things"))
 
@@ -90,7 +88,7 @@ def main(flag_values: flags.FlagValues) -> None:
     first = next(iter(runs.values()))
     depth = first.config.model_overrides.depths[2]
     settings = list_settings(depth, BEFORE, SIDES, SMALLER)
-    results, rows = compare(runs, settings, METRICS, evaluate, mmacs)
+    table, figure = compare(runs, settings, Measures(METRICS, evaluate, mmacs))
     about = f"""
     {len(runs)} runs of `configs/mask2former.py:scenes` that differ only in their seed
     ({first.step} steps each) on the 200 test scenes of 128 x 128 pixels. This is NOT COCO. The
@@ -101,11 +99,10 @@ def main(flag_values: flags.FlagValues) -> None:
     """
     lines = [
         *pages.heading("A clustered Swin Transformer in Mask2Former", __file__, about),
-        "", "![Metrics over the cost](expedited.png)", "",
-        *pages.table(columns(settings, METRICS, "MMACs"), rows),
+        "", "![Metrics over the cost](expedited.png)", "", *table,
     ]  # fmt: skip
     if not flag_values.quick:
-        pages.write(__file__, lines, plot(results, METRICS, COST))
+        pages.write(__file__, lines, figure)
 
 
 if __name__ == "__main__":
