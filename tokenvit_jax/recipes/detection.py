@@ -217,10 +217,10 @@ def scenes_config(head: str) -> ConfigDict:
     config.data.eval_batch_size = 20
     config.data.max_objects = 4
 
-    config.num_steps = 600
+    steps = 240 if head == "htc" else 600  # of HTC, which take twice as long each
+    config.num_steps = config.eval_every_steps = steps
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 60
+    config.optimizer.warmup_steps = steps // 10
     config.log_every_steps = 50
-    config.eval_every_steps = 600
-    config.checkpoint_every_steps = 300
+    config.checkpoint_every_steps = steps // 2
     return config
