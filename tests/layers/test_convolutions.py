@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax import layers, ops
 from tokenvit_jax.layers.conv import convolve_same
@@ -35,7 +36,9 @@ def near(found, expected):
 
 
 @pytest.mark.parametrize("size", [(5, 8), (6, 7)])
-@pytest.mark.parametrize(("side", "stride"), [(1, 1), (3, 1), (3, 2), (7, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("side", "stride"), sampled([(1, 1), (3, 1), (3, 2), (7, 2), (1, 2)], keep=(1, 2))
+)
 def test_standardized_convolutions(side, stride, size):
     x, kernel = RNG.normal(size=(2, *size, 3)), 2 + RNG.normal(size=(side, side, 3, 4))
     mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))

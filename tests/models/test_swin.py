@@ -186,12 +186,14 @@ def test_gradients_are_finite_and_reach_every_parameter(name):
             assert np.all((grad == 0) == (over > np.log(100)))
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
     chex.assert_trees_all_close(
         loss_and_gradients("swin"), loss_and_gradients("swin", remat=True), atol=1e-5
     )
 
 
+@pytest.mark.slow
 def test_mapped_devices_give_the_numbers_of_one():
     model = SMALL["swin"].clone(drop_path=0.3, axis_name="devices")
     step = jax.pmap(

@@ -175,6 +175,7 @@ def config(**entries):
     )
 
 
+@pytest.mark.slow
 def test_plain_hosts_and_depth_that_is_not_inverted():
     model = make_dpt(config(), None)
     assert model.blocks == (0, 1, 2, 3) and model.multiple == 8

@@ -16,7 +16,7 @@ from tokenvit_jax.models import create_model
 from tokenvit_jax.tasks.masks.model import MaskSegmenter
 
 SWIN = {
-    "dims": (8, 16, 32, 64), "num_heads": (1, 2, 2, 4), "depths": (1, 1, 2, 1), "window_size": 4,
+    "dims": (8, 16, 32, 64), "num_heads": (1, 2, 2, 4), "depths": (0, 0, 2, 0), "window_size": 4,
     "num_classes": 0,
 }  # fmt: skip
 HEAD = Mask2Former(
@@ -58,6 +58,7 @@ def test_shapes():
         assert np.all(np.isfinite(found.masks))
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_each_other():
     other = jax.jit(small_model().apply, static_argnums=2)(variables(), IMAGES[::-1], True)
     for x, y in zip(predicted(), other, strict=True):
@@ -65,6 +66,7 @@ def test_images_do_not_depend_on_each_other():
         assert np.abs(x[-1, 0] - x[-1, 1]).max() > 0.03 * np.abs(x).max()
 
 
+@pytest.mark.slow
 def test_devices():
     given = variables()
     run = jax.pmap(lambda x: small_model().apply(given, x, True), out_axes=1)
@@ -120,6 +122,7 @@ def test_clustered_backbone():
         assert np.abs(x - y).max() > 1e-3 * np.abs(x).max()
 
 
+@pytest.mark.slow
 def test_lowers_for_accelerators():
     shapes = jax.tree.map(lambda x: array(*x.shape), variables())
     lowers(jax.grad(loss), shapes, array(2, 64, 96, 3))

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from make_task import make_task
+from sampled import sampled
 
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.tasks import default_config
@@ -67,7 +68,7 @@ def on_eight_devices():
     return run(devices.MeshParallel(), config())
 
 
-@pytest.mark.parametrize("parallel", [devices.PmapParallel, devices.MeshParallel])
+@pytest.mark.parametrize("parallel", sampled([devices.MeshParallel, devices.PmapParallel]))
 def test_any_layout_and_any_micro_batches(parallel):
     metrics, sums = on_eight_devices()
     changed = config(accumulate_steps=2) if parallel is devices.MeshParallel else config()

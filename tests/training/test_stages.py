@@ -124,6 +124,7 @@ def pooled_step(parallel):
     return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
+@pytest.mark.slow
 def test_pmap_pools_like_the_mesh_and_like_one_device(monkeypatch):
     found = pooled_step(devices.PmapParallel)
     mesh = pooled_step(devices.MeshParallel)
@@ -134,6 +135,7 @@ def test_pmap_pools_like_the_mesh_and_like_one_device(monkeypatch):
         np.testing.assert_allclose(found, other, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_pmap_searches_like_the_mesh():
     for found, expected in zip(
         steps(100.0, parallel=devices.PmapParallel), steps(100.0), strict=True

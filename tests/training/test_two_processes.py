@@ -21,6 +21,7 @@ def metrics_of(workdir):
 
 # Compiling takes nearly all of the time: by default, only the smallest model is compared, on one
 # of its canvases.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "argument", "num_steps", "metric"),
     [

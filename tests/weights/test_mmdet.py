@@ -144,6 +144,7 @@ def cascade():
     return {name.removeprefix("w/"): array for name, array in arrays.items()}
 
 
+@pytest.mark.slow
 def test_boxes_of_a_cascade_equal_mmdetection(tmp_path):
     """All three stages, for given levels and proposals, with soft suppression."""
     arrays, expected = cascade(), np.load(GOLDEN.parent.parent / "heads" / "golden" / "htc.npz")
