@@ -1,6 +1,6 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
-# make test: the test suite (within 10 minutes on two cores).
-# make test-slow: its thorough part, other models, tasks and devices of the same tests (as long again).
+# make test: the test suite.
+# make test-slow: its slow tests, which repeat quicker ones for other models, tasks and devices.
 # make test-aot: compiles for GPUs and TPUs that are not there (an hour, and 4 GB of packages).
 # make test-accelerator: compares the GPU or TPU that is there with the CPU (minutes); the first time
 #   with EXTRA=cuda or EXTRA=tpu, which installs jax for it. ACCELERATOR=cpu tries the tests on a CPU.

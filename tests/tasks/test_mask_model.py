@@ -82,6 +82,7 @@ def test_any_number_of_images():
         np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(x).max())
 
 
+@pytest.mark.slow
 def test_gradients():
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(variables(), IMAGES)):
         assert np.all(np.isfinite(leaf))
