@@ -74,12 +74,14 @@ def assert_same_run(found, expected):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     assert jax.device_count() == DEVICES
     one = devices.MeshParallel(devices=jax.devices()[:1])
     assert_same_run(run_steps(one, mixing_config()), on_eight_devices())
 
 
+@pytest.mark.slow
 def test_pmap_equals_jit():
     assert_same_run(run_steps(devices.PmapParallel(), mixing_config()), on_eight_devices())
 
@@ -93,6 +95,7 @@ def test_sharded_parameters_equal_replicated_ones():
     assert {shard.data.shape for shard in scale.addressable_shards} == {(8,)}
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_micro_batches_on_any_devices():
     config = mixing_config()
     config.accumulate_steps = 2
