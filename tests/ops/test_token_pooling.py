@@ -205,7 +205,7 @@ def test_gradients():
         return (ops.kmeans(x, initial, weights).centers * direction).sum()
 
     with jax.enable_x64(True):
-        found = jax.grad(mean_loss, argnums=(0, 1))(x, weights)
+        found = jax.jit(jax.grad(mean_loss, argnums=(0, 1)))(x, weights)
         centers = ops.kmeans(x, initial, weights, iterations=4).centers
         for b in range(SHAPE[0]):
             assignment = nearest(x[b], np.asarray(centers[b]))
