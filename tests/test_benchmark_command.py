@@ -120,7 +120,6 @@ def test_several_models_against_a_peer(monkeypatch, capsys):
     assert rows[2]["temp_mib"] is None and rows[2]["median_ms"] >= 1
 
 
-@pytest.mark.slow
 def test_token_reducers_against_the_model_without(monkeypatch, capsys):
     widths = {None: 4000, (3, 2): 1000}
 
