@@ -173,7 +173,7 @@ def test_routing_carries_no_gradient():
     np.testing.assert_array_equal(grad, 0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", sampled(PATHS))
 def test_transforms(path):
     arrays = inputs(batch=4)
     expected = compiled(7, path)(*arrays)

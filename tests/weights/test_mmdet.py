@@ -92,6 +92,7 @@ def test_layouts_by_task():
     assert layouts_of("swin_t", "detection") == ["mmdet", "swin_detection"]
 
 
+@pytest.mark.slow
 def test_detections_equal_mmdetection(tmp_path):
     """The arrays are those of Swin's own code, the detections those of mmdetection's."""
     golden = dict(np.load(GOLDEN / "mask_rcnn_swin_160x192.npz"))
