@@ -93,6 +93,7 @@ def test_features_are_the_taps(trained):
     np.testing.assert_allclose(run.pooled(images), found[-1].mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_clustered_run_is_chosen(run, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "FRACTIONS", (0.5,))
     monkeypatch.setattr(rivals, "REDUCERS", ())  # test_rivals.py has them

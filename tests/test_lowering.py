@@ -88,14 +88,15 @@ def test_other_operators(dtype):
     lowers(gradient(act, 1), q)
 
 
+@pytest.mark.slow  # by default, tests/test_lowering_hosts.py lowers a training step
 @pytest.mark.parametrize(
     ("name", "depths"),
-    sampled([
+    [
         # Widths that are no powers of two, cosine attention in groups and to all tokens.
         ("dgt_s", (1, 0, 0, 1)),
         # One block per stage at the published widths: the other blocks lower like these.
         ("dgt_t", (1, 1, 1, 1)), ("clustr_t", (1, 1, 1, 1)), ("pale_t", (1, 1, 1, 1)),
-    ]),
+    ],
 )  # fmt: skip
 def test_training_step(name, depths):
     config = load_config(name)

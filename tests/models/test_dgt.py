@@ -168,6 +168,7 @@ def test_stochastic_depth_drops_whole_images():
     assert np.abs(rows - np.asarray(apply(1)).reshape(8, -1)).max() > 0
 
 
+@pytest.mark.slow
 def test_pmap_and_rematerialisation_give_the_numbers_of_one_device():
     """Sums over devices equal sums over the whole batch: BatchNorm, centroids, masks, gradients."""
     expected = reference("dgt_t")

@@ -75,6 +75,7 @@ def test_devices():
         np.testing.assert_allclose(x, y[:, :, 0], atol=1e-5 * np.abs(x).max())
 
 
+@pytest.mark.slow
 def test_any_number_of_images():
     given, (batch,) = variables(), export.symbolic_shape("b")
     run = jax.jit(lambda x: small_model().apply(given, x, False))
@@ -115,6 +116,7 @@ def test_norms_of_maps():
         assert shapes.keys() == {"backbone", "head", *norms}
 
 
+@pytest.mark.slow
 def test_clustered_backbone():
     """Clustering changes maps from the third on, and no parameters."""
     expedite = {"alpha": 1, "beta": 1, "clusters": (2, 3), "window": 3, "temperature": 1.0}

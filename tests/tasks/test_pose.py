@@ -300,6 +300,7 @@ def perfect(refinement, unbiased, size=(256, 192)):
     return meter.result()
 
 
+@pytest.mark.slow
 def test_perfect_heat_maps():
     """Bodies are found; a quarter of a pixel limits face and hands, which DARK with UDP finds."""
     quarter, dark = perfect("quarter", unbiased=False), perfect("dark", unbiased=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import started
 from make_task import make_task
+from sampled import sampled
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax import ops
@@ -113,7 +114,7 @@ def types_of(operation, program):
     return collections.Counter(re.findall(r"(b?f\d+)>", " ".join(calls)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS))
 def test_gradients_travel_once_with_the_metrics(kind):
     config, parallel = mixing_config(), kind()
     config.accumulate_steps = 2
@@ -128,7 +129,7 @@ def test_gradients_travel_once_with_the_metrics(kind):
     assert len(re.findall(all_reduce, text[text.index("\nENTRY ") :])) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS))
 def test_gradients_travel_in_the_type_of_the_config(kind):
     config, parallel = mixing_config(), kind()
     config.gradient_reduce_dtype = "bfloat16"

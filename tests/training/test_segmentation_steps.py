@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from make_task import make_task
-from sampled import sampled
 
 from tokenvit_jax.data import IGNORED
 from tokenvit_jax.tasks import default_config
@@ -68,7 +67,8 @@ def on_eight_devices():
     return run(devices.MeshParallel(), config())
 
 
-@pytest.mark.parametrize("parallel", sampled([devices.MeshParallel, devices.PmapParallel]))
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [devices.PmapParallel, devices.MeshParallel])
 def test_any_layout_and_any_micro_batches(parallel):
     metrics, sums = on_eight_devices()
     changed = config(accumulate_steps=2) if parallel is devices.MeshParallel else config()

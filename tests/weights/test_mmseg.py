@@ -77,6 +77,7 @@ def test_names_and_shapes_are_those_of_published_files(names, layout, head, sett
     assert found.config_entries(scalars)["head_overrides"] == {}
 
 
+@pytest.mark.slow
 def test_logits_equal_mmsegmentation_and_the_original_names(tmp_path):
     """The arrays have the names of 1.x; some also as Swin's own code stores them."""
     golden = np.load(GOLDEN / "upernet_swin_96x128.npz")
