@@ -91,6 +91,7 @@ def test_better_rivals_are_named():
     assert format_rivals(rows[:1], chosen).endswith("at no higher cost: none of these")
 
 
+@pytest.mark.slow
 def test_a_smaller_image_for_masks_has_whole_cells_of_the_coarsest_map():
     model = create_task(tiny_masks.get_config()).make_model()
     macs = {size: macs_of(model, size) for size in ((64, 96), (64, 64), (32, 96))}

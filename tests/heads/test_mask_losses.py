@@ -241,9 +241,7 @@ def test_padding_does_not_matter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "counts", [(1, 4, 3, 2), (0, 0, 6, 1)]
-)
+@pytest.mark.parametrize("counts", [(1, 4, 3, 2), (0, 0, 6, 1)])
 def test_two_devices_equal_one(counts):
     """With different numbers of segments on the devices, and with none on the first one."""
     logits, masks, targets, keys = draw_batch(counts)

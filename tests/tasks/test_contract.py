@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 from random_variables import random_state
+from sampled import sampled
 from timings import without_timings
 
 from tokenvit_jax.data import IGNORED
@@ -433,13 +434,7 @@ def test_prediction_has_arrays_text_and_pictures(name):
 
 
 # What is tested is the loop, and no task.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("classification", "segmentation") else SLOW)
-        for name in TASKS
-    ],
-)
+@pytest.mark.parametrize("name", sampled(TASKS, keep=("classification",)))
 def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
     config = tiny_config(name)
     monkeypatch.setattr(
