@@ -1,5 +1,6 @@
 # make demo: a small Dynamic Group Transformer learns handwritten digits, with pictures.
 # make test: the test suite.
+# make test-slow: its slow tests, which repeat quicker ones for other models, tasks and devices.
 # make test-aot: compiles for GPUs and TPUs that are not there (an hour, and 4 GB of packages).
 # make test-accelerator: compares the GPU or TPU that is there with the CPU (minutes); the first time
 #   with EXTRA=cuda or EXTRA=tpu, which installs jax for it. ACCELERATOR=cpu tries the tests on a CPU.
@@ -12,13 +13,16 @@ PYTHON ?= python3
 RUN ?= runs/demo
 INSTALL = PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-accelerator test-aot stress lint docs tutorial clean
+.PHONY: demo test test-slow test-accelerator test-aot stress lint docs tutorial clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.dgt.demo $(RUN)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadfile
+
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -m slow -n auto --dist loadfile
 
 ACCELERATOR ?= found
 test-accelerator: .venv/installed

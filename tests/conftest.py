@@ -33,18 +33,23 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 # What is tested without kernels: a CPU would trace them, which takes as long as all the rest, but
-# not run them. tests/ops and tests/layers compare each kernel with the default form; with kernels,
-# models/test_registry.py traces every model, test_lowering.py lowers training steps, and
-# test_train_command.py trains on eight devices.
+# not run them. Tests of kernels call them directly. With kernels, ops/test_op_shapes.py traces
+# every operator and models/test_registry.py every model, test_lowering.py lowers operators and
+# training steps for GPUs and TPUs, and test_train_command.py trains on eight devices.
 WITHOUT_KERNELS = {
-    "expediting", "heads", "measure", "models", "tasks", "training", "weights",
+    "expediting", "heads", "layers", "measure", "models", "ops", "tasks", "training", "weights",
     "test_benchmark_command.py", "test_configs.py", "test_convert_command.py",
     "test_depth_commands.py", "test_detection_commands.py", "test_mask_commands.py",
     "test_evaluate_command.py", "test_expedite_command.py", "test_expedite_costs.py",
     "test_label_command.py", "test_pose_commands.py", "test_predict_command.py",
     "test_random_command_lines.py", "test_summary_command.py",
 }  # fmt: skip
-WITH_KERNELS = {"test_registry.py", "test_timing.py"}
+WITH_KERNELS = {
+    "test_registry.py", "test_timing.py",
+    # What is lowered for accelerators, or compares the default forms with others.
+    "test_assignment.py", "test_cudnn.py", "test_depthwise_block.py", "test_linear.py",
+    "test_match_boxes.py", "test_op_shapes.py", "test_platforms.py", "test_scored_attention.py",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +83,8 @@ def run(monkeypatch, capsys):
 
 def pytest_ignore_collect(collection_path, config):
     """Leaves out the comparisons with torch unless asked for: its import takes seconds."""
-    asked = "not parity" not in config.option.markexpr or any("parity" in x for x in config.args)
+    marks = config.option.markexpr.replace("not parity", "")
+    asked = "parity" in marks or any("parity" in x for x in config.args)
     return True if collection_path.name == "parity" and not asked else None
 
 

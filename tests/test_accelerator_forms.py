@@ -16,10 +16,13 @@ def test_every_kernel_has_a_case():
     assert len({case.name for case in cases}) == len(cases)
 
 
-def test_kernels_are_off_in_a_context():
+def test_kernels_are_off_in_a_context(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
     with accelerator_forms.with_kernels(False):
         assert os.environ["TOKENVIT_JAX_KERNELS"] == "off"
     assert "TOKENVIT_JAX_KERNELS" not in os.environ
+    assert len(cleared) == 2  # what was traced before, and what was traced inside
 
 
 def test_cases_compute():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from sampled import sampled
 
 from tokenvit_jax import cli, compile
 from tokenvit_jax.ahead import command, compiling, quiet, report, targets
@@ -168,7 +169,7 @@ def test_bad_input(arguments, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-@pytest.mark.parametrize("mode", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("mode", sampled(["train", "evaluate", "predict"]))
 def test_steps_lower_from_shapes_alone(parallel, mode):
     config = small_config()
     config.parallel = parallel

@@ -72,6 +72,7 @@ def test_predict_writes_depth_of_any_size(run, trained, tmp_path):
     np.testing.assert_allclose(row["median"], np.median(depth["depth"]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_exported_model_gives_the_same_depth(trained):
     _, task, model, variables = trained
     pixels = np.random.default_rng(1).integers(256, size=(3, SIZE, SIZE, 3), dtype=np.uint8)
@@ -92,6 +93,7 @@ def test_features_are_the_taps(trained):
     np.testing.assert_allclose(run.pooled(images), found[-1].mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_clustered_run_is_chosen(run, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "FRACTIONS", (0.5,))
     monkeypatch.setattr(rivals, "REDUCERS", ())  # test_rivals.py has them

@@ -176,6 +176,7 @@ def test_results_of_an_evaluation_are_those_of_the_metrics(run, plain, tmp_path)
     assert metrics["eval/box_ar100"] > 0
 
 
+@pytest.mark.slow
 def test_an_exported_model_finds_the_same_objects(loaded, detect):
     pixels = random_pixels(3, LOW, HIGH, 3)
     exported = lower(loaded.task, loaded.model, loaded.variables)
@@ -189,6 +190,7 @@ def test_an_exported_model_finds_the_same_objects(loaded, detect):
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_training_step_lowers_from_shapes_alone():
     config = tiny_config("retinanet")
     step = compiling.make_step(config, jax.devices()[:2], "train")
@@ -197,6 +199,7 @@ def test_a_training_step_lowers_from_shapes_alone():
     assert step.memory.batch > config.batch_size // 2 * LOW * HIGH * 3
 
 
+@pytest.mark.slow
 def test_a_clustered_run_is_chosen(run, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "FACTORS", (0.05,))
     monkeypatch.setattr(rivals, "smaller_image", lambda *args: None)  # test_rivals.py has it

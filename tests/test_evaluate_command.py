@@ -109,6 +109,7 @@ def test_an_insertion_that_does_not_fit_costs_no_evaluation(run, imported):
         assert (status, printed) == (1, "") and message in err
 
 
+@pytest.mark.slow
 def test_a_reducer_is_inserted_without_training(run, imported):
     """The command prints a line without and a line with the reducer, for the same weights."""
     workdir, images, labels, logits = imported

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from sampled import sampled
 
 NEVER = {"tensorflow", "torch", "timm", "sklearn"}
 LATE = {"tensorboardX"}  # imports torch; loaded by the first log, while workers start
@@ -38,13 +39,13 @@ def test_package():
     assert seconds < 2
 
 
-@pytest.mark.parametrize("module", ["benchmark", "summary"])
+@pytest.mark.parametrize("module", sampled(["benchmark", "summary"]))
 def test_commands_that_need_jax_and_flax_only(module):
     packages, _ = loaded_by(f"tokenvit_jax.{module}")
     assert not packages & (NEVER | NOT_FOR_BENCHMARKS)
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "predict", "prepare"])
+@pytest.mark.parametrize("module", sampled(["train", "evaluate", "predict", "prepare"]))
 def test_commands_need_no_tensorflow_and_no_torch(module):
     packages, _ = loaded_by(f"tokenvit_jax.{module}")
     assert not packages & (NEVER | LATE)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from lowering import array, lowers, step_lowers
+from sampled import sampled
 from shipped_configs import load_config
 
 from tokenvit_jax import ops
@@ -26,7 +27,9 @@ def group_attention(path, top_k):
     return lambda q, k, v, c: ops.group_attention(q, k, v, c, top_k=top_k, path=path)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", sampled([jnp.bfloat16, jnp.float32]), ids=lambda dtype: dtype.__name__
+)
 @pytest.mark.parametrize(
     ("path", "top_k"), [("dense", 98), ("tiles", 98), ("auto", 1000)], ids=["dense", "tiles", "all"]
 )
@@ -37,7 +40,9 @@ def test_group_attention(path, top_k, dtype):
     lowers(gradient(fn, 3), q, q, q, centroids)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", sampled([jnp.bfloat16, jnp.float32]), ids=lambda dtype: dtype.__name__
+)
 def test_other_operators(dtype):
     q = array(2, 49, 2, 32, dtype=dtype)
     x, kernel = array(2, 7, 9, 16, dtype=dtype), array(3, 3, 16, dtype=dtype)
@@ -83,13 +88,14 @@ def test_other_operators(dtype):
     lowers(gradient(act, 1), q)
 
 
+@pytest.mark.slow  # by default, tests/test_lowering_hosts.py lowers a training step
 @pytest.mark.parametrize(
     ("name", "depths"),
     [
-        # One block per stage at the published widths: the other blocks lower like these.
-        ("dgt_t", (1, 1, 1, 1)), ("clustr_t", (1, 1, 1, 1)), ("pale_t", (1, 1, 1, 1)),
         # Widths that are no powers of two, cosine attention in groups and to all tokens.
         ("dgt_s", (1, 0, 0, 1)),
+        # One block per stage at the published widths: the other blocks lower like these.
+        ("dgt_t", (1, 1, 1, 1)), ("clustr_t", (1, 1, 1, 1)), ("pale_t", (1, 1, 1, 1)),
     ],
 )  # fmt: skip
 def test_training_step(name, depths):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 from lowering import array, lowers, step_lowers
 from make_task import make_task
+from sampled import sampled
 from shipped_configs import load_config
 
 from tokenvit_jax.models.backbone import variable_shapes
@@ -11,7 +12,9 @@ from tokenvit_jax.tasks import default_config
 from tokenvit_jax.training.step import make_eval_step
 
 
-@pytest.mark.parametrize("method", ["weighted_kmedoids", "kmeans", "importance", "evit", "tome"])
+@pytest.mark.parametrize(
+    "method", sampled(["weighted_kmedoids", "kmeans", "importance", "evit", "tome"])
+)
 def test_training_step_with_a_token_reducer(method):
     config = load_config("deit_s", "pooled")
     config.model_overrides.depth = 2
@@ -19,6 +22,7 @@ def test_training_step_with_a_token_reducer(method):
     step_lowers(config)
 
 
+@pytest.mark.slow
 def test_training_step_of_a_host_with_windows():
     config = default_config("classification")
     config.model = "swinv2_t"
@@ -27,12 +31,14 @@ def test_training_step_of_a_host_with_windows():
     step_lowers(config)
 
 
+@pytest.mark.slow
 def test_training_step_of_the_search():
     config = load_config("deit_s", "search")
     config.model_overrides.depth = 1
     step_lowers(config)
 
 
+@pytest.mark.slow
 def test_training_step_and_evaluation_of_a_clustered_segmenter():
     config = load_config("segmenter_ti")
     config.model_overrides.depth = 3

@@ -78,6 +78,7 @@ def test_results_of_panoptic_segmentation_are_the_predictions(run, certain, tmp_
             assert (decoded(segment) != (found["ids"] == number)).sum() <= 5
 
 
+@pytest.mark.slow
 def test_a_panoptic_run_is_evaluated_as_a_semantic_one(run, certain, tmp_path):
     flags = {"config.inference.kind": "semantic", "per_class": True}
     metrics, results = evaluated(run, certain, tmp_path / "results.json", **flags)
@@ -100,6 +101,7 @@ def test_a_panoptic_run_is_evaluated_as_a_semantic_one(run, certain, tmp_path):
     assert metrics["eval/miou"] > 0 and "eval/loss" not in metrics
 
 
+@pytest.mark.slow
 def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
     """The file holds what COCO's own code reads."""
     flags = {"config.inference.kind": "instance"}
@@ -120,6 +122,7 @@ def test_a_panoptic_run_is_evaluated_as_one_of_objects(run, certain, tmp_path):
     assert metrics["eval/box_ar100"] > 0
 
 
+@pytest.mark.slow
 def test_things_are_evaluated_on_a_dataset_of_objects(run, certain):
     """Which lacks the stuff: the numbers are those of the dataset with both."""
     flags = {"config.inference.kind": "instance", "workdir": certain, "per_class": True}
@@ -206,6 +209,7 @@ def test_predict_writes_segments_and_their_identifiers(run, certain, images):
     assert seen > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "names"), [
     ("instance", {"objects"}), ("semantic", {"segmentation", "labels"}),
 ])  # fmt: skip
@@ -223,6 +227,7 @@ def test_a_panoptic_run_predicts_other_kinds(run, certain, images, kind, names):
     assert all(0 <= x["area"] <= np.prod(SIZES["upright"]) for x in row["objects"])
 
 
+@pytest.mark.slow
 def test_an_exported_model_predicts_the_same(certain):
     loaded, pixels = tv.load_run(certain), random_pixels(3, LOW, HIGH, 3)
     task, model = loaded.task, loaded.model
@@ -238,6 +243,7 @@ def test_an_exported_model_predicts_the_same(certain):
         np.testing.assert_allclose(found[name], x, atol=1e-4 * np.abs(x).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_clustered_run_is_chosen(run, tmp_path, monkeypatch):
     """Its third map and the fourth, which follows from it, differ."""
     monkeypatch.setattr(search, "FACTORS", (0.05,))

@@ -183,6 +183,7 @@ def test_boxes_are_for_poses(run, tmp_path, images, flag):
     assert f"--{flag}=x.json is for runs of the task pose; this is one of classification" in err
 
 
+@pytest.mark.slow
 def test_an_exported_model_predicts_the_same(workdir):
     draw = np.random.default_rng(0)
     loaded, pixels = tv.load_run(workdir), draw.integers(256, size=(3, *SIZE, 3), dtype=np.uint8)

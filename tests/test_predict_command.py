@@ -166,6 +166,7 @@ def test_dense_attention_has_no_picture_of_groups(monkeypatch, capsys, tmp_path,
     assert [path.name for path in out.iterdir()] == ["a_classes.png"]
 
 
+@pytest.mark.slow
 def test_clusters_have_a_picture(monkeypatch, capsys, tmp_path, images):
     config = tiny_config("clustr_t", CLUSTR_OVERRIDES)
     write_run(tmp_path, config, initial_state(config))

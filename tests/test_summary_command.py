@@ -22,6 +22,7 @@ def run(monkeypatch, capsys, *args):
     return exit_info.value.code, output.out, output.err
 
 
+@pytest.mark.slow
 def test_json_of_several_models():
     """Counts do not depend on kernels, which this process leaves out and the command has."""
     names = ["clustr_t", "deit_ti"]
@@ -42,6 +43,7 @@ def test_table(monkeypatch, capsys):
     assert out.splitlines()[-1].split() == cells
 
 
+@pytest.mark.slow
 def test_token_reducers(monkeypatch, capsys):
     args = ("--model=deit_s", "--keep=level3", "--keep=" + ",".join(12 * ["0"]))
     status, out, err = run(monkeypatch, capsys, *args, "--method=powerbert,tome", "--format=json")

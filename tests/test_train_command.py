@@ -95,6 +95,7 @@ def test_an_undisturbed_run_learns_and_logs_every_step_once(reference):
     assert json.loads((reference / "config.json").read_text())["model"] == "vit_ti"
 
 
+@pytest.mark.slow
 def test_resumes_bit_identically_after_sigkill_and_sigterm(reference, start, tmp_path):
     run = start("train", tmp_path)
     wait_for(run, (tmp_path / "checkpoints" / "5").exists)

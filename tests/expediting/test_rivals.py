@@ -1,5 +1,7 @@
 """Other methods at the cost of a setting of Expedite."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -40,7 +42,8 @@ def test_rivals_cost_at_most_as_much(monkeypatch):
     height, width = map(int, found[0].setting.split()[0].split("x"))
     assert found[0].macs == macs_of(model, (height, width)) / plain
     resized = jax.image.resize(images, (1, height, width, 3), "bilinear")
-    (y,) = model.apply(variables, resized, False, method="features")
+    features = functools.partial(model.apply, train=False, method="features")
+    (y,) = jax.jit(features)(variables, resized)
     y = jax.image.resize(y, (1, 12, 10, y.shape[-1]), "bilinear")
     assert found[0].similarity == pytest.approx(compare.of_features(y), abs=1e-5)
 
@@ -88,6 +91,7 @@ def test_better_rivals_are_named():
     assert format_rivals(rows[:1], chosen).endswith("at no higher cost: none of these")
 
 
+@pytest.mark.slow
 def test_a_smaller_image_for_masks_has_whole_cells_of_the_coarsest_map():
     model = create_task(tiny_masks.get_config()).make_model()
     macs = {size: macs_of(model, size) for size in ((64, 96), (64, 64), (32, 96))}

@@ -23,9 +23,14 @@ SMALL = {
 }  # fmt: skip
 SMALL[Htc] = {**SMALL[MaskRcnn], "num_box_convs": 1, "num_stuff": 4, "global_head_dim": 3}
 heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn, Htc])
-# The two programs of the cascade take long to compile.
+# The programs of two stages take long to compile, the two of the cascade longest.
 compiled = pytest.mark.parametrize(
-    "cls", [RetinaNet, MaskRcnn, pytest.param(Htc, marks=pytest.mark.stress)]
+    "cls",
+    [
+        RetinaNet,
+        pytest.param(MaskRcnn, marks=pytest.mark.slow),
+        pytest.param(Htc, marks=pytest.mark.stress),
+    ],
 )
 
 
@@ -111,6 +116,7 @@ def test_padding_and_other_groups_change_nothing(cls):
         np.testing.assert_array_equal(loss[::-1], losses[name])
 
 
+@pytest.mark.slow
 def test_boxes_without_area_leave_finite_gradients():
     """In images of one pixel, nearly all boxes are clipped to nothing."""
     targets = draw_targets([0, 0, 1, 1], 8)

@@ -114,6 +114,7 @@ def targets_of(arrays):
     return Targets(sizes, boxes, classes, masks, np.where(stuff == 255, -1, stuff))
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_equal_mmdetections(monkeypatch):
     """All proposals count here, so that nothing is drawn."""
     arrays, targets = golden("htc_loss"), targets_of(golden("htc_loss"))

@@ -240,6 +240,7 @@ def test_padding_does_not_matter():
         near(*pair, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1, 4, 3, 2), (0, 0, 6, 1)])
 def test_two_devices_equal_one(counts):
     """With different numbers of segments on the devices, and with none on the first one."""
@@ -263,6 +264,7 @@ def test_two_devices_equal_one(counts):
         near(part.swapaxes(0, 1).reshape(gradient.shape), gradient, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_the_batch():
     logits, masks, targets, keys = draw_batch((1, 4, 0, 2))
     counts = counts_of(targets, 9)

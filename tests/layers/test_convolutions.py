@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax import layers, ops
 from tokenvit_jax.layers.conv import convolve_same
@@ -35,7 +36,9 @@ def near(found, expected):
 
 
 @pytest.mark.parametrize("size", [(5, 8), (6, 7)])
-@pytest.mark.parametrize(("side", "stride"), [(1, 1), (3, 1), (3, 2), (7, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("side", "stride"), sampled([(1, 1), (3, 1), (3, 2), (7, 2), (1, 2)], keep=(1, 2))
+)
 def test_standardized_convolutions(side, stride, size):
     x, kernel = RNG.normal(size=(2, *size, 3)), 2 + RNG.normal(size=(side, side, 3, 4))
     mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
@@ -63,15 +66,20 @@ def test_kernels_are_standardised_alone_or_joined(joined, monkeypatch):
         kernel = kernel - kernel.mean((0, 1, 2))
         return kernel / jnp.sqrt(jnp.square(kernel).mean((0, 1, 2)) + 0.1)
 
+    def values_and_gradients(function, dtype):
+        def run(kernels, cotangents):
+            values, pull = jax.vjp(function, kernels)
+            return values, pull(cotangents)[0]
+
+        return jax.jit(run)(*jax.tree.map(lambda x: jnp.asarray(x, dtype), (kernels, cotangents)))
+
     with jax.enable_x64(True):
-        wide = [jnp.asarray(kernel, jnp.float64) for kernel in kernels]
-        expected, pull = jax.vjp(lambda kernels: [*map(definition, kernels)], wide)
-        (gradients,) = pull([jnp.asarray(x, jnp.float64) for x in cotangents])
-        expected, gradients = jax.tree.map(np.asarray, (expected, gradients))
-    kernels, cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (kernels, cotangents))
-    found, pull = jax.vjp(lambda x: ops.standardize_kernels(x, 0.1, jnp.float32), kernels)
-    for a, b in zip((*found, *pull(cotangents)[0]), (*expected, *gradients), strict=True):
+        expected = values_and_gradients(lambda x: [*map(definition, x)], jnp.float64)
+        expected = jax.tree.map(np.asarray, expected)
+    found = values_and_gradients(lambda x: ops.standardize_kernels(x, 0.1, jnp.float32), np.float32)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    kernels = [jnp.asarray(x, jnp.float32) for x in kernels]
     narrow = ops.standardize_kernels(kernels, 0.1, jnp.bfloat16)
     assert [x.dtype for x in narrow] == [jnp.bfloat16] * 3
     assert [x.shape for x in narrow] == shapes

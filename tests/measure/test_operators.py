@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from sampled import sampled
 
 from tokenvit_jax.measure import mask_operators, operators
 from tokenvit_jax.measure.timing import MIN_CALLS, normal
@@ -28,7 +29,9 @@ def small_cases():
     yield from mask_operators.sample_objects_cases(None, FLOAT32, ((32, 5, 60),))
 
 
-@pytest.mark.parametrize("case", small_cases(), ids=lambda case: str(case.shape))
+@pytest.mark.parametrize(
+    "case", sampled(small_cases(), keep=(0, 8, 12)), ids=lambda case: str(case.shape)
+)
 def test_contenders_compute_the_same(case):
     # Where the groups select all keys, attention in groups equals dense attention.
     inputs, fns = case.inputs, case.contenders.values()

@@ -134,6 +134,7 @@ def test_packages_of_dense_tasks(plan, monkeypatch):
     assert "with transformers" not in lines
 
 
+@pytest.mark.slow
 def test_dense_tasks(plan):
     def subject(name, dtype, width=2000):
         del name, dtype

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax.models import create_model
 from tokenvit_jax.models.backbone import variable_shapes
@@ -16,22 +17,25 @@ SHALLOW = {"depths": (1, 0, 0, 1)}
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        ("deit_s", {"depth": 1}),
-        (
-            "vit_b_r50",
-            {
-                "depth": 1,
-                "patch_size": 8,
-                "stem": {"widths": (32, 32), "depths": (1, 1), "num_groups": 8},
-            },
-        ),
-        ("swin_t", SHALLOW),
-        ("swinv2_t", SHALLOW),
-        ("dgt_s", SHALLOW),
-        ("clustr_t", SHALLOW),
-        ("pale_t", SHALLOW),
-    ],
+    sampled(
+        [
+            ("deit_s", {"depth": 1}),
+            (
+                "vit_b_r50",
+                {
+                    "depth": 1,
+                    "patch_size": 8,
+                    "stem": {"widths": (32, 32), "depths": (1, 1), "num_groups": 8},
+                },
+            ),
+            ("swin_t", SHALLOW),
+            ("swinv2_t", SHALLOW),
+            ("dgt_s", SHALLOW),
+            ("clustr_t", SHALLOW),
+            ("pale_t", SHALLOW),
+        ],
+        keep=(0, 4),
+    ),
 )
 def test_no_weight_is_cast_back(name, settings):
     """Nothing but the traced program is needed to see who reads the weights in which type."""

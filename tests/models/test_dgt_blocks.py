@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from exact_counts import EXACT
 from random_variables import random_variables
+from sampled import sampled
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
@@ -55,7 +56,7 @@ def counts_of(name, depths):
     return tuple(found)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", sampled(COUNTS))
 def test_counts(name):
     """A network of one block per stage is counted; the others follow."""
     assert counts_of(name, DEPTHS) == COUNTS[name]
@@ -64,7 +65,7 @@ def test_counts(name):
     assert (found.params, found.macs) == counts_of(name, (1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", sampled(COUNTS))
 def test_every_parameter_learns_on_maps_of_any_size(name):
     """The maps are 15 x 9, 8 x 5 and 2 x 2: windows, stripes and strides do not divide them."""
     # Only the second block of a stage has shifted windows.

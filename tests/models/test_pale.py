@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 import tokenvit_jax as tv
 from tokenvit_jax.errors import UserError
@@ -115,16 +116,19 @@ def test_masked_padding_counts_only_where_there_is_padding():
 
 @pytest.mark.parametrize(
     ("overrides", "gmacs"),
-    [
-        ({"pale_sizes": (1,) * 4}, 3.743),
-        ({"pale_sizes": (3,) * 4}, 4.097),
-        ({"pale_sizes": (5,) * 4}, 4.360),
-        ({}, 4.219),
-        ({"pale_sizes": (9,) * 4}, 5.448),
-        ({"mode": "sequential"}, 4.219),
-        ({"mode": "cross"}, 4.219),
-        ({"mode": "vanilla"}, 5.37),
-    ],
+    sampled(
+        [
+            ({"pale_sizes": (1,) * 4}, 3.743),
+            ({"pale_sizes": (3,) * 4}, 4.097),
+            ({"pale_sizes": (5,) * 4}, 4.360),
+            ({}, 4.219),
+            ({"pale_sizes": (9,) * 4}, 5.448),
+            ({"mode": "sequential"}, 4.219),
+            ({"mode": "cross"}, 4.219),
+            ({"mode": "vanilla"}, 5.37),
+        ],
+        keep=(0, 7),
+    ),
 )
 def test_multiply_adds_of_the_ablations(overrides, gmacs):
     """Tables 7 and 8 agree within 0.5 %: elementwise work, such as norms, is not counted here."""
@@ -141,11 +145,13 @@ def variables_of_pale_t():
 
 @pytest.mark.parametrize(
     ("overrides", "millions"),
-    [
-        ({"position": "none"}, 21.69),
-        ({"position": "ape"}, 22.07),
-        ({"position": "ape", "position_size": (512, 2048)}, 29.56),  # 59.35 with UperNet
-    ],
+    sampled(
+        [
+            ({"position": "none"}, 21.69),
+            ({"position": "ape"}, 22.07),
+            ({"position": "ape", "position_size": (512, 2048)}, 29.56),  # 59.35 with UperNet
+        ]
+    ),
 )
 def test_parameters_of_the_position_encodings(overrides, millions):
     shapes = abstract_variables(tv.create_model("pale_t", **overrides), (32, 32))["params"]
@@ -191,10 +197,12 @@ def test_gradients_are_finite_and_reach_every_parameter():
             assert np.abs(grad).max() > 1e-4, key
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
     chex.assert_trees_all_close(reference(), reference(remat=True), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mapped_devices_give_the_numbers_of_one():
     """BatchNorm and stochastic depth see the whole batch."""
     (expected, updates), _ = reference()

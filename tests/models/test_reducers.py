@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from random_variables import random_variables
+from sampled import sampled
 
 import tokenvit_jax as tv
 from tokenvit_jax import ops
@@ -82,7 +83,7 @@ def gmacs(name, keep, method):
     return count_macs(apply, shapes_of(model), PHOTO) / 1e9
 
 
-@pytest.mark.parametrize("name", TOKEN_POOLING)
+@pytest.mark.parametrize("name", sampled(TOKEN_POOLING))
 def test_costs_of_the_published_levels(name):
     dim = tv.create_model(name).settings.dim
     for level in TOKEN_POOLING[name]:
@@ -103,7 +104,7 @@ def test_costs_of_the_published_levels(name):
             assert clustering == pytest.approx(selecting + all_pairs - idle, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", TOKEN_POOLING)
+@pytest.mark.parametrize("name", sampled(TOKEN_POOLING))
 def test_costs_to_three_digits(name):
     """Attention sees the tokens before the reduction, the MLP those after; levels 0 to 7, 10^9."""
     exact = {
@@ -115,6 +116,7 @@ def test_costs_to_three_digits(name):
         assert gmacs(name, level.keep, "powerbert") == pytest.approx(expected, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_costs_of_token_merging_and_evit():
     """The costs agree with the papers' figures for DeiT-S to one digit."""
     assert tome_keep(196, 12, 13) == tuple(range(183, 39, -13))
@@ -126,6 +128,7 @@ def test_costs_of_token_merging_and_evit():
     assert gmacs("deit_s", tome_keep(196, 12, 13), "tome") == pytest.approx(2.7, abs=0.05)
 
 
+@pytest.mark.slow
 def test_costs_of_dynamicvit():
     """DeiT-S with 0.7 of the patches: 2.9 10^9 in the paper, which is 2.88 without predictors."""
     keep = dynamicvit_keep(196, 12, 0.7, (4, 7, 10))
@@ -404,16 +407,23 @@ def test_the_first_reduction_uses_the_attention_that_patches_receive():
 
 @pytest.mark.parametrize(
     ("reducer", "by_chance"),
-    [
-        (
-            {"keep": (7, 5, 3), "method": "weighted_kmeans", "initial": "random", "carry": True},
-            True,
-        ),
-        ({"keep": (7, 5, 3), "method": "tome", "carry": True}, False),
-        ({"keep": (7, 5, 3), "method": "act"}, False),
-        ({"method": "convolution", "blocks": (1,)}, False),
-        ({"method": "soft_extract", "diagonal": False}, False),
-    ],
+    sampled(
+        [
+            (
+                {
+                    "keep": (7, 5, 3),
+                    "method": "weighted_kmeans",
+                    "initial": "random",
+                    "carry": True,
+                },
+                True,
+            ),
+            ({"keep": (7, 5, 3), "method": "tome", "carry": True}, False),
+            ({"keep": (7, 5, 3), "method": "act"}, False),
+            ({"method": "convolution", "blocks": (1,)}, False),
+            ({"method": "soft_extract", "diagonal": False}, False),
+        ]
+    ),
     ids=lambda x: x["method"] if isinstance(x, dict) else "",
 )
 def test_gradients_and_chance_in_training(reducer, by_chance):

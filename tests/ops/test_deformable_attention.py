@@ -86,7 +86,9 @@ def test_forms_agree():
 def test_gradients_are_slopes(spread):
     """Moves along a random direction change the loops' sum as the gradients say."""
     arrays, probe = draw(2, spread), np.random.default_rng(3).normal(size=(2, 6, 3, 4))
-    gradients = jax.grad(lambda *x: jnp.sum(probe * attend(*x)), (0, 1, 2))(*single(*arrays))
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(probe * attend(*x)), (0, 1, 2)))(
+        *single(*arrays)
+    )
     for i, gradient in enumerate(gradients):
         direction = np.random.default_rng(i).normal(size=gradient.shape)
         step = 1e-6 * direction
@@ -115,7 +117,7 @@ def test_places_outside():
 
 def test_transformations():
     arrays = single(*draw(4, 1.6))
-    y, gradients = attend(*arrays), jax.grad(loss, (0, 1, 2))(*arrays)
+    y, gradients = attend(*arrays), jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
     np.testing.assert_allclose(jax.jit(attend)(*arrays), y, atol=3e-6)
     one_by_one = jax.vmap(lambda *x: attend(*(part[None] for part in x))[0])
     np.testing.assert_allclose(one_by_one(*arrays), y, atol=3e-6)

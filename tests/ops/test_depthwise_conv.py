@@ -48,8 +48,8 @@ def test_gradient_is_that_of_the_convolution():
         )  # fmt: skip
 
     for gradient, expected in zip(
-        jax.vjp(ops.depthwise_conv, x, weights)[1](dy),
-        jax.vjp(reference, x, weights)[1](dy),
+        jax.vjp(jax.jit(ops.depthwise_conv), x, weights)[1](dy),
+        jax.vjp(jax.jit(reference), x, weights)[1](dy),
         strict=True,
     ):
         np.testing.assert_allclose(gradient, expected, atol=2e-5)

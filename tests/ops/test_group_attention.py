@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels import chunked, top_indices
@@ -63,13 +64,16 @@ def compiled(top_k, path, scale=None):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("shape", "top_k", "scale"),
-    [
-        ({}, 7, None),
-        ({"length": 64, "groups": 3}, 63, 1.5),
-        ({"length": 150, "groups": 2, "batch": 1}, 20, None),  # several tiles per group
-        ({"length": 3, "groups": 11}, 2, None),  # fewer queries than groups
-        ({"length": 33, "groups": 1}, 1, None),  # one group, one key
-    ],
+    sampled(
+        [
+            ({}, 7, None),
+            ({"length": 64, "groups": 3}, 63, 1.5),
+            ({"length": 150, "groups": 2, "batch": 1}, 20, None),  # several tiles per group
+            ({"length": 3, "groups": 11}, 2, None),  # fewer queries than groups
+            ({"length": 33, "groups": 1}, 1, None),  # one group, one key
+        ],
+        keep=(0, 2, 3),
+    ),
 )
 def test_equals_the_loops(path, shape, top_k, scale):
     arrays = inputs(**shape)
@@ -163,11 +167,13 @@ def test_gradient_by_finite_differences(path):
 
 def test_routing_carries_no_gradient():
     q, k, v, centroids = inputs()
-    grad = jax.grad(lambda e: ops.group_attention(q, k, v, e, top_k=7).output.sum())(centroids)
+    grad = jax.jit(jax.grad(lambda e: ops.group_attention(q, k, v, e, top_k=7).output.sum()))(
+        centroids
+    )
     np.testing.assert_array_equal(grad, 0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", sampled(PATHS))
 def test_transforms(path):
     arrays = inputs(batch=4)
     expected = compiled(7, path)(*arrays)

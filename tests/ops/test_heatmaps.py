@@ -190,7 +190,9 @@ def test_loss():
     expected = np.square(np.float64(maps - targets.maps)).mean((1, 2))[0]
     expected = (expected * half.weights[0]).mean()
     assert ops.heatmap_loss(maps, half)[0] == pytest.approx(expected, rel=1e-5)
-    gradient = jax.grad(lambda maps: ops.heatmap_loss(maps, targets).sum())(jnp.asarray(maps))
+    gradient = jax.jit(jax.grad(lambda maps: ops.heatmap_loss(maps, targets).sum()))(
+        jnp.asarray(maps)
+    )
     expected = 2 * targets.weights[:, None, None] * (maps - targets.maps) / maps[0].size
     np.testing.assert_allclose(gradient, expected, atol=1e-9)
     assert np.abs(expected).max() > 1e-6

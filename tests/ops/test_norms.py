@@ -52,13 +52,13 @@ def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
     cotangents = jax.tree.map(lambda a: jnp.asarray(a, dtype), cotangents)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), (args, cotangents))
-        expected, pull = jax.vjp(residual, *wide[0])
+        expected, pull = jax.vjp(jax.jit(residual), *wide[0])
         gradients = jax.tree.map(np.asarray, pull(wide[1]))
     expected = jax.tree.map(np.asarray, expected)
     tolerance = 2e-5 if dtype == jnp.float32 else 0.1
 
     add = functools.partial(ops.add_layer_norm, epsilon=EPSILON)
-    results, pull = jax.vjp(add, *args)
+    results, pull = jax.vjp(jax.jit(add), *args)
     near(results, expected, tolerance)
     near(pull(cotangents), gradients, tolerance)
 
@@ -88,10 +88,10 @@ def test_group_norm(dtype):
     cotangent = jnp.asarray(normal(*x.shape), dtype)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), (args, cotangent))
-        expected, pull = jax.vjp(grouped, *wide[0])
+        expected, pull = jax.vjp(jax.jit(grouped), *wide[0])
         gradients = jax.tree.map(np.asarray, pull(wide[1]))
     norm = functools.partial(ops.group_norm, num_groups=4, epsilon=EPSILON)
-    y, pull = jax.vjp(norm, *args)
+    y, pull = jax.vjp(jax.jit(norm), *args)
     tolerance = 2e-5 if dtype == jnp.float32 else 0.1
     assert y.dtype == dtype
     near((y, *pull(cotangent)), (np.asarray(expected), *gradients), tolerance)
@@ -116,7 +116,7 @@ def test_layer_norm_alone():
     def beside(x):
         return ops.add_layer_norm(x, None, scale, bias, epsilon=EPSILON)[1]
 
-    (dx,), (expected,) = (jax.vjp(fn, x)[1](x * x) for fn in (alone, beside))
+    (dx,), (expected,) = (jax.vjp(jax.jit(fn), x)[1](x * x) for fn in (alone, beside))
     np.testing.assert_array_equal(dx, expected)
 
 
@@ -138,7 +138,7 @@ def test_batch_norm(with_gelu):
         return (y, *stats), pull
 
     with jax.enable_x64(True):
-        y, pull = jax.vjp(naive, *args)
+        y, pull = jax.vjp(jax.jit(naive), *args)
         expected = jax.tree.map(np.asarray, (y, pull(jnp.asarray(dy))))
     args = [jnp.asarray(a, jnp.float32) for a in args]
     dy = jnp.asarray(dy, jnp.float32)
@@ -192,7 +192,9 @@ def test_one_all_reduce_each_way():
     place = functools.partial(jax.sharding.NamedSharding, mesh)
 
     def step(x, scale, bias, dy):
-        y, pull = jax.vjp(lambda *a: ops.batch_norm(*a, epsilon=EPSILON)[0], x, scale, bias)
+        y, pull = jax.vjp(
+            jax.jit(lambda *a: ops.batch_norm(*a, epsilon=EPSILON)[0]), x, scale, bias
+        )
         return y, pull(y * dy)
 
     shapes = [((16, 5), P("data")), ((5,), P()), ((5,), P()), ((16, 5), P("data"))]

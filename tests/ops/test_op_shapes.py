@@ -34,21 +34,21 @@ KEY = jax.random.key(0)
 
 
 def floats(*shape, dtype=jnp.float32):
-    return jnp.ones(shape, dtype)
+    return jnp.asarray(np.ones(shape, dtype))  # nothing is compiled
 
 
 def integers(*shape):
-    return jnp.zeros(shape, jnp.int32)
+    return jnp.asarray(np.zeros(shape, np.int32))
 
 
 def masks(*shape):
-    return jnp.ones(shape, bool)
+    return jnp.asarray(np.ones(shape, bool))
 
 
 Q, K = floats(2, 11, 3, 8), floats(2, 13, 3, 8)
-SHORT = [x.astype(jnp.bfloat16) for x in (Q, K, K)]
+SHORT = [floats(*x.shape, dtype=jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
-SHORT_HEADS_FIRST = HEADS_FIRST.astype(jnp.bfloat16)
+SHORT_HEADS_FIRST = floats(*HEADS_FIRST.shape, dtype=jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
 TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)

@@ -65,8 +65,8 @@ def test_rows_of_other_maps():
     points, which = draw_points(4, 30), np.array([2, 0, 2, 2])
     found = ops.sample_maps(maps, points, which)
     np.testing.assert_array_equal(found, ops.sample_maps(maps[which], points))
-    gradient = jax.grad(lambda x: (ops.sample_maps(x, points, which) ** 2).sum())(maps)
-    copied = jax.grad(lambda x: (ops.sample_maps(x[which], points) ** 2).sum())(maps)
+    gradient = jax.jit(jax.grad(lambda x: (ops.sample_maps(x, points, which) ** 2).sum()))(maps)
+    copied = jax.jit(jax.grad(lambda x: (ops.sample_maps(x[which], points) ** 2).sum()))(maps)
     np.testing.assert_allclose(gradient, copied, atol=1e-5)
     assert gradient[1].max() == 0 < abs(gradient[2]).max()
     chosen = ops.uncertain_points(maps, points, points[:, :0], 9, which)
@@ -81,7 +81,7 @@ def test_gradient_of_maps(own):
     maps = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
     points = draw_points(*(2,) * own, 30)
     probe = np.random.default_rng(3).normal(size=(2, 30)).astype(np.float32)
-    found = jax.grad(lambda maps: (probe * ops.sample_maps(maps, points)).sum())(maps)
+    found = jax.jit(jax.grad(lambda maps: (probe * ops.sample_maps(maps, points)).sum()))(maps)
     expected = np.zeros(maps.shape)
     for place in np.ndindex(maps.shape):
         unit = np.zeros(maps.shape[1:])
@@ -96,7 +96,9 @@ def test_gradient_of_points():
     maps = np.random.default_rng(0).normal(size=(1, 5, 7))
     points, step = np.array([[0.31, 0.42], [0.77, 0.13]]), 1e-5
     with jax.enable_x64(True):
-        found = jax.grad(lambda points: ops.sample_maps(maps, points).sum())(jnp.array(points))
+        found = jax.jit(jax.grad(lambda points: ops.sample_maps(maps, points).sum()))(
+            jnp.array(points)
+        )
     for place in np.ndindex(points.shape):
         moved = np.zeros(points.shape)
         moved[place] = step
@@ -148,7 +150,7 @@ def test_choice_has_no_gradient():
     def run(*args):
         return ops.uncertain_points(*args, 10).sum()
 
-    for gradient in jax.grad(run, (0, 1, 2))(*args):
+    for gradient in jax.jit(jax.grad(run, (0, 1, 2)))(*args):
         assert not np.asarray(gradient).any()
 
 

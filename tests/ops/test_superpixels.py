@@ -233,7 +233,7 @@ def test_gradient_of_a_precise_product():
     x, y, direction = (draw.normal(size=shape) for shape in ((2, 5, 3), (2, 4, 3), (2, 5, 4)))
     with jax.enable_x64(True):
         loss = lambda x, y: (precise_product("bnc,bmc->bnm", x, y) * direction).sum()  # noqa: E731
-        d_x, d_y = jax.grad(loss, (0, 1))(x, y)
+        d_x, d_y = jax.jit(jax.grad(loss, (0, 1)))(x, y)
     np.testing.assert_allclose(d_x, direction @ y, rtol=1e-12)
     np.testing.assert_allclose(d_y, direction.swapaxes(1, 2) @ x, rtol=1e-12)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.token_pooling import kmeans_of_images, kmedoids_of_images
@@ -57,7 +58,8 @@ def naive_means(x, initial, weights, iterations):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("num_clusters", "iterations"), [(1, 5), (6, 0), (6, 3), (17, 5), (22, 2), (23, 5)]
+    ("num_clusters", "iterations"),
+    sampled([(1, 5), (6, 0), (6, 3), (17, 5), (22, 2), (23, 5)], keep=(2, 3)),
 )
 def test_equals_the_loops(num_clusters, iterations, weighted):
     x, initial = tokens(*SHAPE), first(num_clusters)
@@ -203,7 +205,7 @@ def test_gradients():
         return (ops.kmeans(x, initial, weights).centers * direction).sum()
 
     with jax.enable_x64(True):
-        found = jax.grad(mean_loss, argnums=(0, 1))(x, weights)
+        found = jax.jit(jax.grad(mean_loss, argnums=(0, 1)))(x, weights)
         centers = ops.kmeans(x, initial, weights, iterations=4).centers
         for b in range(SHAPE[0]):
             assignment = nearest(x[b], np.asarray(centers[b]))

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 from random_variables import random_state
+from sampled import sampled
 from timings import without_timings
 
 from tokenvit_jax.data import IGNORED
@@ -178,9 +179,11 @@ CASES = {
     ),
 }  # fmt: skip
 each_task = pytest.mark.parametrize("name", TASKS)
-STRESS = {"htc": [pytest.mark.stress]}  # compiles for minutes
+# What compiles for minutes, and what takes long and repeats the default cases for other networks.
+SLOW = pytest.mark.slow
+MARKS = {"htc": pytest.mark.stress, "upernet": SLOW}
 each_case = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=STRESS.get(name, ())) for name in CASES]
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
 )
 
 
@@ -308,17 +311,22 @@ def step_on_one_device(name: str):
 
 
 FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)]
-# Compiling a step takes longest of all: these cases join two forms in one.
+# Compiling a step takes longest of all: these cases join two forms in one. By default, one task has
+# all forms and a dense one pmap in micro-batches.
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
     "htc": [(devices.PmapParallel, 2)],
     "masks": [(devices.PmapParallel, 2)],
     "pose": [(devices.PmapParallel, 2)],
+    "segmentation": [(devices.PmapParallel, 2), (devices.MeshParallel, 1)],
     "upernet": [(devices.PmapParallel, 2)],
 }
+DEFAULT = [("classification", form) for form in FORMS] + [
+    ("segmentation", (devices.PmapParallel, 2))
+]
 STEPS = [
-    pytest.param(name, *form, marks=STRESS.get(name, ()))
+    pytest.param(name, *form, marks=MARKS.get(name, () if (name, form) in DEFAULT else SLOW))
     for name in CASES
     for form in JOINED.get(name, FORMS)
 ]
@@ -425,11 +433,8 @@ def test_prediction_has_arrays_text_and_pictures(name):
 # ------------------------------------------------------------------------------------------------
 
 
-# What is tested is the loop, and no task: of those that compile for long, the others run on demand.
-LONG = {name: [pytest.mark.stress] for name in ("detection", "masks", "pose")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in TASKS])
+# What is tested is the loop, and no task.
+@pytest.mark.parametrize("name", sampled(TASKS, keep=("classification",)))
 def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
     config = tiny_config(name)
     monkeypatch.setattr(

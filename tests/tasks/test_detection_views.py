@@ -146,6 +146,7 @@ def test_boxes_and_masks_of_mirrored_views():
     assert few.scores.tolist() == [[-1.0]] and few.masks.shape == (1, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_shapes_of_two_mirrored_views_of_the_cascade():
     config = make_config(head="htc", **SEVERAL)
     config.model_overrides = {"depths": (0, 0, 1, 0), "dims": (8, 8, 8, 8), "num_heads": (1,) * 4}

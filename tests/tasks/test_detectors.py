@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from sampled import sampled
 
 import tokenvit_jax as tv
 from tokenvit_jax.heads import MaskRcnn, RetinaNet
@@ -20,7 +21,10 @@ def head_of(cls):
 
 
 @pytest.mark.parametrize("cls", [MaskRcnn, RetinaNet])
-@pytest.mark.parametrize("name", ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"])
+@pytest.mark.parametrize(
+    "name",
+    sampled(["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t"], keep=("clustr_t", "swin_t")),
+)
 def test_each_map_that_the_head_reads_has_one_norm(name, cls):
     """The stages of a ClusTR end in one."""
     backbone = tv.create_model(name, depths=(1, 1, 1, 1))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from sampled import sampled
 
 from experiments.depth.counts import REPORTED, ROWS, count, count_parameters, dpt_hybrid
 from experiments.expedite.published import dpt_saving
@@ -105,7 +106,7 @@ def test_the_network_and_its_gradients():
         near(arrays[name.removeprefix("grad/")], GOLDEN[name], 1e-4)
 
 
-@pytest.mark.parametrize(("number", "mode"), [(0, "hard"), (1, "hard"), (2, "soft")])
+@pytest.mark.parametrize(("number", "mode"), sampled([(0, "hard"), (1, "hard"), (2, "soft")]))
 def test_clusters(number, mode):
     """Each tap behind the clustering is reconstructed; in case 1, the first tap lies before it."""
     neighbors = {"neighbors": 4} if mode == "soft" else {}
@@ -137,7 +138,9 @@ def test_parameters():
 
 
 @pytest.mark.parametrize(
-    ("size", "products"), [((480, 640), 279.573), ((352, 1216), 404.051)], ids=["nyu", "kitti"]
+    ("size", "products"),
+    sampled([((480, 640), 279.573), ((352, 1216), 404.051)]),
+    ids=["nyu", "kitti"],
 )
 def test_costs_as_reported(size, products):
     """The network without clusters, and the released settings."""
@@ -151,6 +154,7 @@ def test_costs_as_reported(size, products):
         assert plain.counted - dpt_saving(row) == pytest.approx(reported, abs=0.1)
 
 
+@pytest.mark.slow
 def test_products_with_clusters():
     (row,) = (row for row in ROWS if row.alpha == 3)
     assert count(row.image_size, row).macs / 1e9 == pytest.approx(190.331, abs=6e-4)
@@ -175,6 +179,7 @@ def config(**entries):
     )
 
 
+@pytest.mark.slow
 def test_plain_hosts_and_depth_that_is_not_inverted():
     model = make_dpt(config(), None)
     assert model.blocks == (0, 1, 2, 3) and model.multiple == 8

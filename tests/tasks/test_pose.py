@@ -119,7 +119,7 @@ def test_unlabelled_and_weightless_points_have_no_gradient():
         rngs = {name: jax.random.key(0) for name in ("dropout", "routing", "sample")}
         return task.loss(FixedHeatmaps(heatmaps), {}, {}, inputs, rngs)[0]
 
-    moved = np.asarray(jax.grad(loss)(heatmaps)).any((0, 1, 2))
+    moved = np.asarray(jax.jit(jax.grad(loss))(heatmaps)).any((0, 1, 2))
     assert not moved[::2].any() and not moved[list(PARTS["face"])].any() and moved[1:23:2].all()
 
 
@@ -223,7 +223,7 @@ def test_heat_maps_of_a_mirrored_image_are_mirrored():
     expected = np.asarray(found)[:, :, ::-1][..., partners_of(WHOLE_BODY)]
     scale = np.abs(expected).max()
     np.testing.assert_allclose(mirrored, expected, atol=1e-5 * scale)
-    plain = model.apply(variables, task.normalize(images), train=False)
+    plain = jax.jit(lambda x: model.apply(variables, task.normalize(x), train=False))(images)
     assert np.abs(found - plain).max() > 1e-3 * scale
 
 
@@ -234,10 +234,13 @@ def test_the_mean_is_shifted_unless_cells_lie_on_unit_steps():
     def apply(images):
         return model.apply(variables, task.normalize(images), train=False)
 
-    found = task.heatmaps(model, variables, images)
-    shifted, unshifted = (
-        flip_tested(apply, images, WHOLE_BODY, shift=shift) for shift in (True, False)
-    )
+    @jax.jit
+    def run(images):
+        return task.heatmaps(model, variables, images), *(
+            flip_tested(apply, images, WHOLE_BODY, shift=shift) for shift in (True, False)
+        )
+
+    found, shifted, unshifted = run(images)
     np.testing.assert_allclose(found, shifted, atol=1e-5)
     assert np.abs(shifted - unshifted).max() > 1e-3
 
@@ -297,6 +300,7 @@ def perfect(refinement, unbiased, size=(256, 192)):
     return meter.result()
 
 
+@pytest.mark.slow
 def test_perfect_heat_maps():
     """Bodies are found; a quarter of a pixel limits face and hands, which DARK with UDP finds."""
     quarter, dark = perfect("quarter", unbiased=False), perfect("dark", unbiased=True)

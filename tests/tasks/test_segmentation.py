@@ -274,7 +274,7 @@ def test_loss_of_pixels():
     def loss(logits):
         return pixel_cross_entropy(logits, labels, lambda x: x)
 
-    value, grad = jax.value_and_grad(loss)(jnp.asarray(logits))
+    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert ((np.abs(grad) > 0) == (labels != IGNORED)[..., None]).all()
 

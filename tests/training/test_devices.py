@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import started
 from make_task import make_task
+from sampled import sampled
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax import ops
@@ -74,12 +75,14 @@ def assert_same_run(found, expected):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     assert jax.device_count() == DEVICES
     one = devices.MeshParallel(devices=jax.devices()[:1])
     assert_same_run(run_steps(one, mixing_config()), on_eight_devices())
 
 
+@pytest.mark.slow
 def test_pmap_equals_jit():
     assert_same_run(run_steps(devices.PmapParallel(), mixing_config()), on_eight_devices())
 
@@ -93,6 +96,7 @@ def test_sharded_parameters_equal_replicated_ones():
     assert {shard.data.shape for shard in scale.addressable_shards} == {(8,)}
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_micro_batches_on_any_devices():
     config = mixing_config()
     config.accumulate_steps = 2
@@ -110,7 +114,7 @@ def types_of(operation, program):
     return collections.Counter(re.findall(r"(b?f\d+)>", " ".join(calls)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS))
 def test_gradients_travel_once_with_the_metrics(kind):
     config, parallel = mixing_config(), kind()
     config.accumulate_steps = 2
@@ -125,7 +129,7 @@ def test_gradients_travel_once_with_the_metrics(kind):
     assert len(re.findall(all_reduce, text[text.index("\nENTRY ") :])) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS))
 def test_gradients_travel_in_the_type_of_the_config(kind):
     config, parallel = mixing_config(), kind()
     config.gradient_reduce_dtype = "bfloat16"

@@ -32,6 +32,7 @@ def metrics_of(workdir):
     return [*map(without_timings, lines)]
 
 
+@pytest.mark.slow
 def test_eight_then_four_devices_then_one(tmp_path, monkeypatch):
     all_devices, config = jax.devices(), config_of_run()
     assert len(all_devices) == 8

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_task import check_config, make_task
+from sampled import sampled
 from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax.data import datasets
@@ -71,7 +72,7 @@ def run_of(task):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["vit_ti", "dgt_t"])
+@pytest.mark.parametrize("model", sampled(["vit_ti", "dgt_t"]))
 def test_all_is_taken_but_the_classifier_of_other_classes(model):
     task = make_task(config_of(model))
     initial, theirs = run_of(make_task(config_of(model), 7))
@@ -148,7 +149,7 @@ def test_first_layer_of_rgb_weights_is_adapted():
     assert notes == ["patches/kernel of RUN is adapted from 3 to 4 channels"]
 
 
-@pytest.mark.parametrize("model", ["vit_b_r50", "vit_ti"])
+@pytest.mark.parametrize("model", sampled(["vit_b_r50", "vit_ti"], keep=(1,)))
 def test_depth_starts_from_a_classifier_and_the_other_way_round(model):
     """DPT reads blocks: it has no last LayerNorm."""
     stem = {"first": 8, "widths": (8, 8, 8), "depths": (1, 1, 1), "num_groups": 4}
@@ -202,7 +203,7 @@ def test_settings_of_the_network_come_from_the_other_run():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("name", sampled(OVERRIDES, keep=("vit_ti", "swin_t")))
 def test_layers_are_counted_from_the_images_to_the_head(name):
     task = make_task(config_of(name))
     model, paths = task.make_model(), shapes_of(task)

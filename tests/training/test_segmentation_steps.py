@@ -67,6 +67,7 @@ def on_eight_devices():
     return run(devices.MeshParallel(), config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [devices.PmapParallel, devices.MeshParallel])
 def test_any_layout_and_any_micro_batches(parallel):
     metrics, sums = on_eight_devices()

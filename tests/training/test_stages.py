@@ -124,6 +124,7 @@ def pooled_step(parallel):
     return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
+@pytest.mark.slow
 def test_pmap_pools_like_the_mesh_and_like_one_device(monkeypatch):
     found = pooled_step(devices.PmapParallel)
     mesh = pooled_step(devices.MeshParallel)
@@ -134,6 +135,7 @@ def test_pmap_pools_like_the_mesh_and_like_one_device(monkeypatch):
         np.testing.assert_allclose(found, other, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_pmap_searches_like_the_mesh():
     for found, expected in zip(
         steps(100.0, parallel=devices.PmapParallel), steps(100.0), strict=True
@@ -161,6 +163,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other(runs):
     found = searched_keep(load_checkpoint(runs / "search").variables["params"])
     assert len(found) == 2 and max(found) < 9
@@ -170,6 +173,7 @@ def test_stages_follow_each_other(runs):
     assert metrics["step"] == 2 and 0 <= metrics["eval/accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_parameters_of_another(runs):
     config = read_config(runs / "search")
     config.ema_decay = 0.5
@@ -196,6 +200,7 @@ def flat_shapes(config):
     return flatten_dict(variable_shapes(make_task(config).make_model(), images), sep="/")
 
 
+@pytest.mark.slow
 def test_a_segmentation_model_starts_from_a_classifier(runs):
     """The backbone is loaded; the classifier is dropped, and the head keeps its first values."""
     config = default_config("segmentation")
@@ -226,6 +231,7 @@ def test_a_segmentation_model_starts_from_a_classifier(runs):
     )
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(runs, tmp_path):
     config = stage({"keep": (), "method": "kmeans"})
     with pytest.raises(

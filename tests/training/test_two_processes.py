@@ -19,14 +19,14 @@ def metrics_of(workdir):
     return [without_timings(json.loads(line)) for line in (workdir / "metrics.jsonl").open()]
 
 
-# Compiling takes nearly all of the time: by default, only the smallest model is compared, on one
-# of its canvases.
+# Compiling takes nearly all of the time. tests/test_train_command.py has a classifier.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "argument", "num_steps", "metric"),
     [
-        (tiny_detector, "retinanet", 1, "eval/box_ar100"),
-        pytest.param(tiny_detector, "mask_rcnn", 2, "eval/box_ar100", marks=pytest.mark.stress),
-        pytest.param(tiny_masks, "semantic", 2, "eval/miou", marks=pytest.mark.stress),
+        (tiny_detector, "retinanet", 1, "eval/box_ar100"),  # one of its canvases
+        (tiny_detector, "mask_rcnn", 2, "eval/box_ar100"),
+        (tiny_masks, "semantic", 2, "eval/miou"),
     ],
 )
 def test_two_processes_equal_one(module, argument, num_steps, metric, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from make_task import make_task
 from safetensors.numpy import load_file, save_file
+from sampled import sampled
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
@@ -44,7 +45,7 @@ def wide_model(head):
 
 @pytest.mark.parametrize(
     ("names", "layout", "head", "settings"),
-    [
+    sampled([
         (
             "mask_rcnn_swin_t.mmdet", "mmdet", "mask_rcnn",
             {"channels": 256, "hidden": 1024, "num_mask_convs": 4},
@@ -54,7 +55,7 @@ def wide_model(head):
             {"channels": 256, "hidden": 1024, "num_mask_convs": 4},
         ),
         ("retinanet_swin_t.mmdet", "mmdet", "retinanet", {"channels": 256, "num_convs": 4}),
-    ],
+    ]),
 )  # fmt: skip
 def test_names_and_shapes_are_those_of_published_files(names, layout, head, settings):
     file = {name: np.broadcast_to(np.float32(0), shape) for name, shape in NAMES[names].items()}
@@ -91,6 +92,7 @@ def test_layouts_by_task():
     assert layouts_of("swin_t", "detection") == ["mmdet", "swin_detection"]
 
 
+@pytest.mark.slow
 def test_detections_equal_mmdetection(tmp_path):
     """The arrays are those of Swin's own code, the detections those of mmdetection's."""
     golden = dict(np.load(GOLDEN / "mask_rcnn_swin_160x192.npz"))
@@ -144,6 +146,7 @@ def cascade():
     return {name.removeprefix("w/"): array for name, array in arrays.items()}
 
 
+@pytest.mark.slow
 def test_boxes_of_a_cascade_equal_mmdetection(tmp_path):
     """All three stages, for given levels and proposals, with soft suppression."""
     arrays, expected = cascade(), np.load(GOLDEN.parent.parent / "heads" / "golden" / "htc.npz")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from make_task import make_task
 from safetensors.numpy import load_file, save_file
+from sampled import sampled
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.models.backbone import variable_shapes
@@ -44,7 +45,7 @@ def wide_model(head):
 
 @pytest.mark.parametrize(
     ("names", "layout", "head", "settings"),
-    [
+    sampled([
         ("upernet_swin_t.mmseg", "mmseg", "upernet", {"channels": 512, "auxiliary_channels": 256}),
         (
             "upernet_swin_t.original", "mmseg0", "upernet",
@@ -54,7 +55,7 @@ def wide_model(head):
             "semantic_fpn_swin_t.mmseg", "mmseg", "semantic_fpn",
             {"channels": 128, "neck_channels": 256},
         ),
-    ],
+    ]),
 )  # fmt: skip
 def test_names_and_shapes_are_those_of_published_files(names, layout, head, settings):
     file = {name: np.broadcast_to(np.float32(0), shape) for name, shape in NAMES[names].items()}
@@ -76,6 +77,7 @@ def test_names_and_shapes_are_those_of_published_files(names, layout, head, sett
     assert found.config_entries(scalars)["head_overrides"] == {}
 
 
+@pytest.mark.slow
 def test_logits_equal_mmsegmentation_and_the_original_names(tmp_path):
     """The arrays have the names of 1.x; some also as Swin's own code stores them."""
     golden = np.load(GOLDEN / "upernet_swin_96x128.npz")
