@@ -57,6 +57,7 @@ def test_act_has_equally_many_prototypes_in_every_block(monkeypatch):
     assert not rivals.best_reducer("act", (5, 5))["carry"]
 
 
+@pytest.mark.slow
 def test_rivals_of_a_swin():
     model = MODELS["swin"]
     assert not rivals.allows_reducers(model)

@@ -32,6 +32,7 @@ def test_equals_mask2formers(params):
     np.testing.assert_allclose(found.masks[..., ::4, ::4], ARRAYS["masks"], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_last_prediction(params):
     run = jax.jit(DECODER.apply, static_argnums=2)
     last, every = (run({"params": params}, FEATURES, train) for train in (False, True))

@@ -142,6 +142,7 @@ def test_rematerialisation_saves_memory():
     assert kept_for_backward(True) < 0.6 * kept_for_backward(False)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
     state = variables("dgt_t")
     model = tv.create_model("dgt_t", **SMALL)

@@ -127,7 +127,6 @@ def test_masked_padding_counts_only_where_there_is_padding():
             ({"mode": "cross"}, 4.219),
             ({"mode": "vanilla"}, 5.37),
         ],
-        keep=(0, 7),
     ),
 )
 def test_multiply_adds_of_the_ablations(overrides, gmacs):

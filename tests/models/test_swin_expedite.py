@@ -205,6 +205,7 @@ def test_the_temperature_follows_the_tokens_of_each_image():
     assert np.abs(together[1] - run(fixed, x[:1])[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_with_rematerialisation():
     """Another stage has the most blocks; gradients are finite and reach all parameters."""
     plain, other = features(SMALL["swin"], "swin", IMAGES), SMALL["swin"].clone(expedite=EXPEDITE)

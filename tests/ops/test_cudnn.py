@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from sampled import sampled
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels import cudnn, gpus
@@ -83,7 +84,9 @@ def test_a_bias_is_not_rounded_to_the_short_type(dtype):
     np.testing.assert_allclose(parts.astype(jnp.float32).sum(-1), x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", sampled([jnp.float32, jnp.float16]), ids=lambda dtype: dtype.__name__
+)
 def test_group_attention_is_plain_attention(by_xla, dtype):
     q, k, v = (normal(i, 2, 3, 7, 8, dtype=dtype) for i in range(3))
     draw = np.random.default_rng(3)

@@ -175,6 +175,7 @@ def training_records(task, count):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
 def test_losses_of_retinanet_depend_on_groups_alone():
     """Eight images on a device; two micro-batches on each of two devices; images for themselves."""
     config = make_config(head="retinanet", image_size=64, **{"data.max_objects": 5})

@@ -37,6 +37,7 @@ def test_each_map_that_the_head_reads_has_one_norm(name, cls):
     assert norms == {f"map_norm_{i + 1}": backbone.settings.dims[i] for i in numbers}
 
 
+@pytest.mark.slow
 def test_clusters_in_the_backbone_change_no_parameter_and_no_shape():
     settings = {"depths": (1, 1, 3, 1), "window_size": 4}
     clustered = Expedite(1, 1, (3, 3), window=1, neighbors=1)

@@ -91,6 +91,7 @@ def test_gradients():
         assert np.any(leaf)
 
 
+@pytest.mark.slow
 def test_narrow_types():
     """The backbone and the queries compute in bfloat16, the pixel decoder in float32."""
     head = HEAD.clone(dtype=jnp.bfloat16)

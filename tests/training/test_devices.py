@@ -312,6 +312,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_rows_of_two_processes_are_those_of_the_whole_batch(tmp_path):
     env = started.environment(tmp_path, devices=2) | {"PYTHONPATH": "tests:."}
     command = ["-c", TWO_PROCESSES, started.free_address()]

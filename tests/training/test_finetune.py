@@ -407,6 +407,7 @@ def pairs(monkeypatch):
     monkeypatch.setattr(datasets, "NAMES", (*datasets.NAMES, "pairs"))
 
 
+@pytest.mark.slow
 def test_a_linear_probe_on_other_classes_goes_on_without_the_run_it_started_from(
     pairs, tmp_path, capsys
 ):
