@@ -1,4 +1,4 @@
-"""The embedded figures with areas as of much larger ones, so that random keypoints count as near."""
+"""The embedded figures with the areas of larger ones, so that random keypoints count as near."""
 
 from typing import Any
 

@@ -12,15 +12,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import tokenvit_jax as tv
 from experiments import pages
-from experiments.runs import make_model
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.published import left_out
-from tokenvit_jax.recipes.pose import MODELS, whole_body_config
-from tokenvit_jax.tasks.pose.model import HEADS
+from tokenvit_jax.recipes.pose import MODELS
+from tokenvit_jax.tasks.pose.model import HEADS, PoseModel
 
+NUM_KEYPOINTS = 133
 SIZE = (256, 192)
+
+
+class Reported(NamedTuple):
+    """What MogaNet's authors report for mmpose's network on COCO's 17 keypoints of the body.
+
+    Attributes:
+      model: the backbone; the head has three transposed convolutions.
+      size: height and width of the crop [pixels].
+      params_m: parameters [10^6].
+      gmacs: "FLOPs" of one crop [10^9].
+    """
+
+    model: str
+    size: tuple[int, int]
+    params_m: float
+    gmacs: float
+
+
+BODY_KEYPOINTS = 17
+REPORTED = (
+    Reported("swin_t", (256, 192), 32.8, 6.1),
+    Reported("swin_b", (256, 192), 93.0, 18.6),
+    Reported("swin_b", (384, 288), 93.0, 40.1),
+    Reported("swin_l", (256, 192), 203.4, 40.3),
+    Reported("swin_l", (384, 288), 203.4, 86.9),
+)
 
 
 class Cost(NamedTuple):
@@ -29,7 +56,7 @@ class Cost(NamedTuple):
     Attributes:
       backbone_params: parameters of the backbone, and of the norms of its maps.
       head_params: parameters of neck and head.
-      backbone_macs: multiply-adds of the backbone for one crop of `SIZE`.
+      backbone_macs: multiply-adds of the backbone for one crop.
       head_macs: multiply-adds of neck and head.
       left_out_macs: multiply-adds that the paper of the backbone does not count.
     """
@@ -41,11 +68,12 @@ class Cost(NamedTuple):
     left_out_macs: int
 
 
-def count(name: str, head: str) -> Cost:
+def count(
+    name: str, head: str, num_keypoints: int = NUM_KEYPOINTS, size: tuple[int, int] = SIZE
+) -> Cost:
     """Counts parameters and multiply-adds of a backbone with a head."""
-    config = whole_body_config(name)
-    config.head = head
-    model, images = make_model(config), jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
+    model = PoseModel(tv.create_model(name), HEADS[head](num_keypoints))
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = variable_shapes(model, images)
     params = dict(variables["params"])
     head_params = _count_parameters(params.pop("head"))
@@ -78,15 +106,30 @@ def row(name: str, head: str) -> list[str]:
     ]  # fmt: skip
 
 
+def reported_row(reported: Reported) -> list[str]:
+    """Returns the cells of a network whose figures are published."""
+    name, size, params_m, gmacs = reported
+    cost = count(name, "deconvolution", BODY_KEYPOINTS, size)
+    params = cost.backbone_params + cost.head_params
+    found = (cost.backbone_macs + cost.head_macs) / 1e9
+    return [
+        f"`{name}`", "{} x {}".format(*size), f"{params / 1e6:.1f}", f"{params_m:.1f}",
+        f"{found:.2f}", f"{gmacs:.1f}", f"{100 * (found / gmacs - 1):+.1f} %",
+    ]  # fmt: skip
+
+
 COLUMNS = [
     "model", "head", "parameters: backbone", "head", "all", "GMACs: backbone", "head", "all",
     "as its paper counts",
 ]  # fmt: skip
+REPORTED_COLUMNS = [
+    "model", "crop", "parameters, M", "published", "GMACs", "published", "residual"
+]  # fmt: skip
 ABOUT = f"""
-133 keypoints; one crop of {SIZE[0]} x {SIZE[1]} pixels, without its mirror image. "GMACs" counts
-the products of all convolutions, linear layers and attention that run, in 10^9 multiply-adds;
-norms, activations and interpolation do not count. "Backbone" has the parameters of the norms of its
-maps, "head" those of the neck.
+{NUM_KEYPOINTS} keypoints; one crop of {SIZE[0]} x {SIZE[1]} pixels, without its mirror image.
+"GMACs" counts the products of all convolutions, linear layers and attention that run, in 10^9
+multiply-adds; norms, activations and interpolation do not count. "Backbone" has the parameters of
+the norms of its maps, "head" those of the neck.
 """
 NOT_PUBLISHED = """
 There is nothing published to compare these numbers with. ClusTR's paper, whose Table 5 has the only
@@ -95,13 +138,23 @@ the table has neither parameters nor costs. `mta` is the head of TCFormer, whose
 says to share; that it is the one of the paper is a guess. The last column leaves out the
 clustering, as the paper does for its classifiers; other models have nothing to leave out.
 """
+ABOUT_REPORTED = """
+Swin Transformers with three transposed convolutions, as mmpose trains them for the body alone.
+MogaNet's authors measured them (the README of their pose estimation); their tool also counts norms
+and other elementwise work.
+"""
 
 
 def page() -> list[str]:
     """Returns the lines of the page."""
     rows = [row(name, head) for head in HEADS for name in MODELS]
-    lines = pages.heading("Poses: parameters and costs", __file__, ABOUT)
-    return [*lines, "", *pages.table(COLUMNS, rows), "", *pages.paragraph(NOT_PUBLISHED)]
+    reported = [*map(reported_row, REPORTED)]
+    return [
+        *pages.heading("Poses: parameters and costs", __file__, ABOUT), "",
+        *pages.table(COLUMNS, rows), "", *pages.paragraph(NOT_PUBLISHED), "",
+        f"## Published: {BODY_KEYPOINTS} keypoints", "", *pages.paragraph(ABOUT_REPORTED), "",
+        *pages.table(REPORTED_COLUMNS, reported),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
