@@ -52,6 +52,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "clusters": Setting("ClusTR, clusters", "mta"),
     "grid": Setting("ClusTR, grid pooling", "mta", {"aggregation": "grid"}),
+    "deconvolution": Setting("ClusTR, clusters", "deconvolution", {}, {"channels": 64}),
 }
 
 

@@ -108,11 +108,11 @@ multiply-adds; norms, activations and interpolation do not count. "Backbone" has
 the norms of its maps, "head" those of the neck.
 """
 NOT_PUBLISHED = """
-There is nothing published to compare these numbers with. ClusTR's paper, whose Table 5 has the only
-results of one of these backbones on COCO-WholeBody, describes neither its neck nor its head, and
-the table has neither parameters nor costs. `mta` is the head of TCFormer, whose settings the paper
-says to share; that it is the one of the paper is a guess. The last column leaves out the
-clustering, as the paper does for its classifiers; other models have nothing to leave out.
+These rows have no published counterpart. ClusTR's paper, whose Table 5 has results on
+COCO-WholeBody, describes neither its neck nor its head, and the table has neither parameters nor
+costs. `mta` is the head of TCFormer, whose settings the paper says to share; that it is the one of
+the paper is a guess. The last column leaves out the clustering, as the paper does for its
+classifiers; other models have nothing to leave out.
 """
 ABOUT_REPORTED = """
 Swin Transformers with three transposed convolutions, as mmpose trains them for the body alone, and
