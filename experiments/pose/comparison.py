@@ -1,4 +1,4 @@
-"""Compares backbones and heads for poses, trained on the embedded figures with several seeds.
+"""Compares backbones for poses, trained on the embedded figures with several seeds.
 
     python -m experiments.pose.comparison --runs=RUNS
 
@@ -28,7 +28,7 @@ flags.DEFINE_string("runs", None, "folder of the training runs", flag_values=FLA
 SEEDS = (0, 1, 2)
 NUM_STEPS = 500
 PARTS = {"": "all", "body_": "body", "foot_": "feet", "face_": "face", "hand_": "hands"}
-COLUMNS = ["backbone", "head", "parameters, k", "MMACs", *PARTS.values()]
+COLUMNS = ["backbone", "parameters, k", "MMACs", *PARTS.values()]
 
 Runs = Mapping[str, Sequence[Mapping[str, float]]]
 
@@ -37,22 +37,17 @@ class Setting(NamedTuple):
     """A network of the comparison.
 
     Attributes:
-      backbone: name of the backbone in the table.
-      head: name of the head.
-      backbone_overrides: settings of the backbone besides the recipe's.
-      head_overrides: settings of the head; None: the recipe's.
+      name: its name in the table.
+      overrides: settings of the backbone besides the recipe's.
     """
 
-    backbone: str
-    head: str
-    backbone_overrides: Mapping[str, Any] = {}
-    head_overrides: Mapping[str, Any] | None = None
+    name: str
+    overrides: Mapping[str, Any] = {}
 
 
 SETTINGS = {
-    "clusters": Setting("ClusTR, clusters", "mta"),
-    "grid": Setting("ClusTR, grid pooling", "mta", {"aggregation": "grid"}),
-    "deconvolution": Setting("ClusTR, clusters", "deconvolution", {}, {"channels": 64}),
+    "clusters": Setting("ClusTR, clusters"),
+    "grid": Setting("ClusTR, grid pooling", {"aggregation": "grid"}),
 }
 
 
@@ -62,10 +57,7 @@ def make_config(setting: Setting, seed: int = 0) -> ConfigDict:
     config.seed = seed
     config.num_steps = config.eval_every_steps = NUM_STEPS
     config.checkpoint_every_steps = NUM_STEPS // 2
-    config.model_overrides = {**config.model_overrides, **setting.backbone_overrides}
-    config.head = setting.head
-    if setting.head_overrides is not None:
-        config.head_overrides = dict(setting.head_overrides)
+    config.model_overrides = {**config.model_overrides, **setting.overrides}
     return config
 
 
@@ -83,7 +75,7 @@ def row(setting: Setting, runs: Sequence[Mapping[str, float]]) -> list[str]:
     config = make_config(setting)
     counted = summarize_model(make_model(config), config.image_size, config.model)
     counts = [f"{counted.params / 1e3:.0f}", f"{counted.macs / 1e6:.0f}"]
-    return [setting.backbone, f"`{setting.head}`", *counts, *cells(runs)]
+    return [setting.name, *counts, *cells(runs)]
 
 
 def plot(runs: Runs) -> Figure:
@@ -95,7 +87,7 @@ def plot(runs: Runs) -> Figure:
         plots.draw_seeds(axis, groups, colors)
         axis.margins(y=0.4)
         axis.set(title=f"AP, {part} [%]")
-    plots.name_rows(axes[0], [f"{s.backbone}, {s.head}" for s in SETTINGS.values()])
+    plots.name_rows(axes[0], [setting.name for setting in SETTINGS.values()])
     return figure
 
 
@@ -105,13 +97,14 @@ def page(runs: Runs) -> list[str]:
     about = f"""
     Small networks were trained from random weights for {config.num_steps} steps with
     {config.batch_size} crops of {" x ".join(map(str, config.image_size))} pixels each, with
-    {len(SEEDS)} seeds: the recipe `configs/pose.py:figures`, which has twice as many steps. The
-    columns of the parts have the average precision / recall [%] on the 120 test figures, mean ±
-    standard deviation over the seeds; "hands" is the mean of both. MMACs are 10^6 multiply-adds of
-    one crop, with those of the clustering; an evaluation needs two crops, of which one is mirrored.
+    {len(SEEDS)} seeds: the recipe `configs/pose.py:figures`, which has twice as many steps and the
+    head `mta`. The columns of the parts have the average precision / recall [%] on the 120 test
+    figures, mean ± standard deviation over the seeds; "hands" is the mean of both. MMACs are 10^6
+    multiply-adds of one crop, with those of the clustering; an evaluation needs two crops, of which
+    one is mirrored. These are drawn figures, NOT people.
     """
     rows = [row(setting, runs[name]) for name, setting in SETTINGS.items()]
-    lines = pages.heading("Backbones and heads on drawn figures", __file__, about)
+    lines = pages.heading("Backbones on drawn figures", __file__, about)
     return [*lines, "", "![AP of every seed](comparison.png)", "", *pages.table(COLUMNS, rows)]
 
 
