@@ -40,6 +40,12 @@ def signed_mean_and_std(differences: Sequence[float]) -> str:
     return f"{np.mean(differences):+.3f}{_std(differences)}"
 
 
+def percentage(shares: Sequence[float]) -> str:
+    """Formats shares over seeds as :func:`mean_and_std` does, in percent."""
+    percent = 100 * np.asarray(shares)
+    return f"{percent.mean():.1f}" + (f" ± {percent.std(ddof=1):.1f}" if len(percent) > 1 else "")
+
+
 def _std(values: Sequence[float]) -> str:
     return f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
 

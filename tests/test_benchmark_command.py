@@ -329,7 +329,7 @@ def test_report(monkeypatch, capsys, tmp_path, flag):
         (["--task=segmentation", "--op=kmeans"], 2, "one of --model=NAME, --task=NAME, --op=NAME"),
         (["--task=segmentation", "--model=swin"], 1, "--model=swin is not valid with --task="),
         (["--task=segmentation", "--against=pvt"], 1, "--against=pvt is not valid for this task"),
-        (["--task=pose"], 2, "flag --task=pose: value should be one of"),
+        (["--task=video"], 2, "flag --task=video: value should be one of"),
         (["--model=dgt_t", "--dtype=float16"], 2, "should be one of <float32|bfloat16>"),
     ],
 )

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_pose
 from make_task import make_task, open_dataset
-from ml_collections import ConfigDict
 from PIL import Image
 from random_variables import random_variables
 
@@ -18,26 +18,16 @@ from tokenvit_jax.training.exporting import lower
 from tokenvit_jax.training.new_run import write_run
 from tokenvit_jax.weights.own import named_arrays
 
-SIZE = HEIGHT, WIDTH = 64, 32
+SIZE = HEIGHT, WIDTH = 64, 32  # of `tiny_pose`
 SIDE, PERSONS, IMAGES = 224, 120, 90  # of the figures
-
-
-def tiny_config() -> ConfigDict:
-    config = default_config("pose")
-    config.model, config.dataset, config.image_size = "swin_t", "figures", SIZE
-    config.model_overrides = {
-        "dims": (4, 4, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (0, 0, 1, 0), "mlp_ratio": 1,
-        "window_size": 2,
-    }  # fmt: skip
-    config.head_overrides = {"channels": 4, "num_heads": 2, "mlp_ratio": 1, "init_std": 0.1}
-    config.data.eval_batch_size = 40
-    return config
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Returns the folder of a run with random variables, whose scores are about 1."""
-    task = make_task(tiny_config())
+    config = tiny_pose.get_config("mta")
+    config.dataset = "figures"
+    task = make_task(config)
     images = jax.ShapeDtypeStruct((1, *SIZE, 3), np.float32)
     variables = random_variables(task.make_model(), images)
     variables["params"]["head"]["heatmaps"]["bias"] += 1

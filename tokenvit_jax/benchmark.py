@@ -20,10 +20,11 @@ and timm.
 
 --task=segmentation times UperNet, with Swin-T unless --model names another backbone that has a
 recipe; --task=depth times DPT-hybrid; --task=detection times Mask R-CNN, with Swin-T unless --model
-names another; --task=masks times Mask2Former for semantic segmentation of ADE20K, likewise. The
-training step has the loss of the recipe, on a batch that is prepared before. --against then names
-networks of transformers, upernet_swin_t, dpt_hybrid or mask2former_swin_t, or mask_rcnn_swin_t,
-which is made of torchvision's modules and timm's Swin-T.
+names another; --task=masks times Mask2Former for semantic segmentation of ADE20K, and --task=pose
+the head of transposed convolutions for whole-body poses, likewise. The training step has the loss
+of the recipe, on a batch that is prepared before. --against then names networks of transformers,
+upernet_swin_t, dpt_hybrid, mask2former_swin_t or pose_swin_t, whose head is made of PyTorch's
+layers, or mask_rcnn_swin_t, which is made of torchvision's modules and timm's Swin-T.
 
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
@@ -102,6 +103,10 @@ MEASURED = {
     ),
     "masks": Measured(
         "swin_t", "640", "Mask2Former, Swin-T", "mask2former_swin_t", batch_size=1
+    ),
+    "pose": Measured(
+        "swin_t", "256x192", "Whole-body poses, Swin-T with transposed convolutions", "pose_swin_t",
+        batch_size=8,
     ),
 }  # fmt: skip
 
@@ -224,12 +229,17 @@ def _measure(flag_values):
 
 def _task_kind(task):
     """Returns how the models of a task are timed."""
-    from tokenvit_jax.recipes import detection, dpt, mask2former, upernet
+    from tokenvit_jax.recipes import detection, dpt, mask2former, pose, upernet
     from tokenvit_jax.training.task_speed import task_kind
 
     def detector(name):
         config = detection.mask_rcnn_config(name)
         config.head_overrides.update({"loss_group": 1})  # batches of any size
+        return config
+
+    def deconvolution(name):
+        config = pose.whole_body_config(name)
+        config.head = "deconvolution"
         return config
 
     recipes = {
@@ -242,6 +252,7 @@ def _task_kind(task):
             name: functools.partial(mask2former.mask2former_config, f"ade20k_semantic_{name}")
             for name in mask2former.MODELS
         },
+        "pose": {name: functools.partial(deconvolution, name) for name in pose.MODELS},
     }[task]
 
     def recipe(name):

@@ -11,18 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import pages, plots
 from experiments.runs import make_model
+from experiments.trained_runs import trained
 from tokenvit_jax import cli
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.recipes.detection import scenes_config
-from tokenvit_jax.training.loop import train
-from tokenvit_jax.training.train_log import read_metrics
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("runs", None, "folder of the training runs", flag_values=FLAGS)
@@ -83,22 +81,6 @@ def make_config(setting: Setting, seed: int = 0) -> ConfigDict:
     return config
 
 
-def trained(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Trains unless the folder holds the finished run; returns the metrics after the last step."""
-    for _ in range(2):
-        lines = read_metrics(workdir) if workdir.exists() else []
-        for metrics in lines:
-            if metrics["step"] == config.num_steps and "eval/box_ap" in metrics:
-                return metrics
-        train(config, workdir)
-    raise AssertionError(f"{workdir} was stopped")
-
-
-def percentage(values: Sequence[float]) -> str:
-    """Formats the mean and the standard deviation over seeds of shares, in percent."""
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-
-
 def row(setting: Setting, runs: Sequence[dict[str, float]]) -> list[str]:
     """Returns the cells of a network."""
     config = make_config(setting)
@@ -109,7 +91,7 @@ def row(setting: Setting, runs: Sequence[dict[str, float]]) -> list[str]:
         setting.backbone,
         f"{counted.params / 1e3:.0f}",
         f"{counted.macs / 1e6:.0f}",
-        *(percentage(values) if values else "" for values in found),
+        *(pages.percentage(values) if values else "" for values in found),
     ]
 
 
@@ -154,7 +136,7 @@ def main(flag_values: flags.FlagValues) -> None:
     runs = {name: [] for name in settings()}
     for seed in SEEDS:  # an interrupted experiment has whole comparisons
         for name, setting in settings().items():
-            metrics = trained(make_config(setting, seed), folder / f"{name}_{seed}")
+            metrics = trained(make_config(setting, seed), folder / f"{name}_{seed}", "eval/box_ap")
             runs[name].append(metrics)
             print(f"{name}, seed {seed}: box AP {100 * metrics['eval/box_ap']:.1f}", flush=True)
     pages.write(__file__, page(runs), plot(runs))

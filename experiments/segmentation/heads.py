@@ -8,7 +8,6 @@ Writes heads.md and heads.png here.
 
 from collections.abc import Callable
 
-import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -62,12 +61,6 @@ def mious(group: list[ShortRun]) -> list[float]:
     return [100 * run.metrics["eval/miou"] for run in group]
 
 
-def percentage(values: list[float]) -> str:
-    """Formats the mean and the standard deviation of percentages over seeds."""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
-
-
 def heads_table(runs: Runs) -> list[str]:
     """Returns the lines of the results of the heads."""
     rows = []
@@ -79,7 +72,7 @@ def heads_table(runs: Runs) -> list[str]:
             f"{config.optimizer.learning_rate:g}",
             f"{counted.params / 1e3:.0f}",
             f"{counted.macs / 1e6:.1f}",
-            percentage(mious(group)),
+            pages.percentage([run.metrics["eval/miou"] for run in group]),
             mean_and_std([run.test_loss for run in group]),
             mean_and_std([short_runs.last_loss(run) for run in group]),
         ])  # fmt: skip

@@ -16,6 +16,7 @@ from jax import lax
 from sampled import sampled
 
 import tokenvit_jax as tv
+from experiments.pose.published import KEYPOINTS, REPORTED, layer_macs
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import DeconvHead, MtaHead
 from tokenvit_jax.heads.pose import Deconvolution, PooledAttention, double
@@ -201,6 +202,20 @@ def test_parameters(name):
         assert last == LAST_LAYER
     assert counts[0] - LAST_LAYER == NECKS[name]
     assert tuple(backbone + count for count in counts) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("reported", REPORTED)
+def test_parameters_and_costs_are_those_reported_of_swin(reported):
+    """Swin with transposed convolutions for 17 keypoints, counted as mmcv counts."""
+    dim = tv.create_model(reported.model).settings.dims[-1]
+    last = [jax.ShapeDtypeStruct((1, 8, 6, dim), jnp.float32)]
+    variables = jax.eval_shape(
+        lambda x: DeconvHead(KEYPOINTS).init(jax.random.key(0), x, train=False), last
+    )
+    head = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    params = EXACT[reported.model][0] - 1000 * (dim + 1) + head
+    assert round(params / 1e6, 1) == reported.params_m
+    assert round(layer_macs(reported.model, reported.size) / 1e9, 1) == reported.gmacs
 
 
 def test_products():

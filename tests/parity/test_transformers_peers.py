@@ -36,6 +36,7 @@ def one_thread(monkeypatch):
         ("segmentation", 2 * 768),
         ("depth", 2 * 768 + 2 * (9 * 256 + 1) * 256 - (24 * 24 - 4 * 4) * 768),
         ("masks", 2 * 768),
+        ("pose", 2 * 768),
     ],
 )
 def test_networks_have_equal_parameters(task, more):

@@ -11,13 +11,13 @@ from make_task import make_task, open_dataset
 from PIL import Image
 from random_variables import random_variables
 
+from experiments.pose.perfect import FixedHeatmaps, perfect
 from tokenvit_jax.data.datasets import figures
 from tokenvit_jax.data.person_crops import mirror, partners_of
 from tokenvit_jax.data.record import Person, Skeleton
 from tokenvit_jax.data.whole_body import PARTS, WHOLE_BODY
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads import DeconvHead, MtaHead
-from tokenvit_jax.ops.heatmaps import heatmap_targets, to_heatmap
 from tokenvit_jax.tasks import Outcome, default_config
 from tokenvit_jax.tasks.pose.inference import flip_tested, keypoints_in_images
 
@@ -56,16 +56,6 @@ def batch_of(task, indices, train=True):
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
-
-
-class FixedHeatmaps:
-    """A model that returns heat maps (B, h, w, K) whatever it sees."""
-
-    def __init__(self, heatmaps):
-        self.heatmaps = heatmaps
-
-    def apply(self, variables, images, train, **kwargs):
-        return (self.heatmaps, {}) if "mutable" in kwargs else self.heatmaps
 
 
 def loss_of(task, heatmaps, batch):
@@ -258,52 +248,15 @@ def test_places_in_the_image():
             np.testing.assert_allclose(found[0, number], [*place, score], rtol=1e-5)
 
 
-def perfect(refinement, unbiased, size=(256, 192)):
-    """Returns the metrics of the test figures if the heat maps are their targets."""
-    task = make_task(config_of(**{
-        "image_size": size, "pose.unbiased": unbiased, "inference.refinement": refinement,
-        "inference.flip": False,
-    }))  # fmt: skip
-    examples, meter = task.examples(train=False), task.meter()
-    cells = (size[0] // 4, size[1] // 4)
-
-    @jax.jit
-    def decode(points, labelled, to_image):
-        targets = heatmap_targets(
-            to_heatmap(points, size, cells, unbiased=unbiased), labelled, cells, unbiased=unbiased
-        )
-        return task.evaluate(
-            FixedHeatmaps(targets.maps), {},
-            {
-                "image": jnp.zeros((len(points), *size, 3)), "to_image": to_image,
-                **{name: jnp.zeros(len(points)) for name in ("index", "mask", "score", "area")},
-            },
-        ).rows["keypoints"]  # fmt: skip
-
-    for start in range(0, len(source("test")), 40):
-        records = [source("test").read(start + i) for i in range(40)]
-        found = [examples(record, None) for record in records]
-        batch = {name: np.stack([x[name] for x in found]) for name in found[0]}
-        # From the image to the crop: the inverse of the map that an example holds.
-        points, labelled = [], []
-        for record, to_image in zip(records, batch["to_image"], strict=True):
-            keypoints = record["person"].keypoints
-            places = np.linalg.solve(to_image[:, :2], (keypoints[:, :2] - to_image[:, 2]).T).T
-            points.append(places.astype(np.float32))
-            labelled.append(keypoints[:, 2] > 0)
-        keypoints = decode(np.stack(points), np.stack(labelled), batch["to_image"])
-        rows = {
-            "keypoints": np.asarray(keypoints), "score": batch["score"], "area": batch["area"],
-            "index": np.arange(start, start + 40), "mask": np.ones(40),
-        }  # fmt: skip
-        meter.add(Outcome((), rows))
-    return meter.result()
-
-
 @pytest.mark.slow
 def test_perfect_heat_maps():
     """Bodies are found; a quarter of a pixel limits face and hands, which DARK with UDP finds."""
-    quarter, dark = perfect("quarter", unbiased=False), perfect("dark", unbiased=True)
+    quarter, dark = (
+        perfect(config_of(**{
+            "image_size": (256, 192), "pose.unbiased": unbiased, "inference.refinement": refinement
+        }))
+        for unbiased, refinement in ((False, "quarter"), (True, "dark"))
+    )  # fmt: skip
     assert quarter["eval/body_ap"] > 0.99 and quarter["eval/foot_ap"] > 0.99
     for part in ("face", "hand"):
         assert quarter[f"eval/{part}_ap"] < dark[f"eval/{part}_ap"]

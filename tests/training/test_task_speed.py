@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_masks
+import tiny_pose
 
 from tokenvit_jax.measure import models
 from tokenvit_jax.models.backbone import variable_shapes
@@ -90,6 +91,20 @@ def test_random_segments():
     batch = random_batch(create_task(config), 2)
     np.testing.assert_array_equal(np.unique(batch["segments"]), range(1, 9))
     np.testing.assert_array_equal((batch["classes"] >= 0).sum(1), [8, 8])
+    model, work_of = task_kind(lambda name: config).subject("swin_t", dtype=jnp.dtype("float32"))
+    images, targets, loss = work_of(SIZE, 2)
+    variables = variable_shapes(model, images)
+    after, found = jax.eval_shape(models.train_step_of(model, loss), variables, images, targets)
+    assert found.shape == () and jax.tree.structure(after) == jax.tree.structure(variables)
+
+
+def test_random_keypoints():
+    """All keypoints are labelled and lie in the crop, and the training step takes them."""
+    config = tiny_pose.get_config("deconvolution")
+    config.image_size = SIZE
+    keypoints = random_batch(create_task(config), 2)["keypoints"]
+    assert keypoints.shape == (2, 133, 3) and (keypoints[..., 2] > 0).all()
+    assert (keypoints >= 1).all() and (keypoints <= 2).all()
     model, work_of = task_kind(lambda name: config).subject("swin_t", dtype=jnp.dtype("float32"))
     images, targets, loss = work_of(SIZE, 2)
     variables = variable_shapes(model, images)

@@ -1,4 +1,4 @@
-"""A detector and a Mask2Former train and are evaluated in two real processes as in one."""
+"""Networks of dense tasks train and are evaluated in two real processes as in one."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import started
 import tiny_detector
 import tiny_masks
+import tiny_pose
 from timings import without_timings
 
 from tokenvit_jax.tasks.detection.task import Detection
@@ -27,6 +28,8 @@ def metrics_of(workdir):
         (tiny_detector, "retinanet", 1, "eval/box_ar100"),  # one of its canvases
         (tiny_detector, "mask_rcnn", 2, "eval/box_ar100"),
         (tiny_masks, "semantic", 2, "eval/miou"),
+        (tiny_pose, "mta", 2, "eval/body_ar"),
+        (tiny_pose, "deconvolution", 2, "eval/body_ar"),
     ],
 )
 def test_two_processes_equal_one(module, argument, num_steps, metric, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.measure.torch_peers import TorchWork, import_package
 
 NUM_CLASSES = 150  # of ADE20K
+NUM_KEYPOINTS = 133  # of COCO-WholeBody
 SEGMENTS = 8  # of an image of a random batch
 # Scale and shift from the output to inverse depth, and largest depth, of DPT on NYU [1/m, 1/m, m].
 SCALE, SHIFT, MAX_DEPTH = 0.000305, 0.1378, 10.0
@@ -124,6 +125,52 @@ def mask2former_swin_t(image_size: tuple[int, int], mode: str) -> TorchWork:
     return TorchWork(module, targets, loss)
 
 
+def pose_swin_t(image_size: tuple[int, int], mode: str) -> TorchWork:
+    """Returns transposed convolutions on Swin-T, and the squared error of its heat maps.
+
+    transformers has no such network; the backbone is its own, and the head of Xiao et al. 2018 is
+    made of PyTorch's layers. The heat maps of the targets are given.
+    """
+    del mode  # the same network in both
+    import torch
+    from transformers import SwinBackbone, SwinConfig
+
+    backbone = SwinConfig(image_size=image_size, drop_path_rate=0.1, out_features=["stage4"])
+    module = _heatmap_network(SwinBackbone(backbone), 8 * backbone.embed_dim)
+
+    def targets(batch_size, generator):
+        height, width = image_size
+        return torch.rand(batch_size, NUM_KEYPOINTS, height // 4, width // 4, generator=generator)
+
+    def loss(compute, images, targets):
+        return torch.nn.functional.mse_loss(compute(images).float(), targets)
+
+    return TorchWork(module, targets, loss)
+
+
+def _heatmap_network(backbone, channels):
+    """Returns a module with a head on the last map of a backbone."""
+    from torch import nn
+
+    class HeatmapNetwork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, layers, dim = backbone, [], channels
+            for _ in range(3):
+                layers += [
+                    nn.ConvTranspose2d(dim, 256, 4, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(256),
+                    nn.ReLU(),
+                ]
+                dim = 256
+            self.head = nn.Sequential(*layers, nn.Conv2d(dim, NUM_KEYPOINTS, 1))
+
+        def forward(self, images):
+            return self.head(self.backbone(images).feature_maps[-1])
+
+    return HeatmapNetwork()
+
+
 def striped_segments(image_size: tuple[int, int]) -> np.ndarray:
     """Returns a map of :data:`SEGMENTS` upright stripes, 1, 2, ... (H, W).
 
@@ -138,4 +185,5 @@ PEERS = {
     "upernet_swin_t": upernet_swin_t,
     "dpt_hybrid": dpt_hybrid,
     "mask2former_swin_t": mask2former_swin_t,
+    "pose_swin_t": pose_swin_t,
 }
