@@ -32,6 +32,20 @@ def test_every_file_is_a_recipe_and_every_bound_is_one():
             assert (bound.memory_gib or 0) * 2**30 <= parse_target(target).device.memory
 
 
+def test_every_family_has_bounds_for_a_gpu_and_a_tpu():
+    for family in (
+        "dgt_t",
+        "clustr_t",
+        "pale_t",
+        "deit_s",
+        "deit_s:level3",
+        "swin_t",
+        "segmenter_s",
+    ):
+        platforms = {parse_target(target).device.platform for target in BOUNDS[family]}
+        assert platforms == {"cuda", "tpu"}
+
+
 def test_first_batches():
     assert compiled_recipes.first_batch("dgt_t", "h100") == 128
     assert compiled_recipes.first_batch("dgt_t", "v5e:16x16") == 4
