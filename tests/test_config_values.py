@@ -285,7 +285,8 @@ NARROW_DETECTORS = {
 }  # fmt: skip
 NARROW_DETECTORS["htc"] = NARROW_DETECTORS["mask_rcnn"] | {
     "head_overrides.num_box_convs": 2, "head_overrides.num_mask_convs": 2,
-    "head_overrides.num_stuff": 6,
+    "head_overrides.num_stuff": 6, "num_steps": 240, "eval_every_steps": 240,
+    "checkpoint_every_steps": 120, "optimizer.warmup_steps": 24,
 }  # fmt: skip
 HTC_EPOCH = 1833  # steps
 HTC = COCO | {

@@ -76,7 +76,8 @@ def test_a_second_signal_ends_at_once(start, number):
 
 
 def test_a_closed_terminal_asks_once(start):
-    program = start(BUSY.format(unsaved=True))
+    terminal = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # even under `nohup`
+    program = start(terminal + BUSY.format(unsaved=True))
     for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):  # the shell repeats it
         program.send_signal(number)
         time.sleep(0.3)
