@@ -328,6 +328,7 @@ class WrongType(ManyArrays):
         return super().__call__(record, rng) | {"depth": np.zeros((65, 67), np.float32)}
 
 
+@pytest.mark.slow
 def test_arrays_of_all_types_come_back_from_workers(config):
     config.batch_size = 4
     source = NumberedSource(9)
@@ -342,6 +343,7 @@ def test_arrays_of_all_types_come_back_from_workers(config):
     iterator.close()
 
 
+@pytest.mark.slow
 def test_array_of_another_type_than_its_spec_is_an_error(config):
     config.data.workers = 1
     with pytest.raises(TypeError, match=r"float32.*float64") as error:
@@ -468,7 +470,7 @@ if sys.argv[1] == "kill":
 """
 
 
-@pytest.mark.parametrize("how", ["exit", "kill"])
+@pytest.mark.parametrize("how", ["exit", pytest.param("kill", marks=pytest.mark.slow)])
 def test_workers_end_with_their_parent(tmp_path, how):
     (tmp_path / "tokenvit_jax").mkdir()
     (tmp_path / "tokenvit_jax" / "__init__.py").touch()
