@@ -56,6 +56,7 @@ def run(monkeypatch, capsys, *args):
     return exit_info.value.code, output.out, output.err
 
 
+@pytest.mark.slow
 def test_model_on_a_machine_with_jax_and_flax_only():
     command = [sys.executable, "-c", RUN_WITHOUT_THEM, "--model=tiny", "--image_size=32x64",
                "--batch_size=2", "--dtype=bfloat16", "--format=json"]  # fmt: skip

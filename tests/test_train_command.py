@@ -137,6 +137,7 @@ def test_evaluate_prints_the_metrics_of_the_last_checkpoint(reference, start):
     assert without_timings(json.loads(out)) == pytest.approx(logged, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(reference, env, tmp_path):
     runs = started.start_several(2, command_of("train", tmp_path), env)
     # SIGTERM to one process stops both after the same step.

@@ -20,6 +20,7 @@ from tokenvit_jax.tasks import create_task
 SIZE = (48, 40)
 
 
+@pytest.mark.slow
 def test_rivals_cost_at_most_as_much(monkeypatch):
     assert rivals.REDUCERS == ("tome", "weighted_kmedoids", "act")
     monkeypatch.setattr(rivals, "REDUCERS", ("tome",))

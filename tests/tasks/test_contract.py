@@ -312,7 +312,7 @@ def step_on_one_device(name: str):
 
 FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)]
 # Compiling a step takes longest of all: these cases join two forms in one. By default, one task has
-# all forms and a dense one pmap in micro-batches.
+# all forms, and the others have none.
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
@@ -322,11 +322,8 @@ JOINED = {
     "segmentation": [(devices.PmapParallel, 2), (devices.MeshParallel, 1)],
     "upernet": [(devices.PmapParallel, 2)],
 }
-DEFAULT = [("classification", form) for form in FORMS] + [
-    ("segmentation", (devices.PmapParallel, 2))
-]
 STEPS = [
-    pytest.param(name, *form, marks=MARKS.get(name, () if (name, form) in DEFAULT else SLOW))
+    pytest.param(name, *form, marks=MARKS.get(name, () if name == "classification" else SLOW))
     for name in CASES
     for form in JOINED.get(name, FORMS)
 ]

@@ -87,6 +87,7 @@ def test_pmap_equals_jit():
     assert_same_run(run_steps(devices.PmapParallel(), mixing_config()), on_eight_devices())
 
 
+@pytest.mark.slow
 def test_sharded_parameters_equal_replicated_ones():
     found = run_steps(devices.MeshParallel(fsdp=4), mixing_config())
     assert_same_run(found, on_eight_devices())

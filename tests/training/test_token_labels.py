@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from make_task import check_config, make_task
-from sampled import sampled
 from token_model import TokenModel, token_config, use_token_model, write_run
 
 from tokenvit_jax.errors import UserError
@@ -170,14 +169,15 @@ def workdir(tmp_path_factory):
     return workdir, write_run(workdir, seed=1, normalization="inception")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    sampled([
+    [
         {"mix.mixtoken": 1.0, "token_labels.weight": 0.5, "token_labels.teacher": "TEACHER"},
         {"mix.mixup": 0.8, "mix.cutmix": 1.0, "distillation.weight": 0.5,
          "distillation.teacher": "TEACHER", "distillation.kind": "soft",
          "distillation.temperature": 3.0, "optimizer.freeze": "patches"},
-    ]),
+    ],
     ids=["token labels", "distillation"],
 )  # fmt: skip
 def test_taught_run_is_the_same_on_a_mesh_and_under_pmap(monkeypatch, workdir, changes):
