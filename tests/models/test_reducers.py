@@ -83,7 +83,8 @@ def gmacs(name, keep, method):
     return count_macs(apply, shapes_of(model), PHOTO) / 1e9
 
 
-@pytest.mark.parametrize("name", sampled(TOKEN_POOLING))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKEN_POOLING)
 def test_costs_of_the_published_levels(name):
     dim = tv.create_model(name).settings.dim
     for level in TOKEN_POOLING[name]:

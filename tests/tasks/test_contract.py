@@ -181,7 +181,7 @@ CASES = {
 each_task = pytest.mark.parametrize("name", TASKS)
 # What compiles for minutes, and what takes long and repeats the default cases for other networks.
 SLOW = pytest.mark.slow
-MARKS = {"htc": pytest.mark.stress, "upernet": SLOW}
+MARKS = {"htc": pytest.mark.stress, "masks": SLOW, "pose": SLOW, "upernet": SLOW}
 each_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
 )
@@ -312,7 +312,8 @@ def step_on_one_device(name: str):
 
 FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)]
 # Compiling a step takes longest of all: these cases join two forms in one. By default, one task has
-# all forms, and the others have none.
+# two forms, and the others have none.
+DEFAULT = [("classification", form) for form in FORMS[1:]]
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
@@ -323,7 +324,7 @@ JOINED = {
     "upernet": [(devices.PmapParallel, 2)],
 }
 STEPS = [
-    pytest.param(name, *form, marks=MARKS.get(name, () if name == "classification" else SLOW))
+    pytest.param(name, *form, marks=MARKS.get(name, () if (name, form) in DEFAULT else SLOW))
     for name in CASES
     for form in JOINED.get(name, FORMS)
 ]
