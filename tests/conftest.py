@@ -89,7 +89,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Runs the files that take longest first: begun last, one would leave the other process idle."""
+    """Runs the longest files first: one that is begun last would leave the other process idle."""
     longest = "test_contract.py", "test_train_command.py", "test_pipeline.py"
     items.sort(key=lambda item: item.path.name not in longest)
 

@@ -86,7 +86,7 @@ def test_costs_of_the_cascade():
     assert macs == 734_418_919_424
 
 
-@pytest.mark.stress
+@pytest.mark.slow
 def test_clusters_save_what_the_paper_says():
     """Windows fill the maps of 1024 x 1024 pixels; heads do not count. It traces for minutes."""
     plain, clustered = (

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import sampled
 
 from tokenvit_jax.data.box_transforms import MASK_SIDE
 from tokenvit_jax.heads import Htc, MaskRcnn, RetinaNet, Targets
@@ -23,15 +24,8 @@ SMALL = {
 }  # fmt: skip
 SMALL[Htc] = {**SMALL[MaskRcnn], "num_box_convs": 1, "num_stuff": 4, "global_head_dim": 3}
 heads = pytest.mark.parametrize("cls", [RetinaNet, MaskRcnn, Htc])
-# The programs of two stages take long to compile, the two of the cascade longest.
-compiled = pytest.mark.parametrize(
-    "cls",
-    [
-        RetinaNet,
-        pytest.param(MaskRcnn, marks=pytest.mark.slow),
-        pytest.param(Htc, marks=pytest.mark.stress),
-    ],
-)
+# The programs of two stages take long to compile.
+compiled = pytest.mark.parametrize("cls", sampled([RetinaNet, MaskRcnn, Htc]))
 
 
 def head_of(cls, **settings):

@@ -179,11 +179,10 @@ CASES = {
     ),
 }  # fmt: skip
 each_task = pytest.mark.parametrize("name", TASKS)
-# What compiles for minutes, and what takes long and repeats the default cases for other networks.
-SLOW = pytest.mark.slow
-MARKS = {"htc": pytest.mark.stress, "masks": SLOW, "pose": SLOW, "upernet": SLOW}
+# Their steps take long to compile.
+SLOW = "htc", "masks", "pose", "upernet"
 each_case = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
+    "name", sampled(CASES, keep=[name for name in CASES if name not in SLOW])
 )
 
 
@@ -313,7 +312,6 @@ def step_on_one_device(name: str):
 FORMS = [(devices.MeshParallel, 1), (devices.MeshParallel, 2), (devices.PmapParallel, 1)]
 # Compiling a step takes longest of all: these cases join two forms in one. By default, one task has
 # two forms, and the others have none.
-DEFAULT = [("classification", form) for form in FORMS[1:]]
 JOINED = {
     "depth": [(devices.MeshParallel, 1), (devices.PmapParallel, 2)],
     "detection": [(devices.PmapParallel, 2)],
@@ -323,11 +321,10 @@ JOINED = {
     "segmentation": [(devices.PmapParallel, 2), (devices.MeshParallel, 1)],
     "upernet": [(devices.PmapParallel, 2)],
 }
-STEPS = [
-    pytest.param(name, *form, marks=MARKS.get(name, () if (name, form) in DEFAULT else SLOW))
-    for name in CASES
-    for form in JOINED.get(name, FORMS)
-]
+STEPS = sampled(
+    [(name, *form) for name in CASES for form in JOINED.get(name, FORMS)],
+    keep=[("classification", *form) for form in FORMS[1:]],
+)
 
 
 @pytest.mark.parametrize(("name", "parallel", "accumulate_steps"), STEPS)
