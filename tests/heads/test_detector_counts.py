@@ -88,7 +88,7 @@ def test_costs_of_the_cascade():
 
 @pytest.mark.slow
 def test_clusters_save_what_the_paper_says():
-    """Windows fill the maps of 1024 x 1024 pixels; heads do not count. It traces for minutes."""
+    """Windows fill the maps of 1024 x 1024 pixels; heads do not count."""
     plain, clustered = (
         backbone_macs((1024, 1024), **settings) for settings in ({}, {"expedite": EXPEDITE})
     )
