@@ -13,19 +13,16 @@ PYTHON ?= python3
 RUN ?= runs/demo
 INSTALL = PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-# Whole files in the order of their names, the longest ones first (tests/conftest.py).
-PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
-
 .PHONY: demo test test-slow test-accelerator test-aot stress lint docs tutorial clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.dgt.demo $(RUN)
 
 test: .venv/installed
-	.venv/bin/python -m pytest $(PARALLEL)
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/installed
-	.venv/bin/python -m pytest -m slow $(PARALLEL)
+	.venv/bin/python -m pytest -m slow -n auto --dist loadfile
 
 ACCELERATOR ?= found
 test-accelerator: .venv/installed

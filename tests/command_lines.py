@@ -7,6 +7,7 @@ meaning is accepted, or if a file that it reads has changed.
 
 import collections
 import contextlib
+import copy
 import functools
 import importlib
 import io
@@ -278,7 +279,7 @@ def _run(module, line: Line) -> tuple[int | None, str]:
         try:
             names = {"required": REQUIRED[line.command]}
             names["positional"] = POSITIONAL.get(line.command, ())
-            cli.run(module.main, module.FLAGS, **names)
+            cli.run(module.main, copy.deepcopy(module.FLAGS), **names)
         except SystemExit as stopped:
             return stopped.code, errors.getvalue()
         except TooLong:

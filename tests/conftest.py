@@ -88,12 +88,6 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "parity" and not asked else None
 
 
-def pytest_collection_modifyitems(items):
-    """Runs the longest files first: one that is begun last would leave the other process idle."""
-    longest = "test_contract.py", "test_train_command.py", "test_pipeline.py"
-    items.sort(key=lambda item: item.path.name not in longest)
-
-
 def pytest_collection_finish():
     """Makes the garbage collector ignore the imported objects and run less often."""
     gc.collect()

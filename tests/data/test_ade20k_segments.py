@@ -1,5 +1,7 @@
 """ADE20K with segments and objects, from label maps and maps of instances."""
 
+import copy
+
 import numpy as np
 import pytest
 import segmentation_files
@@ -155,8 +157,9 @@ def test_detection_trains_on_its_objects(prepared):
 
 
 def test_the_command_prepares_it(prepared, capsys):
-    prepare.FLAGS(["prepare", f"--data_dir={prepared}"])
-    prepare.main(prepare.FLAGS, "ade20k_instances")
+    flag_values = copy.deepcopy(prepare.FLAGS)
+    flag_values(["prepare", f"--data_dir={prepared}"])
+    prepare.main(flag_values, "ade20k_instances")
     assert "validation: 1 records, not 2,000" in capsys.readouterr().out
 
 
