@@ -11,10 +11,15 @@ from tokenvit_jax.ops.packed import Packing, map_packed, update_packed
 from tokenvit_jax.training.optimizer import weight_decay_mask
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Takes the form for accelerators, which runs on a CPU, too."""
-    monkeypatch.setattr(packed, "by_platform", lambda _, *args, default, **__: default(*args))
+@pytest.fixture(params=["default", "tpu"])
+def accelerator(monkeypatch, request):
+    """Takes the form for an accelerator, which runs on a CPU, too."""
+
+    def by_platform(_, *args, default, cpu, tpu=None, shared):
+        del cpu, shared
+        return (default if request.param == "default" else tpu or default)(*args)
+
+    monkeypatch.setattr(packed, "by_platform", by_platform)
 
 
 def tree(seed):

@@ -120,6 +120,12 @@ def test_kernels_see_the_part_of_a_device():
     np.testing.assert_array_equal(stacked(jnp.stack([x, x], 1))[:, 1], y)
 
 
+def test_no_argument_has_a_batch():
+    """Such a function may return what has no batch axis either."""
+    run = platforms.on_each_device(lambda x, y: x.sum() + y.sum(), shared=(0, 1))
+    assert in_mesh(mesh_of(8), run)(jnp.ones(3), jnp.ones(5)) == 8
+
+
 def test_device_batch():
     assert platforms.device_batch(16) == 16
     found = []

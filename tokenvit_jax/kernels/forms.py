@@ -16,6 +16,7 @@ FORMS: dict[str, dict[str, str]] = {
     "casts of weights": {
         "cpu": "one by one: an operation costs little",
         "default": "all of a shape at once: compiled for an H200, a launch for many",
+        "tpu": "one by one: joining matrices costs copies",
     },
     "channel sums": {
         "cuda": "Pallas: one pass for both sums",
@@ -159,6 +160,7 @@ FORMS: dict[str, dict[str, str]] = {
         "cpu": "array by array: an operation costs little",
         "default": "all vectors, and all matrices of a shape, at once: compiled for an H100, 420 "
         "launches less in a training step of DGT-T",
+        "tpu": "all vectors at once, matrices one by one: joining these costs copies",
     },
     "pale attention": {
         "cpu": "rows, then columns",

@@ -144,7 +144,8 @@ def on_each_device(run: Callable[..., Any], shared: tuple[int, ...] = ()) -> Cal
       shared: numbers of the arguments that have no batch axis.
 
     Returns:
-      A function like ``run``, for B a multiple of :func:`num_devices`. Attention by cuDNN is
+      A function like ``run``, for B a multiple of :func:`num_devices`; ``run`` itself where no
+      argument has a batch axis. Attention by cuDNN is
       differentiated through it; for other kernels, operators define the gradients.
     """
     if num_devices() == 1:
@@ -152,6 +153,8 @@ def on_each_device(run: Callable[..., Any], shared: tuple[int, ...] = ()) -> Cal
     mesh = jax.sharding.get_abstract_mesh()
 
     def mapped(*args):
+        if len(shared) == len(args):
+            return run(*args)
         specs = tuple(P() if i in shared else P(mesh.axis_names) for i in range(len(args)))
         return jax.shard_map(
             run, mesh=mesh, in_specs=specs, out_specs=P(mesh.axis_names), check_vma=False

@@ -145,7 +145,7 @@ def update_packed(
 def norm_packed(tree: Any) -> Float[Array, ""]:
     """Returns the global norm of a tree, the square root of the sum of the squares of all values.
 
-    On a CPU, where joining saves nothing, each array is summed by itself.
+    On a CPU, where joining saves nothing, each array is summed by itself; on a TPU each matrix.
 
     Args:
       tree: tree of float32 arrays.
@@ -154,9 +154,9 @@ def norm_packed(tree: Any) -> Float[Array, ""]:
     def one_by_one(arrays):
         return jnp.sqrt(sum(jnp.square(x).sum() for x in arrays))
 
-    def together(arrays):
+    def together(arrays, limit=_LARGE):
         sums = []
-        for group in _groups(arrays, _LARGE):
+        for group in _groups(arrays, limit):
             parts = [arrays[i] for i in group]
             # Arrays of one shape are stacked, not joined in a row, because each may be sharded.
             joined = jnp.concatenate if parts[0].ndim < 2 else jnp.stack
@@ -168,6 +168,7 @@ def norm_packed(tree: Any) -> Float[Array, ""]:
         jax.tree.leaves(tree),
         default=together,
         cpu=one_by_one,
+        tpu=functools.partial(together, limit=0),
         shared=(0,),
     )
 
@@ -219,21 +220,25 @@ def join_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def cast_packed(arrays: list[Float[Array, "..."]], dtype: DTypeLike) -> list[Float[Array, "..."]]:
-    """Casts float32 arrays to a narrower type, on accelerators with one launch for each shape.
+    """Casts float32 arrays to a narrower type, on GPUs with one launch for each shape.
 
     Args:
       arrays: arrays of any shapes.
       dtype: type of the results; the gradients of the arrays are float32.
     """
 
-    def cast(x):
-        return x.astype(dtype)
+    def one_by_one(arrays):
+        return [x.astype(dtype) for x in arrays]
+
+    def together(arrays):
+        return _map_groups(lambda x: x.astype(dtype), [arrays], limit=_LARGE)
 
     return by_platform(
         "casts of weights",
         arrays,
-        default=lambda arrays: _map_groups(cast, [arrays], limit=_LARGE),
-        cpu=lambda arrays: [cast(x) for x in arrays],
+        default=together,
+        cpu=one_by_one,
+        tpu=one_by_one,
         shared=(0,),
     )
 
