@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from random_variables import random_variables
+from sampled import sampled
 from small_hosts import MODELS, images_of
 
 from tokenvit_jax.expediting import similarity
@@ -30,7 +31,7 @@ def test_a_measured_temperature_has_three_digits():
     assert similarity.measured(setting, 0.0).temperature > 0
 
 
-@pytest.mark.parametrize("name", ["segmenter", "swin"])
+@pytest.mark.parametrize("name", sampled(["segmenter", "swin"]))
 def test_similarity_is_the_mean_cosine_of_features(name):
     """Successive settings share the results of equal blocks, and no others."""
     model, size = MODELS[name], (32, 40)

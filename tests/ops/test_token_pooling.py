@@ -222,20 +222,20 @@ def test_gradients():
     np.testing.assert_array_equal(floats(jnp.asarray(weights, jnp.float32)), 0)
 
 
-def test_transforms_and_types():
+@pytest.mark.parametrize("op", [ops.kmeans, ops.kmedoids])
+def test_transforms_and_types(op):
     x, initial = tokens(*SHAPE).astype(np.float32), first(5)
-    for op in (ops.kmeans, ops.kmedoids):
-        whole = op(x, initial)
-        with jax.disable_jit():
-            chex.assert_trees_all_close(op(x, initial), whole, rtol=1e-5)
-        one_by_one = jax.vmap(op)(x[:, None], initial[:, None])
-        chex.assert_trees_all_close(jax.tree.map(lambda y: y[:, 0], one_by_one), whole, rtol=1e-5)
-        mapped = jax.pmap(op)(x[:, None], initial[:, None])
-        chex.assert_trees_all_close(jax.tree.map(lambda y: y[:, 0], mapped), whole, rtol=1e-5)
-        low = op(jnp.asarray(x, jnp.bfloat16), initial)
-        exact = op(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), initial)
-        np.testing.assert_array_equal(low.assignment, exact.assignment)
-    assert ops.kmeans(jnp.asarray(x, jnp.bfloat16), initial).centers.dtype == jnp.bfloat16
+    jitted = jax.jit(op)
+    whole = jitted(x, initial)
+    chex.assert_trees_all_close(op(x, initial), whole, rtol=1e-5)
+    one_by_one = jax.jit(jax.vmap(op))(x[:, None], initial[:, None])
+    chex.assert_trees_all_close(jax.tree.map(lambda y: y[:, 0], one_by_one), whole, rtol=1e-5)
+    mapped = jax.pmap(op)(x[:, None], initial[:, None])
+    chex.assert_trees_all_close(jax.tree.map(lambda y: y[:, 0], mapped), whole, rtol=1e-5)
+    low = jitted(jnp.asarray(x, jnp.bfloat16), initial)
+    exact = jitted(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), initial)
+    np.testing.assert_array_equal(low.assignment, exact.assignment)
+    assert low.centers.dtype == jnp.bfloat16
 
 
 def test_macs():
