@@ -235,7 +235,8 @@ def test_transforms_and_types(op):
     low = jitted(jnp.asarray(x, jnp.bfloat16), initial)
     exact = jitted(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), initial)
     np.testing.assert_array_equal(low.assignment, exact.assignment)
-    assert low.centers.dtype == jnp.bfloat16
+    if op is ops.kmeans:
+        assert low.centers.dtype == jnp.bfloat16
 
 
 def test_macs():
