@@ -16,7 +16,8 @@ FORMS: dict[str, dict[str, str]] = {
     "casts of weights": {
         "cpu": "one by one: an operation costs little",
         "default": "all of a shape at once: compiled for an H200, a launch for many",
-        "tpu": "one by one: joining matrices costs copies",
+        "tpu": "one by one: joining matrices costs copies; with the norm of gradients likewise, "
+        "compiled for 256 TPU v5e, a floor of 2.5 ms instead of 7.4 in a training step of DeiT-S",
     },
     "channel sums": {
         "cuda": "Pallas: one pass for both sums",
