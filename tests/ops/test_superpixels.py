@@ -241,7 +241,8 @@ def test_gradient_of_a_precise_product():
 def test_transforms():
     x = tokens()
     whole = jax.jit(both)(x)
-    chex.assert_trees_all_close(both(x), whole, rtol=1e-10)
+    with jax.disable_jit():
+        chex.assert_trees_all_close(both(x), whole, rtol=1e-10)
     one_by_one = jax.jit(jax.vmap(both))(x[:, None])
     chex.assert_trees_all_close(jax.tree.map(lambda y: y[:, 0], one_by_one), whole, rtol=1e-10)
     mapped = jax.pmap(both)(x[:, None])

@@ -385,10 +385,7 @@ def test_metrics_do_not_depend_on_how_records_fill_batches(name):
     batch = functools.partial(example_batch, task, False)
     passes = (
         [batch(range(16)), batch((*range(16, 24), *rest))],
-        [
-            batch((*range(8), *rest)),
-            batch(range(8, 24)),
-        ],
+        [batch((*range(8), *rest)), batch(range(8, 24))],
     )
     passes[1][0]["image"][8:] = 255
     found, other = (metrics_of(name, batches) for batches in passes)

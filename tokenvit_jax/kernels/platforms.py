@@ -144,9 +144,9 @@ def on_each_device(run: Callable[..., Any], shared: tuple[int, ...] = ()) -> Cal
       shared: numbers of the arguments that have no batch axis.
 
     Returns:
-      A function like ``run``, for B a multiple of :func:`num_devices`; ``run`` itself where no
-      argument has a batch axis. Attention by cuDNN is
-      differentiated through it; for other kernels, operators define the gradients.
+      A function like ``run``, for B a multiple of :func:`num_devices`. If no argument has a batch
+      axis, it calls ``run`` as it is. Attention by cuDNN is differentiated through it; for other
+      kernels, operators define the gradients.
     """
     if num_devices() == 1:
         return run
