@@ -2,9 +2,9 @@
 
 PTX is close to what runs: in the longest loops of twelve kernels of DGT-T's training step, the
 counts were .91 to 1.01 of the number of instructions of the machine code for an H200, and those of
-float32 arithmetic and of special functions .92 to 1; in two reductions of XLA, they were .81 and
-.87. Where the assembler expands an instruction (exponentials, divisions), the expansion counts;
-moves and reads of parameters do not count, because most of them vanish.
+float32 arithmetic and of special functions .92 to 1; in two reductions of XLA, .81 and .87 of all
+instructions counted. Where the assembler expands an instruction (exponentials, divisions), the
+expansion counts; moves and reads of parameters do not count, because most of them vanish.
 
 Of two branches, the longer one counts. A loop counts as often as the values that its counter takes,
 which are computed for the first thread; a loop whose end depends on data counts once.
