@@ -130,9 +130,9 @@ class _Rows:
 
 
 def _bits_of(groups, num_words):
-    """Returns words with the bit of each group, which select as in :func:`_is_selected`."""
-    number, bit = groups >> WORD_BITS, jnp.int32(1) << (groups & (WORD - 1))
-    return _in_pairs([jnp.where(number == w, bit, 0) for w in range(num_words)])
+    """Returns the bit of each group in pairs of words, for :func:`_is_selected`."""
+    number, bit = groups >> (WORD_BITS + 1), jnp.int32(1) << (groups & (2 * WORD - 1))
+    return [jnp.where(number == pair, bit, 0) for pair in range(pl.cdiv(num_words, 2))]
 
 
 def _in_pairs(words):
