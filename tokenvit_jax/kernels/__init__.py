@@ -8,4 +8,8 @@ Kernels for NVIDIA GPUs are written for Pallas' Triton backend: it compiles for 
 compute capability 8.0 on, also ahead of time on a machine without one, and its kernels run in
 interpret mode in the tests. Its successor, Mosaic GPU, is for Hopper and newer only. Kernels for
 TPUs are written for Mosaic.
+
+Instructions bound most kernels for GPUs, not bytes (`compile` says which). So they use
+:mod:`tokenvit_jax.kernels.arithmetic`, and sums over tokens reduce the first axis of a matrix:
+threads hold columns, so that few numbers go from thread to thread.
 """

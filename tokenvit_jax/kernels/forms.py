@@ -1,4 +1,8 @@
-"""The forms of the operators, by platform, and the reasons for them."""
+"""The forms of the operators, by platform, and the reasons for them.
+
+Floors of compiled programs are those of launches, bytes and products; the instructions inside
+kernels were not counted when they were written down.
+"""
 
 # Operator -> platform -> the form that runs there, and the reason for it.
 FORMS: dict[str, dict[str, str]] = {
