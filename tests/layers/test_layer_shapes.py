@@ -25,7 +25,7 @@ CENTROIDS = {"centroids": floats(2, 3, 4), "sums": floats(2, 3, 4), "counts": fl
 FUNCTIONS = {
     "blocks.check_num_heads": ((2, 8), {}),
     "blocks.dense": ((8, jnp.float32), {}),
-    "blocks.quick_gelu": ((TOKENS,), {}),
+    "blocks.quick_gelu": ((TOKENS, floats(TOKENS.shape[-1])), {}),
     "cluster_attention.check_ratios": (((4, 2), "clusters"), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.affine_product": ((TOKENS, floats(8, 5), floats(5), floats(8), floats(8)), {}),

@@ -112,8 +112,9 @@ def test_kernels_equal_the_form_of_xla(monkeypatch, block, shape, dtype):
         called.append(operator)
         return cuda(*args, interpret=True)
 
-    module = importlib.import_module("tokenvit_jax.ops.depthwise_conv")  # hidden by its function
-    monkeypatch.setattr(module, "by_platform", by_kernel)
+    for name in ("depthwise_conv", "gelu"):  # hidden by their functions
+        module = importlib.import_module(f"tokenvit_jax.ops.{name}")
+        monkeypatch.setattr(module, "by_platform", by_kernel)
     got = jax.jit(lambda inputs: run(inputs))(inputs)
     assert len(called) == (2 if block == SIDE_BY_SIDE else 4)
     for x, y in zip(got, expected, strict=True):

@@ -235,8 +235,13 @@ CALLS = {
     ],
     "gather.put": [((floats(2, 30), integers(2, 3), floats(2, 3)), {})],
     "gather.take": [((TOKENS, integers(2, 3)), {}), ((HEADS_FIRST, integers(2, 3, 4)), {})],
+    "gelu.bias_gelu": [((TOKENS, floats(7)), {}), ((floats(2, 6, 4, 5), floats(5)), {})],
     "gelu.gelu": [((TOKENS,), {})],
     "gelu.gelu_and_slope": [((TOKENS.astype(jnp.bfloat16),), {})],
+    "gelu.gelu_gradient": [
+        ((TOKENS, dsums, TOKENS, floats(7)), {}) for dsums in (None, floats(2, 7))
+    ],
+    "gelu.with_sums_gradient": [((TOKENS, floats(2, 7), TOKENS), {})],
     "gpus.capability_of": [(("9.0",), {})],
     "gpus.traced_gpu": [((), {})],
     "group_attention.cheaper_path": [((30, 4, 3), {})],

@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 
 from tokenvit_jax.ahead.control_flow import Graph, Loop, Statement
 
-_MOST = 2**20  # rounds; a longer loop counts as unknown
+_MOST = 2**14  # rounds; a longer loop counts as unknown
 _FUNCTIONS = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "shl": operator.lshift,
     "shr": operator.rshift, "and": operator.and_, "or": operator.or_, "xor": operator.xor,

@@ -6,7 +6,6 @@ from tokenvit_jax.layers.blocks import (
     Mlp,
     PatchEmbedding,
     dense,
-    gelu,
 )
 from tokenvit_jax.layers.cluster_attention import ClusterAttention
 from tokenvit_jax.layers.conv import (
@@ -27,6 +26,7 @@ from tokenvit_jax.layers.self_attention import Attended, Attention
 from tokenvit_jax.layers.stochastic import ChannelDropout, Dropout, DropPath
 from tokenvit_jax.layers.strided_attention import StridedAttention
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
+from tokenvit_jax.ops import gelu
 
 __all__ = [
     "ACTIVATIONS",

@@ -10,17 +10,25 @@ from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.conv import Weights, conv_init, depthwise_init, linear_init
+from tokenvit_jax.layers.conv import Weights, conv_init, depthwise_init, linear_init, product
 from tokenvit_jax.layers.norm import LayerNorm
-from tokenvit_jax.ops import gelu
 
 
-def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes x times the logistic function of 1.702 x, OpenAI's approximation of GELU."""
-    return x * jax.nn.sigmoid(1.702 * x)
+def quick_gelu(x: Float[Array, "*B C"], bias: Float[Array, " C"]) -> Float[Array, "*B C"]:
+    """Computes y = x + bias times the logistic function of 1.702 y.
+
+    It is OpenAI's approximation of GELU.
+
+    Args:
+      x: (..., C).
+      bias: (C,).
+    """
+    y = x + bias.astype(x.dtype)
+    return y * jax.nn.sigmoid(1.702 * y)
 
 
-ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+# Functions of a map and of the bias that is added to it.
+ACTIVATIONS = {"gelu": ops.bias_gelu, "quick_gelu": quick_gelu}
 
 
 class PatchEmbedding(nn.Module):
@@ -92,8 +100,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         channels = x.shape[-1]
-        x = dense(self.ratio * channels, self.dtype, "fc1", self.init)(x)
-        x = ACTIVATIONS[self.activation](x)
+        kernel, bias = Weights((channels, self.ratio * channels), self.init, name="fc1")()
+        x = product(x.astype(self.dtype), kernel)
+        x = ACTIVATIONS[self.activation](x, bias)
         return dense(channels, self.dtype, "fc2", self.init)(x)
 
 

@@ -34,7 +34,7 @@ from tokenvit_jax.ops.density_peaks import (
     used_clusters,
 )
 from tokenvit_jax.ops.depthwise_conv import defer_gelu, depthwise_block, depthwise_conv
-from tokenvit_jax.ops.gelu import gelu
+from tokenvit_jax.ops.gelu import bias_gelu, gelu
 from tokenvit_jax.ops.group_attention import (
     GroupAttention,
     GroupSums,
@@ -97,6 +97,7 @@ __all__ = [
     "attention_weights",
     "average_mirrored",
     "batch_norm",
+    "bias_gelu",
     "bipartite_matching",
     "box_areas",
     "box_iou",

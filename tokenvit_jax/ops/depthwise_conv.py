@@ -21,7 +21,7 @@ from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.channel_affine import per_device
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.dtypes import softmax_dtype
-from tokenvit_jax.ops.gelu import gelu, gelu_and_slope
+from tokenvit_jax.ops.gelu import gelu, gelu_and_slope, gelu_gradient, with_sums_gradient
 
 
 def _macs(inputs, outputs):
@@ -204,13 +204,7 @@ def _defer_gelu_forward(with_sums, x, bias):
 
 def _defer_gelu_backward(with_sums, residuals, cotangents):
     del with_sums
-    x, bias = residuals
-    dx, dbias = by_platform(
-        "gelu gradient", *cotangents, x, bias,
-        default=_gelu_backward_by_xla, cuda=channel_sums.gelu_backward,
-        misfits={"cuda": channel_sums.misfit(x.shape)}, shared=(1, 3),
-    )  # fmt: skip
-    return dx, dbias.sum((0, 1)).astype(bias.dtype)
+    return gelu_gradient(*cotangents, *residuals)
 
 
 _defer_gelu.defvjp(_defer_gelu_forward, _defer_gelu_backward)
@@ -250,7 +244,7 @@ def _backward_by_xla(
     if block.keeps_output:
         z = lax.optimization_barrier(z)
         y, slope = gelu_and_slope(z) if block.activate else (z, 1)
-        dz = (_with_sums_gradient(dy, dsums, y) * slope).astype(x.dtype)
+        dz = (with_sums_gradient(dy, dsums, y) * slope).astype(x.dtype)
         dz = lax.optimization_barrier(dz)
     u, g = _input(x, input_bias, scale, shift, block.deferred)
     du = convolve(dz, kernel[::-1, ::-1].astype(x.dtype))  # the transpose
@@ -265,12 +259,6 @@ def _gelu_sums_by_xla(x, bias):
     return per_device(_sums_of_squares(gelu(_wide(x) + bias)))
 
 
-def _gelu_backward_by_xla(dg, dsums, x, bias):
-    y, slope = gelu_and_slope(lax.optimization_barrier(_wide(x)) + bias)
-    dx = _with_sums_gradient(dg, dsums, y) * slope
-    return dx.astype(x.dtype), per_device(_sum(dx)[None])
-
-
 def _input(x, bias, scale, shift, deferred):
     """Returns the input of the convolution, in the type of x, and what its scale multiplies."""
     g = x if bias is None else _wide(x) + bias
@@ -279,11 +267,6 @@ def _input(x, bias, scale, shift, deferred):
     u = u if shift is None else _wide(u) + shift
     # The convolution reads its input once per entry: compute it once.
     return (x if u is x else lax.optimization_barrier(u.astype(x.dtype))), g
-
-
-def _with_sums_gradient(dy, dsums, y):
-    """Adds the gradient of the sums of y and y^2."""
-    return dy if dsums is None else dy + (dsums[0] + 2 * dsums[1] * y)
 
 
 def _sums_of_squares(y):

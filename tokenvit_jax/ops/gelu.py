@@ -1,4 +1,4 @@
-"""The exact GELU and its gradient."""
+"""The exact GELU, alone and behind a bias, and its gradient."""
 
 import math
 
@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from tokenvit_jax.kernels import channel_sums as kernels
+from tokenvit_jax.kernels.platforms import by_platform
+from tokenvit_jax.ops.channel_affine import per_device
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
 
@@ -40,3 +43,68 @@ def _gelu_backward(x, dy):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def bias_gelu(x: Float[Array, "*B C"], bias: Float[Array, " C"]) -> Float[Array, "*B C"]:
+    """Computes gelu(x + bias), whose gradients come from one pass over x.
+
+    Args:
+      x: (..., C).
+      bias: (C,).
+
+    Returns:
+      (..., C) in the type of ``x``.
+    """
+    return gelu(x + bias.astype(x.dtype))
+
+
+def _bias_gelu_backward(residuals, dy):
+    x, bias = residuals
+    return gelu_gradient(dy, None, x, bias)
+
+
+bias_gelu.defvjp(lambda x, bias: (bias_gelu(x, bias), (x, bias)), _bias_gelu_backward)
+
+
+def gelu_gradient(
+    dy: Float[Array, "*B C"],
+    dsums: Float[Array, "2 C"] | None,
+    x: Float[Array, "*B C"],
+    bias: Float[Array, " C"],
+) -> tuple[Float[Array, "*B C"], Float[Array, " C"]]:
+    """Returns the gradients of x and bias from those of y = gelu(x + bias).
+
+    Args:
+      dy: gradient of y (..., C).
+      dsums: gradients of the sums of y and of y^2 over all but the last axis (2, C); None: zeros.
+      x: (..., C).
+      bias: (C,).
+    """
+    dx, dbias = by_platform(
+        "gelu gradient", dy, dsums, x, bias,
+        default=_gradient_by_xla, cuda=kernels.gelu_backward,
+        misfits={"cuda": kernels.misfit(x.shape)}, shared=(1, 3),
+    )  # fmt: skip
+    return dx, dbias.sum((0, 1)).astype(bias.dtype)
+
+
+def _gradient_by_xla(dy, dsums, x, bias):
+    wide = softmax_dtype(x.dtype)
+    y, slope = gelu_and_slope(lax.optimization_barrier(x.astype(wide)) + bias)
+    dx = with_sums_gradient(dy, dsums, y) * slope
+    dbias = jnp.sum(dx, tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), per_device(dbias[None])
+
+
+def with_sums_gradient(
+    dy: Float[Array, "*B C"], dsums: Float[Array, "2 C"] | None, y: Float[Array, "*B C"]
+) -> Float[Array, "*B C"]:
+    """Adds the gradient of the sums of y and of y^2 to that of y.
+
+    Args:
+      dy: gradient of y (..., C).
+      dsums: gradients of both sums (2, C); None: zeros.
+      y: (..., C).
+    """
+    return dy if dsums is None else dy + (dsums[0] + 2 * dsums[1] * y)
