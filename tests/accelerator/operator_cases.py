@@ -154,6 +154,7 @@ CASES: dict[str, dict[str, Case]] = {
             functools.partial(ops.batch_norm, epsilon=1e-5, with_gelu=True), (MAP, *CHANNELS), 1, 3
         ),
     },
+    "bias_gelu": {"": Case(ops.bias_gelu, (MAP, CHANNELS[0]), 1, 2)},
     "channel_affine": {"": Case(ops.channel_affine, (MAP, *CHANNELS), 1, 3)},
     "channel_sums": {"": Case(ops.channel_sums, (MAP,), 1, 1)},
     "conv": {"": Case(ops.conv, (MAP, _normal(1, 3, 3, 64, 32) / 24), 2, 2)},

@@ -102,7 +102,7 @@ class Mlp(nn.Module):
         channels = x.shape[-1]
         kernel, bias = Weights((channels, self.ratio * channels), self.init, name="fc1")()
         x = product(x.astype(self.dtype), kernel)
-        x = ACTIVATIONS[self.activation](x, bias)
+        x = ACTIVATIONS[self.activation](x, bias.astype(self.dtype))
         return dense(channels, self.dtype, "fc2", self.init)(x)
 
 
