@@ -147,9 +147,10 @@ def page(rows: list[Row]) -> list[str]:
         ({" to ".join(dates[:1] + dates[1:][-1:])}, jax {", ".join(versions)}), as the command
         `compile` does ([compiling](../compiling.md)). Each device sees as many images as in the
         recipe, at most {MOST}, or fewer where these do not fit into its memory. "Floor" is the
-        least time of the kernels; "images/s" is for all devices. Floors were .37 to .57 of the
-        measured times of kernels on one H200, which gives the range for GPUs; on TPUs nothing was
-        measured, so that the number is only an upper bound. Collectives are counted in full, as if
+        least time of the kernels; "images/s" is for all devices. Its range for GPUs comes from
+        training steps on one H200: floors were .57 to .67 of the measured times of kernels, and
+        floors without the instructions of kernels .37 to .57. On TPUs nothing was measured, so
+        that the number is only an upper bound. Collectives are counted in full, as if
         nothing ran beside them; "efficiency" is the share of the step that they leave, on paper
         ([formula](../scale_out.md#efficiency-on-paper)). Launches of TPUs are operations of the
         program. "Compiled" is the time of all processors together. "Misfits" are kernels that
@@ -160,8 +161,21 @@ def page(rows: list[Row]) -> list[str]:
         found = [row for row in rows if row["target"] == target]
         if found:
             lines += ["", f"## {found[0]['devices']} x {found[0]['device']}", "", *_table(found)]
-            lines += _outdated(found)
+            lines += [*_floors(found), *_outdated(found)]
     return [*lines, *_bounds()]
+
+
+def _floors(rows: list[Row]) -> list[str]:
+    """Returns a paragraph that says which floors are without the instructions of kernels."""
+    if ":" in rows[0]["target"]:  # TPUs
+        return []
+    names = sorted(f"`{row['recipe']}`" for row in rows if "limits" in row)
+    if len(names) == len(rows):
+        return []
+    text = "All floors are without the instructions of kernels."
+    if names:
+        text = f"""Only the floors of {", ".join(names)} include the instructions of kernels."""
+    return ["", *pages.paragraph(text)]
 
 
 def _outdated(rows: list[Row]) -> list[str]:

@@ -85,6 +85,9 @@ def test_reports(compiled):
         "Collectives\n  None.",
     ):
         assert part in text
+    parts = text.partition("Parts\n")[2].partition("\n\n")[0].splitlines()
+    assert "on 132 multiprocessors at" in parts[0] and parts[1].endswith("bound by")
+    assert parts[-1].split()[0] == "all" and parts[-1].split()[-1] in ("launch", "bytes")
     markdown = report.format_report(compiled, "markdown", 32)
     assert "## Memory of a device\n" in markdown and "| --- |" in markdown
     assert "32 images per device are the most that fit with 4% to spare." in markdown
@@ -93,6 +96,7 @@ def test_reports(compiled):
     assert found["launches"] == sum(kernel.times for kernel in compiled.program.kernels)
     assert found["memory"]["total"] == compiled.memory.total
     assert sum(part["seconds"] for part in found["parts"]) == pytest.approx(found["floor_seconds"])
+    assert sum(found["limits"].values()) == pytest.approx(found["floor_seconds"])
     low, high = (found["images_per_second"][key] for key in ("low", "high"))
     assert low < high < found["images_per_second"]["bound"]
 

@@ -5,6 +5,8 @@ import pytest
 from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
 from tokenvit_jax.ahead.hlo import Collective, Kernel, Message, Program, Work
+from tokenvit_jax.ahead.instructions import Launch
+from tokenvit_jax.ahead.ptx import Counts
 from tokenvit_jax.ahead.targets import parse_target
 from tokenvit_jax.measure import parts
 
@@ -59,8 +61,47 @@ def test_a_kernel_takes_the_longest_of_launch_bytes_and_products():
     found = costs.speed(compiled)
     floor = 3.025e-3
     assert found.bound == pytest.approx(2 / floor)
-    assert (found.low, found.high) == pytest.approx((0.37 * 2 / floor, 0.57 * 2 / floor))
+    assert (found.low, found.high) == pytest.approx((0.57 * 2 / floor, 0.67 * 2 / floor))
     assert costs.speed(make("a100", [moves])).low is None  # nothing was measured on one
+
+
+def launch(blocks, threads, **pipes):
+    return Launch(blocks, threads, Counts(pipes, {}, 0))
+
+
+def test_instructions_bound_a_kernel():
+    """An H100 has 132 multiprocessors; each starts 4 instructions of 32 threads in a cycle."""
+    clock = parse_target("h100").device.facts["clock"].value
+    kernel = Kernel(1, "custom-call", 8, (), "jit(step)/add", "a")
+
+    def cycles(*launches, target="h100"):
+        device = parse_target(target).device
+        bounds = costs.bounds(kernel._replace(launches=launches), device)
+        return bounds["instructions"] * device.facts["clock"].value
+
+    assert cycles() == 0  # not known
+    assert cycles(launch(132, 128, issue=1000)) == pytest.approx(1000)
+    assert cycles(launch(1, 128, issue=1000)) == pytest.approx(1000)  # the others wait
+    assert cycles(launch(133, 128, issue=1000)) == pytest.approx(2000)
+    assert cycles(launch(132, 100, issue=1000)) == pytest.approx(1000)  # whole warps
+    assert cycles(launch(132, 128, issue=1000, logic=600)) == pytest.approx(1200)
+    assert cycles(launch(132, 128, issue=1000, special=100)) == pytest.approx(1000)
+    assert cycles(launch(132, 128, issue=10), launch(132, 128, issue=5)) == pytest.approx(15)
+    # Half as many float32 units; 108 multiprocessors.
+    assert cycles(launch(108, 128, issue=10, float=10), target="a100") == pytest.approx(20)
+
+    slow = kernel._replace(times=2, launches=(launch(132, 128, issue=1e6),))
+    (row,) = costs.by_part(make("h100", [slow]))
+    assert row.seconds == pytest.approx(2e6 / clock)
+    assert (row.limit, row.limits) == ("instructions", {"instructions": row.seconds})
+
+
+def test_what_bounds_a_part():
+    moves = Kernel(1, "fusion", 3_000_000_000, (), "jit(step)/add", "a")
+    starts = Kernel(8, "fusion", 8, (), "jit(step)/add", "b")
+    (row,) = costs.by_part(make("h100", [starts, moves]))
+    assert row.limits == pytest.approx({"bytes": 1e-3, "launch": 8 * 2.5e-6})
+    assert row.limit == "bytes" and costs.total([row, row]).limits["bytes"] == pytest.approx(2e-3)
 
 
 def test_collectives():

@@ -3,6 +3,7 @@
 import pytest
 
 from tokenvit_jax.ahead import targets
+from tokenvit_jax.ahead.ptx import PIPES
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.kernels import gpus
 
@@ -13,10 +14,11 @@ NAMES = targets.list_devices()
 def test_facts_are_complete(name):
     device = targets.read_device(name)
     needed = {"memory_gib", "bandwidth", "launch", "interconnect", "latency"}
-    needed |= {"network"} if device.platform == "cuda" else set()
+    needed |= {"network", "clock"} if device.platform == "cuda" else set()
     assert needed <= device.facts.keys() <= needed | {"reached"}
     assert device.products.keys() == {"bfloat16", "default", "float32"}
-    for fact in (*device.facts.values(), *device.products.values()):
+    assert set(device.lanes) == (set(PIPES) if device.platform == "cuda" else set())
+    for fact in (*device.facts.values(), *device.products.values(), *device.lanes.values()):
         assert fact.source
     assert 1e9 < device.memory < 2e11
     assert len(device.host) == len(device.largest)
@@ -32,6 +34,7 @@ def test_gpus_as_the_compiler_sees_them():
     assert found["h100"] == gpus.HOPPER
     assert found["h200"] == gpus.HOPPER._replace(kind="NVIDIA H200")
     assert found["v5e"] is None
+    assert targets.read_device("a100").multiprocessors == 108
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,9 @@ CALLS = {
     "anchors.grid_anchors": [(([(6, 4)], [8], [np.zeros((3, 4), np.float32)]), {})],
     "anchors.inside_image": [((floats(11, 4), integers(2)), {})],
     "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
+    "arithmetic.exp2": [((TOKENS,), {})],
+    "arithmetic.fma": [((TOKENS, 2.0, TOKENS[..., :1]), {})],
+    "arithmetic.reciprocal": [((TOKENS,), {})],
     "assignment.assign_targets": [((floats(2, 11, 5), masks(2, 5)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
@@ -126,6 +129,7 @@ CALLS = {
         ((partial(lambda refs: None), Tiles.of((2, 3, 5)), {"x": floats(2, 3, 5)}, {}),
          {"sums": 1, "interpret": True}),
     ],
+    "channel_sums.gelu": [((TOKENS,), {})],
     "channel_sums.gelu_and_slope": [((TOKENS,), {})],
     "channel_sums.gelu_backward": [
         ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),

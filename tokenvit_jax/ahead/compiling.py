@@ -4,8 +4,10 @@ import contextlib
 import functools
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.ahead.hlo import Program, read_program
+from tokenvit_jax.ahead.instructions import read_launches
 from tokenvit_jax.ahead.quiet import without_alarms
 from tokenvit_jax.ahead.targets import Device, Target
 from tokenvit_jax.data import Spec
@@ -213,11 +216,11 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
         "misfits": tuple(dict.fromkeys(own)),
         "trace_seconds": traced - start,
     }
-    done, missing = _compile(lowered, target, step.memory)
+    done, program, missing = _compile(lowered, target, step.memory)
     memory = step.memory._replace(temporaries=missing)
     return Compiled(
         memory=memory if done is None else _memory(done.memory_analysis(), step.memory),
-        program=None if done is None else read_program(done.as_text()),
+        program=program,
         xla={} if done is None else _counts(done),
         compile_seconds=time.perf_counter() - traced,
         processor_seconds=time.process_time() - processor_start,
@@ -225,13 +228,23 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
     )
 
 
-def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, int]:
-    """Compiles; returns None and the temporaries [bytes] if the compiler lacks memory for them."""
-    try:
-        with _uncached(), without_alarms():
-            return lowered.compile(compiler_options=targets.compiler_options(target.device)), 0
-    except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
-        return None, _missing_memory(error, arguments)
+def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, Program | None, int]:
+    """Compiles and reads the program.
+
+    Returns:
+      The result of jax and the program, or None, None and the temporaries [bytes] if the compiler
+      lacks memory for them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = targets.compiler_options(target.device)
+        if target.device.platform == "cuda":  # the compiler's files show what kernels execute
+            options |= {"xla_dump_to": folder}
+        try:
+            with _uncached(), without_alarms():
+                done = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
+            return None, None, _missing_memory(error, arguments)
+        return done, read_program(done.as_text(), read_launches(Path(folder))), 0
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """Estimates the time of a compiled program, part by part and layer by layer.
 
-A kernel takes at least the time of a launch, of moving its bytes, and of its products: the largest
-of the three. The sum over all kernels is the floor of a step.
+A kernel takes at least the time of a launch, of moving its bytes, of its products, and of the
+instructions of its threads: the longest of the four. The sum over all kernels is the floor of a
+step. The instructions are known of all kernels of a GPU's program but those of libraries.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tokenvit_jax.ahead.compiling import Compiled
 from tokenvit_jax.ahead.hlo import Collective, Kernel, Message
-from tokenvit_jax.ahead.targets import Target
+from tokenvit_jax.ahead.instructions import WARP, Launch
+from tokenvit_jax.ahead.targets import Device, Target
 from tokenvit_jax.measure.parts import layer_of, module_path, part_of
 
 # Not "/cond/branch_0_fun": a choice between platforms has this name, and nothing in it depends on a
@@ -28,6 +30,8 @@ class Cost(NamedTuple):
       bytes: read and written.
       operations: of products, 2 per multiply-add.
       seconds: floor of their time.
+      limits: name of what bounds a kernel, "launch", "bytes", "products" or "instructions" -> floor
+        of the kernels that it bounds [s].
     """
 
     name: str
@@ -35,6 +39,12 @@ class Cost(NamedTuple):
     bytes: int
     operations: float
     seconds: float
+    limits: dict[str, float]
+
+    @property
+    def limit(self) -> str:
+        """What bounds the kernels for most of the time."""
+        return max(self.limits, key=self.limits.__getitem__, default="")
 
 
 class Traffic(NamedTuple):
@@ -55,10 +65,30 @@ class Traffic(NamedTuple):
 
 def kernel_seconds(kernel: Kernel, target: Target) -> float:
     """Returns the least time of all runs of a kernel [s]."""
-    facts, products = target.device.facts, target.device.products
-    products_seconds = sum(work.operations / products[work.precision].value for work in kernel.work)
-    memory_seconds = kernel.bytes / facts["bandwidth"].value
-    return kernel.times * max(facts["launch"].value, memory_seconds, products_seconds)
+    return kernel.times * max(bounds(kernel, target.device).values())
+
+
+def bounds(kernel: Kernel, device: Device) -> dict[str, float]:
+    """Returns the times that a run of a kernel cannot be faster than, by their reasons [s]."""
+    facts, products = device.facts, device.products
+    return {
+        "launch": facts["launch"].value,
+        "bytes": kernel.bytes / facts["bandwidth"].value,
+        "products": sum(work.operations / products[work.precision].value for work in kernel.work),
+        "instructions": sum(_instruction_seconds(launch, device) for launch in kernel.launches),
+    }
+
+
+def _instruction_seconds(launch: Launch, device: Device) -> float:
+    """Returns the least time of the instructions of a launch [s].
+
+    It is the time of the multiprocessor with the most blocks, in its busiest pipe.
+    """
+    warps = -(-launch.blocks // device.multiprocessors) * launch.warps
+    cycles = max(
+        count * WARP / device.lanes[pipe].value for pipe, count in launch.counts.pipes.items()
+    )
+    return warps * cycles / device.facts["clock"].value
 
 
 def collective_seconds(collective: Collective, target: Target) -> float:
@@ -81,21 +111,29 @@ def by_layer(compiled: Compiled) -> list[Cost]:
 
 
 def _grouped(compiled: Compiled, key: Callable[[Kernel], str]) -> list[Cost]:
-    found: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
+    found: dict[str, list[Cost]] = defaultdict(list)
     for kernel in compiled.program.kernels:
-        sums = found[key(kernel)]
-        sums[0] += kernel.times
-        sums[1] += kernel.times * kernel.bytes
-        sums[2] += kernel.times * sum(work.operations for work in kernel.work)
-        sums[3] += kernel_seconds(kernel, compiled.target)
-    rows = [Cost(name, *sums) for name, sums in found.items()]
+        found[key(kernel)].append(_cost(kernel, compiled.target))
+    rows = [total(costs, name) for name, costs in found.items()]
     return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _cost(kernel: Kernel, target: Target) -> Cost:
+    """Returns the cost of all runs of a kernel."""
+    times, limits = kernel.times, bounds(kernel, target.device)
+    limit = max(limits, key=limits.__getitem__)
+    operations = times * sum(work.operations for work in kernel.work)
+    seconds = times * limits[limit]
+    return Cost("", times, times * kernel.bytes, operations, seconds, {limit: seconds})
 
 
 def total(rows: Iterable[Cost], name: str = "all") -> Cost:
     """Returns the sum of costs."""
     rows = list(rows)
-    return Cost(name, *(sum(row[i] for row in rows) for i in range(1, 5)))
+    limits: Counter[str] = Counter()
+    for row in rows:
+        limits.update(row.limits)
+    return Cost(name, *(sum(row[i] for row in rows) for i in range(1, 5)), dict(limits))
 
 
 # ------------------------------------------------------------------------------------------------

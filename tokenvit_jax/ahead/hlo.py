@@ -2,7 +2,7 @@
 
 Bytes are those of whole operands and results, also where a kernel reads a part of an operand or
 reads it several times. Operations are those of products and convolutions, 2 per multiply-add; those
-inside kernels of our own are not known.
+inside kernels of our own are known where their launches are.
 """
 
 import json
@@ -10,9 +10,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+
+from tokenvit_jax.ahead.instructions import Launch
 
 _BYTES = {"bf16": 2, "pred": 1, "token": 0}  # the name of any other type ends with its bits
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -85,6 +88,7 @@ class Kernel(NamedTuple):
       work: its products.
       origin: see :class:`Instruction`.
       name: name of its instruction.
+      launches: what a run launches; empty: a library's kernel, or its instructions are not known.
     """
 
     times: int
@@ -93,6 +97,7 @@ class Kernel(NamedTuple):
     work: tuple[Work, ...]
     origin: str
     name: str
+    launches: tuple[Launch, ...] = ()
 
 
 class Message(NamedTuple):
@@ -132,7 +137,8 @@ class Program(NamedTuple):
     Attributes:
       kernels: the kernels.
       collectives: the collectives.
-      unknown_loops: number of loops whose number of rounds is not known; they count once.
+      unknown_loops: number of loops whose number of rounds is not known, also inside kernels; they
+        count once.
     """
 
     kernels: list[Kernel]
@@ -140,19 +146,23 @@ class Program(NamedTuple):
     unknown_loops: int
 
 
-def read_program(text: str) -> Program:
+def read_program(
+    text: str, launches: Mapping[str, tuple[Launch, ...]] = MappingProxyType({})
+) -> Program:
     """Reads a compiled program.
 
     Args:
       text: result of `jax.stages.Compiled.as_text`.
+      launches: result of `instructions.read_launches`.
     """
-    return _Reader(text).read()
+    return _Reader(text, launches).read()
 
 
 class _Reader:
     """Walks through the instructions that a call runs."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, launches: Mapping[str, tuple[Launch, ...]]):
+        self._launches = launches
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
         current: dict[str, Instruction] = {}
@@ -175,7 +185,8 @@ class _Reader:
                 collectives.append(Collective(times, kind, messages))
             elif instruction.opcode in _KERNELS:
                 kernels.append(self._kernel(times, computation, instruction))
-        return Program(kernels, collectives, self._unknown_loops)
+        inside = sum(one.counts.unknown_loops for kernel in kernels for one in kernel.launches)
+        return Program(kernels, collectives, self._unknown_loops + inside)
 
     def _walk(self, name: str, times: int) -> Iterator[tuple[int, dict, Instruction]]:
         """Yields how often an instruction runs, its computation, and the instruction."""
@@ -218,13 +229,15 @@ class _Reader:
         size = shape_bytes(shape) + sum(self._read_bytes(computation, instruction))
         if instruction.opcode in ("copy-start", "slice-start"):  # results: the copy, its source
             size = shape_bytes(shape)
+        launches = self._launches.get(instruction.name, ())
         return Kernel(
             times,
             instruction.opcode,
             size,
-            tuple(self._work(computation, instruction)),
+            (*self._work(computation, instruction), *_products(launches)),
             self._origin(computation, instruction),
             instruction.name,
+            launches,
         )
 
     def _read_bytes(self, computation, instruction) -> Iterator[int]:
@@ -446,6 +459,13 @@ def _pairs(window: dict[str, str], axis: int, length: int, kernel: int, result: 
     places = np.arange(result)[:, None] * stride - low + np.arange(kernel) * dilation
     meets = (places >= 0) & (places <= (length - 1) * holes) & (places % holes == 0)
     return int(meets.sum())
+
+
+def _products(launches: tuple[Launch, ...]) -> Iterator[Work]:
+    """Yields the products that the launches of a kernel compute in matrix units."""
+    for launch in launches:
+        for precision, operations in launch.counts.products.items():
+            yield Work(launch.blocks * launch.warps * operations, precision)
 
 
 _PASSES = re.compile(r"(?i)(?:alg_)?dot_(bf16|tf32)\w*?_x(\d)")

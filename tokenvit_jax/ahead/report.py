@@ -95,11 +95,13 @@ def describe(compiled: Compiled, largest: int | None, step: int) -> dict[str, An
     if compiled.program is None:
         return found
     kernels, collectives = costs.floor_seconds(compiled)
+    whole = costs.total(costs.by_part(compiled))
     return found | {
-        "launches": costs.total(costs.by_part(compiled)).launches,
-        "bytes": costs.total(costs.by_part(compiled)).bytes,
-        "operations": costs.total(costs.by_part(compiled)).operations,
+        "launches": whole.launches,
+        "bytes": whole.bytes,
+        "operations": whole.operations,
         "floor_seconds": kernels,
+        "limits": whole.limits,
         "collective_seconds": collectives,
         "images_per_second": costs.speed(compiled)._asdict(),
         "parts": [row._asdict() for row in costs.by_part(compiled)],
@@ -193,23 +195,39 @@ def _parts(compiled: Compiled) -> Section:
     starts = f"a launch ({1e6 * launch.value:g} us; {launch.source}), " if launch.value else ""
     text = (
         f"A kernel takes at least {starts}its bytes at {bandwidth.value / 1e12:g} TB/s "
-        f"({bandwidth.source}) and its products at {products.value / 1e12:g} TFLOP/s in bfloat16 "
-        f"({products.source}), whichever is longest."
+        f"({bandwidth.source}), its products at {products.value / 1e12:g} TFLOP/s in bfloat16 "
+        f"({products.source}){_instructions(compiled)}, whichever is longest; the last column says "
+        "which it is for most of the time."
     )
     rows = costs.by_part(compiled)
     cells = [_cost_cells(row) for row in [*rows, costs.total(rows)]]
-    return Section("Parts", text, ("", "launches", "GB", "TFLOP", "floor ms"), cells)
+    return Section("Parts", text, ("", *_COST_COLUMNS), cells)
+
+
+def _instructions(compiled: Compiled) -> str:
+    """Returns the sentence about the instructions of kernels; empty for a TPU."""
+    device = compiled.target.device
+    if not device.lanes:
+        return ""
+    clock = device.facts["clock"]
+    return (
+        f", and the instructions of its threads on {device.multiprocessors} multiprocessors at "
+        f"{clock.value / 1e9:g} GHz ({clock.source}), where it is no library's"
+    )
 
 
 def _layers(compiled: Compiled) -> Section:
     rows = costs.by_layer(compiled)[:_LAYERS]
-    columns = ("layer and operation", "launches", "GB", "TFLOP", "floor ms")
+    columns = ("layer and operation", *_COST_COLUMNS)
     return Section("Costliest operations", "", columns, [_cost_cells(row) for row in rows])
+
+
+_COST_COLUMNS = ("launches", "GB", "TFLOP", "floor ms", "bound by")
 
 
 def _cost_cells(row: costs.Cost) -> tuple[str, ...]:
     gigabytes, operations = f"{row.bytes / 1e9:.2f}", f"{row.operations / 1e12:.3f}"
-    return row.name, f"{row.launches:,}", gigabytes, operations, _ms(row.seconds)
+    return row.name, f"{row.launches:,}", gigabytes, operations, _ms(row.seconds), row.limit
 
 
 def _collectives(compiled: Compiled) -> Section:

@@ -53,6 +53,8 @@ class Device(NamedTuple):
       platform: "cuda" or "tpu".
       facts: the facts by name.
       products: precision -> operations per second of matrix products and convolutions.
+      lanes: pipe, one of `ptx.PIPES` -> instructions of threads that a multiprocessor of a GPU
+        executes in a cycle; empty for a TPU.
       host: number of devices in a host; TPUs: along each axis.
       largest: number of devices in the largest target, likewise.
       usable: share of the memory that JAX can use.
@@ -64,6 +66,7 @@ class Device(NamedTuple):
     platform: str
     facts: Mapping[str, Fact]
     products: Mapping[str, Fact]
+    lanes: Mapping[str, Fact]
     host: tuple[int, ...]
     largest: tuple[int, ...]
     usable: float
@@ -73,6 +76,11 @@ class Device(NamedTuple):
     def memory(self) -> int:
         """Memory that JAX can use [bytes]."""
         return int(self.usable * self.facts["memory_gib"].value * _GIB)
+
+    @property
+    def multiprocessors(self) -> int:
+        """Number of multiprocessors of a GPU."""
+        return int(re.search(r"core_count: (\d+)", self.compiler["target_config"])[1])
 
     @property
     def gpu(self) -> Gpu | None:
@@ -125,12 +133,15 @@ def read_device(name: str) -> Device:
     """Returns the facts of a kind of device, one of :func:`list_devices`."""
     with (_FOLDER / f"{name}.toml").open("rb") as file:
         content = tomllib.load(file)
-    products = {key: Fact(**fact) for key, fact in content.pop("products").items()}
+    products, lanes = (
+        {key: Fact(**fact) for key, fact in content.pop(table, {}).items()}
+        for table in ("products", "lanes")
+    )
     plain = ("title", "platform", "host", "largest", "usable", "compiler")
     settings = {key: content.pop(key) for key in plain}
     facts = {key: Fact(**fact) for key, fact in content.items()}
     sides = {key: tuple(settings.pop(key)) for key in ("host", "largest")}
-    return Device(name=name, facts=facts, products=products, **settings, **sides)
+    return Device(name=name, facts=facts, products=products, lanes=lanes, **settings, **sides)
 
 
 def parse_target(text: str) -> Target:

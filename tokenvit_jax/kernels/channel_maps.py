@@ -151,8 +151,11 @@ class Part:
         return plt.load(ref.at[index], mask=exists, other=0).astype(jnp.float32)
 
     def store(self, ref, x, line, column):
+        """Stores x and returns it as it was rounded."""
         index, exists = self._place(line, column)
-        plt.store(ref.at[index], x.astype(ref.dtype), mask=exists)
+        rounded = x.astype(ref.dtype)
+        plt.store(ref.at[index], rounded, mask=exists)
+        return rounded.astype(jnp.float32)
 
     def inside(self, x, line, column):
         """Returns x with zeros outside the map."""

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
 from tokenvit_jax.kernels.channel_maps import Tiles, run
 
 _WARPS = 8
@@ -71,8 +72,8 @@ def _gelu_sums_kernel(refs, *, grid):
     bias = tiles.channel(refs["bias"])
 
     def step(j, sums):
-        y = tiles.inside(gelu_and_slope(tiles.load(refs["x"], 0, j) + bias)[0], 0, j)
-        return [sums[0] + y, sums[1] + y * y]
+        y = tiles.inside(gelu(tiles.load(refs["x"], 0, j) + bias), 0, j)
+        return [sums[0] + y, fma(y, y, sums[1])]
 
     sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
     tiles.store_sums(refs["sums"], sums)
@@ -99,7 +100,7 @@ def _product_sums_kernel(refs, *, grid):
     def step(j, sums):
         x = tiles.load(refs["x"], 0, j)
         y = tiles.load(refs["y"], 0, j) if "y" in refs else x
-        return [sums[0] + x, sums[1] + x * y]
+        return [sums[0] + x, fma(x, y, sums[1])]
 
     sums = lax.fori_loop(0, grid.steps, step, [tiles.zeros() for _ in range(2)])
     tiles.store_sums(refs["sums"], sums)
@@ -120,21 +121,33 @@ def with_sums_gradient(
       y: (pixels, channels).
       dsums: gradients of both sums (1, channels); None: there are none.
     """
-    return dy if dsums[0] is None else dy + (dsums[0] + 2 * dsums[1] * y)
+    return dy if dsums[0] is None else fma(2 * dsums[1], y, dy + dsums[0])
 
 
 @jax.jit  # traced once for all rows of a kernel
-def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Returns GELU and its derivative from one exponential; the absolute error of erf is 1.5e-7.
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns GELU; the absolute error of erf is 1.5e-7.
 
     References:
       Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 7.1.26.
     """
-    exponential = jnp.exp2(x * x * (-0.5 * math.log2(math.e)))
-    t = 1 / (1 + (0.3275911 * 2**-0.5) * jnp.abs(x))
-    tail = 0.0
-    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        tail = (tail + 0.5 * coefficient) * t
-    tail = tail * exponential
+    return fma(-jnp.abs(x), _tail_and_exponential(x)[0], jnp.maximum(x, 0))
+
+
+@jax.jit
+def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Returns :func:`gelu` and its derivative, from one exponential."""
+    tail, exponential = _tail_and_exponential(x)
     distribution = jnp.where(x < 0, tail, 1 - tail)
-    return x * distribution, distribution + x * exponential * (2 * math.pi) ** -0.5
+    return x * distribution, fma(x * exponential, (2 * math.pi) ** -0.5, distribution)
+
+
+def _tail_and_exponential(x):
+    """Returns 1 minus the normal distribution function at |x|, and exp(-x^2 / 2)."""
+    scaled = x * math.sqrt(0.5 * math.log2(math.e))
+    exponential = exp2(-scaled * scaled)
+    t = reciprocal(fma(0.3275911 * 2**-0.5, jnp.abs(x), 1))
+    tail = 0.5 * 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = fma(tail, t, 0.5 * coefficient)
+    return tail * (t * exponential), exponential

@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.kernels.pieces import range_of, three_products
+from tokenvit_jax.kernels.arithmetic import exp2, fma
+from tokenvit_jax.kernels.pieces import LOG2_E, range_of, three_products
 from tokenvit_jax.kernels.platforms import device_batch
 
 
@@ -131,7 +132,8 @@ def _own_part(x, assignment, clusters, width):
     """Returns the clusters and channels of a program, and a function that loads its tokens.
 
     The function returns rows (tokens, channels) and which of them are in each cluster
-    (clusters, tokens).
+    (tokens, clusters): threads hold columns of such a matrix, so that reductions over tokens need
+    few exchanges.
     """
     length, channels = x.shape
     own = range_of(pl.program_id(0) * clusters, clusters)
@@ -142,7 +144,7 @@ def _own_part(x, assignment, clusters, width):
         at = plt.load(assignment.at[tokens], mask=inside, other=-1)
         mask = inside[:, None] & (columns < channels)[None]
         rows = plt.load(x.at[tokens[:, None], columns[None]], mask=mask, other=0.0)
-        return rows.astype(jnp.float32), own[:, None] == at[None]
+        return rows.astype(jnp.float32), at[:, None] == own[None]
 
     return own, columns, load
 
@@ -152,12 +154,18 @@ def _store_sums(ref, own, columns, sums):
     plt.store(ref.at[own[:, None], columns[None]], sums.astype(ref.dtype), mask=inside)
 
 
+def _of_tokens(weights, rows, precision):
+    """Returns the sums of rows (tokens, channels) with weights (tokens, clusters)."""
+    over_tokens = (((0,), (0,)), ((), ()))
+    return lax.dot_general(weights, rows, over_tokens, precision=precision)
+
+
 def _sums_kernel(x, assignment, sums, *, clusters, width, precision):
     own, columns, load = _own_part(x, assignment, clusters, width)
 
     def step(i, total):
         rows, member = load(range_of(i * BLOCK, BLOCK))
-        return total + jnp.dot(member.astype(jnp.float32), rows, precision=precision)
+        return total + _of_tokens(member.astype(jnp.float32), rows, precision)
 
     total = jnp.zeros((clusters, width), jnp.float32)
     total = lax.fori_loop(0, -(-x.shape[0] // BLOCK), step, total)
@@ -174,12 +182,13 @@ def _means_kernel(
         tokens = range_of(i * BLOCK, BLOCK)
         rows, member = load(tokens)
         score = plt.load(scores.at[tokens], mask=tokens < x.shape[0], other=0.0)
-        score = score.astype(jnp.float32)[None]
-        largest = jnp.maximum(shift, jnp.where(member, score, 0.0).max(1))
+        score = score.astype(jnp.float32)[:, None]
+        largest = jnp.maximum(shift, jnp.where(member, score, 0.0).max(0))
         rescale = jnp.exp(shift - largest)
-        weights = jnp.where(member, jnp.exp(score - largest[:, None]), 0.0)
-        products = jnp.dot(weights, rows, precision=precision)
-        return largest, total * rescale + weights.sum(1), sums * rescale[:, None] + products
+        weights = exp2(fma(score, LOG2_E, largest[None] * -LOG2_E))
+        weights = jnp.where(member, weights, 0.0)
+        products = _of_tokens(weights, rows, precision)
+        return largest, total * rescale + weights.sum(0), sums * rescale[:, None] + products
 
     zeros = jnp.zeros((clusters,), jnp.float32)
     carry = zeros, zeros, jnp.zeros((clusters, width), jnp.float32)

@@ -87,6 +87,12 @@ def _scores(x, bias, rows, precision) -> Callable:
 
     Keys beyond the end of x have score inf.
     """
+    products = _products(x, rows, precision)
+    return lambda keys: products(keys) + _vector(bias, keys, jnp.inf)[None]
+
+
+def _products(x, rows, precision) -> Callable:
+    """Returns a function from keys (K,) to -2 x[key].x[row], (rows, keys)."""
     width = min(max(pl.next_power_of_2(x.shape[1]), 16), 64)
     parts = -(-x.shape[1] // width)
 
@@ -101,15 +107,15 @@ def _scores(x, bias, rows, precision) -> Callable:
 
     if parts == 1:
         held = query(0)
-        return lambda keys: products(0, keys, held) + _vector(bias, keys, jnp.inf)[None]
+        return lambda keys: products(0, keys, held)
 
-    def scores(keys):
+    def of_all_parts(keys):
         # All queries would not fit into the registers: they are loaded for every block of keys.
         add = lambda part, total: total + products(part, keys, query(part))  # noqa: E731
         total = jnp.zeros((rows.shape[0], keys.shape[0]), jnp.float32)
-        return lax.fori_loop(0, parts, add, total) + _vector(bias, keys, jnp.inf)[None]
+        return lax.fori_loop(0, parts, add, total)
 
-    return scores
+    return of_all_parts
 
 
 def _first_smallest(tile):
@@ -158,13 +164,16 @@ def nearest_neighbors(
 def _nearest_kernel(x, square, bias, squares, indices, farthest, *, k, precision):
     length = x.shape[0]
     rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
-    scores = _scores(x, bias, rows, precision)
+    scores = _products(x, rows, precision)
 
     def step(i, carry):
         values, numbers, far = carry
-        tile = scores(range_of(i * BLOCK, BLOCK))
-        far = jnp.maximum(far, jnp.where(tile < jnp.inf, tile, -jnp.inf).max(1))
-        values, numbers = _insert(tile, i * BLOCK, values, numbers)
+        keys = range_of(i * BLOCK, BLOCK)
+        products, added = scores(keys), _vector(bias, keys, jnp.inf)
+        # Keys that do not count are infinitely near here.
+        farther = products + jnp.where(added < jnp.inf, added, -jnp.inf)[None]
+        far = jnp.maximum(far, farther.max(1))
+        values, numbers = _insert(products + added[None], i * BLOCK, values, numbers)
         return values, numbers, far
 
     none = jnp.full((BLOCK,), jnp.inf, jnp.float32)
@@ -398,17 +407,23 @@ def _ordered(scores, index):
 
 def _ranks_kernel(scores, order, places):
     length = scores.shape[0]
-    rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
+    block = pl.program_id(0)
+    rows = range_of(block * BLOCK, BLOCK)
     own = _ordered(scores, rows)[:, None]
 
-    def step(i, count):
-        keys = range_of(i * BLOCK, BLOCK)
-        key = _ordered(scores, keys)[None]
-        first = (key > own) | ((key == own) & (keys[None] < rows[:, None]))
-        return count + first.astype(jnp.int32)
+    def add(is_first, i, count):
+        key = _ordered(scores, range_of(i * BLOCK, BLOCK))[None]
+        return count + is_first(key).astype(jnp.int32)
 
-    zeros = jnp.zeros((BLOCK, BLOCK), jnp.int32)
-    place = lax.fori_loop(0, _blocks(length), step, zeros).sum(1, dtype=jnp.int32)
+    def in_own_block(key):
+        return (key > own) | ((key == own) & (rows[None] < rows[:, None]))
+
+    count = add(in_own_block, block, jnp.zeros((BLOCK, BLOCK), jnp.int32))
+    # Of equal scores, those in blocks before are first, those in blocks behind are not.
+    count = lax.fori_loop(0, block, functools.partial(add, lambda key: key >= own), count)
+    after = functools.partial(add, lambda key: key > own)
+    count = lax.fori_loop(block + 1, _blocks(length), after, count)
+    place = count.sum(1, dtype=jnp.int32)
     place = jnp.where(rows < length, place, rows)  # every place is written once
     plt.store(order.at[place], rows)
     plt.store(places.at[rows], place, mask=rows < length)

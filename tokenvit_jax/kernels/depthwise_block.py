@@ -13,13 +13,13 @@ computed once per strip.
 import functools
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels import channel_sums
+from tokenvit_jax.kernels.arithmetic import fma
 from tokenvit_jax.kernels.channel_maps import Strips, run
-from tokenvit_jax.kernels.channel_sums import gelu_and_slope, with_sums_gradient
+from tokenvit_jax.kernels.channel_sums import gelu, gelu_and_slope, with_sums_gradient
 
 
 class Block(NamedTuple):
@@ -134,22 +134,18 @@ def _forward_kernel(refs, *, block, grid):
         later = raw(j + 2)
         right = window(raw_right, j + 1)
         for i in range(grid.rows):
-            z = _sum(
-                entries[a][b] * column[i + a]
-                for b, column in enumerate((left, middle, right))
-                for a in range(3)
-            )
-            z = z if bias is None else z + bias
+            z = strip.zeros() if bias is None else bias
+            for b, column in enumerate((left, middle, right)):
+                for a in range(3):
+                    z = fma(entries[a][b], column[i + a], z)
             z = z + middle[i + 1] if block.residual else z
-            z = _rounded(z, refs["y"].dtype)
-            y = z
             if block.activate:
-                strip.store(refs["z"], z, i, j)
-                y = _rounded(gelu_and_slope(z)[0], refs["y"].dtype)
-            strip.store(refs["y"], y, i, j)
+                z = strip.store(refs["z"], z, i, j)
+                z = gelu(z)
+            y = strip.store(refs["y"], z, i, j)
             if block.with_sums:
                 y = strip.inside(y, i, j)
-                sums = [sums[0] + y, sums[1] + y * y]
+                sums = [sums[0] + y, fma(y, y, sums[1])]
         return middle, right, later, sums
 
     sums = [strip.zeros() for _ in range(2 * block.with_sums)]
@@ -189,11 +185,11 @@ def _backward_kernel(refs, *, block, grid):
             for a in range(3):
                 for b, column in enumerate((right, middle, left)):
                     dz = column[i + 2 - a]
-                    du = du + entries[a][b] * dz
-                    sums[3 * a + b] = sums[3 * a + b] + u * dz
+                    du = fma(entries[a][b], dz, du)
+                    sums[3 * a + b] = fma(u, dz, sums[3 * a + b])
             valid = strip.inside(du, i, j)
             sums[10] = sums[10] + valid
-            sums[11] = sums[11] + valid * g
+            sums[11] = fma(valid, g, sums[11])
             scale = vectors["scale"]
             strip.store(refs["dg"], du if scale is None else du * scale, i, j)
         return middle, right, later, sums
@@ -212,9 +208,10 @@ def _input_of(vectors, x, deferred):
     """Returns the input of the convolution, and what its scale multiplies."""
     bias, scale, shift = (vectors[name] for name in ("input_bias", "scale", "shift"))
     g = x if bias is None else x + bias
-    g = gelu_and_slope(g)[0] if deferred else g
-    u = g if scale is None else g * scale
-    return u if shift is None else u + shift, g
+    g = gelu(g) if deferred else g
+    if scale is None:
+        return (g if shift is None else g + shift), g
+    return fma(g, scale, 0 if shift is None else shift), g
 
 
 def _output_gradient(values, dsums, block):
@@ -224,11 +221,3 @@ def _output_gradient(values, dsums, block):
         return dy
     y, slope = gelu_and_slope(values[1]) if block.activate else (values[1], 1.0)
     return with_sums_gradient(dy, y, dsums) * slope
-
-
-def _rounded(x, dtype):
-    return x.astype(dtype).astype(jnp.float32)
-
-
-def _sum(values):
-    return functools.reduce(jnp.add, values)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.arithmetic import exp2, fma
 from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS
 from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
@@ -121,19 +122,31 @@ class _Rows:
 
     def words(self, ref):
         numbers = [jnp.int32(w) for w in range(ref.shape[0])]
-        return [plt.load(ref.at[w, self.at], mask=self.inside, other=0) for w in numbers]
+        load = lambda w: plt.load(ref.at[w, self.at], mask=self.inside, other=0)  # noqa: E731
+        return _in_pairs([load(w) for w in numbers])
 
     def store(self, ref, matrix):
         plt.store(ref.at[self.at, :], matrix.astype(ref.dtype), mask=self.inside[:, None])
 
 
-def _is_selected(groups, words):
-    """Says whether the groups, e.g. (q, 1), selected keys by their words, e.g. (1, k) each."""
-    number, bit = groups >> WORD_BITS, groups & (WORD - 1)
-    word = words[0]
-    for w in range(1, len(words)):
-        word = jnp.where(number == w, words[w], word)
-    return ((word >> bit) & 1) != 0
+def _bits_of(groups, num_words):
+    """Returns the bit of each group in pairs of words, for :func:`_is_selected`."""
+    number, bit = groups >> (WORD_BITS + 1), jnp.int32(1) << (groups & (2 * WORD - 1))
+    return [jnp.where(number == pair, bit, 0) for pair in range(pl.cdiv(num_words, 2))]
+
+
+def _in_pairs(words):
+    """Returns half as many words with twice as many bits."""
+    return [
+        functools.reduce(jnp.bitwise_or, [word << i * WORD for i, word in enumerate(pair)])
+        for pair in (words[i : i + 2] for i in range(0, len(words), 2))
+    ]
+
+
+def _is_selected(bits, words):
+    """Says whether groups selected keys: words (q, 1) and words (1, k), or the other way round."""
+    common = [bit & word for bit, word in zip(bits, words, strict=True)]
+    return functools.reduce(jnp.bitwise_or, common) != 0
 
 
 def _attend_block(
@@ -141,14 +154,15 @@ def _attend_block(
 ):
     length, dim = q_ref.shape
     rows = _Rows(pl.program_id(2), block, length)
-    q, groups = rows.matrix(q_ref), rows.vector(groups_ref)[:, None]
+    q = rows.matrix(q_ref)
+    bits = [word[:, None] for word in _bits_of(rows.vector(groups_ref), words_ref.shape[0])]
 
     def attend(i, attended):
         keys = _Rows(i, block, length)
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]  # 0 beyond the end: not selected
-        logits = dot(q, k, (1, 1)) * (scale * LOG2_E)
-        return attended.and_to(jnp.where(_is_selected(groups, words), logits, MASKED), v)
+        products = jnp.where(_is_selected(bits, words), dot(q, k, (1, 1)), MASKED)
+        return attended.and_to(products, scale * LOG2_E, v)
 
     nothing = Attended.to_none(block, dim)
     attended = lax.fori_loop(0, pl.cdiv(length, block), attend, nothing)
@@ -162,7 +176,7 @@ def _differentiate_block(
     d_q_ref, d_k_ref, d_v_ref, *, block, scale,
 ):  # fmt: skip
     """Computes the gradients of one block of queries, and of the block of keys at its place."""
-    length, dim = q_ref.shape
+    (length, dim), num_words = q_ref.shape, words_ref.shape[0]
     number, blocks = pl.program_id(2), pl.cdiv(length, block)
     zero = jnp.zeros((block, dim), jnp.float32)
     own = _Rows(number, block, length)
@@ -179,9 +193,9 @@ def _differentiate_block(
         d_k, d_v = carry
         rows = _Rows(i, block, length)
         q, (d_output, delta) = rows.matrix(q_ref), of_queries(rows)
-        logits = dot(own_k, q, (1, 1)) * (scale * LOG2_E)  # (k, q)
-        selected = _is_selected(rows.vector(groups_ref)[None], own_words)
-        weights = jnp.where(selected, jnp.exp2(logits - rows.vector(total_ref)[None]), 0)
+        logits = fma(dot(own_k, q, (1, 1)), scale * LOG2_E, -rows.vector(total_ref)[None])
+        bits = [word[None] for word in _bits_of(rows.vector(groups_ref), num_words)]
+        weights = jnp.where(_is_selected(bits, own_words), exp2(logits), 0)  # (k, q)
         d_v += dot(weights.astype(d_output.dtype), d_output)
         d_logits = weights * (dot(own_v, d_output, (1, 1)) - delta[None])
         return d_k + dot(d_logits.astype(q.dtype), q), d_v
@@ -191,15 +205,15 @@ def _differentiate_block(
     own.store(d_v_ref, d_v)
 
     own_q, (own_d, own_delta) = own.matrix(q_ref), of_queries(own)
-    own_groups, own_total = own.vector(groups_ref)[:, None], own.vector(total_ref)[:, None]
+    own_bits = [word[:, None] for word in _bits_of(own.vector(groups_ref), num_words)]
+    own_total = own.vector(total_ref)[:, None]
 
     def add_to_queries(i, d_q):
         keys = _Rows(i, block, length)
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]
-        logits = dot(own_q, k, (1, 1)) * (scale * LOG2_E)  # (q, k)
-        selected = _is_selected(own_groups, words)
-        weights = jnp.where(selected, jnp.exp2(logits - own_total), 0)
+        logits = fma(dot(own_q, k, (1, 1)), scale * LOG2_E, -own_total)
+        weights = jnp.where(_is_selected(own_bits, words), exp2(logits), 0)  # (q, k)
         d_logits = weights * (dot(own_d, v, (1, 1)) - own_delta[:, None])
         return d_q + dot(d_logits.astype(k.dtype), k)
 

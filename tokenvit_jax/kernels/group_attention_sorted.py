@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int16, Int32
 
+from tokenvit_jax.kernels.arithmetic import exp2, fma
 from tokenvit_jax.kernels.group_routing import largest
 from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
@@ -313,8 +314,8 @@ def _attend_group(
         def attend_chunk(j, attended):
             keys = _keys(keys_ref, group, j)
             k, v = keys.matrix(k_ref), keys.matrix(v_ref)
-            logits = dot(q, k, (1, 1)) * (scale * LOG2_E)
-            return attended.and_to(jnp.where(keys.wanted[None], logits, MASKED), v)
+            products = jnp.where(keys.wanted[None], dot(q, k, (1, 1)), MASKED)
+            return attended.and_to(products, scale * LOG2_E, v)
 
         nothing = Attended.to_none(*q.shape)
         output, log_total = lax.fori_loop(0, chunks, attend_chunk, nothing).normalised()
@@ -352,8 +353,7 @@ def _differentiate_group(
     def add_to_keys(i, carry):
         d_k, d_v = carry
         _, q, d_output, total, delta = load_tile(split + i * splits, start, end)
-        logits = dot(own_k, q, (1, 1)) * (scale * LOG2_E)  # (k, q)
-        weights = jnp.exp2(logits - total[None])
+        weights = exp2(fma(dot(own_k, q, (1, 1)), scale * LOG2_E, -total[None]))  # (k, q)
         d_v += dot(weights.astype(d_output.dtype), d_output)
         d_logits = weights * (dot(own_v, d_output, (1, 1)) - delta[None])
         return d_k + dot(d_logits.astype(q.dtype), q), d_v
@@ -372,8 +372,8 @@ def _differentiate_group(
         def add_to_queries(j, d_q):
             keys = _keys(keys_ref, group, j)
             k, v = keys.matrix(k_ref), keys.matrix(v_ref)
-            logits = dot(q, k, (1, 1)) * (scale * LOG2_E)  # (q, k)
-            weights = jnp.where(keys.wanted[None], jnp.exp2(logits - total[:, None]), 0)
+            logits = fma(dot(q, k, (1, 1)), scale * LOG2_E, -total[:, None])  # (q, k)
+            weights = jnp.where(keys.wanted[None], exp2(logits), 0)
             d_logits = weights * (dot(d_output, v, (1, 1)) - delta[:, None])
             return d_q + dot(d_logits.astype(k.dtype), k)
 

@@ -23,7 +23,7 @@ MAX_LENGTH = 1024
 MAX_GROUPS = 64
 # Queries that are assigned at a time, and how often a program of :func:`assign` does so.
 _QUERIES, _BLOCKS = 64, 4
-_LOWEST = -(2**31)
+_LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 
 
 def routing_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -171,8 +171,10 @@ def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> 
     """Returns a mask of the ``top_k`` largest of the first ``length`` scores along an axis.
 
     Inside a kernel; ties go to the lowest index. It selects like
-    :func:`tokenvit_jax.ops.selection.largest_mask`: the threshold is found bit by bit on integers
+    :func:`tokenvit_jax.ops.selection.largest_mask`: a threshold is found by bisection of integers
     that order like the floats, and then, where more scores are equal than are wanted, the index.
+    The bisection ends when every threshold has the wanted number of scores: after 15 to 20 rounds
+    for random scores, instead of 31.
 
     Args:
       scores: matrix in float32.
@@ -181,18 +183,29 @@ def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> 
       axis: 0 or 1.
     """
     index = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-    ordered = jnp.where(index < length, sortable(jnp.where(scores == 0, 0.0, scores)), _LOWEST)
+    ordered = sortable(jnp.where(scores == 0, 0.0, scores))
+    lowest = jnp.expand_dims(jnp.min(jnp.where(index < length, ordered, _HIGHEST), axis), axis)
+    ordered = jnp.where(index < length, ordered, _LOWEST)
 
     def count(mask):
         return jnp.expand_dims(jnp.sum(mask.astype(jnp.int32), axis), axis)
 
-    def try_bit(i, threshold):
-        candidate = threshold + (jnp.int32(1) << (30 - i))
-        return jnp.where(count(ordered >= candidate) >= top_k, candidate, threshold)
+    def is_left(carry):
+        low, high, found = carry
+        return jnp.max(((low < high) & (found > top_k)).astype(jnp.int32)) > 0
 
-    zero = jnp.zeros_like(count(ordered >= 0))
-    threshold = jnp.where(count(ordered >= 0) >= top_k, zero, zero + _LOWEST)
-    threshold = lax.fori_loop(0, 31, try_bit, threshold)
+    def halve(carry):
+        low, high, found = carry
+        middle = (low | high) - ((low ^ high) >> 1)  # of low and high, rounded up
+        above = count(ordered >= middle)
+        enough = above >= top_k
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+        return low, high, jnp.where(enough, above, found)
+
+    # At least top_k scores are not below `low`, their number is `found`; fewer are above `high`.
+    highest = jnp.expand_dims(jnp.max(ordered, axis), axis)
+    carry = lowest, highest, jnp.full_like(lowest, length)
+    threshold, _, found = lax.while_loop(is_left, halve, carry)
     wanted = top_k - count(ordered > threshold)
 
     def try_end(i, end):
@@ -201,7 +214,8 @@ def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> 
         return jnp.where(ties <= wanted, candidate, end)
 
     bits = length.bit_length()
-    has_surplus = (jnp.max(count(ordered == threshold) - wanted) > 0).astype(jnp.int32)
+    has_surplus = (jnp.max(found) > top_k).astype(jnp.int32)
     # Without a surplus all ties are selected, and the loop has no rounds.
-    end = lax.fori_loop(0, bits * has_surplus, try_end, zero + length * (1 - has_surplus))
+    end = jnp.full_like(threshold, length * (1 - has_surplus))
+    end = lax.fori_loop(0, bits * has_surplus, try_end, end)
     return (ordered > threshold) | ((ordered == threshold) & (index < end))

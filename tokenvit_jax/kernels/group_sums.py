@@ -91,13 +91,14 @@ def _sum(q_ref, groups_ref, sums_ref, *, num_groups):
         groups = plt.load(groups_ref.at[image, at], mask=inside, other=-1)
         square = jnp.maximum(jnp.sum(q * q, 1), jnp.finfo(jnp.float32).tiny)
         left = q * lax.rsqrt(square)[:, None]
-        member = group[:, None] == groups[None]
+        # Threads hold columns of (queries, groups): sums over queries need few exchanges.
+        member = groups[:, None] == group[None]
         # The tensor cores add numbers of 8 bits: three of them hold a float32.
         for _ in range(3):
             part = left.astype(jnp.bfloat16)
-            sums += dot(member.astype(jnp.bfloat16), part)
+            sums += dot(member.astype(jnp.bfloat16), part, (0, 0))
             left -= part.astype(jnp.float32)
-        return sums, counts + jnp.sum(member.astype(jnp.float32), 1)
+        return sums, counts + jnp.sum(member.astype(jnp.float32), 0)
 
     zero = jnp.zeros((rows, dim), jnp.float32), jnp.zeros((rows,), jnp.float32)
     sums, counts = lax.fori_loop(0, images * blocks, add, zero)

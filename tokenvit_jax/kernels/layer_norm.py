@@ -14,6 +14,8 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tokenvit_jax.kernels.arithmetic import fma
+
 _MAX_CHANNELS = 2048
 _VALUES = 2048  # of a block of tokens: 16 in each thread
 _WARPS = 4
@@ -161,12 +163,12 @@ def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
         x = x + plt.load(branch_ref.at[slices], mask=mask, other=0)
         plt.store(total_ref.at[slices], x, mask=mask)
     x = x.astype(jnp.float32)  # padded with zeros, which change no sum
-    mean = jnp.sum(x, 1) / tiling.channels
-    var = jnp.maximum(0.0, jnp.sum(x * x, 1) / tiling.channels - mean * mean)
+    mean = jnp.sum(x, 1) * (1 / tiling.channels)
+    var = jnp.maximum(0.0, jnp.sum(x * x, 1) * (1 / tiling.channels) - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
-    y = (x - mean[:, None]) * (inverse[:, None] * tiling.vector(scale_ref, program)[None])
-    y = (y + tiling.vector(bias_ref, program)[None]).astype(y_ref.dtype)
-    plt.store(y_ref.at[slices], y, mask=mask)
+    factor = inverse[:, None] * tiling.vector(scale_ref, program)[None]
+    y = fma(x - mean[:, None], factor, tiling.vector(bias_ref, program)[None])
+    plt.store(y_ref.at[slices], y.astype(y_ref.dtype), mask=mask)
     plt.store(mean_ref.at[slices[0]], mean, mask=rows)
     plt.store(inverse_ref.at[slices[0]], inverse, mask=rows)
 
@@ -186,13 +188,13 @@ def _backward_kernel(
         dy = plt.load(dy_ref.at[slices], mask=mask, other=0).astype(jnp.float32)
         normed = (x - mean) * inverse  # dy is 0 where this is padding
         scaled = dy * scale
-        of_mean = jnp.sum(scaled, 1, keepdims=True) / tiling.channels
-        of_normed = jnp.sum(scaled * normed, 1, keepdims=True) / tiling.channels
-        dx = inverse * (scaled - of_mean - normed * of_normed)
+        of_mean = jnp.sum(scaled, 1, keepdims=True) * (1 / tiling.channels)
+        of_normed = jnp.sum(scaled * normed, 1, keepdims=True) * (1 / tiling.channels)
+        dx = inverse * fma(normed, -of_normed, scaled - of_mean)
         for ref in dtotal_ref:
             dx = dx + plt.load(ref.at[slices], mask=mask, other=0).astype(jnp.float32)
         plt.store(dx_ref.at[slices], dx.astype(dx_ref.dtype), mask=mask)
-        return sums[0] + dy * normed, sums[1] + dy
+        return fma(dy, normed, sums[0]), sums[1] + dy
 
     steps = pl.cdiv(tiling.num_blocks, programs)
     zeros = jnp.zeros((tiling.height, tiling.width), jnp.float32)

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
+
 LOG2_E = math.log2(math.e)
-# Logit of a key that does not count: finite, because a block may have no key that does.
-MASKED = -1e30
+# Logit of a key that does not count. A block may have no key that does: the difference of two such
+# logits, each times a factor, must be 0 however it is rounded, hence finite and a power of two.
+MASKED = -(2.0**100)
 
 
 def range_of(start: int | Int32[Array, ""], size: int) -> Int32[Array, " size"]:
@@ -60,19 +63,20 @@ class Attended(NamedTuple):
         zero = jnp.zeros((num_queries,), jnp.float32)
         return cls(jnp.zeros((num_queries, dim), jnp.float32), zero + MASKED, zero)
 
-    def and_to(self, logits: jax.Array, v: jax.Array) -> Self:
+    def and_to(self, products: jax.Array, factor: float, v: jax.Array) -> Self:
         """Adds keys.
 
         Args:
-          logits: to base 2, MASKED for keys that do not count (queries, keys).
+          products: of queries and keys, MASKED for keys that do not count (queries, keys).
+          factor: positive factor that makes them logits to base 2.
           v: values (keys, D).
         """
-        largest = jnp.maximum(self.largest, jnp.max(logits, 1))
-        shrink = jnp.exp2(self.largest - largest)
-        weights = jnp.exp2(logits - largest[:, None])
+        largest = jnp.maximum(self.largest, jnp.max(products, 1) * factor)
+        shrink = exp2(self.largest - largest)
+        weights = exp2(fma(products, factor, -largest[:, None]))
         output = self.output * shrink[:, None] + dot(weights.astype(v.dtype), v)
         return type(self)(output, largest, self.total * shrink + jnp.sum(weights, 1))
 
     def normalised(self) -> tuple[jax.Array, jax.Array]:
         """Returns the output (queries, D), and the log-normaliser to base 2 (queries,)."""
-        return self.output / self.total[:, None], self.largest + jnp.log2(self.total)
+        return self.output * reciprocal(self.total)[:, None], self.largest + jnp.log2(self.total)

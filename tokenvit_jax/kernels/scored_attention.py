@@ -10,7 +10,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Shaped
 
 from tokenvit_jax.kernels import cudnn
+from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
 from tokenvit_jax.kernels.attention import attend
+from tokenvit_jax.kernels.pieces import LOG2_E
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
 BLOCK = 64  # queries of a program, and keys of a step: 32 logits per thread
@@ -128,8 +130,8 @@ def _sum_weights(q_ref, k_ref, *refs, shape, scale, diagonal):
     def normalise(step, carry):
         largest, total = carry
         logits, _, _ = logits_of(step)
-        new = jnp.maximum(largest, logits.max(1))
-        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(1)
+        new = jnp.maximum(largest, logits.max(1) * LOG2_E)
+        total = total * exp2(largest - new) + exp2(fma(logits, LOG2_E, -new[:, None])).sum(1)
         return new, total
 
     def add_up(step, carry):
@@ -137,14 +139,15 @@ def _sum_weights(q_ref, k_ref, *refs, shape, scale, diagonal):
         counts = is_query
         if not diagonal:
             counts &= rows[:, None] != columns
-        weights = jnp.where(counts, jnp.exp(logits - largest[:, None]) * inverse[:, None], 0.0)
+        weights = exp2(fma(logits, LOG2_E, -largest[:, None])) * inverse[:, None]
+        weights = jnp.where(counts, weights, 0.0)
         plt.store(sums_ref.at[block], weights.sum(0), mask=columns < num_keys)
         return carry
 
     steps = k_ref.shape[0] // BLOCK
     start = jnp.full((BLOCK,), jnp.finfo(jnp.float32).min), jnp.zeros((BLOCK,), jnp.float32)
     largest, total = lax.fori_loop(0, steps, normalise, start)
-    inverse = 1 / total
+    inverse = reciprocal(total)
     lax.fori_loop(0, steps, add_up, 0)
 
 

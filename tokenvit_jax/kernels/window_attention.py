@@ -11,10 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
+from tokenvit_jax.kernels.pieces import LOG2_E, MASKED
+
 MAX_TOKENS, MAX_DIM = 64, 64  # of a tile; larger ones would not stay in registers
 MAX_STRIPE = 128  # tokens of a tile of keys without bias, for two blocks of queries in turn
 FEWEST_PROGRAMS = 512  # each attends within up to 32 windows, for which it sums up gradients
-EXCLUDED = -1e30  # logit of padding and of tokens in other parts of a window
 
 
 class _Windows(NamedTuple):
@@ -249,8 +251,8 @@ def _attend(q_ref, k_ref, v_ref, *refs, call):
             weights = _exp_of_logits(
                 (q * call.scale).astype(q.dtype), k, biases, queries, keys, call
             )
-            total = weights.sum(1, keepdims=True)
-            _store(out_ref, plt.dot(weights.astype(v.dtype), v) / total, queries)
+            inverse = reciprocal(weights.sum(1, keepdims=True))
+            _store(out_ref, plt.dot(weights.astype(v.dtype), v) * inverse, queries)
         return carry
 
     lax.fori_loop(0, call.steps, attend, 0)
@@ -272,7 +274,7 @@ def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
             q = (q * call.scale).astype(q.dtype)
             biases = [ref[...] for ref in bias_refs]
             weights = _exp_of_logits(q, k, biases, queries, keys, call)
-            weights = weights / weights.sum(1, keepdims=True)
+            weights = weights * reciprocal(weights.sum(1, keepdims=True))
             d_v += plt.dot(weights.astype(v.dtype).T, d_out)
             d_weights = plt.dot(d_out, v.T)
             d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
@@ -295,8 +297,8 @@ def _exp_of_logits(q, k, biases, queries, keys, call):
     meet = (keys.token < call.tokens)[None]
     if any(call.shift):
         meet &= queries.part[:, None] == keys.part[None]
-    logits = jnp.where(meet, sum(biases, plt.dot(q, k.T)), EXCLUDED)
-    return jnp.exp(logits - logits.max(1, keepdims=True))
+    logits = jnp.where(meet, sum(biases, plt.dot(q, k.T)), MASKED)
+    return exp2(fma(logits, LOG2_E, logits.max(1, keepdims=True) * -LOG2_E))
 
 
 def _load(ref, tile):
