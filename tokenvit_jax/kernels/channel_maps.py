@@ -129,9 +129,7 @@ class Part:
       whole: whether all lines and channels of all programs exist, but for lines around a strip.
     """
 
-    def __init__(
-        self, channels, program, channel_block, pixels, lines, width, step=1, whole=False
-    ):
+    def __init__(self, channels, program, channel_block, pixels, lines, width, step=1, whole=False):
         size = _block_size(channels)
         self._channels, self._program, self._width = channels, program, width
         self._step = step * channels
