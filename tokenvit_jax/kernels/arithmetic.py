@@ -85,7 +85,7 @@ def reciprocal(x: ArrayLike) -> jax.Array:
 
 
 def negative(x: jax.Array) -> jax.Array:
-    """Returns -x, which costs nothing on a GPU: Pallas writes 0 - x for it, which is no negation."""
+    """Returns -x, at no cost on a GPU: Pallas writes 0 - x for it, which is a subtraction."""
     return -0.0 - x
 
 

@@ -20,6 +20,8 @@ from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
 # Queries and keys in a block; the last block may be shorter.
 _BLOCK = 64
+# Tokens whose gradients one program computes: the gradients of so many queries fit into registers.
+_MOST_AT_ONCE = 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -76,14 +78,21 @@ def _backward(scale, interpret, residuals, d_output):
     q, k, v, groups, words, output, log_total = residuals
     batch, length, heads, _ = q.shape
     tokens, per_query, per_key = _specs(q, words)
-    run = functools.partial(_differentiate_block, scale=scale)
-    gradients = pl.pallas_call(
-        functools.partial(_of_own_rows, run, length),
-        grid=(batch, heads, pl.cdiv(length, _BLOCK)),
+    if length <= _MOST_AT_ONCE:
+        run = functools.partial(_differentiate_head, scale=scale, interpret=interpret)
+        blocks, stages = 1, 1
+    else:
+        run = functools.partial(_differentiate_block, scale=scale)
+        run = functools.partial(_of_own_rows, run, length)
+        blocks, stages = pl.cdiv(length, _BLOCK), 2
+    *gradients, _ = pl.pallas_call(
+        run,
+        grid=(batch, heads, blocks),
         in_specs=[tokens, tokens, tokens, per_query, per_key, tokens, per_query, tokens],
-        out_specs=[tokens, tokens, tokens],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        out_specs=[tokens, tokens, tokens, per_query],
+        # The last one is memory of the program: the products of d output and output.
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, log_total)],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=stages),
         interpret=interpret,
         name="group_attention_gradient",
     )(q, k, v, groups, words, output, log_total, d_output)
@@ -203,7 +212,7 @@ def _attend_block(
 
 def _differentiate_block(
     own, q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
-    d_q_ref, d_k_ref, d_v_ref, *, scale,
+    d_q_ref, d_k_ref, d_v_ref, _, *, scale,
 ):  # fmt: skip
     """Computes the gradients of one block of queries, and of the block of keys at its place."""
     (length, dim), num_words = q_ref.shape, words_ref.shape[0]
@@ -243,3 +252,44 @@ def _differentiate_block(
         return d_q + dot(d_logits.astype(k.dtype), k)
 
     own.store(d_q_ref, _for_all_rows(own, length, add_to_queries, zero) * scale)
+
+
+def _differentiate_head(
+    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
+    d_q_ref, d_k_ref, d_v_ref, delta_ref, *, scale, interpret,
+):  # fmt: skip
+    """Computes all gradients of a head; those of the queries stay in registers."""
+    (length, dim), num_words = q_ref.shape, words_ref.shape[0]
+    zero = 0 * pl.program_id(0)
+    full, rest = _blocks(length)
+    queries = [_Rows(zero + i * _BLOCK, _BLOCK, length) for i in range(full)]
+    queries += [_Rows(zero + full * _BLOCK, rest, length)] * bool(rest)
+    for rows in queries:
+        products = widen(rows.matrix(d_output_ref)) * widen(rows.matrix(output_ref))
+        plt.store(delta_ref.at[rows.at], jnp.sum(products, 1), mask=rows.inside)
+    if not interpret:
+        plt.debug_barrier()
+
+    def of_keys(keys, d_qs):
+        k, v = keys.matrix(k_ref), keys.matrix(v_ref)
+        words = [word[:, None] for word in keys.words(words_ref)]
+        d_k, d_v = (jnp.zeros((keys.size, dim), jnp.float32) for _ in range(2))
+        found = []
+        for rows, d_q in zip(queries, d_qs, strict=True):
+            q, d_output = rows.matrix(q_ref), rows.matrix(d_output_ref)
+            logits = fma(dot(k, q, (1, 1)), scale * LOG2_E, -rows.vector(total_ref)[None])
+            bits = [word[None] for word in _bits_of(rows.vector(groups_ref), num_words)]
+            weights = jnp.where(_is_selected(bits, words), exp2(logits), 0)  # (k, q)
+            d_v += dot(weights.astype(d_output.dtype), d_output)
+            d_logits = weights * (dot(v, d_output, (1, 1)) - rows.vector(delta_ref)[None])
+            d_logits = d_logits.astype(q.dtype)
+            d_k += dot(d_logits, q)
+            found.append(d_q + dot(d_logits, k, (0, 0)))
+        keys.store(d_k_ref, d_k * scale)
+        keys.store(d_v_ref, d_v)
+        return found
+
+    zeros = [jnp.zeros((rows.size, dim), jnp.float32) for rows in queries]
+    d_qs = _for_all_rows(queries[-1], length, of_keys, zeros)
+    for rows, d_q in zip(queries, d_qs, strict=True):
+        rows.store(d_q_ref, d_q * scale)
