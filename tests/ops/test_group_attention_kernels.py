@@ -106,7 +106,7 @@ def test_fused_attention_equals_the_dense_form(at_once, monkeypatch):
 
 def test_sorted_attention_equals_the_dense_form(monkeypatch):
     # Several tiles in three groups, one in the last; chunks of keys; two programs for each.
-    for name, value in {"_TILE": 16, "_CHUNK": 16, "_PROGRAMS": 16}.items():
+    for name, value in {"_TILE": 16, "_CHUNK": 16, "_PROGRAMS": 16, "_WORD": 2}.items():
         monkeypatch.setattr(group_attention_sorted, name, value)
     length, groups, top_k = 75, 4, 20
     arrays = normal(1, length, 2, 16, count=4)
