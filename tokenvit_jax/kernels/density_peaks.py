@@ -96,7 +96,7 @@ def _tile(ref, rows, columns):
 def squared_distances(
     scores: Float[Array, "..."], squares: Float[Array, "..."], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """Returns the squared distances of keys and queries.
+    """Returns the squared distances of keys and queries; 0 for tokens that count as equal.
 
     Args:
       scores: |key|^2 - 2 key.query.

@@ -117,7 +117,8 @@ def density_peaks(
 ) -> DensityPeaks:
     """Computes the density of every token and its distance to the nearest denser token.
 
-    Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). If two
+    Distances are Euclidean, divided by sqrt(C), in float32 (float64 for float64 tokens). On GPUs
+    and TPUs, tokens of 16 bits that are nearer than 2^-9 of their length have distance 0. If two
     tokens have equal density, the one with the lower index counts as denser. The delta of the
     densest token of an image is the largest distance between two tokens of the image. The results
     carry no gradient.
