@@ -14,7 +14,7 @@ BODY
 \tret;
 }
 """
-SUM = "\tadd.rn.f32 \t%f1, %f2, %f3;"
+SUM = "\tadd.rn.f32 \t%f1, %f1, %f3;"
 SEARCH = """$L__BB0_1:
 \tmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r1 };
 \tld.global.b32 \t%r5, [%rd1];

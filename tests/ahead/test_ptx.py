@@ -193,3 +193,28 @@ def test_products_of_a_warp():
     assert count(f"{wide}\n{wide}").products == {"bfloat16": 2 * 2 * 64 * 32 * 16 / 4}
     narrow = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r1};"
     assert count(narrow).products == {"default": 2 * 16 * 8 * 8}
+
+
+@pytest.mark.parametrize(
+    ("statements", "issued"),
+    [
+        ("fma.rn.f32 %r1, %r2, %r3, %r4; fma.rn.f32 %r5, %r2, %r3, %r4;", 1),
+        ("mul.f32 %r1, %r2, %r3; mul.f32 %r5, %r2, %r3; neg.f32 %r1, %r1; ex2.approx.ftz.f32 %r6, "
+         "%r5; mul.f32 %r7, %r2, %r3; ex2.approx.ftz.f32 %r8, %r7;", 2),
+        # Another argument, an argument with another value, another instruction.
+        ("mul.f32 %r1, %r2, %r3; mul.f32 %r5, %r2, %r4;", 2),
+        ("mul.f32 %r1, %r2, %r3; add.f32 %r2, %r3, %r3; mul.f32 %r5, %r2, %r3;", 3),
+        ("mul.f32 %r1, %r2, %r3; add.f32 %r5, %r2, %r3;", 2),
+        # Reads, without and with a write between them; and under another condition.
+        ("ld.global.b32 %r1, [%rd1]; ld.global.b32 %r2, [%rd1];", 1),
+        ("ld.global.b32 %r1, [%rd1]; st.global.b32 [%rd2], %r3; ld.global.b32 %r2, [%rd1];", 3),
+        ("mov.u32 %r1, 0; @%p1 ld.global.b32 %r1, [%rd1]; mov.u32 %r2, 0; @%p1 ld.global.b32 %r2, "
+         "[%rd1];", 1),
+        ("mov.u32 %r1, 0; @%p1 ld.global.b32 %r1, [%rd1]; mov.u32 %r2, 0; @%p2 ld.global.b32 %r2, "
+         "[%rd1];", 2),
+        # What exchanges threads' values is not the same twice.
+        ("shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1; shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", 2),
+    ],
+)  # fmt: skip
+def test_repeated_instructions_count_once(statements, issued):
+    assert pipes_of(statements)["issue"] == issued

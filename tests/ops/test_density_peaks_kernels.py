@@ -3,6 +3,7 @@
 Against loops, tokens are small integers: their distances are exact and full of ties.
 """
 
+import contextlib
 import functools
 import importlib
 
@@ -40,26 +41,29 @@ def distances(x, mask):
 
 
 @functools.cache
-def jitted(name, of=kernels):
-    options = {"k": NEIGHBORS} if name == "nearest_neighbors" else {}
+def jitted(name, of=kernels, **options):
     return jax.jit(functools.partial(getattr(of, name), interpret=True, **options))
 
 
-@pytest.mark.parametrize("case", ["gpu", "gpu, masked", "tpu"])
+@pytest.mark.parametrize("case", ["gpu", "gpu, masked", "gpu, bfloat16", "tpu", "tpu, bfloat16"])
 def test_nearest_neighbors_and_denser(case):
     masked = "masked" in case
     x, square, bias, mask = points(70, masked)  # channels in two parts
+    wide = x
+    x = jnp.asarray(x, jnp.bfloat16) if "bfloat16" in case else x
     # Few values, so that many densities are equal; 0 for masked tokens, as everywhere.
     density = np.random.default_rng(1).integers(1, 6, mask.shape).astype(np.float32) * mask
-    if case == "tpu":
-        squares, indices, farthest = jitted("nearest_neighbors", tpu_kernels)(x, square)
+    if "tpu" in case:
+        find = jitted("nearest_neighbors", tpu_kernels, k=NEIGHBORS)
+        squares, indices, farthest = find(x, square)
         found, parent = jitted("nearest_denser", tpu_kernels)(x, square, density)
     else:
-        squares, indices, farthest = jitted("nearest_neighbors")(x, square, bias)
+        find = jitted("nearest_neighbors", k=NEIGHBORS, masked=masked)
+        squares, indices, farthest = find(x, square, bias)
         found, parent = jitted("nearest_denser")(x, square, bias, density, squares, indices)
     searched = 0
     for image in range(2):
-        away = distances(x[image], mask[image])
+        away = distances(wide[image], mask[image])
         order = np.argsort(away, axis=1, kind="stable")[:, :NEIGHBORS].T
         nearest = np.take_along_axis(away.T, order, 0)
         np.testing.assert_array_equal(squares[image], nearest)
@@ -125,6 +129,16 @@ def platform(request, monkeypatch):
     return request.param
 
 
+@contextlib.contextmanager
+def exactly():
+    """Operators have their usual forms, and float64."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        for name in ("density_peaks", "merge_tokens"):
+            module = importlib.import_module(f"tokenvit_jax.ops.{name}")
+            patch.setattr(module, "by_platform", by_platform)
+        yield
+
+
 def test_operators_call_their_kernels(platform):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 41, 3))  # a shape of this test only: operators are compiled once
@@ -140,10 +154,7 @@ def test_operators_call_their_kernels(platform):
         return jax.jit(lambda *args: run(*args))(x.astype(dtype), scores.astype(dtype))
 
     found, gradients = cluster(np.float32)
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        for name in ("density_peaks", "merge_tokens"):
-            module = importlib.import_module(f"tokenvit_jax.ops.{name}")
-            patch.setattr(module, "by_platform", by_platform)
+    with exactly():
         expected, expected_gradients = cluster(np.float64)
     np.testing.assert_array_equal(found.assignment, expected.assignment)
     np.testing.assert_array_equal(found.centers, expected.centers)
@@ -151,6 +162,21 @@ def test_operators_call_their_kernels(platform):
     np.testing.assert_allclose(found.delta, expected.delta, rtol=1e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_tokens_of_16_bits(platform, dtype):
+    # Kernels multiply them as they are, far from the origin, too.
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 1, (2, 43, 70)), dtype)
+    x = x.at[:, 20:].set(x[:, :1])
+    found = jax.jit(functools.partial(ops.cluster_density_peaks, num_clusters=6))(x)
+    with exactly():
+        expected = ops.cluster_density_peaks(x.astype(jnp.float64), 6)
+    np.testing.assert_array_equal(found.assignment, expected.assignment)
+    np.testing.assert_array_equal(found.centers, expected.centers)
+    np.testing.assert_allclose(found.density, expected.density, rtol=1e-5)
+    np.testing.assert_allclose(found.delta, expected.delta, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.density[:, 20:], 1)
 
 
 def test_limits():

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels import group_attention_heads, group_attention_sorted, group_routing
+from tokenvit_jax.kernels import (
+    group_attention_fused,
+    group_attention_heads,
+    group_attention_sorted,
+    group_routing,
+)
 from tokenvit_jax.kernels.group_attention_dense import attend_dense
 from tokenvit_jax.kernels.group_attention_fused import attend_fused
 from tokenvit_jax.kernels.group_attention_heads import attend_heads, selected_keys
@@ -80,8 +85,10 @@ def differentiated(form, q, k, v, d_output):
     return jax.jit(run)(d_output, q, k, v)
 
 
-def test_fused_attention_equals_the_dense_form():
-    arrays = normal(2, 70, 1, 16, count=4)  # two blocks
+@pytest.mark.parametrize("at_once", [True, False])
+def test_fused_attention_equals_the_dense_form(at_once, monkeypatch):
+    monkeypatch.setattr(group_attention_fused, "_MOST_AT_ONCE", 256 if at_once else 0)
+    arrays = normal(2, 70, 1, 16, count=4)  # two blocks, the second of 16
     (centroids,) = normal(1, 20, 16, seed=1)
     assigned, words = group_routing.route(*arrays[:2], centroids, 23, interpret=True)
     selected = group_routing.unpack(words, 20)
@@ -99,7 +106,7 @@ def test_fused_attention_equals_the_dense_form():
 
 def test_sorted_attention_equals_the_dense_form(monkeypatch):
     # Several tiles in three groups, one in the last; chunks of keys; two programs for each.
-    for name, value in {"_TILE": 16, "_CHUNK": 16, "_PROGRAMS": 16}.items():
+    for name, value in {"_TILE": 16, "_CHUNK": 16, "_PROGRAMS": 16, "_WORD": 2}.items():
         monkeypatch.setattr(group_attention_sorted, name, value)
     length, groups, top_k = 75, 4, 20
     arrays = normal(1, length, 2, 16, count=4)

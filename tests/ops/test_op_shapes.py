@@ -16,7 +16,7 @@ from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.group_attention_sorted import SortedGroups
 from tokenvit_jax.kernels.group_attention_tiles import plan_tiles
 from tokenvit_jax.ops.center_tiles import make_tiles
-from tokenvit_jax.ops.nearest_tokens import Neighbors, Points
+from tokenvit_jax.ops.nearest_tokens import Neighbors
 
 CONTEXTS = (
     "cudnn.assumed",
@@ -54,7 +54,6 @@ TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
 PEAKS = ops.DensityPeaks(floats(2, 30), floats(2, 30), integers(2, 30))
-POINTS = Points(TOKENS, SQUARES, SQUARES)
 NEAR = Neighbors(floats(2, 5, 30), integers(2, 5, 30), floats(2))
 PLAN = plan_tiles(integers(2, 3, 11), 4, 4)
 AFFINE = ops.BatchAffine(*(floats(7),) * 4)
@@ -194,8 +193,9 @@ CALLS = {
     "density_peaks.nearest_denser": [
         ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
     ],
-    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5})],
+    "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5, "masked": False})],
     "density_peaks.ranks": [((SQUARES,), {})],
+    "density_peaks.squared_distances": [((SQUARES, SQUARES, jnp.bfloat16), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
     "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
     "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
@@ -333,10 +333,14 @@ CALLS = {
     "mix_boxes.neighbors": [((TOKENS,), {})],
     "nearest_tokens.centered": [((TOKENS, masks(2, 30)), {})],
     "nearest_tokens.chunked_forms": [((jnp.sum, 2, 30, 30, None), {})],
-    "nearest_tokens.nearest_center": [((TOKENS, SQUARES, integers(2, 5), integers(2), 16), {})],
-    "nearest_tokens.nearest_denser": [((POINTS, NEAR, SQUARES, masks(2, 30), 16), {})],
-    "nearest_tokens.nearest_neighbors": [((POINTS, 5, 16), {})],
+    "nearest_tokens.for_kernels": [((TOKENS, masks(2, 30)), {})],
+    "nearest_tokens.nearest_center": [
+        ((TOKENS, masks(2, 30), integers(2, 5), integers(2), 16), {})
+    ],
+    "nearest_tokens.nearest_denser": [((TOKENS, masks(2, 30), NEAR, SQUARES, 16), {})],
+    "nearest_tokens.nearest_neighbors": [((TOKENS, masks(2, 30), 5, 16), {})],
     "nearest_tokens.points_of": [((TOKENS, masks(2, 30)), {})],
+    "nearest_tokens.square_norms": [((TOKENS,), {})],
     "packed.cast_packed": [(([TOKENS, TOKENS[0]], jnp.bfloat16), {})],
     "packed.join_rows": [((lambda x: (x,), [TOKENS, TOKENS[:1]]), {})],
     "packed.map_packed": [((jnp.add, SUMS, SUMS), {}), ((jnp.add, AFFINE, AFFINE), {})],

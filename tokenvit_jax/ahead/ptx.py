@@ -4,7 +4,8 @@ PTX is close to what runs: in the longest loops of twelve kernels of DGT-T's tra
 counts were .91 to 1.01 of the number of instructions of the machine code for an H200, and those of
 float32 arithmetic and of special functions .92 to 1; in two reductions of XLA, .81 and .87 of all
 instructions counted. Where the assembler expands an instruction (exponentials, divisions), the
-expansion counts; moves and reads of parameters do not count, because most of them vanish.
+expansion counts; moves and reads of parameters do not count, because most of them vanish, and
+neither do repeated instructions.
 
 Of two branches, the longer one counts. A loop counts as often as the values that its counter takes,
 which are computed for the first thread; a loop whose end depends on data counts once.
@@ -17,6 +18,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from tokenvit_jax.ahead.control_flow import Graph, Statement, longest_path
+from tokenvit_jax.ahead.repeats import repeated
 from tokenvit_jax.ahead.rounds import Counters
 
 PIPES = ("issue", "float", "logic", "special", "conversion", "memory")
@@ -128,8 +130,11 @@ def _costs(statements: Sequence[Statement], literals: Container[str], times: flo
     """
     costs: Counter[str] = Counter()
     divisors: set[str] = set()
-    for statement in statements:
+    again = repeated(statements)
+    for number, statement in enumerate(statements):
         opcode = statement.opcode
+        if number in again:
+            continue
         if opcode == "bra" and not statement.guard:
             continue  # blocks are placed one after the other
         for name, count in _expansion(opcode).items():

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from tokenvit_jax.kernels.arithmetic import narrow, widen
+
 STRIPS = 4  # strips of a program: one per warp
 TILE_ROWS = 64  # pixels of a tile, where no pixel has neighbours
 BUSY = 124  # programs that keep a GPU busy
@@ -64,7 +66,12 @@ class Strips(NamedTuple):
             )
             for row in range(-1, self.rows + 1)
         }
-        return Part(self.channels, program, channel_block, STRIPS, lines, self.width)
+        whole = (
+            self.height % self.rows == 0
+            and self.batch * self.strips % STRIPS == 0
+            and self.channels % _block_size(self.channels) == 0
+        )
+        return Part(self.channels, program, channel_block, STRIPS, lines, self.width, whole=whole)
 
 
 class Tiles(NamedTuple):
@@ -119,12 +126,14 @@ class Part:
       lines: name of a line -> its first pixels (pixels, 1), and whether they exist.
       width: columns of a line.
       step: pixels from one column to the next.
+      whole: whether all lines and channels of all programs exist, but for lines around a strip.
     """
 
-    def __init__(self, channels, program, channel_block, pixels, lines, width, step=1):
+    def __init__(self, channels, program, channel_block, pixels, lines, width, step=1, whole=False):
         size = _block_size(channels)
         self._channels, self._program, self._width = channels, program, width
         self._step = step * channels
+        self._whole = whole
         self._shape = pixels, size
         self._channel = channel_block * size + jnp.arange(size)[None]
         self._used = self._channel < channels
@@ -141,21 +150,21 @@ class Part:
         if ref is None:
             return None
         index = row * self._channels + self._channel
-        return plt.load(ref.at[index], mask=self._used, other=0).astype(jnp.float32)
+        return widen(plt.load(ref.at[index], mask=self._used, other=0))
 
     def vectors(self, refs, *names):
         return {name: self.channel(refs.get(name)) for name in names}
 
     def load(self, ref, line, column):
         index, exists = self._place(line, column)
-        return plt.load(ref.at[index], mask=exists, other=0).astype(jnp.float32)
+        return widen(plt.load(ref.at[index], mask=exists, other=0))
 
     def store(self, ref, x, line, column):
         """Stores x and returns it as it was rounded."""
         index, exists = self._place(line, column)
-        rounded = x.astype(ref.dtype)
+        rounded = narrow(x, ref.dtype)
         plt.store(ref.at[index], rounded, mask=exists)
-        return rounded.astype(jnp.float32)
+        return widen(rounded)
 
     def inside(self, x, line, column):
         """Returns x with zeros outside the map."""
@@ -165,17 +174,40 @@ class Part:
         del line, column
         return x
 
-    def along_columns(self, step, maps, sums):
-        """Calls step(column, (left, middle, raw right column, sums)) from column -2 on.
+    def of_line(self, x, line):
+        """Returns x of a line of the strip with zeros outside the map, for columns inside."""
+        return x if self._whole else lax.select(self._lines[line][1], x, self.zeros())
 
-        A column is a list of one array per line, a raw column one of an array per line and map.
-        Nothing is stored for columns -2 and -1: their steps load and compute the first middle
-        column. Loads in front of the loop would double the time to compile it.
+    def along_columns(self, load, window, own, emit, sums):
+        """Goes along the columns, with a window of three of them.
+
+        Columns -2 and -1 only load and compute the first columns: loads in front of the loop would
+        double the time to compile it.
+
+        Args:
+          load: function from a column to its arrays as loaded, a list per line and map.
+          window: function from these and the column to a list of one array per line.
+          own: function from a column to more arrays that are loaded for ``emit``.
+          emit: function (column, (left, middle, right), what ``own`` loaded, sums) -> new sums.
+          sums: sums before the first column.
+
+        Returns:
+          The sums.
         """
+
+        def step(j, carry):
+            left, middle, raw_right, sums = carry
+            # In this order, loads have the longest time until they are read.
+            later, loaded = load(j + 2), own(j)
+            right = window(raw_right, j + 1)
+            sums = lax.cond(
+                j >= 0, lambda sums: emit(j, (left, middle, right), loaded, sums), list, sums
+            )
+            return middle, right, later, sums
+
         empty = [self.zeros() for _ in self._lines]
-        raw = [[self.zeros() for _ in range(maps)] for _ in self._lines]
-        carry = lax.fori_loop(-2, self._width, step, (empty, empty, raw, sums))
-        return carry[3]
+        raw = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: load(0)))
+        return lax.fori_loop(-2, self._width, step, (empty, empty, raw, sums))[3]
 
     def store_sums(self, ref, sums):
         """Stores the sums over the pixels of the program (numbers, C)."""

@@ -4,8 +4,9 @@ The distances between tokens never leave the registers: a program holds a block 
 streams over blocks of keys. All kernels break ties by the lowest index, like the forms in XLA's
 operations. Arrays have the batch as their leading axis, and one program works on one image.
 
-Tensor cores multiply parts of float32 numbers three times (TF32_TF32_F32_X3), which gives the
-same assignments as full float32; plain TF32 does not.
+Tensor cores multiply tokens of 16 bits once: such products are exact in float32. They multiply
+parts of float32 numbers three times (TF32_TF32_F32_X3), which gives the same assignments as full
+float32; plain TF32 does not.
 """
 
 import functools
@@ -16,14 +17,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.arithmetic import fma
 from tokenvit_jax.kernels.pieces import range_of, sortable, three_products
 
 # Limits of the kernels: channels of a token, and neighbours that are kept in registers.
 MOST_CHANNELS, MOST_NEIGHBORS = 512, 16
 # Queries and keys per block, and tokens per round of the kernels without products.
 BLOCK, ROUND = 64, 1024
+# Distance of tokens of 16 bits, in parts of their size, below which they count as equal: their
+# resolution. The digits that tensor cores drop would otherwise keep equal tokens apart.
+RESOLUTION = 2.0**-9
+_NO_KEY = 2**31 - 1
 
 
 def misfit(channels: int, neighbors: int = 1) -> str | None:
@@ -66,6 +73,10 @@ def _call(kernel, grid, inputs, outputs, interpret, **options):
     )(*inputs)
 
 
+def _precision(x, interpret):
+    return None if x.dtype.itemsize == 2 else three_products(interpret)
+
+
 def _blocks(length):
     return -(-length // BLOCK)
 
@@ -82,22 +93,37 @@ def _tile(ref, rows, columns):
     return plt.load(ref.at[rows[:, None], columns[None]], mask=inside, other=0.0)
 
 
+def squared_distances(
+    scores: Float[Array, "..."], squares: Float[Array, "..."], dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """Returns the squared distances of keys and queries.
+
+    Args:
+      scores: |key|^2 - 2 key.query.
+      squares: |query|^2.
+      dtype: type of the tokens.
+    """
+    found = scores + squares
+    least = RESOLUTION**2 * squares if jnp.dtype(dtype).itemsize == 2 else 0.0
+    return jnp.where(found <= least, 0.0, found)
+
+
 def _scores(x, bias, rows, precision) -> Callable:
     """Returns a function from keys (K,) to bias[key] - 2 x[key].x[row], (rows, keys).
 
     Keys beyond the end of x have score inf.
     """
     products = _products(x, rows, precision)
-    return lambda keys: products(keys) + _vector(bias, keys, jnp.inf)[None]
+    return lambda keys: fma(products(keys), -2.0, _vector(bias, keys, jnp.inf)[None])
 
 
 def _products(x, rows, precision) -> Callable:
-    """Returns a function from keys (K,) to -2 x[key].x[row], (rows, keys)."""
+    """Returns a function from keys (K,) to x[key].x[row], (rows, keys)."""
     width = min(max(pl.next_power_of_2(x.shape[1]), 16), 64)
     parts = -(-x.shape[1] // width)
 
     def query(part):
-        return -2 * _tile(x, rows, range_of(part * width, width))
+        return _tile(x, rows, range_of(part * width, width))
 
     def products(part, keys, query):
         return lax.dot_general(
@@ -118,11 +144,29 @@ def _products(x, rows, precision) -> Callable:
     return of_all_parts
 
 
-def _first_smallest(tile):
-    """Returns the smallest value of each row and its column, ties to the lowest."""
-    low = tile.min(1)
-    columns = range_of(0, tile.shape[1])[None]
-    return low, jnp.where(tile == low[:, None], columns, tile.shape[1]).min(1)
+def _nearest(scores, num_blocks, none):
+    """Returns the smallest score of each row and its key, ties to the lowest.
+
+    Every thread compares its own entries; the rows are compared at the end.
+
+    Args:
+      scores: function from keys (BLOCK,) to their scores (rows, BLOCK).
+      num_blocks: number of blocks of keys.
+      none: keys of the rows where all scores are inf (rows,).
+    """
+
+    def step(i, carry):
+        best, at = carry
+        keys = range_of(i * BLOCK, BLOCK)
+        tile = scores(keys)
+        nearer = tile < best
+        return jnp.where(nearer, tile, best), jnp.where(nearer, keys[None], at)
+
+    shape = none.shape[0], BLOCK
+    best = jnp.full(shape, jnp.inf, jnp.float32)
+    best, at = lax.fori_loop(0, num_blocks, step, (best, jnp.broadcast_to(none[:, None], shape)))
+    low = best.min(1)
+    return low, jnp.where(best == low[:, None], at, _NO_KEY).min(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,6 +180,7 @@ def nearest_neighbors(
     bias: Float[Array, "B N"],
     *,
     k: int,
+    masked: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B k N"], Int32[Array, "B k N"], Float[Array, "B N"]]:
     """Finds the k nearest tokens of every token, and the distance of the farthest one.
@@ -145,6 +190,7 @@ def nearest_neighbors(
       square: |x|^2 (B, N).
       bias: |x|^2, or inf for tokens that are neighbours of no token (B, N).
       k: number of neighbours, at most ``MOST_NEIGHBORS``.
+      masked: whether a bias may be inf.
       interpret: run on a CPU, for tests.
 
     Returns:
@@ -152,7 +198,9 @@ def nearest_neighbors(
       largest squared distance of each token (B, N), -inf for those with bias inf.
     """
     batch, length, _ = x.shape
-    kernel = functools.partial(_nearest_kernel, k=k, precision=three_products(interpret))
+    kernel = functools.partial(
+        _nearest_kernel, k=k, masked=masked, precision=_precision(x, interpret)
+    )
     outputs = [
         jax.ShapeDtypeStruct((batch, k, length), jnp.float32),
         jax.ShapeDtypeStruct((batch, k, length), jnp.int32),
@@ -161,31 +209,58 @@ def nearest_neighbors(
     return _call(kernel, (_blocks(length), batch), (x, square, bias), outputs, interpret)
 
 
-def _nearest_kernel(x, square, bias, squares, indices, farthest, *, k, precision):
+def _nearest_kernel(x, square, bias, squares, indices, farthest, *, k, masked, precision):
     length = x.shape[0]
     rows = range_of(pl.program_id(0) * BLOCK, BLOCK)
-    scores = _products(x, rows, precision)
+    own, inside = _vector(square, rows, 0.0), rows < length
+    scores = _scores(x, bias, rows, precision)
+    bound, far = _bounds(scores, own, k, length, 0 if masked else length // BLOCK)
 
     def step(i, carry):
-        values, numbers, far = carry
-        keys = range_of(i * BLOCK, BLOCK)
-        products, added = scores(keys), _vector(bias, keys, jnp.inf)
-        # Keys that do not count are infinitely near here.
-        farther = products + jnp.where(added < jnp.inf, added, -jnp.inf)[None]
-        far = jnp.maximum(far, farther.max(1))
-        values, numbers = _insert(products + added[None], i * BLOCK, values, numbers)
-        return values, numbers, far
+        return _insert(scores(range_of(i * BLOCK, BLOCK)), i * BLOCK, *carry)
 
-    none = jnp.full((BLOCK,), jnp.inf, jnp.float32)
-    carry = (none,) * k, (jnp.zeros((BLOCK,), jnp.int32),) * k, -none
-    values, numbers, far = lax.fori_loop(0, _blocks(length), step, carry)
-    own, inside = _vector(square, rows, 0.0), rows < length
+    carry = (bound,) * k, (jnp.zeros((BLOCK,), jnp.int32),) * k
+    values, numbers = lax.fori_loop(0, _blocks(length), step, carry)
     for i in range(k):
         at = jnp.full_like(rows, i), rows
-        plt.store(squares.at[at], jnp.maximum(values[i] + own, 0), mask=inside)
+        plt.store(squares.at[at], squared_distances(values[i], own, x.dtype), mask=inside)
         plt.store(indices.at[at], numbers[i], mask=inside)
-    far = jnp.where(_vector(bias, rows, jnp.inf) < jnp.inf, far + own, -jnp.inf)
+    far = squared_distances(far, own, x.dtype)
+    far = jnp.where(_vector(bias, rows, jnp.inf) < jnp.inf, far, -jnp.inf)
     plt.store(farthest.at[rows], far, mask=inside)
+
+
+def _bounds(scores, own, k, length, full):
+    """Returns a score above the k smallest of each row, inf if there are fewer, and the largest.
+
+    Keys with the same place in their block are one group; at least k keys are as near as the k-th
+    nearest group. With that bound, only keys that are neighbours are inserted: maps of 56 x 56
+    random tokens need half of the rounds, smooth maps a tenth.
+
+    Args:
+      scores: function from keys to their scores.
+      own: |row|^2 (rows,).
+      k: number of neighbours.
+      length: N.
+      full: number of the first blocks where all keys count.
+    """
+
+    def step(i, carry, all_count):
+        near, far = carry
+        tile = scores(range_of(i * BLOCK, BLOCK))
+        # Keys that do not count are infinitely near here.
+        farther = tile if all_count else jnp.where(tile < jnp.inf, tile, -jnp.inf)
+        return jnp.minimum(near, tile), jnp.maximum(far, farther)
+
+    none = jnp.full((BLOCK, BLOCK), jnp.inf, jnp.float32)
+    carry = lax.fori_loop(0, full, functools.partial(step, all_count=True), (none, -none))
+    rest = functools.partial(step, all_count=False)
+    near, far = lax.fori_loop(full, _blocks(length), rest, carry)
+    for _ in range(k):
+        bound = near.min(1)
+        near = jnp.where(near == bound[:, None], jnp.inf, near)
+    # Rounding must not exclude the k-th neighbour.
+    return bound + (jnp.abs(bound) + own) * 2.0**-18 + jnp.finfo(jnp.float32).tiny, far.max(1)
 
 
 def _insert(tile, start, values, numbers):
@@ -291,7 +366,7 @@ def nearest_denser(
     found = _call(
         _among_neighbors_kernel, (1, batch), (bias, density, squares, indices), outputs, interpret
     )
-    kernel = functools.partial(_search_kernel, precision=three_products(interpret))
+    kernel = functools.partial(_search_kernel, precision=_precision(x, interpret))
     inputs = x, square, bias, density, *found
     aliases = {4: 0, 5: 1}  # the kernel replaces the results of the listed tokens
     return _call(
@@ -356,20 +431,15 @@ def _search_kernel(x, square, bias, density, _, __, order, count, found, parent,
         scores = _scores(x, bias, rows, precision)
         own = _vector(density, rows, 0.0)
 
-        def step(i, carry):
-            low, at = carry
-            keys = range_of(i * BLOCK, BLOCK)
+        def of_denser(keys):
             denser = is_denser(
                 _vector(density, keys, 0.0)[None], keys[None], own[:, None], rows[:, None]
             )
-            value, column = _first_smallest(jnp.where(denser, scores(keys), jnp.inf))
-            nearer = value < low
-            return jnp.where(nearer, value, low), jnp.where(nearer, i * BLOCK + column, at)
+            return jnp.where(denser, scores(keys), jnp.inf)
 
-        low = jnp.full((BLOCK,), jnp.inf, jnp.float32)
-        low, at = lax.fori_loop(0, _blocks(length), step, (low, rows))
+        low, at = _nearest(of_denser, _blocks(length), rows)
         pending = places < listed
-        nearest = jnp.maximum(low + _vector(square, rows, 0.0), 0)
+        nearest = squared_distances(low, _vector(square, rows, 0.0), x.dtype)
         plt.store(found.at[rows], nearest, mask=pending)
         plt.store(parent.at[rows], at, mask=pending)
 
@@ -450,7 +520,7 @@ def nearest_center(
       (B, N), in [0, M).
     """
     batch, length, _ = x.shape
-    kernel = functools.partial(_nearest_center_kernel, precision=three_products(interpret))
+    kernel = functools.partial(_nearest_center_kernel, precision=_precision(x, interpret))
     inputs = x, square, centers, num_used[:, None]
     outputs = [jax.ShapeDtypeStruct((batch, length), jnp.int32)]
     return _call(kernel, (_blocks(length), batch), inputs, outputs, interpret)[0]
@@ -462,14 +532,8 @@ def _nearest_center_kernel(x, square, centers, num_used, nearest, *, precision):
     scores = _scores(x, square, rows, precision)
     used = plt.load(num_used.at[jnp.int32(0)])
 
-    def step(i, carry):
-        low, number = carry
-        numbers = range_of(i * BLOCK, BLOCK)
-        keys = plt.load(centers.at[numbers], mask=numbers < used, other=length)
-        value, column = _first_smallest(scores(keys))
-        nearer = value < low
-        return jnp.where(nearer, value, low), jnp.where(nearer, i * BLOCK + column, number)
+    def of_centers(numbers):
+        return scores(plt.load(centers.at[numbers], mask=numbers < used, other=length))
 
-    low, number = jnp.full((BLOCK,), jnp.inf, jnp.float32), jnp.zeros((BLOCK,), jnp.int32)
-    _, number = lax.fori_loop(0, _blocks(centers.shape[0]), step, (low, number))
+    _, number = _nearest(of_centers, _blocks(centers.shape[0]), jnp.zeros_like(rows))
     plt.store(nearest.at[rows], number, mask=rows < length)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.density_peaks import insert_entry, is_denser
+from tokenvit_jax.kernels.density_peaks import insert_entry, is_denser, squared_distances
 
 # Queries and keys per block: the number of lanes.
 BLOCK = 128
@@ -84,11 +84,18 @@ def _keys(x, i):
 
 
 def _products(a, b):
-    """Returns -2 a.b (rows of a, rows of b)."""
+    """Returns a.b (rows of a, rows of b)."""
+    exact = a.dtype.itemsize == 2  # products of two numbers of 16 bits are exact in float32
     return lax.dot_general(
-        a, -2 * b, (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+        a, b, (((1,), (1,)), ((), ())), precision=None if exact else lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )  # fmt: skip
+
+
+def _halves(keys, queries):
+    """Returns |key|^2 / 2 - key.query (keys, queries): halves save a multiplication."""
+    wide = keys.astype(jnp.float32)
+    return 0.5 * jnp.sum(wide * wide, 1, keepdims=True) - _products(keys, queries)
 
 
 def _iota(axis):
@@ -140,7 +147,7 @@ def _nearest_kernel(x, queries, square, squares, indices, farthest, *, length):
         values, numbers, far = carry
         keys = _keys(x, i)
         index = i * BLOCK + _iota(0)
-        tile = _products(keys, query) + jnp.sum(keys * keys, 1, keepdims=True)
+        tile = _halves(keys, query)
         tile = jnp.where(index < length, tile, jnp.inf)
         far = jnp.maximum(far, jnp.where(tile < jnp.inf, tile, -jnp.inf).max(0, keepdims=True))
         for _ in range(k):
@@ -154,9 +161,9 @@ def _nearest_kernel(x, queries, square, squares, indices, farthest, *, length):
     values, numbers, far = lax.fori_loop(0, x.shape[0] // BLOCK, step, carry)
     own = _part(square, pl.program_id(1))
     for i in range(k):
-        squares[i : i + 1, :] = jnp.maximum(values[i] + own, 0)
+        squares[i : i + 1, :] = squared_distances(2 * values[i], own, x.dtype)
         indices[i : i + 1, :] = numbers[i]
-    farthest[...] = far + own
+    farthest[...] = squared_distances(2 * far, own, x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ def _denser_kernel(x, queries, square, density, found, parent, *, length):
         best, number = carry
         keys = i * BLOCK + _iota(1)
         denser = is_denser(_part(density, i), keys, own, rows)
-        tile = _products(query, _keys(x, i)) + _part(square, i)
+        tile = 0.5 * _part(square, i) - _products(query, _keys(x, i))
         nearer = denser & (keys < length) & (tile < best)
         return jnp.where(nearer, tile, best), jnp.where(nearer, keys, number)
 
@@ -208,7 +215,7 @@ def _denser_kernel(x, queries, square, density, found, parent, *, length):
     best, number = lax.fori_loop(0, x.shape[0] // BLOCK, step, (best, rows))
     low, at = _first(best, number, 1)  # without a denser token, all numbers are the token itself
     as_row = lambda column: jnp.broadcast_to(column, (BLOCK, BLOCK)).T[:1]  # noqa: E731
-    found[...] = jnp.maximum(as_row(low) + _part(square, block), 0)
+    found[...] = squared_distances(2 * as_row(low), _part(square, block), x.dtype)
     parent[...] = as_row(at)
 
 
@@ -259,7 +266,7 @@ def _nearest_center_kernel(num_used, centers, queries, nearest):
     def step(i, carry):
         best, number = carry
         keys, index = _keys(centers, i), i * BLOCK + _iota(0)
-        tile = _products(keys, query) + jnp.sum(keys * keys, 1, keepdims=True)
+        tile = _halves(keys, query)
         low, at = _first(jnp.where(index < used, tile, jnp.inf), index, 0)
         return jnp.where(low < best, low, best), jnp.where(low < best, at, number)
 

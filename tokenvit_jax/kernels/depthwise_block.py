@@ -111,7 +111,7 @@ def block_backward(
 
 def _forward_kernel(refs, *, block, grid):
     strip = grid.strip(pl.program_id(0), pl.program_id(1))
-    entries = [[strip.channel(refs["kernel"], i * 3 + j) for j in range(3)] for i in range(3)]
+    entries = _entries(strip, refs, block)
     bias = strip.channel(refs.get("bias"))
     vectors = strip.vectors(refs, "input_bias", "scale", "shift")
     convert = functools.partial(_input_of, vectors)
@@ -120,7 +120,7 @@ def _forward_kernel(refs, *, block, grid):
     edge = strip.inside if shifted else strip.unchanged
     rows = range(-1, grid.rows + 1)
 
-    def raw(column):
+    def load(column):
         return [[strip.load(refs["x"], row, column)] for row in rows]
 
     def window(raws, column):
@@ -129,40 +129,36 @@ def _forward_kernel(refs, *, block, grid):
             for (x,), row in zip(raws, rows, strict=True)
         ]
 
-    def step(j, carry):
-        left, middle, raw_right, sums = carry
-        later = raw(j + 2)
-        right = window(raw_right, j + 1)
+    def emit(j, columns, _, sums):
         for i in range(grid.rows):
             z = strip.zeros() if bias is None else bias
-            for b, column in enumerate((left, middle, right)):
+            for b, column in enumerate(columns):
                 for a in range(3):
                     z = fma(entries[a][b], column[i + a], z)
-            z = z + middle[i + 1] if block.residual else z
             if block.activate:
                 z = strip.store(refs["z"], z, i, j)
                 z = gelu(z)
             y = strip.store(refs["y"], z, i, j)
             if block.with_sums:
-                y = strip.inside(y, i, j)
+                y = strip.of_line(y, i)
                 sums = [sums[0] + y, fma(y, y, sums[1])]
-        return middle, right, later, sums
+        return sums
 
     sums = [strip.zeros() for _ in range(2 * block.with_sums)]
-    sums = strip.along_columns(step, 1, sums)
+    sums = strip.along_columns(load, window, lambda _: [], emit, sums)
     strip.store_sums(refs.get("sums"), sums)
 
 
 def _backward_kernel(refs, *, block, grid):
     strip = grid.strip(pl.program_id(0), pl.program_id(1))
-    entries = [[strip.channel(refs["kernel"], i * 3 + j) for j in range(3)] for i in range(3)]
+    entries = _entries(strip, refs, block)
     dsums = [strip.channel(refs.get("dsums"), i) for i in range(2)]
     vectors = strip.vectors(refs, "input_bias", "scale", "shift")
     rows = range(-1, grid.rows + 1)
     maps = ("dy", "z") if block.keeps_output else ("dy",)
     edge = strip.inside if block.with_sums else strip.unchanged
 
-    def raw(column):
+    def load(column):
         return [[strip.load(refs[name], row, column) for name in maps] for row in rows]
 
     def window(raws, column):
@@ -171,32 +167,40 @@ def _backward_kernel(refs, *, block, grid):
             for values, row in zip(raws, rows, strict=True)
         ]
 
-    def step(j, carry):
-        left, middle, raw_right, sums = carry
-        later = raw(j + 2)
-        xs = [strip.load(refs["x"], i, j) for i in range(grid.rows)]
-        right = window(raw_right, j + 1)
+    def own(column):
+        return [strip.load(refs["x"], i, column) for i in range(grid.rows)]
+
+    def emit(j, columns, xs, sums):
+        left, middle, right = columns
         sums = list(sums)
         for i, x in enumerate(xs):
             u, g = _input_of(vectors, x, block.deferred)
-            u = strip.inside(u, i, j)
-            du = middle[i + 1] if block.residual else strip.zeros()
+            u = strip.of_line(u, i)
+            du = strip.zeros()
             sums[9] = sums[9] + middle[i + 1]
             for a in range(3):
                 for b, column in enumerate((right, middle, left)):
                     dz = column[i + 2 - a]
                     du = fma(entries[a][b], dz, du)
                     sums[3 * a + b] = fma(u, dz, sums[3 * a + b])
-            valid = strip.inside(du, i, j)
+            valid = strip.of_line(du, i)
             sums[10] = sums[10] + valid
             sums[11] = fma(valid, g, sums[11])
             scale = vectors["scale"]
             strip.store(refs["dg"], du if scale is None else du * scale, i, j)
-        return middle, right, later, sums
+        return sums
 
     sums = [strip.zeros() for _ in range(12)]
-    sums = strip.along_columns(step, len(maps), sums)
+    sums = strip.along_columns(load, window, own, emit, sums)
     strip.store_sums(refs["sums"], sums)
+
+
+def _entries(strip, refs, block):
+    """Returns the entries of the kernel, with the residual connection."""
+    entries = [[strip.channel(refs["kernel"], i * 3 + j) for j in range(3)] for i in range(3)]
+    if block.residual:
+        entries[1][1] += 1
+    return entries
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.arithmetic import exp2, fma
+from tokenvit_jax.kernels.arithmetic import exp2, fma, widen
 from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS
 from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
-# Queries and keys in a block.
+# Queries and keys in a block; the last block may be shorter.
 _BLOCK = 64
+# Tokens whose gradients one program computes: the gradients of so many queries fit into registers.
+_MOST_AT_ONCE = 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -55,11 +57,10 @@ def attend_fused(
 
 def _forward(q, k, v, groups, words, scale, interpret):
     batch, length, heads, _ = q.shape
-    block = _block(length)
     tokens, per_query, per_key = _specs(q, words)
     output, log_total = pl.pallas_call(
-        functools.partial(_attend_block, block=block, scale=scale),
-        grid=(batch, heads, pl.cdiv(length, block)),
+        functools.partial(_of_own_rows, functools.partial(_attend_block, scale=scale), length),
+        grid=(batch, heads, pl.cdiv(length, _BLOCK)),
         in_specs=[tokens, tokens, tokens, per_query, per_key],
         out_specs=[tokens, per_query],
         out_shape=[
@@ -76,15 +77,22 @@ def _forward(q, k, v, groups, words, scale, interpret):
 def _backward(scale, interpret, residuals, d_output):
     q, k, v, groups, words, output, log_total = residuals
     batch, length, heads, _ = q.shape
-    block = _block(length)
     tokens, per_query, per_key = _specs(q, words)
-    gradients = pl.pallas_call(
-        functools.partial(_differentiate_block, block=block, scale=scale),
-        grid=(batch, heads, pl.cdiv(length, block)),
+    if length <= _MOST_AT_ONCE:
+        run = functools.partial(_differentiate_head, scale=scale, interpret=interpret)
+        blocks, stages = 1, 1
+    else:
+        run = functools.partial(_differentiate_block, scale=scale)
+        run = functools.partial(_of_own_rows, run, length)
+        blocks, stages = pl.cdiv(length, _BLOCK), 2
+    *gradients, _ = pl.pallas_call(
+        run,
+        grid=(batch, heads, blocks),
         in_specs=[tokens, tokens, tokens, per_query, per_key, tokens, per_query, tokens],
-        out_specs=[tokens, tokens, tokens],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        out_specs=[tokens, tokens, tokens, per_query],
+        # The last one is memory of the program: the products of d output and output.
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, log_total)],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=stages),
         interpret=interpret,
         name="group_attention_gradient",
     )(q, k, v, groups, words, output, log_total, d_output)
@@ -92,10 +100,6 @@ def _backward(scale, interpret, residuals, d_output):
 
 
 attend_fused.defvjp(_forward, _backward)
-
-
-def _block(length):
-    return min(_BLOCK, max(pl.next_power_of_2(length), 16))
 
 
 def _specs(q, words):
@@ -108,11 +112,12 @@ def _specs(q, words):
 
 
 class _Rows:
-    """Rows ``[number * size, number * size + size)`` of refs (length, ...), 0 beyond the end."""
+    """Rows ``[start, start + size)`` of refs (length, ...), 0 beyond the end."""
 
-    def __init__(self, number, size, length):
-        self.at = pl.ds(number * size, size)
-        self.inside = number * size + jnp.arange(size) < length
+    def __init__(self, start, size, length):
+        self.start, self.size = start, size
+        self.at = pl.ds(start, size)
+        self.inside = start + jnp.arange(size) < length
 
     def matrix(self, ref):
         return plt.load(ref.at[self.at, :], mask=self.inside[:, None], other=0)
@@ -127,6 +132,43 @@ class _Rows:
 
     def store(self, ref, matrix):
         plt.store(ref.at[self.at, :], matrix.astype(ref.dtype), mask=self.inside[:, None])
+
+
+def _blocks(length):
+    """Returns the number of full blocks, and the rows of a shorter block at the end, or 0.
+
+    Of 196 tokens, 4 are in the last block: as a full block, it would take a quarter of the time.
+    """
+    full, rest = divmod(length, _BLOCK)
+    rest = max(pl.next_power_of_2(rest), 16) if rest else 0
+    return (full + 1, 0) if rest == _BLOCK else (full, rest)
+
+
+def _of_own_rows(run, length, *refs):
+    """Calls ``run(rows, *refs)`` for the block of rows of a program."""
+    number, (full, rest) = pl.program_id(2), _blocks(length)
+    of = lambda size: lambda: run(_Rows(number * _BLOCK, size, length), *refs)  # noqa: E731
+    if full and rest:
+        lax.cond(number < full, of(_BLOCK), of(rest))
+    else:
+        of(rest or _BLOCK)()
+
+
+def _for_all_rows(own, length, add, carry):
+    """Returns ``carry`` after ``add(rows, carry)`` for all blocks of rows.
+
+    Args:
+      own: the rows of the program.
+      length: L.
+      add: the function.
+      carry: its second argument for the first block.
+    """
+    full, rest = _blocks(length)
+    step = lambda i, carry: add(_Rows(i * _BLOCK, _BLOCK, length), carry)  # noqa: E731
+    carry = lax.fori_loop(0, full, step, carry)
+    # JAX refuses slices that it knows to end beyond an array, even if they are masked.
+    start = full * _BLOCK + 0 * own.start
+    return add(_Rows(start, rest, length), carry) if rest else carry
 
 
 def _bits_of(groups, num_words):
@@ -150,48 +192,41 @@ def _is_selected(bits, words):
 
 
 def _attend_block(
-    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, *, block, scale
+    rows, q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, *, scale
 ):
     length, dim = q_ref.shape
-    rows = _Rows(pl.program_id(2), block, length)
     q = rows.matrix(q_ref)
     bits = [word[:, None] for word in _bits_of(rows.vector(groups_ref), words_ref.shape[0])]
 
-    def attend(i, attended):
-        keys = _Rows(i, block, length)
+    def attend(keys, attended):
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]  # 0 beyond the end: not selected
         products = jnp.where(_is_selected(bits, words), dot(q, k, (1, 1)), MASKED)
         return attended.and_to(products, scale * LOG2_E, v)
 
-    nothing = Attended.to_none(block, dim)
-    attended = lax.fori_loop(0, pl.cdiv(length, block), attend, nothing)
+    attended = _for_all_rows(rows, length, attend, Attended.to_none(rows.size, dim))
     output, log_total = attended.normalised()
     rows.store(output_ref, output)
     plt.store(total_ref.at[rows.at], log_total, mask=rows.inside)
 
 
 def _differentiate_block(
-    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
-    d_q_ref, d_k_ref, d_v_ref, *, block, scale,
+    own, q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
+    d_q_ref, d_k_ref, d_v_ref, _, *, scale,
 ):  # fmt: skip
     """Computes the gradients of one block of queries, and of the block of keys at its place."""
     (length, dim), num_words = q_ref.shape, words_ref.shape[0]
-    number, blocks = pl.program_id(2), pl.cdiv(length, block)
-    zero = jnp.zeros((block, dim), jnp.float32)
-    own = _Rows(number, block, length)
+    zero = jnp.zeros((own.size, dim), jnp.float32)
     own_k, own_v = own.matrix(k_ref), own.matrix(v_ref)
     own_words = [word[:, None] for word in own.words(words_ref)]
 
     def of_queries(rows):
         """Returns d output, and its product with the output, per query."""
         d_output = rows.matrix(d_output_ref)
-        output = rows.matrix(output_ref).astype(jnp.float32)
-        return d_output, jnp.sum(d_output.astype(jnp.float32) * output, 1)
+        return d_output, jnp.sum(widen(d_output) * widen(rows.matrix(output_ref)), 1)
 
-    def add_to_keys(i, carry):
+    def add_to_keys(rows, carry):
         d_k, d_v = carry
-        rows = _Rows(i, block, length)
         q, (d_output, delta) = rows.matrix(q_ref), of_queries(rows)
         logits = fma(dot(own_k, q, (1, 1)), scale * LOG2_E, -rows.vector(total_ref)[None])
         bits = [word[None] for word in _bits_of(rows.vector(groups_ref), num_words)]
@@ -200,7 +235,7 @@ def _differentiate_block(
         d_logits = weights * (dot(own_v, d_output, (1, 1)) - delta[None])
         return d_k + dot(d_logits.astype(q.dtype), q), d_v
 
-    d_k, d_v = lax.fori_loop(0, blocks, add_to_keys, (zero, zero))
+    d_k, d_v = _for_all_rows(own, length, add_to_keys, (zero, zero))
     own.store(d_k_ref, d_k * scale)
     own.store(d_v_ref, d_v)
 
@@ -208,8 +243,7 @@ def _differentiate_block(
     own_bits = [word[:, None] for word in _bits_of(own.vector(groups_ref), num_words)]
     own_total = own.vector(total_ref)[:, None]
 
-    def add_to_queries(i, d_q):
-        keys = _Rows(i, block, length)
+    def add_to_queries(keys, d_q):
         k, v = keys.matrix(k_ref), keys.matrix(v_ref)
         words = [word[None] for word in keys.words(words_ref)]
         logits = fma(dot(own_q, k, (1, 1)), scale * LOG2_E, -own_total)
@@ -217,4 +251,45 @@ def _differentiate_block(
         d_logits = weights * (dot(own_d, v, (1, 1)) - own_delta[:, None])
         return d_q + dot(d_logits.astype(k.dtype), k)
 
-    own.store(d_q_ref, lax.fori_loop(0, blocks, add_to_queries, zero) * scale)
+    own.store(d_q_ref, _for_all_rows(own, length, add_to_queries, zero) * scale)
+
+
+def _differentiate_head(
+    q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
+    d_q_ref, d_k_ref, d_v_ref, delta_ref, *, scale, interpret,
+):  # fmt: skip
+    """Computes all gradients of a head; those of the queries stay in registers."""
+    (length, dim), num_words = q_ref.shape, words_ref.shape[0]
+    zero = 0 * pl.program_id(0)
+    full, rest = _blocks(length)
+    queries = [_Rows(zero + i * _BLOCK, _BLOCK, length) for i in range(full)]
+    queries += [_Rows(zero + full * _BLOCK, rest, length)] * bool(rest)
+    for rows in queries:
+        products = widen(rows.matrix(d_output_ref)) * widen(rows.matrix(output_ref))
+        plt.store(delta_ref.at[rows.at], jnp.sum(products, 1), mask=rows.inside)
+    if not interpret:
+        plt.debug_barrier()
+
+    def of_keys(keys, d_qs):
+        k, v = keys.matrix(k_ref), keys.matrix(v_ref)
+        words = [word[:, None] for word in keys.words(words_ref)]
+        d_k, d_v = (jnp.zeros((keys.size, dim), jnp.float32) for _ in range(2))
+        found = []
+        for rows, d_q in zip(queries, d_qs, strict=True):
+            q, d_output = rows.matrix(q_ref), rows.matrix(d_output_ref)
+            logits = fma(dot(k, q, (1, 1)), scale * LOG2_E, -rows.vector(total_ref)[None])
+            bits = [word[None] for word in _bits_of(rows.vector(groups_ref), num_words)]
+            weights = jnp.where(_is_selected(bits, words), exp2(logits), 0)  # (k, q)
+            d_v += dot(weights.astype(d_output.dtype), d_output)
+            d_logits = weights * (dot(v, d_output, (1, 1)) - rows.vector(delta_ref)[None])
+            d_logits = d_logits.astype(q.dtype)
+            d_k += dot(d_logits, q)
+            found.append(d_q + dot(d_logits, k, (0, 0)))
+        keys.store(d_k_ref, d_k * scale)
+        keys.store(d_v_ref, d_v)
+        return found
+
+    zeros = [jnp.zeros((rows.size, dim), jnp.float32) for rows in queries]
+    d_qs = _for_all_rows(queries[-1], length, of_keys, zeros)
+    for rows, d_q in zip(queries, d_qs, strict=True):
+        rows.store(d_q_ref, d_q * scale)

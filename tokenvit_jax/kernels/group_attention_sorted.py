@@ -25,6 +25,8 @@ _TILE, _CHUNK, _COLLECTED = 64, 128, 64
 _SELECTED, MAX_LENGTH = 4, 4096
 # Queries that are sorted at a time, and the least number of programs, which occupy a GPU.
 _SORTED, _PROGRAMS = 4096, 512
+# Groups whose selections of a key are bits of one number.
+_WORD = 32
 
 
 class SortedGroups(NamedTuple):
@@ -402,21 +404,30 @@ def _collect(rows, places, k, interpret):
 
 
 def _add_rows(d_keys_ref, d_values_ref, places_ref, d_k_ref, d_v_ref):
+    """Adds for every key the rows of the groups that selected it, few of all groups, in order."""
     num_groups, length = places_ref.shape
     key = pl.program_id(2) * _COLLECTED + jnp.arange(_COLLECTED)
     column = jnp.arange(d_k_ref.shape[1])[None]
+    bit = jnp.arange(_WORD)[:, None]
 
-    def add(group, carry):
-        place = plt.load(places_ref.at[group, key], mask=key < length, other=-1)
-        place = place.astype(jnp.int32)[:, None]
-        load = lambda ref: plt.load(  # noqa: E731
-            ref.at[group, jnp.maximum(place, 0), column], mask=place >= 0, other=0
-        )
-        return carry[0] + load(d_keys_ref), carry[1] + load(d_values_ref)
+    def add(first, carry):
+        remaining, d_k, d_v = carry
+        wanted = remaining != 0
+        lowest = first + 31 - lax.clz(remaining & -remaining)
+        group = jnp.where(wanted, lowest, 0)
+        place = plt.load(places_ref.at[group, key], mask=wanted, other=0).astype(jnp.int32)
+        at, mask = (group[:, None], place[:, None], column), wanted[:, None]
+        load = lambda ref: plt.load(ref.at[at], mask=mask, other=0)  # noqa: E731
+        return remaining & (remaining - 1), d_k + load(d_keys_ref), d_v + load(d_values_ref)
 
-    zero = jnp.zeros((_COLLECTED, d_k_ref.shape[1]), jnp.float32)
+    sums = [jnp.zeros((_COLLECTED, d_k_ref.shape[1]), jnp.float32)] * 2
+    for first in range(0, num_groups, _WORD):
+        exists = (first + bit < num_groups) & (key < length)[None]
+        place = plt.load(places_ref.at[first + bit, key[None]], mask=exists, other=-1)
+        selected = jnp.sum(jnp.where(place >= 0, jnp.int32(1) << bit, 0), 0)
+        any_left = lambda carry: jnp.max((carry[0] != 0).astype(jnp.int32)) > 0  # noqa: E731
+        carry = lax.while_loop(any_left, functools.partial(add, first), (selected, *sums))
+        sums = carry[1:]
     rows = _Rows(key, key < length)
-    for ref, sums in zip(
-        (d_k_ref, d_v_ref), lax.fori_loop(0, num_groups, add, (zero, zero)), strict=True
-    ):
-        rows.store(ref, sums)
+    for ref, total in zip((d_k_ref, d_v_ref), sums, strict=True):
+        rows.store(ref, total)

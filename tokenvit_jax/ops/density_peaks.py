@@ -21,12 +21,13 @@ from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.gather import put, take
 from tokenvit_jax.ops.nearest_tokens import (
     Neighbors,
-    centered,
     chunked_forms,
+    for_kernels,
     nearest_center,
     nearest_denser,
     nearest_neighbors,
     points_of,
+    square_norms,
 )
 from tokenvit_jax.ops.selection import top_indices
 
@@ -263,7 +264,7 @@ def _macs(inputs, outputs):
 
 @counted(_macs, static_argnames=("neighbors", "chunk_size"))
 def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
-    points = points_of(centered(tokens, mask), mask)
+    tokens = lax.stop_gradient(tokens)
     batch, length, channels = tokens.shape
     chunks = batch, length, length, chunk_size
     k = min(neighbors, length)
@@ -272,14 +273,14 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
         "tpu": tpu_kernels.misfit(length, channels, k, mask is not None),
     }
     near = by_platform(
-        "nearest neighbors", points, misfits=misfits,
+        "nearest neighbors", tokens, mask, misfits=misfits,
         cuda=functools.partial(_neighbors_on_gpu, k=k),
         tpu=functools.partial(_neighbors_on_tpu, k=k),
         **chunked_forms(functools.partial(nearest_neighbors, k=k), *chunks),
     )  # fmt: skip
-    density = _density(near, mask, rng)
+    density = _density(near, mask, rng, channels)
     squares, parent = by_platform(
-        "nearest denser token", points, near, density, mask, misfits=misfits,
+        "nearest denser token", tokens, mask, near, density, misfits=misfits,
         cuda=_nearest_denser_on_gpu, tpu=_nearest_denser_on_tpu,
         **chunked_forms(nearest_denser, *chunks),
     )  # fmt: skip
@@ -287,33 +288,36 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     if mask is not None:
         squares = jnp.where(mask, squares, 0)
         parent = jnp.where(mask, parent, jnp.arange(length, dtype=jnp.int32))
-    return DensityPeaks(density, jnp.sqrt(squares), parent)
+    return DensityPeaks(density, jnp.sqrt(squares / channels), parent)
 
 
-def _neighbors_on_gpu(points, *, k):
-    squares, indices, farthest = kernels.nearest_neighbors(*points, k=k)
+def _neighbors_on_gpu(tokens, mask, *, k):
+    points = points_of(for_kernels(tokens, mask), mask)
+    squares, indices, farthest = kernels.nearest_neighbors(*points, k=k, masked=mask is not None)
     return Neighbors(squares, indices, farthest.max(1))
 
 
-def _neighbors_on_tpu(points, *, k):
+def _neighbors_on_tpu(tokens, mask, *, k):
+    points = points_of(for_kernels(tokens, mask), mask)
     squares, indices, farthest = tpu_kernels.nearest_neighbors(points.x, points.square, k=k)
     return Neighbors(squares, indices, farthest.max(1))
 
 
-def _nearest_denser_on_gpu(points, near, density, mask):
-    del mask  # the bias of the points has it
+def _nearest_denser_on_gpu(tokens, mask, near, density):
+    points = points_of(for_kernels(tokens, mask), mask)
     return kernels.nearest_denser(*points, density, near.squares, near.indices)
 
 
-def _nearest_denser_on_tpu(points, near, density, mask):
-    del near, mask  # all tokens are searched, and none is masked
+def _nearest_denser_on_tpu(tokens, mask, near, density):
+    del near  # all tokens are searched
+    points = points_of(for_kernels(tokens, mask), mask)
     return tpu_kernels.nearest_denser(points.x, points.square, density)
 
 
-def _density(near, mask, rng):
+def _density(near, mask, rng, channels):
     found = near.squares < jnp.inf  # fewer than k if there are fewer tokens
     total = jnp.where(found, near.squares, 0).sum(1)
-    density = jnp.exp(-total / jnp.maximum(found.sum(1), 1))  # Eq. 1
+    density = jnp.exp(-total / (channels * jnp.maximum(found.sum(1), 1)))  # Eq. 1
     if rng is not None:
         rng = jax.random.split(rng, density.shape[0]) if rng.ndim == 0 else rng
         draw = lambda key: jax.random.uniform(key, density.shape[1:], density.dtype)  # noqa: E731
@@ -344,13 +348,12 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
     own = jnp.where(number < num_used[:, None], number, -1)
 
     if assign == "nearest" or mask is not None:
-        x = centered(tokens, mask)
         assignment = by_platform(
-            "nearest center", x, jnp.sum(x * x, -1), centers, num_used,
+            "nearest center", lax.stop_gradient(tokens), mask, centers, num_used,
             misfits={
                 "cuda": kernels.misfit(channels), "tpu": tpu_kernels.misfit(num_clusters, channels)
             },
-            cuda=kernels.nearest_center, tpu=_nearest_center_on_tpu,
+            cuda=_nearest_center_on_gpu, tpu=_nearest_center_on_tpu,
             **chunked_forms(nearest_center, batch, length, num_clusters, chunk_size),
         )  # fmt: skip
     if assign == "parent":
@@ -383,8 +386,13 @@ def _centers(peaks, mask, num_clusters):
     return by_platform("cluster centers", score, default=select, cuda=by_ranks)
 
 
-def _nearest_center_on_tpu(x, square, centers, num_used):
-    del square
+def _nearest_center_on_gpu(tokens, mask, centers, num_used):
+    x = for_kernels(tokens, mask)
+    return kernels.nearest_center(x, square_norms(x), centers, num_used)
+
+
+def _nearest_center_on_tpu(tokens, mask, centers, num_used):
+    x = for_kernels(tokens, mask)
     return tpu_kernels.nearest_center(x, take(x, centers), num_used)
 
 

@@ -9,8 +9,12 @@ distances of an image are never held at once:
 * Pass 2 searches all tokens for the nearest denser token of the remaining tokens, about a fifth.
 
 Chunks change the result at most by rounding. A squared distance is |y|^2 - 2 x.y + |x|^2, computed
-after subtracting the mean of the tokens. The last term is the same for all y; it is added only to
-selected distances.
+after subtracting the mean of the tokens: it loses digits where the tokens are far from the origin.
+The last term is the same for all y; it is added only to selected distances.
+
+Kernels multiply tokens of 16 bits as they are: such products are exact in float32, and tokens that
+are far from the origin are rounded more coarsely themselves. Tensor cores and matrix units take one
+product for that, instead of three or six for float32.
 """
 
 import functools
@@ -31,11 +35,11 @@ from tokenvit_jax.ops.selection import GROUP, in_groups, smallest_of_groups
 
 
 class Points(NamedTuple):
-    """Tokens minus their mean, with the terms that distances need.
+    """Tokens, with the terms that distances need.
 
     Attributes:
       x: (B, N, C).
-      square: |x|^2 (B, N).
+      square: |x|^2 (B, N), in float32 for tokens of 16 bits.
       bias: |x|^2, or inf for a masked token, which is thus farthest from every token (B, N).
     """
 
@@ -61,25 +65,37 @@ class Neighbors(NamedTuple):
 def centered(
     tokens: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None
 ) -> Float[Array, "B N C"]:
-    """Subtracts the mean of the real tokens and divides by sqrt(C): (B, N, C) -> (B, N, C)."""
-    x = lax.stop_gradient(tokens)
-    x = x.astype(softmax_dtype(x.dtype))
+    """Returns tokens (B, N, C) minus the mean of the real ones; of 16 bits, in float32."""
+    x = tokens.astype(softmax_dtype(tokens.dtype))
     if mask is None:
-        mean = x.mean(1, keepdims=True)
-    else:
-        total = jnp.where(mask[..., None], x, 0).sum(1, keepdims=True)
-        mean = total / jnp.maximum(mask.sum(1), 1)[:, None, None]
-    # |y|^2 - 2 x.y loses digits where the tokens are far from the origin.
-    return (x - mean) * x.shape[2] ** -0.5
+        return x - x.mean(1, keepdims=True)
+    total = jnp.where(mask[..., None], x, 0).sum(1, keepdims=True)
+    return x - total / jnp.maximum(mask.sum(1), 1)[:, None, None]
+
+
+def for_kernels(
+    tokens: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None
+) -> Float[Array, "B N C"]:
+    """Returns tokens of 16 bits as they are, and others :func:`centered`."""
+    return tokens if tokens.dtype.itemsize == 2 else centered(tokens, mask)
 
 
 def points_of(x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None) -> Points:
-    """Returns the points of :func:`centered` tokens (B, N, C)."""
+    """Returns the points of tokens (B, N, C), where masked tokens are 0.
+
+    That is the mean of :func:`centered` tokens, which is never farther from a token than its
+    farthest one.
+    """
     if mask is not None:
-        # Masked tokens move to the mean, which is never farther from a token than its farthest one.
         x = jnp.where(mask[..., None], x, 0)
-    square = jnp.sum(x * x, -1)
+    square = square_norms(x)
     return Points(x, square, square if mask is None else jnp.where(mask, square, jnp.inf))
+
+
+def square_norms(x: Float[Array, "... C"]) -> Float[Array, "..."]:
+    """Returns |x|^2 (...), in float32 for tokens of 16 bits."""
+    x = x.astype(softmax_dtype(x.dtype))
+    return jnp.sum(x * x, -1)
 
 
 def chunked_forms(
@@ -102,8 +118,11 @@ def chunked_forms(
     return {"cpu": form(CPU_CHUNK), "default": form(ACCELERATOR_CHUNK)}
 
 
-def nearest_neighbors(points: Points, k: int, size: int) -> Neighbors:
+def nearest_neighbors(
+    tokens: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None, k: int, size: int
+) -> Neighbors:
     """Finds the k nearest neighbours (pass 1), in chunks of ``size`` tokens."""
+    points = points_of(centered(tokens, mask), mask)
     batch, length, _ = points.x.shape
     padding = -length % GROUP
     keys = jnp.pad(points.x, ((0, 0), (0, padding), (0, 0)))
@@ -136,10 +155,10 @@ def nearest_neighbors(points: Points, k: int, size: int) -> Neighbors:
 
 
 def nearest_denser(
-    points: Points,
+    tokens: Float[Array, "B N C"],
+    mask: Bool[Array, "B N"] | None,
     near: Neighbors,
     density: Float[Array, "B N"],
-    mask: Bool[Array, "B N"] | None,
     size: int,
 ) -> tuple[Float[Array, "B N"], Int32[Array, "B N"]]:
     """Returns squared distance and index (B, N) of the nearest denser token.
@@ -147,7 +166,8 @@ def nearest_denser(
     For a peak, which has none, returns inf and the token itself.
     """
 
-    def search(points, near, density, mask):
+    def search(tokens, mask, near, density):
+        points = points_of(centered(tokens, mask), mask)
         squares, parent = _denser_neighbor(near, density)
         pending = jnp.isinf(squares)
         if mask is not None:
@@ -157,18 +177,18 @@ def nearest_denser(
     # The number of rounds depends on the tokens: every device has its own.
     batch = density.shape[0]
     divides = isinstance(batch, int) and batch % num_devices() == 0
-    return (on_each_device(search) if divides else search)(points, near, density, mask)
+    return (on_each_device(search) if divides else search)(tokens, mask, near, density)
 
 
 def nearest_center(
-    x: Float[Array, "B N C"],
-    square: Float[Array, "B N"],
+    tokens: Float[Array, "B N C"],
+    mask: Bool[Array, "B N"] | None,
     centers: Int32[Array, "B M"],
     num_used: Int32[Array, " B"],
     size: int,
 ) -> Int32[Array, "B N"]:
     """Returns the index (B, N) of each token's nearest used centre, ``size`` tokens at a time."""
-    del square  # for kernels
+    x = centered(tokens, mask)
     used = jnp.arange(centers.shape[1]) < num_used[:, None]
     keys = take(x, centers)  # (B, M, C)
     keys = jnp.where(used[..., None], keys, 0)  # a masked token may hold any value, even NaN
