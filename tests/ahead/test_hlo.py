@@ -94,6 +94,16 @@ def test_of_an_operand_that_is_sliced_only_the_slices_are_read():
     assert fusion.bytes == 4 * (8 + 2 * 8 + 1 + 8)
     (whole,) = read_program(SLICES.replace("multiply(", "reverse(")).kernels
     assert whole.bytes == 4 * (8 + 100 + 1 + 8)
+    (reshaped,) = read_program(SLICES.replace("multiply(%x, %x)", "bitcast(%x)")).kernels
+    assert reshaped.bytes == fusion.bytes
+
+
+def test_an_array_that_is_an_operand_twice_is_read_once():
+    text = SLICES.replace(
+        "fusion(%x, %i, %y), kind=kLoop, calls=%sliced", "custom-call(%y, %y, %i)"
+    )
+    (call,) = read_program(text).kernels
+    assert call.bytes == 4 * (8 + 8 + 1)
 
 
 GATHER = """

@@ -21,6 +21,7 @@ from tokenvit_jax.kernels.group_attention_fused import attend_fused
 from tokenvit_jax.kernels.group_attention_heads import attend_heads, selected_keys
 from tokenvit_jax.kernels.group_attention_sorted import attend_sorted, sort_groups
 from tokenvit_jax.kernels.group_sums import sum_groups
+from tokenvit_jax.kernels.joined import parts_of
 from tokenvit_jax.ops.selection import largest_mask
 from tokenvit_jax.ops.unit_norm import unit_norm
 
@@ -52,7 +53,7 @@ def assert_all_close(found, expected, atol):
 def test_routing_selects_and_assigns_like_the_default(length, groups, top_k):
     q, k = integers(-2, 3, 2, length, 2, 16), integers(-2, 3, 2, length, 2, 16, seed=1)
     centroids = integers(-1, 2, 2, groups, 16, seed=2)
-    assigned, words = group_routing.route(q, k, centroids, top_k, interpret=True)
+    assigned, words = group_routing.route((q, k, k), centroids, top_k, interpret=True)
     q, k = heads_first(q, k)
     np.testing.assert_array_equal(assigned, module._assign(q, centroids))
     np.testing.assert_array_equal(
@@ -85,12 +86,14 @@ def differentiated(form, q, k, v, d_output):
     return jax.jit(run)(d_output, q, k, v)
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_fused_attention_equals_the_dense_form(at_once, monkeypatch):
+def test_fused_attention_equals_the_dense_form(at_once, joined, monkeypatch):
     monkeypatch.setattr(group_attention_fused, "_MOST_AT_ONCE", 256 if at_once else 0)
     arrays = normal(2, 70, 1, 16, count=4)  # two blocks, the second of 16
     (centroids,) = normal(1, 20, 16, seed=1)
-    assigned, words = group_routing.route(*arrays[:2], centroids, 23, interpret=True)
+    parts = parts_of(*arrays[:3], joined)
+    assigned, words = group_routing.route(parts, centroids, 23, interpret=True)
     selected = group_routing.unpack(words, 20)
 
     def dense(q, k, v):
@@ -98,7 +101,7 @@ def test_fused_attention_equals_the_dense_form(at_once, monkeypatch):
         return heads_first(attend_dense(q, k, v, assigned, selected))[0]
 
     def fused(q, k, v):
-        return attend_fused(q, k, v, assigned, words, 0.3, interpret=True)
+        return attend_fused(parts_of(q, k, v, joined), assigned, words, 0.3, interpret=True)
 
     found, expected = (differentiated(form, *arrays) for form in (fused, dense))
     assert_all_close(found, expected, 2e-6)

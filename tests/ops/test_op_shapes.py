@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 from shape_checks import check_call, missing_annotations, public_callables, trace_checked
 
@@ -50,6 +51,7 @@ SHORT = [floats(*x.shape, dtype=jnp.bfloat16) for x in (Q, K, K)]
 HEADS_FIRST = floats(2, 3, 11, 8)
 SHORT_HEADS_FIRST = floats(*HEADS_FIRST.shape, dtype=jnp.bfloat16)
 MAP = floats(2, 6, 4, 2, 5)
+TOKEN_SPEC = pl.BlockSpec((None, 11, None, 8), lambda b, n: (b, 0, n, 0))
 TOKENS, SQUARES = floats(2, 30, 7), floats(2, 30)
 GRID, CLUSTERS = (6, 5), (3, 2)
 TILES = make_tiles(GRID, CLUSTERS, 3)
@@ -73,7 +75,10 @@ CALLS = {
     "anchors.valid_anchors": [(([(6, 4), (3, 2)], [8, 16], 3, integers(2)), {})],
     "arithmetic.exp2": [((TOKENS,), {})],
     "arithmetic.fma": [((TOKENS, 2.0, TOKENS[..., :1]), {})],
+    "arithmetic.narrow": [((TOKENS, jnp.bfloat16), {}), ((TOKENS, jnp.float16), {})],
+    "arithmetic.negative": [((TOKENS,), {})],
     "arithmetic.reciprocal": [((TOKENS,), {})],
+    "arithmetic.widen": [((TOKENS.astype(jnp.bfloat16),), {}), ((TOKENS,), {})],
     "assignment.assign_targets": [((floats(2, 11, 5), masks(2, 5)), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
@@ -262,7 +267,7 @@ CALLS = {
         ((SHORT_HEADS_FIRST,) * 3 + (integers(2, 3, 11), masks(2, 3, 11, 4)), {})
     ],
     "group_attention_fused.attend_fused": [
-        ((Q, Q, Q, integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
+        (((Q, Q, Q), integers(2, 3, 11), integers(2, 3, 1, 11), 1.0, True), {})
     ],
     "group_attention_heads.attend_heads": [
         ((Q, Q, Q, floats(3, 4, 8), 5, 1.0), {"interpret": True})
@@ -288,7 +293,7 @@ CALLS = {
     "group_routing.assign": [((Q, floats(3, 4, 8)), {"interpret": True})],
     "group_routing.assign_misfit": [((Q, 4), {})],
     "group_routing.largest": [((floats(16, 4), 11, 5, 0), {})],
-    "group_routing.route": [((Q, Q, floats(3, 4, 8), 5), {"interpret": True})],
+    "group_routing.route": [(((Q, Q, Q), floats(3, 4, 8), 5), {"interpret": True})],
     "group_routing.routing_misfit": [((Q, 4), {})],
     "group_routing.unpack": [((integers(2, 3, 2, 11), 20), {})],
     "group_sums.group_sums_misfit": [((Q, 4), {})],
@@ -311,6 +316,10 @@ CALLS = {
     ],
     "instance_masks.paste_masks": [((floats(11, 7, 7), floats(11, 4), (6, 5)), {})],
     "instance_masks.unpack_masks": [((jnp.zeros((2, 11, 6, 3), jnp.uint8),), {})],
+    "joined.gradient_refs": [(([TOKENS],), {})],
+    "joined.gradients_of": [(((Q, Q, Q), TOKEN_SPEC), {})],
+    "joined.inputs_of": [(((floats(2, 11, 3, 3, 8),), TOKEN_SPEC), {})],
+    "joined.parts_of": [((Q, Q, Q, True), {}), ((Q, Q, Q, False), {})],
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),

@@ -132,18 +132,18 @@ def assert_equal_with_gradients(attend, expected, *args):
 
 
 @pytest.mark.parametrize(
-    ("window", "shift", "dtype"),
-    [((3, 2), (2, 1), jnp.float32), ((7, 7), (0, 0), jnp.bfloat16)],
+    ("window", "shift", "dtype", "joined"),
+    [((3, 2), (2, 1), jnp.float32, True), ((7, 7), (0, 0), jnp.bfloat16, False)],
     ids=str,
 )
-def test_the_kernels_for_a_gpu(window, shift, dtype, monkeypatch):
+def test_the_kernels_for_a_gpu(window, shift, dtype, joined, monkeypatch):
     monkeypatch.setattr(kernels, "FEWEST_PROGRAMS", 4)  # several windows per program
     rng = np.random.default_rng(0)
     shape = (2, 2 * window[0], 2 * window[1], 2, 12)
     maps = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3)]
     bias = jnp.asarray(rng.normal(size=(2, window[0] * window[1], window[0] * window[1])))
     assert_equal_with_gradients(
-        lambda *x: kernels.attend_windows(*x, window, shift, 0.3, True),
+        lambda *x: kernels.attend_windows(*x, window, shift, 0.3, joined, True),
         lambda *x: ops.window_attention(*x, window=window, shift=shift, scale=0.3),
         *maps, bias,
     )  # fmt: skip

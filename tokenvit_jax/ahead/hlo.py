@@ -241,7 +241,7 @@ class _Reader:
         )
 
     def _read_bytes(self, computation, instruction) -> Iterator[int]:
-        """Yields the bytes read of each operand: of one that a fusion only slices, its slices."""
+        """Yields the bytes read of each array: of one that a fusion only slices, its slices."""
         called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
         inner = self._computations.get(called[1], {}) if called else {}
         names = {x.rest.split(")")[0]: name for name, x in inner.items() if x.opcode == "parameter"}
@@ -250,7 +250,7 @@ class _Reader:
             for operand in one.operands:
                 readers[operand].append(one)
         for number, operand in enumerate(instruction.operands):
-            if operand not in computation:
+            if operand not in computation or operand in instruction.operands[:number]:
                 continue
             shape = computation[operand].shape
             slices = _slices(readers, names.get(str(number)))
@@ -327,7 +327,7 @@ def _slices(
 ) -> dict[str, Instruction] | None:
     """Returns the slices of an array that a fusion reads; None: it reads all.
 
-    A slice of an elementwise function needs the same slice of its argument only.
+    A slice of an elementwise function, or of another shape, needs no more of its argument.
     """
     found: dict[str, Instruction] = {}
     if not readers.get(name):
@@ -338,7 +338,8 @@ def _slices(
         elif reader.opcode == "dynamic-slice":
             found[reader.name] = reader
         else:
-            within = _slices(readers, reader.name) if reader.opcode in _ELEMENTWISE else None
+            passes = reader.opcode in (*_ELEMENTWISE, "bitcast")
+            within = _slices(readers, reader.name) if passes else None
             if within is None:
                 return None
             found |= within

@@ -127,14 +127,14 @@ def with_sums_gradient(
 
 @jax.jit  # traced once for all rows of a kernel
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns GELU; the absolute error is 2e-7."""
+    """Returns GELU, with an absolute error of 2e-7 in front of rounding."""
     size = _size(x)
     return fma(negative(size), _tail(size), jnp.maximum(x, 0))
 
 
 @jax.jit
 def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Returns :func:`gelu` and its derivative, whose absolute error is 5e-7."""
+    """Returns :func:`gelu` and its derivative, with an error of 5e-7 likewise."""
     tail = _tail(_size(x))
     exponential = exp2(x * x * (-0.5 * LOG2_E))
     distribution = jnp.where(x < 0, tail, 1 - tail)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels.arithmetic import exp2, fma, widen
 from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS
+from tokenvit_jax.kernels.joined import Parts, gradient_refs, gradients_of, inputs_of
 from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
 
 # Queries and keys in a block; the last block may be shorter.
@@ -24,11 +25,9 @@ _BLOCK = 64
 _MOST_AT_ONCE = 256
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attend_fused(
-    q: Float[Array, "B L N D"],
-    k: Float[Array, "B L N D"],
-    v: Float[Array, "B L N D"],
+    parts: Parts,
     groups: Int32[Array, "B N L"],
     words: Int32[Array, "B N words L"],
     scale: float,
@@ -37,9 +36,7 @@ def attend_fused(
     """Attends from each query to the keys that its group selected.
 
     Args:
-      q: queries (B, L, N, D).
-      k: keys (B, L, N, D).
-      v: values (B, L, N, D).
+      parts: queries, keys and values (B, L, N, D).
       groups: group of each query (B, N, L).
       words: which groups selected each key (B, N, words, L), by
         :func:`tokenvit_jax.kernels.group_routing.route`; each group selected at least one.
@@ -47,37 +44,41 @@ def attend_fused(
       interpret: whether to run without a GPU, for tests.
 
     Returns:
-      (B, L, N, D) in the type of ``v``.
+      (B, L, N, D) in the type of the values.
 
     References:
       Dao 2023, "FlashAttention-2".
     """
-    return _forward(q, k, v, groups, words, scale, interpret)[0]
+    return _forward(parts, groups, words, scale, interpret)[0]
 
 
-def _forward(q, k, v, groups, words, scale, interpret):
-    batch, length, heads, _ = q.shape
-    tokens, per_query, per_key = _specs(q, words)
+def _forward(parts, groups, words, scale, interpret):
+    batch, heads, length = groups.shape
+    dim, dtype = parts[-1].shape[-1], parts[-1].dtype
+    tokens, per_query, per_key = _specs(length, dim, words)
+    inputs, specs = inputs_of(parts, tokens)
     output, log_total = pl.pallas_call(
         functools.partial(_of_own_rows, functools.partial(_attend_block, scale=scale), length),
         grid=(batch, heads, pl.cdiv(length, _BLOCK)),
-        in_specs=[tokens, tokens, tokens, per_query, per_key],
+        in_specs=[*specs, per_query, per_key],
         out_specs=[tokens, per_query],
         out_shape=[
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, dim), dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="group_attention",
-    )(q, k, v, groups, words)
-    return output, (q, k, v, groups, words, output, log_total)
+    )(*inputs, groups, words)
+    return output, (parts, groups, words, output, log_total)
 
 
 def _backward(scale, interpret, residuals, d_output):
-    q, k, v, groups, words, output, log_total = residuals
-    batch, length, heads, _ = q.shape
-    tokens, per_query, per_key = _specs(q, words)
+    parts, groups, words, output, log_total = residuals
+    batch, length, heads, dim = output.shape
+    tokens, per_query, per_key = _specs(length, dim, words)
+    inputs, specs = inputs_of(parts, tokens)
+    shapes, out_specs = gradients_of(parts, tokens)
     if length <= _MOST_AT_ONCE:
         run = functools.partial(_differentiate_head, scale=scale, interpret=interpret)
         blocks, stages = 1, 1
@@ -88,23 +89,22 @@ def _backward(scale, interpret, residuals, d_output):
     *gradients, _ = pl.pallas_call(
         run,
         grid=(batch, heads, blocks),
-        in_specs=[tokens, tokens, tokens, per_query, per_key, tokens, per_query, tokens],
-        out_specs=[tokens, tokens, tokens, per_query],
+        in_specs=[*specs, per_query, per_key, tokens, per_query, tokens],
         # The last one is memory of the program: the products of d output and output.
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, log_total)],
+        out_specs=[*out_specs, per_query],
+        out_shape=[*shapes, jax.ShapeDtypeStruct(log_total.shape, log_total.dtype)],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=stages),
         interpret=interpret,
         name="group_attention_gradient",
-    )(q, k, v, groups, words, output, log_total, d_output)
-    return (*gradients, None, None)
+    )(*inputs, groups, words, output, log_total, d_output)
+    return tuple(gradients), None, None
 
 
 attend_fused.defvjp(_forward, _backward)
 
 
-def _specs(q, words):
+def _specs(length, dim, words):
     """Returns the specs of tokens (B, L, N, D), (B, N, L) and (B, N, words, L)."""
-    _, length, _, dim = q.shape
     tokens = pl.BlockSpec((None, length, None, dim), lambda b, n, i: (b, 0, n, 0))
     per_query = pl.BlockSpec((None, None, length), lambda b, n, i: (b, n, 0))
     per_key = pl.BlockSpec((None, None, words.shape[2], length), lambda b, n, i: (b, n, 0, 0))
@@ -130,8 +130,11 @@ class _Rows:
         load = lambda w: plt.load(ref.at[w, self.at], mask=self.inside, other=0)  # noqa: E731
         return _in_pairs([load(w) for w in numbers])
 
-    def store(self, ref, matrix):
-        plt.store(ref.at[self.at, :], matrix.astype(ref.dtype), mask=self.inside[:, None])
+    def store(self, to, matrix):
+        """Stores rows in ``(reference, indices in front of the last axis)``."""
+        ref, part = to
+        at = self.at, *map(jnp.int32, part), slice(None)
+        plt.store(ref.at[at], matrix.astype(ref.dtype), mask=self.inside[:, None])
 
 
 def _blocks(length):
@@ -206,16 +209,17 @@ def _attend_block(
 
     attended = _for_all_rows(rows, length, attend, Attended.to_none(rows.size, dim))
     output, log_total = attended.normalised()
-    rows.store(output_ref, output)
+    rows.store((output_ref, ()), output)
     plt.store(total_ref.at[rows.at], log_total, mask=rows.inside)
 
 
 def _differentiate_block(
     own, q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
-    d_q_ref, d_k_ref, d_v_ref, _, *, scale,
+    *refs, scale,
 ):  # fmt: skip
     """Computes the gradients of one block of queries, and of the block of keys at its place."""
     (length, dim), num_words = q_ref.shape, words_ref.shape[0]
+    to_queries, to_keys, to_values = gradient_refs(refs[:-1])
     zero = jnp.zeros((own.size, dim), jnp.float32)
     own_k, own_v = own.matrix(k_ref), own.matrix(v_ref)
     own_words = [word[:, None] for word in own.words(words_ref)]
@@ -236,8 +240,8 @@ def _differentiate_block(
         return d_k + dot(d_logits.astype(q.dtype), q), d_v
 
     d_k, d_v = _for_all_rows(own, length, add_to_keys, (zero, zero))
-    own.store(d_k_ref, d_k * scale)
-    own.store(d_v_ref, d_v)
+    own.store(to_keys, d_k * scale)
+    own.store(to_values, d_v)
 
     own_q, (own_d, own_delta) = own.matrix(q_ref), of_queries(own)
     own_bits = [word[:, None] for word in _bits_of(own.vector(groups_ref), num_words)]
@@ -251,15 +255,17 @@ def _differentiate_block(
         d_logits = weights * (dot(own_d, v, (1, 1)) - own_delta[:, None])
         return d_q + dot(d_logits.astype(k.dtype), k)
 
-    own.store(d_q_ref, _for_all_rows(own, length, add_to_queries, zero) * scale)
+    d_q = _for_all_rows(own, length, add_to_queries, zero)
+    own.store(to_queries, d_q * scale)
 
 
 def _differentiate_head(
     q_ref, k_ref, v_ref, groups_ref, words_ref, output_ref, total_ref, d_output_ref,
-    d_q_ref, d_k_ref, d_v_ref, delta_ref, *, scale, interpret,
+    *refs, scale, interpret,
 ):  # fmt: skip
     """Computes all gradients of a head; those of the queries stay in registers."""
-    (length, dim), num_words = q_ref.shape, words_ref.shape[0]
+    (length, dim), num_words, delta_ref = q_ref.shape, words_ref.shape[0], refs[-1]
+    to_queries, to_keys, to_values = gradient_refs(refs[:-1])
     zero = 0 * pl.program_id(0)
     full, rest = _blocks(length)
     queries = [_Rows(zero + i * _BLOCK, _BLOCK, length) for i in range(full)]
@@ -285,11 +291,11 @@ def _differentiate_head(
             d_logits = d_logits.astype(q.dtype)
             d_k += dot(d_logits, q)
             found.append(d_q + dot(d_logits, k, (0, 0)))
-        keys.store(d_k_ref, d_k * scale)
-        keys.store(d_v_ref, d_v)
+        keys.store(to_keys, d_k * scale)
+        keys.store(to_values, d_v)
         return found
 
     zeros = [jnp.zeros((rows.size, dim), jnp.float32) for rows in queries]
     d_qs = _for_all_rows(queries[-1], length, of_keys, zeros)
     for rows, d_q in zip(queries, d_qs, strict=True):
-        rows.store(d_q_ref, d_q * scale)
+        rows.store(to_queries, d_q * scale)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.joined import Parts, inputs_of
 from tokenvit_jax.kernels.pieces import dot, sortable
 
 # Groups per program, which are the bits that a word of the selection uses.
@@ -45,8 +46,7 @@ def assign_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
 
 
 def route(
-    q: Float[Array, "B L N D"],
-    k: Float[Array, "B L N D"],
+    parts: Parts,
     centroids: Float[Array, "N G D"],
     top_k: int,
     interpret: bool = False,
@@ -54,8 +54,7 @@ def route(
     """Assigns queries to groups, and selects the keys of the groups.
 
     Args:
-      q: queries (B, L, N, D).
-      k: keys (B, L, N, D).
+      parts: queries, keys and values (B, L, N, D).
       centroids: (N, G, D), unit norm.
       top_k: number of keys that each group selects, at most L.
       interpret: whether to run without a GPU, for tests.
@@ -64,15 +63,20 @@ def route(
       The group of each query (B, N, L), and words (B, N, words, L): bit i of word w of a key says
       whether group 16 w + i selected it.
     """
-    batch, length, heads, dim = q.shape
-    num_groups = centroids.shape[1]
+    batch, length = parts[0].shape[:2]
+    heads, num_groups, dim = centroids.shape
     words = pl.cdiv(num_groups, WORD)
     tokens = pl.BlockSpec((None, length, None, dim), lambda b, n, j: (b, 0, n, 0))
+    (q, k, _), (of_queries, of_keys, _) = inputs_of(parts, tokens)
     kernel = functools.partial(_route, length=length, num_groups=num_groups, top_k=top_k)
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, words),
-        in_specs=[tokens, tokens, pl.BlockSpec((None, num_groups, dim), lambda b, n, j: (n, 0, 0))],
+        in_specs=[
+            of_queries,
+            of_keys,
+            pl.BlockSpec((None, num_groups, dim), lambda b, n, j: (n, 0, 0)),
+        ],
         out_specs=[
             pl.BlockSpec((None, None, length), lambda b, n, j: (b, n, 0)),
             pl.BlockSpec((None, None, None, length), lambda b, n, j: (b, n, j, 0)),

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
+from tokenvit_jax.kernels.joined import gradient_refs, gradients_of, inputs_of, parts_of
 from tokenvit_jax.kernels.pieces import LOG2_E, MASKED
 
 MAX_TOKENS, MAX_DIM = 64, 64  # of a tile; larger ones would not stay in registers
@@ -124,7 +125,7 @@ def attend_short(
       (B, L, N, D) in the type of ``v``.
     """
     q, k, v = (x[:, :, None] for x in (q, k, v))
-    return attend_windows(q, k, v, None, (q.shape[1], 1), (0, 0), scale, interpret)[:, :, 0]
+    return attend_windows(q, k, v, None, (q.shape[1], 1), (0, 0), scale, False, interpret)[:, :, 0]
 
 
 def attend_stripes(
@@ -154,7 +155,7 @@ def attend_stripes(
       (B, H, W, N, D) in the type of ``v``.
     """
     call = _call_of(q, rows, columns, interlaced, (0, 0), scale)
-    return _attend_tiles(q, k, v, None, call, interpret)
+    return _attend_tiles((q, k, v), None, call, interpret)
 
 
 def attend_windows(
@@ -165,6 +166,7 @@ def attend_windows(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    joined: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B H W N D"]:
     """Attends within windows; see `ops.window_attention`.
@@ -179,58 +181,68 @@ def attend_windows(
       window: (h, w), rows and columns of a window; they divide H and W.
       shift: rows and columns, less than a window, by which the map was rolled up and left.
       scale: factor of the products of queries and keys.
+      joined: whether q, k and v are the thirds of one array.
       interpret: whether to run the kernels by jax, for tests.
 
     Returns:
       (B, H, W, N, D) in the type of ``v``.
     """
     call = _call_of(q, window, window, False, shift, scale)
-    return _attend_tiles(q, k, v, bias, call, interpret)
+    return _attend_tiles(parts_of(q, k, v, joined), bias, call, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend_tiles(q, k, v, bias, call, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend_tiles(parts, bias, call, interpret):
+    batch, dtype = parts[-1].shape[0], parts[-1].dtype
+    spec = _map_spec(batch, call)
+    inputs, specs = inputs_of(parts, spec)
     biases, bias_specs = _biases_of(bias, call)
     return pl.pallas_call(
         functools.partial(_attend, call=call),
-        grid=_grid(q, call),
-        in_specs=[_map_spec(q)] * 3 + bias_specs,
-        out_specs=_map_spec(q),
-        out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        grid=_grid(batch, call),
+        in_specs=[*specs, *bias_specs],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(
+            (batch, call.height, call.width, call.heads, call.dim), dtype
+        ),
         compiler_params=plt.CompilerParams(num_warps=call.num_warps, num_stages=2),
         interpret=interpret,
         name="window_attention",
-    )(q, k, v, *biases)
+    )(*inputs, *biases)
 
 
-def _forward(q, k, v, bias, call, interpret):
-    return _attend_tiles(q, k, v, bias, call, interpret), (q, k, v, bias)
+def _forward(parts, bias, call, interpret):
+    return _attend_tiles(parts, bias, call, interpret), (parts, bias)
 
 
 def _backward(call, interpret, residuals, d_output):
-    q, k, v, bias = residuals
+    parts, bias = residuals
+    batch = d_output.shape[0]
+    spec = _map_spec(batch, call)
+    inputs, specs = inputs_of(parts, spec)
+    d_parts, d_specs = gradients_of(parts, spec)
     biases, bias_specs = _biases_of(bias, call)
-    chunks, heads = _grid(q, call)
+    chunks, heads = _grid(batch, call)
     tiles = (chunks, heads, call.tile[0], call.tile[0])  # each program sums up its windows
-    d_maps = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     d_biases = [jax.ShapeDtypeStruct(tiles, jnp.float32) for _ in biases]
     d_bias_specs = [
         pl.BlockSpec((None, None, *tiles[2:]), lambda c, n: (c, n, 0, 0)) for _ in biases
     ]
-    d_q, d_k, d_v, *d_biases = pl.pallas_call(
-        functools.partial(_differentiate, call=call),
+    gradients = pl.pallas_call(
+        functools.partial(_differentiate, call=call, has_bias=bias is not None),
         grid=(chunks, heads),
-        in_specs=[_map_spec(q)] * 4 + bias_specs,
-        out_specs=[_map_spec(q)] * 3 + d_bias_specs,
-        out_shape=d_maps + d_biases,
+        in_specs=[*specs, spec, *bias_specs],
+        out_specs=d_specs + d_bias_specs,
+        out_shape=d_parts + d_biases,
         compiler_params=plt.CompilerParams(num_warps=call.num_warps, num_stages=1),
         interpret=interpret,
         name="window_attention_gradient",
-    )(q, k, v, d_output.astype(v.dtype), *biases)
+    )(*inputs, d_output.astype(parts[-1].dtype), *biases)
+    d_parts, d_biases = tuple(gradients[: len(parts)]), gradients[len(parts) :]
     if bias is None:
-        return d_q, d_k, d_v, None
+        return d_parts, None
     d_bias = d_biases[0].sum(0)[:, : call.tokens, : call.tokens]
-    return d_q, d_k, d_v, d_bias.astype(bias.dtype)
+    return d_parts, d_bias.astype(bias.dtype)
 
 
 _attend_tiles.defvjp(_forward, _backward)
@@ -252,15 +264,18 @@ def _attend(q_ref, k_ref, v_ref, *refs, call):
                 (q * call.scale).astype(q.dtype), k, biases, queries, keys, call
             )
             inverse = reciprocal(weights.sum(1, keepdims=True))
-            _store(out_ref, plt.dot(weights.astype(v.dtype), v) * inverse, queries)
+            _store((out_ref, ()), plt.dot(weights.astype(v.dtype), v) * inverse, queries)
         return carry
 
     lax.fori_loop(0, call.steps, attend, 0)
 
 
-def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
-    has_bias = len(refs) == 5
-    bias_refs, (d_q_ref, d_k_ref, d_v_ref) = refs[:has_bias], refs[has_bias : has_bias + 3]
+def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call, has_bias):
+    bias_refs, d_refs, d_bias_refs = refs[:has_bias], refs[has_bias:], []
+    if has_bias:
+        *d_refs, d_bias_ref = d_refs
+        d_bias_refs = [d_bias_ref]
+    to_queries, to_keys, to_values = gradient_refs(d_refs)
     first, second = pl.program_id(0) * call.steps, _is_second(call)
     starts, size = call.blocks
 
@@ -279,16 +294,16 @@ def _differentiate(q_ref, k_ref, v_ref, d_out_ref, *refs, call):
             d_weights = plt.dot(d_out, v.T)
             d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
             short = d_logits.astype(q.dtype)
-            _store(d_q_ref, plt.dot(short, k) * call.scale, queries)
+            _store(to_queries, plt.dot(short, k) * call.scale, queries)
             d_k += plt.dot(short.T, q)
             d_biases = [d_bias + d_logits for d_bias in d_biases]
-        _store(d_v_ref, d_v, keys)
-        _store(d_k_ref, d_k, keys)
+        _store(to_values, d_v, keys)
+        _store(to_keys, d_k, keys)
         return d_biases
 
     start = [jnp.zeros(ref.shape, jnp.float32) for ref in bias_refs]
     d_biases = lax.fori_loop(0, call.steps, differentiate, start)
-    for ref, d_bias in zip(refs[has_bias + 3 :], d_biases, strict=True):
+    for ref, d_bias in zip(d_bias_refs, d_biases, strict=True):
         ref[...] = d_bias
 
 
@@ -305,8 +320,12 @@ def _load(ref, tile):
     return plt.load(ref.at[tile.place], mask=tile.is_token, other=0.0)
 
 
-def _store(ref, x, tile):
-    plt.store(ref.at[tile.place], x.astype(ref.dtype), mask=tile.is_token)
+def _store(to, x, tile):
+    """Stores a tile in ``(reference, indices in front of the last axis)``."""
+    ref, part = to
+    *pixel, channel = tile.place
+    place = *pixel, *(jnp.full_like(channel, number) for number in part), channel
+    plt.store(ref.at[place], x.astype(ref.dtype), mask=tile.is_token)
 
 
 def _is_second(call):
@@ -363,13 +382,13 @@ def _steps(tiles):
     return 2 ** min(5, max(0, (tiles // FEWEST_PROGRAMS).bit_length() - 1))
 
 
-def _grid(q, call):
-    return math.prod(q.shape[:3]) // call.tokens // call.steps, call.heads
+def _grid(batch, call):
+    return batch * call.height * call.width // call.tokens // call.steps, call.heads
 
 
-def _map_spec(q):
-    channels = max(16, pl.next_power_of_2(q.shape[-1]))
-    return pl.BlockSpec((*q.shape[:3], None, channels), lambda c, n: (0, 0, 0, n, 0))
+def _map_spec(batch, call):
+    size = batch, call.height, call.width
+    return pl.BlockSpec((*size, None, call.tile[1]), lambda c, n: (0, 0, 0, n, 0))
 
 
 def _biases_of(bias, call):

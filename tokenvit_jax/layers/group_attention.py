@@ -69,8 +69,9 @@ class DynamicGroupAttention(nn.Module):
             "counts": self.variable("centroids", "counts", jnp.zeros, shape[:2]),
         }
         result = ops.group_attention(
-            q, k, v, state["centroids"].value, top_k=self.top_k, scale=scale
-        )
+            q, k, v, state["centroids"].value,
+            top_k=self.top_k, scale=scale, joined=not self.cosine,
+        )  # fmt: skip
         if train and self.is_mutable_collection("centroids") and not self.is_initializing():
             sums = ops.group_sums(q, result.groups, self.num_groups)
             state["sums"].value += sums.sums

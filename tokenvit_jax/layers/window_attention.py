@@ -76,7 +76,9 @@ class WindowAttention(nn.Module):
             table = resize_bias_table(table, table_window, window)
         bias = ops.relative_position_bias(table, window)
         mask_shift = shift if mask_shift is None else mask_shift
-        y = ops.window_attention(q, k, v, bias, window=window, shift=mask_shift, scale=scale)
+        y = ops.window_attention(
+            q, k, v, bias, window=window, shift=mask_shift, scale=scale, joined=scale is None
+        )
         y = merge_heads(y)
         y = jnp.roll(y, shift, (1, 2)) if any(shift) else y
         return dense(channels, self.dtype, "proj")(y[:, :height, :width])
@@ -85,6 +87,7 @@ class WindowAttention(nn.Module):
         return dense(3 * x.shape[-1], self.dtype, "qkv")(x)
 
     def _logits_of(self, q, k, v):
+        """Returns queries, keys, values, and the factor of their products; None: as usual."""
         return q, k, v, None
 
     def _bias_table(self):

@@ -52,6 +52,7 @@ from tokenvit_jax.kernels.group_routing import (
     unpack,
 )
 from tokenvit_jax.kernels.group_sums import group_sums_misfit, sum_groups
+from tokenvit_jax.kernels.joined import parts_of
 from tokenvit_jax.kernels.platforms import by_platform, num_devices
 from tokenvit_jax.ops.attention import check_qkv, dot_product_attention
 from tokenvit_jax.ops.counted import counted
@@ -97,7 +98,7 @@ def _macs(inputs, outputs):
     return batch * length * heads * dim * per_query
 
 
-@counted(_macs, static_argnames=("top_k", "scale", "path"))
+@counted(_macs, static_argnames=("top_k", "scale", "path", "joined"))
 def group_attention(
     q: Float[Array, "B L N D"],
     k: Float[Array, "B L N D"],
@@ -107,6 +108,7 @@ def group_attention(
     top_k: int,
     scale: float | None = None,
     path: str = "auto",
+    joined: bool = False,
 ) -> GroupAttention:
     """Attends from every query to the ``top_k`` keys that its group's centroid selects.
 
@@ -123,6 +125,8 @@ def group_attention(
       top_k: number of keys per group, at least 1.
       scale: factor of the logits; None: 1 / sqrt(D).
       path: "dense", "tiles", or "auto": the cheaper one, chosen from the shapes alone.
+      joined: whether q, k and v are the thirds of one projection, in this order. GPUs then read
+        them there; with other arrays, joining them takes longer.
 
     Returns:
       GroupAttention(output in the type of ``v``, groups, keys).
@@ -149,7 +153,7 @@ def group_attention(
         on_cpu = cheaper_path_on_cpu(q.shape, num_groups, top_k)
     if path == "tiles":
         return GroupAttention(*_attend_tiles(q, k, v, centroids, top_k, scale))
-    return GroupAttention(*_attend_dense(q, k, v, centroids, top_k, scale, on_cpu))
+    return GroupAttention(*_attend_dense(q, k, v, centroids, top_k, scale, on_cpu, joined))
 
 
 def cheaper_path(
@@ -288,7 +292,7 @@ def update_centroids(
     return move_centroids(centroids, sums, old_weight)
 
 
-def _attend_dense(q, k, v, centroids, top_k, scale, on_cpu):
+def _attend_dense(q, k, v, centroids, top_k, scale, on_cpu, joined):
     """Attends with all logits: on CPU in chunks of queries, or in tiles, else in kernels."""
 
     def masked(q, k, v, centroids, run, attend=attend_dense):
@@ -303,8 +307,9 @@ def _attend_dense(q, k, v, centroids, top_k, scale, on_cpu):
         return attend(*queries)
 
     def fused(q, k, v, centroids):
-        groups, words = route(*(lax.stop_gradient(x) for x in (q, k)), centroids, top_k)
-        output = attend_fused(q, k, v, groups, words, scale)
+        parts = parts_of(q, k, v, joined)
+        groups, words = route(lax.stop_gradient(parts), centroids, top_k)
+        output = attend_fused(parts, groups, words, scale)
         return output, groups, _in_order(unpack(words, num_groups), k, centroids, top_k)
 
     num_groups = centroids.shape[1]
