@@ -138,6 +138,7 @@ CALLS = {
     "channel_sums.gelu_backward": [
         ((floats(2, 3, 2, 5), floats(2, 5), floats(2, 3, 2, 5), floats(5)), {"interpret": True}),
     ],
+    "channel_sums.gelu_forward": [((TOKENS, floats(7)), {"interpret": True})],
     "channel_sums.gelu_sums": [((floats(2, 3, 2, 5), floats(5)), {"interpret": True})],
     "channel_sums.misfit": [(((2, 3, 5),), {})],
     "channel_sums.product_sums": [

@@ -37,6 +37,16 @@ def gelu_sums(
     return run(kernel, grid, inputs, {}, sums=2, interpret=interpret, warps=_WARPS)["sums"]
 
 
+def gelu_forward(
+    x: Float[Array, "B *H C"], bias: Float[Array, " C"], *, interpret: bool = False
+) -> Float[Array, "B *H C"]:
+    """Returns gelu(x + bias)."""
+    grid = Tiles.of(x.shape)
+    kernel = functools.partial(_gelu_kernel, grid=grid)
+    inputs = {"x": x, "bias": bias}
+    return run(kernel, grid, inputs, {"y": x}, sums=0, interpret=interpret, warps=_WARPS)["y"]
+
+
 def gelu_backward(
     dg: Float[Array, "B H W C"],
     dsums: Float[Array, "2 C"] | None,
@@ -66,6 +76,17 @@ def product_sums(
 # ------------------------------------------------------------------------------------------------
 # Kernels
 # ------------------------------------------------------------------------------------------------
+
+
+def _gelu_kernel(refs, *, grid):
+    tiles = grid.tiles_of(pl.program_id(0), pl.program_id(1))
+    bias = tiles.channel(refs["bias"])
+
+    def step(j, carry):
+        tiles.store(refs["y"], gelu(tiles.load(refs["x"], 0, j) + bias), 0, j)
+        return carry
+
+    lax.fori_loop(0, grid.steps, step, 0)
 
 
 def _gelu_sums_kernel(refs, *, grid):

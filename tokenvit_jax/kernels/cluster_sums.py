@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.kernels.arithmetic import exp2, fma
-from tokenvit_jax.kernels.pieces import LOG2_E, range_of, three_products
+from tokenvit_jax.kernels.arithmetic import exp2, narrow, widen
+from tokenvit_jax.kernels.pieces import LOG2_E, dot, range_of
 from tokenvit_jax.kernels.platforms import device_batch
 
 
@@ -79,10 +79,10 @@ def means_by_kernel(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B M C"], Float[Array, "B M"], Float[Array, "B M"]]:
-    """Computes weighted means of clusters with weights exp(scores), in one pass over the tokens.
+    """Computes weighted means of clusters with weights exp(scores).
 
-    The exponents are shifted by the largest score of a cluster so far. A larger score rescales the
-    sums, as in flash attention.
+    The exponents are shifted by the largest score of a cluster, which a first pass over the tokens
+    finds: then a token has one weight, and not one for each of the clusters that it is not in.
 
     Args:
       x: (B, N, C).
@@ -98,7 +98,7 @@ def means_by_kernel(
     """
     shape = x.shape[0], num_clusters, x.shape[2]
     outputs = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (3, 2, 2)]
-    kernel = functools.partial(_means_kernel, epsilon=epsilon)
+    kernel = functools.partial(_means_kernel, epsilon=epsilon, interpret=interpret)
     return _call(kernel, (x, assignment, scores), outputs, interpret)
 
 
@@ -116,9 +116,7 @@ def _call(kernel, inputs, outputs, interpret):
     sums = pl.BlockSpec((None, num_clusters, channels), lambda i, j, image: (image, 0, 0))
     per_cluster = pl.BlockSpec((None, num_clusters), lambda i, j, image: (image, 0))
     return pl.pallas_call(
-        functools.partial(
-            kernel, clusters=clusters, width=width, precision=three_products(interpret)
-        ),
+        functools.partial(kernel, clusters=clusters, width=width),
         grid=(-(-num_clusters // clusters), -(-channels // width), batch),
         in_specs=[tokens] + [per_token] * (len(inputs) - 1),
         out_specs=[sums] + [per_cluster] * (len(outputs) - 1),
@@ -129,24 +127,24 @@ def _call(kernel, inputs, outputs, interpret):
 
 
 def _own_part(x, assignment, clusters, width):
-    """Returns the clusters and channels of a program, and a function that loads its tokens.
+    """Returns the clusters and channels of a program, and two functions of tokens.
 
-    The function returns rows (tokens, channels) and which of them are in each cluster
-    (tokens, clusters): threads hold columns of such a matrix, so that reductions over tokens need
-    few exchanges.
+    The first returns their clusters and which of them are in each own cluster (clusters, tokens),
+    the second their rows (tokens, channels).
     """
     length, channels = x.shape
     own = range_of(pl.program_id(0) * clusters, clusters)
     columns = range_of(pl.program_id(1) * width, width)
 
-    def load(tokens):
-        inside = tokens < length
-        at = plt.load(assignment.at[tokens], mask=inside, other=-1)
-        mask = inside[:, None] & (columns < channels)[None]
-        rows = plt.load(x.at[tokens[:, None], columns[None]], mask=mask, other=0.0)
-        return rows.astype(jnp.float32), at[:, None] == own[None]
+    def members(tokens):
+        at = plt.load(assignment.at[tokens], mask=tokens < length, other=-1)
+        return at, own[:, None] == at[None]
 
-    return own, columns, load
+    def load(tokens):
+        mask = (tokens < length)[:, None] & (columns < channels)[None]
+        return plt.load(x.at[tokens[:, None], columns[None]], mask=mask, other=0.0)
+
+    return own, columns, members, load
 
 
 def _store_sums(ref, own, columns, sums):
@@ -154,18 +152,28 @@ def _store_sums(ref, own, columns, sums):
     plt.store(ref.at[own[:, None], columns[None]], sums.astype(ref.dtype), mask=inside)
 
 
-def _of_tokens(weights, rows, precision):
-    """Returns the sums of rows (tokens, channels) with weights (tokens, clusters)."""
-    over_tokens = (((0,), (0,)), ((), ()))
-    return lax.dot_general(weights, rows, over_tokens, precision=precision)
+def _add_members(sums, member, rows):
+    """Adds up rows (tokens, channels) for member (clusters, tokens).
+
+    The tensor cores add numbers of 8 bits: three of them hold a float32.
+    """
+    ones = member.astype(jnp.bfloat16)
+    if rows.dtype == jnp.bfloat16:
+        return sums + dot(ones, rows)
+    left = rows.astype(jnp.float32)
+    for _ in range(3):
+        part = narrow(left, jnp.bfloat16)
+        sums += dot(ones, part)
+        left -= widen(part)
+    return sums
 
 
-def _sums_kernel(x, assignment, sums, *, clusters, width, precision):
-    own, columns, load = _own_part(x, assignment, clusters, width)
+def _sums_kernel(x, assignment, sums, *, clusters, width):
+    own, columns, members, load = _own_part(x, assignment, clusters, width)
 
     def step(i, total):
-        rows, member = load(range_of(i * BLOCK, BLOCK))
-        return total + _of_tokens(member.astype(jnp.float32), rows, precision)
+        tokens = range_of(i * BLOCK, BLOCK)
+        return _add_members(total, members(tokens)[1], load(tokens))
 
     total = jnp.zeros((clusters, width), jnp.float32)
     total = lax.fori_loop(0, -(-x.shape[0] // BLOCK), step, total)
@@ -173,28 +181,41 @@ def _sums_kernel(x, assignment, sums, *, clusters, width, precision):
 
 
 def _means_kernel(
-    x, assignment, scores, means, shifts, totals, *, clusters, width, precision, epsilon
+    x, assignment, scores, means, shifts, totals, *, clusters, width, epsilon, interpret
 ):
-    own, columns, load = _own_part(x, assignment, clusters, width)
+    block, length, blocks = pl.program_id(0), x.shape[0], -(-x.shape[0] // BLOCK)
+    own, columns, members, load = _own_part(x, assignment, clusters, width)
+    inside = own < shifts.shape[0]
+    zeros = jnp.zeros((clusters, BLOCK), jnp.float32)
 
-    def step(i, carry):
-        shift, total, sums = carry
+    def scores_of(tokens):
+        return plt.load(scores.at[tokens], mask=tokens < length, other=0.0).astype(jnp.float32)
+
+    def add_scores(i, largest):
         tokens = range_of(i * BLOCK, BLOCK)
-        rows, member = load(tokens)
-        score = plt.load(scores.at[tokens], mask=tokens < x.shape[0], other=0.0)
-        score = score.astype(jnp.float32)[:, None]
-        largest = jnp.maximum(shift, jnp.where(member, score, 0.0).max(0))
-        rescale = jnp.exp(shift - largest)
-        weights = exp2(fma(score, LOG2_E, largest[None] * -LOG2_E))
-        weights = jnp.where(member, weights, 0.0)
-        products = _of_tokens(weights, rows, precision)
-        return largest, total * rescale + weights.sum(0), sums * rescale[:, None] + products
+        score = jnp.where(members(tokens)[1], scores_of(tokens)[None], 0.0)
+        return jnp.maximum(largest, score)
 
-    zeros = jnp.zeros((clusters,), jnp.float32)
-    carry = zeros, zeros, jnp.zeros((clusters, width), jnp.float32)
-    shift, total, sums = lax.fori_loop(0, -(-x.shape[0] // BLOCK), step, carry)
-    total += epsilon * jnp.exp(-shift)
+    shift = lax.fori_loop(0, blocks, add_scores, zeros).max(1)
+    # Programs for other channels store the same.
+    plt.store(shifts.at[own], shift, mask=inside)
+    if not interpret:
+        plt.debug_barrier()
+
+    def add_rows(i, carry):
+        total, sums = carry
+        tokens = range_of(i * BLOCK, BLOCK)
+        at, member = members(tokens)
+        is_own = at // clusters == block
+        shift_of_token = plt.load(shifts.at[jnp.where(is_own, at, 0)], mask=is_own, other=0.0)
+        weight = exp2((scores_of(tokens) - shift_of_token) * LOG2_E)
+        weight = jnp.where(is_own, weight, 0.0)
+        rows = widen(load(tokens)) * weight[:, None]
+        total += jnp.where(member, weight[None], 0.0)
+        return total, _add_members(sums, member, rows)
+
+    carry = zeros, jnp.zeros((clusters, width), jnp.float32)
+    total, sums = lax.fori_loop(0, blocks, add_rows, carry)
+    total = total.sum(1) + epsilon * jnp.exp(-shift)
     _store_sums(means, own, columns, sums / total[:, None])
-    first = (own < shifts.shape[0]) & (pl.program_id(1) == 0)
-    plt.store(shifts.at[own], shift, mask=first)
-    plt.store(totals.at[own], total, mask=first)
+    plt.store(totals.at[own], total, mask=inside & (pl.program_id(1) == 0))

@@ -65,6 +65,10 @@ FORMS: dict[str, dict[str, str]] = {
         "tpu": "shifted products: compiled for v5e, either gradient moves .05 GB instead of .15 of "
         "XLA's convolutions (64 images of 14 x 14 x 1,024)",
     },
+    "gelu": {
+        "cuda": "Pallas, behind a bias: half of the instructions of XLA's error function",
+        "default": "XLA's operations",
+    },
     "gelu gradient": {
         "cuda": "Pallas: one pass, with the gradient of the bias",
         "default": "XLA's operations",

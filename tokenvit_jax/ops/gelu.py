@@ -56,7 +56,10 @@ def bias_gelu(x: Float[Array, "*B C"], bias: Float[Array, " C"]) -> Float[Array,
     Returns:
       (..., C) in the type of ``x``.
     """
-    return gelu(x + bias.astype(x.dtype))
+    return by_platform(
+        "gelu", x, bias, default=lambda x, bias: gelu(x + bias.astype(x.dtype)),
+        cuda=kernels.gelu_forward, misfits={"cuda": kernels.misfit(x.shape)}, shared=(1,),
+    )  # fmt: skip
 
 
 def _bias_gelu_backward(residuals, dy):
