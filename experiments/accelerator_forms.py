@@ -149,6 +149,10 @@ def kernel_cases() -> Iterator[Case]:
         lambda: (normal(0, 128, 28, 28, 512), normal(1, 3, 3, 512), normal(2, 512)), 3,
     )  # fmt: skip
     yield Case(
+        "GELU behind a bias (128, 197, 1536)", ("gelu", "gelu gradient"), ops.bias_gelu,
+        lambda: (normal(0, 128, 197, 1536), normal(1, 1536)), 2,
+    )  # fmt: skip
+    yield Case(
         "sums of channels (128, 56, 56, 256)", ("channel sums",), channel_sums,
         lambda: (normal(0, 128, 56, 56, 256),), 1,
     )  # fmt: skip

@@ -67,27 +67,30 @@ def read_rows() -> list[Row]:
     return [json.loads(line) for line in ROWS.read_text().splitlines() if line]
 
 
-def first_batch(recipe: str, target: str) -> int:
-    """Returns the images per device of a recipe on its devices, at most MOST."""
+def batches(recipe: str, target: str) -> list[int]:
+    """Returns numbers of images per device to try, falling.
+
+    The first is that of the recipe on these devices, at most MOST, and each is about half of the
+    one before.
+    """
     flag_values = cli.config_flags()
     flag_values(["compile", f"--config={recipe}"])
     config, found = cli.read_config(flag_values), parse_target(target)
     step = smallest_batch(config, "train", found)
     per_device = min(MOST, config.batch_size // found.num_devices)
-    return max(step, per_device // step * step)
+    number = max(1, per_device // step)
+    return [(number >> i) * step for i in range(number.bit_length())]
 
 
 def compile_row(recipe: str, target: str) -> Row:
-    """Compiles a training step; halves the batch until it fits."""
-    batch = first_batch(recipe, target)
+    """Compiles a training step for the largest of several batches that fits, or the smallest."""
+    waiting = batches(recipe, target)
     while True:
-        row = run(recipe, target, batch)
-        if row.get("fits") or "error" in row or batch <= 1:
+        row = run(recipe, target, waiting[0])
+        if row.get("fits") or "error" in row or len(waiting) == 1:
             return row
         fitting = row["estimated_largest_batch_per_device"]
-        batch //= 2
-        while batch > max(1, fitting):
-            batch //= 2
+        waiting = [batch for batch in waiting[1:] if batch <= fitting] or waiting[-1:]
 
 
 def run(recipe: str, target: str, batch: int) -> Row:

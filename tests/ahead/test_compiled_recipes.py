@@ -1,5 +1,6 @@
 """The page of compiled recipes."""
 
+import pytest
 from shipped_configs import FOLDER
 
 from experiments import compiled_recipes
@@ -57,11 +58,34 @@ def test_every_family_has_bounds_for_a_gpu_and_a_tpu():
         assert platforms == {"cuda", "tpu"}
 
 
-def test_first_batches():
-    assert compiled_recipes.first_batch("dgt_t", "h100") == 128
-    assert compiled_recipes.first_batch("dgt_t", "v5e:16x16") == 4
-    assert compiled_recipes.first_batch("segmenter_s", "h100") == 8
-    assert compiled_recipes.first_batch("segmenter_s", "v5e:16x16") == 1
+@pytest.mark.parametrize(
+    ("recipe", "target", "expected"),
+    [
+        ("dgt_t", "h100", [128, 64, 32, 16, 8, 4, 2, 1]),
+        ("dgt_t", "v5e:16x16", [4, 2, 1]),
+        ("segmenter_s", "h100", [8, 4, 2, 1]),
+        ("segmenter_s", "v5e:16x16", [1]),
+        # Images of a group stay together on a device.
+        ("htc:swinv2_l", "h100x8", [8, 4, 2]),
+        ("htc:swinv2_l", "v5e:16x16", [2]),
+    ],
+)
+def test_batches(recipe, target, expected):
+    assert compiled_recipes.batches(recipe, target) == expected
+
+
+def test_the_largest_batch_that_fits_is_compiled(monkeypatch):
+    def run(recipe, target, batch):
+        tried.append(batch)
+        return {"fits": batch <= largest, "estimated_largest_batch_per_device": estimate}
+
+    monkeypatch.setattr(compiled_recipes, "batches", lambda recipe, target: [16, 8, 4, 2])
+    monkeypatch.setattr(compiled_recipes, "run", run)
+    for largest, estimate, expected in ((16, 16, [16]), (4, 5, [16, 4]), (2, 5, [16, 4, 2]),
+                                        (0, 1, [16, 2])):  # fmt: skip
+        tried = []
+        row = compiled_recipes.compile_row("recipe", "target")
+        assert (tried, row["fits"]) == (expected, largest > 0)
 
 
 def test_efficiency_is_the_share_of_the_step_without_collectives():
