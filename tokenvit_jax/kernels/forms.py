@@ -139,7 +139,7 @@ FORMS: dict[str, dict[str, str]] = {
     "merge tokens": {
         "cpu": "scatter: 5 to 100 times as fast as products",
         "default": "products with the membership matrix, deterministic on accelerators",
-        "cuda": "maximum, weights and sums in one pass; compiled for an H200: 1 launch for 7",
+        "cuda": "maximum, then weights and sums, in one launch; compiled for an H200: 1 for 7",
         "tpu": "maximum, weights and sums in one pass",
     },
     "nearest center": {
