@@ -165,7 +165,7 @@ def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[A
 # log2 of 1 minus the normal distribution function, on [0, 10], from the constant on. Fitted by a
 # linear program for small errors of three kinds: 2e-7 in GELU, 5e-7 in the tail, and 2e-5 of the
 # tail up to 4.
-_LOG2_TAIL = (
+LOG2_TAIL = (
     -0.9999988079, -1.151156425, -0.458871603, -0.05332556367, 0.008052946068, -7.683341391e-4,
     3.372930751e-5,
 )  # fmt: skip
@@ -177,8 +177,8 @@ def _size(x):
 
 
 def _tail(size):
-    """Returns 1 minus the normal distribution function: fewer instructions than from erf."""
-    exponent = _LOG2_TAIL[-1]
-    for coefficient in reversed(_LOG2_TAIL[:-1]):
+    """Returns 1 minus the normal distribution function."""
+    exponent = LOG2_TAIL[-1]
+    for coefficient in reversed(LOG2_TAIL[:-1]):
         exponent = fma(exponent, size, coefficient)
     return exp2(exponent)
