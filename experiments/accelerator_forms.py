@@ -149,6 +149,11 @@ def kernel_cases() -> Iterator[Case]:
         lambda: (normal(0, 128, 28, 28, 512), normal(1, 3, 3, 512), normal(2, 512)), 3,
     )  # fmt: skip
     yield Case(
+        "three depthwise 3 x 3 (128, 28, 28, 128)", ("depthwise branches",),
+        lambda x, *kernels: sum(ops.depthwise_branches(x, kernels)[0]),
+        lambda: (normal(0, 128, 28, 28, 128), *(normal(i, 3, 3, 128) for i in (1, 2, 3))), 4,
+    )  # fmt: skip
+    yield Case(
         "GELU behind a bias (128, 197, 1536)", ("gelu", "gelu gradient"), ops.bias_gelu,
         lambda: (normal(0, 128, 197, 1536), normal(1, 1536)), 2,
     )  # fmt: skip

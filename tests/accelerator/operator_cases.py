@@ -177,6 +177,12 @@ CASES: dict[str, dict[str, Case]] = {
             (MAP, KERNEL, CHANNELS[0]), 2, 3,
         )
     },
+    "depthwise_branches": {
+        "": Case(
+            lambda x, *kernels: ops.depthwise_branches(x, kernels, with_sums=True),
+            (MAP, KERNEL, 2 * KERNEL, -KERNEL), 2, 4,
+        )
+    },
     "gelu": {"": Case(ops.gelu, (TOKENS,), 1, 1)},
     "group_norm": {
         "": Case(

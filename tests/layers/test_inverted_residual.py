@@ -58,7 +58,7 @@ def irffn(dtype, axis_name=None):
 
 CASES = {
     "irffn": (irffn, Composition),
-    "separable": (SeparableProjection, ProjectionComposition),
+    "separable": (lambda dtype: SeparableProjection(SHAPE[-1]), ProjectionComposition),
 }
 
 

@@ -29,6 +29,10 @@ FUNCTIONS = {
     "cluster_attention.check_ratios": (((4, 2), "clusters"), {}),
     "cluster_attention.cluster_numbers": ((30, (4, 2)), {}),
     "conv.affine_product": ((TOKENS, floats(8, 5), floats(5), floats(8), floats(8)), {}),
+    "conv.affine_products": (
+        ([TOKENS] * 2, [floats(8, 5)] * 2, [floats(5)] * 2, [floats(8)] * 2, [floats(8)] * 2),
+        {},
+    ),
     "conv.batch_norm": ((), {"dtype": jnp.float32, "axis_name": None}),
     "conv.convolve_same": ((MAP, floats(3, 3, 8, 5), 2), {}),
     "conv.product": ((TOKENS, floats(8, 5)), {}),
@@ -72,7 +76,7 @@ MODULES = {
     "norm.LayerNorm": (layers.LayerNorm(), (TOKENS,), {}),
     "pale_attention.PaleAttention": (layers.PaleAttention(2, 3), (MAP, True), {}),
     "pale_attention.SeparableProjection": (
-        layers.pale_attention.SeparableProjection(), (MAP, True), {}
+        layers.pale_attention.SeparableProjection(8), (MAP, True), {}
     ),
     "self_attention.Attention": (
         layers.Attention(2, "learned", 0.02, jnp.float32), (TOKENS,),

@@ -18,7 +18,7 @@ from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.ops.gelu import gelu
 
 EVERYTHING = Block(deferred=True, residual=True, activate=True, with_sums=True)
-SIDE_BY_SIDE = Block(with_sums=True)
+ALONE = Block(with_sums=True)
 
 
 def arrays(shape, dtype):
@@ -37,7 +37,7 @@ def of_block(block, x, kernel, bias, input_bias, scale, shift):
     """The operators under test, with everything around the convolution or nothing."""
     # Inside their jit, so that they are traced again when the forms are replaced.
     defer_gelu, depthwise_block = (op.__wrapped__ for op in (ops.defer_gelu, ops.depthwise_block))
-    if block == SIDE_BY_SIDE:
+    if block == ALONE:
         return depthwise_block(x, kernel, with_sums=True)
     x, sums = defer_gelu(x, input_bias, with_sums=True)
     y, more_sums = depthwise_block(
@@ -59,7 +59,7 @@ def reference(block, x, kernel, bias, input_bias, scale, shift):
     def sums(y):
         return [y.sum((0, 1, 2)), (y * y).sum((0, 1, 2))]
 
-    if block == SIDE_BY_SIDE:
+    if block == ALONE:
         y = conv(x)
         return y, jnp.stack(sums(y))
     g = gelu(x + input_bias)
@@ -75,7 +75,7 @@ def values_and_gradients(function, inputs):
     return [y, sums, *backward((dy, dsums.astype(sums.dtype)))]
 
 
-@pytest.mark.parametrize("block", [EVERYTHING, SIDE_BY_SIDE], ids=["everything", "alone"])
+@pytest.mark.parametrize("block", [EVERYTHING, ALONE], ids=["everything", "alone"])
 def test_equals_the_composition(block):
     with jax.enable_x64(True):
         inputs = arrays((2, 4, 5, 3), np.float64)
@@ -94,7 +94,7 @@ def test_equals_the_composition(block):
         [
             (EVERYTHING, (3, 2, 3, 36), np.float32),
             (EVERYTHING, (1, 1, 2, 16), jnp.bfloat16),
-            (SIDE_BY_SIDE, (2, 4, 2, 5), np.float32),
+            (ALONE, (2, 4, 2, 5), np.float32),
         ]
     ),
 )
@@ -116,13 +116,65 @@ def test_kernels_equal_the_form_of_xla(monkeypatch, block, shape, dtype):
         module = importlib.import_module(f"tokenvit_jax.ops.{name}")
         monkeypatch.setattr(module, "by_platform", by_kernel)
     got = jax.jit(lambda inputs: run(inputs))(inputs)
-    assert len(called) == (2 if block == SIDE_BY_SIDE else 4)
+    assert len(called) == (2 if block == ALONE else 4)
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == y.dtype
         x, y = (np.asarray(a, np.float64) for a in (x, y))
         # bfloat16: u is not rounded by the kernels, and each form rounds its results to 8 bits.
         tolerance = 2e-6 if dtype == np.float32 else 2e-2
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
+
+
+def of_branches(x, *kernels):
+    # Inside their jit, so that they are traced again when the forms are replaced.
+    return ops.depthwise_branches.__wrapped__(x, kernels, with_sums=True)
+
+
+def reference_of_branches(x, *kernels):
+    results = [reference(ALONE, x, kernel, *[None] * 4) for kernel in kernels]
+    maps, sums = zip(*results, strict=True)
+    return maps, jnp.stack(sums)
+
+
+@pytest.mark.parametrize("form", ["xla", "kernel"])
+def test_branches_equal_convolutions_one_by_one(monkeypatch, form):
+    """Values and gradients; the maps have a last strip that is not full."""
+    rng = np.random.default_rng(0)
+    shapes = (3, 2, 3, 36), *[(3, 3, 36)] * 3
+    if form == "kernel":
+        module = importlib.import_module("tokenvit_jax.ops.depthwise_conv")
+        by_kernel = lambda _, *args, cuda, **options: cuda(*args, interpret=True)  # noqa: E731
+        monkeypatch.setattr(module, "by_platform", by_kernel)
+
+    def run(function, inputs):
+        y, backward = jax.vjp(function, *inputs)
+        dy = jax.tree.map(lambda y: jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), y)
+        return y, backward(dy)
+
+    with jax.enable_x64(form == "xla"):
+        inputs = [jnp.asarray(rng.normal(size=s), float) for s in shapes]
+        got, expected = (
+            jax.jit(functools.partial(run, function))(inputs)
+            for function in (of_branches, reference_of_branches)
+        )
+        tolerance = 1e-9 if form == "xla" else 1e-5
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            scale = np.abs(y).max()
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ((), "kernels have shapes ; they must be equal, and at least one"),
+        (((3, 3, 4), (1, 3, 4)), r"kernels have shapes \(3, 3, 4\), \(1, 3, 4\)"),
+        (((3, 3, 4), (3, 3, 5)), r"kernel has shape \(3, 3, 5\); expected \(rows, columns, 4\)"),
+    ],
+)
+def test_branches_name_what_is_wrong(shapes, message):
+    kernels = tuple(jnp.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        ops.depthwise_branches(jnp.zeros((1, 2, 2, 4)), kernels)
 
 
 def test_sums_of_channels(monkeypatch):

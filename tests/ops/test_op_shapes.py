@@ -219,6 +219,10 @@ CALLS = {
         ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
          {"block": Block(with_sums=True), "interpret": True}),
     ],
+    "depthwise_block.branches_forward": [
+        ((floats(2, 3, 2, 5), floats(3, 3, 3, 5)), {"with_sums": flag, "interpret": True})
+        for flag in (True, False)
+    ],
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
@@ -230,6 +234,10 @@ CALLS = {
         ((floats(2, 6, 4, 5), floats(3, 3, 5), floats(5)),
          {"input_bias": floats(5), "scale": floats(5), "shift": floats(5), "with_sums": True,
           "deferred": True, "activate": True}),
+    ],
+    "depthwise_conv.depthwise_branches": [
+        ((floats(2, 6, 4, 5), (floats(3, 1, 5),) * 2), {"with_sums": flag})
+        for flag in (True, False)
     ],
     "depthwise_conv.depthwise_conv": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.kernel_gradient_by_library": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],

@@ -76,6 +76,28 @@ def block_forward(
     return found["y"], found.get("z"), found.get("sums")
 
 
+def branches_forward(
+    x: Float[Array, "B H W C"],
+    kernels: Float[Array, "n 3 3 C"],
+    *,
+    with_sums: bool,
+    interpret: bool = False,
+) -> tuple[list[Array], Array | None]:
+    """Returns the convolution of a map with each of several kernels, n maps (B, H, W, C).
+
+    The second result is the sums of each map and of its square (1, n, 2, C) in float32, or None.
+    """
+    grid = Strips.of(x.shape)
+    names = [f"y{i}" for i in range(len(kernels))]
+    found = run(
+        functools.partial(_branches_kernel, names=names, with_sums=with_sums, grid=grid), grid,
+        {"x": x, "kernels": kernels}, dict.fromkeys(names, x),
+        sums=2 * len(names) if with_sums else 0, interpret=interpret,
+    )  # fmt: skip
+    sums = found["sums"].reshape(1, len(names), 2, x.shape[-1]) if with_sums else None
+    return [found[name] for name in names], sums
+
+
 def block_backward(
     dy: Float[Array, "B H W C"],
     dsums: Float[Array, "2 C"] | None,
@@ -111,7 +133,7 @@ def block_backward(
 
 def _forward_kernel(refs, *, block, grid):
     strip = grid.strip(pl.program_id(0), pl.program_id(1))
-    entries = _entries(strip, refs, block)
+    entries = _entries(strip, refs["kernel"], residual=block.residual)
     bias = strip.channel(refs.get("bias"))
     vectors = strip.vectors(refs, "input_bias", "scale", "shift")
     convert = functools.partial(_input_of, vectors)
@@ -131,10 +153,7 @@ def _forward_kernel(refs, *, block, grid):
 
     def emit(j, columns, _, sums):
         for i in range(grid.rows):
-            z = strip.zeros() if bias is None else bias
-            for b, column in enumerate(columns):
-                for a in range(3):
-                    z = fma(entries[a][b], column[i + a], z)
+            z = _convolved(entries, columns, i, strip.zeros() if bias is None else bias)
             if block.activate:
                 z = strip.store(refs["z"], z, i, j)
                 z = gelu(z)
@@ -151,7 +170,7 @@ def _forward_kernel(refs, *, block, grid):
 
 def _backward_kernel(refs, *, block, grid):
     strip = grid.strip(pl.program_id(0), pl.program_id(1))
-    entries = _entries(strip, refs, block)
+    entries = _entries(strip, refs["kernel"], residual=block.residual)
     dsums = [strip.channel(refs.get("dsums"), i) for i in range(2)]
     vectors = strip.vectors(refs, "input_bias", "scale", "shift")
     rows = range(-1, grid.rows + 1)
@@ -195,12 +214,47 @@ def _backward_kernel(refs, *, block, grid):
     strip.store_sums(refs["sums"], sums)
 
 
-def _entries(strip, refs, block):
-    """Returns the entries of the kernel, with the residual connection."""
-    entries = [[strip.channel(refs["kernel"], i * 3 + j) for j in range(3)] for i in range(3)]
-    if block.residual:
+def _branches_kernel(refs, *, names, with_sums, grid):
+    strip = grid.strip(pl.program_id(0), pl.program_id(1))
+    entries = [_entries(strip, refs["kernels"], number=i) for i in range(len(names))]
+    rows = range(-1, grid.rows + 1)
+
+    def load(column):
+        return [[strip.load(refs["x"], row, column)] for row in rows]
+
+    def window(raws, _):
+        return [x for (x,) in raws]  # pixels that were not loaded are zeros
+
+    def emit(j, columns, _, sums):
+        sums = list(sums)
+        for n, name in enumerate(names):
+            for i in range(grid.rows):
+                y = strip.store(refs[name], _convolved(entries[n], columns, i, strip.zeros()), i, j)
+                if with_sums:
+                    y = strip.of_line(y, i)
+                    sums[2 * n : 2 * n + 2] = sums[2 * n] + y, fma(y, y, sums[2 * n + 1])
+        return sums
+
+    sums = [strip.zeros() for _ in range(2 * len(names) * with_sums)]
+    sums = strip.along_columns(load, window, lambda _: [], emit, sums)
+    strip.store_sums(refs.get("sums"), sums)
+
+
+def _entries(strip, kernels, number=0, residual=False):
+    """Returns the entries of one of several kernels, with the residual connection."""
+    first = 9 * number
+    entries = [[strip.channel(kernels, first + i * 3 + j) for j in range(3)] for i in range(3)]
+    if residual:
         entries[1][1] += 1
     return entries
+
+
+def _convolved(entries, columns, row, z):
+    """Adds the convolution at a row of the middle one of three columns to z."""
+    for b, column in enumerate(columns):
+        for a in range(3):
+            z = fma(entries[a][b], column[row + a], z)
+    return z
 
 
 # ------------------------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ FORMS: dict[str, dict[str, str]] = {
         "tpu": "shifted products: compiled for v5e, either gradient moves .05 GB instead of .15 of "
         "XLA's convolutions (64 images of 14 x 14 x 1,024)",
     },
+    "depthwise branches": {
+        "cpu": "one after another, like a depthwise block",
+        "default": "one after another, like a depthwise block",
+        "cuda": "Pallas: reads the input once for all; compiled for an H200: no spills",
+        "tpu": "one after another, like a depthwise block",
+    },
     "gelu": {
         "cuda": "Pallas, behind a bias: half of the instructions of XLA's error function",
         "default": "XLA's operations",
@@ -173,8 +179,8 @@ FORMS: dict[str, dict[str, str]] = {
         "tpu": "all vectors at once, matrices one by one: joining these costs copies",
     },
     "normal distribution": {
-        "default": "by the error function: one operation, which XLA fuses; on CPU the complementary "
-        "one of `jax.nn.gelu` took 5 times as long",
+        "default": "by the error function: one operation, which XLA fuses; on CPU the "
+        "complementary one of `jax.nn.gelu` took 5 times as long",
         "tpu": "an exponential of a polynomial: compiled for v5e, .54 of the cycles of GELU",
     },
     "pale attention": {

@@ -316,6 +316,39 @@ def affine_product(
     return product(x, factor[:, None] * kernel), bias + jnp.sum(offset[:, None] * kernel, 0)
 
 
+def affine_products(
+    xs: Sequence[Float[Array, "... C"]],
+    kernels: Sequence[Float[Array, "C dim"]],
+    biases: Sequence[Float[Array, " dim"]],
+    factors: Sequence[Float[Array, " C"]],
+    offsets: Sequence[Float[Array, " C"]],
+) -> list[Float[Array, "... dim"]]:
+    """Applies a linear layer to factor x + offset, for several x of one shape.
+
+    The layers take their factors along together, because each operation on weights is a launch.
+
+    Args:
+      xs: n arrays (..., C).
+      kernels: n kernels (C, dim).
+      biases: n biases (dim,).
+      factors: n factors (C,).
+      offsets: n offsets (C,).
+
+    Returns:
+      n arrays (..., dim) in the type of ``xs``.
+    """
+    x, dim = xs[0], kernels[0].shape[1]
+    pixels = x.size // x.shape[-1]
+    if isinstance(pixels, int) and pixels < dim:  # each x is smaller than its kernel
+        pairs = map(affine_product, xs, kernels, biases, factors, offsets)
+        return [y + bias.astype(x.dtype) for y, bias in pairs]
+    kernels, biases, factors, offsets = map(jnp.stack, (kernels, biases, factors, offsets))
+    biases = biases + jnp.sum(offsets[..., None] * kernels, 1)
+    kernels = factors[..., None] * kernels
+    kernels, biases = kernels.astype(x.dtype), biases.astype(x.dtype)
+    return [product(*args) + bias for *args, bias in zip(xs, kernels, biases, strict=True)]
+
+
 def batch_norm(
     *, dtype: Any, axis_name: SharedBy, with_gelu: bool = False, name: str | None = None
 ) -> BatchNorm:

@@ -1,5 +1,6 @@
 """Multi-head pale-shaped attention on maps of any size."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from tokenvit_jax.layers.blocks import check_num_heads, dense
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
     Weights,
-    affine_product,
+    affine_products,
     depthwise_init,
     linear_init,
 )
@@ -28,26 +29,52 @@ class SeparableProjection(nn.Module):
     The convolution has no bias, because BatchNorm follows.
 
     Attributes:
-      dtype: type of the computation.
+      channels: C.
       axis_name: devices that share the statistics of BatchNorm, see :class:`layers.norm.BatchNorm`.
 
     References:
       Wu et al. 2021, "CvT".
     """
 
-    dtype: Any = jnp.float32
+    channels: int
     axis_name: SharedBy = None
 
-    @nn.compact
+    def setup(self):
+        channels = self.channels
+        self.depthwise = Weights((3, 3, channels), depthwise_init, use_bias=False)
+        self.norm = FoldedBatchNorm(axis_name=self.axis_name)
+        self.pointwise = Weights((channels, channels), linear_init)
+
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
-        channels = x.shape[-1]
-        kernel, _ = Weights((3, 3, channels), depthwise_init, use_bias=False, name="depthwise")()
-        x, sums = ops.depthwise_block(x.astype(self.dtype), kernel, with_sums=train)
-        norm = FoldedBatchNorm(axis_name=self.axis_name, name="norm")
-        affine = norm(sums, channels, x.size // channels, use_running_average=not train)
-        weights = Weights((channels, channels), linear_init, name="pointwise")()
-        x, bias = affine_product(x, *weights, *affine)  # the linear layer takes the norm along
-        return x + bias.astype(self.dtype)
+        return _project(x, [self], train)[0]
+
+
+def _project(
+    x: Float[Array, "B H W C"], projections: Sequence[SeparableProjection], train: bool
+) -> list[Float[Array, "B H W C"]]:
+    """Applies several separable projections to a map, which is read once.
+
+    Args:
+      x: (B, H, W, C).
+      projections: n of them.
+      train: whether BatchNorm takes its statistics from the batch.
+
+    Returns:
+      n maps (B, H, W, C) in the type of ``x``.
+    """
+    channels = x.shape[-1]
+    kernels = tuple(projection.depthwise()[0] for projection in projections)
+    maps, sums = ops.depthwise_branches(x, kernels, with_sums=train)
+    affine = [
+        projection.norm(
+            None if sums is None else sums[i], channels, x.size // channels,
+            use_running_average=not train,
+        )
+        for i, projection in enumerate(projections)
+    ]  # fmt: skip
+    weights = [projection.pointwise() for projection in projections]
+    # The linear layers take the norms along.
+    return affine_products(maps, *zip(*weights, strict=True), *zip(*affine, strict=True))
 
 
 class PaleAttention(nn.Module):
@@ -92,14 +119,11 @@ class PaleAttention(nn.Module):
         if self.mask_padding and padded != (height, width):
             mask = (jnp.arange(padded[0])[:, None] < height) & (jnp.arange(padded[1]) < width)
 
-        def heads(name):
-            y = SeparableProjection(self.dtype, self.axis_name, name=name)(x, train)
-            return split_heads(y, self.num_heads)
-
-        y = ops.pale_attention(
-            heads("q"), heads("k"), heads("v"),
-            pale=(self.pale_size, self.pale_size), mode=self.mode, mask=mask,
-        )  # fmt: skip
+        projections = [SeparableProjection(channels, self.axis_name, name=name) for name in "qkv"]
+        parts = _project(x.astype(self.dtype), projections, train)
+        q, k, v = (split_heads(part, self.num_heads) for part in parts)
+        pale = self.pale_size, self.pale_size
+        y = ops.pale_attention(q, k, v, pale=pale, mode=self.mode, mask=mask)
         y = merge_heads(y)[:, :height, :width]
         return dense(channels, self.dtype, "proj")(y)
 

@@ -33,7 +33,12 @@ from tokenvit_jax.ops.density_peaks import (
     density_peaks,
     used_clusters,
 )
-from tokenvit_jax.ops.depthwise_conv import defer_gelu, depthwise_block, depthwise_conv
+from tokenvit_jax.ops.depthwise_conv import (
+    defer_gelu,
+    depthwise_block,
+    depthwise_branches,
+    depthwise_conv,
+)
 from tokenvit_jax.ops.gelu import bias_gelu, gelu
 from tokenvit_jax.ops.group_attention import (
     GroupAttention,
@@ -117,6 +122,7 @@ __all__ = [
     "deformable_attention",
     "density_peaks",
     "depthwise_block",
+    "depthwise_branches",
     "depthwise_conv",
     "dot_product_attention",
     "encode_boxes",

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tokenvit_jax.kernels import channel_sums
-from tokenvit_jax.kernels import depthwise_block as kernels
+from tokenvit_jax.kernels import depthwise_block as block_kernels
 from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.depthwise_conv import (
     convolve_by_library,
@@ -98,6 +98,39 @@ def depthwise_block(
     return _block(block, x, kernel, bias, input_bias, scale, shift)
 
 
+def _macs_of_branches(inputs, outputs):
+    return (len(inputs) - 1) * _macs(inputs, outputs)
+
+
+@counted(_macs_of_branches, ("with_sums",))
+def depthwise_branches(
+    x: Float[Array, "B H W C"],
+    kernels: tuple[Float[Array, "rows columns C"], ...],
+    *,
+    with_sums: bool = False,
+) -> tuple[tuple[Float[Array, "B H W C"], ...], Float[Array, "n 2 C"] | None]:
+    """Convolves every channel with its own kernel, several times side by side.
+
+    Args:
+      x: (B, H, W, C).
+      kernels: n kernels (rows, columns, C) of one shape, with odd sizes.
+      with_sums: whether the sums are returned.
+
+    Returns:
+      n maps (B, H, W, C) in the type of ``x``; and the sums of each and of its square over the
+      batch (n, 2, C) in float32 (float64 for float64), or None.
+
+    Raises:
+      ValueError: the kernels have an even size, different sizes, or other channels than ``x``.
+    """
+    for kernel in kernels:
+        _check(x, kernel)
+    if len({kernel.shape for kernel in kernels}) != 1:
+        shapes = ", ".join(str(kernel.shape) for kernel in kernels)
+        raise ValueError(f"kernels have shapes {shapes}; they must be equal, and at least one")
+    return _branches(with_sums, x, jnp.stack(kernels))
+
+
 @functools.partial(jax.jit, static_argnames="with_sums")
 def defer_gelu(
     x: Float[Array, "B H W C"], bias: Float[Array, " C"], *, with_sums: bool = False
@@ -149,8 +182,8 @@ def _block_forward(block, x, kernel, bias, input_bias, scale, shift):
         cpu=functools.partial(form, convolve=convolve_by_shifts, store=_stored),
         default=functools.partial(form, convolve=convolve_by_library),
         tpu=functools.partial(form, convolve=convolve_by_shifts),
-        cuda=functools.partial(kernels.block_forward, block=block),
-        misfits={"cuda": kernels.misfit(x.shape, kernel.shape)},
+        cuda=functools.partial(block_kernels.block_forward, block=block),
+        misfits={"cuda": block_kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 2, 3, 4, 5),
     )  # fmt: skip
     z = y if block.with_sums and not block.activate else z
@@ -167,8 +200,8 @@ def _block_backward(block, residuals, cotangents):
         cpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_lines),
         default=functools.partial(form, convolve_by_library, kernel_gradient_by_library),
         tpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_sums),
-        cuda=functools.partial(kernels.block_backward, block=block),
-        misfits={"cuda": kernels.misfit(x.shape, kernel.shape)},
+        cuda=functools.partial(block_kernels.block_backward, block=block),
+        misfits={"cuda": block_kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 4, 5, 6, 7),
     )  # fmt: skip
     sums = sums.sum(0)
@@ -185,6 +218,41 @@ def _block_backward(block, residuals, cotangents):
 
 
 _block.defvjp(_block_forward, _block_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _branches(with_sums, x, kernels):
+    return _branches_forward(with_sums, x, kernels)[0]
+
+
+def _branches_forward(with_sums, x, kernels):
+    form = functools.partial(_branches_by_xla, block=Block(with_sums=with_sums))
+    ys, sums = by_platform(
+        "depthwise branches", x, kernels,
+        cpu=functools.partial(form, convolve=convolve_by_shifts),
+        default=functools.partial(form, convolve=convolve_by_library),
+        tpu=functools.partial(form, convolve=convolve_by_shifts),
+        cuda=functools.partial(block_kernels.branches_forward, with_sums=with_sums),
+        misfits={"cuda": block_kernels.misfit(x.shape, kernels.shape[1:])},
+        shared=(1,),
+    )  # fmt: skip
+    return (tuple(ys), None if sums is None else sums.sum(0)), (x, ys, kernels)
+
+
+def _branches_backward(with_sums, residuals, cotangents):
+    x, ys, kernels = residuals
+    dys, dsums = cotangents
+    block = Block(with_sums=with_sums)
+    gradients = []
+    for i, (y, dy) in enumerate(zip(ys, dys, strict=True)):
+        own = x, y if with_sums else None, kernels[i], *[None] * 4
+        sums = dsums[i] if with_sums else None
+        gradients.append(_block_backward(block, own, (dy, sums))[:2])
+    dxs, dkernels = zip(*gradients, strict=True)
+    return sum(dxs), jnp.stack(dkernels)
+
+
+_branches.defvjp(_branches_forward, _branches_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -225,6 +293,15 @@ def _forward_by_xla(
     y = store(gelu(z)) if block.activate else z
     sums = per_device(_sums_of_squares(y)) if block.with_sums else None
     return y, z if block.activate else None, sums
+
+
+def _branches_by_xla(x, kernels, *, block, convolve):
+    found = [
+        _forward_by_xla(x, kernel, *[None] * 4, block=block, convolve=convolve)
+        for kernel in kernels
+    ]
+    ys, _, sums = zip(*found, strict=True)
+    return list(ys), jnp.stack(sums, 1) if block.with_sums else None
 
 
 def _stored(y):
