@@ -144,7 +144,13 @@ CASES: dict[str, dict[str, Case]] = {
         "": Case(
             functools.partial(ops.add_layer_norm, epsilon=1e-6),
             (TOKENS, _normal(1, 4, 196, 64), *CHANNELS), 2, 4,
-        )
+        ),
+        "stochastic depth": Case(
+            functools.partial(
+                ops.add_layer_norm, epsilon=1e-6, factors=np.array([0, 2, 2, 0], np.float32)
+            ),
+            (TOKENS, _normal(1, 4, 196, 64), *CHANNELS), 2, 4,
+        ),
     },
     "affine_gradient": {"": Case(_affine_gradient, (ROWS, OTHER_ROWS, *CHANNELS), 2, 0)},
     "affine_of": {"": Case(_affine, (ROWS, *CHANNELS), 1, 0)},

@@ -33,22 +33,24 @@ def near(actual, expected, tolerance):
         np.testing.assert_allclose(a.astype(float), b, rtol=tolerance, atol=tolerance)
 
 
-def residual(x, branch, scale, bias):
+def residual(x, branch, factors, scale, bias):
     """LayerNorm of a sum, by definition: the sum, and its LayerNorm."""
-    total = x if branch is None else x + branch
-    return total, normalized(total, scale, bias, -1)
+    if branch is not None:
+        x = x + (branch if factors is None else factors[:, None, None] * branch)
+    return x, normalized(x, scale, bias, -1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("adds", [True, False], ids=["sum", "alone"])
-def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
-    """37 tokens of 12 channels: neither fills a block of 4 tokens and 16 channels."""
+@pytest.mark.parametrize("form", ["alone", "sum", "factors"])
+def test_layer_norm_and_its_kernel(form, dtype, monkeypatch):
+    """3 x 13 tokens of 12 channels: neither fills a block of 4 tokens and 16 channels."""
     monkeypatch.setattr(kernels, "_VALUES", 64)
     monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # of 10 blocks
-    branch = normal(1, 37, 12) if adds else None
-    args = (2 + normal(1, 37, 12), branch, normal(12), normal(12))
-    cotangents = normal(1, 37, 12), normal(1, 37, 12)
-    x, _, scale, _ = args = jax.tree.map(lambda a: jnp.asarray(a, dtype), args)
+    branch = None if form == "alone" else normal(3, 13, 12)
+    factors = np.array([2.0, 0.0, 1.5]) if form == "factors" else None
+    args = (2 + normal(3, 13, 12), branch, factors, normal(12), normal(12))
+    cotangents = normal(3, 13, 12), normal(3, 13, 12)
+    x, _, factors, scale, _ = args = jax.tree.map(lambda a: jnp.asarray(a, dtype), args)
     cotangents = jax.tree.map(lambda a: jnp.asarray(a, dtype), cotangents)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), (args, cotangents))
@@ -57,7 +59,12 @@ def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
     expected = jax.tree.map(np.asarray, expected)
     tolerance = 2e-5 if dtype == jnp.float32 else 0.1
 
-    add = functools.partial(ops.add_layer_norm, epsilon=EPSILON)
+    if form == "factors":  # they have no gradient
+        gradients = (*gradients[:2], np.zeros(3), *gradients[3:])
+
+    def add(x, branch, factors, *args):
+        return ops.add_layer_norm(x, branch, *args, epsilon=EPSILON, factors=factors)
+
     results, pull = jax.vjp(jax.jit(add), *args)
     near(results, expected, tolerance)
     near(pull(cotangents), gradients, tolerance)
@@ -66,11 +73,13 @@ def test_layer_norm_and_its_kernel(adds, dtype, monkeypatch):
         *args, epsilon=EPSILON, dtype=dtype, interpret=True
     )
     near(results, (x if total is None else total, y), 1e-6 if dtype == jnp.float32 else 0.02)
-    near((total, y), expected if adds else expected[1], tolerance)
-    dx, sums = kernels.backward_pass(
-        results[0], cotangents[1], cotangents[0], scale, mean, inverse, interpret=True
+    near((total, y), expected[1] if form == "alone" else expected, tolerance)
+    dx, dbranch, sums = kernels.backward_pass(
+        results[0], cotangents[1], cotangents[0], factors, scale, mean, inverse, interpret=True
     )
     near((dx, *sums[0]), (gradients[0], *gradients[-2:]), tolerance)
+    assert (dbranch is None) == (factors is None)
+    near(dbranch, gradients[1] if form == "factors" else None, tolerance)
 
 
 def grouped(x, scale, bias):

@@ -332,13 +332,17 @@ CALLS = {
     "layer_norm.add_layer_norm": [
         ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6}),
         ((TOKENS, None, floats(7), floats(7)), {"epsilon": 1e-6, "dtype": jnp.bfloat16}),
+        ((TOKENS, TOKENS, floats(7), floats(7)), {"epsilon": 1e-6, "factors": floats(2)}),
     ],
     "layer_norm.backward_pass": [
-        ((TOKENS, TOKENS, None, floats(7), floats(2, 30), floats(2, 30)), {"interpret": True})
+        ((TOKENS, TOKENS, None, factors, floats(7), floats(2, 30), floats(2, 30)),
+         {"interpret": True})
+        for factors in (None, floats(2))
     ],
     "layer_norm.forward_pass": [
-        ((TOKENS, TOKENS, floats(7), floats(7)),
+        ((TOKENS, TOKENS, factors, floats(7), floats(7)),
          {"epsilon": 1e-6, "dtype": jnp.bfloat16, "interpret": True})
+        for factors in (None, floats(2))
     ],
     "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
     "layer_norm.layer_norm_misfit": [((TOKENS,), {})],

@@ -108,5 +108,5 @@ class MaskTransformer(Head):
             return AddLayerNorm(EPSILON, self.dtype, name=f"{name}_{number}")
 
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, drop(attention(y).y, train))
+        x, y = norm("norm2")(x, attention(y).y, drop.factors(x.shape[0], train))
         return x + drop(mlp(y), train)

@@ -36,6 +36,7 @@ def layer_norm_misfit(x: Float[Array, "*B C"]) -> str | None:
 def forward_pass(
     x: Float[Array, "*B C"],
     branch: Float[Array, "*B C"] | None,
+    factors: Float[Array, " B"] | None,
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
     *,
@@ -45,11 +46,12 @@ def forward_pass(
 ) -> tuple[
     Float[Array, "*B C"] | None, Float[Array, "*B C"], Float[Array, "*B"], Float[Array, "*B"]
 ]:
-    """Returns x + branch (None if branch is None), its LayerNorm, and mean and 1 / deviation.
+    """Returns x + factors branch or None, its LayerNorm, and mean and 1 / deviation.
 
     Args:
       x: (..., C).
-      branch: (..., C) or None.
+      branch: (..., C); None: nothing is added, and the sum is not returned.
+      factors: (B,), factor of the branch of each image; None: 1.
       scale: (C,).
       bias: (C,).
       epsilon: constant added to the variance.
@@ -61,20 +63,27 @@ def forward_pass(
     tiling = _Tiling(tokens, channels)
     adds = branch is not None
     flat = (tokens, channels)
-    inputs = [a.reshape(flat) for a in ((x, branch) if adds else (x,))]
+    inputs = {"x": x.reshape(flat)}
+    if adds:
+        inputs["branch"] = branch.reshape(flat)
+    if factors is not None:
+        inputs["factors"] = factors
     results = [jax.ShapeDtypeStruct(flat, x.dtype)] * adds + [
         jax.ShapeDtypeStruct(flat, dtype),
         jax.ShapeDtypeStruct((tokens,), jnp.float32),
         jax.ShapeDtypeStruct((tokens,), jnp.float32),
     ]
     *total, y, mean, inverse = pl.pallas_call(
-        functools.partial(_forward_kernel, adds=adds, tiling=tiling, epsilon=epsilon),
+        functools.partial(
+            _forward_kernel, names=(*inputs,), tiling=tiling, per_image=tokens // x.shape[0],
+            epsilon=epsilon,
+        ),
         grid=(tiling.num_blocks,),
         out_shape=results,
         compiler_params=plt.CompilerParams(num_warps=_WARPS),
         interpret=interpret,
         name="layer_norm",
-    )(*inputs, scale, bias)
+    )(*inputs.values(), scale, bias)  # fmt: skip
     total = total[0].reshape(x.shape) if adds else None
     return total, y.reshape(x.shape), mean.reshape(leading), inverse.reshape(leading)
 
@@ -83,18 +92,20 @@ def backward_pass(
     x: Float[Array, "*B C"],
     dy: Float[Array, "*B C"],
     dtotal: Float[Array, "*B C"] | None,
+    factors: Float[Array, " B"] | None,
     scale: Float[Array, " C"],
     mean: Float[Array, "*B"],
     inverse: Float[Array, "*B"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "*B C"], Float[Array, "1 2 C"]]:
-    """Returns the gradient of x, and the gradients of scale and bias.
+) -> tuple[Float[Array, "*B C"], Float[Array, "*B C"] | None, Float[Array, "1 2 C"]]:
+    """Returns the gradients of x, of the branch (None without factors), and of scale and bias.
 
     Args:
       x: (..., C), the tokens that were normalised.
       dy: (..., C), gradient of the normalised tokens.
       dtotal: (..., C), added to the gradient of x; None: zeros.
+      factors: (B,), factor of the branch of each image, or None.
       scale: (C,).
       mean: (...,), mean of each token.
       inverse: (...,), 1 / deviation of each token.
@@ -105,19 +116,30 @@ def backward_pass(
     tiling = _Tiling(tokens, channels)
     programs = min(_PROGRAMS, tiling.num_blocks)
     flat = (tokens, channels)
-    gradients = [a.reshape(flat) for a in ((dy, dtotal) if dtotal is not None else (dy,))]
-    dx, sums = pl.pallas_call(
-        functools.partial(_backward_kernel, programs=programs, tiling=tiling),
+    inputs = {
+        "x": x.reshape(flat),
+        "scale": scale,
+        "mean": mean.reshape(tokens),
+        "inverse": inverse.reshape(tokens),
+        "dy": dy.reshape(flat),
+        "dtotal": None if dtotal is None else dtotal.reshape(flat),
+        "factors": factors,
+    }
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    maps = [jax.ShapeDtypeStruct(flat, x.dtype)] * (1 if factors is None else 2)
+    dx, *dbranch, sums = pl.pallas_call(
+        functools.partial(
+            _backward_kernel, names=(*inputs,), programs=programs, tiling=tiling,
+            per_image=tokens // x.shape[0],
+        ),
         grid=(programs,),
-        out_shape=[
-            jax.ShapeDtypeStruct(flat, x.dtype),
-            jax.ShapeDtypeStruct((programs, 2, channels), jnp.float32),
-        ],
+        out_shape=[*maps, jax.ShapeDtypeStruct((programs, 2, channels), jnp.float32)],
         compiler_params=plt.CompilerParams(num_warps=_WARPS),
         interpret=interpret,
         name="layer_norm_gradient",
-    )(x.reshape(flat), scale, mean.reshape(tokens), inverse.reshape(tokens), *gradients)
-    return dx.reshape(x.shape), sums.sum(0, keepdims=True)
+    )(*inputs.values())  # fmt: skip
+    dbranch = dbranch[0].reshape(x.shape) if dbranch else None
+    return dx.reshape(x.shape), dbranch, sums.sum(0, keepdims=True)
 
 
 class _Tiling:
@@ -150,18 +172,27 @@ class _Tiling:
         values = plt.load(ref.at[self.all_channels(number)], mask=mask, other=0)
         return values.astype(jnp.float32)
 
+    def of_images(self, ref, number, per_image):
+        """Reads the factor of the image of each token of a block (tokens, 1)."""
+        token = number * self.height + jnp.arange(self.height)
+        factors = plt.load(ref.at[token // per_image], mask=token < self.tokens, other=0)
+        return factors.astype(jnp.float32)[:, None]
 
-def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
-    branch_ref, refs = (refs[0], refs[1:]) if adds else (None, refs)
-    scale_ref, bias_ref, *results = refs
-    total_ref, results = (results[0], results[1:]) if adds else (None, results)
-    y_ref, mean_ref, inverse_ref = results
+
+def _forward_kernel(*refs, names, tiling, per_image, epsilon):
+    inputs, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    scale_ref, bias_ref, *total_ref, y_ref, mean_ref, inverse_ref = refs
     program = pl.program_id(0)
     slices, mask, rows = tiling.block(program)
-    x = plt.load(x_ref.at[slices], mask=mask, other=0)
-    if adds:
-        x = x + plt.load(branch_ref.at[slices], mask=mask, other=0)
-        plt.store(total_ref.at[slices], x, mask=mask)
+    x = plt.load(inputs["x"].at[slices], mask=mask, other=0)
+    if "branch" in inputs:
+        branch = plt.load(inputs["branch"].at[slices], mask=mask, other=0)
+        if "factors" in inputs:
+            factors = tiling.of_images(inputs["factors"], program, per_image)
+            x = fma(branch.astype(jnp.float32), factors, x.astype(jnp.float32)).astype(x.dtype)
+        else:
+            x = x + branch
+        plt.store(total_ref[0].at[slices], x, mask=mask)
     x = x.astype(jnp.float32)  # padded with zeros, which change no sum
     mean = jnp.sum(x, 1) * (1 / tiling.channels)
     var = jnp.maximum(0.0, jnp.sum(x * x, 1) * (1 / tiling.channels) - mean * mean)
@@ -173,27 +204,34 @@ def _forward_kernel(x_ref, *refs, adds, tiling, epsilon):
     plt.store(inverse_ref.at[slices[0]], inverse, mask=rows)
 
 
-def _backward_kernel(
-    x_ref, scale_ref, mean_ref, inverse_ref, dy_ref, *refs, programs, tiling
-):  # fmt: skip
-    *dtotal_ref, dx_ref, sums_ref = refs
+def _backward_kernel(*refs, names, programs, tiling, per_image):
+    inputs = dict(zip(names, refs, strict=False))
+    dx_ref, *dbranch_ref, sums_ref = refs[len(names) :]
     program = pl.program_id(0)
-    scale = tiling.vector(scale_ref, program)[None]
+    scale = tiling.vector(inputs["scale"], program)[None]
 
     def block(step, sums):
-        slices, mask, rows = tiling.block(program + step * programs)
-        mean = plt.load(mean_ref.at[slices[0]], mask=rows, other=0)[:, None]
-        inverse = plt.load(inverse_ref.at[slices[0]], mask=rows, other=0)[:, None]
-        x = plt.load(x_ref.at[slices], mask=mask, other=0).astype(jnp.float32)
-        dy = plt.load(dy_ref.at[slices], mask=mask, other=0).astype(jnp.float32)
+        number = program + step * programs
+        slices, mask, rows = tiling.block(number)
+
+        def tokens(name):
+            return plt.load(inputs[name].at[slices], mask=mask, other=0).astype(jnp.float32)
+
+        mean, inverse = (
+            plt.load(inputs[name].at[slices[0]], mask=rows, other=0)[:, None]
+            for name in ("mean", "inverse")
+        )
+        x, dy = tokens("x"), tokens("dy")
         normed = (x - mean) * inverse  # dy is 0 where this is padding
         scaled = dy * scale
         of_mean = jnp.sum(scaled, 1, keepdims=True) * (1 / tiling.channels)
         of_normed = jnp.sum(scaled * normed, 1, keepdims=True) * (1 / tiling.channels)
         dx = inverse * fma(normed, -of_normed, scaled - of_mean)
-        for ref in dtotal_ref:
-            dx = dx + plt.load(ref.at[slices], mask=mask, other=0).astype(jnp.float32)
+        dx = dx + tokens("dtotal") if "dtotal" in inputs else dx
         plt.store(dx_ref.at[slices], dx.astype(dx_ref.dtype), mask=mask)
+        for ref in dbranch_ref:
+            dbranch = dx * tiling.of_images(inputs["factors"], number, per_image)
+            plt.store(ref.at[slices], dbranch.astype(ref.dtype), mask=mask)
         return fma(dy, normed, sums[0]), sums[1] + dy
 
     steps = pl.cdiv(tiling.num_blocks, programs)

@@ -34,8 +34,9 @@ class LayerNorm(nn.Module):
 class AddLayerNorm(nn.Module):
     """Residual sum and its LayerNorm: x, branch -> x + branch, LN(x + branch).
 
-    The parameters are those of :class:`LayerNorm`. On GPUs, one kernel computes both, and in the
-    backward pass one kernel adds the gradients of both.
+    The branch of each image can have a factor, that of stochastic depth. The parameters are those
+    of :class:`LayerNorm`. On GPUs, one kernel computes both, and in the backward pass one kernel
+    adds the gradients of both.
 
     Attributes:
       epsilon: constant added to the variance.
@@ -48,10 +49,15 @@ class AddLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*B C"], branch: Float[Array, "*B C"] | None = None
+        self,
+        x: Float[Array, "*B C"],
+        branch: Float[Array, "*B C"] | None = None,
+        factors: Float[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "*B C"], Float[Array, "*B C"]]:
         scale, bias = _scale_and_bias(self, x.shape[-1])
-        return ops.add_layer_norm(x, branch, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+        return ops.add_layer_norm(
+            x, branch, scale, bias, epsilon=self.epsilon, dtype=self.dtype, factors=factors
+        )
 
 
 class GroupNorm(nn.Module):

@@ -7,6 +7,7 @@ uses its own part.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
@@ -70,6 +71,17 @@ class DropPath(Dropout):
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0],) + (1,) * (len(shape) - 1)
+
+    def factors(self, batch: int, train: bool) -> Float[Array, " B"] | None:
+        """Returns the factor of each image's branch instead of applying it, or None for 1.
+
+        Args:
+          batch: images on a device.
+          train: whether branches are dropped.
+        """
+        if not train or self.rate == 0:
+            return None
+        return self(jnp.ones(batch, jnp.float32), train)
 
 
 class ChannelDropout(Dropout):

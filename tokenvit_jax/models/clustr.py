@@ -114,13 +114,13 @@ class ClusTRBlock(nn.Module):
         def norm(name):
             return AddLayerNorm(1e-6, settings.dtype, name=name)
 
-        def drop_path(x):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(x, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, drop_path(attention(y, train)))
+        x, y = norm("norm2")(x, attention(y, train), drop_path().factors(x.shape[0], train))
         ffn = ConvFFN(settings.mlp_ratios[stage], settings.dtype, name="ffn")
-        return x + drop_path(ffn(y))
+        return x + drop_path()(ffn(y), train)
 
 
 class ClusTR(Pyramid):

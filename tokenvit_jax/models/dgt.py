@@ -190,17 +190,20 @@ class DGTBlock(nn.Module):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        def drop(y):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         if settings.post_norm_cosine:
             zeros = nn.initializers.zeros
-            x = x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm1")(attend(x)))
-            return x + drop(LayerNorm(1e-6, settings.dtype, zeros, name="norm2")(ffn(x, train)))
+            y = LayerNorm(1e-6, settings.dtype, zeros, name="norm1")(attend(x))
+            x = x + drop_path()(y, train)
+            y = LayerNorm(1e-6, settings.dtype, zeros, name="norm2")(ffn(x, train))
+            return x + drop_path()(y, train)
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(attend(y)))
-        return x + drop(ffn(y, train))
+        y, factors = attend(y), drop_path().factors(x.shape[0], train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
+        return x + drop_path()(ffn(y, train), train)
 
 
 class WindowBlock(nn.Module):
@@ -221,12 +224,13 @@ class WindowBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         settings = self.settings
 
-        def drop(y):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(self._attend(y)))
-        return x + drop(Mlp(settings.mlp_ratio, settings.dtype, name="mlp")(y))
+        y, factors = self._attend(y), drop_path().factors(x.shape[0], train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
+        return x + drop_path()(Mlp(settings.mlp_ratio, settings.dtype, name="mlp")(y), train)
 
     def _attend(self, y):
         settings, heads = self.settings, self.settings.num_heads[self.stage]
@@ -262,13 +266,14 @@ class CMTBlock(nn.Module):
             settings.mlp_ratio, settings.dtype, settings.axis_name, name="ffn"
         )
 
-        def drop(y):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, drop(attention(y, train)))
-        return x + drop(ffn(y, train))
+        y, factors = attention(y, train), drop_path().factors(x.shape[0], train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
+        return x + drop_path()(ffn(y, train), train)
 
 
 BLOCK_TYPES = {"dgt": DGTBlock, "swin": WindowBlock, "cswin": WindowBlock, "cmt": CMTBlock}

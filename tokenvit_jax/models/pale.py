@@ -132,14 +132,14 @@ class PaleBlock(nn.Module):
         def norm(name):
             return AddLayerNorm(1e-6, settings.dtype, name=name)
 
-        def drop(y):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         if settings.position == "cpe":
             x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, drop(attention(y, train)))
-        return x + drop(mlp(y))
+        x, y = norm("norm2")(x, attention(y, train), drop_path().factors(x.shape[0], train))
+        return x + drop_path()(mlp(y), train)
 
 
 class Pale(Pyramid):

@@ -215,13 +215,13 @@ class SwinBlock(nn.Module):
         window, shift = windows_of(x.shape[1:3], side, self.shifted)
         changes = {} if centers is None else centers.attention_settings(shift)
 
-        def drop(y):
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         def attend(x):
             return attention(x, window, shift, **changes)
 
-        return self._residual(x, attend, mlp, drop)
+        return self._residual(x, attend, mlp, drop_path, train)
 
     def _attention(self):
         settings = self.settings
@@ -229,10 +229,11 @@ class SwinBlock(nn.Module):
             settings.num_heads[self.stage], settings.window_size, settings.dtype, name="attention"
         )
 
-    def _residual(self, x, attention, mlp, drop):
+    def _residual(self, x, attention, mlp, drop_path, train):
         x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm1")(x)
-        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm2")(x, drop(attention(y)))
-        return x + drop(mlp(y))
+        y, factors = attention(y), drop_path().factors(x.shape[0], train)
+        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm2")(x, y, factors)
+        return x + drop_path()(mlp(y), train)
 
 
 class SwinV2Block(SwinBlock):
@@ -247,10 +248,12 @@ class SwinV2Block(SwinBlock):
             settings.pretrained_window_sizes[self.stage], name="attention",
         )  # fmt: skip
 
-    def _residual(self, x, attention, mlp, drop):
+    def _residual(self, x, attention, mlp, drop_path, train):
         dtype, zeros = self.settings.dtype, nn.initializers.zeros
-        x = x + drop(LayerNorm(EPSILON, dtype, zeros, name="norm1")(attention(x)))
-        return x + drop(LayerNorm(EPSILON, dtype, zeros, name="norm2")(mlp(x)))
+        y = LayerNorm(EPSILON, dtype, zeros, name="norm1")(attention(x))
+        x = x + drop_path()(y, train)
+        y = LayerNorm(EPSILON, dtype, zeros, name="norm2")(mlp(x))
+        return x + drop_path()(y, train)
 
 
 def windows_of(

@@ -101,11 +101,14 @@ class Block(nn.Module):
         def norm(name):
             return AddLayerNorm(settings.norm_epsilon, settings.dtype, name=name)
 
-        def drop(y, name):
+        def scaled(y, name):
             if settings.layer_scale:
                 scale = nn.initializers.constant(settings.layer_scale)
                 y = y * self.param(name, scale, (settings.dim,)).astype(y.dtype)
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)(y, train)
+            return y
+
+        def drop_path():
+            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         attention = Attention(
             settings.num_heads, settings.qk_norm, settings.init_std, settings.dtype,
@@ -132,15 +135,16 @@ class Block(nn.Module):
             prototypes=reducer.keep[self.index] if clusters_queries else None,
             num_alone=settings.num_front,
         )
-        branch = drop(attended.y, "scale1")
+        branch, drop = scaled(attended.y, "scale1"), drop_path()
         if acts and not clusters_queries:
-            x = x + branch
+            x = x + drop(branch, train)
             tokens = Patches(x, attended.received, attended.keys, origin.size)
             x, origin = self._reduce(tokens, origin, grid, train)
-            branch = None
-        x, y = norm("norm2")(x, branch)
+            x, y = norm("norm2")(x)
+        else:
+            x, y = norm("norm2")(x, branch, drop.factors(x.shape[0], train))
         mlp = Mlp(settings.mlp_ratio, settings.dtype, init, settings.activation, name="mlp")
-        return x + drop(mlp(y), "scale2"), origin
+        return x + drop_path()(scaled(mlp(y), "scale2"), train), origin
 
     def _predict(self, x, origin, grid, train):
         """Drops the patches that the predictor does not keep; in training it masks them."""
