@@ -183,7 +183,18 @@ def test_limits():
     assert kernels.misfit(512, 16) is None
     assert kernels.misfit(513) == "513 channels are more than 512"
     assert kernels.misfit(64, 17) == "17 neighbors are more than 16"
-    assert tpu_kernels.misfit(3136, 64, 5, masked=False) is None
-    assert tpu_kernels.misfit(3136, 64, 5, masked=True) == "masked tokens"
-    assert "67200 keys" in tpu_kernels.misfit(67200, 64, 5, masked=False)
-    assert tpu_kernels.misfit(49, 64, 17, masked=False) == "17 neighbors are more than 16"
+    assert tpu_kernels.misfit(3136, 64, 4, 5, masked=False) is None
+    assert tpu_kernels.misfit(3136, 64, 4, 5, masked=True) == "masked tokens"
+    assert tpu_kernels.misfit(49, 64, 4, 17, masked=False) == "17 neighbors are more than 16"
+
+
+def test_images_on_a_tpu_are_limited_by_its_memory():
+    peaks = "67200 keys with 64 channels exceed 4 MiB", None
+    sums = "4200 clusters with 64 channels exceed 2 MiB", None
+    for kind, *misfits in zip(("TPU v4", "TPU v5 lite"), peaks, sums, strict=True):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert tpu_kernels.misfit(67200, 64, 2) == misfits[0]
+            assert cluster_sums_tpu.misfit(4200, 64) == misfits[1]
+    assert tpu_kernels.misfit(67200, 64, 2) == peaks[0]

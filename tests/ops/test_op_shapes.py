@@ -203,7 +203,7 @@ CALLS = {
     "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.squared_distances": [((SQUARES, SQUARES, jnp.bfloat16), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
-    "density_peaks_tpu.misfit": [((30, 7, 5, False), {})],
+    "density_peaks_tpu.misfit": [((30, 7, 4, 5, False), {})],
     "density_peaks_tpu.nearest_center": [((TOKENS, floats(2, 5, 7), integers(2)), {})],
     "density_peaks_tpu.nearest_denser": [((TOKENS, SQUARES, SQUARES), {})],
     "density_peaks_tpu.nearest_neighbors": [((TOKENS, SQUARES), {"k": 5})],
@@ -460,6 +460,8 @@ CALLS = {
     "top_indices.by_counting": [((TOKENS, 3), {"interpret": True})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
+    "tpus.has_large_vmem": [((), {})],
+    "tpus.vmem_limit": [((), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],
     "window_attention.attend_short": [((SHORT[0],) * 3, {"scale": 1.0})],
     "window_attention.attend_stripes": [

@@ -9,14 +9,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-# Tokens per block, and numbers of the membership matrix and of the sums in a core's memory.
-BLOCK, MOST_NUMBERS = 512, 1 << 19
+from tokenvit_jax.kernels.tpus import has_large_vmem, vmem_limit
+
+BLOCK = 512  # tokens
+# Numbers of the membership matrix and of the sums in a core's memory: of any TPU, and of TPUs with
+# much memory.
+MOST_NUMBERS, MOST_NUMBERS_IN_LARGE_VMEM = 1 << 19, 1 << 22
 
 
 def misfit(num_clusters: int, channels: int) -> str | None:
     """Returns why the kernel cannot take so many clusters, or None."""
-    if num_clusters * max(BLOCK, channels) > MOST_NUMBERS:
-        return f"{num_clusters} clusters with {channels} channels exceed {MOST_NUMBERS >> 18} MiB"
+    most = MOST_NUMBERS_IN_LARGE_VMEM if has_large_vmem() else MOST_NUMBERS
+    if num_clusters * max(BLOCK, channels) > most:
+        return f"{num_clusters} clusters with {channels} channels exceed {most >> 18} MiB"
     return None
 
 
@@ -52,7 +57,9 @@ def means(
         in_specs=[pl.BlockSpec((None, BLOCK, channels), lambda i, j: (i, j, 0)), row, row],
         out_specs=[out(channels), out(1), out(1)],
         out_shape=[shape(channels), shape(1), shape(1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
         interpret=interpret,
     )(x, assignment.astype(jnp.int32)[:, None], scores.astype(jnp.float32)[:, None])
     return sums, shift[..., 0], total[..., 0]

@@ -15,26 +15,33 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels.density_peaks import insert_entry, is_denser, squared_distances
+from tokenvit_jax.kernels.tpus import has_large_vmem, vmem_limit
 
 # Queries and keys per block: the number of lanes.
 BLOCK = 128
-# Numbers of an image that fit into the memory of a core twice: the next image is loaded meanwhile.
-MOST_NUMBERS, MOST_NEIGHBORS = 1 << 20, 16
+# Bytes of an image that fit into the memory of a core twice, because the next image is loaded
+# meanwhile: on any TPU, and on TPUs with much memory.
+MOST_BYTES, MOST_BYTES_IN_LARGE_VMEM = 4 << 20, 24 << 20
+MOST_NEIGHBORS = 16
 
 
-def misfit(num_keys: int, channels: int, neighbors: int = 1, masked: bool = False) -> str | None:
+def misfit(
+    num_keys: int, channels: int, itemsize: int, neighbors: int = 1, masked: bool = False
+) -> str | None:
     """Returns why the kernels cannot take such images, or None.
 
     Args:
       num_keys: tokens or centres that are searched.
       channels: C.
+      itemsize: bytes of a number.
       neighbors: k.
       masked: whether tokens are masked; centres cannot be.
     """
     if masked:
         return "masked tokens"
-    if _padded(num_keys) * max(channels, BLOCK) > MOST_NUMBERS:
-        return f"{num_keys} keys with {channels} channels exceed {4 * MOST_NUMBERS >> 20} MiB"
+    most = MOST_BYTES_IN_LARGE_VMEM if has_large_vmem() else MOST_BYTES
+    if _padded(num_keys) * _padded(channels) * itemsize > most:
+        return f"{num_keys} keys with {channels} channels exceed {most >> 20} MiB"
     if neighbors > MOST_NEIGHBORS:
         return f"{neighbors} neighbors are more than {MOST_NEIGHBORS}"
     return None
@@ -69,7 +76,9 @@ def _call(kernel, x, rows, outputs, interpret):
             pl.BlockSpec((None, out.shape[1], BLOCK), lambda i, j: (i, 0, j)) for out in outputs
         ],
         out_shape=outputs,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_limit()
+        ),
         interpret=interpret,
     )(x, x, *(row[:, None] for row in rows))
 
@@ -254,7 +263,9 @@ def nearest_center(
         ],
         out_specs=pl.BlockSpec((None, 1, BLOCK), lambda i, j: (i, 0, j)),
         out_shape=jax.ShapeDtypeStruct((batch, 1, length), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_limit()
+        ),
         interpret=interpret,
     )(num_used, centers, x)
     return nearest[:, 0]

@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.group_routing import largest
 from tokenvit_jax.kernels.pieces import MASKED
+from tokenvit_jax.kernels.tpus import LARGE_VMEM, has_large_vmem
 
 # Lanes of a register, lanes for the groups of a head, and queries whose logits are held at a time.
 _LANES, _GROUPS, _QUERIES = 128, 64, 256
 # Largest numbers of tokens in bfloat16, which are held in VMEM with their scores: on any TPU, and
-# on TPUs with this much VMEM [bytes] (from version 5 on; versions 2 to 4 have 16 MiB).
+# on TPUs with much of it.
 MAX_LENGTH, MAX_LENGTH_IN_LARGE_VMEM = 1024, 4096
-_LARGE_VMEM = 64 * 2**20
 
 
 def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -35,17 +35,12 @@ def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
         return f"{heads} heads of dim {dim} do not fill {_LANES} lanes"
     if num_groups > _GROUPS:
         return f"{num_groups} groups are more than {_GROUPS}"
-    most = MAX_LENGTH_IN_LARGE_VMEM if _has_large_vmem() else MAX_LENGTH
+    most = MAX_LENGTH_IN_LARGE_VMEM if has_large_vmem() else MAX_LENGTH
     if q.dtype == jnp.float32:
         most //= 4  # twice the bytes, and products in several parts
     if length > most:
         return f"{length} tokens of {q.dtype} are more than {most}"
     return None
-
-
-def _has_large_vmem():
-    """Says whether this is traced for TPUs with much VMEM: of the mesh, or else of this machine."""
-    return plt.is_tpu_device() and plt.get_tpu_info().vmem_capacity_bytes >= _LARGE_VMEM
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -103,7 +98,7 @@ def _forward(q, k, v, centroids, top_k, scale, interpret):
             jax.ShapeDtypeStruct((batch, blocks, heads // blocks, length), jnp.int32),
             jax.ShapeDtypeStruct((batch, blocks, length, lanes), k.dtype),
         ],
-        compiler_params=plt.CompilerParams(vmem_limit_bytes=_LARGE_VMEM),
+        compiler_params=plt.CompilerParams(vmem_limit_bytes=LARGE_VMEM),
         interpret=interpret,
         name="group_attention",
     )(*flat, in_lanes)
@@ -125,7 +120,7 @@ def _backward(top_k, scale, interpret, residuals, d_result):
         in_specs=[*[tokens] * 4, per_block, of_keys],
         out_specs=[tokens] * 3,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]],
-        compiler_params=plt.CompilerParams(vmem_limit_bytes=_LARGE_VMEM),
+        compiler_params=plt.CompilerParams(vmem_limit_bytes=LARGE_VMEM),
         interpret=interpret,
         name="group_attention_gradient",
     )(*flat, _in_lanes(centroids.astype(q.dtype), blocks), bias)
