@@ -54,7 +54,7 @@ FORMS: dict[str, dict[str, str]] = {
         "default": "XLA's convolution: 1.5 to 3.7 times as fast as shifted products on an H100",
         "cuda": "Pallas: reads the input once, with everything around the convolution; compiled "
         "for an H200: no spills",
-        "tpu": "XLA's convolution: compiled for v5e, it reads a map once, not 2.5 to 4 times like "
+        "tpu": "XLA's convolution: compiled for v5e, it reads a map once, not 4 times like "
         "shifted products, in half of the instructions (64 images of 14 x 14 x 1,024); shifted "
         "products for fewer than 8 images or float32",
     },
