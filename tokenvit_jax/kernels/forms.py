@@ -16,6 +16,8 @@ FORMS: dict[str, dict[str, str]] = {
         "cuda": "cuDNN, no logits in memory: on an H100 2 to 4 times as fast from 196 tokens on; "
         "up to 64 tokens the kernels of windows, by launches and bytes of programs for an H200",
         "default": "jax.nn.dot_product_attention, in XLA's operations",
+        "tpu": "from 2^20 logits per head on JAX's flash attention, no logits in memory: compiled "
+        "for v5e, forward and backward with 67,200 queries and 4,200 keys 3.6 GB instead of 48",
     },
     "casts of weights": {
         "cpu": "one by one: an operation costs little",
