@@ -47,8 +47,9 @@ WITHOUT_KERNELS = {
 WITH_KERNELS = {
     "test_registry.py", "test_timing.py",
     # What is lowered for accelerators, or compares the default forms with others.
-    "test_assignment.py", "test_cudnn.py", "test_depthwise_block.py", "test_linear.py",
-    "test_match_boxes.py", "test_op_shapes.py", "test_platforms.py", "test_scored_attention.py",
+    "test_assignment.py", "test_cudnn.py", "test_depthwise_block.py",
+    "test_flash_attention_tpu.py", "test_linear.py", "test_match_boxes.py", "test_op_shapes.py",
+    "test_platforms.py", "test_scored_attention.py",
 }  # fmt: skip
 
 

@@ -9,9 +9,12 @@ from jax.test_util import check_grads
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels.depthwise_conv import (
+    convolve_by_shifts,
+    convolve_on_tpu,
     kernel_gradient_by_library,
     kernel_gradient_by_lines,
     kernel_gradient_by_sums,
+    kernel_gradient_on_tpu,
 )
 
 
@@ -55,6 +58,28 @@ def test_gradient_is_that_of_the_convolution():
         np.testing.assert_allclose(gradient, expected, atol=2e-5)
     for form in (kernel_gradient_by_library, kernel_gradient_by_lines, kernel_gradient_by_sums):
         np.testing.assert_allclose(form(x, dy, weights.shape), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "dtype", "by_library"),
+    [(8, jnp.bfloat16, (True, True)), (7, jnp.bfloat16, (False, True)),
+     (8, jnp.float32, (False, False))],
+)  # fmt: skip
+def test_forms_for_tpus(images, dtype, by_library):
+    """XLA's convolution takes over where it is exact and images fill the registers."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(images, 4, 5, 3)), dtype) for _ in range(2))
+    weights = jnp.asarray(rng.normal(size=(3, 3, 3)), dtype)
+    forms = (
+        (convolve_on_tpu, convolve_by_shifts, (x, weights)),
+        (lambda *a: kernel_gradient_on_tpu(*a, weights.shape),
+         lambda *a: kernel_gradient_by_sums(*a, weights.shape), (x, dy)),
+    )  # fmt: skip
+    for (form, reference, arrays), library in zip(forms, by_library, strict=True):
+        assert ("conv_general_dilated" in str(jax.make_jaxpr(form)(*arrays))) == library
+        found, expected = (np.asarray(f(*arrays), np.float32) for f in (form, reference))
+        tolerance = 1e-2 if library else 1e-6  # the library returns 16 bits
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_float64_gradient_by_finite_differences():

@@ -226,6 +226,7 @@ CALLS = {
     "depthwise_block.misfit": [(((2, 3, 2, 5),), {})],
     "depthwise_conv.convolve_by_library": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.convolve_by_shifts": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
+    "depthwise_conv.convolve_on_tpu": [((floats(2, 6, 4, 5), floats(3, 1, 5)), {})],
     "depthwise_conv.defer_gelu": [
         ((floats(2, 6, 4, 5), floats(5)), {"with_sums": flag}) for flag in (True, False)
     ],
@@ -243,7 +244,10 @@ CALLS = {
     "depthwise_conv.kernel_gradient_by_library": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_lines": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "depthwise_conv.kernel_gradient_by_sums": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
+    "depthwise_conv.kernel_gradient_on_tpu": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
+    "flash_attention_tpu.attend_by_flash": [((Q, K, K, masks(2, 13)), {"scale": 1.0})],
+    "flash_attention_tpu.serves": [((Q, K), {})],
     "gather.add_rows": [
         ((HEADS_FIRST, integers(2, 3, 4), floats(2, 3, 4, HEADS_FIRST.shape[-1])), {})
     ],

@@ -7,6 +7,10 @@ from jaxtyping import Array, Float
 
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
+# Rows of a register of a TPU. XLA's convolution lays images along them; it multiplies float32 in
+# parts, and shifted products do not.
+_SUBLANES = 8
+
 
 def convolve_by_shifts(
     x: Float[Array, "B H W C"], kernel: Float[Array, "rows columns C"]
@@ -89,6 +93,25 @@ def kernel_gradient_by_lines(
     zeros = jnp.zeros((batch, width, channels), dtype)
     sums, _ = lax.scan(add_row, [[zeros] * columns for _ in range(rows)], jnp.arange(height))
     return jnp.stack([jnp.stack([s.sum((0, 1)) for s in row]) for row in sums])
+
+
+def convolve_on_tpu(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "rows columns C"]
+) -> Float[Array, "B H W C"]:
+    """Convolves by the library where it is exact and images fill the registers, else by shifts."""
+    by_library = x.dtype.itemsize == 2 and x.shape[0] >= _SUBLANES
+    return (convolve_by_library if by_library else convolve_by_shifts)(x, kernel)
+
+
+def kernel_gradient_on_tpu(
+    x: Float[Array, "B H W C"], dy: Float[Array, "B H W C"], shape: tuple[int, int, int]
+) -> Float[Array, "rows columns C"]:
+    """Computes the gradient of the kernel by the library where it is exact, else by sums.
+
+    The arguments are the same as in :func:`kernel_gradient_by_library`.
+    """
+    form = kernel_gradient_by_library if x.dtype.itemsize == 2 else kernel_gradient_by_sums
+    return form(x, dy, shape)
 
 
 def _taps(x, kernel_shape):

@@ -13,6 +13,7 @@ from tokenvit_jax.kernels.attention import (
     attend_by_library,
     attend_heads_first,
 )
+from tokenvit_jax.kernels.flash_attention_tpu import attend_by_flash, serves
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_logits
 from tokenvit_jax.kernels.window_attention import MAX_TOKENS, attend_short, misfit_of_tiles
@@ -56,15 +57,16 @@ def dot_product_attention(
     if key_mask is not None and key_mask.shape != k.shape[:2]:
         raise ValueError(f"key_mask has shape {key_mask.shape}; expected {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    on_cpu, elsewhere = (
-        functools.partial(form, scale=scale) for form in (attend_heads_first, attend_by_library)
+    on_cpu, elsewhere, by_flash = (
+        functools.partial(form, scale=scale)
+        for form in (attend_heads_first, attend_by_library, attend_by_flash)
     )
     if softmax_dtype(q.dtype) == jnp.float64:
         return on_cpu(q, k, v, key_mask)
     on_gpu, misfit = _gpu_form(q, k, v, key_mask, scale)
     return by_platform(
         "attention", q, k, v, key_mask, cpu=on_cpu, cuda=on_gpu, default=elsewhere,
-        misfits={"cuda": misfit},
+        tpu=by_flash if serves(q, k) else elsewhere, misfits={"cuda": misfit},
     )  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from tokenvit_jax.kernels.depthwise_block import Block
 from tokenvit_jax.kernels.depthwise_conv import (
     convolve_by_library,
     convolve_by_shifts,
+    convolve_on_tpu,
     kernel_gradient_by_library,
     kernel_gradient_by_lines,
-    kernel_gradient_by_sums,
+    kernel_gradient_on_tpu,
 )
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.channel_affine import per_device
@@ -181,7 +182,7 @@ def _block_forward(block, x, kernel, bias, input_bias, scale, shift):
         "depthwise block", x, kernel, bias, input_bias, scale, shift,
         cpu=functools.partial(form, convolve=convolve_by_shifts, store=_stored),
         default=functools.partial(form, convolve=convolve_by_library),
-        tpu=functools.partial(form, convolve=convolve_by_shifts),
+        tpu=functools.partial(form, convolve=convolve_on_tpu),
         cuda=functools.partial(block_kernels.block_forward, block=block),
         misfits={"cuda": block_kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 2, 3, 4, 5),
@@ -199,7 +200,7 @@ def _block_backward(block, residuals, cotangents):
         "depthwise block gradient", dy, dsums, x, z, kernel, input_bias, scale, shift,
         cpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_lines),
         default=functools.partial(form, convolve_by_library, kernel_gradient_by_library),
-        tpu=functools.partial(form, convolve_by_shifts, kernel_gradient_by_sums),
+        tpu=functools.partial(form, convolve_on_tpu, kernel_gradient_on_tpu),
         cuda=functools.partial(block_kernels.block_backward, block=block),
         misfits={"cuda": block_kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 4, 5, 6, 7),
@@ -231,7 +232,7 @@ def _branches_forward(with_sums, x, kernels):
         "depthwise branches", x, kernels,
         cpu=functools.partial(form, convolve=convolve_by_shifts),
         default=functools.partial(form, convolve=convolve_by_library),
-        tpu=functools.partial(form, convolve=convolve_by_shifts),
+        tpu=functools.partial(form, convolve=convolve_on_tpu),
         cuda=functools.partial(block_kernels.branches_forward, with_sums=with_sums),
         misfits={"cuda": block_kernels.misfit(x.shape, kernels.shape[1:])},
         shared=(1,),

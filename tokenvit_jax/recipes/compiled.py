@@ -26,9 +26,9 @@ class Bound(NamedTuple):
 # of dense tasks, two of them for a GPU only: they compile for minutes.
 # The numbers are about a tenth above those of compiled steps; for TPUs, with the optimisations O1.
 BOUNDS: dict[str, dict[str, Bound]] = {
-    "dgt_t": {"h100": Bound(128, 9.0, 2110), "v5e": Bound(64, 6.9, 3640)},
-    "clustr_t": {"h100": Bound(128, 6.1, 1200), "v5e": Bound(64, 4.4, 1750)},
-    "pale_t": {"h100": Bound(128, 8.5, 2410), "v5e": Bound(64, 9.6, 5150)},
+    "dgt_t": {"h100": Bound(128, 9.0, 2110), "v5e": Bound(64, 6.7, 3540)},
+    "clustr_t": {"h100": Bound(128, 6.1, 1200), "v5e": Bound(64, 4.0, 1680)},
+    "pale_t": {"h100": Bound(128, 8.5, 2120), "v5e": Bound(64, 9.6, 4710)},
     "deit_s": {"h100": Bound(128, 4.6, 690), "v5e": Bound(64, 3.8, 880)},
     "deit_s:level3": {"h100": Bound(128, 2.4, 790), "v5e": Bound(64, 2.2, 1740)},
     "swin_t": {"h100": Bound(128, 7.0, 890), "v5e": Bound(64, 8.2, 1430)},
