@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as plt
 from tokenvit_jax import ops
 from tokenvit_jax.kernels import flash_attention_tpu as kernels
 from tokenvit_jax.kernels.attention import attend_heads_first
+from tokenvit_jax.kernels.platforms import noted_misfits
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -43,7 +44,11 @@ def test_values_and_gradients(monkeypatch, masked):
 )  # fmt: skip
 def test_when_it_serves(queries, keys, dim, dtype, serves):
     q, k = (jax.ShapeDtypeStruct((1, n, 2, dim), dtype) for n in (queries, keys))
-    assert kernels.serves(q, k) == serves
+    assert (kernels.is_long(q, k) and kernels.flash_misfit(q, k) is None) == serves
+    with noted_misfits() as misfits:  # too few logits are no misfit
+        jax.eval_shape(ops.dot_product_attention.__wrapped__, q, k, k)
+    noted = [misfit.reason for misfit in misfits if misfit.platform == "tpu"]
+    assert len(noted) == (kernels.is_long(q, k) and not serves)
     if serves:  # the operator lowers with the kernel
         attend = jax.jit(ops.dot_product_attention).trace(q, k, k)
         assert "tpu_custom_call" in attend.lower(lowering_platforms=("tpu",)).as_text()

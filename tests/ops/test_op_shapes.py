@@ -247,7 +247,8 @@ CALLS = {
     "depthwise_conv.kernel_gradient_on_tpu": [((floats(2, 6, 4, 5),) * 2 + ((3, 1, 5),), {})],
     "dtypes.softmax_dtype": [((jnp.bfloat16,), {})],
     "flash_attention_tpu.attend_by_flash": [((Q, K, K, masks(2, 13)), {"scale": 1.0})],
-    "flash_attention_tpu.serves": [((Q, K), {})],
+    "flash_attention_tpu.flash_misfit": [((Q, K), {})],
+    "flash_attention_tpu.is_long": [((Q, K), {})],
     "gather.add_rows": [
         ((HEADS_FIRST, integers(2, 3, 4), floats(2, 3, 4, HEADS_FIRST.shape[-1])), {})
     ],

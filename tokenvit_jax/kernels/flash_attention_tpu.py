@@ -6,19 +6,23 @@ from jaxtyping import Array, Bool, Float
 
 # Queries and keys of a block, at most; a register has this many lanes.
 BLOCK, LANES = 512, 128
-# From so many logits per head on, the kernel needs less time and memory than XLA's operations:
-# compiled for v5e with 1,024 x 1,024, a third of the bytes; with 196 x 196, twice as many.
+# From so many logits per head on, the kernel moves fewer bytes than XLA's operations: compiled for
+# v5e with 1,024 x 1,024, a third; with 196 x 196, more, in a training step twice as many.
 MIN_LOGITS = 2**20
 
 
-def serves(q: Float[Array, "B L N D"], k: Float[Array, "B S N D"]) -> bool:
-    """Returns whether :func:`attend_by_flash` is the better form, and can take the arguments."""
+def is_long(q: Float[Array, "B L N D"], k: Float[Array, "B S N D"]) -> bool:
+    """Returns whether :func:`attend_by_flash` is the better form for so many tokens."""
+    return q.shape[1] * k.shape[1] >= MIN_LOGITS
+
+
+def flash_misfit(q: Float[Array, "B L N D"], k: Float[Array, "B S N D"]) -> str | None:
+    """Returns why :func:`attend_by_flash` cannot take the arguments, or None."""
+    if not q.dtype == k.dtype == jnp.bfloat16:
+        return f"q and k of types {q.dtype} and {k.dtype} instead of bfloat16"
     dim = q.shape[-1]
-    return (
-        q.dtype == k.dtype == jnp.bfloat16
-        and q.shape[1] * k.shape[1] >= MIN_LOGITS
-        and dim % (8 if dim < LANES else LANES) == 0
-    )
+    step = 8 if dim < LANES else LANES
+    return f"head dim {dim} is not a multiple of {step}" if dim % step else None
 
 
 def attend_by_flash(
@@ -44,9 +48,7 @@ def attend_by_flash(
         block_q_major_dkv=block_q, block_k_major_dkv=block_k, block_k_dkv=block_k,
         block_q_dkv=block_q, block_k_major_dq=block_k, block_k_dq=block_k, block_q_dq=block_q,
     )  # fmt: skip
-    y = library.flash_attention(
-        q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=sizes
-    )  # fmt: skip
+    y = library.flash_attention(q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=sizes)
     return jnp.swapaxes(y[:, :, :queries], 1, 2)
 
 

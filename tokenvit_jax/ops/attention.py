@@ -13,7 +13,7 @@ from tokenvit_jax.kernels.attention import (
     attend_by_library,
     attend_heads_first,
 )
-from tokenvit_jax.kernels.flash_attention_tpu import attend_by_flash, serves
+from tokenvit_jax.kernels.flash_attention_tpu import attend_by_flash, flash_misfit, is_long
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.kernels.scored_attention import score_by_kernels, score_with_logits
 from tokenvit_jax.kernels.window_attention import MAX_TOKENS, attend_short, misfit_of_tiles
@@ -66,7 +66,8 @@ def dot_product_attention(
     on_gpu, misfit = _gpu_form(q, k, v, key_mask, scale)
     return by_platform(
         "attention", q, k, v, key_mask, cpu=on_cpu, cuda=on_gpu, default=elsewhere,
-        tpu=by_flash if serves(q, k) else elsewhere, misfits={"cuda": misfit},
+        tpu=by_flash if is_long(q, k) else elsewhere,
+        misfits={"cuda": misfit, "tpu": flash_misfit(q, k) if is_long(q, k) else None},
     )  # fmt: skip
 
 
