@@ -249,10 +249,13 @@ FORMS: dict[str, dict[str, str]] = {
     "updates of centroids": {
         "cpu": "block by block: an operation costs little",
         "default": "all blocks at once: compiled for an H200, a launch for many",
+        "tpu": "block by block: joining costs an operation for each, see updates of vectors",
     },
     "updates of vectors": {
         "cpu": "one by one: an operation costs little",
         "default": "as one vector: compiled for an H200, 12 launches for 360 of them",
+        "tpu": "one by one: joining costs an operation for each; with centroids likewise, compiled "
+        "for a v5e, 311 fusions less in a training step of DGT-T",
     },
     "window attention": {
         "cpu": "row by row of windows, to save memory",

@@ -81,13 +81,16 @@ class Packing:
 def map_packed(function: Callable[..., Any], *trees: Any, limit: int = 0) -> Any:
     """Maps an elementwise function over the leaves of equal trees, over many leaves at once.
 
-    On a CPU, where packing saves nothing, leaves are separate.
+    On CPUs and TPUs, where packing saves nothing, leaves are separate.
 
     Args:
       function: elementwise function of one leaf of each tree.
       trees: trees of arrays.
       limit: vectors are joined, and arrays of the same shape with at most this many values.
     """
+
+    def one_by_one(*trees):
+        return jax.tree.map(function, *trees)
 
     def together(*trees):
         lists = [jax.tree.leaves(tree) for tree in trees]
@@ -98,7 +101,8 @@ def map_packed(function: Callable[..., Any], *trees: Any, limit: int = 0) -> Any
         "updates of vectors",
         *trees,
         default=together,
-        cpu=lambda *trees: jax.tree.map(function, *trees),
+        cpu=one_by_one,
+        tpu=one_by_one,
         shared=tuple(range(len(trees))),
     )
 
@@ -108,7 +112,7 @@ def update_packed(
 ) -> tuple[Any, Any]:
     """Computes an update of an optimizer, over all vectors at once.
 
-    On a CPU, where packing saves nothing, vectors are separate.
+    On CPUs and TPUs, where packing saves nothing, vectors are separate.
 
     Args:
       update: ``update(updates, state, params) -> updates, state`` of an optax transformation that
@@ -138,6 +142,7 @@ def update_packed(
         params,
         default=packed,
         cpu=update,
+        tpu=update,
         shared=(0, 1, 2),
     )
 
@@ -178,7 +183,7 @@ def map_rows(
 ) -> list[tuple[Array, ...]]:
     """Maps a function that treats rows alike over lists of arrays, over many arrays at once.
 
-    On a CPU, where joining saves nothing, arrays are separate.
+    On CPUs and TPUs, where joining saves nothing, arrays are separate.
 
     Args:
       function: function of one array of each list; row i of each of its results depends on the
@@ -189,11 +194,15 @@ def map_rows(
       The results for each place.
     """
 
+    def one_by_one(*lists):
+        return [function(*arrays) for arrays in zip(*lists, strict=True)]
+
     return by_platform(
         "updates of centroids",
         *lists,
         default=functools.partial(join_rows, function),
-        cpu=lambda *lists: [function(*arrays) for arrays in zip(*lists, strict=True)],
+        cpu=one_by_one,
+        tpu=one_by_one,
         shared=tuple(range(len(lists))),
     )
 
