@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tokenvit_jax.ahead.hlo import Collective, Message, Work, read_program, shape_bytes
+from tokenvit_jax.ahead.hlo import (
+    Collective,
+    Message,
+    Work,
+    main_memory_bytes,
+    read_program,
+    shape_bytes,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -58,12 +65,44 @@ def test_program_for_a_tpu():
         ("(f32[4]{0}, pred[8], s32[])", 16 + 8 + 4),
         ("f8e4m3fn[16]", 16),
         ("s4[16]", 8),
-        ("bf16[16,4096]{1,0:T(8,128)(2,1)S(1)}", 0),
+        ("bf16[16,4096]{1,0:T(8,128)(2,1)S(1)}", 2 * 16 * 4096),
         ("token[]", 0),
     ],
 )
 def test_bytes(shape, size):
     assert shape_bytes(shape) == size
+    assert main_memory_bytes(shape) == (0 if "S(1)" in shape else size)
+
+
+COPIES = """
+ENTRY %main (weight: f32[512,256]) -> f32[512,256] {
+  %weight = f32[512,256]{1,0} parameter(0)
+  %slice-start = ((f32[512,256]{1,0}), f32[128,256]{1,0:S(1)}, s32[]) slice-start(%weight)
+  %slice-done = f32[128,256]{1,0:S(1)} slice-done(%slice-start)
+  %copy-start = (f32[128,256]{1,0}, f32[128,256]{1,0:S(1)}, u32[]) copy-start(%slice-done)
+  %copy-start.1 = (f32[512,256]{1,0}, f32[512,256]{1,0}, u32[]) copy-start(%weight)
+}
+"""
+
+
+def test_copies_beside_the_computation():
+    found = {kernel.name: kernel.bytes for kernel in read_program(COPIES).kernels}
+    slice_, whole = 4 * 128 * 256, 4 * 512 * 256
+    assert found == {"slice-start": slice_, "copy-start": slice_, "copy-start.1": 2 * whole}
+
+
+MESSAGES = """
+ENTRY %main (x: f32[1000], y: f32[24]) -> (f32[1000], f32[24]) {
+  %x = f32[1000]{0:T(1024)} parameter(0)
+  %y = f32[24]{0:T(128)S(1)} parameter(1)
+  ROOT %all-reduce = (f32[1000]{0:T(1024)}, f32[24]{0:T(128)S(1)}) all-reduce(%x, %y), to_apply=%add
+}
+"""
+
+
+def test_messages_from_the_memory_on_the_chip():
+    (collective,) = read_program(MESSAGES).collectives
+    assert collective.bytes == 4 * 1024
 
 
 SLICES = """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tokenvit_jax.ahead.compiling import Compiled
-from tokenvit_jax.ahead.hlo import Collective, Kernel, Message
+from tokenvit_jax.ahead.hlo import ASYNCHRONOUS_COPIES, Collective, Kernel, Message
 from tokenvit_jax.ahead.instructions import WARP, Launch
 from tokenvit_jax.ahead.targets import Device, Target
 from tokenvit_jax.measure.parts import layer_of, module_path, part_of
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
     Attributes:
       name: what they have in common.
-      launches: their number.
+      launches: their number, without copies that a TPU makes beside them.
       bytes: read and written.
       operations: of products, 2 per multiply-add.
       seconds: floor of their time.
@@ -124,7 +124,9 @@ def _cost(kernel: Kernel, target: Target) -> Cost:
     limit = max(limits, key=limits.__getitem__)
     operations = times * sum(work.operations for work in kernel.work)
     seconds = times * limits[limit]
-    return Cost("", times, times * kernel.bytes, operations, seconds, {limit: seconds})
+    beside = target.device.platform == "tpu" and kernel.opcode in ASYNCHRONOUS_COPIES
+    launches = 0 if beside else times
+    return Cost("", launches, times * kernel.bytes, operations, seconds, {limit: seconds})
 
 
 def total(rows: Iterable[Cost], name: str = "all") -> Cost:

@@ -22,11 +22,13 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
+# A TPU copies weights and maps to the memory on the chip while it computes.
+ASYNCHRONOUS_COPIES = ("copy-start", "slice-start")
 # Kernels of a program, besides collectives. Others are a part of a fusion, or move nothing.
 _KERNELS = frozenset((
     "fusion", "custom-call", "sort", "reduce", "scatter", "convolution", "dot", "copy", "transpose",
     "concatenate", "gather", "dynamic-slice", "dynamic-update-slice", "reduce-window", "broadcast",
-    "iota", "select-and-scatter", "rng-bit-generator", "pad", "slice", "copy-start", "slice-start",
+    "iota", "select-and-scatter", "rng-bit-generator", "pad", "slice", *ASYNCHRONOUS_COPIES,
 ))  # fmt: skip
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _ELEMENTWISE = ("add", "convert", "divide", "multiply", "negate", "subtract")
@@ -226,9 +228,9 @@ class _Reader:
         shape = instruction.shape
         if instruction.target.startswith("__cu"):  # a library's result is first; then its workspace
             shape = re.sub(r"\b[su]8\[\d+\]", "", shape)
-        size = shape_bytes(shape) + sum(self._read_bytes(computation, instruction))
-        if instruction.opcode in ("copy-start", "slice-start"):  # results: the copy, its source
-            size = shape_bytes(shape)
+        size = main_memory_bytes(shape) + sum(self._read_bytes(computation, instruction))
+        if instruction.opcode in ASYNCHRONOUS_COPIES:
+            size = _moved_bytes(shape)
         launches = self._launches.get(instruction.name, ())
         return Kernel(
             times,
@@ -255,10 +257,13 @@ class _Reader:
             shape = computation[operand].shape
             slices = _slices(readers, names.get(str(number)))
             if slices is None:
-                yield shape_bytes(shape)
+                yield main_memory_bytes(shape)
             else:
-                values = sum(_num_values(x.shape) for x in slices.values())
-                yield shape_bytes(shape) * min(values, _num_values(shape)) // _num_values(shape)
+                values, size = (
+                    sum(_num_values(x.shape) for x in slices.values()),
+                    _num_values(shape),
+                )
+                yield main_memory_bytes(shape) * min(values, size) // size
 
     def _origin(self, computation, instruction) -> str:
         """Returns the origin of a kernel; without one, that of its last step or of an operand."""
@@ -352,18 +357,36 @@ def _slices(
 
 
 def shape_bytes(shape: str) -> int:
-    """Returns the bytes of a shape, or of all shapes of a tuple, in the devices' main memory."""
+    """Returns the bytes of a shape, or of all shapes of a tuple."""
     return sum(map(_array_bytes, _ARRAY.findall(shape)))
+
+
+def main_memory_bytes(shape: str) -> int:
+    """Returns the bytes of a shape, or of all shapes of a tuple, in the main memory of a device."""
+    return sum(_array_bytes(array) for array in _ARRAY.findall(shape) if _is_in_main_memory(array))
+
+
+def _moved_bytes(shape: str) -> int:
+    """Returns the bytes that a copy, or a copy of a slice, moves from and to the main memory.
+
+    Args:
+      shape: shape of its results: the copy and its source, in any order, and others.
+    """
+    ends = _ARRAY.findall(shape)[:2]
+    return min(map(_array_bytes, ends)) * sum(map(_is_in_main_memory, ends))
 
 
 def _num_values(shape: str) -> int:
     return sum(math.prod(_sizes(sizes)) for _, sizes, _ in _ARRAY.findall(shape))
 
 
+def _is_in_main_memory(array: tuple[str, str, str]) -> bool:
+    *_, layout = array
+    return not re.search(r"S\([1-9]\)", layout)  # a TPU's memory on the chip
+
+
 def _array_bytes(array: tuple[str, str, str]) -> int:
-    kind, sizes, layout = array
-    if re.search(r"S\([1-9]\)", layout):  # a TPU's memory on the chip
-        return 0
+    kind, sizes, _ = array
     bits = re.fullmatch(r"[a-z]+(\d+)\w*", kind)
     size = _BYTES[kind] if kind in _BYTES else int(bits[1]) / 8 if bits else 0
     return int(size * math.prod(_sizes(sizes)))
