@@ -7,13 +7,11 @@
 
 No device is needed, but the compilers are (see docs/compiling.md). Each row is compiled in a
 process of its own and stored at once in `docs/benchmarks/compiled.jsonl`. Rows that are there are
-not compiled again; delete a line to compile it anew. Rows for TPUs are compiled quickly, see
-docs/compiling.md.
+not compiled again; delete a line to compile it anew.
 """
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,8 +31,6 @@ PAGE = pages.ROOT / "docs" / "benchmarks" / "compiled.md"
 ROWS = PAGE.with_suffix(".jsonl")
 TARGETS = ("h100", "h100x8", "v5e:16x16")
 MOST = 128  # images per device
-# For TPUs, a compilation takes about two thirds of the time, for a program nearly as good.
-QUICK = "--xla_tpu_scoped_vmem_limit_kib=8192"
 LONG_VECTORS = "2026-11-28"  # from this day on, GPUs add gradients in long vectors
 # Recipes that are no file of their own; a file whose configuration needs an argument.
 VARIANTS = {
@@ -99,16 +95,12 @@ def run(recipe: str, target: str, batch: int) -> Row:
     """Runs the command; returns its report, or the error."""
     arguments = [f"--config={recipe}", f"--target={target}", f"--batch_per_device={batch}"]
     command = [sys.executable, "-m", "tokenvit_jax.compile", *arguments, "--format=json"]
-    environment = {"LIBTPU_INIT_ARGS": QUICK} | os.environ
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=pages.ROOT, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=pages.ROOT)
     keys = {
         "recipe": recipe,
         "target": target,
         "date": str(datetime.date.today()),
         "jax": jax.__version__,
-        "options": environment["LIBTPU_INIT_ARGS"] if ":" in target else "",
     }
     if not done.stdout:
         return keys | {"error": done.stderr.strip().splitlines()[-1]}

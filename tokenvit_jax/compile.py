@@ -11,9 +11,8 @@ and kernels that cannot take their arguments. The compilers for GPUs and TPUs ar
     pip install 'tokenvit_jax[aot-gpu]'
     pip install 'tokenvit_jax[aot-tpu]'
 
-A training step takes minutes to compile on a few cores; for a TPU, JAX_OPTIMIZATION_LEVEL=O1 in the
-environment compiles two to three times as fast, but a slower program, which needs up to 15 % more
-memory. Exit status 1: the step does not fit into the memory of a device.
+A training step takes a minute or two to compile on two cores, detectors longer. Exit status 1: the
+step does not fit into the memory of a device.
 """
 
 import sys

@@ -1,8 +1,6 @@
 """Training steps of every family compile for a GPU and a TPU, within the bounds of their recipes.
 
 They need the extras aot-gpu and aot-tpu (`make test-aot`), no device, and an hour on two cores.
-Steps for TPUs are compiled with fewer optimisations (`JAX_OPTIMIZATION_LEVEL=O1`), which takes a
-third of the time.
 """
 
 import jax
@@ -42,12 +40,7 @@ def is_own(kernel):
 def test_training_step(recipe, target):
     needs(target)
     bound, found = BOUNDS[recipe][target], targets.parse_target(target)
-    level = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", "O1" if found.device.platform == "tpu" else level)
-    try:
-        compiled = compile_step(load(recipe), found, "train", bound.images)
-    finally:
-        jax.config.update("jax_optimization_level", level)
+    compiled = compile_step(load(recipe), found, "train", bound.images)
     assert compiled.fits
     if found.device.platform == "cuda":  # the compiler still writes what kernels execute
         known = [bool(kernel.launches) for kernel in compiled.program.kernels if is_own(kernel)]

@@ -24,7 +24,7 @@ class Bound(NamedTuple):
 
 # Configuration -> target -> bound. One configuration of every family, one with a reducer, and some
 # of dense tasks, two of them for a GPU only: they compile for minutes.
-# The numbers are about a tenth above those of compiled steps; for TPUs, with the optimisations O1.
+# The numbers are about a tenth above those of compiled steps.
 BOUNDS: dict[str, dict[str, Bound]] = {
     "dgt_t": {"h100": Bound(128, 9.0, 2110), "v5e": Bound(64, 6.7, 3540)},
     "clustr_t": {"h100": Bound(128, 6.1, 1200), "v5e": Bound(64, 4.0, 1680)},
