@@ -4,8 +4,9 @@ import pytest
 
 from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
-from tokenvit_jax.ahead.hlo import Collective, Kernel, Message, Program, Work
+from tokenvit_jax.ahead.hlo import Collective, Kernel, Message, Program
 from tokenvit_jax.ahead.instructions import Launch
+from tokenvit_jax.ahead.products import Work
 from tokenvit_jax.ahead.ptx import Counts
 from tokenvit_jax.ahead.targets import parse_target
 from tokenvit_jax.measure import parts

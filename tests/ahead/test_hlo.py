@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenvit_jax.ahead.hlo import (
-    Collective,
-    Message,
-    Work,
-    main_memory_bytes,
-    read_program,
-    shape_bytes,
-)
+from tokenvit_jax.ahead.hlo import Collective, Message, read_program
+from tokenvit_jax.ahead.hlo_text import main_memory_bytes, shape_bytes
+from tokenvit_jax.ahead.products import Work
 
 FOLDER = Path(__file__).parent
 

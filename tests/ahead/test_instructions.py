@@ -2,8 +2,9 @@
 
 import pytest
 
-from tokenvit_jax.ahead.hlo import Work, read_program
+from tokenvit_jax.ahead.hlo import read_program
 from tokenvit_jax.ahead.instructions import read_launches
+from tokenvit_jax.ahead.products import Work
 
 ENTRY = """.visible .entry NAME(
 \t.param .u64 .ptr .align 256 NAME_param_0

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from sampled import sampled
 
-from tokenvit_jax.measure import mask_operators, operators
+from tokenvit_jax.measure import detection_operators, mask_operators, operators
 from tokenvit_jax.measure.timing import MIN_CALLS, normal
 
 FLOAT32 = jnp.dtype("float32")
@@ -21,10 +21,12 @@ def small_cases():
     yield from operators.kmeans_cases(2, FLOAT32, ((20, 7, 3),))
     yield from operators.cluster_superpixels_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
     yield from operators.reconstruct_tokens_cases(2, FLOAT32, (((13, 9), (9, 7), 4),))
-    yield from operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4)
-    yield from operators.nms_cases(2, FLOAT32, ((2, 60),))
-    yield from operators.select_detections_cases(None, FLOAT32, ((60, 3, 0.05),))
-    yield from operators.match_boxes_cases(None, FLOAT32, ((64, 96, 9),))
+    yield from detection_operators.roi_align_cases(
+        2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4
+    )
+    yield from detection_operators.nms_cases(2, FLOAT32, ((2, 60),))
+    yield from detection_operators.select_detections_cases(None, FLOAT32, ((60, 3, 0.05),))
+    yield from detection_operators.match_boxes_cases(None, FLOAT32, ((64, 96, 9),))
     yield from mask_operators.assign_targets_cases(2, FLOAT32, ((12, 8, 3), (8, 8, 8)))
     yield from mask_operators.sample_objects_cases(None, FLOAT32, ((32, 5, 60),))
 

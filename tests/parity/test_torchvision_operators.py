@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenvit_jax.measure import operators, torchvision_operators
+from tokenvit_jax.measure import detection_operators, operators, torchvision_operators
 from tokenvit_jax.ops import box_iou, roi_levels
 
 pytestmark = pytest.mark.parity
@@ -23,7 +23,7 @@ def test_roi_align():
     import torch
     from torchvision.ops import roi_align
 
-    case = next(operators.roi_align_cases(1, FLOAT32, ((1000, 7),), channels=8))
+    case = next(detection_operators.roi_align_cases(1, FLOAT32, ((1000, 7),), channels=8))
     *maps, boxes = case.inputs
     found = np.asarray(case.contenders["roi_align"](*case.inputs))[0].transpose(0, 3, 1, 2)
     levels = np.asarray(roi_levels(boxes[0], 4))
@@ -42,14 +42,14 @@ def results(case):
 
 
 def test_nms():
-    for case in operators.nms_cases(None, FLOAT32, ((1, 200), (3, 150))):
+    for case in detection_operators.nms_cases(None, FLOAT32, ((1, 200), (3, 150))):
         ours, theirs = results(case)
         np.testing.assert_array_equal(np.flatnonzero(ours), np.sort(theirs))
         assert 0.1 < ours.mean() < 0.9
 
 
 def test_selection():
-    hard, soft = operators.select_detections_cases(None, FLOAT32, ((150, 6, 0.05),))
+    hard, soft = detection_operators.select_detections_cases(None, FLOAT32, ((150, 6, 0.05),))
     ours, theirs = results(hard)
     np.testing.assert_array_equal(ours, theirs)
     assert len(ours) == 100
@@ -57,7 +57,7 @@ def test_selection():
 
 
 def test_matching():
-    for case in operators.match_boxes_cases(None, FLOAT32, ((512, 640, 20),)):
+    for case in detection_operators.match_boxes_cases(None, FLOAT32, ((512, 640, 20),)):
         ours, theirs = results(case)
         assert {-2, -1} < {*np.unique(ours)}
         # An anchor that is the best one of an object goes to the anchor's own best object there,
@@ -72,7 +72,9 @@ def test_matching():
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_roi_align_is_timed_beside_ours(mode):
-    case = next(operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4))
+    case = next(
+        detection_operators.roi_align_cases(2, FLOAT32, ((6, 3),), canvas=(64, 96), channels=4)
+    )
     row = operators.benchmark_case(case, mode, seconds=0.01)
     assert list(row["contenders"]) == ["torchvision", "static", "roi_align"]
     assert row["contenders"]["torchvision"]["median_ms"] > 0

@@ -5,23 +5,24 @@ reads it several times. Operations are those of products and convolutions, 2 per
 inside kernels of our own are known where their launches are.
 """
 
-import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
-
+from tokenvit_jax.ahead import products
+from tokenvit_jax.ahead.hlo_text import (
+    LINE,
+    Instruction,
+    main_memory_bytes,
+    moved_bytes,
+    num_values,
+    shape_bytes,
+)
 from tokenvit_jax.ahead.instructions import Launch
 
-_BYTES = {"bf16": 2, "pred": 1, "token": 0}  # the name of any other type ends with its bits
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_ORIGIN = re.compile(r'op_name="([^"]*)"')
 # A TPU copies weights and maps to the memory on the chip while it computes.
 ASYNCHRONOUS_COPIES = ("copy-start", "slice-start")
 # Kernels of a program, besides collectives. Others are a part of a fusion, or move nothing.
@@ -33,51 +34,6 @@ _KERNELS = frozenset((
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _ELEMENTWISE = ("add", "convert", "divide", "multiply", "negate", "subtract")
 _TRANSPARENT = ("get-tuple-element", "bitcast", "copy", "tuple", "convert", "concatenate")
-
-
-class Instruction(NamedTuple):
-    """A line of a program.
-
-    Attributes:
-      name: its name.
-      shape: text of the types and shapes of the results.
-      opcode: what it does.
-      rest: operands, attributes and metadata.
-    """
-
-    name: str
-    shape: str
-    opcode: str
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
-
-    @property
-    def origin(self) -> str:
-        """Where the model computes it: names of modules, operators and transformations."""
-        found = _ORIGIN.search(self.rest)
-        return found[1] if found else ""
-
-    @property
-    def target(self) -> str:
-        """Name of the function that a custom call calls."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
-        return found[1] if found else ""
-
-
-class Work(NamedTuple):
-    """Products of a kernel.
-
-    Attributes:
-      operations: their number, 2 per multiply-add, times the passes of the precision.
-      precision: "bfloat16", "default" or "float32", as in the files of devices.
-    """
-
-    operations: float
-    precision: str
 
 
 class Kernel(NamedTuple):
@@ -96,7 +52,7 @@ class Kernel(NamedTuple):
     times: int
     opcode: str
     bytes: int
-    work: tuple[Work, ...]
+    work: tuple[products.Work, ...]
     origin: str
     name: str
     launches: tuple[Launch, ...] = ()
@@ -174,7 +130,7 @@ class _Reader:
                 if head:
                     current = self._computations[head[2]] = {}
                     self._entry = head[2] if head[1] else self._entry
-            elif found := _INSTRUCTION.match(line):
+            elif found := LINE.match(line):
                 current[found[1]] = Instruction(*found.groups())
         self._unknown_loops = 0
 
@@ -230,13 +186,13 @@ class _Reader:
             shape = re.sub(r"\b[su]8\[\d+\]", "", shape)
         size = main_memory_bytes(shape) + sum(self._read_bytes(computation, instruction))
         if instruction.opcode in ASYNCHRONOUS_COPIES:
-            size = _moved_bytes(shape)
+            size = moved_bytes(shape)
         launches = self._launches.get(instruction.name, ())
         return Kernel(
             times,
             instruction.opcode,
             size,
-            (*self._work(computation, instruction), *_products(launches)),
+            (*self._work(computation, instruction), *products.of_launches(launches)),
             self._origin(computation, instruction),
             instruction.name,
             launches,
@@ -259,10 +215,8 @@ class _Reader:
             if slices is None:
                 yield main_memory_bytes(shape)
             else:
-                values, size = (
-                    sum(_num_values(x.shape) for x in slices.values()),
-                    _num_values(shape),
-                )
+                values = sum(num_values(x.shape) for x in slices.values())
+                size = num_values(shape)
                 yield main_memory_bytes(shape) * min(values, size) // size
 
     def _origin(self, computation, instruction) -> str:
@@ -275,7 +229,7 @@ class _Reader:
         candidates = [*reversed(inner.values()), *operands]
         return next((one.origin for one in candidates if one.origin), "")
 
-    def _work(self, computation, instruction) -> Iterator[Work]:
+    def _work(self, computation, instruction) -> Iterator[products.Work]:
         """Yields the products of a kernel, also those inside a fusion."""
         operands = [computation[x].shape for x in instruction.operands if x in computation]
         if instruction.opcode == "fusion":
@@ -283,11 +237,8 @@ class _Reader:
             inner = self._computations.get(called[1], {}) if called else {}
             for one in inner.values():
                 yield from self._work(inner, one)
-        elif instruction.opcode in ("dot", "convolution", "custom-call"):
-            multiply_adds = _multiply_adds(instruction, operands)
-            if multiply_adds:
-                precision, passes = _precision(instruction, operands[0])
-                yield Work(2.0 * multiply_adds * passes, precision)
+        else:
+            yield from products.of_instruction(instruction, operands)
 
     def _messages(self, computation, instruction) -> Iterator[Message]:
         growth = self._growth(computation, instruction)
@@ -349,159 +300,3 @@ def _slices(
                 return None
             found |= within
     return found
-
-
-# ------------------------------------------------------------------------------------------------
-# Bytes
-# ------------------------------------------------------------------------------------------------
-
-
-def shape_bytes(shape: str) -> int:
-    """Returns the bytes of a shape, or of all shapes of a tuple."""
-    return sum(map(_array_bytes, _ARRAY.findall(shape)))
-
-
-def main_memory_bytes(shape: str) -> int:
-    """Returns the bytes of a shape, or of all shapes of a tuple, in the main memory of a device."""
-    return sum(_array_bytes(array) for array in _ARRAY.findall(shape) if _is_in_main_memory(array))
-
-
-def _moved_bytes(shape: str) -> int:
-    """Returns the bytes that a copy, or a copy of a slice, moves from and to the main memory.
-
-    Args:
-      shape: shape of its results: the copy and its source, in any order, and others.
-    """
-    ends = _ARRAY.findall(shape)[:2]
-    return min(map(_array_bytes, ends)) * sum(map(_is_in_main_memory, ends))
-
-
-def _num_values(shape: str) -> int:
-    return sum(math.prod(_sizes(sizes)) for _, sizes, _ in _ARRAY.findall(shape))
-
-
-def _is_in_main_memory(array: tuple[str, str, str]) -> bool:
-    *_, layout = array
-    return not re.search(r"S\([1-9]\)", layout)  # a TPU's memory on the chip
-
-
-def _array_bytes(array: tuple[str, str, str]) -> int:
-    kind, sizes, _ = array
-    bits = re.fullmatch(r"[a-z]+(\d+)\w*", kind)
-    size = _BYTES[kind] if kind in _BYTES else int(bits[1]) / 8 if bits else 0
-    return int(size * math.prod(_sizes(sizes)))
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",") if size]
-
-
-# ------------------------------------------------------------------------------------------------
-# Products
-# ------------------------------------------------------------------------------------------------
-
-
-def _multiply_adds(instruction: Instruction, operands: list[str]) -> float:
-    """Returns the multiply-adds of a product, a convolution or a call of a library."""
-    shapes = [_ARRAY.search(operand) for operand in operands]
-    if len(operands) < 2 or not shapes[0] or not shapes[1]:
-        return 0
-    first, second = (_sizes(shape[2]) for shape in shapes[:2])
-    result = _sizes(_ARRAY.search(instruction.shape)[2])
-    target = instruction.target
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        return math.prod(result) * math.prod(first[i] for i in _sizes(contracted[1]))
-    if instruction.opcode == "convolution":
-        return _convolution(instruction.rest, first, second, result)
-    if target.startswith("__cublas"):
-        config = _backend_config(instruction)["gemm_backend_config"]
-        contracted = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
-        return math.prod(result) * math.prod(first[int(i)] for i in contracted)
-    if target.startswith("__cudnn$conv"):
-        return _library_convolution(instruction, first, second, result)
-    if target.startswith("__cudnn$fmha"):
-        return _library_attention(instruction, first)
-    return 0
-
-
-def _backend_config(instruction: Instruction) -> dict:
-    """Returns the settings of a call of a library, which stand at the end of its line."""
-    start = instruction.rest.find("backend_config=") + len("backend_config=")
-    return json.JSONDecoder().raw_decode(instruction.rest, start)[0]
-
-
-def _library_convolution(instruction, first, second, result) -> float:
-    """Returns the multiply-adds of a convolution of cuDNN, forward or backward.
-
-    All three have a large array of images with the channels of the filter's output, and a filter:
-    each of its entries meets each place of this array once.
-    """
-    filters = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)[1]
-    kind = instruction.target.removeprefix("__cudnn$conv")
-    if kind == "BackwardFilter":
-        outputs, kernel = second, result
-    else:
-        outputs, kernel = (first if kind == "BackwardInput" else result), second
-    return math.prod(outputs) * math.prod(kernel) / kernel[filters.index("o")]
-
-
-def _library_attention(instruction, query) -> float:
-    """Returns the multiply-adds of cuDNN's attention: 2 products forward, 5 backward."""
-    config = _backend_config(instruction)["cudnn_fmha_backend_config"]
-    logits = math.prod(map(int, config["intermediate_tensor_shape"]["dimensions"]))
-    return logits * query[-1] * (5 if "Backward" in instruction.target else 2)
-
-
-def _convolution(rest: str, images: list[int], kernel: list[int], result: list[int]) -> float:
-    """Returns the multiply-adds of a convolution without those on padding and on holes."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
-    of_images, of_kernel, of_result = labels.groups()
-    window = re.search(r"window=\{([^}]*)\}", rest)
-    window = dict(part.split("=") for part in window[1].split()) if window else {}
-    pairs = 1
-    for i, axis in enumerate(sorted(filter(str.isdigit, of_result))):
-        sizes = (
-            images[of_images.index(axis)],
-            kernel[of_kernel.index(axis)],
-            result[of_result.index(axis)],
-        )
-        pairs *= _pairs(window, i, *sizes)
-    batch_and_channels = result[of_result.index("b")] * result[of_result.index("f")]
-    return pairs * batch_and_channels * kernel[of_kernel.index("i")]
-
-
-def _pairs(window: dict[str, str], axis: int, length: int, kernel: int, result: int) -> int:
-    """Returns the number of pairs of a place in the result and a kernel entry that meet a pixel."""
-
-    def setting(name, default):
-        return window[name].split("x")[axis] if name in window else default
-
-    low = int(str(setting("pad", "0_0")).split("_")[0])
-    stride, dilation = int(setting("stride", 1)), int(setting("rhs_dilate", 1))
-    holes = int(setting("lhs_dilate", 1))
-    places = np.arange(result)[:, None] * stride - low + np.arange(kernel) * dilation
-    meets = (places >= 0) & (places <= (length - 1) * holes) & (places % holes == 0)
-    return int(meets.sum())
-
-
-def _products(launches: tuple[Launch, ...]) -> Iterator[Work]:
-    """Yields the products that the launches of a kernel compute in matrix units."""
-    for launch in launches:
-        for precision, operations in launch.counts.products.items():
-            yield Work(launch.blocks * launch.warps * operations, precision)
-
-
-_PASSES = re.compile(r"(?i)(?:alg_)?dot_(bf16|tf32)\w*?_x(\d)")
-
-
-def _precision(instruction: Instruction, operand: str) -> tuple[str, int]:
-    """Returns the precision of a product, and how often it passes through the units."""
-    if _ARRAY.search(operand)[1] in ("bf16", "f16"):
-        return "bfloat16", 1
-    passes = _PASSES.search(instruction.rest)
-    if passes:
-        return ("bfloat16" if passes[1].lower() == "bf16" else "default"), int(passes[2])
-    asked = re.search(r"operand_precision\W+(\w+)", instruction.rest)
-    full = asked is not None and asked[1].lower() in ("high", "highest")
-    return ("float32" if full else "default"), 1
