@@ -154,6 +154,11 @@ def kernel_cases() -> Iterator[Case]:
         lambda: (normal(0, 128, 28, 28, 128), *(normal(i, 3, 3, 128) for i in (1, 2, 3))), 4,
     )  # fmt: skip
     yield Case(
+        "queries, keys and values (128, 197, 384)", ("parts of a linear layer",),
+        lambda *args: sum(ops.linear_parts(*args, 3)),
+        lambda: (normal(0, 128, 197, 384), normal(1, 384, 1152), normal(2, 1152)), 0,
+    )  # fmt: skip
+    yield Case(
         "GELU behind a bias (128, 197, 1536)", ("gelu", "gelu gradient"), ops.bias_gelu,
         lambda: (normal(0, 128, 197, 1536), normal(1, 1536)), 2,
     )  # fmt: skip

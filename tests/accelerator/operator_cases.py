@@ -198,6 +198,12 @@ CASES: dict[str, dict[str, Case]] = {
     "layer_norm": {
         "": Case(functools.partial(ops.layer_norm, epsilon=1e-6), (TOKENS, *CHANNELS), 1, 3)
     },
+    "linear_parts": {
+        "": Case(
+            functools.partial(ops.linear_parts, parts=2),
+            (_normal(0, 16, 1024, 64), _normal(1, 64, 256), _normal(2, 256)), 1, 3,
+        )
+    },
     "linear_product": {"": Case(ops.linear_product, (TOKENS, _normal(1, 64, 128)), 2, 2)},
     "assign_clusters": {"": Case(_assigned, (MANY,), 1, 0, chooses=True)},
     "assign_targets": {

@@ -49,6 +49,7 @@ FUNCTIONS = {
 # A module, and the arguments of its call.
 MODULES = {
     "blocks.ConditionalPositionEncoding": (layers.ConditionalPositionEncoding(), (MAP,), {}),
+    "blocks.DenseParts": (layers.DenseParts(6, 3, jnp.float32), (TOKENS,), {}),
     "blocks.Mlp": (layers.Mlp(2), (TOKENS,), {}),
     "blocks.PatchEmbedding": (layers.PatchEmbedding(5, 3, 2), (floats(2, 6, 5, 3),), {}),
     "cluster_attention.ClusterAttention": (layers.ClusterAttention(2, (4, 2)), (MAP, True), {}),

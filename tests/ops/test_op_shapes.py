@@ -351,6 +351,7 @@ CALLS = {
     ],
     "layer_norm.layer_norm": [((TOKENS, floats(7), floats(7)), {"epsilon": 1e-6})],
     "layer_norm.layer_norm_misfit": [((TOKENS,), {})],
+    "linear.linear_parts": [((TOKENS, floats(7, 6), floats(6), 2), {})],
     "linear.linear_product": [((TOKENS, floats(7, 5)), {}), ((MAP, floats(5, 3)), {})],
     "merge_tokens.cluster_sums": [((TOKENS, integers(2, 30), 5), {})],
     "merge_tokens.merge_tokens": [

@@ -3,6 +3,7 @@
 from tokenvit_jax.layers.blocks import (
     ACTIVATIONS,
     ConditionalPositionEncoding,
+    DenseParts,
     Mlp,
     PatchEmbedding,
     dense,
@@ -43,6 +44,7 @@ __all__ = [
     "CosineWindowAttention",
     "CrossWindowAttention",
     "DeformableAttention",
+    "DenseParts",
     "DropPath",
     "Dropout",
     "DynamicGroupAttention",

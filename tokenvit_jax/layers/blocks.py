@@ -131,6 +131,31 @@ def dense(
     )  # fmt: skip
 
 
+class DenseParts(nn.Module):
+    """Linear layer whose outputs are parts of equal size, such as keys and values.
+
+    Its variables are those of :func:`dense`.
+
+    Attributes:
+      dim: output channels of all parts together.
+      parts: number of parts.
+      dtype: type of the computation.
+      init: initializer of the kernel.
+    """
+
+    dim: int
+    parts: int
+    dtype: Any
+    init: Initializer = linear_init
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> tuple[Float[Array, "... part"], ...]:
+        kernel = self.param("kernel", self.init, (x.shape[-1], self.dim))
+        bias = self.param("bias", nn.initializers.zeros, (self.dim,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return ops.linear_parts(x, kernel, bias, self.parts)
+
+
 def _linear_product(x, kernel, dimensions, precision=None):
     """Computes the product of `nn.Dense`, whose dimensions are always those of a linear layer."""
     del dimensions, precision

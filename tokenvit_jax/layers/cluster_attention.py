@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers.blocks import check_num_heads, dense
+from tokenvit_jax.layers.blocks import DenseParts, check_num_heads, dense
 from tokenvit_jax.layers.conv import conv_init
 from tokenvit_jax.layers.norm import LayerNorm
 from tokenvit_jax.layers.stochastic import image_keys
@@ -80,8 +80,8 @@ class ClusterAttention(nn.Module):
         q = split_heads(dense(channels, self.dtype, "q")(tokens), self.num_heads)
         y = 0.0
         for scale, (merged, used) in enumerate(scales):
-            kv = dense(2 * channels, self.dtype, f"kv{scale}")(merged)
-            k, v = (split_heads(x, self.num_heads) for x in jnp.split(kv, 2, axis=-1))
+            kv = DenseParts(2 * channels, 2, self.dtype, name=f"kv{scale}")(merged)
+            k, v = (split_heads(part, self.num_heads) for part in kv)
             with jax.named_scope(FINE_SCALE if scale else "coarse_scale"):
                 y += ops.dot_product_attention(q, k, v, key_mask=used)
         return dense(channels, self.dtype, "proj")(y.reshape(x.shape))

@@ -8,10 +8,10 @@ from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, Shaped
 
 from tokenvit_jax import ops
-from tokenvit_jax.layers.blocks import check_num_heads, dense
+from tokenvit_jax.layers.blocks import DenseParts, check_num_heads, dense
 from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.ops.gather import take
-from tokenvit_jax.ops.heads import merge_heads, split_qkv
+from tokenvit_jax.ops.heads import merge_heads, split_heads
 
 WEIGHTS = "attention_weights"  # collection that receives the weights where it is mutable
 
@@ -79,7 +79,8 @@ class Attention(nn.Module):
         channels = x.shape[-1]
         check_num_heads(self.num_heads, channels)
         init = truncated_normal(self.init_std)
-        q, k, v = split_qkv(dense(3 * channels, self.dtype, "qkv", init)(x), self.num_heads)
+        qkv = DenseParts(3 * channels, 3, self.dtype, init, name="qkv")(x)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv)
         scale, received = None, None
         if self.qk_norm != "none":
             q, k = (unit_length(part).astype(self.dtype) for part in (q, k))

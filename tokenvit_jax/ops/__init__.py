@@ -59,7 +59,7 @@ from tokenvit_jax.ops.heatmaps import (
 )
 from tokenvit_jax.ops.instance_masks import mask_targets, paste_masks, unpack_masks
 from tokenvit_jax.ops.layer_norm import add_layer_norm, layer_norm
-from tokenvit_jax.ops.linear import linear_product
+from tokenvit_jax.ops.linear import linear_parts, linear_product
 from tokenvit_jax.ops.masked_attention import masked_attention
 from tokenvit_jax.ops.match_boxes import Sample, match_boxes, sample_matches
 from tokenvit_jax.ops.merge_tokens import merge_tokens
@@ -138,6 +138,7 @@ __all__ = [
     "kmeans",
     "kmedoids",
     "layer_norm",
+    "linear_parts",
     "linear_product",
     "mask_targets",
     "masked_attention",
