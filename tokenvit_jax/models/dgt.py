@@ -147,10 +147,13 @@ class InvertedResidualFFN(nn.Module):
             deferred=True, residual=True, activate=True, with_sums=train,
         )  # fmt: skip
         factor, offset = norm("norm2", sums)
-        weights = Weights((hidden, channels), conv_init, name="reduce")()
-        x, bias = affine_product(x, *weights, factor, offset)
-        sums = ops.channel_sums(x) if train else None
-        return ops.channel_affine(x, *norm("norm3", sums, channels, bias))
+        kernel, bias = Weights((hidden, channels), conv_init, name="reduce")()
+        if not train:  # the kernel also takes norm3 along, whose statistics are known
+            known, shift = norm("norm3", None, channels)
+            x, bias = affine_product(x, known * kernel, known * bias, factor, offset)
+            return x + (bias + shift).astype(x.dtype)
+        x, bias = affine_product(x, kernel, bias, factor, offset)
+        return ops.channel_affine(x, *norm("norm3", ops.channel_sums(x), channels, bias))
 
 
 class DGTBlock(nn.Module):
