@@ -40,6 +40,19 @@ def test_purpose(kind, origin, purpose):
     assert costs.purpose_of(kind, Message(4, origin), norms) == purpose
 
 
+@pytest.mark.parametrize(
+    ("inside", "path"),
+    [
+        ("attention/qkv/dot_general", "attention/qkv"),
+        ("attention/attention._attend_in_groups/top_k", "attention"),
+        ("attention/q.affine/norm/slice", "attention/q/norm"),  # a method that another layer calls
+        ("attention/...c,cd->...d/dot_general", "attention"),
+    ],
+)
+def test_path_of_the_layer(inside, path):
+    assert parts.module_path(f"{BLOCK}/{inside}") == f"stages_2_11/{path}"
+
+
 def make(target, kernels, collectives=()):
     """Returns a compiled step with a batch of 2 per device."""
     program = Program(kernels, list(collectives), 0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -48,6 +49,21 @@ class SeparableProjection(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
         return _project(x, [self], train)[0]
 
+    def affine(
+        self, sums: Float[Array, "n 2 C"] | None, number: int, pixels: int
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """Returns BatchNorm as factors and offsets of the channels.
+
+        Args:
+          sums: sums over the maps of several projections (n, 2, C), see
+            :func:`ops.depthwise_branches`; None: the running statistics are taken.
+          number: number of this projection among them.
+          pixels: number of values of a channel on this device.
+        """
+        with jax.named_scope("norm"):  # `compile` finds the purpose of a sum over devices by it
+            own = None if sums is None else sums[number]
+        return self.norm(own, self.channels, pixels, use_running_average=sums is None)
+
 
 def _project(
     x: Float[Array, "B H W C"], projections: Sequence[SeparableProjection], train: bool
@@ -62,16 +78,10 @@ def _project(
     Returns:
       n maps (B, H, W, C) in the type of ``x``.
     """
-    channels = x.shape[-1]
     kernels = tuple(projection.depthwise()[0] for projection in projections)
     maps, sums = ops.depthwise_branches(x, kernels, with_sums=train)
-    affine = [
-        projection.norm(
-            None if sums is None else sums[i], channels, x.size // channels,
-            use_running_average=not train,
-        )
-        for i, projection in enumerate(projections)
-    ]  # fmt: skip
+    pixels = x.size // x.shape[-1]
+    affine = [projection.affine(sums, i, pixels) for i, projection in enumerate(projections)]
     weights = [projection.pointwise() for projection in projections]
     # The linear layers take the norms along.
     return affine_products(maps, *zip(*weights, strict=True), *zip(*affine, strict=True))

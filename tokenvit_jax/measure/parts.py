@@ -59,8 +59,15 @@ def part_of_task(origin: str) -> str:
 def module_path(origin: str) -> str:
     """Returns the path of the layer in an origin, such as "stages_0_0/attention/qkv"."""
     *path, _ = origin.split("/")
-    parts = [part for part in path if part and not _NO_LAYER.match(part)]
-    layers = [part for part in parts if not part.startswith("jit(") and "." not in part]
+    layers: list[str] = []
+    for part in path:
+        if not part or _NO_LAYER.match(part) or part.startswith("jit("):
+            continue
+        name, *method = part.split(".")  # "q.affine": a method of a layer, behind its name or not
+        if not method:
+            layers.append(part)
+        elif name.isidentifier() and not name[0].isupper() and layers[-1:] != [name]:
+            layers.append(name)
     return "/".join(layers)
 
 
