@@ -153,7 +153,8 @@ def page(rows: list[Row]) -> list[str]:
         that the number is only an upper bound. Collectives are counted in full, as if
         nothing ran beside them; "efficiency" is the share of the step that they leave, on paper
         ([formula](../scale_out.md#efficiency-on-paper)). Launches of TPUs are operations of the
-        program. "Compiled" is the time of all processors together. "Misfits" are kernels that
+        program. "Compiled" is the time of all processors together; "(O1)" marks programs with fewer
+        optimisations, whose floors are up to several times as long. "Misfits" are kernels that
         cannot take their arguments, in whose place the default form runs.
         """,
     )
