@@ -4,6 +4,7 @@
 and the embedded datasets do not need it.
 """
 
+import abc
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ from tokenvit_jax.progress import note, progress
 Pairs = Iterable[tuple[str, dict[str, Any]]]  # keys and examples, as in tensorflow_datasets
 
 
-class TfdsSource:
+class TfdsSource(abc.ABC):
     """Reads one split of a prepared dataset; a subclass decodes the ground truth.
 
     Attributes:
@@ -66,6 +67,7 @@ class TfdsSource:
         """Returns the stored record with an index; images are still encoded."""
         return self._records[index]
 
+    @abc.abstractmethod
     def ground_truth(self, features: dict[str, Any], image: Image.Image) -> Record:
         """Returns the fields of a record besides "id" and "image".
 
@@ -73,7 +75,6 @@ class TfdsSource:
           features: the stored record.
           image: the decoded image of the record.
         """
-        raise NotImplementedError
 
     def _name_with(self, index: int, file: str) -> str:
         return f"{self._name} split {self._split!r}, record {index}{f' ({file})' if file else ''}"
@@ -323,13 +324,10 @@ def write_splits(
             return tfds.core.DatasetInfo(builder=self, features=all_features, **info)
 
         def _split_generators(self, dl_manager):
-            return {
-                split: progress(_some(pairs, split), f"preparing {folder} {split}", "example")
-                for split, pairs in splits.items()
-            }
+            return {split: self._generate_examples(split, pairs) for split, pairs in splits.items()}
 
-        def _generate_examples(self):
-            raise NotImplementedError  # `_split_generators` returns the generators themselves
+        def _generate_examples(self, split, pairs):
+            return progress(_some(pairs, split), f"preparing {folder} {split}", "example")
 
     builder = Builder(config=config or None, data_dir=str(data_dir), file_format="array_record")
     with writing(data_dir / folder, kinds=(RuntimeError,)):  # also of the writer in C++

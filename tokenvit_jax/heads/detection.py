@@ -1,5 +1,6 @@
 """What the heads of detectors share: targets, detections, and losses of groups of images."""
 
+import abc
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Detections(NamedTuple):
     masks: jax.Array | None = None
 
 
-class DetectorHead(Head):
+class DetectorHead(Head, abc.ABC):
     """Base of the heads of detectors.
 
     A loss is a sum over the images of a group, divided by a count of the group, so that the mean
@@ -93,6 +94,7 @@ class DetectorHead(Head):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    @abc.abstractmethod
     def __call__(
         self, maps: list[jax.Array], strides: tuple[int, ...], image_size: jax.Array
     ) -> Detections:
@@ -103,8 +105,8 @@ class DetectorHead(Head):
           strides: strides of the maps [pixels].
           image_size: height and width of each image in its canvas (B, 2) [pixels].
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def losses(
         self, maps: list[jax.Array], strides: tuple[int, ...], targets: Targets, keys: jax.Array
     ) -> dict[str, jax.Array]:
@@ -116,7 +118,6 @@ class DetectorHead(Head):
           targets: the objects.
           keys: a random key for each image (B,).
         """
-        raise NotImplementedError
 
     def per_group(self, sums: jax.Array, counts: jax.Array) -> jax.Array:
         """Returns the sums of groups over the counts of groups, from values of images (B,)."""

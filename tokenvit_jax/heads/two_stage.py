@@ -4,6 +4,7 @@ References:
   He et al. 2017, "Mask R-CNN"; MMDetection Contributors, "MMDetection" (2018).
 """
 
+import abc
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -124,6 +125,7 @@ class TwoStageHead(DetectorHead):
         """Returns what the heads read, for the levels and their strides."""
         return Pyramid(levels, strides)
 
+    @abc.abstractmethod
     def roi_losses(
         self, pyramid: Pyramid, proposals: Proposals, targets: Targets, keys: jax.Array
     ) -> dict[str, jax.Array]:
@@ -135,17 +137,16 @@ class TwoStageHead(DetectorHead):
           targets: the objects.
           keys: a random key for each image (B,).
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def classify(self, pyramid: Pyramid, boxes: jax.Array, image_size: jax.Array) -> Candidates:
         """Returns boxes and probabilities of the classes for proposals (B, n, 4)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def mask_probabilities(
         self, pyramid: Pyramid, boxes: jax.Array, classes: jax.Array
     ) -> jax.Array:
         """Returns masks (B, n, 28, 28) in boxes (B, n, 4), of objects of the classes (B, n)."""
-        raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------
     # Training

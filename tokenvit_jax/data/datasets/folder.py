@@ -11,6 +11,7 @@ suffix. `classes.txt` names one class per line, for the values 0, 1, ...; 255 do
 Everything that Pillow reads is an image; hidden files and folders are passed over.
 """
 
+import abc
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return names
 
 
-class _Files:
+class _Files(abc.ABC):
     """The image files of a split."""
 
     def __init__(self, folder: Path, split: str, paths: Sequence[str]):
@@ -165,8 +166,9 @@ class _Files:
         except UserError as error:
             raise UserError(f"{self.name(index)}: {error}") from error
 
+    @abc.abstractmethod
     def _fields(self, index: int) -> Record:
-        raise NotImplementedError
+        """Returns the fields of a record besides "id"."""
 
 
 class ClassFiles(_Files):
