@@ -217,7 +217,9 @@ CALLS = {
     ],
     "depthwise_block.block_forward": [
         ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
-         {"block": Block(with_sums=True), "interpret": True}),
+         {"block": Block(activate=True, with_sums=True), "differentiable": flag,
+          "interpret": True})
+        for flag in (True, False)
     ],
     "depthwise_block.branches_forward": [
         ((floats(2, 3, 2, 5), floats(3, 3, 3, 5)), {"with_sums": flag, "interpret": True})
