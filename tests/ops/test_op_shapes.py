@@ -24,6 +24,7 @@ CONTEXTS = (
     "platforms.default_forms",
     "platforms.kernels_traced_once",
     "platforms.noted_misfits",
+    "platforms.traced_for",
 )
 FUNCTIONS = {
     name: function
@@ -391,6 +392,7 @@ CALLS = {
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
+    "platforms.platform_of": [((jax.devices("cpu")[0],), {})],
     "precise_product.precise_product": [(("bnc,bmc->bnm", TOKENS, floats(2, 4, 7)), {})],
     "reconstruct_tokens.reconstruct_tokens": [
         ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),
