@@ -148,7 +148,7 @@ def page(rows: list[Row]) -> list[str]:
         `compile` does ([compiling](../compiling.md)). Each device sees as many images as in the
         recipe, at most {MOST}, or fewer where these do not fit into its memory. "Floor" is the
         least time of the kernels; "images/s" is for all devices. Its range for GPUs comes from
-        training steps on one H200: floors were .57 to .67 of the measured times of kernels, and
+        training steps on one H200: floors were .58 to .67 of the measured times of kernels, and
         floors without the instructions of kernels .37 to .57. On TPUs nothing was measured, so
         that the number is only an upper bound. Collectives are counted in full, as if
         nothing ran beside them; "efficiency" is the share of the step that they leave, on paper

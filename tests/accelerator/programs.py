@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from tokenvit_jax.kernels.platforms import kernels_traced_once
+from tokenvit_jax.kernels.platforms import traced_for
 
 MAX_AT_ONCE = 6
 
@@ -16,7 +16,7 @@ def lower(function: Callable, inputs: Any, device: jax.Device, dtype: str) -> ja
     precision = "highest" if dtype == "float32" else None
     placed = jax.device_put(inputs, device)
     place, products = jax.default_device(device), jax.default_matmul_precision(precision)
-    with place, products, kernels_traced_once():
+    with place, products, traced_for(device):
         return jax.jit(function).lower(*placed)
 
 

@@ -105,6 +105,8 @@ def with_bound(kind, bound, start="0", guard="%p1"):
         (with_bound("lt.u32", 192, start="-64"), 4),  # 0 after the first round
         (with_bound("ge.s32", 300, guard="!%p1"), 5),
         (with_bound("ne.b32", 128, start="%ctaid.x"), 2),  # of the first block
+        # The register with the start has another value later.
+        (LOOP.replace("    setp", "    add.s32 %r5, %r5, 1;\n    setp"), 10),
         (with_bound("ne.b32", "%r7"), None),
         (LOOP.replace("mov.b32 %r5, 0", "ld.global.b32 %r5, [%rd1]"), None),
         (LOOP.replace("    setp", "    @%p2 add.s32 %r1, %r1, 64;\n    setp"), None),

@@ -199,7 +199,8 @@ def test_block_equals_its_layers():
     between = x + apply(attention, "attention", apply(norm, "norm1", x), False)
     expected = between + apply(ffn, "ffn", apply(norm, "norm2", between))
     output = block.apply({"params": params}, x, False)
-    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    # The programs divide the layers differently among loops, which round differently.
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def test_adaptive_numbers_follow_the_content():

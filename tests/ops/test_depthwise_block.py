@@ -125,6 +125,27 @@ def test_kernels_equal_the_form_of_xla(monkeypatch, block, shape, dtype):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
 
 
+def test_only_gradients_need_what_is_in_front_of_the_activation(monkeypatch):
+    *inputs, _, _ = arrays((1, 2, 3, 16), np.float32)
+    stored = []
+
+    def by_kernel(operator, *args, cuda, **_):
+        results = cuda(*args, interpret=True)
+        if operator == "depthwise block":
+            stored.append(results[1] is not None)
+        return results
+
+    for name in ("depthwise_conv", "gelu"):  # hidden by their functions
+        module = importlib.import_module(f"tokenvit_jax.ops.{name}")
+        monkeypatch.setattr(module, "by_platform", by_kernel)
+    run = functools.partial(of_block, EVERYTHING)
+    y, sums = jax.jit(run)(*inputs)
+    (z, more_sums), _ = jax.jit(functools.partial(jax.vjp, run))(*inputs)
+    assert stored == [False, True]
+    np.testing.assert_allclose(y, z, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(sums, more_sums, rtol=1e-5)
+
+
 def of_branches(x, *kernels):
     # Inside their jit, so that they are traced again when the forms are replaced.
     return ops.depthwise_branches.__wrapped__(x, kernels, with_sums=True)

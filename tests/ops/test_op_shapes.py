@@ -24,6 +24,7 @@ CONTEXTS = (
     "platforms.default_forms",
     "platforms.kernels_traced_once",
     "platforms.noted_misfits",
+    "platforms.traced_for",
 )
 FUNCTIONS = {
     name: function
@@ -217,7 +218,9 @@ CALLS = {
     ],
     "depthwise_block.block_forward": [
         ((floats(2, 3, 2, 5), floats(3, 3, 5), None, None, None, None),
-         {"block": Block(with_sums=True), "interpret": True}),
+         {"block": Block(activate=True, with_sums=True), "differentiable": flag,
+          "interpret": True})
+        for flag in (True, False)
     ],
     "depthwise_block.branches_forward": [
         ((floats(2, 3, 2, 5), floats(3, 3, 3, 5)), {"with_sums": flag, "interpret": True})
@@ -389,6 +392,7 @@ CALLS = {
     "platforms.device_batch": [((2,), {})],
     "platforms.num_devices": [((), {})],
     "platforms.on_each_device": [((jnp.sum,), {})],
+    "platforms.platform_of": [((jax.devices("cpu")[0],), {})],
     "precise_product.precise_product": [(("bnc,bmc->bnm", TOKENS, floats(2, 4, 7)), {})],
     "reconstruct_tokens.reconstruct_tokens": [
         ((TOKENS, floats(2, 6, 7), floats(2, 6, 9)),

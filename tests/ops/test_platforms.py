@@ -1,6 +1,8 @@
 """The choice between the forms of an operator, under jit over a mesh, pmap, vmap and shard_map."""
 
 import functools
+import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,40 @@ def test_default_forms_only(operator):
     with platforms.default_forms():
         assert not branches()
     assert branches()
+
+
+class Device(NamedTuple):
+    platform: str
+    version: str = ""
+
+    @property
+    def client(self):
+        return types.SimpleNamespace(platform_version=self.version)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (jax.devices("cpu")[0], ["default"]),
+        (Device("gpu", "PJRT C API\nNVIDIA H100 80GB HBM3"), ["cuda"]),
+        (Device("gpu", "PJRT C API\nrocm 60202"), ["default"]),
+        (Device("tpu"), ["default"]),
+    ],
+)
+def test_only_the_forms_of_a_device(operator, device, expected):
+    """What was traced for any device is not taken for one, nor the other way round."""
+    traced = []
+
+    def form(name):
+        return lambda x: traced.append(name) or 2 * x
+
+    forms = {"default": form("default"), "cuda": form("cuda")}
+    run = jax.jit(lambda x: platforms.by_platform(operator, x, **forms))
+    run.trace(jnp.ones(2))
+    with platforms.traced_for(device):
+        run.trace(jnp.ones(2))
+    run.trace(jnp.ones(2))
+    assert traced == ["cuda", "default", *expected]
 
 
 @pytest.mark.parametrize(

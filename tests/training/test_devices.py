@@ -17,6 +17,7 @@ from small_model import NUM_CLASSES, SmallModel, random_batch, small_config
 
 from tokenvit_jax import ops
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.kernels import platforms
 from tokenvit_jax.ops.batch_norm import DeviceGroups
 from tokenvit_jax.tasks import Outcome
 from tokenvit_jax.training import devices, processes
@@ -143,7 +144,8 @@ def test_gradients_travel_in_the_type_of_the_config(kind):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_gpus_gradients_travel_as_one_vector(dtype):
+def test_on_gpus_gradients_travel_as_one_vector(monkeypatch, dtype):
+    monkeypatch.setattr(platforms, "platform_of", lambda _: "cuda")
     config, parallel = mixing_config(), devices.MeshParallel()
     config.gradient_reduce_dtype = dtype
     step, state = start(parallel, config)
@@ -184,7 +186,8 @@ def test_options_of_a_deterministic_step_are_for_gpus(monkeypatch):
         jax, "jit", lambda *args, compiler_options, **kw: given.append(compiler_options)
     )
     for platform, expected in (("cpu", None), ("gpu", {"xla_gpu_deterministic_ops": True})):
-        device = types.SimpleNamespace(platform=platform)
+        client = types.SimpleNamespace(platform_version="")
+        device = types.SimpleNamespace(platform=platform, client=client)
         with monkeypatch.context() as patch:
             mesh = types.SimpleNamespace(shape={"fsdp": 1})
             patch.setattr(jax, "make_mesh", lambda *args, mesh=mesh, **kw: mesh)

@@ -80,10 +80,11 @@ def read_kernels(text: str) -> dict[str, Counts]:
 
 def _count(body: str) -> Counts:
     statements, labels = _statements(body)
-    graph, counters = Graph.of(statements, labels), Counters(statements)
+    graph = Graph.of(statements, labels)
+    counters = Counters(statements, graph)
     times, unknown = [1.0] * len(graph.blocks), 0
     for loop in graph.loops():
-        rounds = counters.rounds(graph, loop)
+        rounds = counters.rounds(loop)
         unknown += rounds is None
         for block in loop.blocks:
             times[block] *= rounds or 1

@@ -25,28 +25,30 @@ _PLACE = re.compile(r"%(tid|ctaid)\.[xyz]")
 class Counters:
     """Computes the values of registers of a kernel that depend on constants only."""
 
-    def __init__(self, statements: Sequence[Statement]):
+    def __init__(self, statements: Sequence[Statement], graph: Graph):
         """Reads the instructions of a kernel."""
-        self._statements = statements
+        self._statements, self._graph = statements, graph
+        self._starts = [block.start for block in graph.blocks for _ in range(*block[:2])]
         self._definitions: dict[str, list[int]] = defaultdict(list)
         for number, statement in enumerate(statements):
             for name in _results(statement):
                 self._definitions[name].append(number)
 
-    def rounds(self, graph: Graph, loop: Loop) -> int | None:
+    def rounds(self, loop: Loop) -> int | None:
         """Returns the number of rounds of a loop; None: it depends on data."""
         found = []
-        for number, target in graph.exits(loop):
-            block = graph.blocks[number]
+        for number, target in self._graph.exits(loop):
+            block = self._graph.blocks[number]
             if block.taken is None or block.following is None:
                 continue
-            count = self._evaluations(graph, loop, block.stop - 1, target == block.taken)
+            count = self._evaluations(loop, block.stop - 1, target == block.taken)
             if count is not None:  # at the end of a round, or at its beginning
                 found.append(count if number in loop.latches else max(1, count - 1))
         return min(found, default=None)
 
-    def _evaluations(self, graph: Graph, loop: Loop, branch: int, leaving: bool) -> int | None:
+    def _evaluations(self, loop: Loop, branch: int, leaving: bool) -> int | None:
         """Returns how often a branch runs until it is taken (leaving), or is not."""
+        graph = self._graph
         blocks = [graph.blocks[number] for number in graph.order() if number in loop.blocks]
         places = [number for block in blocks for number in range(block.start, block.stop)]
         inside = {number: place for place, number in enumerate(places)}
@@ -103,13 +105,21 @@ class Counters:
             return None
         values = {}
         for name in _registers(statement):
-            definitions = self._definitions[name]
-            value = self._constant(definitions[0], depth + 1) if len(definitions) == 1 else None
+            definition = self._definition(name, number)
+            value = None if definition is None else self._constant(definition, depth + 1)
             if value is None:
                 return None
             values[name] = value
         self._run(number, values)
         return values[_operands(statement)[0]]
+
+    def _definition(self, name: str, number: int) -> int | None:
+        """Returns the instruction that writes what instruction ``number`` reads; None: unknown."""
+        definitions = self._definitions[name]
+        before = [one for one in definitions if self._starts[number] <= one < number]
+        if before:  # in the same block: nothing comes between
+            return before[-1]
+        return definitions[0] if len(definitions) == 1 else None
 
     def _run(self, number: int, values: dict[str, int]) -> None:
         """Runs an instruction."""

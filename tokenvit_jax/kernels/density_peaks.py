@@ -25,6 +25,8 @@ from tokenvit_jax.kernels.pieces import range_of, sortable, three_products
 
 # Limits of the kernels: channels of a token, and neighbours that are kept in registers.
 MOST_CHANNELS, MOST_NEIGHBORS = 512, 16
+# Tokens up to which comparing all with all, in one launch, takes no longer than sorting.
+MAX_RANKED = 1024
 # Queries and keys per block, and tokens per round of the kernels without products.
 BLOCK, ROUND = 64, 1024
 # Distance of tokens of 16 bits, in parts of their size, below which they count as equal: their

@@ -59,18 +59,20 @@ def block_forward(
     shift: Float[Array, " C"] | None,
     *,
     block: Block,
+    differentiable: bool,
     interpret: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
     """Returns y and z (B, H, W, C), and the sums of y and y^2 (1, 2, C) in float32.
 
-    z is None unless it differs from y, and the sums are None unless the block has them.
+    z is None unless it differs from y and the block is ``differentiable``; the sums are None unless
+    the block has them.
     """
     grid = Strips.of(x.shape)
     found = run(
         functools.partial(_forward_kernel, block=block, grid=grid), grid,
         {"x": x, "kernel": kernel, "bias": bias, "input_bias": input_bias, "scale": scale,
          "shift": shift},
-        {"y": x, "z": x} if block.activate else {"y": x},
+        {"y": x, "z": x} if block.activate and differentiable else {"y": x},
         sums=2 if block.with_sums else 0, interpret=interpret,
     )  # fmt: skip
     return found["y"], found.get("z"), found.get("sums")
@@ -154,10 +156,9 @@ def _forward_kernel(refs, *, block, grid):
     def emit(j, columns, _, sums):
         for i in range(grid.rows):
             z = _convolved(entries, columns, i, strip.zeros() if bias is None else bias)
-            if block.activate:
+            if "z" in refs:
                 z = strip.store(refs["z"], z, i, j)
-                z = gelu(z)
-            y = strip.store(refs["y"], z, i, j)
+            y = strip.store(refs["y"], gelu(z) if block.activate else z, i, j)
             if block.with_sums:
                 y = strip.of_line(y, i)
                 sums = [sums[0] + y, fma(y, y, sums[1])]

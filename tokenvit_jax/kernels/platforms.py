@@ -69,6 +69,26 @@ def default_forms() -> contextlib.AbstractContextManager[None]:
     return _default_only(True)
 
 
+_platform = jax.make_user_context(None)  # whose forms are traced; None: any may be needed
+
+
+@contextlib.contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """Traces programs in the context for one device: only forms for it, and equal kernels once.
+
+    Elsewhere a program may still be lowered for any platform, so that all forms are traced.
+    """
+    with _platform(platform_of(device)), kernels_traced_once():
+        yield
+
+
+def platform_of(device: jax.Device) -> str:
+    """Returns the platform of a device, as forms name it: "cpu", "cuda", "tpu" or another."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"
+
+
 _traced: ContextVar[dict[Hashable, Callable[..., Any]] | None] = ContextVar("traced", default=None)
 
 
@@ -117,10 +137,10 @@ def by_platform(
     given = {platform: form for platform, form in given.items() if form is not None}
     if given.keys() != FORMS[operator].keys():
         raise KeyError(f"FORMS[{operator!r}] is for {[*FORMS[operator]]}, not {[*given]}")
-    general = _general_misfit(args, shared)
+    general, only = _general_misfit(args, shared), _platform.value
     forms = {}
     for platform in [name for name in given if name != "default"]:  # in order, for caches
-        if platform != "cpu" and _default_only.value:
+        if only not in (None, platform) or (platform != "cpu" and _default_only.value):
             continue
         reason = None if platform == "cpu" else general or misfits.get(platform)
         if platform == "cuda":
@@ -131,7 +151,9 @@ def by_platform(
             forms[platform] = cpu
         elif os.environ.get("TOKENVIT_JAX_KERNELS") != "off":
             forms[platform] = on_each_device(_traced_once(given[platform]), shared)
-    return lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
+    if only is not None or not forms:
+        return forms.get(only, default)(*args)
+    return lax.platform_dependent(*args, **forms, default=default)
 
 
 def on_each_device(run: Callable[..., Any], shared: tuple[int, ...] = ()) -> Callable[..., Any]:

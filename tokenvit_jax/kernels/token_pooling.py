@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.arithmetic import fma
 from tokenvit_jax.kernels.pieces import three_products
 
 # One row of products must fit into the registers of a program.
@@ -57,7 +58,8 @@ def kmedoids_of_images(
         "medoids": ((num_clusters,), jnp.int32),
         "assignment": ((length,), jnp.int32),
         "counts": ((num_clusters,), jnp.int32),
-        "products": ((length, _stride(length)), jnp.float32),
+        "distances": ((length, _stride(length)), jnp.float32),
+        "squares": ((length,), jnp.float32),
     }
     # 32 products per thread; three TF32 products need twice the registers of a thread.
     num_warps = _num_warps(length, 16 if tokens.dtype.itemsize == 2 else 8)
@@ -160,6 +162,8 @@ class _Layout:
       padded: the power of two from N on.
       column: numbers of tokens, along rows of products (padded,).
       exists: whether a token has this number (padded,).
+      stored: whether a row of a matrix has this column (padded,); the columns beyond the tokens
+        allow loads of four numbers at a time.
       first: 0, where jax does not see it: jax 0.12 refuses slices that are known to end beyond an
         array, even if they are masked.
       rows: rows of products, or clusters, that are in registers together.
@@ -173,6 +177,7 @@ class _Layout:
         self.padded = _padded(length)
         self.column = _arange(self.padded)
         self.exists = self.column < length
+        self.stored = self.column < _stride(length)
         self.first = pl.program_id(0) * 0
         self.rows = min(1024 * num_warps // self.padded, 64)
         self.three = three_products(interpret)
@@ -187,29 +192,20 @@ class _Layout:
 
 
 def _kmedoids(refs, layout, iterations):
-    medoids, assignment, products = (refs[x] for x in ("medoids", "assignment", "products"))
+    medoids, assignment, distances = (refs[x] for x in ("medoids", "assignment", "distances"))
     length, num_clusters, rows = layout.length, layout.num_clusters, layout.rows
     column, exists = layout.column, layout.exists
 
-    _multiply_tokens(refs["tokens"], products, layout)
+    _multiply_tokens(refs["tokens"], distances, layout)
     _each_block(
         num_clusters, rows,
         lambda at, _, valid: _store(medoids, at, _load(refs["initial"], at, valid), valid),
     )  # fmt: skip
     layout.barrier()
-    square = plt.load(products.at[column, column], mask=exists, other=0.0)
-
-    def distances(token, block):
-        """Returns squared distances (rows, padded) of some tokens (rows,) to all tokens."""
-        own = plt.load(products.at[token, token])
-        apart = jnp.maximum(own[:, None] + square[None] - 2 * block, 0.0)
-        return jnp.where(token[:, None] == column[None], 0.0, apart)
+    _to_distances(distances, refs["squares"], layout)
 
     def to_medoids(at, valid):
-        token = _load(medoids, at, valid)
-        mask = valid[:, None] & exists[None]
-        block = plt.load(products.at[token[:, None], column[None]], mask=mask, other=0.0)
-        return distances(token, block)
+        return _load_rows(distances, _load(medoids, at, valid), valid, layout, other=jnp.inf)
 
     def costs(cluster):
         """Returns the weighted distance of each token to the tokens of its cluster (padded,)."""
@@ -218,37 +214,61 @@ def _kmedoids(refs, layout, iterations):
             at = i * rows
             token = at + _arange(rows)
             valid = token < length
-            block = _load_rows(products, at, valid, layout)
-            apart = distances(jnp.where(valid, token, 0), block)
-            same = _load(refs["assignment"], at, valid)[:, None] == cluster[None]
-            weight = _load(refs["weights"], at, valid)
-            counts = same & valid[:, None] & exists[None]
-            return cost + jnp.where(counts, apart * weight[:, None], 0.0).sum(0)
+            block = _load_rows(distances, token, valid, layout)
+            same = _load(assignment, at, valid, other=_NONE)[:, None] == cluster[None]
+            weight = _load(refs["weights"], at, valid)[:, None]
+            return fma(block, jnp.where(same, weight, 0.0), cost)
 
-        return lax.fori_loop(0, pl.cdiv(length, rows), step, jnp.zeros(layout.padded, jnp.float32))
+        zeros = jnp.zeros((rows, layout.padded), jnp.float32)
+        return lax.fori_loop(0, pl.cdiv(length, rows), step, zeros).sum(0)
 
-    def move(_, carry):
+    def assign():
         cluster = _assign(to_medoids, layout)
         _store(assignment, layout.first, cluster, exists)
+        return jnp.where(exists, cluster, -1)
+
+    def move():
+        """Moves the medoids once; returns whether any has changed."""
+        cluster = assign()
         layout.barrier()
         cost = costs(cluster)
 
-        def step(at, number, valid):
-            member = (number[:, None] == cluster[None]) & exists[None]
-            least = jnp.where(member, cost[None], jnp.inf).min(1)
-            best = jnp.where(member & (cost[None] == least[:, None]), column[None], _NONE).min(1)
+        def step(at, number, valid, moved):
+            of_members = jnp.where(number[:, None] == cluster[None], cost[None], jnp.inf)
+            least = of_members.min(1)
+            best = jnp.where(of_members == least[:, None], column[None], _NONE).min(1)
+            before = _load(medoids, at, valid)
+            layout.barrier()  # all threads must agree on what has moved
             # A cluster is empty only if its medoid equals an earlier one.
-            medoid = jnp.where(best < length, best, _load(medoids, at, valid))
+            medoid = jnp.where(least < jnp.inf, best, before)
             _store(medoids, at, medoid, valid)
+            return moved | (valid & (medoid != before)).astype(jnp.int32)
 
-        _each_block(num_clusters, rows, step)
+        moved = _over_blocks(num_clusters, rows, step, jnp.zeros(rows, jnp.int32))
         layout.barrier()
-        return carry
+        return moved.max()
 
-    lax.fori_loop(0, iterations, move, 0)
-    cluster = _assign(to_medoids, layout)
-    _store(assignment, layout.first, cluster, exists)
+    # Once no medoid moves, none moves later.
+    lax.fori_loop(0, iterations, lambda _, moved: lax.cond(moved > 0, move, lambda: moved), 1)
+    cluster = assign()
     _count(refs["counts"], cluster, layout)
+
+
+def _to_distances(products, squares, layout):
+    """Replaces products of all tokens with all by squared distances; equal tokens are 0 apart."""
+    column = layout.column
+    square = plt.load(products.at[column, column], mask=layout.exists, other=0.0)
+    _store(squares, layout.first, square, layout.exists)
+    layout.barrier()
+
+    def step(start, token, valid):
+        own, block = _load(squares, start, valid), _load_rows(products, token, valid, layout)
+        apart = jnp.maximum(own[:, None] + square[None] - 2 * block, 0.0)
+        apart = jnp.where(token[:, None] == column[None], 0.0, apart)
+        _store_rows(products, token, apart, valid, layout)
+
+    _each_block(layout.length, layout.rows, step)
+    layout.barrier()
 
 
 def _kmeans(refs, layout, iterations):
@@ -265,12 +285,11 @@ def _kmeans(refs, layout, iterations):
     _multiply_tokens(refs["tokens"], products, layout)
     layout.barrier()
 
-    def start(at, _, valid):
+    def start(at, number, valid):
         token = _load(refs["initial"], at, valid)
-        mask = valid[:, None] & exists[None]
-        block = plt.load(products.at[token[:, None], column[None]], mask=mask, other=0.0)
-        _store_rows(sums, at, block, valid, layout)
-        _store_rows(shares, at, jnp.where(token[:, None] == column[None], 1.0, 0.0), valid, layout)
+        share = jnp.where(token[:, None] == column[None], 1.0, 0.0)
+        _store_rows(sums, number, _load_rows(products, token, valid, layout), valid, layout)
+        _store_rows(shares, number, share, valid, layout)
         _store(squares, at, plt.load(products.at[token, token]), valid)
 
     _each_block(num_clusters, rows, start)
@@ -281,26 +300,26 @@ def _kmeans(refs, layout, iterations):
 
     def to_centers(at, valid):
         # Squared distances without |x|^2, which is the same for all centres.
-        block = _load_rows(sums, at, valid, layout)
-        return _load(squares, at, valid)[:, None] - 2 * block
+        block = _load_rows(sums, at + _arange(rows), valid, layout)
+        return _load(squares, at, valid, other=jnp.inf)[:, None] - 2 * block
 
     def move(_, carry):
         cluster = _assign(to_centers, layout)
         _store(refs["members"], layout.first, cluster, exists)
 
-        def share(at, number, valid):
+        def share(_, number, valid):
             part = jnp.where((number[:, None] == cluster[None]) & exists[None], weight[None], 0.0)
             total = part.sum(1)
             # An empty cluster keeps its centre.
-            _store_rows(shares, at, part / total[:, None], valid & (total > 0), layout)
+            _store_rows(shares, number, part / total[:, None], valid & (total > 0), layout)
 
         _each_block(num_clusters, rows, share)
         layout.barrier()
         _multiply(shares, products, sums, length, layout)
         layout.barrier()
 
-        def square(at, _, valid):
-            part, block = (_load_rows(x, at, valid, layout) for x in (shares, sums))
+        def square(at, number, valid):
+            part, block = (_load_rows(x, number, valid, layout) for x in (shares, sums))
             _store(squares, at, (part * block).sum(1), valid)
 
         _each_block(num_clusters, rows, square)
@@ -323,16 +342,15 @@ def _assign(distances, layout):
     """Returns the nearest cluster of each token (padded,), ties to the lowest.
 
     Args:
-      distances: (start, valid) -> distances of some clusters to all tokens (rows, padded).
+      distances: (start, valid) -> distances of some clusters to all tokens (rows, padded); inf for
+        clusters that are not valid.
       layout: sizes of blocks.
     """
     rows = layout.rows
 
     def step(i, nearest):
         cluster = i * rows + _arange(rows)
-        valid = cluster < layout.num_clusters
-        mask = valid[:, None] & layout.exists[None]
-        apart = jnp.where(mask, distances(i * rows, valid), jnp.inf)
+        apart = distances(i * rows, cluster < layout.num_clusters)
         least = apart.min(0)
         index = jnp.where(apart == least[None], cluster[:, None], _NONE).min(0)
         closer = least < nearest[1]
@@ -400,20 +418,29 @@ def _multiply(left, right, result, depth, layout, tile=64, chunk=32):
 def _each_block(count, size, run):
     """Calls ``run(start, numbers, valid)`` for blocks of the numbers below ``count``."""
 
-    def step(i, carry):
-        number = i * size + _arange(size)
-        run(i * size, number, number < count)
+    def step(start, number, valid, carry):
+        run(start, number, valid)
         return carry
 
-    lax.fori_loop(0, pl.cdiv(count, size), step, 0)
+    _over_blocks(count, size, step, 0)
+
+
+def _over_blocks(count, size, run, carry):
+    """Returns ``carry`` after ``run(start, numbers, valid, carry)`` for blocks of the numbers."""
+
+    def step(i, carry):
+        number = i * size + _arange(size)
+        return run(i * size, number, number < count, carry)
+
+    return lax.fori_loop(0, pl.cdiv(count, size), step, carry)
 
 
 def _arange(size):
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def _load(numbers, start, valid):
-    return plt.load(numbers.at[pl.ds(start, valid.shape[0])], mask=valid, other=0)
+def _load(numbers, start, valid, other=0):
+    return plt.load(numbers.at[pl.ds(start, valid.shape[0])], mask=valid, other=other)
 
 
 def _store(numbers, start, values, valid):
@@ -421,14 +448,14 @@ def _store(numbers, start, values, valid):
     plt.store(at, values.astype(numbers.dtype), mask=valid)
 
 
-def _load_rows(matrix, start, valid, layout):
-    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(layout.first, layout.padded)]
-    return plt.load(at, mask=valid[:, None] & layout.exists[None], other=0.0)
+def _load_rows(matrix, row, valid, layout, other=0.0):
+    at = matrix.at[row[:, None], layout.column[None]]
+    return plt.load(at, mask=valid[:, None] & layout.stored[None], other=other)
 
 
-def _store_rows(matrix, start, values, valid, layout):
-    at = matrix.at[pl.ds(start, valid.shape[0]), pl.ds(layout.first, layout.padded)]
-    plt.store(at, values, mask=valid[:, None] & layout.exists[None])
+def _store_rows(matrix, row, values, valid, layout):
+    at = matrix.at[row[:, None], layout.column[None]]
+    plt.store(at, values, mask=valid[:, None] & layout.stored[None])
 
 
 def _load_block(matrix, row, column, size, num_columns=None):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenvit_jax.kernels.platforms import kernels_traced_once
+from tokenvit_jax.kernels.platforms import traced_for
 
 Name = TypeVar("Name", bound=Hashable)
 Built = TypeVar("Built")
@@ -59,7 +59,7 @@ def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = 
       donate_argnums: positions of the arguments whose memory the results may reuse.
     """
     start = time.perf_counter()
-    with kernels_traced_once():
+    with traced_for(jax.devices()[0]):
         lowered = jax.jit(fn, donate_argnums=donate_argnums).trace(*args).lower()
     traced = time.perf_counter()
     compiled = lowered.compile()

@@ -385,7 +385,8 @@ def _centers(peaks, mask, num_clusters):
         order, places = kernels.ranks(score)
         return order[:, :num_clusters], places
 
-    return by_platform("cluster centers", score, default=select, cuda=by_ranks)
+    on_gpu = by_ranks if score.shape[1] <= kernels.MAX_RANKED else select
+    return by_platform("cluster centers", score, default=select, cuda=on_gpu)
 
 
 def _nearest_center_on_gpu(tokens, mask, centers, num_used):

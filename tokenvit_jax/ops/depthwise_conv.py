@@ -172,24 +172,32 @@ def _check(x, kernel):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(block, x, kernel, bias, input_bias, scale, shift):
-    return _block_forward(block, x, kernel, bias, input_bias, scale, shift)[0]
+def _block(block, *arrays):
+    y, _, sums = _run_block(block, *arrays, differentiable=False)
+    return y, sums
 
 
-def _block_forward(block, x, kernel, bias, input_bias, scale, shift):
-    form = functools.partial(_forward_by_xla, block=block)
+def _block_forward(block, *arrays):
+    y, z, sums = _run_block(block, *arrays, differentiable=True)
+    z = y if block.with_sums and not block.activate else z
+    x, *vectors = arrays
+    return (y, sums), (x, z, *vectors)
+
+
+def _run_block(block, x, kernel, bias, input_bias, scale, shift, *, differentiable):
+    """Returns the result, what is in front of its activation if a gradient needs it, and sums."""
+    options = {"block": block, "differentiable": differentiable}
+    form = functools.partial(_forward_by_xla, **options)
     y, z, sums = by_platform(
         "depthwise block", x, kernel, bias, input_bias, scale, shift,
         cpu=functools.partial(form, convolve=convolve_by_shifts, store=_stored),
         default=functools.partial(form, convolve=convolve_by_library),
         tpu=functools.partial(form, convolve=convolve_on_tpu),
-        cuda=functools.partial(block_kernels.block_forward, block=block),
+        cuda=functools.partial(block_kernels.block_forward, **options),
         misfits={"cuda": block_kernels.misfit(x.shape, kernel.shape)},
         shared=(1, 2, 3, 4, 5),
     )  # fmt: skip
-    z = y if block.with_sums and not block.activate else z
-    residuals = x, z, kernel, bias, input_bias, scale, shift
-    return (y, None if sums is None else sums.sum(0)), residuals
+    return y, z, None if sums is None else sums.sum(0)
 
 
 def _block_backward(block, residuals, cotangents):
@@ -285,22 +293,23 @@ _defer_gelu.defvjp(_defer_gelu_forward, _defer_gelu_backward)
 
 
 def _forward_by_xla(
-    x, kernel, bias, input_bias, scale, shift, *, block, convolve, store=lambda y: y
-):
+    x, kernel, bias, input_bias, scale, shift, *, block, differentiable, convolve,
+    store=lambda y: y,
+):  # fmt: skip
     u = _input(x, input_bias, scale, shift, block.deferred)[0]
     z = convolve(u, kernel.astype(x.dtype))
     z = z if bias is None else z + bias.astype(x.dtype)
     z = u + z if block.residual else z
     y = store(gelu(z)) if block.activate else z
     sums = per_device(_sums_of_squares(y)) if block.with_sums else None
-    return y, z if block.activate else None, sums
+    return y, z if block.activate and differentiable else None, sums
 
 
 def _branches_by_xla(x, kernels, *, block, convolve):
-    found = [
-        _forward_by_xla(x, kernel, *[None] * 4, block=block, convolve=convolve)
-        for kernel in kernels
-    ]
+    convolved = functools.partial(
+        _forward_by_xla, block=block, differentiable=False, convolve=convolve
+    )
+    found = [convolved(x, kernel, *[None] * 4) for kernel in kernels]
     ys, _, sums = zip(*found, strict=True)
     return list(ys), jnp.stack(sums, 1) if block.with_sums else None
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.kernels.platforms import kernels_traced_once
+from tokenvit_jax.kernels.platforms import platform_of, traced_for
 from tokenvit_jax.tasks import Outcome
 from tokenvit_jax.training.exchange import FSDP, WHOLE
 
@@ -57,7 +57,8 @@ class MeshParallel:
             devices=devices,
         )
         self.axis_name = _AXES if len(devices) > 1 else None
-        on_gpu = devices[0].platform in ("gpu", "cuda")
+        self._device = devices[0]  # all are of its kind
+        on_gpu = platform_of(self._device) == "cuda"
         self._options = _DETERMINISTIC if deterministic and on_gpu else None
         self._replicated = NamedSharding(self._mesh, P())
         self._batch_sharding = NamedSharding(self._mesh, _BATCH_SPEC)
@@ -148,7 +149,7 @@ class MeshParallel:
         @functools.wraps(step)
         def on_devices(*args):
             mesh = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
-            with mesh, kernels_traced_once():
+            with mesh, traced_for(self._device):
                 return mapped(*args)
 
         mapped = step
@@ -253,7 +254,8 @@ class PmapParallel:
         return multihost_utils.global_array_to_host_local_array(state, self._global_mesh, P())
 
     def _pmap(self, step: Callable, **options: Any) -> Callable:
-        step = functools.wraps(step)(kernels_traced_once()(step))
+        device = self._global_mesh.devices.flat[0]
+        step = functools.wraps(step)(traced_for(device)(step))
         return jax.pmap(step, axis_name=_PMAP_AXIS, devices=self._devices, **options)
 
 
