@@ -16,6 +16,7 @@ from tokenvit_jax import ops
 from tokenvit_jax.kernels import cluster_sums, cluster_sums_tpu
 from tokenvit_jax.kernels import density_peaks as kernels
 from tokenvit_jax.kernels import density_peaks_tpu as tpu_kernels
+from tokenvit_jax.kernels import top_indices as counting
 from tokenvit_jax.kernels.platforms import by_platform
 
 LENGTH, NEIGHBORS = 130, 5  # three blocks of 64 or two of 128 tokens, the last with 2 tokens
@@ -81,15 +82,6 @@ def test_nearest_neighbors_and_denser(case):
     assert searched > 10 or masked  # the second kernel has work
 
 
-def test_ranks():
-    scores = np.random.default_rng(0).integers(0, 9, (2, LENGTH)).astype(np.float32)
-    scores[0, 5], scores[1, 7:9], scores[1, 30] = np.inf, -np.inf, np.nan
-    order, places = map(np.asarray, jitted("ranks")(scores))
-    expected = np.argsort(np.where(np.isnan(scores), -np.inf, -scores), axis=1, kind="stable")
-    np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(np.take_along_axis(places, order, 1), [np.arange(LENGTH)] * 2)
-
-
 def test_nearest_center():
     x, square, _, _ = points(5, masked=False)
     centers = np.random.default_rng(0).integers(0, LENGTH, (2, 9)).astype(np.int32)
@@ -119,7 +111,8 @@ def platform(request, monkeypatch):
             interpreted = functools.partial(getattr(cluster_sums, kernel), interpret=True)
             monkeypatch.setattr(module, kernel, interpreted, raising=False)
     for module, names in {
-        kernels: "nearest_neighbors nearest_denser ranks nearest_center",
+        kernels: "nearest_neighbors nearest_denser nearest_center",
+        counting: "ranks",
         tpu_kernels: "nearest_neighbors nearest_denser nearest_center",
         cluster_sums_tpu: "means",
     }.items():

@@ -201,7 +201,6 @@ CALLS = {
         ((TOKENS, SQUARES, SQUARES, SQUARES, floats(2, 5, 30), integers(2, 5, 30)), {})
     ],
     "density_peaks.nearest_neighbors": [((TOKENS, SQUARES, SQUARES), {"k": 5, "masked": False})],
-    "density_peaks.ranks": [((SQUARES,), {})],
     "density_peaks.squared_distances": [((SQUARES, SQUARES, jnp.bfloat16), {})],
     "density_peaks.used_clusters": [((PEAKS, integers(2, 5), 0.5), {})],
     "density_peaks_tpu.misfit": [((30, 7, 4, 5, False), {})],
@@ -470,6 +469,7 @@ CALLS = {
     "top_indices.by_counting": [((TOKENS, 3), {"interpret": True})],
     "top_indices.by_sorting": [((TOKENS, 3), {})],
     "top_indices.by_top_k": [((TOKENS, 3), {})],
+    "top_indices.ranks": [((SQUARES,), {})],
     "tpus.has_large_vmem": [((), {})],
     "tpus.vmem_limit": [((), {})],
     "unit_norm.unit_norm": [((TOKENS, 1e-6), {})],

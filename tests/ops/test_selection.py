@@ -1,10 +1,10 @@
-"""Selection of the smallest against sorting."""
+"""Selection of the smallest and the largest against sorting."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenvit_jax.kernels.top_indices import by_counting
+from tokenvit_jax.kernels.top_indices import by_counting, ranks
 from tokenvit_jax.ops.selection import smallest_k
 
 
@@ -27,3 +27,13 @@ def test_largest_by_counting():
         found = by_counting(jnp.asarray(scores), count, interpret=True)
         expected = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
         np.testing.assert_array_equal(found, expected)
+
+
+def test_ranks():
+    """Places of all scores; the last of three blocks has two. NaN comes first."""
+    scores = np.random.default_rng(0).integers(0, 9, (2, 130)).astype(np.float32)
+    scores[0, 5], scores[1, 7:9], scores[1, 30] = np.inf, -np.inf, np.nan
+    order, places = map(np.asarray, jax.jit(lambda x: ranks(x, interpret=True))(scores))
+    expected = np.argsort(np.where(np.isnan(scores), -np.inf, -scores), axis=1, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(np.take_along_axis(places, order, 1), [np.arange(130)] * 2)

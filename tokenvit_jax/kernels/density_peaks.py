@@ -21,13 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from tokenvit_jax.kernels.arithmetic import fma
-from tokenvit_jax.kernels.pieces import range_of, sortable, three_products
+from tokenvit_jax.kernels.pieces import range_of, three_products
 
 # Limits of the kernels: channels of a token, and neighbours that are kept in registers.
 MOST_CHANNELS, MOST_NEIGHBORS = 512, 16
-# Tokens up to which comparing all with all, in one launch, takes no longer than sorting.
-MAX_RANKED = 1024
-# Queries and keys per block, and tokens per round of the kernels without products.
+# Queries and keys per block, and tokens per round of the kernel without products.
 BLOCK, ROUND = 64, 1024
 # Distance of tokens of 16 bits, in parts of their size, below which they count as equal: their
 # resolution. The digits that tensor cores drop would otherwise keep equal tokens apart.
@@ -447,58 +445,8 @@ def _search_kernel(x, square, bias, density, _, __, order, count, found, parent,
 
 
 # ------------------------------------------------------------------------------------------------
-# Clusters
+# Nearest centres
 # ------------------------------------------------------------------------------------------------
-
-
-def ranks(
-    scores: Float[Array, "B N"], *, interpret: bool = False
-) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
-    """Sorts scores by counting, for every score, those that are larger.
-
-    Args:
-      scores: (B, N), no -0 beside +0.
-      interpret: run on a CPU, for tests.
-
-    Returns:
-      The indices in order of falling scores, ties in order of index, and the place of every score
-      in that order (B, N).
-    """
-    batch, length = scores.shape
-    outputs = [
-        jax.ShapeDtypeStruct((batch, _blocks(length) * BLOCK), jnp.int32),
-        jax.ShapeDtypeStruct((batch, length), jnp.int32),
-    ]
-    order, places = _call(_ranks_kernel, (_blocks(length), batch), (scores,), outputs, interpret)
-    return order[:, :length], places
-
-
-def _ordered(scores, index):
-    return sortable(_vector(scores, index, -jnp.inf))
-
-
-def _ranks_kernel(scores, order, places):
-    length = scores.shape[0]
-    block = pl.program_id(0)
-    rows = range_of(block * BLOCK, BLOCK)
-    own = _ordered(scores, rows)[:, None]
-
-    def add(is_first, i, count):
-        key = _ordered(scores, range_of(i * BLOCK, BLOCK))[None]
-        return count + is_first(key).astype(jnp.int32)
-
-    def in_own_block(key):
-        return (key > own) | ((key == own) & (rows[None] < rows[:, None]))
-
-    count = add(in_own_block, block, jnp.zeros((BLOCK, BLOCK), jnp.int32))
-    # Of equal scores, those in blocks before are first, those in blocks behind are not.
-    count = lax.fori_loop(0, block, functools.partial(add, lambda key: key >= own), count)
-    after = functools.partial(add, lambda key: key > own)
-    count = lax.fori_loop(block + 1, _blocks(length), after, count)
-    place = count.sum(1, dtype=jnp.int32)
-    place = jnp.where(rows < length, place, rows)  # every place is written once
-    plt.store(order.at[place], rows)
-    plt.store(places.at[rows], place, mask=rows < length)
 
 
 def nearest_center(

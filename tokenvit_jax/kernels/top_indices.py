@@ -1,5 +1,7 @@
 """Selection of the largest scores, in forms for different machines."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,8 +11,10 @@ from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels.pieces import range_of, sortable
 
-# The comparisons grow with the square of the number of scores.
-MAX_COUNTED = 256
+# The comparisons grow with the square of the number of scores. Up to MAX_RANKED, comparing all with
+# all, in one launch, takes no longer than sorting.
+MAX_COUNTED, MAX_RANKED = 256, 1024
+_BLOCK = 64  # scores that are compared with as many others at once
 
 
 def by_top_k(scores: Float[Array, "... L"], top_k: int) -> Int32[Array, "... k"]:
@@ -84,3 +88,61 @@ def _count_kernel(scores, chosen):
         return carry
 
     lax.fori_loop(0, pl.cdiv(top_k, block), write, 0)
+
+
+def ranks(
+    scores: Float[Array, "B N"], *, interpret: bool = False
+) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+    """Sorts scores by counting, for every score, those that are larger.
+
+    Args:
+      scores: (B, N) in float32, no -0 beside +0.
+      interpret: whether to run without a GPU, for tests.
+
+    Returns:
+      The indices in order of falling scores, ties in order of index, and the place of every score
+      in that order (B, N).
+    """
+    batch, length = scores.shape
+    blocks = pl.cdiv(length, _BLOCK)
+    row = lambda size: pl.BlockSpec((None, size), lambda _, row: (row, 0))  # noqa: E731
+    sizes = blocks * _BLOCK, length
+    order, places = pl.pallas_call(
+        _ranks_kernel,
+        grid=(blocks, batch),
+        in_specs=[row(length)],
+        out_specs=[row(size) for size in sizes],
+        out_shape=[jax.ShapeDtypeStruct((batch, size), jnp.int32) for size in sizes],
+        compiler_params=plt.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="ranks",
+    )(scores)
+    return order[:, :length], places
+
+
+def _ranks_kernel(scores, order, places):
+    length = scores.shape[0]
+    block = pl.program_id(0)
+
+    def block_of(i):
+        index = range_of(i * _BLOCK, _BLOCK)
+        return index, sortable(plt.load(scores.at[index], mask=index < length, other=-jnp.inf))
+
+    rows, own = block_of(block)
+    own = own[:, None]
+
+    def add(is_first, i, count):
+        return count + is_first(block_of(i)[1][None]).astype(jnp.int32)
+
+    def in_own_block(key):
+        return (key > own) | ((key == own) & (rows[None] < rows[:, None]))
+
+    count = add(in_own_block, block, jnp.zeros((_BLOCK, _BLOCK), jnp.int32))
+    # Of equal scores, those in blocks before are first, those in blocks behind are not.
+    count = lax.fori_loop(0, block, functools.partial(add, lambda key: key >= own), count)
+    after = functools.partial(add, lambda key: key > own)
+    count = lax.fori_loop(block + 1, pl.cdiv(length, _BLOCK), after, count)
+    place = count.sum(1, dtype=jnp.int32)
+    place = jnp.where(rows < length, place, rows)  # every place is written once
+    plt.store(order.at[place], rows)
+    plt.store(places.at[rows], place, mask=rows < length)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from tokenvit_jax.kernels import density_peaks as kernels
 from tokenvit_jax.kernels import density_peaks_tpu as tpu_kernels
+from tokenvit_jax.kernels import top_indices as counting
 from tokenvit_jax.kernels.platforms import by_platform
 from tokenvit_jax.ops.counted import counted
 from tokenvit_jax.ops.gather import put, take
@@ -382,10 +383,10 @@ def _centers(peaks, mask, num_clusters):
         return centers, put(jnp.full_like(score, -1, jnp.int32), centers, numbers)
 
     def by_ranks(score):
-        order, places = kernels.ranks(score)
+        order, places = counting.ranks(score)
         return order[:, :num_clusters], places
 
-    on_gpu = by_ranks if score.shape[1] <= kernels.MAX_RANKED else select
+    on_gpu = by_ranks if score.shape[1] <= counting.MAX_RANKED else select
     return by_platform("cluster centers", score, default=select, cuda=on_gpu)
 
 
