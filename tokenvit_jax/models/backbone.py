@@ -1,5 +1,6 @@
 """The contract of every backbone, and of every model that wraps one."""
 
+import abc
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +137,7 @@ class Trainable(nn.Module):
         return super().apply(variables, *args, **kwargs)
 
 
-class Backbone(Trainable):
+class Backbone(Trainable, abc.ABC):
     """A classifier whose maps also serve other tasks.
 
     In training, any linen module may call ``self.sow("losses", name, scalar)``; the step adds the
@@ -261,10 +262,11 @@ class Backbone(Trainable):
         return value
 
     @property
+    @abc.abstractmethod
     def strides(self) -> tuple[int, ...]:
         """Strides of the maps of :meth:`features` [pixels]; :meth:`encode` has the first one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns one map (B, ceil(H / stride), ceil(W / stride), C) for every stride.
 
@@ -272,8 +274,8 @@ class Backbone(Trainable):
           images: (B, H, W, 3) float, H and W from 32.
           train: whether BatchNorm, dropout and routing behave as in training.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode(self, images: jax.Array, train: bool = False) -> Encoded:
         """Returns tokens for a dense head, and the function from its output back to a map.
 
@@ -281,12 +283,12 @@ class Backbone(Trainable):
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
         """
-        raise NotImplementedError
 
     def maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Returns :meth:`features`; a model of another task returns what its head reads."""
         return self.features(images, train)
 
+    @abc.abstractmethod
     def pooled(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the features that the classifier reads, (B, C) in float32.
 
@@ -296,7 +298,6 @@ class Backbone(Trainable):
           images: (B, H, W, 3) float, H and W from 32.
           train: as in :meth:`features`.
         """
-        raise NotImplementedError
 
     def taps(
         self,

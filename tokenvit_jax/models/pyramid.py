@@ -1,5 +1,6 @@
 """Hierarchical backbones: four stages, their maps and the classifier."""
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -80,9 +81,9 @@ class Pyramid(Backbone):
     block_type: ClassVar[type[nn.Module]]
     first_layer = "embeddings_0"
 
+    @abc.abstractmethod
     def embedding(self, stage: int) -> nn.Module:
         """Returns the first layer of a stage, which leaves a quarter of the tokens."""
-        raise NotImplementedError
 
     def stem(self, images: jax.Array, train: bool) -> jax.Array:
         """Returns the input of the first patch embedding."""

@@ -1,5 +1,6 @@
 """Settings that all backbones share, and the check of every setting when it is given."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def _plain(value):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackboneSettings(Checked):
+class BackboneSettings(Checked, abc.ABC):
     """Settings that every backbone has.
 
     Attributes:
@@ -171,9 +172,9 @@ class BackboneSettings(Checked):
         """Raises UserError unless settings that are valid alone fit together."""
 
     @property
+    @abc.abstractmethod
     def num_blocks(self) -> int:
         """Number of blocks of the network."""
-        raise NotImplementedError
 
     def drop_path_of(self, index: int) -> float:
         """Returns the stochastic depth rate of a block; ``index`` counts from 0."""
