@@ -207,13 +207,12 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
         with noted_misfits() as misfits:  # not those of the initialisation, which sees one image
             lowered = step.function.lower(*step.arguments)
     traced = time.perf_counter()
-    own = [misfit for misfit in misfits if misfit.platform == target.device.platform]
     facts = {
         "target": target,
         "mode": mode,
         "batch_per_device": batch,
         "batch_norms": step.batch_norms,
-        "misfits": tuple(dict.fromkeys(own)),
+        "misfits": tuple(dict.fromkeys(misfits)),
         "trace_seconds": traced - start,
     }
     done, program, missing = _compile(lowered, target, step.memory)
