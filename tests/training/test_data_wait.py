@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -66,13 +67,16 @@ def test_no_step_was_started(wait):
     assert wait.seconds >= 0.01
 
 
-def test_a_thread_ends_with_its_wait():
+def test_a_closed_wait_leaves_no_thread_and_no_results():
     before = set(threading.enumerate())
-    wait = DataWait()
+    wait, results = DataWait(), Results(0.2)
     (thread,) = set(threading.enumerate()) - before
+    wait.started(results)
+    deleted = weakref.ref(results)
+    del results
     wait.close()
-    thread.join(10)
     assert not thread.is_alive()
+    assert deleted() is None
 
 
 def test_a_warning_says_what_to_change_and_comes_seldom(caplog):

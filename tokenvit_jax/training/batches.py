@@ -109,7 +109,8 @@ class DataWait:
         self._started = queue.SimpleQueue()  # (number, results) of steps; None: no more
         self._num_started = 0
         self._ended = 0, 0.0  # number of the step that ended last, and time
-        threading.Thread(target=self._note_ends, name="ends of steps", daemon=True).start()
+        self._thread = threading.Thread(target=self._note_ends, name="ends of steps", daemon=True)
+        self._thread.start()
 
     def next(self, batches: Iterator[Any]) -> Any:
         """Returns the next batch."""
@@ -130,8 +131,14 @@ class DataWait:
         self._started.put((self._num_started, results))
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Waits until all steps have ended, and ends the thread.
+
+        A thread that still holds an array when Python ends aborts the process: jax takes Python's
+        lock to delete the array, and a thread that asks for the lock then is stopped where C++ does
+        not allow it.
+        """
         self._started.put(None)
+        self._thread.join()
 
     def _note_ends(self) -> None:
         while (step := self._started.get()) is not None:
