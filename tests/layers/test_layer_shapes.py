@@ -43,6 +43,7 @@ FUNCTIONS = {
     "deformable_attention.initial_offsets": ((2, 3, 4), {}),
     "group_attention.advance_centroids": ((CENTROIDS, 0.9), {}),
     "pale_attention.padded_size": ((6, 4, 3, "vanilla"), {}),
+    "stochastic.drop_branch": ((MAP, floats(2)), {}),
     "stochastic.image_keys": ((KEY, 2, None), {}),
     "window_attention.resize_bias_table": ((floats(9, 5, 2), (5, 3), (2, 3)), {}),
 }
@@ -84,7 +85,7 @@ MODULES = {
         {"scored_by": "all", "size": floats(2, 30)},
     ),
     "stochastic.ChannelDropout": (layers.ChannelDropout(0.5), (MAP, True), {}),
-    "stochastic.DropPath": (layers.DropPath(0.5), (MAP, True), {}),
+    "stochastic.DropPaths": (layers.DropPaths(0.5, 3), (2, True), {}),
     "stochastic.Dropout": (layers.Dropout(0.5), (TOKENS, True), {}),
     "strided_attention.StridedAttention": (layers.StridedAttention(2, 4), (MAP, True), {}),
     "window_attention.CosineWindowAttention": (
@@ -129,12 +130,14 @@ def test_functions_have_the_shapes_that_they_state(name):
 def test_modules_have_the_shapes_that_they_state(name):
     module, args, kwargs = MODULES[name]
     assert type(module) is PUBLIC[name]
+    traced = [arg for arg in args[:1] if not isinstance(arg, int)]
 
     def call(*first):
         # A scope of its own: an attribute of Mlp hides `init`.
+        given = (*first, *args[len(first) :])
         y, _ = nn.apply(
             lambda module, *args: module(*args, **kwargs), module, mutable=True
-        )({}, *first, *args[1:], rngs=RNGS)  # fmt: skip
-        check_call(type(module).__call__, (module, *first, *args[1:]), kwargs, y)
+        )({}, *given, rngs=RNGS)  # fmt: skip
+        check_call(type(module).__call__, (module, *given), kwargs, y)
 
-    jax.eval_shape(call, *args[:1])
+    jax.eval_shape(call, *traced)

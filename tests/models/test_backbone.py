@@ -14,7 +14,7 @@ from sampled import sampled
 import tokenvit_jax as tv
 from tokenvit_jax.data.token_labels import CELL_SIZE
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import advance_centroids
+from tokenvit_jax.layers import DropPaths, advance_centroids
 from tokenvit_jax.models.backbone import (
     MIN_IMAGE_SIZE,
     BackboneModel,
@@ -82,10 +82,28 @@ def test_clone_takes_single_settings_and_keeps_the_others():
         model.clone(widths=3)
 
 
-def test_stochastic_depth_grows_from_0_over_the_blocks():
-    rates = [vit(drop_path=0.4).settings.drop_path_of(index) for index in range(3)]
-    assert rates == [0.0, 0.2, 0.4]
-    assert vit(depth=1, drop_path=0.4).settings.drop_path_of(0) == 0
+@pytest.mark.parametrize("name", ["clustr_t", "dgt_t", "pale_t", "swin_t", "swinv2_t", "deit_ti"])
+def test_every_block_gets_its_own_factors_of_stochastic_depth(name):
+    model = tv.create_model(name, num_classes=5, drop_path=0.4)
+    drawn, given = [], {}
+
+    def watch(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if isinstance(context.module, DropPaths):
+            assert (context.module.rate, context.module.depth) == (0.4, model.settings.num_blocks)
+            drawn.extend(result)
+        elif hasattr(context.module, "index") and context.method_name == "__call__":
+            given[context.module.index] = args[-1]
+        return result
+
+    rngs = {name: jax.random.key(0) for name in ("dropout", "routing")}
+    apply = functools.partial(model.apply, rngs=rngs, mutable=True)
+    shapes = variable_shapes(model, IMAGES)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda variables: apply(variables, IMAGES, True), shapes)
+    assert sorted(given) == list(range(model.settings.num_blocks))
+    for index, factors in enumerate(drawn):
+        assert all(a is b for a, b in zip(given[index], factors, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------

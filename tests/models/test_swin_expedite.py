@@ -12,6 +12,7 @@ import pytest
 from sampled import sampled
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.layers import KEPT
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, resize_bias_table
 from tokenvit_jax.measure.macs import summarize_model
 from tokenvit_jax.models import create_model
@@ -102,7 +103,7 @@ def test_a_stage_of_the_released_code(path):
     def run(blocks, x):
         return [
             model.clone(released_mask=released).apply(
-                {"params": blocks}, 0, x, False, method="run_blocks"
+                {"params": blocks}, 0, x, False, [KEPT] * depth, method="run_blocks"
             )
             for released in (False, True)
         ]
@@ -192,7 +193,8 @@ def test_the_temperature_follows_the_tokens_of_each_image():
     def run(setting, x):
         model = SMALL["swin"].clone(expedite=setting)
         run = functools.partial(model.apply, method="run_blocks")
-        return jax.jit(lambda p, x: run({"params": p}, 1, x, False))(params("swin"), x)
+        kept = [KEPT] * model.settings.num_blocks
+        return jax.jit(lambda p, x: run({"params": p}, 1, x, False, kept))(params("swin"), x)
 
     first = SMALL["swin"].apply(
         {"params": params("swin")}, x, method=lambda module, x: module.stages[1][0](x, False)

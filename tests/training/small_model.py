@@ -5,7 +5,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenvit_jax.layers import DropPath, DynamicGroupAttention, advance_centroids, batch_norm
+from tokenvit_jax.layers import (
+    DropPaths,
+    DynamicGroupAttention,
+    advance_centroids,
+    batch_norm,
+    drop_branch,
+)
 from tokenvit_jax.models.backbone import Trainable
 from tokenvit_jax.ops.batch_norm import DeviceGroups
 from tokenvit_jax.tasks import default_config
@@ -38,7 +44,8 @@ class SmallModel(Trainable):
             norm = batch_norm(dtype=x.dtype, axis_name=axis, name="norm")
             x = norm(x, use_running_average=not train)
         y = DynamicGroupAttention(num_heads=2, num_groups=3, top_k=4, name="attention")(x, train)
-        x = x + DropPath(self.drop_path, self.axis_name)(y, train)
+        _, factors = DropPaths(self.drop_path, 2, self.axis_name)(len(x), train)
+        x = x + drop_branch(y, factors[1])
         return nn.Dense(NUM_CLASSES, name="head")(x.mean(axis=1))
 
     def after_step(self, variables, learning_rate):

@@ -9,7 +9,15 @@ from jax.nn.initializers import normal, truncated_normal
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.heads.head import LOGITS, Head
-from tokenvit_jax.layers import AddLayerNorm, Attention, DropPath, LayerNorm, Mlp, dense
+from tokenvit_jax.layers import (
+    AddLayerNorm,
+    Attention,
+    DropPaths,
+    LayerNorm,
+    Mlp,
+    dense,
+    drop_branch,
+)
 from tokenvit_jax.layers.cosine import unit_length
 from tokenvit_jax.models.settings import BLOCKS, CHANNELS, EXPANSION, RATE, Rules
 from tokenvit_jax.valid import whole
@@ -84,8 +92,9 @@ class MaskTransformer(Head):
         shape = (self.num_classes, dim)
         classes = self.param("class_token", truncated_normal(INIT_STD), shape).astype(x.dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(classes, (batch, *shape))], 1)
-        for i in range(self.depth):
-            x = self._block(x, i, train)
+        drop_paths = DropPaths(self.drop_path, self.depth, self.axis_name)
+        for i, factors in enumerate(drop_paths(batch, train)):
+            x = self._block(x, i, factors)
         x = LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
 
         def directions(x, name):
@@ -97,9 +106,8 @@ class MaskTransformer(Head):
         cosines = jnp.einsum("bnc,bkc->bnk", patches, classes)
         return LayerNorm(EPSILON, dtype=jnp.float32, name="mask_norm")(cosines)
 
-    def _block(self, x, number, train):
+    def _block(self, x, number, factors):
         init = truncated_normal(INIT_STD)
-        drop = DropPath(self.drop_path * number / max(self.depth - 1, 1), self.axis_name)
         num_heads = x.shape[-1] // self.head_dim
         attention = Attention(num_heads, "none", INIT_STD, self.dtype, name=f"attention_{number}")
         mlp = Mlp(self.mlp_ratio, self.dtype, init, name=f"mlp_{number}")
@@ -108,5 +116,5 @@ class MaskTransformer(Head):
             return AddLayerNorm(EPSILON, self.dtype, name=f"{name}_{number}")
 
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, attention(y).y, drop.factors(x.shape[0], train))
-        return x + drop(mlp(y), train)
+        x, y = norm("norm2")(x, attention(y).y, factors[0])
+        return x + drop_branch(mlp(y), factors[1])

@@ -24,13 +24,21 @@ from tokenvit_jax.layers.group_attention import DynamicGroupAttention, advance_c
 from tokenvit_jax.layers.norm import AddLayerNorm, BatchNorm, GroupNorm, LayerNorm
 from tokenvit_jax.layers.pale_attention import PaleAttention
 from tokenvit_jax.layers.self_attention import Attended, Attention
-from tokenvit_jax.layers.stochastic import ChannelDropout, Dropout, DropPath
+from tokenvit_jax.layers.stochastic import (
+    KEPT,
+    ChannelDropout,
+    Dropout,
+    DropPaths,
+    Factors,
+    drop_branch,
+)
 from tokenvit_jax.layers.strided_attention import StridedAttention
 from tokenvit_jax.layers.window_attention import CosineWindowAttention, WindowAttention
 from tokenvit_jax.ops import gelu
 
 __all__ = [
     "ACTIVATIONS",
+    "KEPT",
     "AddLayerNorm",
     "Attended",
     "Attention",
@@ -45,9 +53,10 @@ __all__ = [
     "CrossWindowAttention",
     "DeformableAttention",
     "DenseParts",
-    "DropPath",
+    "DropPaths",
     "Dropout",
     "DynamicGroupAttention",
+    "Factors",
     "GroupNorm",
     "LayerNorm",
     "Mlp",
@@ -61,6 +70,7 @@ __all__ = [
     "batch_norm",
     "cell_centers",
     "dense",
+    "drop_branch",
     "gelu",
     "uniform_init",
 ]

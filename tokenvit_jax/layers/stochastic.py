@@ -5,18 +5,21 @@ plain draw does this; under a mapped axis every device draws the whole mask, whi
 uses its own part.
 """
 
+from typing import TypeAlias
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key
 
 
-def _keep_mask(rng, rate: float, shape: tuple[int, ...], axis_name: str | None) -> Array:
+def _keep_mask(rng, share: ArrayLike, shape: tuple[int, ...], axis_name: str | None) -> Array:
     if axis_name is None:
-        return jax.random.bernoulli(rng, 1 - rate, shape)
+        return jax.random.bernoulli(rng, share, shape)
     batch, *rest = shape
-    mask = jax.random.bernoulli(rng, 1 - rate, (batch * lax.axis_size(axis_name), *rest))
+    mask = jax.random.bernoulli(rng, share, (batch * lax.axis_size(axis_name), *rest))
     return _own_part(mask, batch, axis_name)
 
 
@@ -53,35 +56,13 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         keep = _keep_mask(
-            self.make_rng("dropout"), self.rate, self.mask_shape(x.shape), self.axis_name
+            self.make_rng("dropout"), 1 - self.rate, self.mask_shape(x.shape), self.axis_name
         )
         return x * (keep.astype(x.dtype) / (1 - self.rate))
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the mask; x entries that share a mask entry are dropped together."""
         return shape
-
-
-class DropPath(Dropout):
-    """Stochastic depth: drops a residual branch for whole images.
-
-    References:
-      Huang et al. 2016, "Deep Networks with Stochastic Depth".
-    """
-
-    def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0],) + (1,) * (len(shape) - 1)
-
-    def factors(self, batch: int, train: bool) -> Float[Array, " B"] | None:
-        """Returns the factor of each image's branch instead of applying it, or None for 1.
-
-        Args:
-          batch: images on a device.
-          train: whether branches are dropped.
-        """
-        if not train or self.rate == 0:
-            return None
-        return self(jnp.ones(batch, jnp.float32), train)
 
 
 class ChannelDropout(Dropout):
@@ -93,3 +74,52 @@ class ChannelDropout(Dropout):
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0], *(1,) * (len(shape) - 2), shape[-1])
+
+
+# The factors of a block's two residual branches, for each image; None stands for 1.
+Factors: TypeAlias = tuple[Float[Array, " B"] | None, Float[Array, " B"] | None]
+KEPT: Factors = (None, None)
+
+
+class DropPaths(nn.Module):
+    """Stochastic depth: drops the residual branches of blocks for whole images.
+
+    The rate grows linearly from 0 at the first block. One draw serves all blocks: a key and a draw
+    for each branch would be 250 operations, together a third of the training step of DGT-T.
+
+    Attributes:
+      rate: probability that a branch of the last block is dropped, in [0, 1).
+      depth: number of blocks; each has two branches.
+      axis_name: mapped axis that the batch is divided over, for pmap; None under jit.
+
+    References:
+      Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
+
+    rate: float
+    depth: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, batch: int, train: bool) -> list[Factors]:
+        """Returns the factors of the branches of every block, for :func:`drop_branch`.
+
+        Args:
+          batch: images on a device.
+          train: whether branches are dropped.
+        """
+        if not train or self.rate == 0 or self.depth == 1:
+            return [KEPT] * self.depth
+        rates = np.linspace(0, self.rate, self.depth, dtype=np.float32)[1:, None]
+        shape = (batch, self.depth - 1, 2)
+        keep = _keep_mask(self.make_rng("dropout"), 1 - rates, shape, self.axis_name)
+        return [KEPT, *(tuple(block) for block in jnp.moveaxis(keep / (1 - rates), 0, -1))]
+
+
+def drop_branch(
+    branch: Float[Array, "B ..."], factors: Float[Array, " B"] | None
+) -> Float[Array, "B ..."]:
+    """Multiplies the branch of each image by its factor; None stands for 1."""
+    if factors is None:
+        return branch
+    return branch * factors.astype(branch.dtype).reshape(-1, *[1] * (branch.ndim - 1))

@@ -8,12 +8,14 @@ import jax
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers import (
+    KEPT,
     AddLayerNorm,
     ClusterAttention,
-    DropPath,
+    Factors,
     LayerNorm,
     PatchEmbedding,
     dense,
+    drop_branch,
 )
 from tokenvit_jax.layers.cluster_attention import CLUSTERING, RATIOS, check_ratios
 from tokenvit_jax.layers.conv import Weights, depthwise_init, linear_init, product
@@ -98,7 +100,7 @@ class ClusTRBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factors: Factors = KEPT) -> jax.Array:
         settings, stage = self.settings, self.stage
         attention = ClusterAttention(
             num_heads=settings.num_heads[stage],
@@ -114,13 +116,10 @@ class ClusTRBlock(nn.Module):
         def norm(name):
             return AddLayerNorm(1e-6, settings.dtype, name=name)
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, attention(y, train), drop_path().factors(x.shape[0], train))
+        x, y = norm("norm2")(x, attention(y, train), factors[0])
         ffn = ConvFFN(settings.mlp_ratios[stage], settings.dtype, name="ffn")
-        return x + drop_path()(ffn(y), train)
+        return x + drop_branch(ffn(y), factors[1])
 
 
 class ClusTR(Pyramid):

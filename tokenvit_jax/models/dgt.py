@@ -8,12 +8,13 @@ import jax
 
 from tokenvit_jax import ops
 from tokenvit_jax.layers import (
+    KEPT,
     AddLayerNorm,
     ConditionalPositionEncoding,
     Conv3x3,
     CrossWindowAttention,
-    DropPath,
     DynamicGroupAttention,
+    Factors,
     LayerNorm,
     Mlp,
     PatchEmbedding,
@@ -22,6 +23,7 @@ from tokenvit_jax.layers import (
     advance_centroids,
     batch_norm,
     dense,
+    drop_branch,
 )
 from tokenvit_jax.layers.conv import (
     FoldedBatchNorm,
@@ -174,7 +176,7 @@ class DGTBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factors: Factors = KEPT) -> jax.Array:
         settings = self.settings
         is_global = self.stage == len(settings.dims) - 1
         attention = DynamicGroupAttention(
@@ -193,20 +195,16 @@ class DGTBlock(nn.Module):
             tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, H * W, C)
             return attention(tokens, train).reshape(x.shape)
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         if settings.post_norm_cosine:
             zeros = nn.initializers.zeros
             y = LayerNorm(1e-6, settings.dtype, zeros, name="norm1")(attend(x))
-            x = x + drop_path()(y, train)
+            x = x + drop_branch(y, factors[0])
             y = LayerNorm(1e-6, settings.dtype, zeros, name="norm2")(ffn(x, train))
-            return x + drop_path()(y, train)
+            return x + drop_branch(y, factors[1])
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        y, factors = attend(y), drop_path().factors(x.shape[0], train)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
-        return x + drop_path()(ffn(y, train), train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, attend(y), factors[0])
+        return x + drop_branch(ffn(y, train), factors[1])
 
 
 class WindowBlock(nn.Module):
@@ -224,16 +222,13 @@ class WindowBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factors: Factors = KEPT) -> jax.Array:
         settings = self.settings
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        y, factors = self._attend(y), drop_path().factors(x.shape[0], train)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
-        return x + drop_path()(Mlp(settings.mlp_ratio, settings.dtype, name="mlp")(y), train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, self._attend(y), factors[0])
+        mlp = Mlp(settings.mlp_ratio, settings.dtype, name="mlp")
+        return x + drop_branch(mlp(y), factors[1])
 
     def _attend(self, y):
         settings, heads = self.settings, self.settings.num_heads[self.stage]
@@ -259,7 +254,7 @@ class CMTBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factors: Factors = KEPT) -> jax.Array:
         settings = self.settings
         attention = StridedAttention(
             settings.num_heads[self.stage], STRIDES[self.stage], settings.dtype,
@@ -269,14 +264,11 @@ class CMTBlock(nn.Module):
             settings.mlp_ratio, settings.dtype, settings.axis_name, name="ffn"
         )
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x, y = AddLayerNorm(1e-6, settings.dtype, name="norm1")(x)
-        y, factors = attention(y, train), drop_path().factors(x.shape[0], train)
-        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors)
-        return x + drop_path()(ffn(y, train), train)
+        y = attention(y, train)
+        x, y = AddLayerNorm(1e-6, settings.dtype, name="norm2")(x, y, factors[0])
+        return x + drop_branch(ffn(y, train), factors[1])
 
 
 BLOCK_TYPES = {"dgt": DGTBlock, "swin": WindowBlock, "cswin": WindowBlock, "cmt": CMTBlock}

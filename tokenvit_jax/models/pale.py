@@ -10,13 +10,15 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
+    KEPT,
     AddLayerNorm,
     ConditionalPositionEncoding,
-    DropPath,
+    Factors,
     LayerNorm,
     Mlp,
     PaleAttention,
     PatchEmbedding,
+    drop_branch,
 )
 from tokenvit_jax.layers.conv import linear_init
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings, pool_tokens
@@ -121,7 +123,7 @@ class PaleBlock(nn.Module):
         return modes[self.index % len(modes)]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factors: Factors = KEPT) -> jax.Array:
         settings, stage = self.settings, self.stage
         attention = PaleAttention(
             settings.num_heads[stage], settings.pale_sizes[stage], self.mode,
@@ -132,14 +134,11 @@ class PaleBlock(nn.Module):
         def norm(name):
             return AddLayerNorm(1e-6, settings.dtype, name=name)
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         if settings.position == "cpe":
             x = ConditionalPositionEncoding(settings.dtype, name="cpe")(x)
         x, y = norm("norm1")(x)
-        x, y = norm("norm2")(x, attention(y, train), drop_path().factors(x.shape[0], train))
-        return x + drop_path()(mlp(y), train)
+        x, y = norm("norm2")(x, attention(y, train), factors[0])
+        return x + drop_branch(mlp(y), factors[1])
 
 
 class Pale(Pyramid):

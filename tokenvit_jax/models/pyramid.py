@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Dropout
+from tokenvit_jax.layers import Dropout, DropPaths, Factors
 from tokenvit_jax.models.backbone import Backbone, Encoded
 from tokenvit_jax.models.settings import (
     BLOCKS,
@@ -72,8 +72,8 @@ class Pyramid(Backbone):
     Attributes:
       settings: the architecture.
       block_type: class of the blocks, created as ``block_type(settings, stage, index)`` and called
-        as ``block(x, train)`` with x (B, H, W, C); ``index`` counts from the first block of the
-        network.
+        as ``block(x, train, factors)`` with x (B, H, W, C) and the factors of its branches;
+        ``index`` counts from the first block of the network.
     """
 
     settings: PyramidSettings
@@ -90,10 +90,19 @@ class Pyramid(Backbone):
         del train
         return images
 
-    def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
-        """Applies the blocks of a stage to the map of its embedding."""
+    def run_blocks(
+        self, stage: int, x: jax.Array, train: bool, factors: list[Factors]
+    ) -> jax.Array:
+        """Applies the blocks of a stage to the map of its embedding.
+
+        Args:
+          stage: number of the stage, from 0.
+          x: (B, H, W, C).
+          train: whether the blocks behave as in training.
+          factors: those of the branches of every block of the network.
+        """
         for block in self.stages[stage]:
-            x = block(x, train)
+            x = block(x, train, factors[block.index])
         return x
 
     def end_stage(self, stage: int, x: jax.Array) -> jax.Array:
@@ -110,6 +119,7 @@ class Pyramid(Backbone):
         settings = self.settings
         self.embeddings = [self.embedding(stage) for stage in range(len(settings.dims))]
         self.stages = self._stages()
+        self.drop_paths = DropPaths(settings.drop_path, settings.num_blocks, settings.axis_name)
         self.head_dropout = Dropout(settings.dropout, settings.axis_name)
         self.classifier = self.make_classifier()
 
@@ -159,12 +169,13 @@ class Pyramid(Backbone):
         """
         self.check_images(images)
         x = self.stem(images.astype(self.settings.dtype), train)
+        factors = self.drop_paths(x.shape[0], train)
         maps = []
         for stage, embedding in enumerate(self.embeddings):
             x = embedding(x)
             if stage == 0 and mix_box is not None:
                 x = mix_boxes(x, mix_box * 2 ** (len(self.settings.dims) - 1))
-            x = self.end_stage(stage, self.run_blocks(stage, x, train))
+            x = self.end_stage(stage, self.run_blocks(stage, x, train, factors))
             maps.append(x)
         return maps
 

@@ -176,10 +176,6 @@ class BackboneSettings(Checked, abc.ABC):
     def num_blocks(self) -> int:
         """Number of blocks of the network."""
 
-    def drop_path_of(self, index: int) -> float:
-        """Returns the stochastic depth rate of a block; ``index`` counts from 0."""
-        return self.drop_path * index / max(self.num_blocks - 1, 1)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNormSettings(BackboneSettings):

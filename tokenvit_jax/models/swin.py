@@ -14,14 +14,16 @@ import numpy as np
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.layers import (
+    KEPT,
     AddLayerNorm,
     CosineWindowAttention,
-    DropPath,
+    Factors,
     LayerNorm,
     Mlp,
     PatchEmbedding,
     WindowAttention,
     dense,
+    drop_branch,
 )
 from tokenvit_jax.models.expedite import Expedite
 from tokenvit_jax.models.pyramid import Pyramid, PyramidSettings
@@ -200,13 +202,18 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool, centers: CenterWindows | None = None
+        self,
+        x: jax.Array,
+        train: bool,
+        factors: Factors = KEPT,
+        centers: CenterWindows | None = None,
     ) -> jax.Array:
         """Computes the block.
 
         Args:
           x: (B, H, W, C), tokens or cluster centres.
-          train: whether stochastic depth behaves as in training.
+          train: not used; blocks with BatchNorm or routing need it.
+          factors: those of the attention and the MLP.
           centers: windows of the cluster centres; None: x are tokens.
         """
         settings = self.settings
@@ -215,13 +222,10 @@ class SwinBlock(nn.Module):
         window, shift = windows_of(x.shape[1:3], side, self.shifted)
         changes = {} if centers is None else centers.attention_settings(shift)
 
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
-
         def attend(x):
             return attention(x, window, shift, **changes)
 
-        return self._residual(x, attend, mlp, drop_path, train)
+        return self._residual(x, attend, mlp, factors)
 
     def _attention(self):
         settings = self.settings
@@ -229,11 +233,10 @@ class SwinBlock(nn.Module):
             settings.num_heads[self.stage], settings.window_size, settings.dtype, name="attention"
         )
 
-    def _residual(self, x, attention, mlp, drop_path, train):
+    def _residual(self, x, attention, mlp, factors):
         x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm1")(x)
-        y, factors = attention(y), drop_path().factors(x.shape[0], train)
-        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm2")(x, y, factors)
-        return x + drop_path()(mlp(y), train)
+        x, y = AddLayerNorm(EPSILON, self.settings.dtype, name="norm2")(x, attention(y), factors[0])
+        return x + drop_branch(mlp(y), factors[1])
 
 
 class SwinV2Block(SwinBlock):
@@ -248,12 +251,12 @@ class SwinV2Block(SwinBlock):
             settings.pretrained_window_sizes[self.stage], name="attention",
         )  # fmt: skip
 
-    def _residual(self, x, attention, mlp, drop_path, train):
+    def _residual(self, x, attention, mlp, factors):
         dtype, zeros = self.settings.dtype, nn.initializers.zeros
         y = LayerNorm(EPSILON, dtype, zeros, name="norm1")(attention(x))
-        x = x + drop_path()(y, train)
+        x = x + drop_branch(y, factors[0])
         y = LayerNorm(EPSILON, dtype, zeros, name="norm2")(mlp(x))
-        return x + drop_path()(y, train)
+        return x + drop_branch(y, factors[1])
 
 
 def windows_of(
@@ -318,20 +321,22 @@ class Swin(Pyramid):
             return PatchEmbedding(dim, 4, 4, 0, EPSILON, dtype)
         return PatchMerging(dim, self.norm_after_merging, dtype)
 
-    def run_blocks(self, stage: int, x: jax.Array, train: bool) -> jax.Array:
+    def run_blocks(
+        self, stage: int, x: jax.Array, train: bool, factors: list[Factors]
+    ) -> jax.Array:
         expedite = self.settings.expedite
         if expedite is None or stage != self.settings.expedited_stage:
-            return super().run_blocks(stage, x, train)
+            return super().run_blocks(stage, x, train, factors)
         blocks, first = self.stages[stage], expedite.alpha
         last = first + expedite.beta
         for block in blocks[:first]:
-            x = block(x, train)
-        x = self._run_on_centers(blocks[first:last], x, train)
+            x = block(x, train, factors[block.index])
+        x = self._run_on_centers(blocks[first:last], x, train, factors)
         for block in blocks[last:]:
-            x = block(x, train)
+            x = block(x, train, factors[block.index])
         return x
 
-    def _run_on_centers(self, blocks, x, train):
+    def _run_on_centers(self, blocks, x, train, factors):
         """Runs blocks on the cluster centres of every window of x (B, H, W, C)."""
         settings, expedite = self.settings, self.settings.expedite
         size = expedite.clusters
@@ -350,8 +355,9 @@ class Swin(Pyramid):
             temperature = jnp.tile(temperature[:, None], (1, count[0] * count[1])).reshape(-1)
         centers = expedite.cluster(tokens, window, temperature)
         x = from_window_tokens(centers, size, count)
+        windows = CenterWindows(size, window, settings.released_mask)
         for block in blocks:
-            x = block(x, train, CenterWindows(size, window, settings.released_mask))
+            x = block(x, train, factors[block.index], windows)
         refined = to_window_tokens(x, size)
         tokens = expedite.reconstruct(tokens, centers, refined, window, temperature)
         return from_window_tokens(tokens, window, count)[:, :height, :width]

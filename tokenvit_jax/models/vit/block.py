@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax import ops
-from tokenvit_jax.layers import AddLayerNorm, Attention, DropPath, Mlp
+from tokenvit_jax.layers import KEPT, AddLayerNorm, Attention, Factors, Mlp, drop_branch
 from tokenvit_jax.layers.stochastic import image_keys
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.expedite import auto_temperature
@@ -82,7 +82,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, origin: Origin, grid: tuple[int, int], train: bool
+        self,
+        x: jax.Array,
+        origin: Origin,
+        grid: tuple[int, int],
+        train: bool,
+        factors: Factors = KEPT,
     ) -> tuple[jax.Array, Origin]:
         """Computes the block.
 
@@ -90,7 +95,8 @@ class Block(nn.Module):
           x: tokens (B, T, C).
           origin: the patches that the tokens stand for.
           grid: rows and columns of the map of patches, as long as the patches form one.
-          train: whether stochastic depth and routing behave as in training.
+          train: whether routing behaves as in training.
+          factors: those of the attention and the MLP.
 
         Returns:
           The remaining tokens, and the patches that they stand for.
@@ -106,9 +112,6 @@ class Block(nn.Module):
                 scale = nn.initializers.constant(settings.layer_scale)
                 y = y * self.param(name, scale, (settings.dim,)).astype(y.dtype)
             return y
-
-        def drop_path():
-            return DropPath(settings.drop_path_of(self.index), settings.axis_name)
 
         attention = Attention(
             settings.num_heads, settings.qk_norm, settings.init_std, settings.dtype,
@@ -135,16 +138,16 @@ class Block(nn.Module):
             prototypes=reducer.keep[self.index] if clusters_queries else None,
             num_alone=settings.num_front,
         )
-        branch, drop = scaled(attended.y, "scale1"), drop_path()
+        branch = scaled(attended.y, "scale1")
         if acts and not clusters_queries:
-            x = x + drop(branch, train)
+            x = x + drop_branch(branch, factors[0])
             tokens = Patches(x, attended.received, attended.keys, origin.size)
             x, origin = self._reduce(tokens, origin, grid, train)
             x, y = norm("norm2")(x)
         else:
-            x, y = norm("norm2")(x, branch, drop.factors(x.shape[0], train))
+            x, y = norm("norm2")(x, branch, factors[0])
         mlp = Mlp(settings.mlp_ratio, settings.dtype, init, settings.activation, name="mlp")
-        return x + drop_path()(scaled(mlp(y), "scale2"), train), origin
+        return x + drop_branch(scaled(mlp(y), "scale2"), factors[1]), origin
 
     def _predict(self, x, origin, grid, train):
         """Drops the patches that the predictor does not keep; in training it masks them."""

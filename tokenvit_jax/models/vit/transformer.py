@@ -11,7 +11,7 @@ import numpy as np
 from jax.nn.initializers import truncated_normal
 
 from tokenvit_jax.errors import UserError
-from tokenvit_jax.layers import Dropout, LayerNorm, dense
+from tokenvit_jax.layers import Dropout, DropPaths, LayerNorm, dense
 from tokenvit_jax.layers.self_attention import WEIGHTS
 from tokenvit_jax.models import reducers
 from tokenvit_jax.models.backbone import Backbone, Encoded, Tap, Variables
@@ -105,6 +105,7 @@ class VisionTransformer(Backbone):
             self.pre_norm = LayerNorm(settings.norm_epsilon, settings.dtype)
         cls = nn.remat(Block, static_argnums=(3, 4)) if settings.remat else Block
         self.blocks = [cls(settings, index) for index in range(settings.depth)]
+        self.drop_paths = DropPaths(settings.drop_path, settings.depth, settings.axis_name)
         self.norm = LayerNorm(settings.norm_epsilon, settings.dtype)
         if settings.projection:
             self.projection = dense(settings.projection, settings.dtype, init=init, use_bias=False)
@@ -209,8 +210,9 @@ class VisionTransformer(Backbone):
         origin = Origin(jnp.ones(x.shape[:2], jnp.float32), home)
         neighbors = 1 if reducer is None else reducer.neighbors
         restore_of = lambda origin: functools.partial(origin.restore, neighbors=neighbors)  # noqa: E731
+        factors = self.drop_paths(x.shape[0], train)
         for block in blocks:
-            x, origin = block(x, origin, grid, train)
+            x, origin = block(x, origin, grid, train, factors[block.index])
             if reducer is not None and reducer.halves(block.index):
                 grid = (grid[0] // 2, grid[1] // 2)
             if record is not None:
