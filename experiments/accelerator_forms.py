@@ -131,6 +131,10 @@ def kernel_cases() -> Iterator[Case]:
         lambda: (normal(0, 128, 784, 4, 32), integers(1, NUM_GROUPS, 128, 4, 784)),
     )  # fmt: skip
     yield Case(
+        "assignment (16, 100, 200) of about 60", ("assignment",), ops.assign_targets,
+        lambda: (normal(0, 16, 200, 100, dtype=f32), integers(1, 5, 16, 100) < 3),
+    )  # fmt: skip
+    yield Case(
         "density peaks (16, 3136, 64) to 784",
         ("nearest neighbors", "nearest denser token", "nearest center", "cluster centers",
          "distances"),

@@ -9,7 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from tokenvit_jax import ops
-from tokenvit_jax.kernels.platforms import default_forms
+from tokenvit_jax.kernels.assignment import assign_of_images
+from tokenvit_jax.kernels.platforms import default_forms, noted_misfits
 from tokenvit_jax.ops import assignment
 
 assign = jax.jit(ops.assign_targets)
@@ -140,6 +141,29 @@ def test_forms_and_transformations_agree():
         found = transform(ops.assign_targets)(*grouped)
         np.testing.assert_array_equal(np.reshape(found, expected.shape), expected)
     np.testing.assert_array_equal(ops.assign_targets(costs, valid), expected)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "alike", "ties"])
+@pytest.mark.parametrize("shape", [(4, 40, 23), (3, 16, 16), (2, 3, 1)])
+def test_the_kernel_equals_the_default(kind, shape):
+    costs = draw_costs(kind, *shape).swapaxes(1, 2)
+    costs[0, 0] = assignment.UNKNOWN
+    valid = np.random.default_rng(1).random((shape[0], shape[2])) < 0.8
+    valid[0], valid[-1] = True, False
+    found = assign_of_images(costs, valid, interpret=True)
+    np.testing.assert_array_equal(found, jax.jit(jax.vmap(assignment._assign))(costs, valid))
+
+
+def test_gpus_have_a_kernel_up_to_512_queries():
+    def launches(queries):
+        shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((2, queries, 3), (2, 3))]
+        traced = jax.jit(lambda costs, valid: ops.assign_targets(costs, valid > 0)).trace(*shapes)
+        return "assign_targets" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert launches(512)
+    with noted_misfits() as misfits:
+        assert not launches(513)
+    assert [misfit.reason for misfit in misfits] == ["513 queries; at most 512"]
 
 
 @pytest.mark.parametrize("batch", [8, 6])

@@ -80,7 +80,9 @@ CALLS = {
     "arithmetic.negative": [((TOKENS,), {})],
     "arithmetic.reciprocal": [((TOKENS,), {})],
     "arithmetic.widen": [((TOKENS.astype(jnp.bfloat16),), {}), ((TOKENS,), {})],
+    "assignment.assign_of_images": [((floats(2, 5, 11), masks(2, 5)), {"interpret": True})],
     "assignment.assign_targets": [((floats(2, 11, 5), masks(2, 5)), {})],
+    "assignment.assignment_misfit": [((100,), {})],
     "attention.attend": [
         ((floats(2, 11, 8), floats(2, 13, 8), floats(2, 13, 5), masks(13), floats(11, 1)), {})
     ],

@@ -9,7 +9,9 @@ FORMS: dict[str, dict[str, str]] = {
     "assignment": {
         "cpu": "image by image: 1.5 to 4 times as fast as all at once, where every image takes as "
         "many turns as the slowest",
-        "default": "all images at once: every turn of a loop is a launch",
+        "cuda": "all turns in one program per image; compiled for an H200, one launch in place of "
+        "20 and more for every target, between which the host asks whether a loop has ended",
+        "default": "all images at once: every turn of a loop is a few operations",
     },
     "attention": {
         "cpu": "heads first, in chunks of queries: plain batched products are 3 times as fast",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.assignment import assign_of_images, assignment_misfit
 from tokenvit_jax.kernels.platforms import by_platform, num_devices, on_each_device
 
 UNKNOWN = 1e6  # cost in place of those that are no usable numbers
@@ -89,7 +90,9 @@ def assign_targets(costs: Float[Array, "B Q M"], valid: Bool[Array, "B M"]) -> I
             costs,
             valid,
             cpu=lambda costs, valid: lax.map(lambda image: _assign(*image), (costs, valid)),
+            cuda=assign_of_images,
             default=jax.vmap(_assign),
+            misfits={"cuda": assignment_misfit(queries)},
         )
 
     # Every device has its own turns: else all devices would agree on each.
