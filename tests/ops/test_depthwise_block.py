@@ -187,7 +187,7 @@ def test_branches_equal_convolutions_one_by_one(monkeypatch, form):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ((), "kernels have shapes ; they must be equal, and at least one"),
+        ((), "kernels is empty; valid: at least one kernel"),
         (((3, 3, 4), (1, 3, 4)), r"kernels have shapes \(3, 3, 4\), \(1, 3, 4\)"),
         (((3, 3, 4), (3, 3, 5)), r"kernel has shape \(3, 3, 5\); expected \(rows, columns, 4\)"),
     ],

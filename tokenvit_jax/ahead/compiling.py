@@ -202,7 +202,7 @@ def compile_step(config: ConfigDict, target: Target, mode: str, batch: int) -> C
     devices = targets.devices_of(target)
     jax.clear_caches()  # what was traced for another target may have other forms
     start, processor_start = time.perf_counter(), time.process_time()
-    with _traced_for(target.device):
+    with _assumed(target.device):
         step = make_step(config, devices, mode)
         with noted_misfits() as misfits:  # not those of the initialisation, which sees one image
             lowered = step.function.lower(*step.arguments)
@@ -334,7 +334,7 @@ def _batch_norms(model_state: Any) -> frozenset[str]:
     )
 
 
-def _traced_for(device: Device) -> contextlib.AbstractContextManager[None]:
+def _assumed(device: Device) -> contextlib.AbstractContextManager[None]:
     """Traces as on a device that is not here: kernels and cuDNN ask which GPU there is."""
     return cudnn.assumed(device.gpu) if device.gpu else contextlib.nullcontext()
 

@@ -122,13 +122,16 @@ def depthwise_branches(
       batch (n, 2, C) in float32 (float64 for float64), or None.
 
     Raises:
-      ValueError: the kernels have an even size, different sizes, or other channels than ``x``.
+      ValueError: there is no kernel, or the kernels have an even size, different sizes, or other
+        channels than ``x``.
     """
     for kernel in kernels:
         _check(x, kernel)
-    if len({kernel.shape for kernel in kernels}) != 1:
+    if not kernels:
+        raise ValueError("kernels is empty; valid: at least one kernel")
+    if len({kernel.shape for kernel in kernels}) > 1:
         shapes = ", ".join(str(kernel.shape) for kernel in kernels)
-        raise ValueError(f"kernels have shapes {shapes}; they must be equal, and at least one")
+        raise ValueError(f"kernels have shapes {shapes}; valid: kernels of one shape")
     return _branches(with_sums, x, jnp.stack(kernels))
 
 
