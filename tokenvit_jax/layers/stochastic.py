@@ -110,10 +110,13 @@ class DropPaths(nn.Module):
         """
         if not train or self.rate == 0 or self.depth == 1:
             return [KEPT] * self.depth
-        rates = np.linspace(0, self.rate, self.depth, dtype=np.float32)[1:, None]
+        rates = np.linspace(0, self.rate, self.depth, dtype=np.float32)[1:]
         shape = (batch, self.depth - 1, 2)
-        keep = _keep_mask(self.make_rng("dropout"), 1 - rates, shape, self.axis_name)
-        return [KEPT, *(tuple(block) for block in jnp.moveaxis(keep / (1 - rates), 0, -1))]
+        keep = _keep_mask(self.make_rng("dropout"), 1 - rates[:, None], shape, self.axis_name)
+        # GPUs compute in one launch what is written this way, and copy parts of an array in many.
+        keep = lax.optimization_barrier(jnp.moveaxis(keep, 0, -1))
+        blocks = zip(keep, rates, strict=True)
+        return [KEPT, *(tuple(mask / (1 - rate) for mask in block) for block, rate in blocks)]
 
 
 def drop_branch(
