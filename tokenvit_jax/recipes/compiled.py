@@ -26,12 +26,12 @@ class Bound(NamedTuple):
 # of dense tasks, two of them for a GPU only: they compile for minutes.
 # The numbers are about a tenth above those of compiled steps.
 BOUNDS: dict[str, dict[str, Bound]] = {
-    "dgt_t": {"h100": Bound(128, 9.0, 2110), "v5e": Bound(64, 6.8, 3830)},
-    "clustr_t": {"h100": Bound(128, 6.1, 1200), "v5e": Bound(64, 4.0, 2010)},
-    "pale_t": {"h100": Bound(128, 8.5, 2120), "v5e": Bound(64, 8.9, 4860)},
-    "deit_s": {"h100": Bound(128, 4.6, 690), "v5e": Bound(64, 4.1, 1180)},
-    "deit_s:level3": {"h100": Bound(128, 2.4, 790), "v5e": Bound(64, 2.4, 2030)},
-    "swin_t": {"h100": Bound(128, 7.0, 890), "v5e": Bound(64, 7.5, 1820)},
+    "dgt_t": {"h100": Bound(128, 9.0, 2000), "v5e": Bound(64, 6.8, 3830)},
+    "clustr_t": {"h100": Bound(128, 6.1, 1130), "v5e": Bound(64, 4.0, 2010)},
+    "pale_t": {"h100": Bound(128, 8.5, 2040), "v5e": Bound(64, 8.9, 4860)},
+    "deit_s": {"h100": Bound(128, 4.6, 630), "v5e": Bound(64, 4.1, 1180)},
+    "deit_s:level3": {"h100": Bound(128, 2.4, 720), "v5e": Bound(64, 2.4, 2030)},
+    "swin_t": {"h100": Bound(128, 7.0, 800), "v5e": Bound(64, 7.5, 1820)},
     "segmenter_s": {"h100": Bound(8, 2.3, 1070), "v5e": Bound(8, 4.6, 1790)},
     "mask2former:ade20k_semantic_swin_t": {"h100": Bound(16, 37.5, 3750)},
     "pose:clustr_s": {"h100": Bound(128, 20.5, 2680)},
