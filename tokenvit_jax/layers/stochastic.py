@@ -85,7 +85,7 @@ class DropPaths(nn.Module):
     """Stochastic depth: drops the residual branches of blocks for whole images.
 
     The rate grows linearly from 0 at the first block. One draw serves all blocks: a key and a draw
-    for each branch would be 250 operations, together a third of the training step of DGT-T.
+    for each branch would be 250 operations, together a third of those of DGT-T's training step.
 
     Attributes:
       rate: probability that a branch of the last block is dropped, in [0, 1).

@@ -91,7 +91,7 @@ def _draw_ratio(apply_rng, ratio_rng, alpha, probability):
 def _draw_beta(rng, alpha):
     """Draws from Beta(alpha, alpha) without the loops of `jax.random.beta`.
 
-    A GPU would wait for the host in every round of such a loop, which waits for the last step.
+    In every round of such a loop, a GPU would wait for the host, and the host for the step before.
 
     The logit of Beta(a + 1, a + 1) plus a Laplace variable / a is that of Beta(a, a), because
     Gamma(a + 1) times U^(1 / a) is Gamma(a). The first comes from the projection of a sphere of
