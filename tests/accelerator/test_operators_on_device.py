@@ -8,6 +8,7 @@ from programs import compile_all, lower
 from tolerances import problems
 
 from tokenvit_jax import ops
+from tokenvit_jax.kernels import cudnn
 
 NAMES = [(name, call) for name, calls in CASES.items() for call in calls]
 
@@ -42,6 +43,17 @@ def weighted(x):
     """
     weights = 1 + jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) / 2
     return jnp.sum(x.astype(jnp.float32) * weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "call"), NAMES, ids=lambda part: part.replace(" ", "_"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_forms_are_traced_while_jax_has_64_bits(name, call, dtype):
+    """Where a type is left to jax, numbers in kernels would then not fit together."""
+    case = CASES[name][call]
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cast(case, dtype)]
+    with jax.enable_x64(True), cudnn.assumed():
+        jax.jit(run_of(case)).trace(*inputs)
 
 
 @pytest.mark.accelerator

@@ -155,6 +155,13 @@ def test_the_kernel_equals_the_default(kind, shape):
     np.testing.assert_array_equal(found, jax.jit(jax.vmap(assignment._assign))(costs, valid))
 
 
+def test_the_kernel_ends_with_nan_among_the_costs():
+    costs = draw_costs("alike", 1, 6, 4).swapaxes(1, 2)
+    costs[0, 1:3] = np.nan
+    found = np.asarray(assign_of_images(costs, np.ones((1, 4), bool), interpret=True))
+    assert ((found >= -1) & (found < 6)).all()
+
+
 def test_gpus_have_a_kernel_up_to_512_queries():
     def launches(queries):
         shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((2, queries, 3), (2, 3))]

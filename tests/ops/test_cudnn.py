@@ -175,6 +175,14 @@ def test_lowers_for_a_gpu_that_is_not_there():
     assert "__cudnn$fmhaSoftmaxBackward" in text and "66x3x32" in text
 
 
+def test_gradients_of_odd_lengths_under_vmap():
+    q = jax.ShapeDtypeStruct((3, 2, 65, 3, 32), jnp.bfloat16)
+    mapped = jax.vmap(functools.partial(differentiated, ops.dot_product_attention))
+    with cudnn.assumed():
+        lowered = jax.jit(mapped).trace(q, q, q).lower(lowering_platforms=("cuda",))
+    assert "__cudnn$fmhaSoftmaxBackward" in lowered.as_text()
+
+
 def test_an_unknown_jax_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(cudnn, "LIBRARY", "jax._src.cudnn.renamed")
     with pytest.raises(RuntimeError, match="asks for cuDNN in an unknown way"), cudnn.assumed():

@@ -11,6 +11,8 @@ import pytest
 
 from tokenvit_jax import ops
 from tokenvit_jax.kernels import (
+    cudnn,
+    gpus,
     group_attention_fused,
     group_attention_heads,
     group_attention_sorted,
@@ -59,6 +61,25 @@ def test_routing_selects_and_assigns_like_the_default(length, groups, top_k):
     np.testing.assert_array_equal(
         group_routing.unpack(words, groups), largest_mask(module._key_scores(k, centroids), top_k)
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "length", "dim", "expected"),
+    [
+        ((9, 0), 784, 32, None),
+        ((9, 0), 1024, 64, None),
+        ((9, 0), 784, 128, "784 tokens with head dim 128 need 266240 bytes of shared memory"),
+        ((8, 0), 1024, 64, None),
+        ((8, 9), 784, 32, None),
+        ((8, 9), 1024, 64, "1024 tokens with head dim 64 need 133120 bytes of shared memory"),
+        ((8, 9), 1025, 32, "1025 tokens are more than 1024"),
+    ],
+)
+def test_keys_must_fit_into_shared_memory(capability, length, dim, expected):
+    q = jax.ShapeDtypeStruct((2, length, 4, dim), jnp.bfloat16)
+    with cudnn.assumed(gpus.Gpu("a GPU", capability, 91200)):
+        found = group_routing.routing_misfit(q, 48)
+    assert found is None if expected is None else found.startswith(expected)
 
 
 def test_selection_of_extreme_scores():

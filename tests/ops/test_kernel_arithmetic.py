@@ -11,15 +11,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from tokenvit_jax.kernels import cudnn
-from tokenvit_jax.kernels.arithmetic import exp2, fma, narrow, negative, reciprocal, widen
+from tokenvit_jax.kernels.arithmetic import (
+    exp2,
+    fma,
+    maximum,
+    minimum,
+    narrow,
+    negative,
+    reciprocal,
+    widen,
+)
 from tokenvit_jax.kernels.channel_sums import gelu, gelu_and_slope
 
 NAMES = {
     fma: "fma.rn.f32", exp2: "ex2.approx.ftz.f32", reciprocal: "rcp.approx.ftz.f32",
-    widen: "shl.b32", narrow: "cvt.rn.bf16x2.f32",
+    maximum: "max.NaN.f32", minimum: "min.NaN.f32", widen: "shl.b32", narrow: "cvt.rn.bf16x2.f32",
 }  # fmt: skip
 ORDINARY = {
     fma: lambda a, b, c: a * b + c, exp2: np.exp2, reciprocal: lambda x: 1 / x, widen: lambda x: x,
+    maximum: np.maximum, minimum: np.minimum,
 }  # fmt: skip
 
 
@@ -44,6 +54,8 @@ def arguments(function):
     vector = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, 16), jnp.float32)
     if function is widen:
         return (vector.astype(jnp.bfloat16),)
+    if function in (maximum, minimum):
+        return vector, vector[::-1].at[3].set(jnp.nan)
     return (vector, vector[::-1], vector + 1) if function is fma else (vector,)
 
 
@@ -84,7 +96,8 @@ def test_gelu_of_kernels():
         inside = (x > -5) & (x < 0)
         np.testing.assert_allclose(found[inside], (wide * distribution)[inside], rtol=2e-4)
     np.testing.assert_allclose(found_slope, slope, atol=6e-7)
-    np.testing.assert_allclose(gelu(jnp.asarray([-1e4, 1e4, 0.0])), [0, 1e4, 0], atol=1e-15)
+    x = jnp.asarray([-1e4, 1e4, 0.0, np.nan])
+    np.testing.assert_allclose(gelu(x), [0, 1e4, 0, np.nan], atol=1e-15)
 
 
 @pytest.mark.parametrize("function", [to_bfloat16 if f is narrow else f for f in NAMES])

@@ -195,6 +195,18 @@ def test_kmeans_of_the_kernel():
         np.testing.assert_array_equal(members[b], before)
 
 
+@pytest.mark.parametrize("form", [kmedoids_of_images, kmeans_of_images])
+def test_kernels_read_no_tokens_that_there_are_not(form):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 21, 5)), jnp.float32)
+    run = functools.partial(form, iterations=1, interpret=True)
+    outside, inside = (
+        run(x, jnp.ones((1, 21)), jnp.asarray([initial], jnp.int32))
+        for initial in ([-3, 5, 2**30], [0, 5, 20])
+    )
+    for found, expected in zip(outside, inside, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_gradients():
     """K-Means differentiates the means of the last round; K-Medoids has no gradient."""
     x, initial = tokens(*SHAPE), first(4)

@@ -4,7 +4,8 @@ XLA compiles kernels without contraction: a product and a sum remain two instruc
 exp2 treat subnormal numbers exactly, which takes eight and four instructions. Two numbers in
 bfloat16 become float32 in five, and rounding one number to bfloat16 occupies a pipe that is a
 quarter as fast. The functions here take one instruction each, and two for two numbers in bfloat16.
-Elsewhere, where kernels are interpreted, they are the ordinary operations.
+The larger of a number and NaN is NaN here, as in XLA; in Triton it is the number. Elsewhere, where
+kernels are interpreted, the functions are the ordinary operations.
 """
 
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def _instruction(
 
 _fma = _instruction("fma", lambda a, b, c: a * b + c, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
 _exp2 = _instruction("exp2", jnp.exp2, "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+_maximum = _instruction("maximum", jnp.maximum, "max.NaN.f32 $0, $1, $2;", "=f,f,f")
+_minimum = _instruction("minimum", jnp.minimum, "min.NaN.f32 $0, $1, $2;", "=f,f,f")
 _reciprocal = _instruction("reciprocal", lambda x: 1 / x, "rcp.approx.ftz.f32 $0, $1;", "=f,f")
 _widen = _instruction(
     "widen", lambda x: x.astype(jnp.float32),
@@ -77,6 +80,16 @@ def fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> jax.Array:
 def exp2(x: ArrayLike) -> jax.Array:
     """Returns 2^x in float32, with a relative error of 2^-22; 0 below 2^-126."""
     return _exp2(*_in_float32(x))
+
+
+def maximum(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Returns the larger of a and b in float32, and NaN if one of them is NaN."""
+    return _maximum(*_in_float32(a, b))
+
+
+def minimum(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Returns the smaller of a and b in float32, and NaN if one of them is NaN."""
+    return _minimum(*_in_float32(a, b))
 
 
 def reciprocal(x: ArrayLike) -> jax.Array:

@@ -127,7 +127,9 @@ def _assign(costs, valid, query_of, interpret):
             reached=jnp.zeros(column.shape, jnp.int32),
             before=jnp.full(column.shape, -1, jnp.int32),
         )
-        return lax.while_loop(lambda paths: paths.target >= 0, step, start)
+        # With NaN among the costs, no query may be left to reach.
+        is_left = lambda paths: (paths.target >= 0) & (paths.distance < jnp.inf)  # noqa: E731
+        return lax.while_loop(is_left, step, start)
 
     def enter(target, matched):
         """Returns the assignment with another target, in which all pairs on the path cost 0."""

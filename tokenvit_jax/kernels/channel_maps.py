@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 from tokenvit_jax.kernels.arithmetic import narrow, widen
+from tokenvit_jax.kernels.pieces import range_of
 
 STRIPS = 4  # strips of a program: one per warp
 TILE_ROWS = 64  # pixels of a tile, where no pixel has neighbours
@@ -56,7 +57,7 @@ class Strips(NamedTuple):
 
     def strip(self, program, channel_block):
         """Returns the strips of a program; lines are the rows, and columns are steps."""
-        number = program * STRIPS + jnp.arange(STRIPS)[:, None]
+        number = range_of(program * STRIPS, STRIPS)[:, None]
         image, first_row = number // self.strips, number % self.strips * self.rows
         first = (image * self.height + first_row) * self.width
         lines = {
@@ -104,7 +105,7 @@ class Tiles(NamedTuple):
     def tiles_of(self, program, channel_block):
         """Returns the tiles of a program: one line, whose columns are tiles."""
         start = program * self.steps * TILE_ROWS
-        first = start + jnp.arange(TILE_ROWS)[:, None]
+        first = range_of(start, TILE_ROWS)[:, None]
         end = jnp.minimum(start + self.steps * TILE_ROWS, self.pixels)
         columns = (end - first + TILE_ROWS - 1) // TILE_ROWS
         lines = {0: (first, first < self.pixels)}
@@ -135,7 +136,7 @@ class Part:
         self._step = step * channels
         self._whole = whole
         self._shape = pixels, size
-        self._channel = channel_block * size + jnp.arange(size)[None]
+        self._channel = range_of(channel_block * size, size)[None]
         self._used = self._channel < channels
         self._lines = {
             name: (first * channels + self._channel, exists & self._used)

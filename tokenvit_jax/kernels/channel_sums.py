@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from tokenvit_jax.kernels.arithmetic import exp2, fma, negative
+from tokenvit_jax.kernels.arithmetic import exp2, fma, maximum, minimum, negative
 from tokenvit_jax.kernels.channel_maps import Tiles, run
 from tokenvit_jax.kernels.pieces import LOG2_E
 
@@ -150,7 +150,7 @@ def with_sums_gradient(
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns GELU, with an absolute error of 2e-7 in front of rounding."""
     size = _size(x)
-    return fma(negative(size), _tail(size), jnp.maximum(x, 0))
+    return fma(negative(size), _tail(size), maximum(x, 0))
 
 
 @jax.jit
@@ -173,7 +173,7 @@ LOG2_TAIL = (
 
 def _size(x):
     """Returns |x|, at most 10, beyond which nothing is left of the tail."""
-    return jnp.minimum(jnp.abs(x), 10)
+    return minimum(jnp.abs(x), 10)
 
 
 def _tail(size):

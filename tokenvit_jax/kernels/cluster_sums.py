@@ -206,7 +206,7 @@ def _means_kernel(
         total, sums = carry
         tokens = range_of(i * BLOCK, BLOCK)
         at, member = members(tokens)
-        is_own = at // clusters == block
+        is_own = (at // clusters == block) & (at < shifts.shape[0])
         shift_of_token = plt.load(shifts.at[jnp.where(is_own, at, 0)], mask=is_own, other=0.0)
         weight = exp2((scores_of(tokens) - shift_of_token) * LOG2_E)
         weight = jnp.where(is_own, weight, 0.0)

@@ -229,11 +229,16 @@ def _attend_even(q, k, v, scale):
     num_queries, num_keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     # The added query attends like the others, and its gradient is zero: nothing is undefined.
-    lengths = jnp.full(k.shape[:1], num_keys, jnp.int32) if num_keys % 2 else None
-    return _library(q, k, v, scale, lengths)[:, :num_queries]
+    lengths = ()
+    if num_keys % 2:
+        some = k[:, 0, 0, 0]  # under vmap, jax wants lengths that are mapped like the keys
+        full = lambda n: jnp.where(some == some, n, n).astype(jnp.int32)  # noqa: E731
+        lengths = full(q.shape[1]), full(num_keys)
+    return _library(q, k, v, scale, *lengths)[:, :num_queries]
 
 
-def _library(q, k, v, scale, num_keys=None):
+def _library(q, k, v, scale, num_queries=None, num_keys=None):
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=num_keys, implementation=IMPLEMENTATION
-    )
+        q, k, v, scale=scale, query_seq_lengths=num_queries, key_value_seq_lengths=num_keys,
+        implementation=IMPLEMENTATION,
+    )  # fmt: skip

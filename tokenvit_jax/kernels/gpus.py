@@ -25,6 +25,10 @@ class Gpu(NamedTuple):
     cudnn: int | None
 
 
+# Shared memory of a program [KiB] by capability, and the least of all others.
+_SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LEAST_SHARED_MEMORY = 99
+
 HOPPER = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 91200)
 
 # A user context is part of the keys of jax's caches: what was traced without it is traced again.
@@ -39,6 +43,16 @@ def traced_gpu() -> Gpu | None:
     if assumed_gpu.value is not None:
         return assumed_gpu.value
     return _own_gpu() if jax.default_backend() == "gpu" else None
+
+
+def shared_memory() -> int:
+    """Returns the shared memory of a program [bytes] on the GPU that programs are traced for.
+
+    Without one, it is what every GPU has that kernels are compiled for.
+    """
+    gpu = traced_gpu()
+    known = None if gpu is None else _SHARED_MEMORY.get(gpu.capability)
+    return (known or _LEAST_SHARED_MEMORY) * 1024
 
 
 @functools.cache

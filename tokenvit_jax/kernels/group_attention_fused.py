@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from tokenvit_jax.kernels.arithmetic import exp2, fma, widen
 from tokenvit_jax.kernels.group_routing import WORD, WORD_BITS
 from tokenvit_jax.kernels.joined import Parts, gradient_refs, gradients_of, inputs_of
-from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
+from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot, range_of
 
 # Queries and keys in a block; the last block may be shorter.
 _BLOCK = 64
@@ -117,7 +117,7 @@ class _Rows:
     def __init__(self, start, size, length):
         self.start, self.size = start, size
         self.at = pl.ds(start, size)
-        self.inside = start + jnp.arange(size) < length
+        self.inside = range_of(start, size) < length
 
     def matrix(self, ref):
         return plt.load(ref.at[self.at, :], mask=self.inside[:, None], other=0)

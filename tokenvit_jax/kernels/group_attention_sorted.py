@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int16, Int32
 
 from tokenvit_jax.kernels.arithmetic import exp2, fma
 from tokenvit_jax.kernels.group_routing import largest
-from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot
+from tokenvit_jax.kernels.pieces import LOG2_E, MASKED, Attended, dot, range_of
 
 # Queries in a tile, keys in a chunk, and keys whose gradients are collected at a time.
 _TILE, _CHUNK, _COLLECTED = 64, 128, 64
@@ -101,11 +101,11 @@ def _sort(groups_ref, order_ref, starts_ref):
     chunks = pl.cdiv(length, size)
 
     def load(i):
-        token = i * size + jnp.arange(size)
+        token = range_of(i * size, size)
         return token, plt.load(groups_ref.at[token], mask=token < length, other=2**31 - 1)
 
     def count(i, before):
-        return before + jnp.sum((load(i)[1] < group).astype(jnp.int32))
+        return before + jnp.sum(load(i)[1] < group, dtype=jnp.int32)
 
     def write(i, at):
         token, groups = load(i)
@@ -113,11 +113,11 @@ def _sort(groups_ref, order_ref, starts_ref):
         place = at + jnp.cumsum(member.astype(jnp.int32)) - 1
         # Tests write entries that are masked, too: these go to the last one.
         plt.store(order_ref.at[jnp.where(member, place, length)], token, mask=member)
-        return at + jnp.sum(member.astype(jnp.int32))
+        return at + jnp.sum(member, dtype=jnp.int32)
 
     start = lax.fori_loop(0, chunks, count, jnp.int32(0))
     end = lax.fori_loop(0, chunks, write, start)
-    side = jnp.arange(2)  # the program of the next group writes the same number at its start
+    side = range_of(0, 2)  # the program of the next group writes the same number at its start
     plt.store(starts_ref.at[group + side], start + (end - start) * side)
 
 
@@ -144,8 +144,8 @@ def _select_by_kernel(scores, top_k, interpret):
 
 def _select(scores_ref, keys_ref, places_ref, *, top_k):
     num_groups, length = scores_ref.shape
-    group = (pl.program_id(2) * _SELECTED + jnp.arange(_SELECTED))[:, None]
-    key = jnp.arange(pl.next_power_of_2(length))[None]
+    group = range_of(pl.program_id(2) * _SELECTED, _SELECTED)[:, None]
+    key = range_of(0, pl.next_power_of_2(length))[None]
     inside = (group < num_groups) & (key < length)
     scores = plt.load(scores_ref.at[group, key], mask=inside, other=0)
     selected = largest(scores, length, top_k, axis=1)
@@ -260,14 +260,14 @@ class _Rows:
         self.index, self.wanted = index, wanted
 
     def matrix(self, ref):
-        at = ref.at[self.index[:, None], jnp.arange(ref.shape[1])[None]]
+        at = ref.at[self.index[:, None], range_of(0, ref.shape[1])[None]]
         return plt.load(at, mask=self.wanted[:, None], other=0)
 
     def vector(self, ref):
         return plt.load(ref.at[self.index], mask=self.wanted, other=0)
 
     def store(self, ref, matrix):
-        at = ref.at[self.index[:, None], jnp.arange(ref.shape[1])[None]]
+        at = ref.at[self.index[:, None], range_of(0, ref.shape[1])[None]]
         plt.store(at, matrix.astype(ref.dtype), mask=self.wanted[:, None])
 
     def store_vector(self, ref, vector):
@@ -276,7 +276,7 @@ class _Rows:
 
 def _queries(order_ref, start, end, number):
     """Returns the rows of a tile of queries; unwanted ones lie beyond the end."""
-    place = start + number * _TILE + jnp.arange(_TILE)
+    place = range_of(start + number * _TILE, _TILE)
     wanted = place < end
     length = order_ref.shape[0] - 1
     return _Rows(plt.load(order_ref.at[place], mask=wanted, other=length), wanted)
@@ -284,7 +284,7 @@ def _queries(order_ref, start, end, number):
 
 def _keys(keys_ref, group, number):
     """Returns the rows of a chunk of the keys that a group selected."""
-    place = number * _CHUNK + jnp.arange(_CHUNK)
+    place = range_of(number * _CHUNK, _CHUNK)
     wanted = place < keys_ref.shape[1] - 1
     return _Rows(plt.load(keys_ref.at[group, place], mask=wanted, other=0), wanted)
 
@@ -362,7 +362,7 @@ def _differentiate_group(
 
     zero = jnp.zeros((_CHUNK, dim), jnp.float32)
     d_k, d_v = lax.fori_loop(0, tiles, add_to_keys, (zero, zero))
-    at = (split, group, (chunk * _CHUNK + jnp.arange(_CHUNK))[:, None], jnp.arange(dim)[None])
+    at = (split, group, range_of(chunk * _CHUNK, _CHUNK)[:, None], range_of(0, dim)[None])
     plt.store(d_keys_ref.at[at], d_k * scale, mask=own.wanted[:, None])
     plt.store(d_values_ref.at[at], d_v, mask=own.wanted[:, None])
 
@@ -406,9 +406,9 @@ def _collect(rows, places, k, interpret):
 def _add_rows(d_keys_ref, d_values_ref, places_ref, d_k_ref, d_v_ref):
     """Adds for every key the rows of the groups that selected it, few of all groups, in order."""
     num_groups, length = places_ref.shape
-    key = pl.program_id(2) * _COLLECTED + jnp.arange(_COLLECTED)
-    column = jnp.arange(d_k_ref.shape[1])[None]
-    bit = jnp.arange(_WORD)[:, None]
+    key = range_of(pl.program_id(2) * _COLLECTED, _COLLECTED)
+    column = range_of(0, d_k_ref.shape[1])[None]
+    bit = range_of(0, _WORD)[:, None]
 
     def add(first, carry):
         remaining, d_k, d_v = carry
@@ -424,7 +424,7 @@ def _add_rows(d_keys_ref, d_values_ref, places_ref, d_k_ref, d_v_ref):
     for first in range(0, num_groups, _WORD):
         exists = (first + bit < num_groups) & (key < length)[None]
         place = plt.load(places_ref.at[first + bit, key[None]], mask=exists, other=-1)
-        selected = jnp.sum(jnp.where(place >= 0, jnp.int32(1) << bit, 0), 0)
+        selected = jnp.sum(jnp.where(place >= 0, jnp.int32(1) << bit, 0), 0, dtype=jnp.int32)
         any_left = lambda carry: jnp.max((carry[0] != 0).astype(jnp.int32)) > 0  # noqa: E731
         carry = lax.while_loop(any_left, functools.partial(add, first), (selected, *sums))
         sums = carry[1:]

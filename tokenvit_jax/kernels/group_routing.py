@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokenvit_jax.kernels.gpus import shared_memory
 from tokenvit_jax.kernels.joined import Parts, inputs_of
-from tokenvit_jax.kernels.pieces import dot, sortable
+from tokenvit_jax.kernels.pieces import dot, range_of, sortable
 
 # Groups per program, which are the bits that a word of the selection uses.
 WORD_BITS = 4
@@ -31,7 +32,16 @@ def routing_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
     """Returns why :func:`route` cannot take these queries, or None."""
     if q.shape[1] > MAX_LENGTH:
         return f"{q.shape[1]} tokens are more than {MAX_LENGTH}"
-    return assign_misfit(q, num_groups)
+    misfit = assign_misfit(q, num_groups)
+    if misfit is None:
+        # The keys and the centroids of a word are operands of one product.
+        needed = (_rows(q.shape[1]) + WORD) * q.shape[3] * q.dtype.itemsize
+        if needed > shared_memory():
+            return (
+                f"{q.shape[1]} tokens with head dim {q.shape[3]} need {needed} bytes of shared"
+                f" memory; there are {shared_memory()}"
+            )
+    return misfit
 
 
 def assign_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -132,24 +142,24 @@ def unpack(words: Int32[Array, "B N words L"], num_groups: int) -> Bool[Array, "
 def _route(q_ref, k_ref, centroids_ref, groups_ref, words_ref, *, length, num_groups, top_k):
     part, parts = pl.program_id(2), pl.cdiv(num_groups, WORD)
     _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups)
-    rows = pl.next_power_of_2(max(length, 16))
-    token, all_rows = jnp.arange(rows), pl.ds(_zero(), rows)
+    rows = _rows(length)
+    token, all_rows = range_of(0, rows), pl.ds(_zero(), rows)
     keys = plt.load(k_ref.at[all_rows, :], mask=token[:, None] < length, other=0)
     centroids = _load_centroids(centroids_ref, part * WORD, WORD)
     selected = largest(dot(keys, centroids, (1, 1)), length, top_k, axis=0)
-    bits = selected.astype(jnp.int32) << jnp.arange(WORD)[None]
-    plt.store(words_ref.at[all_rows], jnp.sum(bits, 1), mask=token < length)
+    bits = selected.astype(jnp.int32) << range_of(0, WORD)[None]
+    plt.store(words_ref.at[all_rows], jnp.sum(bits, 1, dtype=jnp.int32), mask=token < length)
 
 
 def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
     """Assigns the queries of every block of queries that is this program's part."""
     centroids = _load_centroids(centroids_ref, _zero(), max(WORD, pl.next_power_of_2(num_groups)))
-    column = jnp.arange(centroids.shape[0])[None]
+    column = range_of(0, centroids.shape[0])[None]
     blocks = pl.cdiv(length, _QUERIES)
 
     def assign(i, _):
         start = (part + i * parts) * _QUERIES
-        inside = start + jnp.arange(_QUERIES) < length
+        inside = range_of(start, _QUERIES) < length
         q = plt.load(q_ref.at[pl.ds(start, _QUERIES), :], mask=inside[:, None], other=0)
         scores = jnp.where(column < num_groups, dot(q, centroids, (1, 1)), -jnp.inf)
         is_best = scores == jnp.max(scores, 1)[:, None]
@@ -160,6 +170,11 @@ def _assign(q_ref, centroids_ref, groups_ref, part, parts, length, num_groups):
     lax.fori_loop(0, pl.cdiv(blocks, parts), assign, None)
 
 
+def _rows(length):
+    """Returns the number of keys that a program of :func:`route` holds."""
+    return pl.next_power_of_2(max(length, 16))
+
+
 def _zero():
     """Returns 0, unseen by jax: version 0.12 refuses slices that are known to end outside."""
     return pl.program_id(0) * 0
@@ -167,7 +182,7 @@ def _zero():
 
 def _load_centroids(centroids_ref, start, count):
     """Loads rows of (G, D), 0 beyond the end."""
-    inside = start + jnp.arange(count) < centroids_ref.shape[0]
+    inside = range_of(start, count) < centroids_ref.shape[0]
     return plt.load(centroids_ref.at[pl.ds(start, count), :], mask=inside[:, None], other=0)
 
 
@@ -192,7 +207,7 @@ def largest(scores: Float[Array, "..."], length: int, top_k: int, axis: int) -> 
     ordered = jnp.where(index < length, ordered, _LOWEST)
 
     def count(mask):
-        return jnp.expand_dims(jnp.sum(mask.astype(jnp.int32), axis), axis)
+        return jnp.sum(mask, axis, dtype=jnp.int32, keepdims=True)
 
     def is_left(carry):
         low, high, found = carry

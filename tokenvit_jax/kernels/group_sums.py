@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from tokenvit_jax.kernels.arithmetic import maximum
 from tokenvit_jax.kernels.group_routing import MAX_GROUPS
-from tokenvit_jax.kernels.pieces import dot
+from tokenvit_jax.kernels.pieces import dot, range_of
 
 # Queries at a time, and the least number of programs, which occupy a GPU.
 _QUERIES = 64
@@ -80,16 +81,17 @@ def _sum(q_ref, groups_ref, sums_ref, *, num_groups):
     images, length, dim = q_ref.shape
     blocks = pl.cdiv(length, _QUERIES)
     rows = max(16, pl.next_power_of_2(num_groups))
-    group = jnp.arange(rows)
+    group = range_of(0, rows)
 
     def add(i, carry):
         sums, counts = carry
+        i = i.astype(jnp.int32)  # jax may count in 64 bits
         image = lax.div(i, jnp.int32(blocks))
         start = (i - image * blocks) * _QUERIES
-        at, inside = pl.ds(start, _QUERIES), start + jnp.arange(_QUERIES) < length
+        at, inside = pl.ds(start, _QUERIES), range_of(start, _QUERIES) < length
         q = plt.load(q_ref.at[image, at, :], mask=inside[:, None], other=0).astype(jnp.float32)
         groups = plt.load(groups_ref.at[image, at], mask=inside, other=-1)
-        square = jnp.maximum(jnp.sum(q * q, 1), jnp.finfo(jnp.float32).tiny)
+        square = maximum(jnp.sum(q * q, 1), jnp.finfo(jnp.float32).tiny)
         left = q * lax.rsqrt(square)[:, None]
         # Threads hold columns of (queries, groups): sums over queries need few exchanges.
         member = groups[:, None] == group[None]

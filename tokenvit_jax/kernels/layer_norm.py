@@ -14,7 +14,8 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tokenvit_jax.kernels.arithmetic import fma
+from tokenvit_jax.kernels.arithmetic import fma, maximum
+from tokenvit_jax.kernels.pieces import range_of
 
 _MAX_CHANNELS = 2048
 _VALUES = 2048  # of a block of tokens: 16 in each thread
@@ -154,8 +155,8 @@ class _Tiling:
     def block(self, number):
         """Returns the slices of a block, its mask, and the mask of its tokens."""
         first = number * self.height
-        rows = first + jnp.arange(self.height) < self.tokens
-        columns = jnp.arange(self.width) < self.channels
+        rows = range_of(first, self.height) < self.tokens
+        columns = range_of(0, self.width) < self.channels
         slices = pl.ds(first, self.height), self.all_channels(number)
         return slices, rows[:, None] & columns[None], rows
 
@@ -168,13 +169,13 @@ class _Tiling:
 
     def vector(self, ref, number):
         """Reads a vector of all channels."""
-        mask = jnp.arange(self.width) < self.channels
+        mask = range_of(0, self.width) < self.channels
         values = plt.load(ref.at[self.all_channels(number)], mask=mask, other=0)
         return values.astype(jnp.float32)
 
     def of_images(self, ref, number, per_image):
         """Reads the factor of the image of each token of a block (tokens, 1)."""
-        token = number * self.height + jnp.arange(self.height)
+        token = range_of(number * self.height, self.height)
         factors = plt.load(ref.at[token // per_image], mask=token < self.tokens, other=0)
         return factors.astype(jnp.float32)[:, None]
 
@@ -195,7 +196,7 @@ def _forward_kernel(*refs, names, tiling, per_image, epsilon):
         plt.store(total_ref[0].at[slices], x, mask=mask)
     x = x.astype(jnp.float32)  # padded with zeros, which change no sum
     mean = jnp.sum(x, 1) * (1 / tiling.channels)
-    var = jnp.maximum(0.0, jnp.sum(x * x, 1) * (1 / tiling.channels) - mean * mean)
+    var = maximum(0.0, jnp.sum(x * x, 1) * (1 / tiling.channels) - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
     factor = inverse[:, None] * tiling.vector(scale_ref, program)[None]
     y = fma(x - mean[:, None], factor, tiling.vector(bias_ref, program)[None])
@@ -237,7 +238,7 @@ def _backward_kernel(*refs, names, programs, tiling, per_image):
     steps = pl.cdiv(tiling.num_blocks, programs)
     zeros = jnp.zeros((tiling.height, tiling.width), jnp.float32)
     sums = lax.fori_loop(0, steps, block, (zeros, zeros))
-    mask = jnp.arange(tiling.width) < tiling.channels
+    mask = range_of(0, tiling.width) < tiling.channels
     for number, parts in enumerate(sums):
         place = pl.ds(program, 1), pl.ds(number, 1), tiling.all_channels(program)
         plt.store(sums_ref.at[place], jnp.sum(parts, 0)[None, None], mask=mask[None, None])

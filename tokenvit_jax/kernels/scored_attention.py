@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 from tokenvit_jax.kernels import cudnn
 from tokenvit_jax.kernels.arithmetic import exp2, fma, reciprocal
 from tokenvit_jax.kernels.attention import attend
-from tokenvit_jax.kernels.pieces import LOG2_E
+from tokenvit_jax.kernels.pieces import LOG2_E, range_of
 from tokenvit_jax.ops.dtypes import softmax_dtype
 
 BLOCK = 64  # queries of a program, and keys of a step: 32 logits per thread
@@ -111,15 +111,15 @@ def _sum_weights(q_ref, k_ref, *refs, shape, scale, diagonal):
     """Sums up the weights of a block of queries, key by key."""
     *biases, sums_ref = refs
     num_queries, num_keys, dim = shape
-    rows = pl.program_id(2) * BLOCK + jnp.arange(BLOCK)
+    rows = range_of(pl.program_id(2) * BLOCK, BLOCK)
     is_query = (rows < num_queries)[:, None]
-    in_dim = jnp.arange(q_ref.shape[1]) < dim
+    in_dim = range_of(0, q_ref.shape[1]) < dim
     q = plt.load(q_ref, mask=is_query & in_dim, other=0.0)
     q = (q * scale).astype(q.dtype)
 
     def logits_of(step):
         block = pl.ds(step * BLOCK, BLOCK)
-        columns = step * BLOCK + jnp.arange(BLOCK)
+        columns = range_of(step * BLOCK, BLOCK)
         is_key = columns < num_keys
         k = plt.load(k_ref.at[block, :], mask=is_key[:, None] & in_dim, other=0.0)
         logits = plt.dot(q, k.T)

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from tokenvit_jax.kernels.arithmetic import fma
-from tokenvit_jax.kernels.pieces import three_products
+from tokenvit_jax.kernels.arithmetic import fma, maximum
+from tokenvit_jax.kernels.pieces import range_of, three_products
 
 # One row of products must fit into the registers of a program.
 MAX_TOKENS = 1024
@@ -175,7 +175,7 @@ class _Layout:
     def __init__(self, length, num_clusters, dtype, num_warps, interpret):
         self.length, self.num_clusters = length, num_clusters
         self.padded = _padded(length)
-        self.column = _arange(self.padded)
+        self.column = range_of(0, self.padded)
         self.exists = self.column < length
         self.stored = self.column < _stride(length)
         self.first = pl.program_id(0) * 0
@@ -196,11 +196,11 @@ def _kmedoids(refs, layout, iterations):
     length, num_clusters, rows = layout.length, layout.num_clusters, layout.rows
     column, exists = layout.column, layout.exists
 
+    def start(at, _, valid):
+        _store(medoids, at, _load_tokens(refs["initial"], at, valid, layout), valid)
+
     _multiply_tokens(refs["tokens"], distances, layout)
-    _each_block(
-        num_clusters, rows,
-        lambda at, _, valid: _store(medoids, at, _load(refs["initial"], at, valid), valid),
-    )  # fmt: skip
+    _each_block(num_clusters, rows, start)
     layout.barrier()
     _to_distances(distances, refs["squares"], layout)
 
@@ -212,7 +212,7 @@ def _kmedoids(refs, layout, iterations):
 
         def step(i, cost):
             at = i * rows
-            token = at + _arange(rows)
+            token = range_of(at, rows)
             valid = token < length
             block = _load_rows(distances, token, valid, layout)
             same = _load(assignment, at, valid, other=_NONE)[:, None] == cluster[None]
@@ -249,7 +249,9 @@ def _kmedoids(refs, layout, iterations):
         return moved.max()
 
     # Once no medoid moves, none moves later.
-    lax.fori_loop(0, iterations, lambda _, moved: lax.cond(moved > 0, move, lambda: moved), 1)
+    lax.fori_loop(
+        0, iterations, lambda _, moved: lax.cond(moved > 0, move, lambda: moved), jnp.int32(1)
+    )
     cluster = assign()
     _count(refs["counts"], cluster, layout)
 
@@ -263,7 +265,7 @@ def _to_distances(products, squares, layout):
 
     def step(start, token, valid):
         own, block = _load(squares, start, valid), _load_rows(products, token, valid, layout)
-        apart = jnp.maximum(own[:, None] + square[None] - 2 * block, 0.0)
+        apart = maximum(own[:, None] + square[None] - 2 * block, 0.0)
         apart = jnp.where(token[:, None] == column[None], 0.0, apart)
         _store_rows(products, token, apart, valid, layout)
 
@@ -286,8 +288,8 @@ def _kmeans(refs, layout, iterations):
     layout.barrier()
 
     def start(at, number, valid):
-        token = _load(refs["initial"], at, valid)
-        share = jnp.where(token[:, None] == column[None], 1.0, 0.0)
+        token = _load_tokens(refs["initial"], at, valid, layout)
+        share = (token[:, None] == column[None]).astype(jnp.float32)
         _store_rows(sums, number, _load_rows(products, token, valid, layout), valid, layout)
         _store_rows(shares, number, share, valid, layout)
         _store(squares, at, plt.load(products.at[token, token]), valid)
@@ -300,7 +302,7 @@ def _kmeans(refs, layout, iterations):
 
     def to_centers(at, valid):
         # Squared distances without |x|^2, which is the same for all centres.
-        block = _load_rows(sums, at + _arange(rows), valid, layout)
+        block = _load_rows(sums, range_of(at, rows), valid, layout)
         return _load(squares, at, valid, other=jnp.inf)[:, None] - 2 * block
 
     def move(_, carry):
@@ -349,7 +351,7 @@ def _assign(distances, layout):
     rows = layout.rows
 
     def step(i, nearest):
-        cluster = i * rows + _arange(rows)
+        cluster = range_of(i * rows, rows)
         apart = distances(i * rows, cluster < layout.num_clusters)
         least = apart.min(0)
         index = jnp.where(apart == least[None], cluster[:, None], _NONE).min(0)
@@ -429,18 +431,19 @@ def _over_blocks(count, size, run, carry):
     """Returns ``carry`` after ``run(start, numbers, valid, carry)`` for blocks of the numbers."""
 
     def step(i, carry):
-        number = i * size + _arange(size)
+        number = range_of(i * size, size)
         return run(i * size, number, number < count, carry)
 
     return lax.fori_loop(0, pl.cdiv(count, size), step, carry)
 
 
-def _arange(size):
-    return jnp.arange(size, dtype=jnp.int32)
-
-
 def _load(numbers, start, valid, other=0):
     return plt.load(numbers.at[pl.ds(start, valid.shape[0])], mask=valid, other=other)
+
+
+def _load_tokens(numbers, start, valid, layout):
+    """Loads numbers of tokens; those that there are not become the first or the last, as in XLA."""
+    return jnp.clip(_load(numbers, start, valid), 0, layout.length - 1)
 
 
 def _store(numbers, start, values, valid):
@@ -470,6 +473,6 @@ def _store_block(matrix, row, column, values):
 
 
 def _inside(matrix, row, column, size, num_columns):
-    rows, columns = row + _arange(size[0]), column + _arange(size[1])
+    rows, columns = range_of(row, size[0]), range_of(column, size[1])
     num_columns = matrix.shape[1] if num_columns is None else num_columns
     return (rows < matrix.shape[0])[:, None] & (columns < num_columns)[None]

@@ -351,7 +351,7 @@ def _tile_of(index, second, start, size, call):
     )
     rows, columns = lax.div(jnp.int32(call.height), height), lax.div(jnp.int32(call.width), width)
     windows = call.height * call.width // call.tokens
-    image, index = lax.div(index, windows), lax.rem(index, windows)
+    image, index = lax.div(index, jnp.int32(windows)), lax.rem(index, jnp.int32(windows))
     window_row, window_column = lax.div(index, columns), lax.rem(index, columns)
     token = start + jnp.arange(size, dtype=jnp.int32)
     widths = jnp.full_like(token, width)

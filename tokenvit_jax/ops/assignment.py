@@ -111,7 +111,7 @@ def _assign(costs, valid):
         return _augment(_move_potentials(state, tree, target), tree, target)
 
     none = jnp.full(targets, -1, jnp.int32), jnp.full(queries, -1, jnp.int32)
-    start = _State(*none, jnp.zeros(targets), jnp.zeros(queries))
+    start = _State(*none, *(jnp.zeros(n, jnp.float32) for n in costs.shape))
     return lax.fori_loop(0, valid.sum(), enter, start).query_of
 
 
@@ -140,7 +140,7 @@ def _shortest_paths(costs, state, target):
         row=target.astype(jnp.int32),
         distance=jnp.float32(0),
         free=jnp.int32(-1),
-        shortest=jnp.full(queries, jnp.inf),
+        shortest=jnp.full(queries, jnp.inf, jnp.float32),
         reached=jnp.zeros(queries, bool),
         before=jnp.full(queries, -1, jnp.int32),
     )
