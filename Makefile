@@ -26,7 +26,9 @@ test-slow: .venv/installed
 
 ACCELERATOR ?= found
 test-accelerator: .venv/installed
-	$(if $(EXTRA),$(INSTALL) -e '.[test,$(EXTRA)]')
+ifdef EXTRA
+	$(INSTALL) -e '.[test,$(EXTRA)]'
+endif
 	TOKENVIT_JAX_TEST_ACCELERATOR=$(ACCELERATOR) \
 		.venv/bin/python -m pytest tests/accelerator -m accelerator -rs
 

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from sampled import sampled
 
-from tokenvit_jax import cli, compile
+from tokenvit_jax import cli, compile, stopping
 from tokenvit_jax.ahead import command, compiling, quiet, report, targets
 from tokenvit_jax.kernels.platforms import Misfit
 from tokenvit_jax.tasks import default_config
@@ -52,6 +52,7 @@ def compiled():
 
 def run(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["compile", *args])
+    monkeypatch.setattr(stopping, "watch", lambda saves: None)  # this process is not only its own
     with pytest.raises(SystemExit) as exit_info:
         cli.run(compile.main, copy.deepcopy(compile.FLAGS), required=["config", "target"])
     output = capsys.readouterr()
@@ -90,7 +91,9 @@ def test_reports(compiled):
     assert parts[-1].split()[0] == "all" and parts[-1].split()[-1] in ("launch", "bytes")
     markdown = report.format_report(compiled, "markdown", 32)
     assert "## Memory of a device\n" in markdown and "| --- |" in markdown
-    assert "32 images per device are the most that fit with 4% to spare." in markdown
+    assert "32 images per device are the most that fit with 4% to spare, within 2%." in markdown
+    limit = report.format_report(compiled, "table", 4096)
+    assert "4096 images per device fit; --fit tries no more." in limit
     found = json.loads(report.format_report(compiled, "json", None))
     assert found["fits"] and found["batch_size"] == 16
     assert found["launches"] == sum(kernel.times for kernel in compiled.program.kernels)
@@ -155,7 +158,10 @@ def test_messages_of_a_compiler_without_memory():
         (["--target=h10"], "--target=h10 is not valid (did you mean 'h100'?); valid: a100, h100"),
         (["--target=h100x0"], "--target=h100x0 is not valid; valid: h100, h100x2 to"),
         (["--target=h100x3"], "config.batch_size=1024 is not a multiple of 3 devices"),
-        (["--target=v5e:3x5"], "--target=v5e:3x5 is not valid; valid: v5e:2x2 or a part of it"),
+        (
+            ["--target=v5e:3x5"],
+            "--target=v5e:3x5 is not valid; valid: v5e, v5e:2x2 or a part",
+        ),
         (
             ["--target=h100", "--batch_per_device=0"],
             "--batch_per_device=0 is not valid; valid: ",

@@ -27,7 +27,7 @@ BELOW_COMMANDS = (
 MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
     "__init__": "training models ops",
-    "ahead": f"training kernels tasks {BELOW_TASKS}",
+    "ahead": f"training kernels tasks stopping {BELOW_TASKS}",
     "training": f"tasks kernels memory stopping {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,

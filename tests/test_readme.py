@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,16 @@ def test_all_pages_of_an_experiment_are_linked_from_its_readme(folder):
     text = (folder / "README.md").read_text()
     for page in {*folder.glob("*.md")} - {folder / "README.md"}:
         assert f"]({page.name})" in text, page.name
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("settings", [(), ("EXTRA=cuda",)], ids=["plain", "extra"])
+def test_commands_of_the_makefile_are_whole(settings):
+    """The shell can read every line that a target runs."""
+    text = (ROOT / "Makefile").read_text()
+    targets = re.search(r"(?m)^\.PHONY: (.*)$", text)[1].split()
+    for target in targets:
+        call = ["make", "--dry-run", "--always-make", "-C", ROOT, target, *settings]
+        lines = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        assert "pytest" in lines or "test" not in target
+        subprocess.run(["sh", "-n"], input=lines, text=True, check=True)

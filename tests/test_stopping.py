@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,15 @@ while not stopping.requested():
 print("saved", flush=True)
 stopping.hold(False)
 """
+NOT_SAVING = """
+import hashlib, sys
+from tokenvit_jax import stopping
+stopping.watch(saves=False)
+with stopping.temporary_folder() as folder:
+    print(folder, file=sys.stderr, flush=True)
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
@@ -49,6 +59,15 @@ def start():
     yield start_program
     for process in started:
         process.kill()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_program_that_saves_nothing_ends_without_its_files(start, number):
+    program = start(NOT_SAVING)
+    program.send_signal(number)
+    folder, message = program.communicate(timeout=20)[1].splitlines()
+    assert (program.returncode, message) == (128 + number, f"error: {number.name}: interrupted")
+    assert folder and not Path(folder).exists()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -12,10 +12,13 @@ This module imports nothing heavy: a program imports it before anything else.
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -24,23 +27,29 @@ _SAME_REQUEST = 0.1
 
 _lock = threading.Lock()
 _watching = False
+_saves = True  # whether the program saves what it has done
+_folders: set[str] = set()  # to remove at the end
 _asked_at = None  # time of the first signal; None: there was none
 _unsaved = False  # whether ending now would lose finished steps
 _forwards = False  # whether another handler of SIGTERM, which tells other processes, takes over
 
 
-def watch() -> None:
+def watch(saves: bool = True) -> None:
     """Starts to watch the signals, once; call it in the main thread.
 
     The first signal ends the process with status 0 if nothing would be lost; otherwise
     :func:`requested` becomes true, and the program is expected to save and end. A second signal
     ends the process at once, with the status of a shell for this signal (130 or 143). SIGHUP counts
     once, because both the terminal and its shell send it, and not at all under `nohup`.
+
+    Args:
+      saves: whether the program saves what it has done; False: already the first signal ends it
+        like a second one.
     """
-    global _watching
+    global _watching, _saves
     if _watching:
         return
-    _watching = True
+    _watching, _saves = True, saves
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_wait, args=(reader,), name="signals", daemon=True).start()
@@ -86,6 +95,17 @@ def hold(unsaved: bool) -> None:
         _unsaved = unsaved
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Makes a folder for the context, which is also removed when a signal ends the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        _folders.add(folder)
+        try:
+            yield folder
+        finally:
+            _folders.discard(folder)
+
+
 def _install() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # by `nohup`
@@ -106,16 +126,26 @@ def _receive(number: signal.Signals) -> None:
         if _asked_at is not None:
             if number != signal.SIGHUP and now - _asked_at > _SAME_REQUEST:
                 _say(f"{number.name}: ended at once; the last checkpoint may be incomplete")
-                os._exit(128 + number)
+                _end(128 + number)
             return
         _asked_at = now
+        if not _saves:
+            _say(f"error: {number.name}: interrupted")
+            _end(128 + number)
         if _forwards:
             os.kill(os.getpid(), signal.SIGTERM)
         elif _unsaved:
             _say(f"{number.name}: stopping after this step is saved; once more: at once")
         else:
             _say(f"{number.name}: stopped; there was nothing to save")
-            os._exit(0)
+            _end(0)
+
+
+def _end(status: int) -> None:
+    """Ends the process, whatever its other threads are doing."""
+    for folder in tuple(_folders):
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(status)
 
 
 def _say(text: str) -> None:

@@ -53,3 +53,8 @@ def test_estimate_from_one_batch():
     assert estimated_fit(100, 11 * GIB, GIB, 21 * GIB) == 200
     assert estimated_fit(100, 11 * GIB, GIB, 21 * GIB, step=16) == 192
     assert estimated_fit(100, 40 * GIB, 30 * GIB, 21 * GIB) == 0
+
+
+def test_few_images_tell_little_about_many():
+    assert estimated_fit(1, 2 * GIB, GIB, 101 * GIB) == 16
+    assert estimated_fit(2000, 2 * GIB, GIB, 11 * GIB, step=3) == LARGEST // 3 * 3

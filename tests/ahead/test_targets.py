@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenvit_jax.ahead import targets
+from tokenvit_jax.ahead import device_files, targets
 from tokenvit_jax.ahead.ptx import PIPES
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.kernels import gpus
@@ -60,11 +60,15 @@ def test_names(name, shape, in_one_host):
         ("h100x12", "valid: h100, h100x2 to h100x8, or multiples of 8 to "),
         ("h100:8", "valid: h100, h100x2 to h100x8"),
         ("h100x8x2", "valid: h100, h100x2 to h100x8"),
-        ("h100x" + "9" * 50, "is not valid; valid: a100"),
-        ("v5e:3x5", "valid: v5e:2x2 or a part of it, or multiples of its sides up to v5e:16x16"),
+        ("h100x" + "9" * 50, "is not valid; valid: h100, h100x2 to h100x8"),
+        (
+            "v5e:3x5",
+            "valid: v5e, v5e:2x2 or a part of it, or whole hosts: multiples of its",
+        ),
         ("v5e:32x16", "up to v5e:16x16"),
-        ("v5ex4", "valid: v5e:2x2 or a part of it"),
-        ("v4:4x4", "valid: v4:2x2x1 or a part of it"),
+        ("v5ex4", "valid: v5e, v5e:2x2 or a part of it"),
+        ("v5e-8", "such as v5e:4x4, up to v5e:16x16"),
+        ("v4:4x4", "valid: v4, v4:2x2x1 or a part of it"),
     ],
 )
 def test_what_is_no_target(name, message):
@@ -90,3 +94,40 @@ def test_a_compiler_that_does_not_fit_is_named(monkeypatch):
     monkeypatch.setattr(targets, "_topology", fail)
     with pytest.raises(UserError, match=r"h100: the compiler cannot be used \(a version\); its"):
         targets.devices_of(targets.parse_target("h100"))
+
+
+VALID = (device_files.FOLDER / "h100.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("platform = ", "platform ", r"is no TOML: Expected '=' after a key .* \(at line 3"),
+        ('"cuda"', '"rocm"', "platform='rocm' is not valid; valid: cuda, tpu"),
+        ("host = [8]", "host = 8", "host=8 is not valid; valid: 1 values, each: whole numbers fr"),
+        ("usable = 0.75", "usable = 75", "usable=75 is not valid; valid: numbers above 0 to 1"),
+        ("usable = 0.75", "", "usable is missing; valid: numbers above 0 to 1"),
+        ("3.0e12", "-3e12", r"bandwidth.value=-3000000000000.0 is not valid; valid: numbers above"),
+        ("bandwidth =", "bandwith =", "bandwidth.value is missing; valid: numbers above 0"),
+        ("[0.58, 0.67]", "[0.67, 0.58]", "reached.value=.* is not valid; valid: 2 ascending val"),
+        ("logic =", "logik =", "lanes.logic.value is missing"),
+        ('source = "the driver"', "source = 3", "memory_gib.source=3 is not valid"),
+        ("core_count", "cores", "compiler.target_config=.* is not valid; valid: a text with core"),
+        ("clock =", "klock = 2\nclock =", r"klock is unknown"),
+    ],
+)
+def test_entries_of_a_file_are_checked(old, new, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_files, "FOLDER", tmp_path)
+    device_files.read_device.cache_clear()
+    assert VALID.count(old)
+    (tmp_path / "rtx4090.toml").write_text(VALID.replace(old, new, 1))
+    with pytest.raises(UserError, match=rf"rtx4090.toml.*{message}"):
+        targets.parse_target("rtx4090x8")
+
+
+def test_a_new_device_is_a_new_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_files, "FOLDER", tmp_path)
+    device_files.read_device.cache_clear()
+    (tmp_path / "rtx4090.toml").write_text(VALID.replace("H100", "RTX 4090"))
+    assert targets.parse_target("rtx4090x2").shape == (2,)
+    assert targets.parse_target("rtx4090").device.title.startswith("NVIDIA RTX 4090")

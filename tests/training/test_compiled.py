@@ -24,6 +24,8 @@ def undecided(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", None)
     yield given
     jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def config_with(folder):
@@ -102,15 +104,19 @@ def test_entry_moves_the_folder(undecided, tmp_path):
 
 
 def test_off(undecided):
+    jax.config.update("jax_compilation_cache_dir", "of the environment")
     compiled.keep_compiled(config_with("off"))
     compiled.keep_compiled(default_config("classification"))
-    assert undecided == []
+    assert undecided == [] and not jax.config.jax_enable_compilation_cache
 
 
-def test_folder_of_the_environment_wins(undecided, tmp_path):
+def test_folder_of_the_environment(undecided, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of jax"))
-    compiled.keep_compiled(config_with(tmp_path / "own"))
-    assert undecided == [] and not (tmp_path / "own").exists()
+    compiled.keep_compiled(default_config("classification"))
+    assert undecided == []
+    monkeypatch.setattr(compiled, "_decided", False)
+    compiled.keep_compiled(config_with(tmp_path / "own"))  # an entry wins
+    assert Path(undecided[0]).parent == tmp_path / "own"
 
 
 def test_folder_that_cannot_be_written(undecided, tmp_path, caplog):
@@ -119,7 +125,9 @@ def test_folder_that_cannot_be_written(undecided, tmp_path, caplog):
         compiled.keep_compiled(config_with(tmp_path / "file"))
     assert undecided == []
     [record] = caplog.records
-    assert "compiled programs are not kept: Not a directory" in record.getMessage()
+    text = record.getMessage()
+    assert text.startswith(f"compiled programs are not kept in {tmp_path}/file/cpu-")
+    assert ": Not a directory (config.compilation_cache=" in text
 
 
 def test_jax_recovers_from_a_cut_entry(tmp_path):

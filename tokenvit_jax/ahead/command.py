@@ -14,6 +14,7 @@ from tokenvit_jax.ahead.compiling import (
     with_batch,
 )
 from tokenvit_jax.ahead.fitting import MARGIN, largest_fit
+from tokenvit_jax.ahead.report import images_text
 from tokenvit_jax.ahead.targets import Target, parse_target
 
 _WHAT = {"train": "training step", "evaluate": "evaluation step", "predict": "prediction"}
@@ -60,7 +61,7 @@ def compile_for(
     check(with_batch(config, mode, batch * target.num_devices), target, mode)
 
     def compiled_at(size: int) -> Compiled:
-        announce(f"compiling the {_WHAT[mode]} for {name}: {size} images per device ...")
+        announce(f"compiling the {_WHAT[mode]} for {name}: {images_text(size)} per device ...")
         return compile_step(config, target, mode, size)
 
     step = smallest_batch(config, mode, target)

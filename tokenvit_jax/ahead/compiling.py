@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from tokenvit_jax import stopping
 from tokenvit_jax.ahead import targets
 from tokenvit_jax.ahead.hlo import Program, read_program
 from tokenvit_jax.ahead.instructions import read_launches
@@ -234,7 +234,7 @@ def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, Prog
       The result of jax and the program, or None, None and the temporaries [bytes] if the compiler
       lacks memory for them.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with stopping.temporary_folder() as folder:
         options = targets.compiler_options(target.device)
         if target.device.platform == "cuda":  # the compiler's files show what kernels execute
             options |= {"xla_dump_to": folder}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
-from tokenvit_jax.ahead.fitting import MARGIN, estimated_fit
+from tokenvit_jax.ahead.fitting import CLOSE, LARGEST, MARGIN, estimated_fit
 
 FORMATS = ("table", "markdown", "json")
 _LAYERS = 15  # rows of the costliest operations
@@ -63,14 +63,22 @@ def excess(compiled: Compiled, step: int) -> str:
     memory, capacity = compiled.memory, compiled.target.device.memory
     batch = fitting_batch(compiled, step)
     if batch:
-        advice = f"about {batch} images per device would fit (--fit finds the largest batch)"
+        # A program that the compiler gave up on has no memory plan: its size is only a bound.
+        about = "about" if compiled.program else "at most about"
+        fitting = f"{about} {images_text(batch)} per device would fit"
+        advice = f"{fitting} (--fit finds the largest batch)"
     else:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
-        f"{compiled.batch_per_device} images per device do not fit into the memory: a step needs "
-        f"{_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB too "
-        f"much; {advice}"
+        f"{images_text(compiled.batch_per_device)} per device do not fit into the memory: a step "
+        f"needs {_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB "
+        f"too much; {advice}"
     )
+
+
+def images_text(number: int) -> str:
+    """Returns a number of images as text."""
+    return f"{number} image{'s' * (number != 1)}"
 
 
 def describe(compiled: Compiled, largest: int | None, step: int) -> dict[str, Any]:
@@ -130,9 +138,9 @@ def _overview(compiled: Compiled) -> Section:
     devices = f"{target.num_devices} x {target.device.title}"
     return Section(
         f"{names[compiled.mode]} on {target.name}",
-        f"{devices}; {compiled.batch_per_device} images per device, {compiled.batch_size} in all. "
-        f"Traced in {compiled.trace_seconds:.0f} s, compiled in {compiled.compile_seconds:.0f} s "
-        f"({compiled.processor_seconds:.0f} s of all processors).",
+        f"{devices}; {images_text(compiled.batch_per_device)} per device, {compiled.batch_size} in "
+        f"all. Traced in {compiled.trace_seconds:.0f} s, compiled in "
+        f"{compiled.compile_seconds:.0f} s ({compiled.processor_seconds:.0f} s of all processors).",
     )
 
 
@@ -150,10 +158,15 @@ def _memory(compiled: Compiled, largest: int | None, step: int) -> Section:
     else:
         text = f"DOES NOT FIT: {_gib(memory.total)} of {_gib(device.memory)} GiB{share}. "
     if largest is None:
-        batch = fitting_batch(compiled, step)
-        text += f"About {batch} images per device would fit with {MARGIN:.0%} to spare (estimated)."
+        batch = images_text(fitting_batch(compiled, step))
+        text += f"About {batch} per device would fit with {MARGIN:.0%} to spare (estimated)."
+    elif largest >= LARGEST // step * step:
+        text += f"{largest} images per device fit; --fit tries no more."
     elif largest:
-        text += f"{largest} images per device are the most that fit with {MARGIN:.0%} to spare."
+        text += (
+            f"{largest} images per device are the most that fit with {MARGIN:.0%} to spare, "
+            f"within {CLOSE:.0%}."
+        )
     else:
         text += f"Not even {step} images per device fit."
     rows = [(_MEMORY_NAMES[name], _gib(getattr(memory, name))) for name in Memory._fields]
@@ -217,7 +230,7 @@ def _instructions(compiled: Compiled) -> str:
 
 
 def _layers(compiled: Compiled) -> Section:
-    rows = costs.by_layer(compiled)[:_LAYERS]
+    rows = [row for row in costs.by_layer(compiled)[:_LAYERS] if row.seconds]
     columns = ("layer and operation", *_COST_COLUMNS)
     return Section("Costliest operations", "", columns, [_cost_cells(row) for row in rows])
 
@@ -226,8 +239,9 @@ _COST_COLUMNS = ("launches", "GB", "TFLOP", "floor ms", "bound by")
 
 
 def _cost_cells(row: costs.Cost) -> tuple[str, ...]:
-    gigabytes, operations = f"{row.bytes / 1e9:.2f}", f"{row.operations / 1e12:.3f}"
-    return row.name, f"{row.launches:,}", gigabytes, operations, _ms(row.seconds), row.limit
+    gigabytes, operations = _short(row.bytes / 1e9), f"{row.operations / 1e12:.3f}"
+    limit = row.limit if row.seconds else ""
+    return row.name, f"{row.launches:,}", gigabytes, operations, _ms(row.seconds), limit
 
 
 def _collectives(compiled: Compiled) -> Section:
@@ -254,11 +268,15 @@ def _misfits(compiled: Compiled) -> Section:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    return _short(size / 2**30)
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}"
+    return _short(1e3 * seconds)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number >= 0.1 or not number else f"{number:.2g}"
 
 
 # ------------------------------------------------------------------------------------------------

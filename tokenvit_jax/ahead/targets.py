@@ -1,28 +1,20 @@
 """Describes the devices that programs can be compiled for, and makes them available to JAX.
 
-A target is a kind of device with a number or a topology: "h100", "h100x8", "v5e:16x16". A file of
-`devices/` holds the facts of a kind; a new kind is one new file.
+A target is a kind of device with a number or a topology: "h100", "h100x8", "v5e:16x16".
 """
 
-import functools
 import importlib.util
 import math
 import os
 import re
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+from tokenvit_jax.ahead.device_files import Device, list_devices, read_device
 from tokenvit_jax.errors import UserError, did_you_mean
-from tokenvit_jax.kernels.gpus import Gpu
 
-_FOLDER = Path(__file__).parent / "devices"
-_GIB = 2**30
-_NAME = re.compile(r"([a-z]\w*?)(?:([x:])(\d{1,6}(?:x\d{1,6})*))?", re.ASCII)
 # Platform -> extra, and its packages, one of which is needed.
 _EXTRAS = {
     "cuda": ("aot-gpu", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")),
@@ -35,68 +27,6 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-
-
-class Fact(NamedTuple):
-    """A number or several, and where they come from."""
-
-    value: Any
-    source: str
-
-
-class Device(NamedTuple):
-    """The facts of a kind of device; the files in `devices/` say more about each.
-
-    Attributes:
-      name: name of the file, such as "h100".
-      title: full name.
-      platform: "cuda" or "tpu".
-      facts: the facts by name.
-      products: precision -> operations per second of matrix products and convolutions.
-      lanes: pipe, one of `ptx.PIPES` -> instructions of threads that a multiprocessor of a GPU
-        executes in a cycle; empty for a TPU.
-      host: number of devices in a host; TPUs: along each axis.
-      largest: number of devices in the largest target, likewise.
-      usable: share of the memory that JAX can use.
-      compiler: options of the topology for the compiler.
-    """
-
-    name: str
-    title: str
-    platform: str
-    facts: Mapping[str, Fact]
-    products: Mapping[str, Fact]
-    lanes: Mapping[str, Fact]
-    host: tuple[int, ...]
-    largest: tuple[int, ...]
-    usable: float
-    compiler: Mapping[str, Any]
-
-    @property
-    def memory(self) -> int:
-        """Memory that JAX can use [bytes]."""
-        return int(self.usable * self.facts["memory_gib"].value * _GIB)
-
-    @property
-    def multiprocessors(self) -> int:
-        """Number of multiprocessors of a GPU."""
-        return int(re.search(r"core_count: (\d+)", self.compiler["target_config"])[1])
-
-    @property
-    def gpu(self) -> Gpu | None:
-        """The GPU as the compiler's options describe it; None for a TPU."""
-        if self.platform != "cuda":
-            return None
-        config = self.compiler["target_config"]
-        kind = re.search(r'device_description_str: "([^"]*)"', config)[1]
-        capability = _version(config, "cuda_compute_capability")
-        major, minor, patch = _version(config, "dnn_version_info")
-        return Gpu(kind, capability, 10_000 * major + 100 * minor + patch)
-
-
-def _version(config: str, name: str) -> tuple[int, ...]:
-    """Returns the numbers of a version in the options of the compiler."""
-    return tuple(map(int, re.findall(r"\d+", re.search(rf"{name} {{([^}}]*)}}", config)[1])))
 
 
 class Target(NamedTuple):
@@ -123,27 +53,6 @@ class Target(NamedTuple):
         return all(side <= most for side, most in zip(self.shape, self.device.host, strict=True))
 
 
-def list_devices() -> list[str]:
-    """Returns the names of the kinds of devices."""
-    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
-
-
-@functools.cache
-def read_device(name: str) -> Device:
-    """Returns the facts of a kind of device, one of :func:`list_devices`."""
-    with (_FOLDER / f"{name}.toml").open("rb") as file:
-        content = tomllib.load(file)
-    products, lanes = (
-        {key: Fact(**fact) for key, fact in content.pop(table, {}).items()}
-        for table in ("products", "lanes")
-    )
-    plain = ("title", "platform", "host", "largest", "usable", "compiler")
-    settings = {key: content.pop(key) for key in plain}
-    facts = {key: Fact(**fact) for key, fact in content.items()}
-    sides = {key: tuple(settings.pop(key)) for key in ("host", "largest")}
-    return Device(name=name, facts=facts, products=products, lanes=lanes, **settings, **sides)
-
-
 def parse_target(text: str) -> Target:
     """Returns the target with a name such as "h100", "h100x8" or "v5e:16x16".
 
@@ -151,14 +60,19 @@ def parse_target(text: str) -> Target:
       UserError: there is no such device, number or topology.
     """
     known = list_devices()
-    found = _NAME.fullmatch(text)
-    name, separator, numbers = found.groups() if found else (text, None, None)
-    if name not in known:
-        hint = did_you_mean(name, known)
+    # The longest name, so that "rtx4090" is no "rt".
+    names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    found = re.fullmatch(rf"({names})(?:([x:])(\d{{1,6}}(?:x\d{{1,6}})*))?", text, re.ASCII)
+    if not found:
+        name = next((name for name in known if text.startswith(name)), None)
+        if name is not None:
+            shapes = _valid_shapes(read_device(name))
+            raise UserError(f"--target={text} is not valid; valid: {shapes}")
         raise UserError(
-            f"--target={text} is not valid{hint}; valid: {', '.join(known)}, also several GPUs "
-            "(h100x8) or a TPU topology (v5e:16x16)"
+            f"--target={text} is not valid{did_you_mean(text, known)}; valid: {', '.join(known)}, "
+            "also several GPUs (h100x8) or a TPU topology (v5e:16x16)"
         )
+    name, separator, numbers = found.groups()
     device = read_device(name)
     shape = tuple(map(int, numbers.split("x"))) if numbers else (1,) * len(device.host)
     if separator not in (None, "x" if device.platform == "cuda" else ":"):
@@ -186,7 +100,8 @@ def _valid_shapes(device: Device) -> str:
         return f"{name}, {name}x2 to {name}x{host[0]}, or multiples of {host[0]} to {largest[0]}"
     join = lambda sides: "x".join(map(str, sides))  # noqa: E731
     return (
-        f"{name}:{join(host)} or a part of it, or multiples of its sides up to "
+        f"{name}, {name}:{join(host)} or a part of it, or whole hosts: multiples of its "
+        f"{len(host)} sides, such as {name}:{join(2 * side for side in host)}, up to "
         f"{name}:{join(largest)}"
     )
 

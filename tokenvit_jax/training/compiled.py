@@ -29,27 +29,38 @@ _decided = False
 def keep_compiled(config: ConfigDict) -> None:
     """Makes jax keep the programs that it compiles, and use those of earlier processes.
 
-    The first call in a process decides. It changes nothing if jax already has a folder
-    (``JAX_COMPILATION_CACHE_DIR``). A folder that cannot be written gives a warning, and nothing is
-    kept. Of several processes only the first one writes, so they need a shared folder.
+    The first call in a process decides. Without an entry of the configuration, it changes nothing
+    if jax already has a folder (``JAX_COMPILATION_CACHE_DIR``). A folder that cannot be written
+    gives a warning, and nothing is kept. Of several processes only the first one writes, so they
+    need a shared folder.
 
     Args:
       config: reads `compilation_cache`.
     """
     global _decided
-    if _decided or jax.config.jax_compilation_cache_dir or config.compilation_cache == OFF:
-        _decided = True
+    if _decided:
         return
     _decided = True
+    name = config.compilation_cache
+    if name == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if jax.config.jax_compilation_cache_dir and not name:
+        return
+    folder = name or "the user's cache folder"
     try:
-        folder = _folder(config.compilation_cache)
+        folder = _folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         delete_damaged(folder)
         delete_oldest(folder, MAX_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or error
-        logging.warning("compiled programs are not kept: %s (config.compilation_cache)", reason)
+        logging.warning(
+            "compiled programs are not kept in %s: %s (config.compilation_cache=%s)",
+            folder, reason, name,
+        )  # fmt: skip
         return
+    compilation_cache.reset_cache()  # jax may have opened another folder
     compilation_cache.set_cache_dir(str(folder))
 
 
