@@ -310,7 +310,7 @@ def test_unknown_normalization_is_rejected(monkeypatch, capsys, tmp_path, weight
     flags = {"model": "deit_ti", "source": weights, "out": tmp_path / "run"}
     status, _, err = run(monkeypatch, capsys, **flags, normalization="half")
     assert status == 2
-    assert "--normalization=half: value should be one of <imagenet|inception|clip>" in err
+    assert "--normalization=half is not valid; valid: imagenet, inception, clip" in err
     assert not (tmp_path / "run").exists()
 
 

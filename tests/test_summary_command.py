@@ -119,7 +119,7 @@ def test_expedited_hosts(monkeypatch, capsys):
             "--image_size=99999999999: both sides must be at least 32 and ",
         ),
         ("--image_size=big", 1, "--image_size=big is neither a number nor HEIGHTxWIDTH"),
-        ("--format=xml", 2, "flag --format=xml: value should be one of <table|json>"),
+        ("--format=xml", 2, "--format=xml is not valid; valid: table, json"),
         ("--modle=dgt_t", 2, "Unknown command line flag 'modle'. Did you mean: model ?"),
     ],
 )

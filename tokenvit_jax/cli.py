@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from tokenvit_jax import failures, output, streams
-from tokenvit_jax.errors import UserError
+from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.valid import Number, check
 
 if TYPE_CHECKING:
@@ -357,11 +357,22 @@ def _parse_message(error: Exception) -> str | None:
     if isinstance(error, flags.Error) and isinstance(error.__context__, UserError):
         error = error.__context__
     if isinstance(error, flags.Error):
-        return str(error)
+        return _in_own_words(str(error))
     config = " ".join(argument for argument in sys.argv if argument.startswith("--config"))
     if isinstance(error, UserError | OSError) or not config:
         return failures.describe(error)
     return f"{config}: {type(error).__name__}: {error}"
+
+
+def _in_own_words(message: str) -> str:
+    """Returns absl's message about the value of a flag like other messages."""
+    if found := re.fullmatch(r"flag (--.*?)=(.*): value should be one of <(.*)>", message, re.S):
+        flag, value, names = found.groups()
+        valid = names.split("|")
+        return f"{flag}={value} is not valid{did_you_mean(value, valid)}; valid: {', '.join(valid)}"
+    if found := re.match(r"flag (--.*?=.*): \('Non-boolean argument", message, re.S):
+        return f"{found[1]} is not valid; valid: true, false"
+    return message
 
 
 def _exit(status: int, message: str) -> None:

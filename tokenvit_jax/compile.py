@@ -8,8 +8,8 @@ It compiles the same step as `train`, on any machine and without data, and print
 device, the kernels and their least time part by part, the collectives, estimated images per second,
 and kernels that cannot take their arguments. The compilers for GPUs and TPUs are packages:
 
-    pip install 'tokenvit_jax[aot-gpu]'
-    pip install 'tokenvit_jax[aot-tpu]'
+    pip install './tokenvit_jax[aot-gpu]'
+    pip install './tokenvit_jax[aot-tpu]'
 
 A training step takes a minute or two to compile on two cores, detectors longer. Exit status 1: an
 error, also if the step does not fit into the memory of a device.

@@ -14,6 +14,8 @@ def accelerator() -> jax.Device:
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         pytest.skip(f"{VARIABLE} is not set: run make test-accelerator")
+    if wanted not in ("found", "cpu"):
+        pytest.fail(f"{VARIABLE}={wanted} is not valid; valid: found, cpu")
     try:
         device = jax.devices()[0]
     except RuntimeError as error:

@@ -129,8 +129,8 @@ def devices_of(target: Target) -> list[jax.Device]:
     extra, package = _EXTRAS[device.platform]
     if not any(map(_is_installed, package)):
         raise UserError(
-            f"--target={target.name} needs {package[0]}: "
-            f"pip install 'tokenvit_jax[{extra}]' jax=={jax.__version__}"
+            f"--target={target.name} needs {package[0]}; beside the clone: "
+            f"pip install './tokenvit_jax[{extra}]' jax=={jax.__version__}"
         )
     try:
         return _topology(target).devices
@@ -138,7 +138,7 @@ def devices_of(target: Target) -> list[jax.Device]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"--target={target.name}: the compiler cannot be used ({reason}); its packages must "
-            f"fit: pip install 'tokenvit_jax[{extra}]' jax=={jax.__version__}"
+            f"fit: pip install './tokenvit_jax[{extra}]' jax=={jax.__version__}"
         ) from error
 
 

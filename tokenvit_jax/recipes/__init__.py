@@ -23,6 +23,8 @@ def choose_config(arg: str, configs: Mapping[str, Callable[[], ConfigDict]]) -> 
     """
     if arg not in configs:
         valid = ", ".join(name or "none" for name in configs)
+        if not arg:
+            raise UserError(f"--config=FILE:ARGUMENT needs an argument here; valid: {valid}")
         hint = did_you_mean(arg, configs)
         raise UserError(f"config argument {arg!r} is not valid{hint}; valid: {valid}")
     return configs[arg]()
