@@ -82,7 +82,8 @@ def test_what_is_no_target(name, message):
 )
 def test_a_missing_compiler_is_named(name, package, extra, monkeypatch):
     monkeypatch.setattr(targets, "_is_installed", lambda package: False)
-    with pytest.raises(UserError, match=rf"needs {package}; beside the clone: pip install .*\[{extra}\].* jax==0"):
+    message = rf"needs {package}; beside the clone: pip install .*\[{extra}\].* jax==0"
+    with pytest.raises(UserError, match=message):
         targets.devices_of(targets.parse_target(name))
 
 
