@@ -282,7 +282,8 @@ def _write_report(flag_values):
     command = " ".join(["tokenvit benchmark", *sys.argv[1:]])
     for text in page.measure_page(plan, flag_values.report_minutes, command):
         write_file(path, text, "--report")
-        note(f"{path}: {text.count(page.HEADING)} parts")
+        measured = text.count(page.HEADING) - text.count(f"{page.HEADING}{page.NOT_MEASURED}")
+        note(f"{path}: {measured} parts")
 
 
 def _report_path(value):

@@ -33,6 +33,7 @@ LARGE_PEERS = ("swin_small_patch4_window7_224", "swin_base_patch4_window7_224")
 LENGTHS = ((64, 784, 4), (32, 3136, 2), (8, 16384, 2), (1, 65536, 2))
 LENGTHS_ON_CPU = ((1, 784, 4), (1, 3136, 2))
 HEADING = "\n## "  # before the title of a part
+NOT_MEASURED = "Not measured"
 SECONDS = 4.0  # to time each model, less than `benchmark --model`
 CASE_SECONDS = 1.0  # to time a case of attention
 
@@ -325,7 +326,7 @@ def _heading(plan, command, reasons):
         found |= {} if reason else torch_peers.environment(package)
     versions = ", ".join(f"{key} {value}" for key, value in found.items())
     platform = getattr(device.client, "platform_version", "").split("\n")[0]
-    size = "{} x {} pixels, batch {}".format(*plan.image_size, plan.batch_size)
+    size = "models at {} x {} pixels, batch {}".format(*plan.image_size, plan.batch_size)
     if plan.tasks:
         size = "; ".join(f"{task.title}, batch {task.batch_size}" for task in plan.tasks)
     text = (
@@ -342,7 +343,7 @@ def _heading(plan, command, reasons):
 
 
 def _not_measured(left_out):
-    return [f"{HEADING}Not measured", "", *(f"- {line}" for line in left_out)] if left_out else []
+    return [f"{HEADING}{NOT_MEASURED}", "", *(f"- {line}" for line in left_out)] if left_out else []
 
 
 def _packages(plan):
