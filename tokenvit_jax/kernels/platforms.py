@@ -189,7 +189,7 @@ def num_devices() -> int:
     """Returns the number of devices over which jit divides the batch that is being traced.
 
     A step is traced in the context of its mesh, all of whose axes divide the batch. Inside
-    `jax.pmap` and `jax.shard_map`, where arrays are one device's part, this is 1.
+    `jax.pmap` and `jax.shard_map(check_vma=False)`, where arrays are one device's part, this is 1.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
