@@ -196,7 +196,7 @@ def poison(config, workdir, step):
 def run_here(monkeypatch, capsys, command, *arguments):
     """Returns exit status and last stderr line of a command that fails before any computation."""
     monkeypatch.setattr(sys, "argv", [command, *arguments])
-    monkeypatch.setattr(stopping, "watch", lambda: None)  # this process is not only the command's
+    monkeypatch.setattr(stopping, "watch", lambda **_: None)  # the process is not only its own
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_module(f"tokenvit_jax.{command}", run_name="__main__")
     lines = capsys.readouterr().err.strip().splitlines()
@@ -469,7 +469,7 @@ def test_changed_settings_of_a_resumed_run_are_named(
     shutil.copytree(reference, workdir)
     flags = [f"--config={RUN_CONFIG}", f"--workdir={workdir}", "--config.label_smoothing=0.1"]
     monkeypatch.setattr(sys, "argv", ["train", *flags])
-    monkeypatch.setattr(stopping, "watch", lambda: None)
+    monkeypatch.setattr(stopping, "watch", lambda **_: None)
     with contextlib.suppress(SystemExit):
         runpy.run_module("tokenvit_jax.train", run_name="__main__")
     assert "config.label_smoothing changes from 0.0 to 0.1 in the resumed run" in caplog.text

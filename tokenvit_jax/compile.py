@@ -15,11 +15,16 @@ A training step takes a minute or two to compile on two cores, detectors longer.
 error, also if the step does not fit into the memory of a device.
 """
 
+from tokenvit_jax import stopping
+
+if __name__ == "__main__":
+    stopping.watch(saves=False)  # compilers do not return to Python for minutes
+
 import sys
 
 from absl import flags
 
-from tokenvit_jax import cli, stopping
+from tokenvit_jax import cli
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.valid import whole
 
@@ -59,7 +64,6 @@ flags.DEFINE_enum("format", "table", FORMATS, "output format", flag_values=FLAGS
 
 def main(flag_values: flags.FlagValues) -> None:
     """Compiles the step and prints the report."""
-    stopping.watch(saves=False)  # compilers do not return to Python for minutes
     from tokenvit_jax.ahead import report
     from tokenvit_jax.ahead.command import compile_for
 
