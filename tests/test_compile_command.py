@@ -141,6 +141,23 @@ def test_fit(compiled, monkeypatch, capsys):
     assert err.count("compiling the training step") <= 3
 
 
+def test_a_block_that_half_of_the_memory_cannot_hold(monkeypatch):
+    calls = []
+
+    class Lowered:
+        def compile(self, compiler_options=None):
+            calls.append(compiler_options)
+            if compiler_options:
+                raise jax.errors.JaxRuntimeError("Ran out of memory in memory space vmem while ...")
+            return jax.jit(lambda x: x + 1).lower(1.0).compile()
+
+    options = {"xla_tpu_scoped_vmem_limit_kib": 1}
+    monkeypatch.setattr(targets, "compiler_options", lambda device: dict(options))
+    target = targets.parse_target("v5e")
+    assert compiling._compile(Lowered(), target, compiling.Memory())[1] is not None
+    assert calls == [options, None]
+
+
 def test_messages_of_a_compiler_without_memory():
     arguments = compiling.Memory(parameters=GIB)
     error = RuntimeError("total memory required for HLO temporaries (32.00G) exceeds available")

@@ -36,6 +36,7 @@ from tokenvit_jax.training.validate import check_task
 
 MODES = ("train", "evaluate", "predict")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NO_BLOCK = "in memory space vmem"
 _OUT_OF_MEMORY = re.compile(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])")
 
 
@@ -234,14 +235,18 @@ def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, Prog
       The result of jax and the program, or None, None and the temporaries [bytes] if the compiler
       lacks memory for them.
     """
-    with stopping.temporary_folder() as folder:
-        options = targets.compiler_options(target.device)
+    options = targets.compiler_options(target.device)
+    with stopping.temporary_folder() as folder, _uncached(), without_alarms():
         if target.device.platform == "cuda":  # the compiler's files show what kernels execute
             options |= {"xla_dump_to": folder}
         try:
-            with _uncached(), without_alarms():
+            try:
                 done = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
+            except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
+                if _NO_BLOCK not in str(error):
+                    raise
+                done = lowered.compile()  # with all of its memory for blocks
+        except jax.errors.JaxRuntimeError as error:
             return None, None, _missing_memory(error, arguments)
         return done, read_program(done.as_text(), read_launches(Path(folder))), 0
 
