@@ -7,7 +7,7 @@ GPU and the first TPU, `h100.toml` and `v5e.toml`, explain the entries.
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,8 +145,9 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
         axes = 1
     else:
         found = {key: value for key, value in found.items() if not key.startswith("compiler")}
-        axes = len(content["host"]) if content.get("host") in ([2, 2], [2, 2, 1]) else None
-    sides = Several(whole(1), axes, empty=False)
+        host = content.get("host")
+        axes = 3 if isinstance(host, list) and len(host) == 3 else 2
+    sides = Several(whole(1), axes)
     rules |= {"host": sides, "largest": sides, "usable": _SHARE}
     facts |= {f"products.{precision}": _POSITIVE for precision in _PRODUCTS}
     facts |= {name: rule for name, rule in _OPTIONAL.items() if name in content}
@@ -161,7 +162,7 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: {name} is unknown{did_you_mean(name, rules)}")
 
 
-def _entries(content: Mapping[str, Any], prefix: str = ""):
+def _entries(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the values of tables in tables with their dotted names."""
     for key, value in content.items():
         if isinstance(value, dict):
