@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit(compiled, monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, *line)
     assert status == 1
     assert "DOES NOT FIT: 110." in out
-    assert "error: 16 images per device do not fit into the memory: a step needs 110." in err
+    assert "error: a batch of 16 images per device does not fit into the memory: a step" in err
     assert "50.65 GiB too much; about 7 images per device would fit (--fit finds the " in err
     # A TPU's compiler gives no program.
     monkeypatch.setattr(command, "compile_step", lambda *args: tight._replace(program=None))

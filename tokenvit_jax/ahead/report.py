@@ -70,9 +70,9 @@ def excess(compiled: Compiled, step: int) -> str:
     else:
         advice = "no batch would; shard the state with --config.mesh.fsdp"
     return (
-        f"{images_text(compiled.batch_per_device)} per device do not fit into the memory: a step "
-        f"needs {_gib(memory.total)} of {_gib(capacity)} GiB, {_gib(memory.total - capacity)} GiB "
-        f"too much; {advice}"
+        f"a batch of {images_text(compiled.batch_per_device)} per device does not fit into the "
+        f"memory: a step needs {_gib(memory.total)} of {_gib(capacity)} GiB, "
+        f"{_gib(memory.total - capacity)} GiB too much; {advice}"
     )
 
 
