@@ -148,10 +148,10 @@ def page(rows: list[Row]) -> list[str]:
         `compile` does ([compiling](../compiling.md)). Each device sees as many images as in the
         recipe, at most {MOST}, or fewer where these do not fit into its memory. "Floor" is the
         least time of the kernels; "images/s" is for all devices. Its range for GPUs comes from
-        training steps on one H200: floors were .58 to .67 of the measured times of kernels, and
-        floors without the instructions of kernels .37 to .57. On TPUs nothing was measured, so
-        that the number is only an upper bound. Collectives are counted in full, as if
-        nothing ran beside them; "efficiency" is the share of the step that they leave, on paper
+        training steps on one H200: floors were .58 to .67 of the measured times of kernels. On
+        TPUs nothing was measured, so that the number is only an upper bound. Collectives are
+        counted in full, as if nothing ran beside them; "efficiency" is the share of the step that
+        they leave, on paper
         ([formula](../scale_out.md#efficiency-on-paper)). Launches of TPUs are operations of the
         program. "Compiled" is the time of all processors together; "(O1)" marks programs with fewer
         optimisations, whose floors are up to several times as long. "Misfits" are kernels that
@@ -170,12 +170,11 @@ def _floors(rows: list[Row]) -> list[str]:
     """Returns a paragraph that says which floors are without the instructions of kernels."""
     if ":" in rows[0]["target"]:  # TPUs
         return []
-    names = sorted(f"`{row['recipe']}`" for row in rows if "limits" in row)
-    if len(names) == len(rows):
+    names = sorted(f"`{row['recipe']}`" for row in rows if "limits" not in row)
+    if not names:
         return []
-    text = "All floors are without the instructions of kernels."
-    if names:
-        text = f"""Only the floors of {", ".join(names)} include the instructions of kernels."""
+    text = f"""Compiled before floors had the instructions of kernels, so that images/s follow from
+        .37 to .57 instead: {", ".join(names)}."""
     return ["", *pages.paragraph(text)]
 
 
