@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenvit_jax.ahead.fitting import LARGEST, estimated_fit, largest_fit
+from tokenvit_jax.ahead.fitting import LARGEST, estimated_fit, largest_estimate, largest_fit
 
 GIB = 2**30
 
@@ -58,3 +58,10 @@ def test_estimate_from_one_batch():
 def test_few_images_tell_little_about_many():
     assert estimated_fit(1, 2 * GIB, GIB, 101 * GIB) == 16
     assert estimated_fit(2000, 2 * GIB, GIB, 11 * GIB, step=3) == LARGEST // 3 * 3
+    assert estimated_fit(9000, 2 * GIB, GIB, 11 * GIB) == largest_estimate(9000) == 9000
+
+
+def test_only_the_first_batch_may_be_larger_than_the_search():
+    assert search(lambda b: (1 + b / 400) * GIB, 20 * GIB, 2 * LARGEST)[1] == [2 * LARGEST, LARGEST]
+    found, tried = search(lambda b: GIB + b, 20 * GIB, 2 * LARGEST)
+    assert (found, tried) == (2 * LARGEST, [2 * LARGEST])

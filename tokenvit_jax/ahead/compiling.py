@@ -240,15 +240,20 @@ def _compile(lowered: Any, target: Target, arguments: Memory) -> tuple[Any, Prog
         if target.device.platform == "cuda":  # the compiler's files show what kernels execute
             options |= {"xla_dump_to": folder}
         try:
-            try:
-                done = lowered.compile(compiler_options=options)
-            except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
-                if _NO_BLOCK not in str(error):
-                    raise
-                done = lowered.compile()  # with all of its memory for blocks
-        except jax.errors.JaxRuntimeError as error:
+            done = _with_blocks(lowered, options)
+        except jax.errors.JaxRuntimeError as error:  # of a TPU's compiler
             return None, None, _missing_memory(error, arguments)
         return done, read_program(done.as_text(), read_launches(Path(folder))), 0
+
+
+def _with_blocks(lowered: Any, options: dict[str, Any]) -> Any:
+    """Compiles, without options if they leave a TPU's compiler too little memory for a block."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_BLOCK not in str(error):
+            raise
+    return lowered.compile()
 
 
 # ------------------------------------------------------------------------------------------------

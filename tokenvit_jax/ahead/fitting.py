@@ -18,7 +18,7 @@ _MOST_TIMES = 16
 
 
 def estimated_fit(batch: int, memory: int, state: int, capacity: int, step: int = 1) -> int:
-    """Estimates the largest batch that fits from one batch; at most 16 times that batch.
+    """Estimates the largest batch that fits from one batch, up to :func:`largest_estimate`.
 
     Args:
       batch: images per device.
@@ -29,7 +29,12 @@ def estimated_fit(batch: int, memory: int, state: int, capacity: int, step: int 
     """
     per_image = max(1.0, (memory - state) / batch)
     most = int(max(0, capacity - state) / per_image)
-    return min(most, _MOST_TIMES * batch, LARGEST) // step * step
+    return min(most // step * step, largest_estimate(batch, step))
+
+
+def largest_estimate(batch: int, step: int = 1) -> int:
+    """Returns the largest result of :func:`estimated_fit`; more images may fit then."""
+    return max(batch, min(_MOST_TIMES * batch, LARGEST)) // step * step
 
 
 def largest_fit(
@@ -58,7 +63,10 @@ def largest_fit(
 def _next_guess(known: dict[int, int], capacity: int, step: int) -> int:
     """Returns the next batch to try, from the memory of others; 0: the search is over."""
     fitting = max(batch for batch, memory in known.items() if memory <= capacity or not batch)
-    bound = min((batch for batch in known if batch > fitting), default=LARGEST + step)
+    most = LARGEST // step * step
+    if fitting >= most:
+        return 0
+    bound = min((batch for batch in known if batch > fitting), default=most + step)
     if bound in known:
         low, high = fitting, bound
     else:
@@ -68,4 +76,4 @@ def _next_guess(known: dict[int, int], capacity: int, step: int) -> int:
     close = max(step, int(CLOSE * fitting))
     if bound - fitting <= close or (fitting and predicted < fitting + close):
         return 0
-    return min(max(predicted, fitting + step), bound - step)
+    return min(max(predicted, fitting + step), bound - step, most)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tokenvit_jax.ahead import costs
 from tokenvit_jax.ahead.compiling import Compiled, Memory
-from tokenvit_jax.ahead.fitting import CLOSE, LARGEST, MARGIN, estimated_fit
+from tokenvit_jax.ahead.fitting import CLOSE, LARGEST, MARGIN, estimated_fit, largest_estimate
 
 FORMATS = ("table", "markdown", "json")
 _LAYERS = 15  # rows of the costliest operations
@@ -158,8 +158,14 @@ def _memory(compiled: Compiled, largest: int | None, step: int) -> Section:
     else:
         text = f"DOES NOT FIT: {_gib(memory.total)} of {_gib(device.memory)} GiB{share}. "
     if largest is None:
-        batch = images_text(fitting_batch(compiled, step))
-        text += f"About {batch} per device would fit with {MARGIN:.0%} to spare (estimated)."
+        batch = fitting_batch(compiled, step)
+        about = (
+            "At least" if batch == largest_estimate(compiled.batch_per_device, step) else "About"
+        )
+        text += (
+            f"{about} {images_text(batch)} per device would fit with {MARGIN:.0%} to spare "
+            "(estimated)."
+        )
     elif largest >= LARGEST // step * step:
         text += f"{largest} images per device fit; --fit tries no more."
     elif largest:
