@@ -1,6 +1,7 @@
 """Attention by cuDNN: what is done around the library gives the same attention, on a CPU too."""
 
 import functools
+import itertools
 import types
 
 import chex
@@ -175,12 +176,37 @@ def test_lowers_for_a_gpu_that_is_not_there():
     assert "__cudnn$fmhaSoftmaxBackward" in text and "66x3x32" in text
 
 
-def test_gradients_of_odd_lengths_under_vmap():
-    q = jax.ShapeDtypeStruct((3, 2, 65, 3, 32), jnp.bfloat16)
-    mapped = jax.vmap(functools.partial(differentiated, ops.dot_product_attention))
+AXES = [axes for axes in itertools.product((0, None), repeat=3) if axes != (None, None, None)]
+
+
+@pytest.mark.parametrize("length", [64, 65])
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_gradients_under_vmap(length, axes):
+    """jax's own rule takes neither arguments nor gradients of the output that are not mapped."""
+    inputs = [
+        jax.ShapeDtypeStruct((2, length, 3, 32), jnp.bfloat16)
+        if axis is None
+        else jax.ShapeDtypeStruct((3, 2, length, 3, 32), jnp.bfloat16)
+        for axis in axes
+    ]
+
+    def loss(*args):
+        return jnp.sum(cudnn.attend(*args, scale=0.3))
+
+    mapped = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), in_axes=axes)
     with cudnn.assumed():
-        lowered = jax.jit(mapped).trace(q, q, q).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(mapped).trace(*inputs).lower(lowering_platforms=("cuda",))
     assert "__cudnn$fmhaSoftmaxBackward" in lowered.as_text()
+
+
+def test_values_under_vmap(by_xla):
+    q, k, v = (normal(seed, 2, 9, 3, 8) for seed in range(3))
+    queries = jnp.stack([q, q + 1])
+    fn = functools.partial(differentiated, functools.partial(cudnn.attend, scale=0.3))
+    mapped = jax.vmap(fn, in_axes=(0, None, None))(queries, k, v)
+    single = [fn(one, k, v) for one in queries]
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *single)
+    chex.assert_trees_all_close(mapped, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_jax_is_one_clear_error(monkeypatch):

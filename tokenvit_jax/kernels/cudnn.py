@@ -229,16 +229,26 @@ def _attend_even(q, k, v, scale):
     num_queries, num_keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     # The added query attends like the others, and its gradient is zero: nothing is undefined.
-    lengths = ()
-    if num_keys % 2:
-        some = k[:, 0, 0, 0]  # under vmap, jax wants lengths that are mapped like the keys
-        full = lambda n: jnp.where(some == some, n, n).astype(jnp.int32)  # noqa: E731
-        lengths = full(q.shape[1]), full(num_keys)
+    lengths = (q.shape[1], num_keys) if num_keys % 2 else (None, None)
     return _library(q, k, v, scale, *lengths)[:, :num_queries]
 
 
 def _library(q, k, v, scale, num_queries=None, num_keys=None):
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, query_seq_lengths=num_queries, key_value_seq_lengths=num_keys,
-        implementation=IMPLEMENTATION,
+    # Under vmap, jax wants all arguments to be mapped, and the gradient of the output. What is
+    # chosen by a number of each argument is; the compiler finds that no unsigned number is
+    # negative, and leaves the choice out.
+    bits = jnp.dtype(f"uint{8 * q.dtype.itemsize}")
+    first = [lax.bitcast_convert_type(x[:, :1, :1, :1], bits) for x in (q, k, v)]
+    always = functools.reduce(jnp.logical_and, [x >= 0 for x in first])  # (B, 1, 1, 1)
+
+    def mapped(x):
+        return jnp.where(always, x, lax.stop_gradient(x))
+
+    def lengths(n):
+        return None if n is None else jnp.where(always, n, n)[:, 0, 0, 0].astype(jnp.int32)
+
+    output = jax.nn.dot_product_attention(
+        mapped(q), mapped(k), mapped(v), scale=scale, query_seq_lengths=lengths(num_queries),
+        key_value_seq_lengths=lengths(num_keys), implementation=IMPLEMENTATION,
     )  # fmt: skip
+    return mapped(output)
