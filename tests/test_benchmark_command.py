@@ -264,7 +264,7 @@ def test_detector_of_torchvision_that_does_not_load(monkeypatch, capsys, tmp_pat
 
 
 def peers_of(plan):
-    return [f"peers: {[task.peer for task in plan.tasks]}"]
+    yield [f"peers: {[task.peer for task in plan.tasks]}"]
 
 
 def test_batches_of_a_report_are_those_of_the_tasks(monkeypatch, capsys, tmp_path):
@@ -277,6 +277,11 @@ def test_batches_of_a_report_are_those_of_the_tasks(monkeypatch, capsys, tmp_pat
         assert status == 0, err
     found = [[task.batch_size for task in plan.tasks] for plan in plans]
     assert found == [[1], [3], [2, 1]]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for args in ((), ("--dtype=float32",)):
+        run(monkeypatch, capsys, report, "--task=detection", *args)
+    types = [plan.dtype.name for plan in plans]
+    assert types == ["float32", "float32", "float32", "bfloat16", "float32"]
 
 
 @pytest.mark.parametrize("flag", ["--report", "--report=page.md"])

@@ -28,9 +28,9 @@ layers, or mask_rcnn_swin_t, which is made of torchvision's modules and timm's S
 
 --report measures all of this in about a quarter of an hour and writes a page for this machine: the
 smallest model of each family beside timm's, where their time goes, attention by the number of
-tokens beside the dense forms, clustering, token reducers. The page is written after every part, and
-names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison. With
---task, the page is about dense tasks.
+tokens beside the dense forms, clustering, token reducers. The page is written after every table,
+and names what did not fit into --report_minutes. Without PyTorch and timm it has no comparison.
+With --task, the page is about dense tasks.
 
 Temporary memory is the memory that XLA plans; allocations of the libraries that XLA calls are not
 included. On CPU, glibc keeps freed pages, as in training (see `tokenvit_jax.memory`).
@@ -145,7 +145,11 @@ cli.define_number(
     whole(1, 2**16),
 )  # fmt: skip
 flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "dtype of the computation", flag_values=FLAGS
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "dtype of the computation; default of --report: bfloat16 on an accelerator",
+    flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     "mode",
@@ -265,7 +269,7 @@ def _task_kind(task):
 
 
 def _write_report(flag_values):
-    """Writes the page of --report, again after each of its parts."""
+    """Writes the page of --report, again after each of its tables."""
     from tokenvit_jax.measure import macs, page, torch_peers
     from tokenvit_jax.memory import keep_pages
     from tokenvit_jax.output import check_file, write_file
@@ -299,13 +303,10 @@ def _report_path(value):
 def _plan(flag_values, image_size):
     """Returns what --report measures: the flags, or what suits the device."""
     import jax
-    import jax.numpy as jnp
 
     from tokenvit_jax.measure import page
 
     on_cpu = jax.default_backend() == "cpu"
-    default = "float32" if on_cpu else "bfloat16"
-    dtype = flag_values.dtype if flag_values["dtype"].present else default
     keep = {
         f"{method} level3": {"token_reducer": {"keep": insertions.parse_keep("level3", "deit_s"),
                                                "method": method}}
@@ -314,7 +315,7 @@ def _plan(flag_values, image_size):
     plan = page.Plan(
         image_size=image_size,
         batch_size=flag_values.batch_size or (8 if on_cpu else 128),
-        dtype=jnp.dtype(dtype),
+        dtype=_dtype_of_report(flag_values),
         insertions={"deit_s": keep},
         lengths=page.LENGTHS_ON_CPU if on_cpu else page.LENGTHS,
     )
@@ -326,8 +327,6 @@ def _plan(flag_values, image_size):
 
 def _task_plan(flag_values):
     """Returns what --report --task measures."""
-    import jax.numpy as jnp
-
     from tokenvit_jax.measure import macs, page
 
     tasks = [
@@ -339,9 +338,17 @@ def _task_plan(flag_values):
         )
         for name, measured in MEASURED.items() if name in flag_values.task
     ]  # fmt: skip
-    first = tasks[0]
-    dtype = jnp.dtype(flag_values.dtype)
+    first, dtype = tasks[0], _dtype_of_report(flag_values)
     return page.Plan(first.image_size, first.batch_size, dtype, tasks=tasks)
+
+
+def _dtype_of_report(flag_values):
+    """Returns the type of --dtype, or the one that the device is for."""
+    import jax
+    import jax.numpy as jnp
+
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(flag_values.dtype if flag_values["dtype"].present else default)
 
 
 def _check_flags(flag_values):

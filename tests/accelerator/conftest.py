@@ -8,6 +8,13 @@ import pytest
 VARIABLE = "TOKENVIT_JAX_TEST_ACCELERATOR"
 
 
+def pytest_configure() -> None:
+    """Keeps the CPU beside the accelerator where JAX_PLATFORMS names the accelerator only."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if VARIABLE in os.environ and platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
+
+
 @pytest.fixture(scope="session")
 def accelerator() -> jax.Device:
     """The first accelerator that jax finds, or the CPU where it is to stand in for one."""

@@ -1,6 +1,7 @@
 """The page of `benchmark --report`."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -68,7 +69,11 @@ def test_all_parts(plan, monkeypatch):
     monkeypatch.setattr(operators, "TOP_K", 4)
     monkeypatch.setattr(operators, "NUM_GROUPS", 2)
     *earlier, text = page.measure_page(plan, 60, "tokenvit benchmark --report")
-    assert [len(tables_of(before)) for before in earlier] == [1, 2, 3, 4]
+    # After every table, and at the end of a part.
+    assert [len(tables_of(before)) for before in earlier] == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5]
+    assert [len(tables_of(before)["Training step"]) for before in earlier[:2]] == [
+        2, len(tables_of(text)["Training step"]),
+    ]  # fmt: skip
     assert text.startswith("# cpu\n\nWritten by `tokenvit benchmark --report` on 20")
     assert "No comparison with timm: torch is not installed." in text
     tables = tables_of(text)
@@ -111,6 +116,65 @@ def test_what_fails_is_named_and_ends_nothing(plan, monkeypatch):
             pages.append(text)
     assert "- Training step: a training step needs 90 of 80 GiB\n" in pages[-1]
     assert "Operator `depthwise_conv`" in tables_of(pages[-1])
+
+
+class Failing(MeanModel):
+    """Raises an error while it is compiled, or while it runs."""
+
+    compiles: bool = True
+
+    def __call__(self, images, train):
+        if self.compiles:
+            images = jax.pure_callback(self.fail, images, images)
+        elif images.shape[0] > 1:
+            self.fail(images)
+        return super().__call__(images, train)
+
+    def fail(self, images):
+        raise ValueError(f"{images.shape[0]} images are too many")
+
+
+def test_one_model_that_fails_leaves_the_others(plan, monkeypatch):
+    created = {
+        "narrow": MeanModel(100), "uncompiled": Failing(100, compiles=False), "lost": Failing(100)
+    }  # fmt: skip
+    monkeypatch.setattr(models, "create_model", lambda name, dtype=None: created[name])
+    plan = plan._replace(small=[*created], insertions={}, lengths=(), operators=())
+    *_, text = page.measure_page(plan, 60, "command")
+    for title in ("Training step", "Forward pass"):
+        _, row, *profile = tables_of(text)[title]
+        assert row[0] == "`narrow`" and profile[0] == ["part", "`narrow`"]
+    assert text.count("`uncompiled` was not measured: 2 images are too many") == 2
+    assert text.count("`lost` was not measured: ") == 2
+    failing = plan._replace(small=("lost",))
+    with pytest.raises(UserError, match="Training step; Forward pass"):
+        for text in page.measure_page(failing, 60, "command"):  # noqa: B007
+            pass
+    assert "- Training step: " in text
+
+
+@pytest.mark.parametrize("fault", ["error", "nothing"])
+def test_a_profile_that_fails_leaves_the_times(plan, monkeypatch, fault):
+    def times_of_parts(*_):
+        if fault == "error":
+            raise AttributeError("ProfileData has no planes")
+        return {"norms": 0.0}
+
+    monkeypatch.setattr(page, "times_of_parts", times_of_parts)
+    plan = plan._replace(insertions={}, lengths=(), operators=())
+    *_, text = page.measure_page(plan, 60, "command")
+    assert [len(table) for table in tables_of(text).values()] == [2, 2]
+    reason = "ProfileData has no planes" if fault == "error" else "the profiler recorded no kernel"
+    assert text.count(f"No profile: {reason}") == 2
+
+
+def test_a_broken_package_leaves_our_models(plan, monkeypatch):
+    def check_peers(package):
+        raise ValueError("numpy.dtype size changed")
+
+    monkeypatch.setattr(torch_peers, "check_peers", check_peers)
+    *_, text = page.measure_page(plan, 0, "command")
+    assert "No comparison with timm: numpy.dtype size changed." in text
 
 
 def test_packages_of_dense_tasks(plan, monkeypatch):

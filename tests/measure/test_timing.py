@@ -38,7 +38,40 @@ def test_calls_of_an_accelerator_follow_one_another(monkeypatch):
     times = timing.time_in_turns({"a": lambda: order.append("call") or running}, seconds=0)
     assert len(times["a"]) == timing.MIN_CALLS
     in_a_row = ["call"] * timing.CALLS_IN_A_ROW + ["wait"]
-    assert order == in_a_row * (1 + timing.MIN_CALLS)  # one to warm up
+    assert order == ["call", "wait"] + in_a_row * timing.MIN_CALLS  # one to warm up
+
+
+@pytest.mark.parametrize(("duration", "in_a_row", "calls"), [(0.01, 10, 4), (0.2, 1, 3)])
+def test_an_accelerator_is_timed_as_long_as_it_should(monkeypatch, duration, in_a_row, calls):
+    """Rows of calls divide the time; a slow call has no row."""
+    clock = [0.0]
+
+    def call():
+        clock[0] += duration
+        return ()
+
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    times = timing.time_in_turns({"a": call}, seconds=0.4)["a"]
+    assert times == pytest.approx([duration] * calls)
+    assert clock[0] == pytest.approx((2 + in_a_row * calls) * duration)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_what_cannot_be_built_is_named(monkeypatch, backend):
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: backend)
+
+    def fail():
+        raise ValueError("no such layer")
+
+    builders, beside = {"a": fail, "b": lambda: 2}, {"c": fail, "d": lambda: 4}
+    failed = {}
+    assert timing.build_all(builders, beside, failed) == {"b": 2, "d": 4}
+    assert {name: str(error) for name, error in failed.items()} == {
+        "a": "no such layer", "c": "no such layer",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no such layer"):
+        timing.build_all(builders, beside)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenvit_jax.kernels.platforms import default_forms
 from tokenvit_jax.measure import timm_peers, torch_peers
 from tokenvit_jax.measure.macs import count_macs
 from tokenvit_jax.measure.timing import (
@@ -161,8 +162,12 @@ def build_contenders(
     against: Sequence[str] = (),
     insertions: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     kind: Kind = CLASSIFICATION,
+    failed: dict[str, Exception] | None = None,
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """Compiles models, their variants and peers for one mode of :func:`benchmark_models`.
+
+    With `failed`, what cannot be built is left out, as in
+    :func:`tokenvit_jax.measure.timing.build_all`.
 
     Returns:
       The contenders by name, and for each variant the name of its plain model.
@@ -182,7 +187,7 @@ def build_contenders(
         f"{kind.package}/{name}": functools.partial(_peer, kind.peer, name, *setting)
         for name in against
     }
-    return build_all(ours, beside=peers), plain
+    return build_all(ours, peers, failed), plain
 
 
 def compare_contenders(
@@ -251,7 +256,7 @@ def _peer(build, name, image_size, batch_size, dtype, mode):
 def _contender(model, work_of, image_size, batch_size, mode):
     images, targets, loss = work_of(image_size, batch_size)
     forward = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
-    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
+    variables = _first_variables(model, images)
     macs = count_macs(forward, variables, images[:1])
     if mode == "forward":
         program = compile_program(forward, variables, images)
@@ -268,6 +273,18 @@ def _contender(model, work_of, image_size, batch_size, mode):
         return variables, loss
 
     return Contender(program._replace(call=call), macs, program.call)
+
+
+def _first_variables(model, images):
+    """Returns random variables on the device, made by the CPU: it compiles them in less time."""
+    one = np.zeros((1, *images.shape[1:]), images.dtype)
+    try:
+        host = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        host = jax.devices()[0]
+    with default_forms(), jax.default_device(host):  # nobody reads the outputs
+        variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(one)
+    return jax.device_put(variables, jax.devices()[0])
 
 
 def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, tuple[jax.Array, dict]]]:

@@ -102,16 +102,16 @@ class Part(NamedTuple):
       title: its heading.
       minutes: time that it is expected to take on a GPU with 16 CPU cores, by the times that
         compilation was seen to take there.
-      measure: returns its lines.
+      measure: yields its tables, lists of lines, as soon as each is known.
     """
 
     title: str
     minutes: float
-    measure: Callable[[], list[str]]
+    measure: Callable[[], Iterator[list[str]]]
 
 
 def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
-    """Yields the page, in Markdown, after each of its parts: a run that is cut keeps what it has.
+    """Yields the page, in Markdown, after each of its tables: a run that is cut keeps what it has.
 
     Args:
       plan: what to measure.
@@ -122,6 +122,11 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
       UserError: after the last part, if some could not be measured; the page says why.
     """
     start, done, left_out, failed = time.monotonic(), [], [], []
+
+    def page():
+        lines = [*_heading(plan, command, reasons), *done, *_not_measured(left_out)]
+        return "\n".join(lines) + "\n"
+
     reasons = {package: _why_no_peers(package) for package in _packages(plan)}
     if reasons.get(models.CLASSIFICATION.package):
         plan = plan._replace(peers=(), large_peers=())
@@ -131,19 +136,20 @@ def measure_page(plan: Plan, minutes: float, command: str) -> Iterator[str]:
         if (time.monotonic() - start) / 60 + part.minutes > minutes:
             left_out.append(f"{part.title}: {part.minutes:g} minutes are needed")
         else:
-            began = time.monotonic()
+            began, above = time.monotonic(), [f"{HEADING}{part.title}", ""]
             try:
-                done += [f"{HEADING}{part.title}", "", *part.measure()]
+                for table in part.measure():
+                    done += [*above, *table]
+                    above = [""]
+                    yield page()
                 done += ["", f"Measured in {(time.monotonic() - began) / 60:.1f} minutes."]
             except Exception as error:
-                message = str(error).strip().partition("\n")[0] or type(error).__name__
-                logging.warning("%s: %s", part.title, message)
-                left_out.append(f"{part.title}: {message[:300]}")
+                logging.warning("%s: %s", part.title, _message(error))
+                left_out.append(f"{part.title}: {_message(error)}")
                 failed.append(part.title)
             gc.collect()
             torch_peers.release_memory()
-        lines = [*_heading(plan, command, reasons), *done, *_not_measured(left_out)]
-        yield "\n".join(lines) + "\n"
+        yield page()
     if failed:
         raise UserError(f"not measured, for a reason that the page gives: {'; '.join(failed)}")
 
@@ -190,30 +196,32 @@ def _task_parts(plan, task):
 
 
 def _models(plan, mode, large=False):
-    """Returns a table of models beside timm's, and one of where they spend their time."""
+    """Yields a table of models beside timm's, and one of where they spend their time."""
     names, peers = (plan.large, plan.large_peers) if large else (plan.small, plan.peers)
     setting = (plan.image_size, plan.batch_size, plan.dtype, mode)
     return _compare(names, peers, setting, models.CLASSIFICATION, part_of)
 
 
 def _task(plan, task, mode):
-    """Returns the same tables for a model of a dense task; its parts tell backbone and head."""
+    """Yields the same tables for a model of a dense task; its parts tell backbone and head."""
     setting = (task.image_size, task.batch_size, plan.dtype, mode)
     peers = [task.peer] if task.peer else []
     return _compare([task.model], peers, setting, task.kind, part_of_task)
 
 
 def _clustered(plan, task):
-    """Returns a table of images per second with and without clustered tokens."""
+    """Yields a table of images per second with and without clustered tokens."""
     setting = (task.inserted_size, task.batch_size, plan.dtype, "forward")
     variants = {task.model: task.insertions}
     contenders, plain = models.build_contenders([task.model], *setting, (), variants, task.kind)
     rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
-    return _insertions(rows)
+    yield _insertions(rows)
 
 
 def _compare(names, peers, setting, kind, part_of):
-    """Returns a table of models beside their peers, and one of where the models spend their time.
+    """Yields a table of models beside their peers, and one of where the models spend their time.
+
+    A model or a peer that fails is named, and the others are measured.
 
     Args:
       names: names of the models.
@@ -222,7 +230,18 @@ def _compare(names, peers, setting, kind, part_of):
       kind: task of the models.
       part_of: part of an operation from its origin.
     """
-    contenders, _ = models.build_contenders(names, *setting, peers, kind=kind)
+    failed: dict[str, Exception] = {}
+    contenders, _ = models.build_contenders(names, *setting, peers, kind=kind, failed=failed)
+    for name, contender in contenders.items():
+        try:
+            jax.block_until_ready(contender.program.call())
+        except Exception as error:  # such as a lack of memory
+            failed[name] = error
+    contenders = {name: one for name, one in contenders.items() if name not in failed}
+    names = [name for name in names if name in contenders]
+    peers = [peer for peer in peers if f"{kind.package}/{peer}" in contenders]
+    if not names:
+        raise next(iter(failed.values()))
     rows = models.compare_contenders(
         contenders, *setting, peers, package=kind.package, seconds=SECONDS
     )
@@ -237,7 +256,11 @@ def _compare(names, peers, setting, kind, part_of):
     if peers:
         text = f"divided by the same product of the model of {kind.package}"
         lines += ["", *_wrap(f'"Over": images per second times multiply-adds, {text}.')]
-    return [*lines, "", *_profile({name: contenders[name] for name in names}, part_of)]
+    for name, error in failed.items():
+        logging.warning("%s: %s", name, _message(error))
+        lines += ["", *_wrap(f"`{name}` was not measured: {_message(error)}")]
+    yield lines
+    yield _profile({name: contenders[name] for name in names}, part_of)
 
 
 def _profile(contenders, part_of):
@@ -247,10 +270,12 @@ def _profile(contenders, part_of):
             name: times_of_parts(contender.compiled, contender.program.call, part_of)
             for name, contender in contenders.items()
         }
-    except (RuntimeError, OSError, ValueError) as error:  # a profiler that is not allowed
-        return [f"No profile: {str(error).partition(chr(10))[0]}"]
+    except Exception as error:  # a profiler that is not allowed, or a file of another form
+        return _wrap(f"No profile: {_message(error)}")
     named = dict.fromkeys(part for column in times.values() for part in column)
     parts = [part for part in named if any(column.get(part) for column in times.values())]
+    if not parts:
+        return ["No profile: the profiler recorded no kernel."]
     unit = "CPU threads" if jax.default_backend() == "cpu" else "kernels"
     title = f"Where the time goes: milliseconds of {unit} in one call."
     rows = ([part, *(column.get(part, 0.0) for column in times.values())] for part in parts)
@@ -258,7 +283,7 @@ def _profile(contenders, part_of):
 
 
 def _attention(plan):
-    """Returns a table of attention in groups beside the dense forms, by the number of tokens."""
+    """Yields a table of attention in groups beside the dense forms, by the number of tokens."""
     rows = [
         operators.benchmark_case(case, mode, seconds=CASE_SECONDS)
         for batch, length, heads in plan.lengths
@@ -276,15 +301,15 @@ def _attention(plan):
                       *(times.get(name) for name in names), gain))  # fmt: skip
     columns = ["images", "tokens", "heads", "mode", *(f"{name} ms" for name in names),
                "best dense / group"]  # fmt: skip
-    return _table(columns, cells)
+    yield _table(columns, cells)
 
 
 def _reducers(plan):
-    """Returns a table of the share of saved multiply-adds that token reducers turn into speed."""
+    """Yields a table of the share of saved multiply-adds that token reducers turn into speed."""
     setting = (plan.image_size, plan.batch_size, plan.dtype, "forward")
     contenders, plain = models.build_contenders([*plan.insertions], *setting, (), plan.insertions)
     rows = models.compare_contenders(contenders, *setting, (), plain, seconds=SECONDS)
-    return _insertions(rows)
+    yield _insertions(rows)
 
 
 def _insertions(rows):
@@ -302,7 +327,7 @@ def _insertions(rows):
 
 
 def _operator(plan, name):
-    """Returns a table of an operator beside its alternatives, at the shapes of the models."""
+    """Yields a table of an operator beside its alternatives, at the shapes of the models."""
     rows = operators.benchmark_operator(name, None, plan.dtype, ("forward", "train"))
     measured = ("mode", "speedup", "contenders")
     shape = [key for key in rows[0] if key not in measured]
@@ -312,7 +337,7 @@ def _operator(plan, name):
          *(row["contenders"][name]["median_ms"] for name in names), row["speedup"])
         for row in rows
     )  # fmt: skip
-    return _table([*shape, "mode", *(f"{name} ms" for name in names), "speed-up"], cells)
+    yield _table([*shape, "mode", *(f"{name} ms" for name in names), "speed-up"], cells)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,9 +381,15 @@ def _why_no_peers(package):
     """Returns why models of a package cannot be timed beside ours; None if they can."""
     try:
         torch_peers.check_peers(package)
-    except UserError as error:
-        return str(error)
+        torch_peers.environment(package)
+    except Exception as error:  # a comparison is worth less than the rest of the page
+        return str(error) if isinstance(error, UserError) else _message(error)
     return None
+
+
+def _message(error):
+    """Returns the first line of an error."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
 
 
 def _table(columns, rows):

@@ -36,7 +36,7 @@ def times_of_parts(
     jax.block_until_ready(run())
     times = Counter()
     for names, nanoseconds in trace(run):
-        known = (origins.get(name, origins.get(_plain(name))) for name in names)
+        known = (origins.get(_known(name, origins)) for name in names)
         origin = next((one for one in known if one is not None), None)
         if origin is None and any(re.match(r"(transpose_)?copy|Mem", name) for name in names):
             origin = ""
@@ -54,14 +54,27 @@ def origins_of_kernels(text: str) -> dict[str, str]:
     Args:
       text: result of `jax.stages.Compiled.as_text`.
     """
-    found = re.findall(r'%?([\w.\-]+) = .*?op_name="([^"]+)"', text)
-    # A kernel that was written in Triton bears its own name, which all its calls share.
-    own = re.findall(r'xla\.gpu\.triton".*?op_name="([^"]+)".*?\bname = "(\w+)"', text)
-    return (
-        {kernel: origin for origin, kernel in own}
-        | {_plain(operation): origin for operation, origin in found}
-        | dict(found)
-    )
+    origins, own, last, callers = {}, {}, {}, []
+    computation = ""
+    for line in text.splitlines():  # line by line: a program has megabytes
+        if line[:1] not in (" ", "}", ""):
+            computation = line.removeprefix("ENTRY ").removeprefix("%").split(" ", 1)[0]
+            continue
+        found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+        if not found:
+            continue
+        operation, at = found[1], line.find('op_name="')
+        if at >= 0:
+            origin = line[at + 9 : line.index('"', at + 9)]
+            origins[operation] = last[computation] = origin
+            # A kernel that was written in Triton bears its own name, which all its calls share.
+            if 'xla.gpu.triton"' in line and (name := re.search(r'\bname = "(\w+)"', line[at:])):
+                own[name[1]] = origin
+        elif (at := line.find("calls=%")) >= 0:
+            callers.append((operation, re.match(r"[\w.\-]+", line[at + 7 :])[0]))
+    # A fusion around a call of a library has no origin of its own, but what it calls has one.
+    origins |= {operation: last[called] for operation, called in callers if called in last}
+    return own | {_plain(operation): origin for operation, origin in origins.items()} | origins
 
 
 def trace(run: Callable[[], Any]) -> list[tuple[tuple[str, ...], int]]:
@@ -93,6 +106,15 @@ def _names(event):
     """Returns the names by which the operation of a GPU's event may be known."""
     operation = dict(event.stats).get("hlo_op")
     return (event.name,) if operation is None else (operation, event.name)
+
+
+def _known(name, origins):
+    """Returns a name as `origins` has it.
+
+    XLA appends "__1", "__2" to kernels of one name that differ, such as those of other shapes.
+    """
+    first = re.sub(r"__\d+$", "", name)
+    return next((x for x in (name, _plain(name), first, _plain(first)) if x in origins), name)
 
 
 def _plain(operation):

@@ -31,6 +31,7 @@ MIN_CALLS = 3
 # On an accelerator, so many calls follow one another before the host waits for the results, as the
 # steps of a training do; a wait after every call would count as a part of it.
 CALLS_IN_A_ROW = 10
+SLOW = 0.1  # duration of a call from which on one waits for each [s]
 MAX_THREADS = 6  # that compile at once
 
 
@@ -71,6 +72,7 @@ def compile_program(fn: Callable, *args: Any, donate_argnums: tuple[int, ...] = 
 def build_all(
     builders: Mapping[Name, Callable[[], Built]],
     beside: Mapping[Name, Callable[[], Built]] = MappingProxyType({}),
+    failed: dict[Name, Exception] | None = None,
 ) -> dict[Name, Built]:
     """Returns what functions build by compiling programs: on an accelerator several at once.
 
@@ -79,15 +81,30 @@ def build_all(
     Args:
       builders: name -> function; they may run in other threads.
       beside: name -> function; they run in this thread, meanwhile or first.
+      failed: receives the errors of what could not be built, by name, and the others are returned;
+        None: the first error is raised.
     """
+    built = {}
+
+    def keep(name, build):
+        try:
+            built[name] = build()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+
     if jax.default_backend() == "cpu":
-        built = {name: build() for name, build in {**beside, **builders}.items()}
+        for name, build in {**beside, **builders}.items():
+            keep(name, build)
     else:
         with ThreadPoolExecutor(MAX_THREADS) as pool:
             waiting = {name: pool.submit(build) for name, build in builders.items()}
-            built = {name: build() for name, build in beside.items()}
-            built |= {name: result.result() for name, result in waiting.items()}
-    return {name: built[name] for name in (*builders, *beside)}
+            for name, build in beside.items():
+                keep(name, build)
+            for name, result in waiting.items():
+                keep(name, result.result)
+    return {name: built[name] for name in (*builders, *beside) if name in built}
 
 
 def time_in_turns(
@@ -103,24 +120,27 @@ def time_in_turns(
     Returns:
       Name -> duration of each call [s].
     """
-    planned = {}
+    planned, in_a_row = {}, {}
+    most = 1 if jax.default_backend() == "cpu" else CALLS_IN_A_ROW
     for name, call in calls.items():
-        duration = _duration(call)
+        duration = _duration(call, 1)
         if duration < seconds:  # the first call is slower than the others: its memory is new
-            duration = min(duration, _duration(call))
-        planned[name] = min(max(round(seconds / duration), MIN_CALLS), MAX_CALLS)
+            duration = min(duration, _duration(call, 1))
+        # A call that takes longer than SLOW waits for nothing: rows of it would only take time.
+        in_a_row[name] = most if duration < SLOW else 1
+        planned[name] = round(seconds / duration / in_a_row[name])
+        planned[name] = min(max(planned[name], MIN_CALLS), MAX_CALLS)
     rounds = max(planned.values())
     times = {name: [] for name in calls}
     for i in range(rounds):
         for name, call in calls.items():
             # The calls of a slow function are spread evenly over the rounds.
             if (i + 1) * planned[name] // rounds > i * planned[name] // rounds:
-                times[name].append(_duration(call))
+                times[name].append(_duration(call, in_a_row[name]))
     return times
 
 
-def _duration(call):
-    in_a_row = 1 if jax.default_backend() == "cpu" else CALLS_IN_A_ROW
+def _duration(call, in_a_row):
     start = time.perf_counter()
     for _ in range(in_a_row):
         results = call()
