@@ -56,6 +56,29 @@ def test_all_forms_are_traced_while_jax_has_64_bits(name, call, dtype):
         jax.jit(run_of(case)).trace(*inputs)
 
 
+# Cases of one image, and those that hold arrays of four images, which are no arguments.
+WITHOUT_BATCH = {"valid_anchors", "sample_objects"}
+WITHOUT_BATCH |= {"stochastic depth", "clustered_attention", "query_prototypes"}
+# Arguments without an axis of images, although they are as long as one.
+SHARED = {"few tokens": 3, "many tokens": 3, "update_centroids": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "call"), NAMES, ids=lambda part: part.replace(" ", "_"))
+def test_no_images_are_no_error(name, call):
+    case = CASES[name][call]
+    images = case.inputs[0].shape[0] if case.inputs else 0
+    if images not in (2, 4) or {name, call} & WITHOUT_BATCH:
+        pytest.skip("the images of the case are not its arguments' leading axis")
+    shared = SHARED.get(call or name)
+    inputs = [
+        x[:0] if len(x) == images and i != shared else x
+        for i, x in enumerate(cast(case, "bfloat16"))
+    ]
+    with cudnn.assumed():
+        jax.jit(run_of(case)).trace(*inputs)
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize(("name", "call"), NAMES, ids=lambda part: part.replace(" ", "_"))
 def test_operator(name, call, accelerator, cpu, monkeypatch):

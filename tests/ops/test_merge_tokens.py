@@ -82,6 +82,21 @@ def test_gradient():
     np.testing.assert_allclose(mean, same, atol=1e-12)
 
 
+def test_second_derivatives():
+    """Those of a gradient penalty: the sums of weights are saved for the backward pass."""
+    x, assignment, scores = example()
+
+    def penalty(merge):
+        first = jax.grad(lambda x, s: jnp.sum(merge(x, s) ** 2), (0, 1))
+        return jax.jit(jax.grad(lambda x, s: sum(jnp.sum(g**2) for g in first(x, s)), (0, 1)))
+
+    found = penalty(lambda x, s: ops.merge_tokens(x, assignment, NUM_CLUSTERS, s))(x, scores)
+    expected = penalty(lambda x, s: merge_plainly(x, assignment, s))(x, scores)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+        assert jnp.abs(a).min() > 0
+
+
 def test_scores_of_any_size():
     # In float32 exp(300) overflows, and exp(-90) is negligible beside 1e-6.
     x, assignment, _ = example()

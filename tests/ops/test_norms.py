@@ -108,6 +108,28 @@ def test_group_norm(dtype):
         ops.group_norm(*args, num_groups=5, epsilon=EPSILON)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        functools.partial(ops.layer_norm, epsilon=EPSILON),
+        functools.partial(ops.group_norm, num_groups=2, epsilon=EPSILON),
+        lambda *args: ops.batch_norm(*args, epsilon=EPSILON)[0],
+    ],
+    ids=["layer", "group", "batch"],
+)
+def test_gradients_have_the_types_of_the_parameters(norm):
+    """Otherwise a parameter in bfloat16 could not be used twice, nor in a scan."""
+    x = jnp.asarray(normal(2, 3, 4), jnp.bfloat16)
+    parameters = jnp.ones(4, jnp.bfloat16), jnp.zeros(4, jnp.bfloat16)
+
+    def loss(scale, bias):
+        y, _ = jax.lax.scan(lambda x, _: (norm(x, scale, bias), None), x, length=2)
+        return jnp.sum(y * scale)
+
+    gradients = jax.grad(loss, (0, 1))(*parameters)
+    assert {g.dtype for g in gradients} == {x.dtype}
+
+
 def test_layer_norm_alone():
     """The module equals flax's bit for bit; without a sum nothing is added to the gradient."""
     x = jnp.asarray(2 + normal(2, 5, 12), jnp.float32)

@@ -60,6 +60,35 @@ def test_damaged_entries_are_deleted(tmp_path, caplog):
     ]  # fmt: skip
 
 
+def test_an_entry_that_cannot_be_read_stays(tmp_path, monkeypatch):
+    """One of another user, or a folder; the others are still checked."""
+    whole = write_entries(tmp_path)
+    (tmp_path / "folder-cache").mkdir()
+    is_whole = compiled._is_whole
+
+    def not_ours(entry):
+        if entry.name == "half-cache":
+            raise PermissionError(13, "Permission denied", str(entry))
+        return is_whole(entry)
+
+    monkeypatch.setattr(compiled, "_is_whole", not_ours)
+    compiled.delete_damaged(tmp_path)
+    assert names(tmp_path) == whole | {"checked", "folder-cache", "half-cache"}
+
+
+def test_an_error_leaves_no_file_behind(tmp_path, monkeypatch):
+    write_entries(tmp_path)
+
+    def fails(entry):
+        raise OSError(5, "Input/output error", str(entry))
+
+    monkeypatch.setattr(compiled, "_is_whole", fails)
+    before = names(tmp_path)
+    with pytest.raises(OSError, match="Input/output error"):
+        compiled.delete_damaged(tmp_path)
+    assert names(tmp_path) == before
+
+
 def test_only_new_entries_are_read(tmp_path):
     compiled.delete_damaged(tmp_path)
     write_entries(tmp_path)

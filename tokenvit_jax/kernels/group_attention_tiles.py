@@ -76,7 +76,7 @@ def plan_tiles(groups: Int32[Array, "B N L"], num_groups: int, tile: int) -> Til
     rank = tile_of_group[..., None] * tile + jnp.arange(tile, dtype=jnp.int32)
     filled = rank < take(counts, group_of_tile)[..., None]
     sorted_position = jnp.where(filled, take(first_query, group_of_tile)[..., None] + rank, 0)
-    query_of_slot = take(order, sorted_position.reshape(batch, heads, -1))
+    query_of_slot = take(order, sorted_position.reshape(batch, heads, total_tiles * tile))
 
     slot = take(first_tile * tile - first_query, sorted_groups) + position
     invert = lambda order, slot: (  # noqa: E731
@@ -101,7 +101,7 @@ def _from_tiles(x, plan):
 def _select_keys(x, keys):
     """Gathers x (B, N, L, D) into the selected rows (B, N, G, k, D) of every group."""
     batch, heads, num_groups, top_k = keys.shape
-    rows = take(x, keys.reshape(batch, heads, -1))
+    rows = take(x, keys.reshape(batch, heads, num_groups * top_k))
     return rows.reshape(batch, heads, num_groups, top_k, x.shape[-1])
 
 
@@ -120,7 +120,7 @@ def _add_keys(x, keys, plan, length):
     add = lambda rows, at: (  # noqa: E731
         jnp.zeros((length, dim), x.dtype).at[at].add(rows, mode="promise_in_bounds")
     )
-    return jax.vmap(jax.vmap(add))(rows, keys.reshape(batch, heads, -1))
+    return jax.vmap(jax.vmap(add))(rows, keys.reshape(batch, heads, num_groups * top_k))
 
 
 @jax.custom_vjp

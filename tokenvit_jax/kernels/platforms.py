@@ -209,7 +209,7 @@ def device_batch(batch: int) -> int:
     """
     if not isinstance(batch, int):
         return 1
-    return batch if batch % num_devices() else batch // num_devices()
+    return max(batch if batch % num_devices() else batch // num_devices(), 1)
 
 
 def _general_misfit(args, shared):
@@ -218,6 +218,8 @@ def _general_misfit(args, shared):
     batches = {x.shape[0] for x in jax.tree.leaves(divided)}
     if not all(isinstance(batch, int) for batch in batches):
         return "the number of images is symbolic"
+    if 0 in batches:
+        return "there are no images"
     if any(x.dtype == jnp.float64 for x in jax.tree.leaves(args)):
         return "float64"
     devices = num_devices()

@@ -188,12 +188,12 @@ def _forward(x, scale, bias, epsilon, dtype, axis_name, with_gelu):
         x, affine = lax.optimization_barrier((x, affine))
         wide = _normalized(x, with_gelu)
     y = ((wide - affine.mean) * affine.factor + bias).astype(dtype)
-    return (y, affine), (x, affine)
+    return (y, affine), (x, scale, bias, affine)
 
 
 def _backward(epsilon, dtype, axis_name, with_gelu, residuals, cotangents):
     del dtype
-    x, affine = residuals
+    x, scale, bias, affine = residuals
     dy = cotangents[0].astype(affine.mean.dtype)
     wide = _normalized(x, with_gelu)
     sums = _column_sums(dy, dy * wide)
@@ -206,7 +206,8 @@ def _backward(epsilon, dtype, axis_name, with_gelu, residuals, cotangents):
     dx = gradient.dy_factor * dy + gradient.x_factor * wide + gradient.offset
     if with_gelu:
         dx = dx * gelu_and_slope(x)[1]
-    return dx.astype(x.dtype), gradient.dscale, gradient.dbias
+    dscale, dbias = gradient.dscale.astype(scale.dtype), gradient.dbias.astype(bias.dtype)
+    return dx.astype(x.dtype), dscale, dbias
 
 
 _batch_norm.defvjp(_forward, _backward)

@@ -110,7 +110,7 @@ def take_all(x: Float[Array, "B N C"], index: np.ndarray) -> Float[Array, "B ...
 
 def add_windows(x: Float[Array, "B n K C"], tiles: Tiles) -> Float[Array, "B S C"]:
     """Adds up the entries of all windows for each centre: (B, n, K, C) -> (B, S, C)."""
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[-1])
     pairs = zip(tiles.places, tiles.used, strict=True)
     return sum(jnp.where(used[:, None], take_all(x, places), 0) for places, used in pairs)
 
@@ -173,7 +173,7 @@ def mix_rows_and_columns(
         weights = jnp.asarray(weights, x.dtype).reshape(*weights.shape, *(1,) * (3 - axis))
         # On CPU this is 4 to 20 times faster than a matrix product.
         x = sum(jnp.take(x, i, axis, mode="clip") * w for i, w in zip(index, weights, strict=True))
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def _gradients_at_once(cells, index, share, d_output):
     # A product and a sum, which XLA fuses with the gather, where einsum would need its result.
     d_share = (_found(cells, index) * d_output).sum(-1)
     updates = share[..., None] * d_output
-    flat = (*cells.shape[:2], -1)
+    flat = (*index.shape[:2], math.prod(index.shape[2:]))
     zeros = jnp.zeros(cells.shape, d_output.dtype)
     d_cells = add_rows(zeros, index.reshape(flat), updates.reshape(*flat, cells.shape[-1]))
     return d_cells, d_share
@@ -159,7 +159,7 @@ def _gradients_of_einsum(cells, index, share, d_output):
 
 def _found(cells, index):
     """Returns the cells at indices (B, N, Q, K, D)."""
-    flat = index.reshape(*index.shape[:2], -1)
+    flat = index.reshape(*index.shape[:2], math.prod(index.shape[2:]))
     return take(cells, flat).reshape(*index.shape, cells.shape[-1])
 
 
@@ -183,7 +183,7 @@ def _corners_of_levels(
     for level, shape in enumerate(shapes):
         index, share = _corners(places[:, :, :, level], *shape)
         share *= weights[:, :, :, level, :, None]
-        flat = (*share.shape[:3], -1)
+        flat = (*share.shape[:3], math.prod(share.shape[3:]))
         indices.append(index.reshape(flat))
         shares.append(share.reshape(flat))
     return indices, shares

@@ -71,13 +71,13 @@ def _forward(x, scale, bias, num_groups, epsilon, dtype):
     statistics = GroupStatistics(mean, lax.rsqrt(var + epsilon))
     factor = statistics.inverse * scale
     y = (wide - _over_maps(mean, x)) * _over_maps(factor, x) + bias
-    return y.astype(dtype), (x, scale, statistics)
+    return y.astype(dtype), (x, scale, bias, statistics)
 
 
 def _backward(num_groups, epsilon, dtype, residuals, dy):
     """Computes dx = dy_factor dy + x_factor x + offset, with factors per image and channel."""
     del epsilon, dtype
-    x, scale, (mean, inverse) = residuals
+    x, scale, bias, (mean, inverse) = residuals
     dy, wide = dy.astype(mean.dtype), x.astype(mean.dtype)
     sums, products = _image_sums(dy, dy * wide)
     products = inverse * (products - mean * sums)  # sums of dy and the normalized x
@@ -87,7 +87,8 @@ def _backward(num_groups, epsilon, dtype, residuals, dy):
     offset = -inverse * centre - x_factor * mean
     dx = _over_maps(inverse * scale, x) * dy + _over_maps(x_factor, x) * wide
     dx = dx + _over_maps(offset, x)
-    return dx.astype(x.dtype), products.sum(0), sums.sum(0)
+    dscale, dbias = products.sum(0), sums.sum(0)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 _group_norm.defvjp(_forward, _backward)
@@ -100,7 +101,7 @@ def _image_sums(*values):
 
 def _group_means(sums, num_groups, pixels):
     """Returns the means over groups for the sums over pixels (n, B, C), for each channel."""
-    groups = sums.reshape(*sums.shape[:-1], num_groups, -1)
+    groups = sums.reshape(*sums.shape[:-1], num_groups, sums.shape[-1] // num_groups)
     means = groups.sum(-1, keepdims=True) / (pixels * groups.shape[-1])
     return jnp.broadcast_to(means, groups.shape).reshape(sums.shape)
 

@@ -111,7 +111,7 @@ def decode_heatmaps(heatmaps: Float[Array, "B H W K"], refinement: str = QUARTER
         raise ValueError(f"refinement={refinement!r}; valid: {', '.join(REFINEMENTS)}")
     height, width = heatmaps.shape[1:3]
     maps = jnp.moveaxis(heatmaps, -1, 1).astype(softmax_dtype(heatmaps.dtype))  # (B, K, H, W)
-    flat = maps.reshape(*maps.shape[:2], -1)
+    flat = maps.reshape(*maps.shape[:2], height * width)
     index, scores = flat.argmax(-1), flat.max(-1)
     x, y = index % width, index // width
     if refinement == DARK:
@@ -128,7 +128,7 @@ def _read(maps, x, y):
     """Returns the values of maps (B, K, H, W) at pixels (B, K); the border repeats outside."""
     height, width = maps.shape[2:]
     index = jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
-    flat = maps.reshape(*maps.shape[:2], -1)
+    flat = maps.reshape(*maps.shape[:2], height * width)
     return jnp.take_along_axis(flat, index[..., None], -1)[..., 0]
 
 

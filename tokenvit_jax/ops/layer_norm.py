@@ -1,6 +1,7 @@
 """LayerNorm with statistics in float32, alone or together with the sum that it normalizes."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,7 @@ def _backward_default(x, dy, dtotal, factors, scale, mean, inverse):
     dx = dx if dtotal is None else dx + dtotal
     # One sum per device, as the kernel returns them.
     parts = x.shape[0] // device_batch(x.shape[0]) if isinstance(x.shape[0], int) else 1
-    sums = [a.reshape(parts, -1, x.shape[-1]).sum(1) for a in (dy * normed, dy)]
+    rows = math.prod(x.shape[:-1]) // max(parts, 1)  # of 0 images there are no parts
+    sums = [a.reshape(parts, rows, x.shape[-1]).sum(1) for a in (dy * normed, dy)]
     dx = dx.astype(x.dtype)
     return dx, None if factors is None else _times(dx, factors), jnp.stack(sums, 1)

@@ -132,11 +132,13 @@ def _weighted_means_forward(tokens, assignment, scores, num_clusters):
 def _weighted_means_backward(num_clusters, residuals, gradients):
     del num_clusters
     tokens, assignment, scores, means, shift, total = residuals
-    d_means, *_ = gradients  # the shifts cancel out
+    d_means, _, d_total = gradients  # the shifts cancel out
     weights = jnp.exp(scores.astype(shift.dtype) - take(shift, assignment))
     d_sums = d_means / total[..., None]
     d_token = take(d_sums, assignment)  # (B, N, C)
-    along = jnp.sum(d_token * tokens, -1) - take(jnp.sum(d_sums * means, -1), assignment)
+    # d_total is not 0 in second derivatives only: nothing else reads the sums of weights.
+    of_cluster = jnp.sum(d_sums * means, -1) - d_total
+    along = jnp.sum(d_token * tokens, -1) - take(of_cluster, assignment)
     d_tokens = weights[..., None] * d_token
     return d_tokens.astype(tokens.dtype), None, (weights * along).astype(scores.dtype)
 

@@ -230,7 +230,8 @@ def _denser_neighbor(near, density):
     """
     batch, k, length = near.indices.shape
     index = jnp.broadcast_to(_column(length)[:, 0], density.shape)
-    neighbor_density = take(density, near.indices.reshape(batch, -1)).reshape(near.indices.shape)
+    neighbor_density = take(density, near.indices.reshape(batch, k * length))
+    neighbor_density = neighbor_density.reshape(near.indices.shape)
     denser = is_denser(neighbor_density, near.indices, density[:, None], index[:, None])
     denser &= near.squares < jnp.inf
     squares, parent = jnp.full_like(density, jnp.inf), index
@@ -260,7 +261,7 @@ def _search_denser(points, density, squares, parent, pending, size):
         at = jnp.where(take(pending, at), at, length)
         return tuple(map(put, found, (at, at), (nearest, key)))
 
-    chunks = num_chunks(pending.sum(1).max(), size)
+    chunks = num_chunks(pending.sum(1).max(initial=0), size)
     return lax.fori_loop(0, chunks, step, (squares, parent))
 
 

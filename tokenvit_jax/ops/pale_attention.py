@@ -133,7 +133,7 @@ def _attend_in_halves(q, k, v, row_group, column_group, mask, scale, interlaced)
 def _to_groups(x, stripe, interlaced):
     """Divides a map into its groups: (B, H, W, ...) -> (B, n, L, ...)."""
     x = to_windows(x, stripe, interlaced=interlaced)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
 
 
 def _from_groups(x, stripe, size, interlaced):
@@ -187,10 +187,13 @@ def _attend_pales(q, k, v, pale, mask, scale):
     batch, height, width, *rest = q.shape
     n = height // pale[0]
 
+    def merged(x):  # (B, n, m, s_r, s_c, ...) -> (B, n, m s_r s_c, ...)
+        return x.reshape(*x.shape[:2], math.prod(x.shape[2:5]), *x.shape[5:])
+
     def to_pales(x):
         blocks = to_windows(x, pale, interlaced=True)  # (B, n, n, s_r, s_c, ...)
         parts = [blocks, _drop_diagonal(jnp.swapaxes(blocks, 1, 2))]
-        return jnp.concatenate([x.reshape(*x.shape[:2], -1, *x.shape[5:]) for x in parts], 2)
+        return jnp.concatenate([merged(x) for x in parts], 2)
 
     mask = None if mask is None else to_pales(mask).reshape(n, -1)
     y = _attend_groups(*(to_pales(x) for x in (q, k, v)), mask, scale)

@@ -213,7 +213,7 @@ def _by_window(x, centers, refined, temperature, *, tiles, normalize):
     seen = tiles.near.any(1, keepdims=True)  # False: padding of a tile
     weights = jnp.where(seen, _normalize(jnp.where(seen, weights, 1), normalize), 0)
     y = product("bnkt,bnkd->bntd", weights, take_all(refined, tiles.centers))
-    return take_all(y.reshape(y.shape[0], -1, y.shape[-1]), tiles.homes)
+    return take_all(y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[-1]), tiles.homes)
 
 
 def _bilinear(x, centers, refined, temperature, *, grid, clusters):

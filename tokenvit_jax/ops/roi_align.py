@@ -100,6 +100,8 @@ def roi_align(
 
     # The cells of all images are one array: every device has its own.
     batch, maps = boxes.shape[0], tuple(maps)
+    if batch == 0:
+        return jnp.zeros((*boxes.shape[:2], size, size, maps[0].shape[-1]), maps[0].dtype)
     if not isinstance(batch, int):  # an exported program takes any number, image by image
         return lax.map(
             lambda image: pool(*jax.tree.map(lambda x: x[None], image))[0], (maps, boxes)

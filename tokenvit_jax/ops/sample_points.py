@@ -10,6 +10,7 @@ References:
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -40,7 +41,7 @@ def sample_maps(
 
 
 def _sum_of_corners(maps, points, which):
-    flat = maps.reshape(len(maps), -1)
+    flat = maps.reshape(len(maps), math.prod(maps.shape[1:]))
     dtype = softmax_dtype(maps.dtype)
     return sum(
         weight * flat.at[_cells(which, index)].get(mode="promise_in_bounds").astype(dtype)

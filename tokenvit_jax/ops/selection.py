@@ -75,14 +75,14 @@ def smallest_of_groups(
     """
     _, groups = smallest_k(minima, min(k, minima.shape[1]))
     index = groups[:, :, None] * GROUP + _column(GROUP)
-    index = index.reshape(index.shape[0], -1, index.shape[-1])  # (B, k * GROUP, Q)
+    index = index.reshape(index.shape[0], index.shape[1] * GROUP, index.shape[-1])
     among = jnp.take_along_axis(values, index, 1, mode="promise_in_bounds")
     return _select(among, index, k)
 
 
 def in_groups(values: Shaped[Array, "B N Q"]) -> Shaped[Array, "B groups group Q"]:
     """Divides values into groups: (B, N, Q) -> (B, N / GROUP, GROUP, Q)."""
-    return values.reshape(values.shape[0], -1, GROUP, values.shape[-1])
+    return values.reshape(values.shape[0], values.shape[1] // GROUP, GROUP, values.shape[-1])
 
 
 def largest_mask(scores: Float[Array, "B N L G"], top_k: int) -> Bool[Array, "B N L G"]:

@@ -63,4 +63,4 @@ def bipartite_matching(tokens: Float[Array, "B N D"], num_merged: int) -> Int32[
         jnp.arange(num_alone, length - num_merged, dtype=jnp.int32), even.shape[:2]
     )
     cluster = jnp.pad(cluster, ((0, 0), (0, length % 2)))
-    return jnp.stack([own, cluster], 2).reshape(batch, -1)[:, :length]
+    return jnp.stack([own, cluster], 2).reshape(batch, 2 * cluster.shape[1])[:, :length]

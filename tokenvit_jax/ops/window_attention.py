@@ -66,7 +66,7 @@ def window_attention(
 
     def split(x):  # (B, H, W, N, D) -> (rows, B, columns, N, h w, D)
         x = to_windows(x, window).transpose(1, 0, 2, 5, 3, 4, 6)
-        return x.reshape(rows, batch, columns, heads, -1, dim)
+        return x.reshape(rows, batch, columns, heads, window[0] * window[1], dim)
 
     def with_logits(q, k, v, bias, run):
         def within(q, k, v, parts):

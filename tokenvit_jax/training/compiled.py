@@ -88,6 +88,8 @@ def _cpu_digest() -> str:
 def delete_damaged(folder: Path) -> None:
     """Deletes entries that were not written to their end; reads those since the last call only.
 
+    Entries that cannot be read or deleted, such as those of other users of the folder, stay.
+
     Args:
       folder: folder of jax's compilation cache, which must be writable.
 
@@ -97,15 +99,18 @@ def delete_damaged(folder: Path) -> None:
     checked = folder / _CHECKED
     last = checked.stat().st_mtime_ns if checked.exists() else 0
     now = folder / f"{_CHECKED}-{os.getpid()}"
-    now.touch()  # the clock of the folder's file system, before anything is read
-    for entry in folder.glob(_ENTRIES):
-        try:
-            if entry.stat().st_mtime_ns >= last and not _is_whole(entry):
-                entry.unlink()
-                logging.warning("%s was not written to its end: deleted", entry)
-        except FileNotFoundError:  # another process deleted it
-            continue
-    now.replace(checked)
+    try:
+        now.touch()  # the clock of the folder's file system, before anything is read
+        for entry in folder.glob(_ENTRIES):
+            try:
+                if entry.stat().st_mtime_ns >= last and not _is_whole(entry):
+                    entry.unlink()
+                    logging.warning("%s was not written to its end: deleted", entry)
+            except (FileNotFoundError, PermissionError, IsADirectoryError):
+                continue  # another process deleted it, or it is not ours
+        now.replace(checked)
+    finally:
+        now.unlink(missing_ok=True)
 
 
 def _is_whole(entry: Path) -> bool:
@@ -147,5 +152,8 @@ def delete_oldest(folder: Path, max_bytes: int) -> None:
     for _, bytes_of_entry, entry in sorted(entries):
         if size <= max_bytes:
             break
-        entry.unlink(missing_ok=True)
+        try:
+            entry.unlink(missing_ok=True)
+        except (PermissionError, IsADirectoryError):  # as above
+            continue
         size -= bytes_of_entry
