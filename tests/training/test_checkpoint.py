@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -422,3 +423,27 @@ def test_same_variables_pass():
 
 def test_orbax_does_not_repeat_the_errors_in_the_log():
     assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)
+
+
+def test_arrays_with_copies_on_all_devices_are_saved_as_they_are(tmp_path, caplog):
+    """Cutting them into parts, as orbax does, compiles a program for each shape and device."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    state = jax.device_put(state_at(5, size=8 * mesh.size), NamedSharding(mesh, P()))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING), open_checkpoints(tmp_path) as saved:
+        saved.save(5, state, {})
+        saved.wait()
+        assert not [line for line in caplog.messages if "XLA compilation" in line]
+        restored, _ = saved.restore(abstract(state))
+    chex.assert_trees_all_equal(restored, state)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")])
+def test_a_lack_of_memory_sets_no_checkpoint_aside(workdir, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    with open_checkpoints(workdir) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "restore", fails)
+        with pytest.raises(UserError, match=rf"there is no memory to read .*/30: {error}"):
+            checkpoints.restore(abstract(state_at(0)))
+    assert saved_steps(workdir)[-1] == 30

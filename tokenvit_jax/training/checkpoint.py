@@ -19,14 +19,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from jax.experimental import multihost_utils
 
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.memory import release_pages
 from tokenvit_jax.models.backbone import variable_shapes
 from tokenvit_jax.output import write_file
 from tokenvit_jax.training.digests import array_digests, describe, json_digest, sealed, unsealed
-from tokenvit_jax.training.processes import is_main_process, on_main_process
+from tokenvit_jax.training.processes import everywhere, is_main_process, on_main_process
 from tokenvit_jax.training.quiet_orbax import brief, no_counters, patient_loops
 from tokenvit_jax.training.scores import SCORE, best_step, metrics_file, score_of
 from tokenvit_jax.training.state import TrainState, eval_variables
@@ -81,10 +80,11 @@ class Checkpoints:
         self._folder = self._workdir / FOLDER
         _check_path(self._folder, (*_NEVER_READ, *_NEVER_WRITTEN))
         self._keep_last, self._keep_best, self._score_of = keep_last, keep_best, score
+        arrays = _array_handlers()
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                model=ocp.PyTreeCheckpointHandler(),
-                optimizer=ocp.PyTreeCheckpointHandler(),
+                model=ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
+                optimizer=ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
                 progress=ocp.JsonCheckpointHandler(),
                 digests=ocp.JsonCheckpointHandler(),
                 metrics=ocp.JsonCheckpointHandler("metrics"),
@@ -183,21 +183,31 @@ class Checkpoints:
           The state and its progress; None if there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint belongs to another model or optimizer, or none of several can
-            be read.
+          UserError: the checkpoint belongs to another model or optimizer, there is not enough
+            memory for it, or none of several can be read.
         """
         unreadable = []
         for step in reversed(self.steps()):
-            restored, reason = None, None
+            items, reason = None, None
             try:
-                restored = self._restore_step(step, like)
+                items = self._read_step(step, like)
             except UserError:
                 raise
             except Exception as error:  # orbax raises many types on damaged files
                 reason = brief(error)
-            if _everywhere(restored is not None):
-                self._set_aside(unreadable)
-                return restored
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+                    path = self._folder / str(step)
+                    raise UserError(f"there is no memory to read {path}: {reason}") from error
+            # Digests of arrays that several processes hold are computed by all of them.
+            if everywhere(items is not None):
+                try:
+                    _verify(items)
+                except ValueError as error:
+                    reason = brief(error)
+                if everywhere(reason is None):
+                    self._set_aside(unreadable)
+                    state = like.replace(opt_state=items["optimizer"], **items["model"])
+                    return state, items["progress"]
             reason = reason or "another process could not read it"
             logging.warning("checkpoint %s cannot be read: %s", self._folder / str(step), reason)
             unreadable.append(step)
@@ -205,7 +215,8 @@ class Checkpoints:
             raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
         return None
 
-    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    def _read_step(self, step: int, like: TrainState) -> dict[str, Any]:
+        """Returns the items of a checkpoint; "digests" are None in one of an earlier version."""
         path = self._folder / str(step)
         trees = {"model": _model_item(like), "optimizer": like.opt_state}
         digests = _read_digests(path)
@@ -221,13 +232,7 @@ class Checkpoints:
         args["progress"] = ocp.args.JsonRestore()
         with patient_loops():
             items = self._checkpointer.restore(path, args=ocp.args.Composite(**args))
-        if digests:
-            for name in trees:
-                _verify(items[name], digests[name])
-            if json_digest(items["progress"]) != digests["progress"]:
-                raise ValueError("the progress of its data is not what was saved")
-        state = like.replace(opt_state=items["optimizer"], **items["model"])
-        return state, items["progress"]
+        return {**items, "digests": digests}
 
     def _open_folder(self) -> None:
         """Creates the folder, and removes what a killed run left in it."""
@@ -440,9 +445,15 @@ def _types(described: dict[str, list[str]]) -> dict[str, str]:
     return {name: kind for name, (kind, *_) in described.items()}
 
 
-def _verify(tree: Any, saved: dict[str, list[str]]) -> None:
-    """Raises ValueError unless the arrays of a tree are those that were saved."""
-    _check_saved(_described_digests(tree), saved)
+def _verify(items: dict[str, Any]) -> None:
+    """Raises ValueError unless the items are what was saved."""
+    saved = items["digests"]
+    if saved is None:
+        return
+    for name in ("model", "optimizer"):
+        _check_saved(_described_digests(items[name]), saved[name])
+    if json_digest(items["progress"]) != saved["progress"]:
+        raise ValueError("the progress of its data is not what was saved")
 
 
 def _check_saved(found: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -485,16 +496,19 @@ def _read_model(path: Path) -> dict[str, Any]:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     item = handler.restore(path / "model", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     if digests:
-        _verify(item, digests["model"])
+        _check_saved(_described_digests(item), digests["model"])
     return item
 
 
-def _everywhere(fine: bool) -> bool:
-    """Returns whether all processes are fine."""
-    return (
-        fine
-        if jax.process_count() == 1
-        else bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+def _array_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Returns what writes and reads arrays.
+
+    By default, orbax divides an array of which every device has a copy: each device cuts out its
+    part, by a program of its own for each shape. On eight devices that is eight programs per array.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
     )
 
 

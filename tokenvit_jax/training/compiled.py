@@ -10,12 +10,15 @@ import logging
 import os
 import platform
 import re
+import socket
 import zlib
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+
+from tokenvit_jax.training import processes
 
 OFF = "off"
 MAX_BYTES = 5 * 2**30  # of a folder when a process starts
@@ -31,8 +34,9 @@ def keep_compiled(config: ConfigDict) -> None:
 
     The first call in a process decides. Without an entry of the configuration, it changes nothing
     if jax already has a folder (``JAX_COMPILATION_CACHE_DIR``). A folder that cannot be written
-    gives a warning, and nothing is kept. Of several processes only the first one writes, so they
-    need a shared folder.
+    gives a warning, and nothing is kept. Of several processes only the first one writes. So they
+    need a shared folder: where it is not, nothing is kept. On GPUs, a process that has its program
+    would otherwise leave the others waiting for their share of its autotuning.
 
     Args:
       config: reads `compilation_cache`.
@@ -45,16 +49,22 @@ def keep_compiled(config: ConfigDict) -> None:
     if name == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if jax.config.jax_compilation_cache_dir and not name:
+    given = "" if name else jax.config.jax_compilation_cache_dir or ""
+    if given and (jax.process_count() == 1 or "://" in given):
         return
-    folder = name or "the user's cache folder"
+    folder, reason = name or given or "the user's cache folder", None
     try:
-        folder = _folder(name)
+        folder = Path(given) if given else _folder(name)
         folder.mkdir(parents=True, exist_ok=True)
-        delete_damaged(folder)
-        delete_oldest(folder, MAX_BYTES)
+        if not given and processes.is_main_process():
+            delete_damaged(folder)
+            delete_oldest(folder, MAX_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or error
+    if not processes.everywhere(reason is None) or not processes.is_shared(folder):
+        reason = reason or "it is not one folder for all processes"
+    if reason:
+        jax.config.update("jax_enable_compilation_cache", False)
         logging.warning(
             "compiled programs are not kept in %s: %s (config.compilation_cache=%s)",
             folder, reason, name,
@@ -98,7 +108,8 @@ def delete_damaged(folder: Path) -> None:
     """
     checked = folder / _CHECKED
     last = checked.stat().st_mtime_ns if checked.exists() else 0
-    now = folder / f"{_CHECKED}-{os.getpid()}"
+    # Containers on several machines may all have the same process number.
+    now = folder / f"{_CHECKED}-{socket.gethostname()}-{os.getpid()}"
     try:
         now.touch()  # the clock of the folder's file system, before anything is read
         for entry in folder.glob(_ENTRIES):

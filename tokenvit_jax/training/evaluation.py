@@ -23,7 +23,7 @@ from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks import Task, create_task
 from tokenvit_jax.training.devices import Parallel, make_parallel
 from tokenvit_jax.training.expedite_run import with_measured_temperature
-from tokenvit_jax.training.processes import on_main_process
+from tokenvit_jax.training.processes import check_alone, on_main_process
 from tokenvit_jax.training.run import load_run
 from tokenvit_jax.training.step import make_eval_step
 from tokenvit_jax.training.validate import check_task
@@ -129,6 +129,7 @@ def evaluate_run(
     """
     config = for_inference(read_config(workdir)) if config is None else config
     check_task(create_task(config), training=False)
+    check_alone("evaluate")
     if batches is None:
         with contextlib.closing(_open_batches(config)) as batches:
             return evaluate_run(workdir, checkpoint, config, per_class, batches, out)

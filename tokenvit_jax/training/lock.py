@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from tokenvit_jax.errors import UserError
+from tokenvit_jax.training import processes
 
 LOCK_FILE = "lock"
 
@@ -37,7 +36,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
       workdir: folder of the run, created if necessary.
 
     Raises:
-      UserError: another training holds the workdir, or the file cannot be written.
+      UserError: another training holds the workdir, the file cannot be written, or the processes
+        do not share the folder.
     """
     path, file, refusal = workdir / LOCK_FILE, None, None
     if jax.process_index() == 0:
@@ -45,13 +45,16 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
             file = _lock(path)
         except UserError as error:
             refusal = error
-    if jax.process_count() > 1:
-        refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
-        if refused and refusal is None:
-            refusal = UserError(f"the main process could not lock --workdir={workdir}; it says why")
-    if refusal is not None:
-        raise refusal
+    if processes.from_main_process(refusal is not None) and refusal is None:
+        refusal = UserError(f"the main process could not lock --workdir={workdir}; it says why")
     try:
+        if refusal is None and not processes.is_shared(workdir):
+            refusal = UserError(
+                f"--workdir={workdir} is not one folder for all processes; valid: a folder on a "
+                "file system that all of them share"
+            )
+        if refusal is not None:
+            raise refusal
         yield
     finally:
         if file is not None:

@@ -61,6 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: a value of the config is not valid, the loss is not finite, or the workdir
         cannot be written or read, or another training runs there.
     """
+    keep_pages()  # before anything looks for devices
     with (
         processes.StopRequest() as stop,
         workdir_lock(workdir),
@@ -80,7 +81,6 @@ def _train(
 
     task = create_task(config)
     check_task(task)
-    keep_pages()
     check_train_batch(task)
     keep_compiled(config)
     parallel = devices.make_parallel(config)

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import re
+import secrets
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +28,8 @@ def connect(
     """Joins the processes of a run; call it before anything else touches a device.
 
     Without arguments, the processes of TPU pods and SLURM jobs are found automatically; elsewhere
-    there is one process.
+    there is one process. A process has all devices of its host, or one if SLURM starts several on
+    each host; `JAX_LOCAL_DEVICE_IDS` changes this.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -33,13 +37,19 @@ def connect(
       process_id: number of this process, from 0.
 
     Raises:
-      UserError: some arguments are missing or wrong, or the coordinator cannot be reached.
+      UserError: some arguments are missing or wrong, the coordinator cannot be reached, or the
+        processes of a TPU pod cannot be found.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
-        if _in_cluster():
+        if _in_slurm():
             jax.distributed.initialize()
+            if _one_task_per_host() and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+                for platform in ("cuda", "rocm"):  # jax has given one device to each task
+                    jax.config.update(f"jax_{platform}_visible_devices", "all")
+        elif os.environ.get("TPU_ML_PLATFORM") == "JAX":  # set by `import jax` beside a TPU
+            _join_pod()
         return
     if missing:
         raise UserError(f"several processes also need {' and '.join(missing)}")
@@ -54,16 +64,34 @@ def connect(
     if process_id:
         # jax itself would abort the process with a stack trace.
         _wait_for(host, int(port))
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    # Otherwise jax would look for a cluster all the same, for the devices of this process.
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+    )
 
 
-def _in_cluster() -> bool:
-    """Returns whether jax can find the processes of this run by itself."""
-    # This is jax's condition for SLURM; a job with one task needs no coordinator.
-    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    # Set by `import jax` on a Cloud TPU machine.
-    tpu = os.environ.get("TPU_ML_PLATFORM") == "JAX"
-    return slurm or tpu
+def _in_slurm() -> bool:
+    """Returns whether this is one of several tasks; this is jax's condition."""
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def _one_task_per_host() -> bool:
+    """Returns whether SLURM started one task on every host, such as 1(x4)."""
+    return (
+        re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")) is not None
+    )
+
+
+def _join_pod() -> None:
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # nothing names any hosts: this is the only one
+        logging.info("one process: jax finds no other hosts of a TPU (%s)", error)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"jax cannot find the hosts of this TPU ({error}); pass --coordinator, "
+            "--num_processes and --process_id"
+        ) from error
 
 
 def _wait_for(host: str, port: int) -> None:
@@ -132,16 +160,42 @@ class StopRequest:
             signal.signal(*self._former.popitem())
 
 
+def check_alone(command: str) -> None:
+    """Raises UserError for a command that cannot divide its work if there are several processes.
+
+    Args:
+      command: its name, for the message.
+    """
+    count = jax.process_count()
+    if count > 1:
+        raise UserError(
+            f"{command} works in one process, and here are {count}; valid: a machine whose devices "
+            "belong to one process, or JAX_PLATFORMS=cpu"
+        )
+
+
 def is_main_process() -> bool:
     """Returns whether this is the process that writes logs."""
     return jax.process_index() == 0
 
 
 def on_main_process(action: Callable[[], None]) -> None:
-    """Runs an action on the main process while the others wait."""
+    """Runs an action on the main process while the others wait.
+
+    Raises:
+      UserError: in the other processes, if the action raised an error in the main one.
+    """
+    error = None
     if is_main_process():
-        action()
-    multihost_utils.sync_global_devices("on_main_process")
+        try:
+            action()
+        except Exception as raised:  # the others wait for an answer
+            error = raised
+    failed = from_main_process(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError("the main process failed; it says why")
 
 
 def from_main_process(value: bool) -> bool:
@@ -149,3 +203,28 @@ def from_main_process(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def everywhere(fine: bool) -> bool:
+    """Returns whether all processes are fine."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+
+
+def is_shared(folder: Path) -> bool:
+    """Returns whether all processes see the same folder, by a file that the main one writes."""
+    if jax.process_count() == 1:
+        return True
+    numbers = multihost_utils.broadcast_one_to_all(
+        np.array([secrets.randbits(31) for _ in range(2)], np.int32)
+    )
+    mark = folder / ".shared-{:08x}{:08x}".format(*map(int, numbers))
+    try:
+        on_main_process(lambda: mark.write_text(""))
+        return everywhere(mark.exists())
+    except (OSError, UserError):  # the main process cannot write it
+        return False
+    finally:
+        if is_main_process():
+            mark.unlink(missing_ok=True)

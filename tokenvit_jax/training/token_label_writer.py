@@ -15,6 +15,7 @@ from tokenvit_jax.progress import progress
 from tokenvit_jax.tasks.classification.examples import WholeImages
 from tokenvit_jax.tasks.classification.teaching import cell_misfit, label_cells
 from tokenvit_jax.training.devices import make_parallel
+from tokenvit_jax.training.processes import check_alone
 from tokenvit_jax.training.run import Run
 from tokenvit_jax.training.teacher import load_teacher
 from tokenvit_jax.training.workdir import for_inference
@@ -68,6 +69,7 @@ def write_labels(
     Raises:
       UserError: the dataset is not prepared, an image cannot be read, or a file cannot be written.
     """
+    check_alone("label")
     parallel, info = make_parallel(config), teacher.task.info
     source = open_split(config, info.train_split)
     variables = parallel.put_variables(teacher.variables)
