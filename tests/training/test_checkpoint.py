@@ -425,6 +425,15 @@ def test_orbax_does_not_repeat_the_errors_in_the_log():
     assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)
 
 
+def test_numbers_of_numpy_are_saved(tmp_path):
+    """Converted weights can hold some beside arrays."""
+    state = state_at(5)
+    state = state.replace(params={**state.params, "alpha": np.float32(0.5)})
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+    assert load_checkpoint(tmp_path).variables["params"]["alpha"] == 0.5
+
+
 def test_arrays_with_copies_on_all_devices_are_saved_as_they_are(tmp_path, caplog):
     """Cutting them into parts, as orbax does, compiles a program for each shape and device."""
     mesh = Mesh(np.array(jax.devices()), ("data",))

@@ -80,11 +80,11 @@ class Checkpoints:
         self._folder = self._workdir / FOLDER
         _check_path(self._folder, (*_NEVER_READ, *_NEVER_WRITTEN))
         self._keep_last, self._keep_best, self._score_of = keep_last, keep_best, score
-        arrays = _array_handlers()
+        leaves = _leaf_handlers()
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                model=ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
-                optimizer=ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
+                model=ocp.PyTreeCheckpointHandler(type_handler_registry=leaves),
+                optimizer=ocp.PyTreeCheckpointHandler(type_handler_registry=leaves),
                 progress=ocp.JsonCheckpointHandler(),
                 digests=ocp.JsonCheckpointHandler(),
                 metrics=ocp.JsonCheckpointHandler("metrics"),
@@ -500,16 +500,16 @@ def _read_model(path: Path) -> dict[str, Any]:
     return item
 
 
-def _array_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
-    """Returns what writes and reads arrays.
+def _leaf_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Returns what writes and reads leaves of a tree: as in orbax, but arrays as they are.
 
     By default, orbax divides an array of which every device has a copy: each device cuts out its
     part, by a program of its own for each shape. On eight devices that is eight programs per array.
     """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    return ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
-    )
+    kinds = ocp.type_handlers.supported_types()
+    handlers = {kind: ocp.type_handlers.get_type_handler(kind) for kind in kinds}
+    handlers[jax.Array] = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.type_handlers.create_type_handler_registry(*handlers.items())
 
 
 def _unused(path: Path) -> Path:
