@@ -453,6 +453,6 @@ def test_a_lack_of_memory_sets_no_checkpoint_aside(workdir, monkeypatch, error):
 
     with open_checkpoints(workdir) as checkpoints:
         monkeypatch.setattr(checkpoints._checkpointer, "restore", fails)
-        with pytest.raises(UserError, match=rf"there is no memory to read .*/30: {error}"):
+        with pytest.raises(UserError, match=rf"there is no memory, .*/30: {error}"):
             checkpoints.restore(abstract(state_at(0)))
     assert saved_steps(workdir)[-1] == 30

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import started
 from jax.experimental.compilation_cache import compilation_cache
 
 from tokenvit_jax.tasks import default_config
@@ -137,6 +138,28 @@ def test_off(undecided):
     compiled.keep_compiled(config_with("off"))
     compiled.keep_compiled(default_config("classification"))
     assert undecided == [] and not jax.config.jax_enable_compilation_cache
+
+
+def test_off_after_a_first_program(tmp_path):
+    """jax looks at the setting once, in front of the first program of a process."""
+    env = started.environment(tmp_path)
+    started.finish(started.start(["-c", FIRST_THEN_OFF], env))
+    assert [name for name in names(tmp_path) if "second" in name] == []
+    assert [name for name in names(tmp_path) if "first" in name]
+
+
+FIRST_THEN_OFF = """
+import jax
+from tokenvit_jax.tasks import default_config
+from tokenvit_jax.training import compiled
+def first(x): return x + 1
+def second(x): return x + 2
+jax.jit(first).lower(1.0).compile()
+config = default_config("classification")
+config.compilation_cache = "off"
+compiled.keep_compiled(config)
+jax.jit(second).lower(1.0).compile()
+"""
 
 
 def test_folder_of_the_environment(undecided, tmp_path, monkeypatch):

@@ -33,16 +33,20 @@ def refused(action):
 def fail():
     raise OSError("the disk is full")
 
+def refuse():
+    raise PermissionError("the folder may not be read")
+
 def hold(folder):
     with workdir_lock(folder):
         return (folder / "lock").exists()
 
-visible = "all" if len(sys.argv) == 2 else "of jax"
-jax.config.update("jax_cuda_visible_devices", "of jax")
+visible = "2,3"
+jax.config.update("jax_cuda_visible_devices", visible)
 processes.connect(*(sys.argv[2:] and (sys.argv[2], 2, int(sys.argv[3]))))
 found = jax.config.values["jax_cuda_visible_devices"]
 assert (jax.process_count(), found) == (2, visible)
 
+processes.SHARED_SECONDS = 0.5
 folder = Path(sys.argv[1])
 main = jax.process_index() == 0
 own = folder / f"host {jax.process_index()}"
@@ -63,13 +67,18 @@ for name, kept in (("", True), (str(folder / "cache"), True), (str(own), False))
     compiled._decided = False
     config.compilation_cache = name
     compiled.keep_compiled(config)
-    assert jax.config.jax_enable_compilation_cache == kept, name
+    entries = {*folder.rglob("*-cache")}
+    jax.jit(lambda x: x + len(name)).lower(1.0).compile()
+    assert not main or ({*folder.rglob("*-cache")} > entries) == kept, name
 assert jax.config.jax_compilation_cache_dir.startswith(str(folder / "cache"))
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(own))
 compiled._decided, config.compilation_cache = False, ""
 compiled.keep_compiled(config)
-assert not jax.config.jax_enable_compilation_cache
+jax.jit(lambda x: x * 7).lower(1.0).compile()
+assert not [*own.rglob("*-cache")]
+Path.exists = lambda self: refuse() if self.name.startswith(".shared") and not main else True
+assert not processes.is_shared(folder)  # and no process waits
 assert not [*folder.glob(".shared*"), *own.glob(".shared*")]
 """
 
@@ -88,7 +97,8 @@ def test_processes_agree(found, tmp_path):
             places["JAX_COORDINATOR_PORT"] = address.rpartition(":")[2]
             running.append(started.start(command, env | SLURM | places))
         else:
-            running.append(started.start([*command, address, number], env | SLURM))
+            places = {"SLURM_PROCID": str(number), "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+            running.append(started.start([*command, address, number], env | SLURM | places))
     for process in running:
         started.finish(process)
 
@@ -96,8 +106,8 @@ def test_processes_agree(found, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "visible"),
     [
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, "all"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, "all"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, "2,3"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, "2,3"),
         ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, "0"),
         ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "0"),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "0"}, "0"),
@@ -112,6 +122,7 @@ def test_devices_of_tasks_of_slurm(monkeypatch, changes, visible):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     before = jax.config.values["jax_cuda_visible_devices"]
+    jax.config.update("jax_cuda_visible_devices", "2,3")  # of the user
     try:
         processes.connect()
         assert jax.config.values["jax_cuda_visible_devices"] == visible

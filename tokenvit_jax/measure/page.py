@@ -236,12 +236,14 @@ def _compare(names, peers, setting, kind, part_of):
         try:
             jax.block_until_ready(contender.program.call())
         except Exception as error:  # such as a lack of memory
-            failed[name] = error
+            failed[name] = error.with_traceback(None)  # whose frames hold arrays
+        del contender
     contenders = {name: one for name, one in contenders.items() if name not in failed}
+    gc.collect()  # what failed may have left too little memory for the others
+    if not contenders.keys() & {*names}:
+        raise failed[names[0]]
     names = [name for name in names if name in contenders]
     peers = [peer for peer in peers if f"{kind.package}/{peer}" in contenders]
-    if not names:
-        raise next(iter(failed.values()))
     rows = models.compare_contenders(
         contenders, *setting, peers, package=kind.package, seconds=SECONDS
     )

@@ -92,7 +92,7 @@ def build_all(
         except Exception as error:
             if failed is None:
                 raise
-            failed[name] = error
+            failed[name] = error.with_traceback(None)  # whose frames hold arrays
 
     if jax.default_backend() == "cpu":
         for name, build in {**beside, **builders}.items():

@@ -188,28 +188,19 @@ class Checkpoints:
         """
         unreadable = []
         for step in reversed(self.steps()):
-            items, reason = None, None
-            try:
-                items = self._read_step(step, like)
-            except UserError:
-                raise
-            except Exception as error:  # orbax raises many types on damaged files
-                reason = brief(error)
-                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-                    path = self._folder / str(step)
-                    raise UserError(f"there is no memory to read {path}: {reason}") from error
+            path = self._folder / str(step)
+            items, error = _attempt(self._read_step, step, like)
             # Digests of arrays that several processes hold are computed by all of them.
-            if everywhere(items is not None):
-                try:
-                    _verify(items)
-                except ValueError as error:
-                    reason = brief(error)
-                if everywhere(reason is None):
+            if everywhere(error is None):
+                _, error = _attempt(_verify, items)
+                if everywhere(error is None):
                     self._set_aside(unreadable)
                     state = like.replace(opt_state=items["optimizer"], **items["model"])
                     return state, items["progress"]
-            reason = reason or "another process could not read it"
-            logging.warning("checkpoint %s cannot be read: %s", self._folder / str(step), reason)
+            reason = brief(error) if error else "another process could not read it"
+            if not everywhere(not _lacks_memory(error)):
+                raise UserError(f"there is no memory, or no free file, to read {path}: {reason}")
+            logging.warning("checkpoint %s cannot be read: %s", path, reason)
             unreadable.append(step)
         if unreadable:
             raise UserError(f"none of the checkpoints {unreadable} in {self._folder} can be read")
@@ -445,13 +436,36 @@ def _types(described: dict[str, list[str]]) -> dict[str, str]:
     return {name: kind for name, (kind, *_) in described.items()}
 
 
+def _attempt(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
+    """Returns the result or the error of a function, for all processes to agree on.
+
+    Raises:
+      UserError: the function raised it.
+    """
+    try:
+        return function(*args), None
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises many types on damaged files
+        return None, error
+
+
+def _lacks_memory(error: Exception | None) -> bool:
+    """Returns whether a checkpoint may be whole although it could not be read."""
+    if error is None:
+        return False
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in brief(error)
+
+
 def _verify(items: dict[str, Any]) -> None:
     """Raises ValueError unless the items are what was saved."""
     saved = items["digests"]
     if saved is None:
         return
-    for name in ("model", "optimizer"):
-        _check_saved(_described_digests(items[name]), saved[name])
+    # All digests first: with several processes, all must compute them.
+    found = {name: _described_digests(items[name]) for name in ("model", "optimizer")}
+    for name, digests in found.items():
+        _check_saved(digests, saved[name])
     if json_digest(items["progress"]) != saved["progress"]:
         raise ValueError("the progress of its data is not what was saved")
 

@@ -5,6 +5,7 @@ which jax cannot read and never replaces. :func:`keep_compiled` deletes such ent
 recently used ones of a folder that has grown too large.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -47,13 +48,18 @@ def keep_compiled(config: ConfigDict) -> None:
     _decided = True
     name = config.compilation_cache
     if name == OFF:
-        jax.config.update("jax_enable_compilation_cache", False)
+        _keep_nothing()
         return
     given = "" if name else jax.config.jax_compilation_cache_dir or ""
-    if given and (jax.process_count() == 1 or "://" in given):
+    if given and jax.process_count() == 1:
+        return
+    elsewhere = "://" in given  # in a store that all machines see
+    if processes.everywhere(elsewhere):
         return
     folder, reason = name or given or "the user's cache folder", None
     try:
+        if elsewhere:
+            raise OSError("other processes have another folder")
         folder = Path(given) if given else _folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         if not given and processes.is_main_process():
@@ -61,10 +67,12 @@ def keep_compiled(config: ConfigDict) -> None:
             delete_oldest(folder, MAX_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or error
-    if not processes.everywhere(reason is None) or not processes.is_shared(folder):
-        reason = reason or "it is not one folder for all processes"
+    if not processes.everywhere(reason is None):
+        reason = reason or "another process cannot use its own"
+    elif not processes.is_shared(folder):
+        reason = "it is not one folder for all processes, or the main one cannot write there"
     if reason:
-        jax.config.update("jax_enable_compilation_cache", False)
+        _keep_nothing()
         logging.warning(
             "compiled programs are not kept in %s: %s (config.compilation_cache=%s)",
             folder, reason, name,
@@ -72,6 +80,11 @@ def keep_compiled(config: ConfigDict) -> None:
         return
     compilation_cache.reset_cache()  # jax may have opened another folder
     compilation_cache.set_cache_dir(str(folder))
+
+
+def _keep_nothing() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the setting before its first program only
 
 
 def _folder(name: str) -> Path:
@@ -163,8 +176,7 @@ def delete_oldest(folder: Path, max_bytes: int) -> None:
     for _, bytes_of_entry, entry in sorted(entries):
         if size <= max_bytes:
             break
-        try:
+        # One that cannot be deleted counts no more: others are not deleted in its place.
+        with contextlib.suppress(PermissionError, IsADirectoryError):
             entry.unlink(missing_ok=True)
-        except (PermissionError, IsADirectoryError):  # as above
-            continue
         size -= bytes_of_entry

@@ -48,6 +48,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     if processes.from_main_process(refusal is not None) and refusal is None:
         refusal = UserError(f"the main process could not lock --workdir={workdir}; it says why")
     try:
+        with contextlib.suppress(OSError):  # asks the server, if a client has kept "no such folder"
+            workdir.mkdir(parents=True, exist_ok=True)
         if refusal is None and not processes.is_shared(workdir):
             refusal = UserError(
                 f"--workdir={workdir} is not one folder for all processes; valid: a folder on a "

@@ -1,5 +1,6 @@
 """Connects the processes of a run, tells which one writes, and notices requests to stop."""
 
+import contextlib
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from tokenvit_jax import stopping
 from tokenvit_jax.errors import UserError
 
 CONNECT_TIMEOUT_SECONDS = 120  # to wait for the process that coordinates the others
+SHARED_SECONDS = 5  # to wait for a file of another process
 
 
 def connect(
@@ -28,8 +30,8 @@ def connect(
     """Joins the processes of a run; call it before anything else touches a device.
 
     Without arguments, the processes of TPU pods and SLURM jobs are found automatically; elsewhere
-    there is one process. A process has all devices of its host, or one if SLURM starts several on
-    each host; `JAX_LOCAL_DEVICE_IDS` changes this.
+    there is one process. A process has all devices of its host, or one of them if SLURM starts
+    several tasks on each host; `JAX_LOCAL_DEVICE_IDS` changes this.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -44,10 +46,7 @@ def connect(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if _in_slurm():
-            jax.distributed.initialize()
-            if _one_task_per_host() and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
-                for platform in ("cuda", "rocm"):  # jax has given one device to each task
-                    jax.config.update(f"jax_{platform}_visible_devices", "all")
+            _join_tasks()
         elif os.environ.get("TPU_ML_PLATFORM") == "JAX":  # set by `import jax` beside a TPU
             _join_pod()
         return
@@ -64,10 +63,12 @@ def connect(
     if process_id:
         # jax itself would abort the process with a stack trace.
         _wait_for(host, int(port))
-    # Otherwise jax would look for a cluster all the same, for the devices of this process.
+    # jax would otherwise look for a cluster all the same, and leave this process one device.
+    alone = not _in_slurm() or _one_task_per_host()
     jax.distributed.initialize(
-        coordinator, num_processes, process_id, cluster_detection_method="deactivate"
-    )
+        coordinator, num_processes, process_id,
+        cluster_detection_method="deactivate" if alone else None,
+    )  # fmt: skip
 
 
 def _in_slurm() -> bool:
@@ -80,6 +81,15 @@ def _one_task_per_host() -> bool:
     return (
         re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")) is not None
     )
+
+
+def _join_tasks() -> None:
+    names = [f"jax_{platform}_visible_devices" for platform in ("cuda", "rocm")]
+    before = {name: jax.config.values[name] for name in names}
+    jax.distributed.initialize()
+    if _one_task_per_host() and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        for name, visible in before.items():  # jax has left one device to each task
+            jax.config.update(name, visible)
 
 
 def _join_pod() -> None:
@@ -213,7 +223,10 @@ def everywhere(fine: bool) -> bool:
 
 
 def is_shared(folder: Path) -> bool:
-    """Returns whether all processes see the same folder, by a file that the main one writes."""
+    """Returns whether all processes see the same folder, by a file that the main one writes.
+
+    A network file system may show it late: the others look for SHARED_SECONDS.
+    """
     if jax.process_count() == 1:
         return True
     numbers = multihost_utils.broadcast_one_to_all(
@@ -222,9 +235,22 @@ def is_shared(folder: Path) -> bool:
     mark = folder / ".shared-{:08x}{:08x}".format(*map(int, numbers))
     try:
         on_main_process(lambda: mark.write_text(""))
-        return everywhere(mark.exists())
-    except (OSError, UserError):  # the main process cannot write it
+    except (OSError, UserError):  # the main process cannot write it; all are here
         return False
+    try:
+        return everywhere(_appears(mark))
     finally:
         if is_main_process():
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):  # such as a folder that may not be read
+            if file.exists():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)

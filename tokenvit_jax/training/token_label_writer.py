@@ -39,6 +39,7 @@ def label_training_images(
     Raises:
       UserError: a value is not valid, there is no such run, or an image cannot be read.
     """
+    check_alone("label")
     check_new_folder(out, "--out")
     teacher = load_teacher(workdir, checkpoint, lambda task, model: cell_misfit(model))
     num_classes = teacher.task.info.num_classes
@@ -69,7 +70,6 @@ def write_labels(
     Raises:
       UserError: the dataset is not prepared, an image cannot be read, or a file cannot be written.
     """
-    check_alone("label")
     parallel, info = make_parallel(config), teacher.task.info
     source = open_split(config, info.train_split)
     variables = parallel.put_variables(teacher.variables)
