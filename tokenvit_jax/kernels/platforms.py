@@ -204,8 +204,8 @@ def device_batch(batch: int) -> int:
       batch: number of images; symbolic while a model is exported for any number (`jax.export`).
 
     Returns:
-      The number of images on one device; all of them if they do not divide evenly; 1 for a
-      symbolic number, because shapes and forms must be known then.
+      The number of images on one device; all of them if they do not divide evenly; 1 for none, and
+      for a symbolic number, because shapes and forms must be known then.
     """
     if not isinstance(batch, int):
         return 1

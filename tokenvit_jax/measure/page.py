@@ -360,7 +360,8 @@ def _heading(plan, command, reasons):
         f"Written by `{command}` on {datetime.date.today()}: {size}, "
         f"{plan.dtype.name}, random weights and images. Milliseconds are "
         "medians of calls that take turns; on an accelerator "
-        f"{timing.CALLS_IN_A_ROW} calls follow one another before the host waits. Programs are "
+        f"{timing.CALLS_IN_A_ROW} calls of less than {timing.SLOW} s follow one another before the "
+        "host waits. Programs are "
         "compiled side by side there, so that compilation takes longer than alone."
     )
     lines = [f"# {device.device_kind}", "", *_wrap(text), "", *_wrap(f"{versions}; {platform}.")]
