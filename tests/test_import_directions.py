@@ -20,7 +20,7 @@ BELOW_TASKS = (
     "progress run_lengths valid output errors"
 )
 BELOW_COMMANDS = (
-    f"ahead training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys stopping"
+    f"ahead training recipes tasks {BELOW_TASKS} memory cli config_flag config_keys slurm stopping"
 )
 # Layer (a folder, or a module outside all folders) -> layers that it may import besides itself.
 # Recipes are above tasks, whose default entries they start from.
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     **dict.fromkeys(COMMANDS.split(), BELOW_COMMANDS),
     "__init__": "training models ops",
     "ahead": f"training kernels tasks stopping {BELOW_TASKS}",
-    "training": f"tasks kernels memory stopping {BELOW_TASKS}",
+    "training": f"tasks kernels memory slurm stopping {BELOW_TASKS}",
     "recipes": f"tasks {BELOW_TASKS}",
     "tasks": BELOW_TASKS,
     "expediting": "measure heads models layers ops published progress errors",
@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "published": "",
     "progress": "",
     "run_lengths": "",
+    "slurm": "errors",
     "stopping": "",
     "worker": "data stopping",
     "valid": "errors",

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from tokenvit_jax import cli
+from tokenvit_jax import cli, slurm
 from tokenvit_jax.errors import UserError, did_you_mean
 from tokenvit_jax.expediting import insertions
 from tokenvit_jax.valid import whole
@@ -172,6 +172,7 @@ insertions.define_flags(FLAGS)
 
 def main(flag_values: flags.FlagValues) -> None:
     """Prints the measurements."""
+    slurm.check_one_task("benchmark")  # they would also wait for each other's work
     _check_flags(flag_values)
     if flag_values.report:
         _write_report(flag_values)

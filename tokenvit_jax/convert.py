@@ -66,7 +66,7 @@ from typing import Any
 
 from absl import flags
 
-from tokenvit_jax import cli
+from tokenvit_jax import cli, slurm
 from tokenvit_jax.data import INTERPOLATIONS, NORMALIZATIONS
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.training.checkpoint import FOLDER
@@ -129,6 +129,7 @@ flags.DEFINE_string("checkpoint", "last", "last, best or a step", flag_values=FL
 
 def main(flag_values: flags.FlagValues) -> None:
     """Writes the run or the file."""
+    slurm.check_one_task("convert")
     source, out = weights_file(Path(flag_values.source)), Path(flag_values.out)
     lines = []
     if not source.is_dir():

@@ -51,7 +51,9 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.output import write_figure
     from tokenvit_jax.training.expedite_run import search_run, write_expedited
     from tokenvit_jax.training.new_run import check_new
+    from tokenvit_jax.training.processes import check_alone
 
+    check_alone("expedite")
     workdir = Path(flag_values.workdir)
     files = None if flag_values.images is None else cli.image_files(flag_values.images)
     plot = cli.picture_path(flag_values, "plot", files or ())

@@ -37,8 +37,10 @@ def main(flag_values: flags.FlagValues) -> None:
     """Writes the folder."""
     from tokenvit_jax.output import check_new_folder
     from tokenvit_jax.training.exporting import write_export
+    from tokenvit_jax.training.processes import check_alone
     from tokenvit_jax.training.run import load_run
 
+    check_alone("export")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_new_folder(out, "--out")  # first, so that a mistake costs no time
     run = load_run(workdir, flag_values.checkpoint)

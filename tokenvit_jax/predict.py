@@ -58,9 +58,11 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.progress import note, progress
     from tokenvit_jax.tasks import check_values
     from tokenvit_jax.training.prediction import Table, boxes_of_files, predict_files
+    from tokenvit_jax.training.processes import check_alone
     from tokenvit_jax.training.run import load_run
     from tokenvit_jax.training.workdir import read_config
 
+    check_alone("predict")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_folder(out, "--out")
     config = cli.run_config(flag_values, lambda: read_config(workdir))

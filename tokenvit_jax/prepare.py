@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from tokenvit_jax import cli
+from tokenvit_jax import cli, slurm
 from tokenvit_jax.config import ENTRIES, base_config
 from tokenvit_jax.output import check_folder
 
@@ -38,6 +38,7 @@ def main(flag_values: flags.FlagValues, dataset: str) -> None:
     from tokenvit_jax.data import datasets
     from tokenvit_jax.data.tfds_files import count_records
 
+    slurm.check_one_task("prepare")
     data_dir, manual_dir = Path(flag_values.data_dir), flag_values.manual_dir
     check_folder(data_dir, "--data_dir")
     manual_dir = Path(manual_dir) if manual_dir is not None else None

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tokenvit_jax import stopping
+from tokenvit_jax import slurm, stopping
 from tokenvit_jax.errors import UserError
 
 CONNECT_TIMEOUT_SECONDS = 120  # to wait for the process that coordinates the others
@@ -45,7 +45,7 @@ def connect(
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
-        if _in_slurm():
+        if slurm.num_tasks() > 1:
             _join_tasks()
         elif os.environ.get("TPU_ML_PLATFORM") == "JAX":  # set by `import jax` beside a TPU
             _join_pod()
@@ -64,16 +64,11 @@ def connect(
         # jax itself would abort the process with a stack trace.
         _wait_for(host, int(port))
     # jax would otherwise look for a cluster all the same, and leave this process one device.
-    alone = not _in_slurm() or _one_task_per_host()
+    alone = slurm.num_tasks() == 1 or _one_task_per_host()
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         cluster_detection_method="deactivate" if alone else None,
     )  # fmt: skip
-
-
-def _in_slurm() -> bool:
-    """Returns whether this is one of several tasks; this is jax's condition."""
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _one_task_per_host() -> bool:
@@ -176,6 +171,7 @@ def check_alone(command: str) -> None:
     Args:
       command: its name, for the message.
     """
+    slurm.check_one_task(command)
     count = jax.process_count()
     if count > 1:
         raise UserError(
