@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -35,17 +37,28 @@ def config_with(folder):
     return config
 
 
+# What zstandard 0.25 wrote: plain, with a checksum, without a size, and in three blocks.
+ZSTD = [
+    "28b52ffd20487500004070726f6772616d2001009d54b8",
+    "28b52ffd24487500004070726f6772616d2001009d54b8badd6bcb",
+    "28b52ffd00007500004070726f6772616d2001009d54b8",
+    "28b52ffda0e19304005400001000000100fbff39c002020010005500001000780100dc131d0801",
+]
+ZSTD = [bytes.fromhex(digits) for digits in ZSTD]
+
+
 def write_entries(folder):
     """Writes whole and damaged entries, and returns the names of the whole ones."""
     content = zlib.compress(os.urandom(100_000))
     entries = {
         "whole-cache": content, "empty-cache": b"", "cut-cache": content[:-1],
         "half-cache": content[:50_000], "changed-cache": content[:900] + b"?" + content[901:],
-        "zstd-cache": b"\x28\xb5\x2f\xfd", "note.txt": b"",
+        "zstd-cache": ZSTD[0], "cut-zstd-cache": ZSTD[0][:-1], "other-cache": b"other",
+        "note.txt": b"",
     }  # fmt: skip
     for name, text in entries.items():
         (folder / name).write_bytes(text)
-    return {"whole-cache", "zstd-cache", "note.txt"}
+    return {"whole-cache", "zstd-cache", "other-cache", "note.txt"}
 
 
 def names(folder):
@@ -57,8 +70,24 @@ def test_damaged_entries_are_deleted(tmp_path, caplog):
     compiled.delete_damaged(tmp_path)
     assert names(tmp_path) == whole | {"checked"}
     assert sorted(Path(record.args[0]).name for record in caplog.records) == [
-        "changed-cache", "cut-cache", "empty-cache", "half-cache"
+        "changed-cache", "cut-cache", "cut-zstd-cache", "empty-cache", "half-cache"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ZSTD, ids=range(len(ZSTD)))
+def test_every_cut_of_a_frame_of_zstd_is_found(content, tmp_path):
+    """Python 3.14 writes such entries; no Python needs a package to check them."""
+    entry = tmp_path / "zstd-cache"
+    for size in range(len(content) + 1):
+        entry.write_bytes(content[:size])
+        assert compiled._is_whole(entry) == (size == len(content))
+
+
+def test_zeros_in_place_of_later_blocks(tmp_path):
+    """Not all was on the disk when the machine stopped."""
+    entry = tmp_path / "zstd-cache"
+    entry.write_bytes(ZSTD[3][:22] + bytes(10_000_000))
+    assert not compiled._is_whole(entry)
 
 
 def test_an_entry_that_cannot_be_read_stays(tmp_path, monkeypatch):
@@ -119,6 +148,19 @@ def test_folder_of_the_user(undecided, tmp_path, monkeypatch):
     assert Path(folder).parent == tmp_path / "tokenvit_jax" and "checked" in names(Path(folder))
     compiled.keep_compiled(config_with(tmp_path / "other"))  # the first call decides
     assert undecided == [folder]
+
+
+def test_pythons_with_and_without_zstd_have_folders_of_their_own(undecided, tmp_path, monkeypatch):
+    """jax gives their entries the same names, and cannot read those of the other."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in (None, types.ModuleType("compression.zstd")):
+        if module:
+            monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
+        monkeypatch.setitem(sys.modules, "compression.zstd", module)
+        monkeypatch.setattr(compiled, "_decided", False)
+        compiled.keep_compiled(default_config("classification"))
+    before, after = undecided
+    assert after == f"{before}-zstd"
 
 
 def test_home_folder(undecided, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import re
 import socket
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -25,7 +26,8 @@ OFF = "off"
 MAX_BYTES = 5 * 2**30  # of a folder when a process starts
 _ENTRIES = "*-cache"  # jax's names
 _CHECKED = "checked"  # file whose time says which entries were whole
-_ZLIB = b"\x78"  # first byte of what zlib wrote; with zstandard installed, jax uses that
+# First bytes of what zlib and zstd wrote. jax takes zstd from Python 3.14 on, and with zstandard.
+_ZLIB, _ZSTD = b"\x78", b"\x28\xb5\x2f\xfd"
 
 _decided = False
 
@@ -88,14 +90,26 @@ def _keep_nothing() -> None:
 
 
 def _folder(name: str) -> Path:
-    """Returns the folder of this kind of machine: programs for a CPU may not run on another one."""
+    """Returns the folder of this kind of machine: programs for a CPU may not run on another one.
+
+    From Python 3.14 on, jax gives entries the names of earlier versions, which cannot read them.
+    """
     if name:
         folder = Path(name).expanduser()
     else:
         caches = os.environ.get("XDG_CACHE_HOME")
         folder = (Path(caches) if caches else Path.home() / ".cache") / "tokenvit_jax"
     backend = jax.default_backend()
-    return folder / (f"cpu-{_cpu_digest()}" if backend == "cpu" else backend)
+    kind = f"cpu-{_cpu_digest()}" if backend == "cpu" else backend
+    return folder / (f"{kind}-zstd" if _python_has_zstd() else kind)
+
+
+def _python_has_zstd() -> bool:
+    try:
+        import compression.zstd  # noqa: F401 -- jax's condition
+    except ImportError:
+        return False
+    return True
 
 
 def _cpu_digest() -> str:
@@ -138,21 +152,49 @@ def delete_damaged(folder: Path) -> None:
 
 
 def _is_whole(entry: Path) -> bool:
-    """Returns whether an entry can be decompressed; True where zlib does not tell."""
+    """Returns whether an entry was written to its end; True if its kind is not known."""
     with entry.open("rb") as file:
-        part = file.read(2**20)
-        if part and not part.startswith(_ZLIB):
+        begin = file.read(len(_ZSTD))
+        if _ZSTD.startswith(begin):  # also an empty file
+            return _is_whole_frame(file)
+        if not begin.startswith(_ZLIB):
             return True
-        decompressor = zlib.decompressobj()
-        try:
-            while part:
-                while part:  # at most 16 MiB at once
-                    decompressor.decompress(part, 2**24)
-                    part = decompressor.unconsumed_tail
-                part = file.read(2**20)
-        except zlib.error:
-            return False
+        file.seek(0)
+        return _can_be_decompressed(file)
+
+
+def _can_be_decompressed(file: BinaryIO) -> bool:
+    """Returns whether zlib can decompress a file."""
+    decompressor = zlib.decompressobj()
+    try:
+        while part := file.read(2**20):
+            while part:  # at most 16 MiB at once
+                decompressor.decompress(part, 2**24)
+                part = decompressor.unconsumed_tail
+    except zlib.error:
+        return False
     return decompressor.eof
+
+
+def _is_whole_frame(file: BinaryIO) -> bool:
+    """Returns whether a file ends with its frame of zstd, whose first four bytes have been read.
+
+    The lengths of the blocks tell (RFC 8878, section 3.1.1): Python before 3.14 has no zstd.
+    """
+    descriptor = int.from_bytes(file.read(1), "little")
+    single_segment, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    content_size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    dictionary = (0, 1, 2, 4)[descriptor & 3]
+    file.seek(1 - single_segment + dictionary + content_size, os.SEEK_CUR)
+    last = False
+    while not last:
+        head = file.read(3)
+        if len(head) < 3 or not any(head):  # a crash of the machine may leave zeros
+            return False
+        value = int.from_bytes(head, "little")
+        last, repeated, num_bytes = value & 1, value >> 1 & 3 == 1, value >> 3
+        file.seek(1 if repeated else num_bytes, os.SEEK_CUR)
+    return file.tell() + 4 * checksum == os.fstat(file.fileno()).st_size
 
 
 def delete_oldest(folder: Path, max_bytes: int) -> None:
