@@ -1,4 +1,4 @@
-"""A program that watches its signals, without jax: the first signal and the second one."""
+"""A program that watches its signals, mostly without jax: the first signal and the second one."""
 
 import signal
 import subprocess
@@ -27,6 +27,21 @@ while not stopping.requested():
     time.sleep(0.01)
 print("saved", flush=True)
 stopping.hold(False)
+"""
+# A library for devices replaces the handler in C, where Python does not notice it.
+REPLACED = """
+import ctypes, signal, time
+from tokenvit_jax import stopping
+stopping.watch()
+from tokenvit_jax.training import processes
+stop = processes.StopRequest()
+ctypes.CDLL(None).signal(signal.SIGTERM, None)
+with stop:
+    stopping.hold(True)
+    print("ready", flush=True)
+    while not stop.received():
+        time.sleep(0.01)
+    print("saved", flush=True)
 """
 NOT_SAVING = """
 import hashlib, sys
@@ -115,8 +130,9 @@ def test_nohup_goes_on(start):
     assert (program.returncode, out) == (0, "saved\n")
 
 
-def test_a_program_saves_and_ends(start):
-    program = start(POLLING)
+@pytest.mark.parametrize("code", [POLLING, REPLACED], ids=["alone", "beside a library"])
+def test_a_program_saves_and_ends(start, code):
+    program = start(code)
     program.send_signal(signal.SIGTERM)
     out, err = program.communicate(timeout=20)
     assert (program.returncode, out) == (0, "saved\n")

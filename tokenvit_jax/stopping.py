@@ -64,6 +64,11 @@ def watching() -> bool:
     return _watching
 
 
+def watch_again() -> None:
+    """Takes back signals that a library may have taken since :func:`watch`, in the main thread."""
+    _install()
+
+
 def forward() -> None:
     """Leaves requests to another handler of SIGTERM, which was installed after this one."""
     global _forwards

@@ -134,6 +134,8 @@ class StopRequest:
         if stopping.watching():
             if self._several:
                 stopping.forward()
+            else:  # a library of devices, which are there by now, may have handlers of its own
+                stopping.watch_again()
         elif threading.current_thread() is threading.main_thread():
             handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
             if self._several:
