@@ -118,7 +118,8 @@ def open_grain(batches: Batches, workers: int = WORKERS) -> Iterator:
     """Starts grain's process prefetch, which has all arrays in shared memory."""
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    return iter(batches._batches.to_iter_dataset(read).mp_prefetch(options))
+    ours = batches._batches  # of the one process
+    return iter(ours._parent.batch(ours._size).to_iter_dataset(read).mp_prefetch(options))
 
 
 POOLS = {"ours": open_ours, "grain": open_grain}

@@ -352,7 +352,7 @@ def test_array_of_another_type_than_its_spec_is_an_error(config):
     config.data.workers = 1
     with pytest.raises(TypeError, match=r"float32.*float64") as error:
         next(iter(train_batches(NumberedSource(9), WrongType(), config)))
-    assert "in _make" in str(error.value.__cause__)  # the traceback of the worker
+    assert "in write" in str(error.value.__cause__)  # the traceback of the worker
 
 
 class InProgram(ManyArrays):

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenvit_jax.config import AUTO
+from tokenvit_jax.data.batching import ExampleBatches
 from tokenvit_jax.data.check import check_data
 from tokenvit_jax.data.cores import own_cores, share_of_cores
 from tokenvit_jax.data.decoding import UndecodableError
@@ -78,7 +79,7 @@ def train_batches(
         indices = _Repeated(indices, config.batch_size, distinct)
     skip = config.data.on_corrupt == "skip"
     parts = indices.random_map(_TrainExample(source, examples, groups, skip))
-    parts = parts.batch(batch)[process_index::process_count]
+    parts = ExampleBatches(parts, batch, process_index, process_count)
     return Batches(parts, _batch_specs(examples, batch), _num_workers(config, cores))
 
 
@@ -122,7 +123,7 @@ def eval_batches(
     indices = grain.MapDataset.range(-(-len(source) // whole) * whole)
     skip = config.data.on_corrupt == "skip"
     parts = indices.map(_EvalExample(source, examples, skip))
-    parts = parts.batch(batch)[process_index::process_count]
+    parts = ExampleBatches(parts, batch, process_index, process_count)
     return Batches(parts, _batch_specs(examples, batch), _num_workers(config, cores))
 
 

@@ -34,11 +34,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from tokenvit_jax.data.batching import Batch, ExampleBatches
 from tokenvit_jax.data.record import Spec
 from tokenvit_jax.errors import UserError
 from tokenvit_jax.stopping import SIGNALS
 
-Batch = dict[str, np.ndarray]
 Specs = dict[str, Spec]
 
 # Smaller arrays come back through a pipe, which is no bottleneck for them.
@@ -53,7 +53,7 @@ class Batches:
     next iterator uses the workers of one that was closed.
 
     Args:
-      batches: dicts of arrays, equal in shapes and types.
+      batches: dicts of arrays.
       specs: shapes and types of the arrays of a batch; arrays that are not listed must be small.
       workers: number of processes that make batches ahead of time, at most one per batch; 0: a
         thread of this process.
@@ -62,7 +62,7 @@ class Batches:
       workers: that number.
     """
 
-    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
+    def __init__(self, batches: ExampleBatches, specs: Specs, workers: int):
         self._batches = batches
         self._specs = specs
         self.workers = min(workers, len(batches))
@@ -170,7 +170,7 @@ class _Pool:
     Batch i is made by worker i modulo their number, into slot i modulo the number of slots.
     """
 
-    def __init__(self, batches: grain.MapDataset, specs: Specs, workers: int):
+    def __init__(self, batches: ExampleBatches, specs: Specs, workers: int):
         self._num_batches = len(batches)
         shared = {name: spec for name, spec in specs.items() if _num_bytes(spec) > _MAX_PIPE_BYTES}
         pickled = pickle.dumps((batches, shared))
@@ -324,26 +324,10 @@ def serve(receive: Callable[[], Any], send: Callable[[Any], None]) -> None:
     while True:
         index, slot = receive()
         try:
-            result = True, _make(batches, index, slots[slot])
+            result = True, batches.write(index, slots[slot])
         except Exception as error:
             result = False, _sendable(error)
         send(result)
-
-
-def _make(
-    batches: grain.MapDataset, index: int, slot: Batch
-) -> tuple[Batch, dict[str, tuple[int, ...]]]:
-    """Puts the large arrays of a batch into a slot; returns the others, and the large ones' shapes.
-
-    A large array may have another shape than its spec, with as many elements.
-    """
-    batch, shapes = dict(batches[index]), {}
-    for name, array in slot.items():
-        made = batch.pop(name)
-        shapes[name] = made.shape
-        # Another type, or another number of elements, than the spec is an error.
-        np.copyto(array.reshape(made.shape), made, casting="no")
-    return batch, shapes
 
 
 def _not_loaded(error: Exception) -> UserError:
