@@ -32,6 +32,24 @@ def test_a_container_limits_its_processes():
     assert share(own._replace(quota=0.5)) == 1
 
 
+def test_containers_of_a_machine_share_its_cores_but_not_their_limits():
+    pods = [Cores("a", frozenset(range(64)), container=f"pod-{i}") for i in range(8)]
+    assert [share_of_cores(own, pods) for own in pods] == [8] * 8
+    limited = pods[0]._replace(quota=6)
+    assert share_of_cores(limited, pods) == 6
+    assert share(limited, limited, pods[1]) == 3
+
+
+def test_a_machine_has_one_name_in_all_its_containers(monkeypatch, tmp_path):
+    found = []
+    for name in ("pod-0", "pod-1"):
+        monkeypatch.setattr(cores.socket, "gethostname", lambda name=name: name)
+        found.append(own_cores())
+    assert share(*found) == share(found[0], found[0])
+    monkeypatch.setattr(cores, "_BOOT_FILE", tmp_path / "missing")
+    assert own_cores().host == "pod-1"
+
+
 @pytest.mark.parametrize(
     ("text", "quota"),
     [("max 100000\n", math.inf), ("250000 100000\n", 2.5), ("", math.inf), (None, math.inf)],

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 _QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds per period
+_BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 
 class Cores(NamedTuple):
     """What limits the CPU time of a process.
 
     Attributes:
-      host: name of its host.
+      host: what tells its machine from others.
       numbers: the cores that it may use.
       quota: CPU time that its container may use, in cores.
+      container: what tells its container from others of the machine.
     """
 
     host: str
     numbers: frozenset[int]
     quota: float = math.inf
+    container: str = ""
 
 
 def own_cores() -> Cores:
@@ -30,7 +33,8 @@ def own_cores() -> Cores:
         numbers = os.sched_getaffinity(0)
     else:
         numbers = range(os.cpu_count() or 1)
-    return Cores(socket.gethostname(), frozenset(numbers), _quota())
+    name = socket.gethostname()
+    return Cores(_boot() or name, frozenset(numbers), _quota(), name)
 
 
 def share_of_cores(own: Cores, everyone: Sequence[Cores]) -> int:
@@ -45,8 +49,17 @@ def share_of_cores(own: Cores, everyone: Sequence[Cores]) -> int:
     """
     here = [other for other in everyone if other.host == own.host]
     shares = [1 / sum(core in other.numbers for other in here) for core in own.numbers]
+    quota = own.quota / sum(other.container == own.container for other in here)
     # Sums such as 8 times 1/8 may be just below a whole number.
-    return max(1, math.floor(min(sum(shares), own.quota / len(here)) + 1e-6))
+    return max(1, math.floor(min(sum(shares), quota) + 1e-6))
+
+
+def _boot() -> str:
+    """Returns the number of this start of the machine; "" where it has none."""
+    try:
+        return _BOOT_FILE.read_text().strip()
+    except OSError:  # no Linux
+        return ""
 
 
 def _quota() -> float:

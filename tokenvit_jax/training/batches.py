@@ -57,16 +57,18 @@ def cores_of_process() -> int:
     own = own_cores()
     if jax.process_count() == 1:
         return share_of_cores(own, [own])
-    host = np.frombuffer(hashlib.sha256(own.host.encode()).digest(), np.uint8)
-    usable = np.isin(np.arange(_MAX_CORES), list(own.numbers))
-    rows = multihost_utils.process_allgather(np.concatenate([host, np.packbits(usable)]))
-    everyone = [_read_cores(*np.split(row, [len(host)])) for row in np.asarray(rows)]
+    names = [hashlib.sha256(name.encode()).digest() for name in (own.host, own.container)]
+    usable = np.packbits(np.isin(np.arange(_MAX_CORES), list(own.numbers)))
+    row = np.concatenate([np.frombuffer(b"".join(names), np.uint8), usable])
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    everyone = [_read_cores(*np.split(row, np.cumsum([*map(len, names)]))) for row in rows]
     mine = everyone[jax.process_index()]._replace(quota=own.quota)
     return share_of_cores(mine, everyone)
 
 
-def _read_cores(host: np.ndarray, usable: np.ndarray) -> Cores:
-    return Cores(host.tobytes().hex(), frozenset(np.flatnonzero(np.unpackbits(usable)).tolist()))
+def _read_cores(host: np.ndarray, container: np.ndarray, usable: np.ndarray) -> Cores:
+    numbers = frozenset(np.flatnonzero(np.unpackbits(usable)).tolist())
+    return Cores(host.tobytes().hex(), numbers, container=container.tobytes().hex())
 
 
 def prefetch(iterator: Any, put: Callable, *, size: int = 2) -> Iterator[tuple[Any, dict]]:
