@@ -28,12 +28,18 @@ def lowers(fn, *args):
 def step_lowers(config, side=224, label=(2,)):
     """Asserts that the training step of a configuration lowers, for two images."""
     config.batch_size = 2
+    lowers(*training_step(config, side, label))
+
+
+def training_step(config, side=224, label=()):
+    """Returns the training step of a configuration, and shapes of its arguments."""
+    batch_size = config.batch_size
     task = make_task(config, 1000)
     model, optimizer = task.make_model(), make_optimizer(config)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     batch = {
-        "image": array(2, side, side, 3, dtype=jnp.uint8),
-        "label": array(*label, dtype=jnp.int32),
-        "skipped": array(2, dtype=jnp.int32),
+        "image": array(batch_size, side, side, 3, dtype=jnp.uint8),
+        "label": array(*(label or (batch_size,)), dtype=jnp.int32),
+        "skipped": array(batch_size, dtype=jnp.int32),
     }
-    lowers(make_train_step(task, model, optimizer), state, batch)
+    return make_train_step(task, model, optimizer), state, batch

@@ -5,9 +5,9 @@ only they import these modules. A kernel imports jax, numpy, other kernels and t
 that depend on nothing else (`dtypes`, `gather`).
 
 Kernels for NVIDIA GPUs are written for Pallas' Triton backend: it compiles for every GPU from
-compute capability 8.0 on, also ahead of time on a machine without one, and its kernels run in
-interpret mode in the tests. Its successor, Mosaic GPU, is for Hopper and newer only. Kernels for
-TPUs are written for Mosaic.
+compute capability 8.0 on, also ahead of time on a machine without one. Its kernels run in the
+tests, in Pallas' interpret mode and as the compiler of the GPU gets them. Its successor, Mosaic
+GPU, is for Hopper and newer only. Kernels for TPUs are written for Mosaic.
 
 Instructions bound most kernels for GPUs, not bytes (`compile` says which). So they use
 :mod:`tokenvit_jax.kernels.arithmetic`, and sums over tokens reduce the first axis of a matrix:

@@ -1,0 +1,171 @@
+"""Arrays of a kernel's launch, which notice what a GPU would leave to chance.
+
+A GPU neither reports a read outside of an array nor one of memory that nobody has written, and
+threads and programs run in any order. Each :class:`Faults` line names what was wrong and where.
+"""
+
+import numpy as np
+
+_SHIFT = 40  # array i begins at address (i + 1) << _SHIFT
+_NOBODY, _SEVERAL = -1, -2
+
+
+class Faults:
+    """Faults of one launch, each once.
+
+    Attributes:
+      lines: fault -> how often it was found.
+    """
+
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+
+    def note(self, fault: str, where: str) -> None:
+        """Adds a fault at an operation."""
+        line = f"{fault}: {where}"
+        self.lines[line] = self.lines.get(line, 0) + 1
+
+
+class DeviceArray:
+    """An array in the memory of the simulated GPU.
+
+    Attributes:
+      values: its values; results of the launch after it.
+      base: address of the first value.
+    """
+
+    def __init__(self, values: np.ndarray, number: int, defined: bool, follow: bool) -> None:
+        """Places an array.
+
+        Args:
+          values: the array, contiguous.
+          number: position among the arguments of the kernel.
+          defined: whether it is an input; else nothing may be read before it is written.
+          follow: whether to follow who reads and writes each value, which takes memory and time.
+        """
+        self.values, self.base, self.follow = values, (number + 1) << _SHIFT, follow
+        self.flat = values.reshape(-1)
+        size = self.flat.size if follow else 0
+        self.defined = np.full(size, defined)
+        self.writer, self.reader = (np.full(size, _NOBODY, np.int32) for _ in range(2))
+        # When a value was last written and read, counted in barriers, and by which thread.
+        self.written, self.read = (np.full((2, size), _NOBODY) for _ in range(2))
+
+
+class Memory:
+    """The arrays of a launch, as the program that runs at the moment sees them.
+
+    Threads are not simulated. Two accesses are taken as one thread's if they have the same position
+    in tensors of equal sizes; else a barrier must lie between them.
+    """
+
+    def __init__(self, arrays: list[DeviceArray], faults: Faults) -> None:
+        self._arrays, self._faults = arrays, faults
+        self._program, self._barriers = 0, 0
+
+    def start(self, program: int) -> None:
+        """Begins a program of the grid."""
+        self._program = program
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Makes the threads of the program wait for each other."""
+        self._barriers += 1
+
+    def load(
+        self,
+        addresses: np.ndarray,
+        dtype: np.dtype,
+        mask: np.ndarray | None,
+        other: np.ndarray | None,
+        where: str,
+    ) -> np.ndarray:
+        """Returns the values at addresses; where the mask is false, ``other`` or anything."""
+        if other is None:
+            result = np.full(addresses.shape, 0x7F, f"u{dtype.itemsize}").view(dtype)
+        else:
+            result = np.broadcast_to(other, addresses.shape).copy()
+        chosen = np.ones(addresses.shape, bool) if mask is None else _spread(mask, addresses)
+        array, places = self._find(addresses[chosen], dtype, where)
+        if array is None:
+            return result
+        result[chosen] = array.flat[places].view(dtype)
+        if array.follow:
+            thread = _threads(chosen)
+            if not array.defined[places].all():
+                self._faults.note("reads what nobody has written", where)
+            writer = array.writer[places]
+            if np.any((writer != _NOBODY) & (writer != self._program)):
+                self._faults.note("reads what another program writes", where)
+            if self._unordered(writer, array.written[:, places], thread):
+                self._faults.note("reads what another thread wrote, without a barrier", where)
+            reader = array.reader[places]
+            alone = (reader == _NOBODY) | (reader == self._program)
+            array.reader[places] = np.where(alone, self._program, _SEVERAL)
+            array.read[0, places], array.read[1, places] = self._barriers, thread
+        return result
+
+    def store(
+        self, addresses: np.ndarray, values: np.ndarray, mask: np.ndarray | None, where: str
+    ) -> None:
+        """Writes values to addresses where the mask is true."""
+        chosen = np.ones(addresses.shape, bool) if mask is None else _spread(mask, addresses)
+        values = _spread(values, addresses)[chosen]
+        array, places = self._find(addresses[chosen], values.dtype, where)
+        if array is None:
+            return
+        values = values.view(array.flat.dtype)
+        writer = array.writer[places] if array.follow else np.empty(0, np.int32)
+        other = (writer != _NOBODY) & (writer != self._program)
+        before = array.flat[places]
+        array.flat[places] = values
+        if not array.follow:
+            return
+        thread = _threads(chosen)
+        # Two programs may write equal values, and read them: their order makes no difference.
+        if array.flat[places].tobytes() != values.tobytes():
+            self._faults.note("writes several values to one place", where)
+        equal = before.view(f"u{before.itemsize}") == values.view(f"u{values.itemsize}")
+        if np.any(other & ~equal):
+            self._faults.note("writes what another program writes", where)
+        reader = array.reader[places]
+        foreign = (reader != _NOBODY) & (reader != self._program)
+        if np.any(foreign & ~(other & equal)):
+            self._faults.note("writes what another program reads", where)
+        if self._unordered(writer, array.written[:, places], thread):
+            self._faults.note("writes what another thread wrote, without a barrier", where)
+        if self._unordered(reader, array.read[:, places], thread):
+            self._faults.note("writes what another thread reads, without a barrier", where)
+        array.defined[places], array.writer[places] = True, self._program
+        array.written[0, places], array.written[1, places] = self._barriers, thread
+
+    def _unordered(self, program, access, thread):
+        barriers, other = access
+        same = (program == self._program) & (barriers == self._barriers)
+        return np.any(same & (other != thread))
+
+    def _find(self, addresses, dtype, where):
+        """Returns the array that holds addresses, and the places there; None if there is none."""
+        if not addresses.size:
+            return None, addresses
+        number = int(addresses.flat[0] >> _SHIFT) - 1
+        if not 0 <= number < len(self._arrays):
+            self._faults.note("is outside of all arrays", where)
+            return None, addresses
+        array = self._arrays[number]
+        assert dtype.itemsize == array.flat.itemsize, where
+        places = (addresses - array.base) // dtype.itemsize
+        inside = (places >= 0) & (places < array.flat.size)
+        if not inside.all():
+            shape, first, last = array.values.shape, places.min(), places.max()
+            self._faults.note(f"is outside of {shape}, at {first} to {last}", where)
+        return array, np.where(inside, places, 0)
+
+
+def _spread(x, addresses):
+    return np.broadcast_to(x, addresses.shape)
+
+
+def _threads(chosen):
+    """Returns a number for each chosen position and size of the tensor."""
+    return np.flatnonzero(chosen) * (1 << 24) + chosen.size
