@@ -176,18 +176,25 @@ def test_limits():
     assert kernels.misfit(512, 16) is None
     assert kernels.misfit(513) == "513 channels are more than 512"
     assert kernels.misfit(64, 17) == "17 neighbors are more than 16"
-    assert tpu_kernels.misfit(3136, 64, 4, 5, masked=False) is None
-    assert tpu_kernels.misfit(3136, 64, 4, 5, masked=True) == "masked tokens"
-    assert tpu_kernels.misfit(49, 64, 4, 17, masked=False) == "17 neighbors are more than 16"
+    assert tpu_kernels.misfit(3136, 64, jnp.float32, 5, masked=False) is None
+    assert tpu_kernels.misfit(3136, 64, jnp.float32, 5, masked=True) == "masked tokens"
+    misfit = tpu_kernels.misfit(49, 64, jnp.float32, 17, masked=False)
+    assert misfit == "17 neighbors are more than 16"
+    assert tpu_kernels.misfit(49, 64, jnp.float16) == "float16"
+    assert cluster_sums_tpu.misfit(49, 64, jnp.float16) == "float16"
+    assert cluster_sums_tpu.misfit(49, 2048, jnp.float32) is None
+    assert cluster_sums_tpu.misfit(98, 4096, jnp.float32).endswith("exceed 16 MiB")
+    assert cluster_sums_tpu.misfit(98, 4096, jnp.bfloat16) is None
+    assert cluster_sums_tpu.misfit(1024, 512, jnp.bfloat16).endswith("exceed 16 MiB")
 
 
 def test_images_on_a_tpu_are_limited_by_its_memory():
     peaks = "67200 keys with 64 channels exceed 4 MiB", None
-    sums = "4200 clusters with 64 channels exceed 2 MiB", None
+    sums = "4200 clusters with 64 channels exceed 16 MiB", None
     for kind, *misfits in zip(("TPU v4", "TPU v5 lite"), peaks, sums, strict=True):
         device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
         mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert tpu_kernels.misfit(67200, 64, 2) == misfits[0]
-            assert cluster_sums_tpu.misfit(4200, 64) == misfits[1]
-    assert tpu_kernels.misfit(67200, 64, 2) == peaks[0]
+            assert tpu_kernels.misfit(67200, 64, jnp.bfloat16) == misfits[0]
+            assert cluster_sums_tpu.misfit(4200, 64, jnp.bfloat16) == misfits[1]
+    assert tpu_kernels.misfit(67200, 64, jnp.bfloat16) == peaks[0]

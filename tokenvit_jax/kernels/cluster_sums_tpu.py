@@ -7,21 +7,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokenvit_jax.kernels.tpus import has_large_vmem, vmem_limit
+from tokenvit_jax.kernels.tpus import LARGE_VMEM, has_large_vmem, vmem_limit
 
-BLOCK = 512  # tokens
-# Numbers of the membership matrix and of the sums in a core's memory: of any TPU, and of TPUs with
-# much memory.
-MOST_NUMBERS, MOST_NUMBERS_IN_LARGE_VMEM = 1 << 19, 1 << 22
+BLOCK, LANES = 512, 128  # tokens, and lanes of a register
+# What the kernel may use of a core's memory [bytes]: of any TPU, and of TPUs with much memory.
+SMALL_VMEM = 16 << 20
 
 
-def misfit(num_clusters: int, channels: int) -> str | None:
-    """Returns why the kernel cannot take so many clusters, or None."""
-    most = MOST_NUMBERS_IN_LARGE_VMEM if has_large_vmem() else MOST_NUMBERS
-    if num_clusters * max(BLOCK, channels) > most:
-        return f"{num_clusters} clusters with {channels} channels exceed {most >> 18} MiB"
+def misfit(num_clusters: int, channels: int, dtype: DTypeLike) -> str | None:
+    """Returns why the kernel cannot take so many clusters, or tokens of a type, or None."""
+    if jnp.dtype(dtype) == jnp.float16:
+        return "float16"  # Mosaic does not load it
+    most = LARGE_VMEM if has_large_vmem() else SMALL_VMEM
+    channels_held = -(-channels // LANES) * LANES
+    # Sums, shifts and totals twice, because they are written meanwhile; tokens likewise. The
+    # compiler holds up to six matrices like the weights, by its reports for v4.
+    of_clusters = 4 * num_clusters * (2 * channels_held + 4 * LANES + 6 * BLOCK)
+    if of_clusters + 2 * BLOCK * channels_held * jnp.dtype(dtype).itemsize > most:
+        return f"{num_clusters} clusters with {channels} channels exceed {most >> 20} MiB"
     return None
 
 

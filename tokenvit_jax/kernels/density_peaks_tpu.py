@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from tokenvit_jax.kernels.density_peaks import insert_entry, is_denser, squared_distances
@@ -26,21 +27,23 @@ MOST_NEIGHBORS = 16
 
 
 def misfit(
-    num_keys: int, channels: int, itemsize: int, neighbors: int = 1, masked: bool = False
+    num_keys: int, channels: int, dtype: DTypeLike, neighbors: int = 1, masked: bool = False
 ) -> str | None:
     """Returns why the kernels cannot take such images, or None.
 
     Args:
       num_keys: tokens or centres that are searched.
       channels: C.
-      itemsize: bytes of a number.
+      dtype: type of the tokens; Mosaic does not load float16.
       neighbors: k.
       masked: whether tokens are masked; centres cannot be.
     """
     if masked:
         return "masked tokens"
+    if jnp.dtype(dtype) == jnp.float16:
+        return "float16"
     most = MOST_BYTES_IN_LARGE_VMEM if has_large_vmem() else MOST_BYTES
-    if _padded(num_keys) * _padded(channels) * itemsize > most:
+    if _padded(num_keys) * _padded(channels) * jnp.dtype(dtype).itemsize > most:
         return f"{num_keys} keys with {channels} channels exceed {most >> 20} MiB"
     if neighbors > MOST_NEIGHBORS:
         return f"{neighbors} neighbors are more than {MOST_NEIGHBORS}"

@@ -272,7 +272,7 @@ def _density_peaks(tokens, mask, rng, *, neighbors, chunk_size):
     k = min(neighbors, length)
     misfits = {
         "cuda": kernels.misfit(channels, k),
-        "tpu": tpu_kernels.misfit(length, channels, tokens.dtype.itemsize, k, mask is not None),
+        "tpu": tpu_kernels.misfit(length, channels, tokens.dtype, k, mask is not None),
     }
     near = by_platform(
         "nearest neighbors", tokens, mask, misfits=misfits,
@@ -354,7 +354,7 @@ def _assign_clusters(tokens, peaks, mask, threshold, *, num_clusters, assign, ch
             "nearest center", lax.stop_gradient(tokens), mask, centers, num_used,
             misfits={
                 "cuda": kernels.misfit(channels),
-                "tpu": tpu_kernels.misfit(num_clusters, channels, tokens.dtype.itemsize),
+                "tpu": tpu_kernels.misfit(num_clusters, channels, tokens.dtype),
             },
             cuda=_nearest_center_on_gpu, tpu=_nearest_center_on_tpu,
             **chunked_forms(nearest_center, batch, length, num_clusters, chunk_size),

@@ -99,7 +99,7 @@ def _weighted_means(tokens, assignment, scores, num_clusters):
         tpu=functools.partial(
             cluster_sums_tpu.means, num_clusters=num_clusters, epsilon=EPSILON
         ),
-        misfits={"tpu": cluster_sums_tpu.misfit(num_clusters, tokens.shape[2])},
+        misfits={"tpu": cluster_sums_tpu.misfit(num_clusters, tokens.shape[2], tokens.dtype)},
     )  # fmt: skip
 
 
