@@ -154,8 +154,9 @@ def test_sorted_attention_equals_the_dense_form(monkeypatch):
     assert_all_close(found, expected, 2e-6)
 
 
-def test_attention_by_heads_equals_the_dense_form(monkeypatch):
-    monkeypatch.setattr(group_attention_heads, "_QUERIES", 32)
+@pytest.mark.parametrize("queries", [32, 16], ids=["one whole slice", "a loop of slices"])
+def test_attention_by_heads_equals_the_dense_form(queries, monkeypatch):
+    monkeypatch.setattr(group_attention_heads, "_QUERIES", queries)
     arrays = normal(1, 37, 4, 32, count=4)
     (centroids,) = normal(4, 5, 32, seed=1)
     dense = functools.partial(ops.group_attention, top_k=7, scale=0.3, path="dense")

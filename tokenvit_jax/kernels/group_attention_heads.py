@@ -24,6 +24,8 @@ _LANES, _GROUPS, _QUERIES = 128, 64, 256
 # Largest numbers of tokens in bfloat16, which are held in VMEM with their scores: on any TPU, and
 # on TPUs with much of it.
 MAX_LENGTH, MAX_LENGTH_IN_LARGE_VMEM = 1024, 4096
+# Smallest head dim with which so many tokens fit.
+_SMALLEST_DIM = 16
 
 
 def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
@@ -38,6 +40,8 @@ def heads_misfit(q: Float[Array, "B L N D"], num_groups: int) -> str | None:
     most = MAX_LENGTH_IN_LARGE_VMEM if has_large_vmem() else MAX_LENGTH
     if q.dtype == jnp.float32:
         most //= 4  # twice the bytes, and products in several parts
+    if dim < _SMALLEST_DIM:
+        most = most * dim // _SMALLEST_DIM  # more heads in a register, hence more scores
     if length > most:
         return f"{length} tokens of {q.dtype} are more than {most}"
     return None
@@ -185,17 +189,24 @@ def _of_head(x, head, dim):
     return jnp.where((lane >= head * dim) & (lane < head * dim + dim), x, jnp.zeros_like(x))
 
 
-def _for_blocks(length, run, carry):
-    """Runs ``carry = run(rows, carry)`` for slices of the queries, at multiples of 16."""
-    equal = [size for size in range(16, min(_QUERIES, length) + 1, 16) if length % size == 0]
-    if length > _QUERIES and equal:
+def _for_blocks(length, heads, run, carry):
+    """Runs ``carry = run(rows, carry)`` for slices of the queries, at multiples of 16.
+
+    Whole slices are turns of one loop: the compiler would keep the logits of all slices of an
+    unrolled loop at once, which do not fit into VMEM.
+    """
+    most = max(_QUERIES * 4 // max(heads, 4), 16)
+    equal = [size for size in range(16, min(most, length) + 1, 16) if length % size == 0]
+    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, most)), 16) * 16
+    if length > most and equal:
         size = equal[-1]
+    whole = length // size
+    if whole > 1:
         rows = lambda i: pl.ds(pl.multiple_of(i * size, 16), size)  # noqa: E731
-        return lax.fori_loop(0, length // size, lambda i, carry: run(rows(i), carry), carry)
-    size = pl.cdiv(pl.cdiv(length, pl.cdiv(length, _QUERIES)), 16) * 16
-    for start in range(0, length, size):
-        carry = run(slice(start, min(start + size, length)), carry)
-    return carry
+        carry = lax.fori_loop(0, whole, lambda i, carry: run(rows(i), carry), carry)
+    elif whole:
+        carry = run(slice(0, size), carry)
+    return run(slice(whole * size, length), carry) if length % size else carry
 
 
 def _weights(q, k, member, bias, scale):
@@ -230,7 +241,7 @@ def _attend(
             output += _of_head(_dot(weights.astype(v.dtype), v) / total, head, dim)
         output_ref[rows, :] = output.astype(output_ref.dtype)
 
-    _for_blocks(length, attend_rows, None)
+    _for_blocks(length, width // dim, attend_rows, None)
 
 
 def _differentiate(
@@ -261,6 +272,6 @@ def _differentiate(
         return d_k, d_v
 
     zero = jnp.zeros((length, width), jnp.float32)
-    d_k, d_v = _for_blocks(length, differentiate_rows, (zero, zero))
+    d_k, d_v = _for_blocks(length, width // dim, differentiate_rows, (zero, zero))
     d_k_ref[...] = d_k.astype(d_k_ref.dtype)
     d_v_ref[...] = d_v.astype(d_v_ref.dtype)
