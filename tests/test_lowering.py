@@ -40,6 +40,16 @@ def test_group_attention(path, top_k, dtype):
     lowers(gradient(fn, 3), q, q, q, centroids)
 
 
+@pytest.mark.parametrize("precision", sampled(["high", "highest"]))
+def test_precision_that_bfloat16_does_not_have(precision):
+    """Mosaic, for TPUs, knows one precision of bfloat16, and stops at any other one."""
+    q, long = (array(2, length, 2, 64, dtype=jnp.bfloat16) for length in (49, 1024))
+    with jax.default_matmul_precision(precision):
+        lowers(gradient(group_attention("dense", 7), 3), q, q, q, array(2, 8, 64))
+        lowers(gradient(ops.dot_product_attention, 3), long, long, long)
+        lowers(lambda x: ops.cluster_density_peaks(x, 20), array(2, 300, 16, dtype=jnp.bfloat16))
+
+
 @pytest.mark.parametrize(
     "dtype", sampled([jnp.bfloat16, jnp.float32]), ids=lambda dtype: dtype.__name__
 )

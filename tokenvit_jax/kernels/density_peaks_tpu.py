@@ -97,9 +97,12 @@ def _keys(x, i):
 
 def _products(a, b):
     """Returns a.b (rows of a, rows of b)."""
-    exact = a.dtype.itemsize == 2  # products of two numbers of 16 bits are exact in float32
+    # Products of two numbers of 16 bits are exact in float32. Without a precision they would take
+    # that of `jax.default_matmul_precision`, and Mosaic knows no other one for them.
+    exact = a.dtype.itemsize == 2
     return lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), precision=None if exact else lax.Precision.HIGHEST,
+        a, b, (((1,), (1,)), ((), ())),
+        precision=lax.Precision.DEFAULT if exact else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
 

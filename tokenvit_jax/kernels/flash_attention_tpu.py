@@ -1,5 +1,6 @@
 """Attention on TPUs without logits in memory, by JAX's own kernel (Pallas-Mosaic)."""
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as library
 from jaxtyping import Array, Bool, Float
@@ -20,6 +21,9 @@ def flash_misfit(q: Float[Array, "B L N D"], k: Float[Array, "B S N D"]) -> str 
     """Returns why :func:`attend_by_flash` cannot take the arguments, or None."""
     if not q.dtype == k.dtype == jnp.bfloat16:
         return f"q and k of types {q.dtype} and {k.dtype} instead of bfloat16"
+    precision = jax.config.jax_default_matmul_precision
+    if precision not in (None, "default", "fastest", "bfloat16"):
+        return f"products in precision {precision}"  # Mosaic knows no other one of bfloat16
     dim = q.shape[-1]
     step = 8 if dim < LANES else LANES
     return f"head dim {dim} is not a multiple of {step}" if dim % step else None

@@ -157,12 +157,15 @@ def _in_lanes(centroids, blocks):
 
 
 def _dot(a, b, contract=(1, 0)):
-    """Multiplies two matrices along an axis of each; float32 exactly."""
+    """Multiplies two matrices along an axis of each; float32 exactly.
+
+    Mosaic knows one precision of bfloat16, whatever `jax.default_matmul_precision` asks for.
+    """
     return lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 
