@@ -1,4 +1,4 @@
-"""Kernels for GPUs on a simulated GPU: every operator gives the same as its default form."""
+"""On a simulated GPU, operators and networks give the same with kernels as on a CPU without."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from operator_cases import CASES, cast
 from programs import lower
 from shipped_configs import load_config
 from simulated_gpu import noted_kernels, simulated_gpu
+from test_models_on_device import SIZE, network
+from test_models_on_device import run_of as network_run
 from test_operators_on_device import NAMES, run_of
-from tolerances import problems
+from tolerances import TOLERANCES, distance, problems
 
 from tokenvit_jax.kernels import arithmetic, cudnn, platforms
 
@@ -44,6 +46,25 @@ def test_operator(name, call, cpu, monkeypatch):
         found += [f"{dtype}: {line}" for line in lines]
     assert not found, "\n".join(found)
     assert gpu.ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dgt", "clustr", "pale"])
+def test_network(name, cpu, monkeypatch):
+    draw = np.random.default_rng(0)
+    images = draw.standard_normal((2, SIZE, SIZE, 3), np.float32)
+    model = network(name, "float32")
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
+    inputs = jax.device_get((variables, images, np.array([3, 7], np.int32)))
+    gradient, logits = lower(network_run(model), inputs, cpu, "float32").compile()(*inputs)
+    monkeypatch.setattr(platforms, "platform_of", lambda device: "cuda")
+    with simulated_gpu() as gpu:
+        run = network_run(network(name, "bfloat16"))
+        found = jax.device_get(lower(run, inputs, cpu, "bfloat16").compile()(*inputs))
+    assert distance(found[1], logits) <= TOLERANCES["bfloat16"].network
+    assert distance(found[0], gradient) <= TOLERANCES["bfloat16"].gradient
+    assert "window_attention_gradient" in gpu.ran
+    assert not gpu.faults
 
 
 @pytest.mark.slow
