@@ -392,8 +392,9 @@ _ASSEMBLY = {
     "cvt.rn.bf16x2.f32 $0, $2, $1;": _same,
 }
 _LIBRARY = {
-    "__nv_rsqrtf": lambda x: 1 / np.sqrt(np.asarray(x, float)), "__nv_expf": np.exp,
-    "__nv_logf": np.log, "__nv_fabsf": np.abs, "__nv_clz": _leading_zeros,
+    "__nv_rsqrtf": lambda x: 1 / np.sqrt(np.asarray(x, float)), "__nv_sqrtf": np.sqrt,
+    "__nv_expf": np.exp, "__nv_exp2f": np.exp2, "__nv_logf": np.log, "__nv_log2f": np.log2,
+    "__nv_fabsf": np.abs, "__nv_clz": _leading_zeros,
 }  # fmt: skip
 
 
