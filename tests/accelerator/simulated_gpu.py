@@ -32,11 +32,14 @@ class Kernel:
       num_programs: programs of its grid.
     """
 
-    def __init__(self, lowered: lowering.LoweringResult, grid_mapping: Any) -> None:
+    def __init__(
+        self, lowered: lowering.LoweringResult, grid_mapping: Any, num_warps: int | None = None
+    ) -> None:
         self.name = str(lowered.module.operation.attributes["sym_name"]).strip('"')
         arrays, num_inputs = _arrays(grid_mapping), grid_mapping.num_inputs
         self.inputs, self.outputs = arrays[:num_inputs], arrays[num_inputs:]
         self.num_programs = int(np.prod(lowered.grid))
+        self._num_threads = 32 * (num_warps or 4)  # Pallas' default
         self._grid = (*lowered.grid, 1, 1)[:3]
         self._program = TritonProgram(lowered.module)
 
@@ -69,7 +72,7 @@ class Kernel:
                 values.reshape(-1).view(np.uint8)[:] = _NEVER_WRITTEN
             outputs.append(DeviceArray(values, len(arrays), False, follow))
             arrays.append(outputs[-1])
-        memory = Memory(arrays, faults)
+        memory = Memory(arrays, faults, self._num_threads)
         launch = Launch(memory)
         addresses = [x.base for x in [*arrays[: len(inputs)], *outputs]]
         for program in range(self.num_programs) if follow else programs:
@@ -131,7 +134,7 @@ def _lowering(ctx, *operands, **params):
     lowered = lowering.lower_jaxpr_to_triton_module(
         params["jaxpr"], grid_mapping, "cuda", _CAPABILITY, mlir_ctx=ctx.module_context
     )
-    kernel = Kernel(lowered, grid_mapping)
+    kernel = Kernel(lowered, grid_mapping, params["compiler_params"].num_warps)
 
     def run(*inputs):
         arrays = [np.asarray(x) for x in inputs]

@@ -103,6 +103,19 @@ def test_sum_of_rows_and_what_is_larger_than_not_a_number():
     assert np.isnan(results[0]) and not faults
 
 
+def test_what_a_mask_leaves_out_is_not_a_number():
+    def kernel(x, half, filled):
+        mask = jnp.arange(16) < 8
+        half[...] = plt.load(x.at[...], mask=mask)
+        filled[...] = plt.load(x.at[...], mask=mask, other=0.0)
+
+    x = np.arange(16, dtype=np.float32)
+    (half, filled), faults = called(kernel, x, shapes=[(16,), (16,)])
+    np.testing.assert_array_equal(half, np.where(x < 8, x, np.nan))
+    np.testing.assert_array_equal(filled, np.where(x < 8, x, 0))
+    assert not faults
+
+
 def reversed_place():
     return 15 - jnp.arange(16)
 
@@ -118,6 +131,25 @@ def reads_nothing_written(x, y):
 def needs_a_barrier(x, y):
     y[...] = x[...]
     y[...] = plt.load(y.at[reversed_place()])
+
+
+def needs_a_barrier_for_a_number(x, y):
+    y[0] = x[0]
+    y[1] = y[0] + 1
+
+
+def needs_a_barrier_after_reading(x, y):
+    y[...] = x[...]
+    plt.debug_barrier()
+    back = plt.load(y.at[reversed_place()])
+    y[...] = back + y[...]
+
+
+def needs_a_barrier_in_another_shape(x, y):
+    place = jnp.arange(256)
+    plt.store(y.at[place], plt.load(x.at[place % 16]))
+    square = 16 * jnp.arange(16)[:, None] + jnp.arange(16)
+    plt.store(y.at[square], plt.load(y.at[square]) + 1)
 
 
 def has_its_barriers(x, y):
@@ -148,6 +180,9 @@ def one_place(x, y):
         (reads_outside, "is outside of (16,), at 1 to 16"),
         (reads_nothing_written, "reads what nobody has written"),
         (needs_a_barrier, "reads what another thread wrote, without a barrier"),
+        (needs_a_barrier_for_a_number, "reads what another thread wrote, without a barrier"),
+        (needs_a_barrier_after_reading, "writes what another thread reads, without a barrier"),
+        (needs_a_barrier_in_another_shape, "reads what another thread wrote, without a barrier"),
         (has_its_barriers, None),
         (programs_disagree, "writes what another program writes"),
         (programs_agree, None),
@@ -156,7 +191,8 @@ def one_place(x, y):
 )
 def test_faults_are_found(kernel, fault):
     grid = (2,) if "programs" in kernel.__name__ else ()
-    _, faults = called(kernel, np.arange(16, dtype=np.float32), shapes=[(16,)], grid=grid)
+    size = 256 if "shape" in kernel.__name__ else 16
+    _, faults = called(kernel, np.arange(16, dtype=np.float32), shapes=[(size,)], grid=grid)
     assert not faults if fault is None else any(fault in line for line in faults), faults
 
 

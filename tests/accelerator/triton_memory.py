@@ -8,6 +8,7 @@ import numpy as np
 
 _SHIFT = 40  # array i begins at address (i + 1) << _SHIFT
 _NOBODY, _SEVERAL = -1, -2
+_UNDEFINED = 0xFF  # bytes of NaN, or of -1
 
 
 class Faults:
@@ -56,11 +57,12 @@ class Memory:
     """The arrays of a launch, as the program that runs at the moment sees them.
 
     Threads are not simulated. Two accesses are taken as one thread's if they have the same position
-    in tensors of equal sizes; else a barrier must lie between them.
+    in tensors of equal shapes; else a barrier must lie between them. Triton gives a tensor with
+    fewer values than threads to several threads: all of them read it, one writes it.
     """
 
-    def __init__(self, arrays: list[DeviceArray], faults: Faults) -> None:
-        self._arrays, self._faults = arrays, faults
+    def __init__(self, arrays: list[DeviceArray], faults: Faults, num_threads: int) -> None:
+        self._arrays, self._faults, self._num_threads = arrays, faults, num_threads
         self._program, self._barriers = 0, 0
 
     def start(self, program: int) -> None:
@@ -82,7 +84,8 @@ class Memory:
     ) -> np.ndarray:
         """Returns the values at addresses; where the mask is false, ``other`` or anything."""
         if other is None:
-            result = np.full(addresses.shape, 0x7F, f"u{dtype.itemsize}").view(dtype)
+            result = np.empty(addresses.shape, dtype)
+            result.reshape(-1).view(np.uint8)[:] = _UNDEFINED
         else:
             result = np.broadcast_to(other, addresses.shape).copy()
         chosen = np.ones(addresses.shape, bool) if mask is None else _spread(mask, addresses)
@@ -97,12 +100,13 @@ class Memory:
             writer = array.writer[places]
             if np.any((writer != _NOBODY) & (writer != self._program)):
                 self._faults.note("reads what another program writes", where)
-            if self._unordered(writer, array.written[:, places], thread):
+            replicated = chosen.size < self._num_threads
+            if self._unordered(writer, array.written[:, places], thread, replicated):
                 self._faults.note("reads what another thread wrote, without a barrier", where)
             reader = array.reader[places]
             alone = (reader == _NOBODY) | (reader == self._program)
             array.reader[places] = np.where(alone, self._program, _SEVERAL)
-            array.read[0, places], array.read[1, places] = self._barriers, thread
+            self._note_readers(array, places, thread, replicated)
         return result
 
     def store(
@@ -139,10 +143,18 @@ class Memory:
         array.defined[places], array.writer[places] = True, self._program
         array.written[0, places], array.written[1, places] = self._barriers, thread
 
-    def _unordered(self, program, access, thread):
+    def _note_readers(self, array, places, thread, replicated):
+        """Notes which thread reads each place, or that several do since the last barrier."""
+        barriers, before = array.read[:, places]
+        several = replicated | ((barriers == self._barriers) & (before != thread))
+        array.read[0, places], array.read[1, places] = self._barriers, thread
+        several |= array.read[1, places] != thread  # one place in two positions of the tensor
+        array.read[1, places[several]] = _SEVERAL
+
+    def _unordered(self, program, access, thread, replicated=False):
         barriers, other = access
         same = (program == self._program) & (barriers == self._barriers)
-        return np.any(same & (other != thread))
+        return np.any(same & (replicated | (other != thread)))
 
     def _find(self, addresses, dtype, where):
         """Returns the array that holds addresses, and the places there; None if there is none."""
@@ -167,5 +179,6 @@ def _spread(x, addresses):
 
 
 def _threads(chosen):
-    """Returns a number for each chosen position and size of the tensor."""
-    return np.flatnonzero(chosen) * (1 << 24) + chosen.size
+    """Returns a number for each chosen position and shape of the tensor."""
+    shape = sum(size.bit_length() << 5 * axis for axis, size in enumerate(chosen.shape))
+    return (np.flatnonzero(chosen) << 24) + shape
