@@ -186,6 +186,11 @@ def test_limits():
     assert cluster_sums_tpu.misfit(98, 4096, jnp.float32).endswith("exceed 16 MiB")
     assert cluster_sums_tpu.misfit(98, 4096, jnp.bfloat16) is None
     assert cluster_sums_tpu.misfit(1024, 512, jnp.bfloat16).endswith("exceed 16 MiB")
+    # What did not compile for v4.
+    assert cluster_sums_tpu.misfit(174, 4096, jnp.bfloat16).endswith("exceed 16 MiB")
+    assert cluster_sums_tpu.misfit(273, 2048, jnp.float32).endswith("exceed 16 MiB")
+    # The most clusters of a recipe (ClusTR-S, 800 x 1344 pixels) that compiles.
+    assert cluster_sums_tpu.misfit(1050, 128, jnp.bfloat16) is None
 
 
 def test_images_on_a_tpu_are_limited_by_its_memory():

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from tokenvit_jax.kernels.tpus import LARGE_VMEM, has_large_vmem, vmem_limit
 
-BLOCK, LANES = 512, 128  # tokens, and lanes of a register
+BLOCK = 512  # tokens
+SUBLANES, LANES = 8, 128  # of a register
 # What the kernel may use of a core's memory [bytes]: of any TPU, and of TPUs with much memory.
 SMALL_VMEM = 16 << 20
 
@@ -22,11 +23,14 @@ def misfit(num_clusters: int, channels: int, dtype: DTypeLike) -> str | None:
     if jnp.dtype(dtype) == jnp.float16:
         return "float16"  # Mosaic does not load it
     most = LARGE_VMEM if has_large_vmem() else SMALL_VMEM
-    channels_held = -(-channels // LANES) * LANES
-    # Sums, shifts and totals twice, because they are written meanwhile; tokens likewise. The
-    # compiler holds up to six matrices like the weights, by its reports for v4.
-    of_clusters = 4 * num_clusters * (2 * channels_held + 4 * LANES + 6 * BLOCK)
-    if of_clusters + 2 * BLOCK * channels_held * jnp.dtype(dtype).itemsize > most:
+    held = pl.cdiv(num_clusters, SUBLANES) * SUBLANES
+    channels_held = pl.cdiv(channels, LANES) * LANES
+    # Sums, shifts and totals twice, because they are written meanwhile; tokens likewise. By its
+    # reports for v4, the compiler holds up to six matrices like the weights, and up to a quarter of
+    # a byte for every number of the tokens.
+    of_clusters = 4 * held * (2 * channels_held + 4 * LANES + 6 * BLOCK)
+    of_tokens = BLOCK * channels_held * (2 * jnp.dtype(dtype).itemsize + 0.25)
+    if of_clusters + of_tokens > most:
         return f"{num_clusters} clusters with {channels} channels exceed {most >> 20} MiB"
     return None
 
