@@ -57,6 +57,19 @@ def test_an_endless_stream():
     np.testing.assert_array_equal(batches[10**6]["label"], (8 * 10**6 + 4 + np.arange(4)) % 22)
 
 
+class Numbers(Copied):
+    def map(self, index):
+        image = super().map(index)["image"]
+        return {"image": image.transpose(2, 0, 1), "label": index, "weight": 0.5, "flipped": True}
+
+
+def test_numbers_and_arrays_that_are_not_contiguous():
+    ours, grains = ExampleBatches(examples(Numbers), SIZE), examples(Numbers).batch(SIZE)
+    for name, values in grains[1].items():
+        assert ours[1][name].dtype == values.dtype
+        np.testing.assert_array_equal(ours[1][name], values)
+
+
 class Other(Example):
     """Returns an example with another entry in second place."""
 

@@ -16,7 +16,7 @@ class ExampleBatches(grain.MapDataset):
     examples use the same memory: fresh memory for each takes longer than copying it.
 
     Args:
-      examples: dicts of arrays; those of a batch must be equal in names, shapes and types.
+      examples: dicts of arrays or numbers, in a batch equal in names, shapes and types.
       size: number of examples in a batch; those that do not fill a batch are left out.
       first: number of the first batch.
       step: distance to the next one, the number of processes.
@@ -54,7 +54,7 @@ class ExampleBatches(grain.MapDataset):
         """
         start = self._numbers[index] * self._size
         for place in range(self._size):
-            example = self._parent[start + place]
+            example = {k: np.asarray(v) for k, v in self._parent[start + place].items()}
             if not place:
                 batch = self._begin(example, arrays)
             elif example.keys() != batch.keys():
