@@ -43,6 +43,24 @@ with stop:
         time.sleep(0.01)
     print("saved", flush=True)
 """
+IN_A_THREAD = """
+import threading, time
+from tokenvit_jax import stopping
+stopping.watch()
+from tokenvit_jax.training import processes
+
+def train():
+    with processes.StopRequest() as stop:
+        stopping.hold(True)
+        print("ready", flush=True)
+        while not stop.received():
+            time.sleep(0.01)
+        print("saved", flush=True)
+
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+"""
 NOT_SAVING = """
 import hashlib, sys
 from tokenvit_jax import stopping
@@ -130,7 +148,11 @@ def test_nohup_goes_on(start):
     assert (program.returncode, out) == (0, "saved\n")
 
 
-@pytest.mark.parametrize("code", [POLLING, REPLACED], ids=["alone", "beside a library"])
+@pytest.mark.parametrize(
+    "code",
+    [POLLING, REPLACED, IN_A_THREAD],
+    ids=["alone", "beside a library", "in a thread"],
+)
 def test_a_program_saves_and_ends(start, code):
     program = start(code)
     program.send_signal(signal.SIGTERM)

@@ -65,8 +65,12 @@ def watching() -> bool:
 
 
 def watch_again() -> None:
-    """Takes back signals that a library may have taken since :func:`watch`, in the main thread."""
-    _install()
+    """Takes back signals that a library may have taken since :func:`watch`.
+
+    Python allows that in the main thread only; in another one, nothing changes.
+    """
+    if threading.current_thread() is threading.main_thread():
+        _install()
 
 
 def forward() -> None:
