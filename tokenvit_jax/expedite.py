@@ -53,13 +53,13 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.new_run import check_new
     from tokenvit_jax.training.processes import check_alone
 
-    check_alone("expedite")
     workdir = Path(flag_values.workdir)
     files = None if flag_values.images is None else cli.image_files(flag_values.images)
     plot = cli.picture_path(flag_values, "plot", files or ())
     out = Path(flag_values.out) if flag_values.out else None
     if out:
         check_new(out)
+    check_alone("expedite")
     search = search_run(
         workdir,
         flag_values.budget,

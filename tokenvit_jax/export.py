@@ -40,9 +40,9 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.processes import check_alone
     from tokenvit_jax.training.run import load_run
 
-    check_alone("export")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_new_folder(out, "--out")  # first, so that a mistake costs no time
+    check_alone("export")
     run = load_run(workdir, flag_values.checkpoint)
     write_export(out, run.task, run.model, run.variables, run.step, "--out")
     print(f"{workdir} -> {out}")

@@ -62,9 +62,9 @@ def main(flag_values: flags.FlagValues) -> None:
     from tokenvit_jax.training.run import load_run
     from tokenvit_jax.training.workdir import read_config
 
-    check_alone("predict")
     workdir, out = Path(flag_values.workdir), Path(flag_values.out)
     check_folder(out, "--out")
+    check_alone("predict")
     config = cli.run_config(flag_values, lambda: read_config(workdir))
     check_values(config)
     _check_task(flag_values, config.task)
