@@ -15,7 +15,7 @@ from jax._src.pallas import pallas_call
 from jax._src.pallas.triton import lowering
 from jax.experimental.pallas import triton as plt
 from jax.interpreters import mlir
-from triton_memory import DeviceArray, Faults, Memory
+from triton_memory import DeviceArray, Memory
 from triton_program import Launch, TritonProgram
 
 _CAPABILITY = 90
@@ -57,7 +57,7 @@ class Kernel:
           programs: programs of the grid that run, without notes of who reads and writes; None:
             all, and results that none of them writes are NaN or -1.
         """
-        follow, faults = programs is None, Faults()
+        follow = programs is None
         input_of = {output: number for number, output in aliases}
         arrays = [
             DeviceArray(np.array(x) if follow else x, i, True, follow) for i, x in enumerate(inputs)
@@ -72,14 +72,14 @@ class Kernel:
                 values.reshape(-1).view(np.uint8)[:] = _NEVER_WRITTEN
             outputs.append(DeviceArray(values, len(arrays), False, follow))
             arrays.append(outputs[-1])
-        memory = Memory(arrays, faults, self._num_threads)
+        memory = Memory(arrays, self._num_threads)
         launch = Launch(memory)
         addresses = [x.base for x in [*arrays[: len(inputs)], *outputs]]
         for program in range(self.num_programs) if follow else programs:
             memory.start(program)
             launch.program_ids = np.unravel_index(program, self._grid, order="F")
             self._program.run(addresses, launch)
-        return [x.values for x in outputs], [f"{self.name}: {line}" for line in faults.lines]
+        return [x.values for x in outputs], [f"{self.name}: {line}" for line in memory.faults]
 
 
 class Simulation:

@@ -1,7 +1,7 @@
 """Arrays of a kernel's launch, which notice what a GPU would leave to chance.
 
 A GPU neither reports a read outside of an array nor one of memory that nobody has written, and
-threads and programs run in any order. Each :class:`Faults` line names what was wrong and where.
+threads and programs run in any order.
 """
 
 import numpy as np
@@ -9,22 +9,6 @@ import numpy as np
 _SHIFT = 40  # array i begins at address (i + 1) << _SHIFT
 _NOBODY, _SEVERAL = -1, -2
 _UNDEFINED = 0xFF  # bytes of NaN, or of -1
-
-
-class Faults:
-    """Faults of one launch, each once.
-
-    Attributes:
-      lines: fault -> how often it was found.
-    """
-
-    def __init__(self) -> None:
-        self.lines: dict[str, int] = {}
-
-    def note(self, fault: str, where: str) -> None:
-        """Adds a fault at an operation."""
-        line = f"{fault}: {where}"
-        self.lines[line] = self.lines.get(line, 0) + 1
 
 
 class DeviceArray:
@@ -59,10 +43,14 @@ class Memory:
     Threads are not simulated. Two accesses are taken as one thread's if they have the same position
     in tensors of equal shapes; else a barrier must lie between them. Triton gives a tensor with
     fewer values than threads to several threads: all of them read it, one writes it.
+
+    Attributes:
+      faults: what was wrong and at which operation, once each.
     """
 
-    def __init__(self, arrays: list[DeviceArray], faults: Faults, num_threads: int) -> None:
-        self._arrays, self._faults, self._num_threads = arrays, faults, num_threads
+    def __init__(self, arrays: list[DeviceArray], num_threads: int) -> None:
+        self.faults: list[str] = []
+        self._arrays, self._num_threads = arrays, num_threads
         self._program, self._barriers = 0, 0
 
     def start(self, program: int) -> None:
@@ -96,13 +84,13 @@ class Memory:
         if array.follow:
             thread = _threads(chosen)
             if not array.defined[places].all():
-                self._faults.note("reads what nobody has written", where)
+                self._note("reads what nobody has written", where)
             writer = array.writer[places]
             if np.any((writer != _NOBODY) & (writer != self._program)):
-                self._faults.note("reads what another program writes", where)
+                self._note("reads what another program writes", where)
             replicated = chosen.size < self._num_threads
             if self._unordered(writer, array.written[:, places], thread, replicated):
-                self._faults.note("reads what another thread wrote, without a barrier", where)
+                self._note("reads what another thread wrote, without a barrier", where)
             reader = array.reader[places]
             alone = (reader == _NOBODY) | (reader == self._program)
             array.reader[places] = np.where(alone, self._program, _SEVERAL)
@@ -128,20 +116,25 @@ class Memory:
         thread = _threads(chosen)
         # Two programs may write equal values, and read them: their order makes no difference.
         if array.flat[places].tobytes() != values.tobytes():
-            self._faults.note("writes several values to one place", where)
+            self._note("writes several values to one place", where)
         equal = before.view(f"u{before.itemsize}") == values.view(f"u{values.itemsize}")
         if np.any(other & ~equal):
-            self._faults.note("writes what another program writes", where)
+            self._note("writes what another program writes", where)
         reader = array.reader[places]
         foreign = (reader != _NOBODY) & (reader != self._program)
         if np.any(foreign & ~(other & equal)):
-            self._faults.note("writes what another program reads", where)
+            self._note("writes what another program reads", where)
         if self._unordered(writer, array.written[:, places], thread):
-            self._faults.note("writes what another thread wrote, without a barrier", where)
+            self._note("writes what another thread wrote, without a barrier", where)
         if self._unordered(reader, array.read[:, places], thread):
-            self._faults.note("writes what another thread reads, without a barrier", where)
+            self._note("writes what another thread reads, without a barrier", where)
         array.defined[places], array.writer[places] = True, self._program
         array.written[0, places], array.written[1, places] = self._barriers, thread
+
+    def _note(self, fault, where):
+        line = f"{fault}: {where}"
+        if line not in self.faults:
+            self.faults.append(line)
 
     def _note_readers(self, array, places, thread, replicated):
         """Notes which thread reads each place, or that several do since the last barrier."""
@@ -162,7 +155,7 @@ class Memory:
             return None, addresses
         number = int(addresses.flat[0] >> _SHIFT) - 1
         if not 0 <= number < len(self._arrays):
-            self._faults.note("is outside of all arrays", where)
+            self._note("is outside of all arrays", where)
             return None, addresses
         array = self._arrays[number]
         assert dtype.itemsize == array.flat.itemsize, where
@@ -170,7 +163,7 @@ class Memory:
         inside = (places >= 0) & (places < array.flat.size)
         if not inside.all():
             shape, first, last = array.values.shape, places.min(), places.max()
-            self._faults.note(f"is outside of {shape}, at {first} to {last}", where)
+            self._note(f"is outside of {shape}, at {first} to {last}", where)
         return array, np.where(inside, places, 0)
 
 
