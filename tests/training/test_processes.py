@@ -79,6 +79,7 @@ jax.jit(lambda x: x * 7).lower(1.0).compile()
 assert not [*own.rglob("*-cache")]
 Path.exists = lambda self: refuse() if self.name.startswith(".shared") and not main else True
 assert not processes.is_shared(folder)  # and no process waits
+assert processes.everywhere(True)  # the main process has deleted its file by now
 assert not [*folder.glob(".shared*"), *own.glob(".shared*")]
 """
 
